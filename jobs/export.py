@@ -1,0 +1,27 @@
+"""Export a run.
+
+    python jobs/export.py RECIPE [--set export.registered_model=NAME]
+
+Writes the run's last checkpoint as a Hugging Face folder (safetensors, tokenizer, ul2r.json) into the run's
+folder, and registers it in MLflow under `export.alias` where the recipe names `export.registered_model`.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from ul2r.config import Recipe
+from ul2r.launch.command import run_job
+from ul2r.launch.export import export
+
+
+def main(recipe: Recipe) -> None:
+    """Export, then say where it lies."""
+    folder = export(recipe)
+    print(f"{recipe.name}: exported to {folder}")
+    if recipe.export.registered_model:
+        print(f"registered as models:/{recipe.export.registered_model}@{recipe.export.alias}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(__doc__, Recipe, main))

@@ -1,0 +1,180 @@
+"""A run under Ray Train: checked first, then workers that are restarted where they die."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import ray.train
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.collective import broadcast_from_rank_zero
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+
+from ul2r.config import Recipe
+from ul2r.data import pipeline
+from ul2r.data.batches import Batches
+from ul2r.data.store import Corpus, open_corpus
+from ul2r.errors import UserError
+from ul2r.launch.cluster import connected
+from ul2r.launch.progress import shown_progress, write_to
+from ul2r.launch.worker import run_worker
+from ul2r.model.flops import parameters
+from ul2r.objective.rows import Rows
+from ul2r.tracking.mlflow import MlflowTracker, check_server, end_run, start_run
+from ul2r.tracking.tracker import MemoryTracker, RunStatus, Tracker
+from ul2r.train.checkpoint import CheckpointInfo, CheckpointStore, base_checkpoint
+from ul2r.train.mesh import Mesh
+
+
+def train(recipe: Recipe) -> CheckpointInfo:
+    """Train the run from where it stands to its last step.
+
+    Store, base, own checkpoints, tracking server and cluster are checked before anything starts.
+
+    Returns:
+        The description of its last checkpoint; at once, if that was written before.
+
+    Raises:
+        UserError: If one of the checks fails.
+    """
+    corpus = open_corpus(recipe.store_folder)
+    Batches(recipe, corpus)  # refuses a store that is too short or has too few sentinels
+    reached = check_checkpoints(recipe, corpus)
+    if reached is not None and reached.step >= recipe.training.steps:
+        return reached
+    uri = check_server(recipe.tracking.uri)
+    with connected(cpus_needed(recipe)):
+        run_id = start_run(
+            recipe,
+            uri,
+            tags={"ul2r.data": corpus.manifest.fingerprint},
+            params=_parameters(recipe, corpus),
+        )
+        status: RunStatus = "FAILED"
+        try:
+            _fit(recipe, uri, run_id, done_steps=reached.step if reached else 0)
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            end_run(uri, run_id, status)
+    finished = check_checkpoints(recipe, corpus)
+    assert finished is not None
+    assert finished.step >= recipe.training.steps
+    return finished
+
+
+def cpus_needed(recipe: Recipe) -> float:
+    """Logical CPUs of the workers and of the data tasks that feed them."""
+    launch = recipe.launch
+    parallel = recipe.parallel
+    return parallel.workers * launch.cpus_per_worker + parallel.data * launch.cpus_per_data_task
+
+
+def check_checkpoints(recipe: Recipe, corpus: Corpus) -> CheckpointInfo | None:
+    """What the run's last checkpoint says, None before the first.
+
+    Raises:
+        CheckpointError: If it, or before it the base's, differs from the recipe.
+    """
+    checkpoints = recipe.run_folder() / "checkpoints"
+    own = CheckpointStore(checkpoints, recipe.checkpoints.keep).latest()
+    if own is not None:
+        info = CheckpointInfo.read(own)
+        info.check_same_run(recipe, corpus)
+        return info
+    base = base_checkpoint(recipe)
+    if base is not None:
+        CheckpointInfo.read(base).check_same_model(recipe, corpus)
+    return None
+
+
+def _parameters(recipe: Recipe, corpus: Corpus) -> dict[str, str | int | float]:
+    """What people sort and filter runs by."""
+    return {
+        "mixture": ", ".join(f"{d.name} {d.weight:g}" for d in recipe.objective.mixture),
+        "sequence_length": recipe.objective.sequence_length,
+        "parameters": parameters(recipe.model, corpus.vocabulary.size),
+        "steps": recipe.training.steps,
+        "global_batch_rows": recipe.training.global_batch_rows,
+        "learning_rate": recipe.optimizer.learning_rate,
+        "tensor": recipe.parallel.tensor,
+        "pipeline": recipe.parallel.pipeline,
+        "data": recipe.parallel.data,
+        "seed": recipe.seed,
+    }
+
+
+def _fit(recipe: Recipe, uri: str, run_id: str, done_steps: int) -> None:
+    per_step = recipe.training.global_batch_rows * recipe.objective.sequence_length
+    total = recipe.training.steps * per_step
+    launch = recipe.launch
+    with shown_progress(recipe.name, done_steps * per_step, total) as board:
+        trainer = TorchTrainer(
+            _train_worker,
+            train_loop_config={
+                "recipe": recipe,
+                "uri": uri,
+                "run_id": run_id,
+                "board": board,
+                "tokens_per_step": per_step,
+            },
+            torch_config=TorchConfig(backend="nccl" if launch.gpus_per_worker else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=recipe.parallel.workers,
+                use_gpu=bool(launch.gpus_per_worker),
+                resources_per_worker=_resources(recipe),
+            ),
+            run_config=RunConfig(
+                storage_path=str(recipe.run_folder() / "ray"),
+                failure_config=FailureConfig(max_failures=launch.max_failures),
+            ),
+        )
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            raise _cause(error) from error
+
+
+def _resources(recipe: Recipe) -> dict[str, float]:
+    resources: dict[str, float] = {"CPU": recipe.launch.cpus_per_worker}
+    if recipe.launch.gpus_per_worker:
+        resources["GPU"] = recipe.launch.gpus_per_worker
+    return resources
+
+
+def _cause(error: TrainingFailedError) -> Exception:
+    """A user's mistake that a worker met, or else the failure itself."""
+    if isinstance(error, WorkerGroupError):
+        for failure in error.worker_failures.values():
+            cause: object = getattr(failure, "cause", failure)
+            if isinstance(cause, UserError):
+                return cause
+    return error
+
+
+def _train_worker(config: dict[str, Any]) -> None:
+    """What Ray Train runs in each worker, whose process group it has set up."""
+    recipe: Recipe = config["recipe"]
+    torch.set_num_threads(max(int(recipe.launch.cpus_per_worker), 1))
+    first = ray.train.get_context().get_world_rank() == 0
+    tracker: Tracker = MlflowTracker(config["uri"], config["run_id"]) if first else MemoryTracker()
+
+    def read(mesh: Mesh, first_step: int) -> Iterator[Rows]:
+        replicas = recipe.parallel.data
+        iterators = broadcast_from_rank_zero(
+            pipeline.split(pipeline.make_dataset(recipe, first_step, replicas), replicas)
+            if mesh.is_first
+            else None
+        )
+        if not mesh.is_reader:
+            return iter(())
+        return pipeline.read(
+            iterators[mesh.data_rank], recipe, first_step, mesh.data_rank, replicas
+        )
+
+    run_worker(recipe, tracker, write_to(config["board"], config["tokens_per_step"]), read)
+    tracker.close()

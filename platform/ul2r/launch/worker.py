@@ -1,0 +1,43 @@
+"""What every worker does, under Ray Train, torchrun or a test alike: put the parts together and train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from ul2r.config import Recipe
+from ul2r.data.batches import Batches
+from ul2r.data.store import open_corpus
+from ul2r.objective.rows import Rows
+from ul2r.tracking.tracker import Tracker
+from ul2r.train.loop import Progress, Reader, TrainLoop
+from ul2r.train.mesh import Mesh
+
+
+def run_worker(
+    recipe: Recipe,
+    tracker: Tracker,
+    on_step: Callable[[Progress, Mapping[str, float]], None],
+    read: Reader | None = None,
+) -> Progress:
+    """Train this rank's part to the end; the default process group must be initialized.
+
+    Args:
+        recipe: The run.
+        tracker: Where rank 0 logs.
+        on_step: Called on rank 0 after each step.
+        read: Where batches come from; without it they are computed in this process.
+
+    Returns:
+        Where the run stands after its last step.
+    """
+    corpus = open_corpus(recipe.store_folder)
+    mesh = Mesh.join(recipe.parallel)
+
+    def read_in_process(mesh: Mesh, first_step: int) -> Iterator[Rows]:
+        batches = Batches(recipe, corpus)
+        for step in range(first_step, recipe.training.steps):
+            yield batches.rows(step, mesh.data_rank, recipe.parallel.data)
+
+    reached = TrainLoop(recipe, corpus, mesh, tracker, on_step).run(read or read_in_process)
+    mesh.leave()
+    return reached

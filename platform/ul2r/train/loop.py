@@ -1,0 +1,170 @@
+"""The train loop: load, step, log, measure, save. It knows no Ray."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from ul2r.config import Causal, Recipe
+from ul2r.data.batches import Batches
+from ul2r.data.store import Corpus
+from ul2r.model.flops import training_flops
+from ul2r.objective.rows import Rows
+from ul2r.tracking.tracker import Tracker
+from ul2r.train.checkpoint import (
+    CheckpointInfo,
+    CheckpointStore,
+    base_checkpoint,
+    load_checkpoint,
+)
+from ul2r.train.mesh import Mesh
+from ul2r.train.step import StepResult, TrainStep
+
+Reader = Callable[[Mesh, int], Iterator[Rows]]
+"""From the mesh and the first step to this replica's rows of each step; the reader rank alone iterates."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: steps of its own, tokens and FLOPs with its ancestors'."""
+
+    step: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+
+
+class TrainLoop:
+    """One run, from its last checkpoint to its last step."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        corpus: Corpus,
+        mesh: Mesh,
+        tracker: Tracker,
+        on_step: Callable[[Progress, Mapping[str, float]], None],
+    ) -> None:
+        self.recipe, self.corpus, self.mesh = recipe, corpus, mesh
+        self.tracker, self.on_step = tracker, on_step
+        self.checkpoints = CheckpointStore(
+            recipe.run_folder() / "checkpoints", recipe.checkpoints.keep
+        )
+        self.held_out = _held_out_rows(recipe, corpus, mesh)
+        self.train_step = TrainStep(recipe, mesh, corpus.vocabulary.size)
+        self._stepped_at = time.perf_counter()
+        self.progress = self._load()
+
+    def run(self, read: Reader) -> Progress:
+        """Take the steps that are left; every `checkpoints.every` of them and the last are saved."""
+        recipe, steps = self.recipe, self.recipe.training.steps
+        if self.progress.step == 0:
+            self._log(self._measure())
+        if self.progress.step < steps:
+            rows = read(self.mesh, self.progress.step)
+            self._stepped_at = time.perf_counter()
+            for step in range(self.progress.step, steps):
+                self._take(step, self._next(rows, step))
+                if _due(step, recipe.checkpoints.every, steps):
+                    self._save()
+        return self.progress
+
+    def _take(self, step: int, rows: Rows) -> None:
+        """One optimizer step, and what is due after it."""
+        result = self.train_step.train(step, rows)
+        losses = result.losses
+        flops = training_flops(
+            self.recipe.model, self.corpus.vocabulary.size, losses.positions, losses.seen_keys
+        )
+        self.progress = Progress(
+            step + 1, self.progress.tokens + int(losses.positions), self.progress.flops + flops
+        )
+        steps, metrics = self.recipe.training.steps, self._metrics(result)
+        if self.mesh.is_first:
+            self.on_step(self.progress, metrics)
+        measured = _due(step, self.recipe.validation.every, steps)
+        if measured:
+            metrics |= self._measure()
+        if measured or _due(step, self.recipe.training.log_every, steps):
+            self._log(metrics)
+
+    def _metrics(self, result: StepResult) -> dict[str, float]:
+        now, tokens = time.perf_counter(), result.losses.positions
+        seconds, self._stepped_at = now - self._stepped_at, now
+        names = tuple(denoiser.name for denoiser in self.recipe.objective.mixture)
+        by_denoiser = result.losses.by_denoiser(names)
+        return {
+            "train/loss": result.losses.mean,
+            **{f"train/loss/{name}": loss for name, loss in by_denoiser.items()},
+            "train/gradient_norm": result.gradient_norm,
+            "train/learning_rate": result.learning_rate,
+            "train/tokens_per_second": tokens / seconds,
+        }
+
+    def _next(self, rows: Iterator[Rows], step: int) -> Rows:
+        batch = self.mesh.share(next(rows, None) if self.mesh.is_reader else None)
+        if batch is None:
+            raise RuntimeError(f"the data ended before step {step}")
+        return batch
+
+    def _measure(self) -> dict[str, float]:
+        """Held-out loss of each denoiser, the same rows for every run."""
+        return {
+            f"held_out/loss/{name}": self.train_step.measure(rows).mean
+            for name, rows in self.held_out.items()
+        }
+
+    def _log(self, metrics: Mapping[str, float]) -> None:
+        if not self.mesh.is_first:
+            return
+        reached = {
+            "progress/tokens": float(self.progress.tokens),
+            "progress/eflops": self.progress.flops / 1e18,
+        }
+        self.tracker.log(self.progress.step, {**metrics, **reached})
+
+    def _save(self) -> None:
+        """Write a checkpoint; the metrics before it are safe first, since they are not logged again."""
+        if self.mesh.is_first:
+            self.tracker.flush()
+        progress = self.progress
+        info = CheckpointInfo.of(
+            self.recipe,
+            self.corpus,
+            step=progress.step,
+            tokens=progress.tokens,
+            flops=progress.flops,
+        )
+        self.checkpoints.save(self.train_step, info)
+
+    def _load(self) -> Progress:
+        """Resume this run's last checkpoint, else start from the base's weights, else from none."""
+        own = self.checkpoints.latest()
+        if own is not None:
+            info = CheckpointInfo.read(own)
+            info.check_same_run(self.recipe, self.corpus)
+            load_checkpoint(own, self.train_step, optimizer=True)
+            return Progress(info.step, info.tokens, info.flops)
+        base = base_checkpoint(self.recipe)
+        if base is None:
+            return Progress()
+        info = CheckpointInfo.read(base)
+        info.check_same_model(self.recipe, self.corpus)
+        load_checkpoint(base, self.train_step, optimizer=False)
+        return Progress(0, info.tokens, info.flops)
+
+
+def _due(step: int, every: int, steps: int) -> bool:
+    """Whether something done every `every` steps, and after the last, is due after step `step`."""
+    return (step + 1) % every == 0 or step + 1 == steps
+
+
+def _held_out_rows(recipe: Recipe, corpus: Corpus, mesh: Mesh) -> dict[str, Rows]:
+    """This replica's share of each denoiser's held-out rows, plain causal ones among them."""
+    batches = Batches(recipe, corpus)
+    share = recipe.validation.rows // recipe.parallel.data
+    start = mesh.data_rank * share
+    return {
+        denoiser.name: batches.held_out(denoiser, recipe.validation.rows)[start : start + share]
+        for denoiser in (Causal(), *recipe.evaluation.mixture)
+    }

@@ -1,0 +1,135 @@
+"""Which part of the model and of the batch this worker has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from ul2r.config import Parallel
+from ul2r.errors import LayoutError
+from ul2r.model.cpu import use_cpu
+from ul2r.objective.rows import Rows
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This worker's place among tensor, pipeline and data-parallel ranks."""
+
+    parallel: Parallel
+    data_rank: int
+    device: torch.device
+
+    @classmethod
+    def join(cls, parallel: Parallel) -> Mesh:
+        """Set up Megatron's groups over the initialized default process group.
+
+        Raises:
+            LayoutError: If the process group has another size than `parallel.workers`.
+        """
+        if not torch.cuda.is_available():
+            use_cpu()
+        if dist.get_world_size() != parallel.workers:
+            raise LayoutError(
+                f"{dist.get_world_size()} workers were started for parallel.workers={parallel.workers} "
+                f"(tensor={parallel.tensor}, pipeline={parallel.pipeline}, data={parallel.data}): start as many"
+            )
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+        )
+        model_parallel_cuda_manual_seed(0)  # Megatron asks for one; nothing here draws from it
+        device = (
+            torch.device("cuda", torch.cuda.current_device())
+            if torch.cuda.is_available()
+            else torch.device("cpu")
+        )
+        return cls(parallel, parallel_state.get_data_parallel_rank(), device)
+
+    def leave(self) -> None:
+        """Give the groups back; the default process group stays."""
+        parallel_state.destroy_model_parallel()
+
+    @property
+    def is_reader(self) -> bool:
+        """Whether this rank consumes the replica's data: its first tensor and pipeline rank."""
+        return dist.get_rank() == self._reader
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is global rank 0, the one that logs and switches checkpoints."""
+        return dist.get_rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether the loss is computed here."""
+        return bool(parallel_state.is_pipeline_last_stage())
+
+    @property
+    def _reader(self) -> int:
+        return min(dist.get_process_group_ranks(parallel_state.get_model_parallel_group()))
+
+    def share(self, rows: Rows | None) -> Rows | None:
+        """Hand the reader's rows to its model-parallel peers by one broadcast.
+
+        Args:
+            rows: The rows on the reader, None on the others and, everywhere, at the end of the data.
+
+        Returns:
+            The same rows on every rank of the replica, or None at the end of the data.
+        """
+        if self.parallel.tensor * self.parallel.pipeline == 1:
+            return rows
+        group = parallel_state.get_model_parallel_group()
+        shape = torch.zeros(3, dtype=torch.int64, device=self.device)
+        if rows is not None:
+            shape = torch.tensor([*rows.tokens.shape, rows.sample.shape[1]], device=self.device)
+        dist.broadcast(shape, src=self._reader, group=group)
+        size, length, slots = (int(number) for number in shape.tolist())
+        if size == 0:
+            return None
+        packed = torch.empty(size * (7 * length + slots), dtype=torch.int64, device=self.device)
+        if rows is not None:
+            packed.copy_(torch.from_numpy(_pack(rows)))
+        dist.broadcast(packed, src=self._reader, group=group)
+        return rows if rows is not None else _unpack(packed.cpu().numpy(), size, length, slots)
+
+    def sum_over_replicas(self, values: torch.Tensor) -> torch.Tensor:
+        """Add the last stage's `values` over the data-parallel ranks and give the sum to every rank.
+
+        Args:
+            values: (N,) float64; what other stages pass is ignored.
+        """
+        if self.is_last_stage:
+            dist.all_reduce(values, group=parallel_state.get_data_parallel_group())
+        if self.parallel.pipeline > 1:
+            dist.broadcast(
+                values,
+                src=parallel_state.get_pipeline_model_parallel_last_rank(),
+                group=parallel_state.get_pipeline_model_parallel_group(),
+            )
+        return values
+
+
+ROW_FIELDS = ("tokens", "labels", "loss_mask", "lo", "hi", "position", "denoiser")
+
+
+def _pack(rows: Rows) -> np.ndarray:
+    arrays = rows.arrays()
+    parts = [arrays[name] for name in (*ROW_FIELDS, "sample")]
+    return np.concatenate([part.astype(np.int64).ravel() for part in parts])
+
+
+def _unpack(packed: np.ndarray, size: int, length: int, slots: int) -> Rows:
+    fields, sample = np.split(packed, [size * length * len(ROW_FIELDS)])
+    arrays: dict[str, np.ndarray] = {
+        name: part.reshape(size, length).astype(np.int32)
+        for name, part in zip(ROW_FIELDS, np.split(fields, len(ROW_FIELDS)), strict=True)
+    }
+    arrays["loss_mask"] = arrays["loss_mask"].astype(np.uint8)
+    arrays["denoiser"] = arrays["denoiser"].astype(np.int8)
+    return Rows.from_arrays(arrays | {"sample": sample.reshape(size, slots)})
