@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,22 +30,11 @@ class _Board:
 
 
 @contextmanager
-def shown_progress(what: str, done_tokens: int, total_tokens: int) -> Iterator[ActorHandle]:
-    """Show a bar of the run's own tokens while the block runs; workers write to the yielded board."""
+def shown_progress(what: str, total_tokens: int) -> Iterator[ActorHandle]:
+    """Show a bar of a run's own tokens while the block runs; workers write to the yielded board."""
     board = ray.remote(num_cpus=0)(_Board).remote()
     ended = threading.Event()
-
-    def show() -> None:
-        with progress(what, total_tokens, "tokens", completed=done_tokens) as bar:
-            while not ended.wait(POLL_S):
-                tokens, note = ray.get(board.read.remote())
-                if tokens:
-                    bar.update(tokens, note)
-            tokens, note = ray.get(board.read.remote())
-            if tokens:
-                bar.update(tokens, note)
-
-    thread = threading.Thread(target=show, daemon=True)
+    thread = threading.Thread(target=_show, args=(what, total_tokens, board, ended), daemon=True)
     thread.start()
     try:
         yield board
@@ -52,6 +42,22 @@ def shown_progress(what: str, done_tokens: int, total_tokens: int) -> Iterator[A
         ended.set()
         thread.join()
         ray.kill(board)
+
+
+def _show(what: str, total_tokens: int, board: ActorHandle, ended: threading.Event) -> None:
+    """Begin the bar with the first step, so that its rate is the training's and not the start's."""
+    sys.stderr.write(f"{what}: starting workers\n")
+    shown: tuple[int, str] = (0, "")
+    while not shown[0]:
+        if ended.wait(POLL_S):
+            return
+        shown = ray.get(board.read.remote())
+    with progress(what, total_tokens, "tokens", completed=shown[0]) as bar:
+        while not ended.wait(POLL_S):
+            latest = ray.get(board.read.remote())
+            if latest != shown:
+                shown = latest
+                bar.update(*shown)
 
 
 def write_to(

@@ -54,7 +54,7 @@ def train(recipe: Recipe) -> CheckpointInfo:
         )
         status: RunStatus = "FAILED"
         try:
-            _fit(recipe, uri, run_id, done_steps=reached.step if reached else 0)
+            _fit(recipe, uri, run_id)
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
@@ -108,11 +108,11 @@ def _parameters(recipe: Recipe, corpus: Corpus) -> dict[str, str | int | float]:
     }
 
 
-def _fit(recipe: Recipe, uri: str, run_id: str, done_steps: int) -> None:
+def _fit(recipe: Recipe, uri: str, run_id: str) -> None:
     per_step = recipe.training.global_batch_rows * recipe.objective.sequence_length
     total = recipe.training.steps * per_step
     launch = recipe.launch
-    with shown_progress(recipe.name, done_steps * per_step, total) as board:
+    with shown_progress(recipe.name, total) as board:
         trainer = TorchTrainer(
             _train_worker,
             train_loop_config={

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import GenerationConfig, LlamaConfig
 
 from ul2r.config import Architecture
@@ -46,16 +48,24 @@ class Card:
 def read_weights(checkpoint: Path) -> dict[str, Tensor]:
     """The whole model's tensors of a distributed checkpoint of any layout; optimizer state is not read.
 
+    Megatron-Core's `torch_dist` format is torch's own distributed checkpoint, which needs no process group.
+
     Args:
         checkpoint: Folder that `CheckpointStore.save` wrote.
 
     Returns:
         Tensors by Megatron's names; those of layers have the layer as their first axis.
     """
-    found = dist_checkpointing.load_tensors_metadata(str(checkpoint))
-    wanted = {key: tensor for key, tensor in found.items() if not key.startswith("optimizer.")}
-    loaded: dict[str, Tensor] = dist_checkpointing.load(wanted, str(checkpoint))
-    return {key: loaded[key] for key in wanted}
+    reader = FileSystemReader(checkpoint)
+    weights = {
+        key: torch.empty(found.size, dtype=found.properties.dtype)
+        for key, found in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(found, TensorStorageMetadata) and not key.startswith("optimizer.")
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is meant here
+        load(weights, storage_reader=reader, no_dist=True)
+    return weights
 
 
 def llama_weights(

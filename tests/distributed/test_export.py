@@ -1,0 +1,83 @@
+"""A trained checkpoint, exported, is the same function in `transformers`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ul2r.config import Recipe
+from ul2r.errors import CheckpointError
+from ul2r.launch.export import export
+from ul2r.testing.corpus import tiny_store
+from ul2r.testing.distributed import run_distributed
+from ul2r.testing.recipes import tiny_recipe
+
+pytestmark = pytest.mark.distributed
+
+LENGTH = 48
+
+
+def train_and_run(recipe: Recipe, tokens: torch.Tensor, prefix: int) -> torch.Tensor | None:
+    """Train, then this rank's logits of the trained Megatron model, gathered over tensor ranks."""
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    from ul2r.data.store import open_corpus
+    from ul2r.launch.worker import run_worker
+    from ul2r.model.attention import interval_mask
+    from ul2r.tracking.tracker import MemoryTracker
+    from ul2r.train.checkpoint import CheckpointStore, load_checkpoint
+    from ul2r.train.mesh import Mesh
+    from ul2r.train.step import TrainStep
+
+    run_worker(recipe, MemoryTracker(), lambda *_: None)
+    mesh = Mesh.join(recipe.parallel)
+    step = TrainStep(recipe, mesh, open_corpus(recipe.store_folder).vocabulary.size)
+    latest = CheckpointStore(recipe.run_folder() / "checkpoints", 2).latest()
+    assert latest is not None
+    load_checkpoint(latest, step, optimizer=False)
+    position = torch.arange(LENGTH).expand(len(tokens), -1)
+    mask = interval_mask(torch.zeros_like(position), torch.clamp(position + 1, min=prefix))
+    logits = step.unwrapped(tokens, position, mask)
+    return gather_from_tensor_model_parallel_region(logits).detach()
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    folder = tmp_path_factory.mktemp("export")
+    tiny_store(folder / "store", vocabulary_size=500)  # not a multiple of 128: the padding must go
+    return tiny_recipe(
+        folder,
+        training={"steps": 3},
+        parallel={"workers": 2, "tensor": 2},
+        optimizer={"learning_rate": 5e-2},
+    )
+
+
+def test_exported_logits_are_the_trained_models(recipe: Recipe) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 500, (3, LENGTH)))
+    trained, _ = run_distributed(train_and_run, 2, recipe, tokens, 20)
+    folder = export(recipe)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
+    position = torch.arange(LENGTH)
+    mask = (position[None] < torch.clamp(position + 1, min=20)[:, None]).expand(3, 1, -1, -1)
+    with torch.no_grad():
+        logits = model(tokens, attention_mask=mask).logits
+    assert trained.shape[-1] == 512
+    torch.testing.assert_close(logits, trained[..., :500], atol=1e-4, rtol=1e-4)
+    said = json.loads((folder / "ul2r.json").read_text())
+    assert (said["attention"], said["step"], said["tokens"]) == ("prefix", 3, 3 * 8 * 64)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = "Every child sees the moon."
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert tokenizer.eos_token_id == said["vocabulary"]["eos"]
+
+
+def test_a_run_without_a_checkpoint_is_named(recipe: Recipe) -> None:
+    with pytest.raises(CheckpointError, match="run 'nobody' has no checkpoint"):
+        export(recipe.model_copy(update={"name": "nobody"}))

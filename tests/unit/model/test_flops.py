@@ -1,0 +1,41 @@
+"""FLOPs and parameter counts against a model of the same shape that others wrote."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ul2r.config import Architecture
+from ul2r.model.flops import parameters, training_flops
+
+SMALL = Architecture(layers=3, hidden_size=48, ffn_hidden_size=80, heads=6, kv_heads=2)
+
+
+def llama(architecture: Architecture, vocabulary_size: int) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=vocabulary_size,
+        hidden_size=architecture.hidden_size,
+        intermediate_size=architecture.ffn_hidden_size,
+        num_hidden_layers=architecture.layers,
+        num_attention_heads=architecture.heads,
+        num_key_value_heads=architecture.kv_heads,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config)
+
+
+def test_parameters_are_those_of_a_llama() -> None:
+    assert parameters(SMALL, 101) == llama(SMALL, 101).num_parameters()
+
+
+def test_flops_are_what_torch_counts_for_full_attention() -> None:
+    """torch counts forward matrix products; the backward pass costs twice as many."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, length = llama(SMALL, 101), 32
+    model.config._attn_implementation = "eager"  # so that attention's products are seen, all S x S of them
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        model(torch.zeros(1, length, dtype=torch.long))
+    ours = training_flops(SMALL, 101, positions=length, seen_keys=length * length)
+    assert ours == pytest.approx(3 * counted.get_total_flops(), rel=1e-6)
