@@ -1,15 +1,15 @@
-"""Read a recipe: YAML, `extends`, dotted overrides; every mistake named by its dotted path."""
+"""Read a recipe: YAML, `extends`, dotted overrides; every mistake is one line that names its place."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from ul2r.config.mistakes import explain
 from ul2r.config.section import Section
 from ul2r.errors import RecipeError
 
@@ -19,6 +19,14 @@ SectionType = TypeVar("SectionType", bound=Section)
 def load(path: Path, overrides: Sequence[str], kind: type[SectionType]) -> SectionType:
     """Read `path`, apply `overrides` such as "training.steps=10", and validate as `kind`.
 
+    A file may begin with `extends: other.yaml`, a path beside it; its own keys are laid over that file's,
+    group by group, while lists and values are replaced whole.
+
+    Args:
+        path: The YAML file.
+        overrides: Each "dotted.key=value", the value in YAML; a list's item is named by its number from 0.
+        kind: What the file describes.
+
     Raises:
         RecipeError: If the file cannot be read or a key, type or value is wrong; one line.
     """
@@ -26,9 +34,9 @@ def load(path: Path, overrides: Sequence[str], kind: type[SectionType]) -> Secti
     for override in overrides:
         _override(tree, override)
     try:
-        return kind.model_validate(tree)
+        return kind.model_validate(tree, context={"folder": path.parent})
     except ValidationError as error:
-        raise RecipeError(f"{path}: {_explain(error, kind)}") from None
+        raise RecipeError(_one_line(f"{path}: {explain(error, kind)}")) from None
 
 
 def dump(section: Section) -> str:
@@ -36,89 +44,94 @@ def dump(section: Section) -> str:
     return yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False)
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """The file's tree, laid over that of the file that it `extends`, if any."""
-    if path.resolve() in seen:
-        raise RecipeError(f"{path}: extends itself through {' -> '.join(p.name for p in seen)}")
+class _Yaml(yaml.SafeLoader):
+    """YAML in which a group may hold a key once only; plain YAML silently takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key.value!r} stands twice in its group",
+                    problem_mark=key.start_mark,
+                )
+            if isinstance(key, yaml.ScalarNode):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
+    """The file's tree, laid over that of the file it extends; `chain` are the files that extend this one."""
+    if path.resolve() in (one.resolve() for one in chain):
+        raise RecipeError(f"{path}: extends itself: {' -> '.join(map(str, (*chain, path)))}")
+    by = f" (extended by {chain[-1]})" if chain else ""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise RecipeError(f"{path}: recipe cannot be read: {reason}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        raise RecipeError(
-            f"{path}:{where} is not YAML: {getattr(error, 'problem', error)}"
-        ) from None
+        raise RecipeError(f"{path}: recipe cannot be read: {reason}{by}") from None
+    tree = _parse(text, str(path))
     if not isinstance(tree, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of keys, this is {type(tree).__name__}")
+        raise RecipeError(f"{path}: a recipe is a group of keys, this is {type(tree).__name__}{by}")
     parent = tree.pop("extends", None)
     if parent is None:
         return tree
-    return _merge(_read(path.parent / str(parent), (*seen, path.resolve())), tree)
+    if not isinstance(parent, str):
+        raise RecipeError(f"{path}: extends: a file name is needed, got {parent!r}")
+    return _merge(_read(path.parent / parent, (*chain, path)), tree)
+
+
+def _parse(text: str, where: str) -> Any:  # noqa: ANN401  any YAML value
+    try:
+        return yaml.load(text, Loader=_Yaml)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark and mark.line else ""
+        reason = getattr(error, "problem", None) or error
+        raise RecipeError(_one_line(f"{where}:{line} is not YAML: {reason}")) from None
+    except ValueError as error:  # such as the date 2024-13-01
+        raise RecipeError(_one_line(f"{where}: is not YAML: {error}")) from None
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        merged[key] = (
-            _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-        )
+        if isinstance(old, dict) and isinstance(value, dict):
+            merged[key] = _merge(old, value)
+        else:
+            merged[key] = value
     return merged
 
 
 def _override(tree: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
-    if not equals or not dotted:
-        raise RecipeError(f"--set {override}: write it as key.key=value")
-    *parents, last = dotted.split(".")
-    for key in parents:
-        child = tree.setdefault(key, {})
-        if not isinstance(child, dict):
-            raise RecipeError(f"--set {override}: {key} is a value, not a group of keys")
-        tree = child
-    try:
-        tree[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise RecipeError(f"--set {override}: {text!r} is not a YAML value") from None
+    keys = dotted.split(".")
+    if not equals or not all(keys):
+        raise RecipeError(_one_line(f"--set {override}: write it as key.key=value"))
+    value = _parse(text, f"--set {override}")
+    node: Any = tree
+    for depth, key in enumerate(keys[:-1]):
+        place = _place(node, key, override)
+        if isinstance(node, dict) and node.get(place) is None:
+            node[place] = {}
+        node = node[place]
+        if not isinstance(node, dict | list):
+            reached = ".".join(keys[: depth + 1])
+            raise RecipeError(f"--set {override}: {reached} is {node!r}, not a group of keys")
+    node[_place(node, keys[-1], override)] = value
 
 
-def _explain(error: ValidationError, kind: type[Section]) -> str:
-    """The first mistake on one line, with the nearest known key for an unknown one."""
-    first = error.errors()[0]
-    dotted = ".".join(str(part) for part in first["loc"])
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        known = _keys_at(kind, first["loc"][:-1])
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.0)
-        return (
-            f"{dotted}: unknown key; the nearest known one is {near[0]!r}{more}" if near else dotted
+def _place(node: dict[str, Any] | list[Any], key: str, override: str) -> int | str:
+    """The key, or the number where `node` is a list."""
+    if isinstance(node, dict):
+        return key
+    if not key.isdecimal() or int(key) >= len(node):
+        raise RecipeError(
+            f"--set {override}: {key!r} is no item of a list of {len(node)}, numbered from 0"
         )
-    message = first["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
-    given = first["input"]
-    shown = "" if isinstance(given, dict) or first["type"] == "missing" else f", got {given!r}"
-    return f"{dotted}: {message}{shown}{more}" if dotted else f"{message}{more}"
+    return int(key)
 
 
-def _keys_at(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """Known keys of the section that `location` leads to; a denoiser's for places inside a mixture."""
-    for part in location:
-        field = kind.model_fields.get(str(part))
-        if field is None:
-            continue
-        annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            kind = annotation
-    tags = {t.model_fields["kind"].default: t for t in _denoiser_types()}
-    for part in location:
-        kind = tags.get(part, kind)
-    return list(kind.model_fields)
-
-
-def _denoiser_types() -> tuple[type[BaseModel], ...]:
-    from ul2r.config.denoisers import Denoiser
-
-    return get_args(get_args(Denoiser)[0])
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

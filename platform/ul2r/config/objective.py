@@ -21,7 +21,7 @@ def _mixture(value: Any) -> Any:  # noqa: ANN401  whatever stood in the YAML
 def _distinct(mixture: tuple[Denoiser, ...]) -> tuple[Denoiser, ...]:
     names = [denoiser.name for denoiser in mixture]
     if not names or len(set(names)) != len(names):
-        raise ValueError(f"needs one denoiser or more, of different names; it has {names}")
+        raise ValueError(f"one denoiser or more is needed, of different names; these are {names}")
     return mixture
 
 

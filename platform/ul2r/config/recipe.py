@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from ul2r.config.architecture import Architecture
 from ul2r.config.denoisers import PRESETS
@@ -242,10 +242,18 @@ class Recipe(Section):
         )
 
 
+def _beside(path: Path, info: ValidationInfo) -> Path:
+    """A path written in a file, seen from the folder of that file."""
+    folder: Path = (info.context or {}).get("folder", Path())
+    return folder / path
+
+
 class Comparison(Section):
     """Runs set side by side: recipes by the role each plays."""
 
     name: RunName
     storage: Storage
-    recipes: dict[Literal["base", "ul2r", "control"], Path]
+    """Folder of the runs; it stands in for the recipes' own."""
+    recipes: dict[Literal["base", "ul2r", "control"], Annotated[Path, AfterValidator(_beside)]]
+    """Recipe files, seen from the comparison's own file."""
     tracking: Tracking = Tracking()

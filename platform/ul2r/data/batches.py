@@ -1,0 +1,79 @@
+"""A batch is a pure function of (recipe, seed, step)."""
+
+from __future__ import annotations
+
+from ul2r.config import Denoiser, Recipe
+from ul2r.data.store import Corpus
+from ul2r.data.windows import Windows
+from ul2r.errors import CorpusError
+from ul2r.objective import Rows, make_rows
+
+HELD_OUT_SEED = 0
+"""Held-out rows do not follow the recipe's seed: runs are compared on the same ones."""
+
+
+def replica_rows(recipe: Recipe, step: int, replica: int, replicas: int) -> range:
+    """Numbers of the rows that a replica trains on in a step: its share of the global batch."""
+    batch = recipe.training.global_batch_rows
+    assert batch % replicas == 0, (batch, replicas)
+    share = batch // replicas
+    first = step * batch + replica * share
+    return range(first, first + share)
+
+
+class Batches:
+    """Training and held-out rows of a recipe."""
+
+    def __init__(self, recipe: Recipe, corpus: Corpus) -> None:
+        """Join a recipe and a prepared corpus.
+
+        Raises:
+            CorpusError: If the corpus is shorter than one window, or its tokenizer has too few sentinels.
+        """
+        vocabulary, needed = corpus.vocabulary, recipe.sentinels_needed
+        if len(vocabulary.sentinels) < needed:
+            raise CorpusError(
+                f"{recipe.store_folder}: the tokenizer has {len(vocabulary.sentinels)} sentinels, the mixture "
+                f"needs {needed}: raise data.sentinels and prepare again, or lower objective.sequence_length"
+            )
+        self._recipe, self._vocabulary = recipe, vocabulary
+        length = recipe.objective.example_length
+        self._train = Windows(corpus.train, length, recipe.seed)
+        self._held_out = Windows(corpus.held_out, length, HELD_OUT_SEED, split="held-out")
+
+    def rows(self, step: int, replica: int = 0, replicas: int = 1) -> Rows:
+        """Rows that one model replica trains on in one step.
+
+        Args:
+            step: Step of the run, from 0.
+            replica: Which of the model replicas.
+            replicas: Model replicas; a divisor of the global batch.
+
+        Returns:
+            B = global_batch_rows / replicas rows; the replicas' rows in turn are the global batch.
+        """
+        return make_rows(
+            replica_rows(self._recipe, step, replica, replicas),
+            objective=self._recipe.objective,
+            vocabulary=self._vocabulary,
+            seed=self._recipe.seed,
+            windows=self._train,
+        )
+
+    def held_out(self, denoiser: Denoiser, rows: int) -> Rows:
+        """Held-out rows made by one denoiser, to measure its loss on.
+
+        They are the same for every recipe of the same token store and row shape, and all denoisers read the
+        same windows. Rows beyond the split's windows read it again, cut elsewhere.
+
+        Args:
+            denoiser: The only denoiser, whether or not it is in the recipe's mixture.
+            rows: How many rows; fewer rows are a prefix of more.
+        """
+        return make_rows(
+            range(rows),
+            objective=self._recipe.objective.with_mixture(denoiser),
+            vocabulary=self._vocabulary,
+            seed=HELD_OUT_SEED,
+            windows=self._held_out,
+        )

@@ -1,0 +1,189 @@
+"""Rows made by Ray Data tasks while training runs: the only file here that knows Ray besides `prepare.py`.
+
+A data set is a list of blocks; block (chunk, replica) holds one replica's rows of a chunk of successive steps:
+
+    steps        0       1 2       3 4 5 6        ...        chunks double up to BLOCK_BYTES: the first is ready soon
+    blocks     (0,0)    (1,0)       (2,0)                    to replica 0
+               (0,1)    (1,1)       (2,1)                    to replica 1
+
+Blocks are listed chunk by chunk, replica by replica. Those of a chunk are of equal size and order is kept, so
+`streaming_split` deals them out in turn and each replica gets its own, in step order. Nothing is remembered
+between runs: a resumed run lists the blocks from the step it is at. `read` checks all of that on every batch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import ray
+from ray.data import DataContext, DataIterator, Dataset, Datasource, ReadTask
+from ray.data.block import BlockAccessor, BlockMetadata
+
+from ul2r.config import Recipe
+from ul2r.data.batches import Batches, replica_rows
+from ul2r.data.store import open_corpus
+from ul2r.objective.rows import Rows, row_bytes
+
+logger = logging.getLogger(__name__)
+
+BLOCK_BYTES = 32 * 2**20
+"""Largest block, as long as it holds one step: a task costs about 0.1 s whatever its size."""
+
+PREFETCH_BYTES = 64 * 2**20
+"""Rows a replica holds ready in Ray's object store. A run smaller than that is made at once, whereupon
+Ray Data's coordinator ends; it would else keep a core busy for as long as training holds it back."""
+
+
+class RowBlocks(Datasource):  # type: ignore[misc]  # Ray is untyped here, so its classes are Any
+    """The blocks of a run from one step to its last."""
+
+    def __init__(self, recipe: Recipe, first_step: int, replicas: int) -> None:
+        super().__init__()
+        self.recipe, self.first_step, self.replicas = recipe, first_step, replicas
+
+    def estimate_inmemory_data_size(self) -> int:
+        """Bytes of all blocks."""
+        steps = self.recipe.training.steps - self.first_step
+        return steps * self.recipe.training.global_batch_rows * row_bytes(self.recipe.objective)
+
+    def get_read_tasks(
+        self,
+        parallelism: int,  # noqa: ARG002  # Ray's signature: the number of blocks is ours to say
+        per_task_row_limit: int | None = None,
+        data_context: DataContext | None = None,  # noqa: ARG002  # Ray's signature
+    ) -> list[ReadTask]:
+        """One task for each block, in the order in which blocks are dealt out."""
+        share = self.recipe.training.global_batch_rows // self.replicas
+        one_row = row_bytes(self.recipe.objective)
+        return [
+            ReadTask(
+                partial(_read_block, self.recipe, steps, replica, self.replicas),
+                BlockMetadata(
+                    num_rows=len(steps) * share,
+                    size_bytes=len(steps) * share * one_row,
+                    exec_stats=None,
+                ),
+                per_task_row_limit=per_task_row_limit,
+            )
+            for steps in chunks(self.recipe, self.first_step, self.replicas)
+            for replica in range(self.replicas)
+        ]
+
+
+def make_dataset(recipe: Recipe, first_step: int, replicas: int) -> Dataset:
+    """The rows of a run from `first_step` on, not yet made.
+
+    Args:
+        recipe: The run; its token store must lie where every node of the cluster sees it.
+        first_step: Step that training goes on with, before the run's last.
+        replicas: Model replicas that share each global batch.
+
+    Returns:
+        A data set for `split`.
+    """
+    assert first_step < recipe.training.steps, (first_step, recipe.training.steps)
+    context = DataContext.get_current().copy()
+    context.execution_options.preserve_order = True
+    context.target_max_block_size = None  # one task, one block, however large one step is
+    context.execution_no_progress_timeout_s = -1  # slow training may hold it back for any time
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    cpus = recipe.launch.cpus_per_data_task
+    if ray.available_resources().get("CPU", 0) < cpus:
+        logger.warning(
+            "no CPU is free for the tasks that make batches (launch.cpus_per_data_task=%g): training waits for one",
+            cpus,
+        )
+    blocks = RowBlocks(recipe, first_step, replicas)
+    with DataContext.current(context):
+        return ray.data.read_datasource(
+            blocks,
+            num_cpus=cpus,
+            concurrency=replicas,
+            override_num_blocks=replicas * len(chunks(recipe, first_step, replicas)),
+        )
+
+
+def split(dataset: Dataset, replicas: int) -> list[DataIterator]:
+    """One iterator for each replica, to be handed to its reader and given to `read`."""
+    iterators: list[DataIterator] = dataset.streaming_split(replicas, equal=False)
+    return iterators
+
+
+def read(
+    iterator: DataIterator, recipe: Recipe, first_step: int, replica: int, replicas: int
+) -> Iterator[Rows]:
+    """The rows of one replica, step by step from `first_step` to the run's last.
+
+    Args:
+        iterator: The replica's own from `split`.
+        recipe: The run, as given to `make_dataset`.
+        first_step: The step given to `make_dataset`.
+        replica: Which replica reads.
+        replicas: The number given to `make_dataset`.
+
+    Yields:
+        B = global_batch_rows / replicas rows, equal to `Batches.rows(step, replica, replicas)`.
+
+    Raises:
+        RuntimeError: If rows come out of place, are missing, or are too many.
+    """
+    share = recipe.training.global_batch_rows // replicas
+    batches = iterator.iter_batches(
+        batch_size=share,
+        batch_format="numpy",
+        prefetch_batches=max(1, PREFETCH_BYTES // (share * row_bytes(recipe.objective))),
+    )
+    yield from in_order(batches, recipe, first_step, replica, replicas)
+
+
+def in_order(
+    batches: Iterable[Mapping[str, npt.NDArray[Any]]],
+    recipe: Recipe,
+    first_step: int,
+    replica: int,
+    replicas: int,
+) -> Iterator[Rows]:
+    """Check that batches hold the samples of their steps; see `read`."""
+    slots = recipe.objective.slots_per_row
+    coming = iter(batches)
+    for step in range(first_step, recipe.training.steps):
+        arrays = next(coming, None)
+        rows = np.array(replica_rows(recipe, step, replica, replicas))
+        expected = rows[:, None] * slots + np.arange(slots)  # (B, slots)
+        if arrays is None:
+            raise RuntimeError(f"replica {replica}: Ray Data's rows end before step {step}")
+        if not np.array_equal(arrays["sample"], expected):
+            got = arrays["sample"].ravel()
+            raise RuntimeError(
+                f"step {step}, replica {replica}: Ray Data gave samples {got[0]} .. {got[-1]}, "
+                f"the step's are {expected[0, 0]} .. {expected[-1, -1]}"
+            )
+        # Ray's arrays are read-only views of its object store; a copy lets the block go.
+        yield Rows.from_arrays({name: array.copy() for name, array in arrays.items()})
+    if next(coming, None) is not None:
+        raise RuntimeError(f"replica {replica}: Ray Data gave rows beyond the last step")
+
+
+def chunks(recipe: Recipe, first_step: int, replicas: int) -> list[range]:
+    """The steps of each block: 1 at first, then twice as many each time while a block stays small enough."""
+    step_bytes = recipe.training.global_batch_rows // replicas * row_bytes(recipe.objective)
+    largest = max(1, BLOCK_BYTES // step_bytes)
+    found, begin, size = [], first_step, 1
+    while begin < recipe.training.steps:
+        found.append(range(begin, min(begin + size, recipe.training.steps)))
+        begin, size = begin + size, min(2 * size, largest)
+    return found
+
+
+def _read_block(recipe: Recipe, steps: range, replica: int, replicas: int) -> list[Any]:
+    """Make one block, from nothing but its place in the run; runs in a Ray task."""
+    batches = Batches(recipe, open_corpus(recipe.store_folder))
+    parts = [batches.rows(step, replica, replicas).arrays() for step in steps]
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return [BlockAccessor.batch_to_block(columns)]

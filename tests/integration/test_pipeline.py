@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import ray
+
+from ul2r.config import Recipe
+from ul2r.data.batches import Batches
+from ul2r.data.pipeline import BLOCK_BYTES, chunks, in_order, make_dataset, read, split
+from ul2r.data.store import Corpus
+from ul2r.objective import Rows
+from ul2r.testing.corpus import tiny_store
+from ul2r.testing.recipes import tiny_recipe
+
+pytestmark = pytest.mark.integration
+
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("storage")
+
+
+@pytest.fixture(scope="module")
+def corpus(storage: Path) -> Corpus:
+    return tiny_store(storage / "store")
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    ray.init(
+        address="local",
+        num_cpus=2,
+        object_store_memory=256 * 2**20,
+        include_dashboard=False,
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def recipe(storage: Path) -> Recipe:
+    objective = {"sequence_length": 128, "slots_per_row": 2}
+    return tiny_recipe(storage, objective=objective, training={"steps": STEPS})
+
+
+def read_all(recipe: Recipe, first_step: int, replicas: int) -> list[list[Rows]]:
+    """The rows of each replica by step, all replicas reading at once as in training."""
+    iterators = split(make_dataset(recipe, first_step, replicas), replicas)
+    with ThreadPoolExecutor(replicas) as pool:
+        return list(
+            pool.map(
+                lambda replica: list(
+                    read(iterators[replica], recipe, first_step, replica, replicas)
+                ),
+                range(replicas),
+            )
+        )
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize(("first_step", "replicas"), [(0, 1), (0, 2), (5, 2), (STEPS - 1, 4)])
+def test_rows_through_ray_are_those_made_in_process(
+    recipe: Recipe, corpus: Corpus, first_step: int, replicas: int
+) -> None:
+    """Bit for bit, whatever step the run goes on from and however many replicas share it."""
+    batches = Batches(recipe, corpus)
+    for replica, steps in enumerate(read_all(recipe, first_step, replicas)):
+        assert len(steps) == STEPS - first_step
+        for step, rows in enumerate(steps, first_step):
+            expected = batches.rows(step, replica, replicas).arrays()
+            for name, array in rows.arrays().items():
+                assert array.dtype == expected[name].dtype
+                assert array.tobytes() == expected[name].tobytes()
+                assert array.flags.writeable, "torch warns of arrays that cannot be written to"
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_run_stopped_in_the_middle_goes_on_with_the_next_samples(
+    recipe: Recipe, corpus: Corpus
+) -> None:
+    rows = read(split(make_dataset(recipe, 0, 1), 1)[0], recipe, 0, 0, 1)
+    before = [next(rows).sample for _ in range(9)]
+    del rows
+    (after,) = read_all(recipe, first_step=9, replicas=1)
+    samples = np.concatenate([*before, *(later.sample for later in after)])
+    assert samples.ravel().tolist() == list(range(STEPS * 8 * 2))
+
+
+def test_missing_cpu_for_the_tasks_is_said_aloud(
+    storage: Path,
+    corpus: Corpus,
+    local_ray: None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Ray itself would wait in silence."""
+    greedy = tiny_recipe(storage, launch={"cpus_per_data_task": 3})
+    with caplog.at_level(logging.WARNING):
+        make_dataset(greedy, 0, 1)
+    assert "launch.cpus_per_data_task=3" in caplog.text
+
+
+def arrays_of(recipe: Recipe, corpus: Corpus) -> list[Mapping[str, npt.NDArray[Any]]]:
+    batches = Batches(recipe, corpus)
+    return [batches.rows(step, 1, 2).arrays() for step in range(STEPS)]
+
+
+def test_rows_in_order_pass_the_check(recipe: Recipe, corpus: Corpus) -> None:
+    arrays = arrays_of(recipe, corpus)
+    assert len(list(in_order(arrays, recipe, 0, 1, 2))) == STEPS
+    assert len(list(in_order(arrays[7:], recipe, 7, 1, 2))) == STEPS - 7
+
+
+def test_two_steps_that_changed_places_are_noticed(recipe: Recipe, corpus: Corpus) -> None:
+    arrays = arrays_of(recipe, corpus)
+    arrays[3], arrays[4] = arrays[4], arrays[3]
+    checked = in_order(arrays, recipe, 0, 1, 2)
+    assert len([next(checked) for _ in range(3)]) == 3
+    # Step 3 is samples 48 to 63, of which replica 1 has the second half; 8 rows of 2 slots.
+    message = r"step 3, replica 1: Ray Data gave samples 72 \.\. 79, the step's are 56 \.\. 63"
+    with pytest.raises(RuntimeError, match=message):
+        next(checked)
+
+
+def test_rows_of_another_replica_are_noticed(recipe: Recipe, corpus: Corpus) -> None:
+    with pytest.raises(RuntimeError, match="step 0, replica 0"):
+        next(in_order(arrays_of(recipe, corpus), recipe, 0, 0, 2))
+
+
+def test_two_rows_that_changed_places_within_a_step_are_noticed(
+    recipe: Recipe, corpus: Corpus
+) -> None:
+    first, *others = arrays_of(recipe, corpus)
+    turned = {name: array[::-1] for name, array in first.items()}
+    with pytest.raises(RuntimeError, match="step 0, replica 1"):
+        next(in_order([turned, *others], recipe, 0, 1, 2))
+
+
+def test_rows_that_end_early_are_noticed(recipe: Recipe, corpus: Corpus) -> None:
+    with pytest.raises(
+        RuntimeError, match=f"replica 1: Ray Data's rows end before step {STEPS - 2}"
+    ):
+        list(in_order(arrays_of(recipe, corpus)[:-2], recipe, 0, 1, 2))
+
+
+def test_rows_beyond_the_last_step_are_noticed(recipe: Recipe, corpus: Corpus) -> None:
+    arrays = arrays_of(recipe, corpus)
+    with pytest.raises(RuntimeError, match="replica 1: Ray Data gave rows beyond the last step"):
+        list(in_order([*arrays, arrays[-1]], recipe, 0, 1, 2))
+
+
+@pytest.mark.parametrize("first_step", [0, 1, 777, 4999])
+@pytest.mark.parametrize("replicas", [1, 4])
+def test_chunks_cover_each_step_once_and_stay_below_the_largest_block(
+    storage: Path, first_step: int, replicas: int
+) -> None:
+    objective, training = {"sequence_length": 2048}, {"steps": 5000, "global_batch_rows": 32}
+    long_run = tiny_recipe(storage, objective=objective, training=training, data={"sentinels": 256})
+    found = chunks(long_run, first_step, replicas)
+    assert [step for steps in found for step in steps] == list(range(first_step, 5000))
+    assert len(found[0]) == 1, "the first block is ready soon"
+    step_bytes = 32 // replicas * (22 * 2048 + 8)
+    assert max(len(steps) for steps in found) * step_bytes <= BLOCK_BYTES
+    if first_step < 4000:
+        assert max(len(steps) for steps in found) * step_bytes > 0.9 * BLOCK_BYTES
+
+
+def test_one_step_larger_than_a_block_is_a_block_of_its_own(storage: Path) -> None:
+    training = {"steps": 3, "global_batch_rows": 32768}
+    huge = tiny_recipe(storage, training=training)
+    assert chunks(huge, 0, 1) == [range(1), range(1, 2), range(2, 3)]
+    assert np.prod((32768, 64)) * 22 > BLOCK_BYTES

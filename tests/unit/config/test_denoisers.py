@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ul2r.config import PRESETS, Causal, Denoiser, Objective, Prefix, SpanCorruption, fit
+from ul2r.config.denoisers import MINIMUM_RAW_LENGTH
+
+corruptions = st.builds(
+    SpanCorruption,
+    name=st.just("R"),
+    mean_span=st.floats(1, 64),
+    rate=st.floats(0.01, 0.99),
+    mode=st.just("NLU"),
+    weight=st.just(1),
+)
+denoisers = st.one_of(corruptions, st.just(Prefix(weight=1)), st.just(Causal()))
+
+
+def corruption(mean_span: float, rate: float) -> SpanCorruption:
+    return SpanCorruption(name="R", mean_span=mean_span, rate=rate, mode="NLU", weight=1)
+
+
+@pytest.mark.parametrize(
+    ("mean_span", "rate", "raw", "lengths"),
+    [
+        # By hand: 512 * 0.15 = 76.8; 77 / 3 = 25.67; 512 + 2 * 26 + 2.
+        (3, 0.15, 512, (77, 26, 566)),
+        (32, 0.15, 512, (77, 2, 518)),
+        (3, 0.5, 512, (256, 85, 684)),
+        (64, 0.5, 100, (50, 1, 104)),
+        (3, 0.01, 4, (1, 1, 8)),  # at least one token and one span
+        (1, 0.99, 4, (3, 1, 8)),  # at least one kept token, and no span without one before it
+    ],
+)
+def test_lengths_of_span_corruption(
+    mean_span: float, rate: float, raw: int, lengths: tuple[int, int, int]
+) -> None:
+    denoiser = corruption(mean_span, rate)
+    found = denoiser.noise_tokens(raw), denoiser.spans(raw), denoiser.example_length(raw)
+    assert found == lengths
+
+
+def test_lengths_of_prefix_and_causal() -> None:
+    assert Prefix(weight=1).example_length(100) == 102
+    assert Causal().example_length(100) == 100
+
+
+@given(corruptions, st.integers(2, 3000))
+def test_every_run_can_hold_a_token(denoiser: SpanCorruption, raw: int) -> None:
+    noise, spans = denoiser.noise_tokens(raw), denoiser.spans(raw)
+    assert 1 <= spans <= noise < raw
+    assert spans <= raw - noise
+
+
+@given(denoisers, st.integers(16, 600))
+def test_fitted_raw_length_is_the_longest_that_fits(denoiser: Denoiser, room: int) -> None:
+    lengths = range(MINIMUM_RAW_LENGTH, room + 1)
+    longest = max(raw for raw in lengths if denoiser.example_length(raw) <= room)
+    assert fit(denoiser, room) == longest
+
+
+@given(denoisers, st.integers(16, 4096))
+def test_slot_is_filled_to_within_two_tokens(denoiser: Denoiser, room: int) -> None:
+    assert room - 2 <= denoiser.example_length(fit(denoiser, room)) <= room
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_published_rows_carry_tokens_in_998_of_1000_positions(name: str) -> None:
+    """R with inputs of a fixed 1,024 tokens fills 1,253 of 2,048 positions; the raw length is solved for instead."""
+    objective = Objective(mixture=PRESETS[name], sequence_length=2048)
+    for denoiser in objective.mixture:
+        used = denoiser.example_length(fit(denoiser, objective.example_length)) - 1
+        assert used >= 0.998 * 2048
+
+
+@given(denoisers, st.integers(1, 12))
+def test_slot_that_is_too_short_is_refused(denoiser: Denoiser, room: int) -> None:
+    if denoiser.example_length(MINIMUM_RAW_LENGTH) <= room:
+        fit(denoiser, room)
+        return
+    with pytest.raises(ValueError, match=f"{room} tokens are too few for denoiser"):
+        fit(denoiser, room)
+
+
+def test_ul2r_mixture_is_the_papers() -> None:
+    """arXiv 2210.11399, 3.1: 50 % S, 25 % R, 25 % X."""
+    shares: dict[str, Fraction] = {}
+    for denoiser in PRESETS["ul2r"]:
+        kind = denoiser.name[0]
+        shares[kind] = shares.get(kind, Fraction(0)) + Fraction(denoiser.weight)
+    assert shares == {"S": Fraction(1, 2), "R": Fraction(1, 4), "X": Fraction(1, 4)}
+    modes = {d.name[0]: d.mode for d in PRESETS["ul2r"] if d.kind != "causal"}
+    assert modes == {"S": "S2S", "R": "NLU", "X": "NLG"}

@@ -1,0 +1,275 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ul2r.config import Comparison, Recipe, dump, load
+from ul2r.errors import RecipeError
+
+RECIPE = """
+name: small
+storage: runs/small
+model: {layers: 2, hidden_size: 8, ffn_hidden_size: 16, heads: 2, kv_heads: 1}
+training:
+  steps: 10
+  global_batch_rows: 8
+objective:
+  sequence_length: 256
+  mixture:
+    - {kind: prefix, weight: 0.5}
+    - {kind: span_corruption, name: R, mean_span: 3, rate: 0.15, mode: NLU, weight: 0.5}
+"""
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def write(text: str = RECIPE, name: str = "recipe.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    """The text of the refusal, which must be one line that begins with the file or the override."""
+    with pytest.raises(RecipeError) as caught:
+        load(path, overrides, Recipe)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert text.startswith((str(path.parent), "--set"))
+    return text
+
+
+def test_file_becomes_a_recipe_with_defaults(write: Write) -> None:
+    recipe = load(write(), [], Recipe)
+    assert recipe.training.steps == 10
+    assert recipe.training.microbatch_rows == 1
+    assert [denoiser.name for denoiser in recipe.objective.mixture] == ["S", "R"]
+
+
+def test_dump_reads_back_as_the_same_recipe(write: Write) -> None:
+    recipe = load(write(), [], Recipe)
+    assert load(write(dump(recipe), "again.yaml"), [], Recipe) == recipe
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("training.steps=12", 12),
+        ("training.steps= 12", 12),
+        ("optimizer.learning_rate=3e-4", 3e-4),  # YAML 1.1 reads 3e-4 as text
+        ("tracking.uri=http://host:5000", "http://host:5000"),
+        ("objective.mixture.1.rate=0.5", 0.5),
+        ("objective.mixture=causal", "causal"),
+        ("base=first", "first"),
+        ("base=", None),
+    ],
+)
+def test_override_sets_the_value_at_its_dotted_path(
+    write: Write, override: str, value: object
+) -> None:
+    recipe = load(write(), [override], Recipe)
+    found: object = recipe
+    if "mixture=" in override:
+        assert recipe.objective.mixture[0].name == value
+        return
+    for key in override.split("=")[0].split("."):
+        found = found[int(key)] if isinstance(found, tuple) else getattr(found, key)
+    assert found == value
+
+
+def test_later_override_wins(write: Write) -> None:
+    assert load(write(), ["seed=2", "seed=3"], Recipe).seed == 3
+
+
+def test_override_reaches_into_an_empty_group(write: Write) -> None:
+    path = write(RECIPE + "optimizer:\n")
+    assert load(path, ["optimizer.clip=2"], Recipe).optimizer.clip == 2
+
+
+def test_extending_file_lays_its_keys_over_the_other_one(write: Write) -> None:
+    write()
+    path = write("extends: recipe.yaml\nname: child\ntraining: {steps: 20}\n", "child.yaml")
+    recipe = load(path, [], Recipe)
+    assert (recipe.name, recipe.training.steps, recipe.training.global_batch_rows) == (
+        "child",
+        20,
+        8,
+    )
+
+
+def test_extending_file_replaces_a_list_whole(write: Write) -> None:
+    write()
+    path = write("extends: recipe.yaml\nobjective: {mixture: [{kind: causal}]}\n", "child.yaml")
+    assert load(path, [], Recipe).objective.is_causal
+
+
+def test_comparison_finds_recipes_beside_its_own_file(write: Write, tmp_path: Path) -> None:
+    path = write("name: c\nstorage: runs\nrecipes: {base: base.yaml, ul2r: ../ul2r.yaml}\n")
+    assert load(path, [], Comparison).recipes == {
+        "base": tmp_path / "base.yaml",
+        "ul2r": tmp_path / "../ul2r.yaml",
+    }
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("training.stps=1", "training.stps: unknown key; the nearest known one is training.steps"),
+        ("trainig={}", "trainig: unknown key; the nearest known one is training"),
+        ("steps=1", "steps: unknown key; the nearest known one is training.steps"),
+        ("extend=a", "extend: unknown key; the nearest known one is extends"),
+        (
+            "objective.mixture.1.rat=0.2",
+            "objective.mixture.1.rat: unknown key; the nearest known one is objective.mixture.1.rate",
+        ),
+        ("model.head=2", "model.head: unknown key; the nearest known one is model.heads"),
+    ],
+)
+def test_unknown_key_is_answered_with_the_nearest_known_one(
+    write: Write, override: str, expected: str
+) -> None:
+    path = write()
+    assert refusal(path, override) == f"{path}: {expected}"
+
+
+def test_unknown_key_is_named_before_the_required_one_that_it_stands_for(write: Write) -> None:
+    path = write(RECIPE.replace("  steps:", "  stpes:"))
+    assert refusal(path).endswith(
+        "training.stpes: unknown key; the nearest known one is training.steps (and 1 more)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "place", "message"),
+    [
+        ("training.steps=ten", "training.steps", "integer.*got 'ten'"),
+        ("training.steps=1.5", "training.steps", "integer.*got 1.5"),
+        ("training.steps=yes", "training", "steps=true: a number is needed"),
+        ("training.steps=", "training.steps", "integer.*got None"),
+        ("training=5", "training", "a group of keys is needed, got 5"),
+        ("name=5", "name", "string, got 5"),
+        ("storage=[a]", "storage", "a path is needed"),
+        ("data.corpus=texts", "data.corpus", "a list is needed, got 'texts'"),
+        ("objective.mixture=[S]", "objective.mixture.0", "a group of keys is needed, got 'S'"),
+        ("objective.mixture=[{weight: 1}]", "objective.mixture.0", "needs the key kind, one of"),
+        ("objective.mixture.0.kind=R", "objective.mixture.0", "kind is none of span_corruption, "),
+        ("objective.mixture=ul2", "objective.mixture", "unknown mixture 'ul2': use one of ul2r, "),
+    ],
+)
+def test_wrong_type_is_named_with_its_place_and_value(
+    write: Write, override: str, place: str, message: str
+) -> None:
+    path = write()
+    text = refusal(path, override)
+    assert text.startswith(f"{path}: {place}: ")
+    assert re.search(message, text)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.steps=0", "training.steps: input should be greater than 0, got 0"),
+        ("data.held_out=0.5", "data.held_out: input should be less than 0.5, got 0.5"),
+        ("seed=-1", "seed: input should be greater than or equal to 0, got -1"),
+        ("optimizer.learning_rate=.nan", "optimizer.learning_rate: .* finite number, got nan"),
+        ("objective.mixture.0.weight=.inf", "objective.mixture.0.weight: .* finite .*, got inf"),
+        ("objective.mixture.1.rate=1", "objective.mixture.1.rate: input should be less than 1"),
+        ("objective.mixture.1.mean_span=0.5", "objective.mixture.1.mean_span: .*, got 0.5"),
+        ("data.corpus=[]", "data.corpus: the list is empty, got ()"),
+        ("objective.mixture=[]", "objective.mixture: one denoiser or more is needed"),
+        ("evaluation.mixture=[]", "evaluation.mixture: one denoiser or more is needed"),
+        ("name=a b", "name: string should match pattern"),
+        ("optimizer.schedule=linear", "optimizer.schedule: .* 'cosine' or 'constant', got 'lin"),
+    ],
+)
+def test_value_out_of_range_is_named_with_its_place_and_value(
+    write: Write, override: str, message: str
+) -> None:
+    assert re.search(message, refusal(write(), override))
+
+
+def test_more_than_one_mistake_is_counted(write: Write) -> None:
+    assert refusal(write(), "training.steps=0", "seed=-1").endswith("(and 1 more)")
+
+
+def test_long_wrong_value_is_cut(write: Write) -> None:
+    assert len(refusal(write(), f"training.steps={'x' * 5000}")) < 300
+
+
+def test_required_key_that_is_missing_is_named(write: Write) -> None:
+    path = write(RECIPE.replace("  steps: 10\n", ""))
+    assert refusal(path) == f"{path}: training.steps: this key is required"
+
+
+@pytest.mark.parametrize("override", ["training.steps", "=3", "training..steps=3", "training.=3"])
+def test_override_of_another_form_is_refused(write: Write, override: str) -> None:
+    assert refusal(write(), override) == f"--set {override}: write it as key.key=value"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.steps.more=3", "training.steps is 10, not a group of keys"),
+        ("objective.mixture.2.rate=3", "'2' is no item of a list of 2, numbered from 0"),
+        ("objective.mixture.R.rate=3", "'R' is no item of a list of 2, numbered from 0"),
+        ("objective.mixture.-1=causal", "'-1' is no item of a list of 2, numbered from 0"),
+        ("training={steps: 1", "is not YAML"),
+        ("training={steps: 1, steps: 2}", "the key 'steps' stands twice"),
+    ],
+)
+def test_override_that_leads_nowhere_is_refused(write: Write, override: str, message: str) -> None:
+    text = refusal(write(), override)
+    assert text.startswith(f"--set {override}: ")
+    assert message in text
+
+
+def test_key_that_stands_twice_is_refused_with_its_line(write: Write) -> None:
+    text = refusal(write("name: a\nseed: 1\nname: b\n"))
+    assert text.endswith(
+        "recipe.yaml: line 3 is not YAML: the key 'name' stands twice in its group"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: [a\nseed: 1\n", "is not YAML"),
+        ("name: 'a\n", "is not YAML"),
+        ("\tname: a\n", "is not YAML"),
+        ("name: 2024-13-01\n", "is not YAML: month must be in 1..12"),
+        ("- a\n- b\n", "a recipe is a group of keys, this is list"),
+        ("", "a recipe is a group of keys, this is NoneType"),
+        ("extends: [a.yaml]\n", r"extends: a file name is needed, got \['a.yaml'\]"),
+    ],
+)
+def test_file_that_is_no_recipe_is_refused(write: Write, text: str, message: str) -> None:
+    assert re.search(message, refusal(write(text)))
+
+
+def test_missing_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "none.yaml"
+    assert refusal(path) == f"{path}: recipe cannot be read: No such file or directory"
+
+
+def test_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "latin.yaml"
+    path.write_bytes(b"name: caf\xe9\n")
+    assert refusal(path).endswith("recipe cannot be read: it is not UTF-8 text")
+
+
+def test_missing_extended_file_is_refused_naming_who_extends_it(write: Write) -> None:
+    path = write("extends: none.yaml\n")
+    assert refusal(path).endswith(f"No such file or directory (extended by {path})")
+
+
+def test_file_that_extends_itself_is_refused(write: Write) -> None:
+    write("extends: b.yaml\n", "a.yaml")
+    path = write("extends: a.yaml\n", "b.yaml")
+    assert "extends itself" in refusal(path)

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from ul2r.config import Recipe
+from ul2r.config.mistakes import explain
+
+
+def recipe(**changes: object) -> Recipe:
+    tree: dict[str, Any] = {
+        "name": "small",
+        "storage": "runs",
+        "model": {
+            "layers": 4,
+            "hidden_size": 96,
+            "ffn_hidden_size": 96,
+            "heads": 12,
+            "kv_heads": 4,
+        },
+        "training": {"steps": 10, "global_batch_rows": 8},
+        "objective": {"sequence_length": 256},
+    }
+    for section, values in changes.items():
+        old = tree.get(section)
+        if isinstance(old, dict) and isinstance(values, dict):
+            tree[section] = old | values
+        else:
+            tree[section] = values
+    return Recipe.model_validate(tree)
+
+
+def refusal(**changes: object) -> str:
+    with pytest.raises(ValidationError) as caught:
+        recipe(**changes)
+    return explain(caught.value, Recipe)
+
+
+def test_workers_that_are_no_multiple_of_tensor_times_pipeline_are_refused() -> None:
+    assert refusal(parallel={"workers": 6, "tensor": 2, "pipeline": 2}) == (
+        "parallel: workers=6 is not a multiple of tensor x pipeline = 2 x 2 = 4: "
+        "set parallel.workers to 4, 8, 12, ..."
+    )
+
+
+def test_data_parallel_replicas_are_what_is_left_of_the_workers() -> None:
+    made = recipe(parallel={"workers": 8, "tensor": 2, "pipeline": 2})
+    assert made.parallel.data == 2
+    assert made.microbatches == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"model": {"heads": 5}}, "model: heads=5 does not divide hidden_size=96: change either"),
+        ({"model": {"kv_heads": 5}}, "model: kv_heads=5 does not divide heads=12: change either"),
+        (
+            {"model": {"heads": 32, "kv_heads": 4}},
+            "model: head dimension hidden_size/heads=3 is odd",
+        ),
+        (
+            {"parallel": {"workers": 5, "tensor": 5}},
+            "parallel.tensor=5 does not divide model.heads=12: set parallel.tensor to one of 1, 2, 3, 4, 6, 12",
+        ),
+        (
+            {"parallel": {"workers": 12, "tensor": 12}, "model": {"ffn_hidden_size": 100}},
+            "parallel.tensor=12 does not divide model.ffn_hidden_size=100",
+        ),
+        (
+            {"parallel": {"workers": 3, "tensor": 3}},
+            "parallel.tensor=3 neither divides model.kv_heads=4 nor is a multiple of it",
+        ),
+        (
+            {"parallel": {"workers": 3, "pipeline": 3}},
+            "parallel.pipeline=3 does not divide model.layers=4: change either",
+        ),
+        (
+            {"parallel": {"workers": 2}, "training": {"microbatch_rows": 3}},
+            "is not a multiple of training.microbatch_rows x data-parallel size = 3 x 2 = 6",
+        ),
+        (
+            {"objective": {"slots_per_row": 3}},
+            "slots_per_row=3 does not divide sequence_length=256",
+        ),
+        ({"objective": {"sequence_length": 4}}, "objective: 5 tokens are too few for denoiser 'S'"),
+        (
+            {"objective": {"sequence_length": 4, "mixture": "causal"}},
+            "5 tokens are too few for denoiser 'S'",
+        ),
+        ({"base": "small"}, "base=small is the run's own name: name the run to continue"),
+        (
+            {"optimizer": {"learning_rate": 1e-7}},
+            "final_learning_rate=1e-06 is above learning_rate=1e-07",
+        ),
+        (
+            {"data": {"vocabulary_size": 515}},
+            "data: vocabulary_size=515 is too small for 256 bytes, sentinels=256, eos and three modes: "
+            "raise vocabulary_size to 516 or more, or lower sentinels",
+        ),
+    ],
+)
+def test_parts_that_do_not_fit_each_other_are_refused(
+    changes: dict[str, Any], expected: str
+) -> None:
+    assert expected in refusal(**changes)
+
+
+def test_denoisers_of_one_name_are_refused() -> None:
+    twice = [{"kind": "prefix", "weight": 1}, {"kind": "prefix", "weight": 2}]
+    assert refusal(objective={"mixture": twice}) == (
+        "objective.mixture: one denoiser or more is needed, of different names; these are ['S', 'S']"
+    )
+
+
+@pytest.mark.parametrize(("row", "needed"), [(1024, 128), (2048, 256)])
+def test_too_few_sentinels_are_refused_saying_how_many_are_needed(row: int, needed: int) -> None:
+    """The counts that other code bases ran out of: an eighth of the row for (3, 0.5)."""
+    assert refusal(objective={"sequence_length": row}, data={"sentinels": needed - 1}) == (
+        f"objective.mixture needs {needed} sentinels in slots of {row} tokens, data.sentinels={needed - 1}: "
+        f"raise data.sentinels to {needed} or shorten the slots"
+    )
+    recipe(objective={"sequence_length": row}, data={"sentinels": needed})
+
+
+def test_sentinels_of_the_evaluation_count_as_well() -> None:
+    causal = {"sequence_length": 2048, "mixture": "causal"}
+    assert "needs 256 sentinels" in refusal(objective=causal, data={"sentinels": 255})
+    recipe(objective=causal, data={"sentinels": 1}, evaluation={"mixture": "causal"})
+
+
+def test_storage_does_not_depend_on_the_folder_a_worker_runs_in() -> None:
+    made = recipe(storage="runs/demo")
+    assert made.storage == Path.cwd() / "runs/demo"
+    assert made.run_folder("base") == Path.cwd() / "runs/demo/runs/base"
+
+
+def test_recipe_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe().seed = 3  # type: ignore[misc]  # that it is refused is what is tested
+
+
+def test_config_imports_nothing_heavy() -> None:
+    code = "import sys, ul2r.config; print(*{name.split('.')[0] for name in sys.modules})"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"numpy", "torch", "ray", "mlflow", "megatron", "transformers"} & set(
+        found.stdout.split()
+    )

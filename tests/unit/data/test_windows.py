@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ul2r.data.windows import ROUNDS, Windows, permute
+from ul2r.errors import CorpusError
+
+seeds = st.integers(0, 2**63 - 1)
+keys = st.lists(st.integers(0, 2**64 - 1), min_size=ROUNDS, max_size=ROUNDS)
+
+
+class Numbers:
+    """A store whose tokens are their own places, modulo 2**31."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def tokens(self, start: int, length: int) -> npt.NDArray[np.int32]:
+        places = [(start + place) % self.size % 2**31 for place in range(length)]
+        return np.array(places, np.int32)
+
+
+@given(st.integers(1, 700), keys)
+def test_permutation_puts_every_place_somewhere_else(size: int, round_keys: list[int]) -> None:
+    assert sorted(permute(place, size, round_keys) for place in range(size)) == list(range(size))
+
+
+@given(st.integers(1, 2**40), keys, st.data())
+def test_permutation_stays_inside_a_set_of_any_size(
+    size: int, round_keys: list[int], data: st.DataObject
+) -> None:
+    assert 0 <= permute(data.draw(st.integers(0, size - 1)), size, round_keys) < size
+
+
+@given(st.integers(20, 3000), st.integers(1, 20), seeds, st.integers(0, 5))
+def test_epoch_reads_each_window_once_and_none_overlap(
+    size: int, length: int, seed: int, epoch: int
+) -> None:
+    windows = Windows(Numbers(size), length, seed)
+    count = size // length
+    assert len(windows) == count
+    read = [
+        token
+        for sample in range(epoch * count, (epoch + 1) * count)
+        for token in windows.window(sample, length).tolist()
+    ]
+    assert len(read) == len(set(read)) == count * length
+
+
+@given(st.integers(20, 3000), st.integers(2, 20), seeds, st.integers(0, 10_000), st.data())
+def test_window_is_a_run_of_the_store_from_its_start(
+    size: int, length: int, seed: int, sample: int, data: st.DataObject
+) -> None:
+    windows = Windows(Numbers(size), length, seed)
+    asked = data.draw(st.integers(1, length))
+    start = windows.start(sample)
+    expected = [(start + place) % size for place in range(asked)]
+    assert windows.window(sample, asked).tolist() == expected
+
+
+def test_tokens_left_over_are_others_in_other_epochs() -> None:
+    windows = Windows(Numbers(109), 10, seed=1)
+    left = set()
+    for epoch in range(12):
+        samples = range(epoch * 10, epoch * 10 + 10)
+        read = {token for sample in samples for token in windows.window(sample, 10).tolist()}
+        assert len(read) == 100
+        left.add(frozenset(range(109)) - read)
+    assert len(left) > 6
+
+
+def test_order_is_another_one_for_each_seed_and_epoch() -> None:
+    def order(seed: int, epoch: int) -> tuple[int, ...]:
+        windows = Windows(Numbers(640), 10, seed)
+        starts = [windows.start(sample) for sample in range(epoch * 64, epoch * 64 + 64)]
+        return tuple(np.argsort(np.argsort((np.array(starts) - starts[0]) % 640)))
+
+    orders = {order(seed, epoch) for seed in range(5) for epoch in range(5)}
+    assert len(orders) == 25
+    assert tuple(range(64)) not in orders
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 12])
+def test_each_place_is_equally_likely_for_a_window(size: int) -> None:
+    """Over 3,000 seeds; 99.9 % quantiles of chi-squared with size - 1 degrees of freedom."""
+    quantile = {2: 10.83, 3: 13.82, 5: 18.47, 12: 31.26}[size]
+    counts: Counter[int] = Counter()
+    for seed in range(3000):
+        draw = np.random.Generator(np.random.PCG64(seed))
+        counts[permute(1, size, draw.integers(2**63, size=ROUNDS).tolist())] += 1
+    expected = 3000 / size
+    assert sum((counts[p] - expected) ** 2 / expected for p in range(size)) < quantile
+
+
+def test_shift_is_spread_over_the_store() -> None:
+    starts = [Windows(Numbers(1000), 1000, seed).start(0) for seed in range(400)]
+    assert max(Counter(start // 100 for start in starts).values()) < 75, "40 expected in each tenth"
+    assert len({start // 100 for start in starts}) == 10
+
+
+def test_any_sample_of_an_enormous_store_is_read_without_a_table() -> None:
+    windows = Windows(Numbers(2**50), 2049, seed=1)
+    assert len(windows.window(10**15, 2049)) == 2049
+
+
+def test_store_shorter_than_a_window_is_refused_with_both_numbers() -> None:
+    with pytest.raises(CorpusError) as caught:
+        Windows(Numbers(500), 1025, seed=1, split="held-out")
+    assert str(caught.value) == (
+        "the held-out split holds 500 tokens, one window needs 1025: give more text, "
+        "shorten objective.sequence_length or raise objective.slots_per_row"
+    )
