@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from ul2r.config.section import Section
 from ul2r.errors import UserError
 
 USER_ERROR_EXIT = 2
+INTERRUPTED_EXIT = 128 + signal.SIGINT
 
 SectionType = TypeVar("SectionType", bound=Section)
 
@@ -29,7 +31,7 @@ def run_job(
         action: The job's work; a `UserError` from it ends the job with one line on stderr.
 
     Returns:
-        0, or 2 after a mistake of the user's.
+        0; 2 after a mistake of the user's; 130 where Ctrl-C or SIGTERM stopped the work.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -44,15 +46,19 @@ def run_job(
         help="override one key by its dotted path, e.g. --set training.steps=10 (repeatable)",
     )
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     return exit_code(lambda: action(load(arguments.recipe, arguments.overrides, kind)))
 
 
 def exit_code(work: Callable[[], None]) -> int:
-    """Do the work; 0, or 2 with one line on stderr where a user must change something."""
+    """Do the work; 0, 2 with one line on stderr where a user must change something, or 130 if stopped."""
     try:
         work()
     except UserError as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return USER_ERROR_EXIT
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped; the same command goes on from here\n")
+        return INTERRUPTED_EXIT
     return 0

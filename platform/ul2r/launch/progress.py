@@ -47,17 +47,30 @@ def shown_progress(what: str, total_tokens: int) -> Iterator[ActorHandle]:
 def _show(what: str, total_tokens: int, board: ActorHandle, ended: threading.Event) -> None:
     """Begin the bar with the first step, so that its rate is the training's and not the start's."""
     sys.stderr.write(f"{what}: starting workers\n")
-    shown: tuple[int, str] = (0, "")
-    while not shown[0]:
-        if ended.wait(POLL_S):
-            return
-        shown = ray.get(board.read.remote())
-    with progress(what, total_tokens, "tokens", completed=shown[0]) as bar:
-        while not ended.wait(POLL_S):
-            latest = ray.get(board.read.remote())
-            if latest != shown:
-                shown = latest
-                bar.update(*shown)
+    reports = _reports(board, ended)
+    first = next((tokens for tokens, _ in reports if tokens), None)
+    if first is None:
+        return
+    with progress(what, total_tokens, "tokens", completed=first) as bar:
+        for tokens, note in reports:
+            bar.update(tokens, note)
+
+
+def _reports(board: ActorHandle, ended: threading.Event) -> Iterator[tuple[int, str]]:
+    """What the board says each time it says something new, until the block ends.
+
+    A board whose process is still starting, or cannot start, must not keep the block from ending.
+    """
+    last: tuple[int, str] = (0, "")
+    asked = board.read.remote()
+    while not ended.wait(POLL_S):
+        if not ray.wait([asked], timeout=0)[0]:
+            continue
+        said: tuple[int, str] = ray.get(asked)
+        asked = board.read.remote()
+        if said != last:
+            last = said
+            yield said
 
 
 def write_to(

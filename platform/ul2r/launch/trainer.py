@@ -133,6 +133,8 @@ def _fit(recipe: Recipe, uri: str, run_id: str) -> None:
                 failure_config=FailureConfig(max_failures=launch.max_failures),
             ),
         )
+        # Ray Train's own answer to Ctrl-C waits for workers that are still starting and then exits with code 0.
+        trainer._register_sigint_handler = lambda _: None
         try:
             trainer.fit()
         except TrainingFailedError as error:

@@ -1,0 +1,231 @@
+"""Ray Train around Megatron-Core, for real: submitted as a job, and killed in every way a run can be."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+
+from ul2r.config import Recipe, dump
+from ul2r.launch.export import export
+from ul2r.testing.corpus import tiny_store
+from ul2r.testing.recipes import tiny_recipe
+from ul2r.tracking.server import running_server
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+ACTIVATED = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+STEPS, SAVED_EVERY = 24, 4
+WAIT_S = 240
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for(what: Callable[[], Any], process: subprocess.Popen[bytes] | None = None) -> Any:  # noqa: ANN401
+    """Poll until `what` is true; fail if it never is, or if `process` ends first."""
+    deadline = time.monotonic() + WAIT_S
+    while time.monotonic() < deadline:
+        found = what()
+        if found:
+            return found
+        assert process is None or process.poll() is None, "the process ended before it should"
+        time.sleep(0.05)
+    raise AssertionError("waited in vain")
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("training")
+    tiny_store(folder / "store")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tracking_uri(storage: Path) -> Iterator[str]:
+    with running_server(storage) as uri:
+        yield uri
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A cluster started as an operator would, `ray start --head`; yields the addresses jobs need."""
+    port, dashboard, agent = free_port(), free_port(), free_port()
+    log = tmp_path_factory.mktemp("cluster") / "ray.log"
+    command = [
+        *(f"{BIN}/ray", "start", "--head", "--block", "--num-cpus=4"),
+        *(f"--port={port}", f"--dashboard-port={dashboard}", "--include-dashboard=true"),
+        f"--dashboard-agent-listen-port={agent}",  # its default is one port for the whole machine
+        *("--object-store-memory=300000000", "--disable-usage-stats"),
+    ]
+    with log.open("wb") as output:
+        head = subprocess.Popen(
+            command, stdout=output, stderr=output, env=ACTIVATED, start_new_session=True
+        )
+    try:
+        wait_for(lambda: answers(dashboard), head)
+        yield {"gcs": f"127.0.0.1:{port}", "jobs": f"http://127.0.0.1:{dashboard}"}
+    finally:
+        head.terminate()
+        head.wait(60)
+
+
+def answers(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
+
+
+@pytest.fixture(scope="module")
+def environment(cluster: dict[str, str], tracking_uri: str) -> dict[str, str]:
+    return ACTIVATED | {"RAY_ADDRESS": cluster["gcs"], "MLFLOW_TRACKING_URI": tracking_uri}
+
+
+def recipe_named(storage: Path, name: str) -> tuple[Recipe, Path]:
+    recipe = tiny_recipe(
+        storage,
+        name=name,
+        parallel={"workers": 2, "tensor": 2},
+        training={"steps": STEPS},
+        checkpoints={"every": SAVED_EVERY},
+    )
+    path = storage / f"{name}.yaml"
+    path.write_text(dump(recipe))
+    return recipe, path
+
+
+def start(path: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    with path.with_suffix(".log").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "jobs/train.py", str(path)],
+            cwd=ROOT,
+            env=environment,
+            stdout=log,
+            stderr=log,
+        )
+
+
+def first_checkpoint(recipe: Recipe) -> str | None:
+    pointer = recipe.run_folder() / "checkpoints" / "latest"
+    return pointer.read_text() if pointer.exists() else None
+
+
+def history(uri: str, recipe: Recipe, metric: str) -> list[tuple[int, float]]:
+    record = json.loads((recipe.run_folder() / "tracking.json").read_text())
+    points = MlflowClient(uri).get_metric_history(record["run_id"], metric)
+    return sorted((point.step, point.value) for point in points)
+
+
+def status(uri: str, recipe: Recipe) -> str:
+    record = json.loads((recipe.run_folder() / "tracking.json").read_text())
+    return str(MlflowClient(uri).get_run(record["run_id"]).info.status)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    storage: Path, cluster: dict[str, str], tracking_uri: str
+) -> tuple[Recipe, list[tuple[int, float]]]:
+    """The run that others must equal, submitted as the README says."""
+    recipe, path = recipe_named(storage, "undisturbed")
+    submit = [
+        *(f"{BIN}/ray", "job", "submit", f"--address={cluster['jobs']}"),
+        *(
+            "--working-dir=.",
+            "--runtime-env-json",
+            json.dumps({"env_vars": {"MLFLOW_TRACKING_URI": tracking_uri}}),
+        ),
+        *("--", "python", "jobs/train.py", str(path)),
+    ]
+    done = wait_for(lambda: submitted(submit))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "succeeded" in done.stdout
+    return recipe, history(tracking_uri, recipe, "train/loss")
+
+
+def submitted(command: list[str]) -> subprocess.CompletedProcess[str] | None:
+    """Submit and follow a job to its end; None while the cluster, just started, takes none yet."""
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S, check=False
+    )
+    return None if "No available agent" in done.stderr else done
+
+
+def check_equal(
+    uri: str, recipe: Recipe, undisturbed: tuple[Recipe, list[tuple[int, float]]]
+) -> None:
+    """The same loss at each step, logged once, and the same weights, bit for bit."""
+    other, losses = undisturbed
+    assert history(uri, recipe, "train/loss") == losses
+    assert status(uri, recipe) == "FINISHED"
+    weights = [(export(run) / "model.safetensors").read_bytes() for run in (recipe, other)]
+    assert weights[0] == weights[1]
+
+
+def test_submitted_job_trains_and_is_tracked(
+    undisturbed: tuple[Recipe, list[tuple[int, float]]], tracking_uri: str
+) -> None:
+    recipe, losses = undisturbed
+    assert [step for step, _ in losses] == list(range(1, STEPS + 1))
+    assert losses[-1][1] < losses[0][1]
+    assert status(tracking_uri, recipe) == "FINISHED"
+    tokens = history(tracking_uri, recipe, "progress/tokens")
+    assert tokens[-1] == (STEPS, STEPS * 8 * 64)
+    held_out = {"causal", "S", "R", "X-long", "X-dense"}
+    for name in held_out:
+        points = history(tracking_uri, recipe, f"held_out/loss/{name}")
+        assert [step for step, _ in points] == [0, *range(3, STEPS + 1, 3)]
+
+
+def test_killed_worker_is_replaced_and_nothing_changes(
+    storage: Path,
+    environment: dict[str, str],
+    tracking_uri: str,
+    undisturbed: tuple[Recipe, list[tuple[int, float]]],
+) -> None:
+    recipe, path = recipe_named(storage, "killed-worker")
+    driver = start(path, environment)
+    wait_for(lambda: first_checkpoint(recipe), driver)
+    workers = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if any("RayTrainWorker" in word for word in process.info["cmdline"] or ())
+    ]
+    assert len(workers) == 2, [worker.info for worker in workers]
+    workers[-1].kill()
+    assert first_checkpoint(recipe) != f"step_{STEPS:08d}", "killed too late to show anything"
+    assert driver.wait(WAIT_S) == 0, path.with_suffix(".log").read_text()
+    check_equal(tracking_uri, recipe, undisturbed)
+
+
+def test_killed_driver_run_again_goes_on(
+    storage: Path,
+    environment: dict[str, str],
+    tracking_uri: str,
+    undisturbed: tuple[Recipe, list[tuple[int, float]]],
+) -> None:
+    recipe, path = recipe_named(storage, "killed-driver")
+    driver = start(path, environment)
+    wait_for(lambda: first_checkpoint(recipe), driver)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait(60)
+    assert first_checkpoint(recipe) != f"step_{STEPS:08d}", "killed too late to show anything"
+    again = start(path, environment)
+    assert again.wait(WAIT_S) == 0, path.with_suffix(".log").read_text()
+    check_equal(tracking_uri, recipe, undisturbed)
