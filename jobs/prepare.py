@@ -1,0 +1,51 @@
+"""Turn text into a token store.
+
+    python jobs/prepare.py jobs/recipes/demo-base.yaml
+    python jobs/prepare.py jobs/recipes/demo-base.yaml --set data.corpus=[my/texts]
+
+The store lands in `storage`/store of the recipe. Finished once, it is not made again.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from ul2r.config import Recipe
+from ul2r.data.manifest import Manifest
+from ul2r.data.prepare import finished, prepare
+from ul2r.launch.cluster import connected
+from ul2r.launch.command import run_job
+
+
+def main(recipe: Recipe) -> None:
+    """Make the recipe's token store, unless it is there, and say what it holds."""
+    manifest = finished(recipe)
+    state = "up to date"
+    if manifest is None:
+        with connected(cpus=1):
+            manifest = prepare(recipe)
+        state = "made"
+    print(f"token store {recipe.store_folder}: {state}")
+    print(summary(manifest))
+
+
+def summary(manifest: Manifest) -> str:
+    """Counts of a store's two sides, a line each, and of its vocabulary."""
+    lines = []
+    for name, split in (("train", manifest.train), ("held out", manifest.held_out)):
+        line = f"  {name:<9} {split.documents:,} documents, {split.tokens:,} tokens"
+        if split.text_bytes:
+            line += (
+                f", {split.text_bytes / 1e6:.2f} MB of text"
+                f" ({split.tokens / split.text_bytes:.3f} tokens per byte)"
+            )
+        lines.append(line)
+    vocabulary = manifest.vocabulary
+    lines.append(
+        f"  tokenizer {vocabulary.size:,} entries, {len(vocabulary.sentinels)} sentinels among them"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(__doc__, Recipe, main))

@@ -1,0 +1,220 @@
+"""From text to a token store by Ray Data: train a tokenizer, read and tokenise files in parallel, join.
+
+Work is done in a folder beside the store that takes the store's name when it is whole. Stopped and run again with the
+same inputs, `prepare` goes on behind the shards that were finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import pickle
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray.data
+from ray.data import DataContext
+
+from ul2r.config import Data, Recipe
+from ul2r.console import progress
+from ul2r.data.corpus import SourceFile, find_files
+from ul2r.data.documents import read_documents
+from ul2r.data.manifest import Manifest, digest
+from ul2r.data.shards import Group, group_files, join_shards, shard_is_done, write_shard
+from ul2r.data.store import open_corpus
+from ul2r.data.tokenizer import (
+    add_special_tokens,
+    load_tokenizer,
+    special_tokens,
+    train_tokenizer,
+    vocabulary_of,
+)
+from ul2r.errors import CorpusError, RecipeError, UserError
+
+TOKENIZER_FILE = "tokenizer.json"
+SAMPLE_SIZE = 2**25
+"""Characters that a tokenizer is trained on, at most."""
+SAMPLE_FILES = 2**12
+"""Files that they come from, at most."""
+PARTIAL = "store.partial-"
+"""How the names of folders begin in which stores are being made."""
+MEGABYTE = 1e6
+
+
+def finished(recipe: Recipe) -> Manifest | None:
+    """Description of the recipe's token store, if it is there, made of the same text by the same settings.
+
+    Raises:
+        CorpusError: If the text cannot be found, or a store made of something else is in the way.
+    """
+    inputs = _inputs(recipe.data, find_files(recipe.data.corpus))
+    store = recipe.store_folder
+    if not store.exists():
+        return None
+    manifest = open_corpus(store).manifest
+    difference = _difference(manifest.inputs, inputs)
+    if difference:
+        raise CorpusError(
+            f"{store}: {difference}: set storage to another folder, or delete {store}"
+        )
+    return manifest
+
+
+def prepare(recipe: Recipe) -> Manifest:
+    """Make the recipe's token store, on the Ray cluster that is connected.
+
+    Storage and corpus must lie where every node of the cluster can reach them.
+
+    Raises:
+        CorpusError: If the text cannot be read; storage is left without a trace then.
+        RecipeError: If storage cannot be written, or the vocabulary is too small for its special tokens.
+    """
+    files = find_files(recipe.data.corpus)
+    inputs = _inputs(recipe.data, files)
+    work = _work_folder(recipe, inputs)
+    try:
+        manifest = _make(work, recipe.data, files, inputs)
+    except UserError:
+        # Under another name first: a task that is still at work must not find its folder again.
+        shutil.rmtree(work.replace(work.with_name(f"{PARTIAL}abandoned")))
+        raise
+    work.replace(recipe.store_folder)
+    return manifest
+
+
+def _make(
+    work: Path, data: Data, files: Sequence[SourceFile], inputs: Mapping[str, Any]
+) -> Manifest:
+    tokenizer_file = work / TOKENIZER_FILE
+    if not tokenizer_file.is_file():
+        if data.tokenizer is None:
+            tokenizer = train_tokenizer(_sample(files), data.vocabulary_size, data.sentinels)
+        else:
+            tokenizer = load_tokenizer(data.tokenizer)
+            add_special_tokens(tokenizer, data.sentinels)
+        beside = work / f"{TOKENIZER_FILE}.part"
+        tokenizer.save(str(beside))
+        beside.replace(tokenizer_file)
+    groups = group_files(files)
+    _write_shards(groups, work)
+    vocabulary = vocabulary_of(load_tokenizer(tokenizer_file))
+    return join_shards(work, len(groups), data.held_out, vocabulary, inputs)
+
+
+def _sample(files: Sequence[SourceFile]) -> Iterator[str]:
+    """The beginnings of evenly spaced files, all of them where they are few and small."""
+    chosen = [file for file in files[:: -(-len(files) // SAMPLE_FILES)] if not file.holds_tokens]
+    fits = sum(file.size for file in chosen) <= SAMPLE_SIZE
+    share = SAMPLE_SIZE if fits else SAMPLE_SIZE // len(chosen)
+    taken = 0
+    for file in chosen:
+        end = min(taken + share, SAMPLE_SIZE)
+        for text, _ in read_documents(file.path):
+            if taken >= end:
+                break
+            yield text
+            taken += len(text)
+
+
+def _write_shards(groups: Sequence[Group], work: Path) -> None:
+    """Make the shards that are not there yet, each in a task of Ray's."""
+    left = [group for group in groups if not shard_is_done(group, work)]
+    total = sum(group.size for group in groups)
+    done = total - sum(group.size for group in left)
+    if not left:
+        return
+    rows = [{"group": pickle.dumps(group), "work": str(work)} for group in left]
+    with _quiet_in_order():
+        dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(_shard_task)
+    with progress("tokenise", total / MEGABYTE, "MB", completed=done / MEGABYTE) as bar:
+        bar.update(done / MEGABYTE)
+        for group, row in zip(left, dataset.iter_rows(), strict=True):
+            if row["mistake"]:
+                raise CorpusError(row["mistake"])
+            done += group.size
+            bar.update(done / MEGABYTE)
+
+
+@contextmanager
+def _quiet_in_order() -> Iterator[None]:
+    """Data sets made here show no bars beside ours, and give their rows in order: of two mistakes, always the first."""
+    for name, level in (
+        ("ray.data", logging.WARNING),
+        ("ray.data._internal.progress", logging.ERROR),
+    ):
+        logging.getLogger(name).setLevel(level)
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    with DataContext.current(context):
+        yield
+
+
+def _shard_task(row: dict[str, Any]) -> dict[str, str]:
+    """Make one shard; a user's mistake is an answer, since an exception would come back wrapped in Ray's."""
+    work = Path(row["work"])
+    try:
+        tokenizer = load_tokenizer(work / TOKENIZER_FILE)
+        write_shard(pickle.loads(row["group"]), work, tokenizer, vocabulary_of(tokenizer))
+    except UserError as error:
+        return {"mistake": str(error)}
+    return {"mistake": ""}
+
+
+def _inputs(data: Data, files: Sequence[SourceFile]) -> dict[str, Any]:
+    """What a store depends on, in plain JSON values."""
+    if data.tokenizer is None and any(file.holds_tokens for file in files):
+        raise CorpusError(
+            "data.corpus holds tokens (.bin, .idx): set data.tokenizer to the one they were made with"
+        )
+    if data.tokenizer is None:
+        special_tokens(data.sentinels, data.vocabulary_size)
+    else:
+        load_tokenizer(data.tokenizer)
+    listing = [(file.name, file.size, file.modified_ns) for file in files]
+    return {
+        "data.corpus": list(data.corpus),
+        "data.held_out": data.held_out,
+        "data.sentinels": data.sentinels,
+        "data.tokenizer": digest(data.tokenizer) if data.tokenizer else None,
+        "data.vocabulary_size": None if data.tokenizer else data.vocabulary_size,
+        "files": len(files),
+        "bytes": sum(file.size for file in files),
+        "listing": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
+    }
+
+
+def _difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What of a store's inputs is not as the recipe has it, in words; nothing if that cannot matter."""
+    for key in ("data.held_out", "data.sentinels", "data.tokenizer", "data.vocabulary_size"):
+        if then.get(key) != now[key]:
+            return f"was made with {key}={then.get(key)}, the recipe says {now[key]}"
+    if then.get("listing") == now["listing"]:
+        return ""
+    if then.get("data.corpus") != now["data.corpus"]:
+        return f"was made of data.corpus={then.get('data.corpus')}, the recipe says {now['data.corpus']}"
+    return (
+        f"files of data.corpus={now['data.corpus']} changed since it was made ({then.get('files')} files of "
+        f"{then.get('bytes')} bytes then, {now['files']} of {now['bytes']} now)"
+    )
+
+
+def _work_folder(recipe: Recipe, inputs: Mapping[str, Any]) -> Path:
+    """The folder in which a store of these inputs is made; what is left of others is removed."""
+    name = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
+    storage = recipe.storage.absolute()
+    work = storage / f"{PARTIAL}{name}"
+    for old in storage.glob(f"{PARTIAL}*"):
+        if old != work:
+            shutil.rmtree(old)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(
+            f"storage={recipe.storage}: cannot be written: {error.strerror}"
+        ) from None
+    return work

@@ -1,0 +1,217 @@
+"""From files to a token store: in shards that can be made anywhere and in any order, then joined.
+
+`group_files` cuts the corpus into groups, `write_shard` tokenises one of them, `join_shards` splits all documents
+into train and held out and writes the store. What comes out depends on the files and settings alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from ul2r.data.corpus import ONE_DOCUMENT_SUFFIXES, SourceFile, kind
+from ul2r.data.documents import read_documents
+from ul2r.data.manifest import STORE_FILES, Manifest, Split, digest
+from ul2r.data.store import TokenStore, TokenWriter, suffixed
+from ul2r.data.tokenizer import encode
+from ul2r.errors import CorpusError
+from ul2r.objective.vocabulary import Vocabulary
+
+SHARDS = 64
+"""Groups that a corpus is cut into, as far as the sizes below allow."""
+SMALLEST_SHARD, LARGEST_SHARD = 2**20, 2**28
+"""Bytes: a task costs Ray about 0.1 s, and a large corpus should show progress and lose little when stopped."""
+DOCUMENT = np.dtype([("key", "<u8"), ("text_bytes", "<i8")])
+"""What a shard keeps of each document: a digest that decides its side of the split, and its size."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Files that make one shard."""
+
+    number: int
+    files: tuple[SourceFile, ...]
+    cut_documents: bool = False
+    """Whether each piece of a document stands for itself, so that a corpus of one long text can be split."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the files."""
+        return sum(file.size for file in self.files)
+
+
+class _Part(NamedTuple):
+    """A part of a document on its way into a shard."""
+
+    tokens: npt.NDArray[np.int32]
+    source: bytes
+    """What the document's key is made from."""
+    text_bytes: int
+    ends_document: bool
+
+
+def group_files(files: Sequence[SourceFile]) -> list[Group]:
+    """Cut the files, in order, into groups of about equal size; a file is never cut."""
+    total = sum(file.size for file in files)
+    target = min(max(total // SHARDS, SMALLEST_SHARD), LARGEST_SHARD)
+    parts: list[list[SourceFile]] = []
+    room = 0
+    for file in files:
+        if room <= 0:
+            parts.append([])
+            room = target
+        parts[-1].append(file)
+        room -= file.size
+    alone = len(files) == 1 and kind(files[0].path) in ONE_DOCUMENT_SUFFIXES
+    return [Group(number, tuple(part), alone) for number, part in enumerate(parts)]
+
+
+def shard_is_done(group: Group, folder: Path) -> bool:
+    """Whether `write_shard` has finished this group in `folder`."""
+    return _documents_file(folder, group.number).is_file()
+
+
+def write_shard(group: Group, folder: Path, tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
+    """Tokenise a group's documents, each closed by an eos, into a shard in `folder`.
+
+    Raises:
+        CorpusError: If a file cannot be read, or holds tokens that are not this tokenizer's.
+    """
+    keys, sizes = array("Q"), array("q")
+    with TokenWriter(_shard(folder, group.number), vocabulary.size) as writer:
+        key, size = hashlib.blake2b(digest_size=8), 0
+        for part in _parts(group, tokenizer, vocabulary):
+            writer.append(part.tokens)
+            key.update(part.source)
+            size += part.text_bytes
+            if part.ends_document or group.cut_documents:
+                if part.tokens[-1] != vocabulary.eos:
+                    writer.append([vocabulary.eos])
+                writer.end_document()
+                keys.append(int.from_bytes(key.digest(), "little"))
+                sizes.append(size)
+                key, size = hashlib.blake2b(digest_size=8), 0
+    documents = np.empty(len(keys), DOCUMENT)
+    documents["key"], documents["text_bytes"] = keys, sizes
+    beside = suffixed(_shard(folder, group.number), ".part.npy")
+    np.save(beside, documents)
+    beside.replace(_documents_file(folder, group.number))
+
+
+def join_shards(
+    folder: Path,
+    shards: int,
+    held_out: float,
+    vocabulary: Vocabulary,
+    inputs: Mapping[str, Any],
+) -> Manifest:
+    """Join the shards in `folder` to a token store there, beside its tokenizer.json, and remove them.
+
+    The documents whose keys are smallest are held out: the choice is as good as random, holds whatever else changes,
+    and puts equal documents on one side.
+
+    Args:
+        folder: Where `write_shard` wrote, and the store's files go; the manifest comes last.
+        shards: Number of shards.
+        held_out: Share of the documents to hold out; one at least is, and one at least is not.
+        vocabulary: Of the tokenizer.
+        inputs: See `Manifest`.
+
+    Raises:
+        CorpusError: If there are not two different documents.
+    """
+    documents = [np.load(_documents_file(folder, number)) for number in range(shards)]
+    limit = _held_out_limit(np.concatenate([shard["key"] for shard in documents]), held_out)
+    text_bytes = [0, 0]
+    with (
+        TokenWriter(folder / "train", vocabulary.size) as train,
+        TokenWriter(folder / "held_out", vocabulary.size) as held,
+    ):
+        for number, shard in enumerate(documents):
+            if not len(shard):
+                continue
+            store = TokenStore.open(_shard(folder, number))
+            for document, (key, size) in enumerate(shard.tolist()):
+                side = int(key <= limit)
+                writer = (train, held)[side]
+                writer.append(store.document(document))
+                writer.end_document()
+                text_bytes[side] += size
+    files = {name: digest(folder / name) for name in STORE_FILES}
+    manifest = Manifest(
+        inputs,
+        vocabulary,
+        Split(train.documents, train.tokens, text_bytes[0]),
+        Split(held.documents, held.tokens, text_bytes[1]),
+        files,
+    )
+    for number in range(shards):
+        _remove_shard(folder, number)
+    manifest.write(folder)
+    return manifest
+
+
+def _parts(group: Group, tokenizer: Tokenizer, vocabulary: Vocabulary) -> Iterator[_Part]:
+    for file in group.files:
+        if file.holds_tokens:
+            yield from _token_parts(file.path, vocabulary)
+        else:
+            for text, ends_document in read_documents(file.path):
+                source = text.encode()
+                yield _Part(encode(tokenizer, text), source, len(source), ends_document)
+
+
+def _token_parts(path: Path, vocabulary: Vocabulary) -> Iterator[_Part]:
+    """Documents of an existing token store, each whole, if their tokens can be this tokenizer's text."""
+    is_text = np.ones(vocabulary.size, np.bool_)
+    is_text[[*vocabulary.modes.values(), *vocabulary.sentinels]] = False
+    store = TokenStore.open(path.with_suffix(""))
+    for number in range(store.documents):
+        tokens = store.document(number)
+        if not len(tokens):
+            continue
+        inside = (tokens >= 0) & (tokens < vocabulary.size)
+        if not inside.all() or not is_text[tokens].all():
+            raise CorpusError(
+                f"{path}: document {number} has tokens {tokens.min()} to {tokens.max()}; some are no text in the "
+                f"tokenizer of {vocabulary.size} entries: set data.tokenizer to the one it was made with"
+            )
+        yield _Part(tokens, tokens.tobytes(), text_bytes=0, ends_document=True)
+
+
+def _held_out_limit(keys: npt.NDArray[np.uint64], share: float) -> int:
+    """The largest key held out."""
+    count = len(keys)
+    if not count:
+        raise CorpusError(
+            "the corpus holds no text: all its files are empty; set data.corpus to your text"
+        )
+    if np.all(keys == keys[0]):
+        raise CorpusError(
+            f"the corpus holds one document (in {count} copies), but one must be held out from training: "
+            "add more text to data.corpus, or give one document a line as .jsonl"
+        )
+    smallest = np.sort(keys)[: min(max(round(share * count), 1), count - 1)]
+    limit = smallest[-1]
+    return int(limit if limit < keys.max() else np.max(keys[keys < limit]))
+
+
+def _shard(folder: Path, number: int) -> Path:
+    return folder / f"shard_{number:05d}"
+
+
+def _documents_file(folder: Path, number: int) -> Path:
+    return suffixed(_shard(folder, number), ".npy")
+
+
+def _remove_shard(folder: Path, number: int) -> None:
+    for suffix in (".bin", ".idx", ".npy"):
+        suffixed(_shard(folder, number), suffix).unlink()

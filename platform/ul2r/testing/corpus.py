@@ -1,0 +1,85 @@
+"""A tiny corpus and its token store, the same wherever and whenever they are made."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from ul2r.data.corpus import find_files
+from ul2r.data.shards import group_files, join_shards, write_shard
+from ul2r.data.store import Corpus, open_corpus
+from ul2r.data.tokenizer import train_tokenizer, vocabulary_of
+
+SUBJECTS = [
+    "the cat",
+    "a small dog",
+    "my friend",
+    "the old miller",
+    "every child",
+    "nobody",
+    "the river",
+    "a letter",
+]
+VERBS = ["sees", "carries", "forgets", "paints", "follows", "breaks", "waits for", "sings to"]
+OBJECTS = [
+    "a red door",
+    "the moon",
+    "two apples",
+    "the last train",
+    "its shadow",
+    "an open book",
+    "the sea",
+    "snow",
+]
+ENDS = [".", "!", "?", ", and then rests.", "; so it was in the year 1887."]
+
+
+def write_texts(folder: Path, documents: int = 64, sentences: int = 40, seed: int = 0) -> list[str]:
+    """Write `documents` different .txt files of plain sentences to `folder`; return their texts in name order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = []
+    for document in range(documents):
+        draw = np.random.Generator(np.random.Philox(key=[seed, document]))
+        lines = [f"Story {document}\n"]
+        for _ in range(sentences):
+            words = (str(draw.choice(choices)) for choices in (SUBJECTS, VERBS, OBJECTS))
+            lines.append(" ".join(words).capitalize() + str(draw.choice(ENDS)) + "\n")
+        texts.append("".join(lines))
+        (folder / f"story_{document:04d}.txt").write_text(texts[-1], encoding="utf-8")
+    return texts
+
+
+def tiny_store(
+    folder: Path,
+    *,
+    documents: int = 64,
+    sentences: int = 40,
+    vocabulary_size: int = 512,
+    sentinels: int = 64,
+    held_out: float = 0.1,
+    seed: int = 0,
+) -> Corpus:
+    """Make a whole token store in `folder` (a recipe's `store_folder`) from `write_texts`, in this process.
+
+    Args:
+        folder: Where the store goes; made if need be.
+        documents: Number of documents, train and held out together.
+        sentences: Sentences of each, of about 15 tokens.
+        vocabulary_size: Entries of the tokenizer; at least 260 + `sentinels`.
+        sentinels: Sentinel tokens.
+        held_out: Share of the documents held out.
+        seed: Of the text.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as texts_folder:
+        texts = write_texts(Path(texts_folder), documents, sentences, seed)
+        tokenizer = train_tokenizer(texts, vocabulary_size, sentinels)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        vocabulary = vocabulary_of(tokenizer)
+        groups = group_files(find_files([texts_folder]))
+        for group in groups:
+            write_shard(group, folder, tokenizer, vocabulary)
+    join_shards(folder, len(groups), held_out, vocabulary, inputs={"corpus": "testing"})
+    return open_corpus(folder)

@@ -1,0 +1,278 @@
+"""`jobs/prepare.py` on real Ray clusters: the same store however it is made, and one line where it cannot be."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from ul2r.config import Recipe, dump
+from ul2r.data.corpus import find_files
+from ul2r.data.manifest import Manifest
+from ul2r.data.prepare import finished, prepare
+from ul2r.data.store import TokenStore, open_corpus
+from ul2r.errors import CorpusError, LayoutError, RecipeError
+from ul2r.launch.cluster import connected
+from ul2r.testing.corpus import write_texts
+from ul2r.testing.recipes import tiny_recipe
+
+pytestmark = pytest.mark.integration
+
+ROOT = Path(__file__).parents[2]
+WAIT_S = 240
+ONE_CPU_CLUSTER = """
+import ray, sys
+ray.init("local", num_cpus=1, include_dashboard=False)
+print(ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="module")
+def one_cpu() -> Iterator[str]:
+    """Address of a cluster of another process, of one CPU."""
+    with subprocess.Popen(
+        [sys.executable, "-c", ONE_CPU_CLUSTER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as owner:
+        assert owner.stdout
+        assert owner.stdin
+        yield owner.stdout.readline().strip()
+        owner.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def three_cpus(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """A recipe whose store of the standard library was made by three tasks at a time."""
+    recipe = tiny_recipe(tmp_path_factory.mktemp("three") / "storage")
+    with connected(cpus=3):
+        prepare(recipe)
+    return recipe
+
+
+@pytest.fixture
+def connection(one_cpu: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The cluster of one CPU, used by this process."""
+    monkeypatch.setenv("RAY_ADDRESS", one_cpu)
+    with connected(cpus=1):
+        yield
+
+
+@pytest.fixture
+def text(connection: None, tmp_path: Path) -> Recipe:
+    """A recipe whose store was made of a folder of stories."""
+    write_texts(tmp_path / "texts")
+    data = {"corpus": [str(tmp_path / "texts")], "vocabulary_size": 512}
+    recipe = tiny_recipe(tmp_path / "text", data=data)
+    assert finished(recipe) is None
+    assert prepare(recipe) == finished(recipe)
+    return recipe
+
+
+def _documents(folder: Path) -> list[list[int]]:
+    """All documents of both sides, sorted."""
+    stores = [TokenStore.open(folder / side) for side in ("train", "held_out")]
+    return sorted(store.document(n).tolist() for store in stores for n in range(store.documents))
+
+
+def _command(recipe: Recipe, folder: Path) -> list[str]:
+    (folder / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+    return [sys.executable, "jobs/prepare.py", str(folder / "recipe.yaml")]
+
+
+def _job(
+    recipe: Recipe, folder: Path, address: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run the job as a user does."""
+    environment = os.environ | ({"RAY_ADDRESS": address} if address else {})
+    return subprocess.run(
+        _command(recipe, folder),
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+        check=False,
+    )
+
+
+def _shards(recipe: Recipe) -> list[Path]:
+    return list(recipe.storage.glob("store.partial-*/shard_*.npy"))
+
+
+def _kill_after_the_first_shard(recipe: Recipe, folder: Path, address: str) -> int:
+    """Start the job, kill it in the midst of its work, return how many shards it had finished."""
+    with subprocess.Popen(
+        _command(recipe, folder),
+        cwd=ROOT,
+        env=os.environ | {"RAY_ADDRESS": address},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as job:
+        deadline = time.monotonic() + WAIT_S
+        while not _shards(recipe):
+            assert job.poll() is None, "the job ended before its first shard"
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        job.kill()
+    return len(_shards(recipe))
+
+
+def _share_at_start(stderr: str) -> int:
+    """Percentage of the progress bar's first line."""
+    return int(stderr.split("tokenise")[1].split("%")[0])
+
+
+def test_the_standard_library_becomes_a_store(three_cpus: Recipe) -> None:
+    corpus = open_corpus(three_cpus.store_folder)
+    manifest = corpus.manifest
+    with_text = [file for file in find_files(["stdlib"]) if file.size]
+    assert manifest.train.documents + manifest.held_out.documents == len(with_text)
+    assert manifest.held_out.documents == round(0.03 * len(with_text))
+    assert manifest.train.text_bytes + manifest.held_out.text_bytes == sum(
+        file.size for file in with_text
+    )
+    assert corpus.vocabulary.size == 4096
+    tokenizer = Tokenizer.from_file(str(corpus.tokenizer_file))
+    texts = {file.path.read_text(encoding="utf-8") for file in with_text}
+    for number in range(corpus.held_out.documents):
+        ids = corpus.held_out.document(number)
+        assert ids[-1] == corpus.vocabulary.eos
+        assert tokenizer.decode(ids[:-1].tolist()) in texts
+
+
+def test_a_killed_job_goes_on_and_one_cpu_makes_the_same_bytes(
+    three_cpus: Recipe, one_cpu: str, tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(tmp_path / "storage")
+    assert _kill_after_the_first_shard(recipe, tmp_path, one_cpu) >= 1
+    assert not recipe.store_folder.exists()
+    resumed = _job(recipe, tmp_path, one_cpu)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "made" in resumed.stdout
+    assert _share_at_start(resumed.stderr) > 0
+    assert [path.name for path in recipe.storage.iterdir()] == ["store"]
+    assert Manifest.read(recipe.store_folder) == Manifest.read(three_cpus.store_folder)
+    for name in ("train.bin", "train.idx", "held_out.bin", "held_out.idx", "tokenizer.json"):
+        made, expected = recipe.store_folder / name, three_cpus.store_folder / name
+        assert made.read_bytes() == expected.read_bytes(), name
+
+
+def test_a_finished_store_is_not_made_again(three_cpus: Recipe, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in three_cpus.store_folder.iterdir()}
+    again = _job(three_cpus, tmp_path)
+    assert again.returncode == 0
+    assert "up to date" in again.stdout
+    assert again.stderr == ""
+    assert {path: path.stat().st_mtime_ns for path in three_cpus.store_folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        ({"held_out": 0.1}, "was made with data.held_out=0.03, the recipe says 0.1"),
+        ({"vocabulary_size": 512}, "data.vocabulary_size=4096, the recipe says 512"),
+        ({"sentinels": 65}, "data.sentinels=64, the recipe says 65"),
+        ({"corpus": [str(ROOT / "README.md")]}, "was made of data.corpus=['stdlib'], the recipe"),
+    ],
+)
+def test_a_store_made_of_something_else_is_not_taken(
+    three_cpus: Recipe, data: dict[str, object], reason: str
+) -> None:
+    with pytest.raises(CorpusError) as caught:
+        finished(tiny_recipe(three_cpus.storage, data=data))
+    assert reason in str(caught.value)
+    assert "set storage to another folder, or delete" in str(caught.value)
+
+
+def test_a_store_of_changed_text_is_not_taken(text: Recipe) -> None:
+    (path, *_) = sorted(Path(text.data.corpus[0]).iterdir())
+    path.write_text("something else\n", encoding="utf-8")
+    with pytest.raises(CorpusError, match=r"files of data\.corpus=.* changed since it was made"):
+        finished(text)
+
+
+def test_the_tokens_of_a_megatron_user_are_split_again(text: Recipe, tmp_path: Path) -> None:
+    theirs = text.store_folder
+    data = {
+        "corpus": [str(theirs / "train.bin"), str(theirs / "held_out.idx")],
+        "tokenizer": theirs / "tokenizer.json",
+    }
+    recipe = tiny_recipe(tmp_path / "tokens", data=data)
+    manifest = prepare(recipe)
+    assert manifest.vocabulary == Manifest.read(theirs).vocabulary
+    assert _documents(recipe.store_folder) == _documents(theirs)
+
+
+def test_tokens_without_their_tokenizer_are_refused(text: Recipe, tmp_path: Path) -> None:
+    data = {"corpus": [str(text.store_folder / "train.bin")]}
+    with pytest.raises(CorpusError, match=r"set data\.tokenizer to the one they were made with"):
+        prepare(tiny_recipe(tmp_path / "tokens", data=data))
+
+
+def test_a_mistake_that_a_task_finds_is_one_line(text: Recipe, tmp_path: Path) -> None:
+    texts = Path(text.data.corpus[0])
+    (texts / "story_0007.txt").write_bytes(b"one\ntwo\nthr\xe9e\n")
+    # With a tokenizer given, nothing is read before the tasks read it.
+    data = {"corpus": [str(texts)], "tokenizer": text.store_folder / "tokenizer.json"}
+    recipe = tiny_recipe(tmp_path / "broken", data=data)
+    with pytest.raises(CorpusError) as caught:
+        prepare(recipe)
+    assert str(caught.value).startswith(f"{texts}/story_0007.txt: line 3: not UTF-8 text")
+    assert "\n" not in str(caught.value)
+    assert list(recipe.storage.iterdir()) == []
+
+
+def test_storage_that_is_a_file_is_refused(connection: None, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    recipe = tiny_recipe(tmp_path / "file", data={"corpus": [str(ROOT / "README.md")]})
+    with pytest.raises(RecipeError, match=r"storage=.*: cannot be written"):
+        prepare(recipe)
+
+
+def test_a_cluster_that_is_too_small_is_named(
+    one_cpu: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", one_cpu)
+    with (
+        pytest.raises(LayoutError, match=r"the cluster has 1 CPUs, this job needs 2\.5: lower"),
+        connected(cpus=2.5),
+    ):
+        pytest.fail("connected to a cluster that is too small")
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({}, "texts: no such file or folder"),
+        ({"picture.png": b"x"}, "in this folder"),
+        ({"empty.txt": b"", "more.txt": b""}, "the corpus holds no text"),
+        ({"a.txt": b"fine\n", "b.txt": b"one\ntwo\nthr\xe9e\n"}, "b.txt: line 3: not UTF-8 text"),
+        ({"a.jsonl": b'{"text": "a"}\n{"text": \n'}, "a.jsonl: line 2: not JSON"),
+    ],
+)
+def test_bad_text_ends_the_job_with_one_line(
+    tmp_path: Path, one_cpu: str, files: dict[str, bytes], reason: str
+) -> None:
+    texts = tmp_path / "texts"
+    for name, content in files.items():
+        texts.mkdir(exist_ok=True)
+        (texts / name).write_bytes(content)
+    recipe = tiny_recipe(tmp_path / "storage", data={"corpus": [str(texts)]})
+    job = _job(recipe, tmp_path, one_cpu)
+    assert job.returncode == 2
+    assert job.stdout == ""
+    *progress, mistake = job.stderr.splitlines()
+    assert mistake.startswith("error: ")
+    assert reason in mistake
+    assert all(line.startswith("tokenise") for line in progress)
+    assert not recipe.storage.exists() or list(recipe.storage.iterdir()) == []
