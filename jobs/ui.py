@@ -1,0 +1,50 @@
+"""Keep MLflow up on what was recorded.
+
+    python jobs/ui.py --storage runs/demo [--port 5000]
+
+Serves the runs, pictures and models of one storage folder on this machine until Ctrl-C. While it is up, other jobs
+can record there with MLFLOW_TRACKING_URI or tracking.uri set to its address.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from ul2r.launch.command import exit_code
+from ul2r.tracking.mlflow import view_pages
+from ul2r.tracking.server import running_server
+
+DEFAULT_PORT = 5000
+
+
+def main(storage: Path, port: int) -> None:
+    """Serve until told to stop."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with running_server(storage, port) as uri:
+            print(f"MLflow is up until Ctrl-C: {uri}", flush=True)
+            for experiment, page in view_pages(uri).items():
+                print(f"{experiment}, losses by training compute: {page}", flush=True)
+            threading.Event().wait()
+    except KeyboardInterrupt:
+        print("stopped", flush=True)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--storage", type=Path, required=True, metavar="FOLDER", help="a recipe's storage"
+    )
+    parser.add_argument("--port", type=int, default=DEFAULT_PORT)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    options = _options()
+    sys.exit(exit_code(lambda: main(options.storage, options.port)))

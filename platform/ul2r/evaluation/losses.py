@@ -1,0 +1,63 @@
+"""Held-out losses in nats per token: plain text, a text's second half, and each denoiser's targets."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ul2r.config import Causal, Denoiser, Prefix, Recipe, fit
+from ul2r.data.batches import Batches
+from ul2r.data.store import Corpus
+from ul2r.errors import CorpusError
+from ul2r.evaluation.prompts import columns, scored_rows
+from ul2r.evaluation.scores import Score, token_score
+from ul2r.evaluation.texts import spread_windows
+from ul2r.inference import LanguageModel
+
+
+def denoiser_loss(
+    model: LanguageModel, corpus: Corpus, recipe: Recipe, denoiser: Denoiser
+) -> Score:
+    """Mean loss of the targets that `denoiser` makes of held-out text.
+
+    Every arm gets exactly the same rows, masks, modes and sentinels, with prefix-LM attention (causal for the causal
+    denoiser), whether it was trained on them or not. They are the rows that training measures itself on, as many of
+    `evaluation.rows` as the held-out split has without reading a token twice.
+
+    Raises:
+        CorpusError: If the held-out split has not two rows.
+    """
+    objective = recipe.objective
+    available = len(corpus.held_out) // (objective.example_length * objective.slots_per_row)
+    count = min(recipe.evaluation.rows, available)
+    if count < 2:
+        raise CorpusError(
+            f"the held-out split of {len(corpus.held_out)} tokens has {available} rows of {objective.sequence_length} "
+            "tokens, and 2 are needed: raise data.held_out or give more text"
+        )
+    rows = Batches(recipe, corpus).held_out(denoiser, count)
+    return token_score(model.token_losses(rows), rows.loss_mask)
+
+
+def causal_loss(model: LanguageModel, corpus: Corpus, recipe: Recipe) -> Score:
+    """Mean next-token loss of plain held-out text; every arm reads it causally and without a mode."""
+    return denoiser_loss(model, corpus, recipe, Causal())
+
+
+def second_half_loss(model: LanguageModel, corpus: Corpus, recipe: Recipe) -> Score:
+    """Mean loss of a text's second half given the first half, each arm in its own way.
+
+    A causal arm reads the text causally. A UL2R arm reads [S2S] and the first half in both directions, and then the
+    second half causally, as it would continue a prompt. The same raw tokens count for every arm: the second half's,
+    without the eos of documents that end in it. The closing eos of S training is not asked for.
+    """
+    denoiser = Prefix(weight=1.0)
+    length = fit(denoiser, recipe.objective.example_length)
+    texts = spread_windows(corpus.held_out, recipe.evaluation.rows, length)
+    first, second = np.split(texts, [length // 2], axis=1)
+    counts = second != corpus.vocabulary.eos
+    if model.attention == "causal":
+        rows = scored_rows(first, second, counts, bidirectional=False)
+    else:
+        inputs = columns(len(texts), corpus.vocabulary.modes[denoiser.mode], first)
+        rows = scored_rows(inputs, second, counts, bidirectional=True)
+    return token_score(model.token_losses(rows), rows.loss_mask)

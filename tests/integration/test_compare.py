@@ -1,0 +1,236 @@
+"""Three exports measured and compared by the real jobs, on Ray and with a real MLflow server."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+from ul2r.config import Comparison, Recipe, load
+from ul2r.data.store import open_corpus
+from ul2r.errors import CheckpointError, RecipeError, ServiceError
+from ul2r.evaluation import evaluate
+from ul2r.evaluation.comparison import ROLES, Role
+from ul2r.inference import LanguageModel
+from ul2r.launch.comparison import compare
+from ul2r.testing.corpus import tiny_store
+from ul2r.testing.models import tiny_export
+from ul2r.tracking.mlflow import MlflowTracker, start_run, view_pages
+from ul2r.tracking.server import running_server
+
+pytestmark = pytest.mark.integration
+
+ROOT = Path(__file__).parents[2]
+SENTINELS = 16
+STEPS = (0, 10, 20)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Recipes of three runs that continue one base, with exports and a token store of the same tokenizer."""
+    folder = tmp_path_factory.mktemp("comparison")
+    storage = folder / "storage"
+    for role in ROLES:
+        write_yaml(folder / f"{role}.yaml", recipe_tree(role, storage))
+        causal = role != "ul2r"
+        export = tiny_export(
+            storage / "runs" / role / "export",
+            attention="causal" if causal else "prefix",
+            sentinels=SENTINELS,
+            seed=ROLES.index(role),
+        )
+        describe(export, run=role, tokens=3000 if role == "base" else 4500, flops=3e9)
+    vocabulary_size = LanguageModel.load(export).origin.vocabulary
+    assert vocabulary_size is not None
+    tiny_store(
+        storage / "store",
+        documents=40,
+        vocabulary_size=vocabulary_size.size,
+        sentinels=SENTINELS,
+    )
+    for role in ROLES:
+        shutil.copy(storage / "store/tokenizer.json", storage / "runs" / role / "export")
+    files = {role: f"{role}.yaml" for role in ROLES}
+    tracking = {"experiment": "three"}
+    tree = {"name": "three", "storage": "elsewhere", "recipes": files, "tracking": tracking}
+    write_yaml(folder / "compare.yaml", tree)
+    return folder
+
+
+def recipe_tree(role: Role, storage: Path) -> dict[str, object]:
+    return {
+        "name": role,
+        "role": role,
+        "storage": str(storage),
+        "base": None if role == "base" else "base",
+        "model": {"layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "heads": 4, "kv_heads": 2},
+        "objective": {"mixture": "ul2r" if role == "ul2r" else "causal", "sequence_length": 64},
+        "training": {"steps": 20, "global_batch_rows": 1},
+        "data": {"sentinels": SENTINELS},
+        "evaluation": {"rows": 6, "infill_examples": 6, "infill_context": 20},
+        "tracking": {"experiment": "three"},
+    }
+
+
+def write_yaml(path: Path, tree: object) -> None:
+    path.write_text(yaml.safe_dump(tree))
+
+
+def describe(export: Path, **fields: object) -> None:
+    file = export / "ul2r.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+@pytest.fixture(scope="module")
+def uri(folder: Path) -> Iterator[str]:
+    """A server that knows the three runs and their losses during training."""
+    with running_server(folder / "storage") as address:
+        for role in ROLES:
+            recipe = load(folder / f"{role}.yaml", (), Recipe)
+            tracker = MlflowTracker(address, start_run(recipe, address, {}, {}))
+            for step in STEPS:
+                losses = {
+                    f"held_out/loss/{d.name}": 5.0 - step / 20 for d in recipe.evaluation.mixture
+                }
+                losses["held_out/loss/causal"] = 4.0 - step / 20
+                tracker.log(
+                    step, {**losses, "progress/eflops": 1e-9 * (step + 20 * (role != "base"))}
+                )
+            tracker.close()
+        yield address
+
+
+def run_job(job: str, recipe: Path, uri: str, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, f"jobs/{job}.py", str(recipe), *words],
+        cwd=ROOT,
+        env={**os.environ, "MLFLOW_TRACKING_URI": uri},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def changes(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_comparison_measures_each_arm_once_and_keeps_table_and_picture(
+    folder: Path, uri: str
+) -> None:
+    storage = folder / "storage"
+    ran = run_job("compare", folder / "compare.yaml", uri, "--set", f"storage={storage}")
+    assert ran.returncode == 0, ran.stderr
+    made = storage / "comparisons" / "three"
+    table = json.loads((made / "table.json").read_text())
+    assert list(table["arms"]) == ["base", "control", "ul2r"]
+    assert "+50.0% tokens" in "".join(table["notes"])
+
+    corpus = open_corpus(storage / "store")
+    for role in ROLES:
+        recipe = load(folder / f"{role}.yaml", (), Recipe)
+        model = LanguageModel.load(recipe.run_folder() / "export")
+        expected = evaluate(model, corpus, recipe)
+        for metric in table["metrics"]:
+            mean = metric["scores"][role]["mean"]
+            assert mean == pytest.approx(expected[metric["name"]].mean, abs=1e-5), metric["name"]
+            assert f"{mean:.{metric['digits']}f} ±" in ran.stdout
+
+    client = MlflowClient(uri, uri)
+    (experiment,) = (e for e in client.search_experiments() if e.name == "three")
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert set(runs) == {*ROLES, "three"}
+    artifacts = [file.path for file in client.list_artifacts(runs["three"].info.run_id)]
+    assert artifacts == ["comparison.png", "table.json", "table.md"]
+    infill = next(m for m in table["metrics"] if m["name"] == "infill_loss")
+    logged = runs["ul2r"].data.metrics["evaluation/infill_loss"]
+    assert logged == infill["scores"]["ul2r"]["mean"]
+
+    assert "viewStateShareKey" in view_pages(uri)["three"]
+
+    before = changes(storage / "runs") | changes(made)
+    again = run_job("compare", folder / "compare.yaml", uri, "--set", f"storage={storage}")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == ran.stdout
+    assert changes(storage / "runs") | changes(made) == before
+    assert len(client.search_runs([experiment.experiment_id])) == 4
+
+    measured = run_job("evaluate", folder / "ul2r.yaml", uri)
+    assert measured.returncode == 0, measured.stderr
+    assert f"{infill['scores']['ul2r']['mean']:.3f}" in measured.stdout
+    assert changes(storage / "runs") | changes(made) == before
+
+
+def test_the_picture_is_1600_by_900(folder: Path, uri: str) -> None:
+    comparison = load(folder / "compare.yaml", [f"storage={folder / 'storage'}"], Comparison)
+    picture = compare_with(comparison, uri) / "comparison.png"
+    header = picture.read_bytes()[:24]
+    assert header.startswith(b"\x89PNG")
+    assert (int.from_bytes(header[16:20]), int.from_bytes(header[20:24])) == (1600, 900)
+
+
+def compare_with(comparison: Comparison, uri: str) -> Path:
+    tracking = comparison.tracking.model_copy(update={"uri": uri})
+    return compare(comparison.model_copy(update={"tracking": tracking})).folder
+
+
+def test_without_an_export_the_job_says_what_to_run(folder: Path, uri: str, tmp_path: Path) -> None:
+    tree = recipe_tree("base", folder / "storage") | {"name": "never-exported"}
+    write_yaml(tmp_path / "recipe.yaml", tree)
+    recipe = load(tmp_path / "recipe.yaml", (), Recipe)
+    start_run(recipe, uri, {}, {})
+    ran = run_job("evaluate", tmp_path / "recipe.yaml", uri)
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("error: run 'never-exported' has no export at")
+    assert "run jobs/export.py RECIPE first" in ran.stderr
+    assert ran.stderr.count("\n") == 1
+
+
+def test_an_export_with_another_tokenizer_is_refused(
+    folder: Path, uri: str, tmp_path: Path
+) -> None:
+    copy = tmp_path / "storage"
+    shutil.copytree(folder / "storage", copy)
+    (copy / "runs/base/export/tokenizer.json").write_text("{}")
+    comparison = load(folder / "compare.yaml", [f"storage={copy}"], Comparison)
+    with pytest.raises(
+        CheckpointError, match=r"base/export/tokenizer.json is not the tokenizer of"
+    ):
+        compare_with(comparison, uri)
+
+
+def test_arms_with_different_evaluation_settings_are_refused(
+    folder: Path, uri: str, tmp_path: Path
+) -> None:
+    storage = folder / "storage"
+    tree = recipe_tree("control", storage)
+    write_yaml(tmp_path / "control.yaml", tree | {"evaluation": {"rows": 7, "infill_context": 20}})
+    for name in ("base.yaml", "compare.yaml", "ul2r.yaml"):
+        shutil.copy(folder / name, tmp_path)
+    comparison = load(tmp_path / "compare.yaml", [f"storage={storage}"], Comparison)
+    with pytest.raises(RecipeError, match=r"evaluation.rows: base has 6, control has 7: make"):
+        compare_with(comparison, uri)
+
+
+def test_runs_of_another_experiment_are_refused(folder: Path, uri: str) -> None:
+    words = [f"storage={folder / 'storage'}", "tracking.experiment=other"]
+    comparison = load(folder / "compare.yaml", words, Comparison)
+    with pytest.raises(RecipeError, match=r"tracking.experiment: comparison has 'other', base has"):
+        compare_with(comparison, uri)
+
+
+def test_a_server_that_does_not_know_a_run_is_named(folder: Path, uri: str, tmp_path: Path) -> None:
+    tree = recipe_tree("base", folder / "storage") | {"name": "base", "storage": str(tmp_path)}
+    write_yaml(tmp_path / "base.yaml", tree)
+    shutil.copytree(folder / "storage/store", tmp_path / "store")
+    for name in ("control.yaml", "ul2r.yaml", "compare.yaml"):
+        shutil.copy(folder / name, tmp_path)
+    comparison = load(tmp_path / "compare.yaml", [f"storage={tmp_path}"], Comparison)
+    with pytest.raises(ServiceError, match="run 'base' is not known to MLflow"):
+        compare_with(comparison, uri)

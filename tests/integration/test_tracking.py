@@ -1,0 +1,266 @@
+"""Runs, artifacts and models through a real MLflow server on SQLite."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from ul2r.errors import CheckpointError, ServiceError
+from ul2r.tracking import RunStatus
+from ul2r.tracking import mlflow as tracking
+from ul2r.tracking.mlflow import MlflowTracker
+from ul2r.tracking.server import running_server
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("storage with a space")
+
+
+@pytest.fixture(scope="module")
+def uri(storage: Path) -> Iterator[str]:
+    with running_server(storage) as address:
+        yield address
+
+
+def make_run(uri: str, folder: Path, name: str = "run") -> str:
+    return tracking.continue_run(uri, "tests", name, folder, tags={"ul2r.role": "base"}, params={})
+
+
+def stored_steps(uri: str, run_id: str, metric: str) -> list[int]:
+    return [point.step for point in MlflowClient(uri, uri).get_metric_history(run_id, metric)]
+
+
+def status(uri: str, run_id: str) -> str:
+    return str(MlflowClient(uri, uri).get_run(run_id).info.status)
+
+
+def test_more_points_than_one_request_takes_are_all_there_after_close(
+    uri: str, tmp_path: Path
+) -> None:
+    run_id = make_run(uri, tmp_path)
+    tracker = MlflowTracker(uri, run_id)
+    for step in range(1, 1201):
+        tracker.log(step, {"train/loss": 1.0 / step, "progress/tokens": 64.0 * step})
+    tracker.close()
+    expected = [(step, 1.0 / step) for step in range(1, 1201)]
+    assert tracking.history(uri, run_id, "train/loss") == expected
+    assert len(tracking.history(uri, run_id, "progress/tokens")) == 1200
+    assert tracking.history(uri, run_id, "train/never_logged") == []
+    assert status(uri, run_id) == "FINISHED"
+
+
+@pytest.mark.parametrize("end", ["FINISHED", "FAILED", "KILLED"])
+def test_a_run_ends_as_it_did(uri: str, tmp_path: Path, end: RunStatus) -> None:
+    run_id = make_run(uri, tmp_path)
+    tracker = MlflowTracker(uri, run_id)
+    tracker.log(1, {"train/loss": 1.0})
+    assert status(uri, run_id) == "RUNNING"
+    tracker.close(end)
+    assert status(uri, run_id) == end
+    assert stored_steps(uri, run_id, "train/loss") == [1]
+
+
+KILLED_PROGRAM = """
+    import sys, time
+    from ul2r.tracking.mlflow import MlflowTracker
+    tracker = MlflowTracker(*sys.argv[1:])
+    for step in range(1, 9):
+        tracker.log(step, {"train/loss": 1 / step, "train/tokens_per_second": 100.0})
+    time.sleep(600)
+"""
+
+
+def test_a_killed_run_continues_under_its_id_and_replayed_points_are_stored_once(
+    uri: str, tmp_path: Path
+) -> None:
+    run_id = make_run(uri, tmp_path)
+    program = [sys.executable, "-c", textwrap.dedent(KILLED_PROGRAM), uri, run_id]
+    with subprocess.Popen(program) as process:
+        while stored_steps(uri, run_id, "train/tokens_per_second")[-1:] != [8]:
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGKILL)
+    assert status(uri, run_id) == "RUNNING"
+
+    assert make_run(uri, tmp_path) == run_id
+    tracker = MlflowTracker(uri, run_id)
+    for step in range(5, 13):  # the last checkpoint was at step 4; speed differs when replayed
+        tracker.log(step, {"train/loss": 1 / step, "train/tokens_per_second": 100.0 + step})
+    tracker.close()
+    for metric in ("train/loss", "train/tokens_per_second"):
+        assert sorted(stored_steps(uri, run_id, metric)) == list(range(1, 13))
+    assert tracking.history(uri, run_id, "train/loss") == [
+        (step, 1 / step) for step in range(1, 13)
+    ]
+
+
+def test_a_record_of_a_run_that_the_server_does_not_have_starts_a_new_one(
+    uri: str, tmp_path: Path
+) -> None:
+    (tmp_path / "tracking.json").write_text(json.dumps({"run_id": "0" * 32}))
+    assert tracking.find_run(uri, tmp_path) is None
+    run_id = make_run(uri, tmp_path)
+    assert tracking.find_run(uri, tmp_path) == run_id != "0" * 32
+
+
+def test_tags_are_brought_up_to_date_and_parameters_keep_their_first_value(
+    uri: str, tmp_path: Path
+) -> None:
+    first = tracking.continue_run(
+        uri, "tests", "run", tmp_path, tags={"digest": "a"}, params={"steps": 10}
+    )
+    again = tracking.continue_run(
+        uri, "tests", "run", tmp_path, tags={"digest": "b"}, params={"steps": 20, "rows": 4}
+    )
+    data = MlflowClient(uri, uri).get_run(again).data
+    assert first == again
+    assert data.tags["digest"] == "b"
+    assert data.params == {"steps": "10", "rows": "4"}
+
+
+def test_results_are_added_once_and_a_new_value_replaces_the_old_one(
+    uri: str, tmp_path: Path
+) -> None:
+    run_id = make_run(uri, tmp_path)
+    picture = tmp_path / "comparison.png"
+    picture.write_bytes(b"picture")
+    for value in (0.5, 0.5, 0.25):
+        tracking.log_summary(uri, run_id, {"evaluation/infill_loss": value}, [picture], step=7)
+    client = MlflowClient(uri, uri)
+    assert stored_steps(uri, run_id, "evaluation/infill_loss") == [7, 7]
+    assert client.get_run(run_id).data.metrics["evaluation/infill_loss"] == 0.25
+    assert [artifact.path for artifact in client.list_artifacts(run_id)] == ["comparison.png"]
+
+
+def make_export(folder: Path, weights: bytes = b"weights") -> Path:
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(weights)
+    (folder / "ul2r.json").write_text("{}")
+    return folder
+
+
+def test_a_registered_export_is_found_by_its_alias_and_registered_once(
+    uri: str, tmp_path: Path
+) -> None:
+    run_id = make_run(uri, tmp_path)
+    first = make_export(tmp_path / "first export")
+    second = make_export(tmp_path / "second", b"better weights")
+    assert tracking.register(uri, "tests-alias", first, run_id, "champion") == "1"
+    assert tracking.register(uri, "tests-alias", first, run_id, "champion") == "1"
+    assert tracking.resolve(uri, "tests-alias", "champion") == first
+    assert tracking.register(uri, "tests-alias", second, run_id, "champion") == "2"
+    assert tracking.resolve(uri, "tests-alias", "champion") == second
+    tracking.register(uri, "tests-alias", first, run_id, "previous")
+    assert tracking.resolve(uri, "tests-alias", "previous") == first
+
+
+def test_a_model_or_alias_that_is_not_registered_is_named_in_one_line(
+    uri: str, tmp_path: Path
+) -> None:
+    run_id = make_run(uri, tmp_path)
+    tracking.register(uri, "tests-known", make_export(tmp_path / "export"), run_id, "champion")
+    for name, alias in (("tests-known", "challenger"), ("tests-unknown", "champion")):
+        with pytest.raises(ServiceError, match=f"models:/{name}@{alias}") as caught:
+            tracking.resolve(uri, name, alias)
+        assert "\n" not in str(caught.value)
+
+
+def test_an_export_that_is_gone_is_named_in_one_line(uri: str, tmp_path: Path) -> None:
+    run_id = make_run(uri, tmp_path)
+    export = make_export(tmp_path / "export")
+    tracking.register(uri, "tests-gone", export, run_id, "champion")
+    export.rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"tests-gone@champion.*/export, where"):
+        tracking.resolve(uri, "tests-gone", "champion")
+    with pytest.raises(CheckpointError, match=r"run jobs/export\.py"):
+        tracking.register(uri, "tests-gone", export, run_id, "champion")
+
+
+def test_two_servers_share_a_storage_and_a_tracker_says_what_is_lost_when_its_server_goes(
+    uri: str, storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = make_run(uri, tmp_path)
+    with running_server(storage) as other:
+        trackers = {address: MlflowTracker(address, run_id) for address in (uri, other)}
+        for step in range(1, 101):
+            trackers[uri].log(step, {"train/loss": float(step)})
+            trackers[other].log(step, {"held_out/loss/S": float(step)})
+        trackers[uri].close()
+        trackers[other].close()
+        assert len(tracking.history(uri, run_id, "train/loss")) == 100
+        assert len(tracking.history(uri, run_id, "held_out/loss/S")) == 100
+        left = MlflowTracker(other, run_id)
+        assert processes_with(other.rpartition(":")[2])
+    assert not processes_with(other.rpartition(":")[2])
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr("ul2r.tracking.mlflow.CLOSE_TIMEOUT_S", 0.5)
+    left.log(101, {"train/loss": 101.0, "train/learning_rate": 1e-4})
+    with pytest.raises(ServiceError, match="2 metric points of run") as caught:
+        left.close()
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ServiceError, match=other):
+        tracking.resolve(other, "tests-alias", "champion")
+
+
+def test_a_taken_port_is_refused_in_one_line(tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with (
+            pytest.raises(ServiceError, match=f"port {port} is taken: choose another with --port"),
+            running_server(tmp_path / "storage", port),
+        ):
+            pass
+    assert not (tmp_path / "storage").exists()
+
+
+def test_a_server_that_cannot_start_points_to_its_log(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("this is no database")
+    with (
+        pytest.raises(ServiceError, match=r"ended with code .*mlflow\.log"),
+        running_server(tmp_path),
+    ):
+        pass
+
+
+def test_the_ui_job_stays_up_until_told_to_stop_and_leaves_nothing(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [sys.executable, "jobs/ui.py", "--storage", str(tmp_path), "--port", str(port)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as job:
+        assert job.stdout is not None
+        assert job.stdout.readline() == f"MLflow is up until Ctrl-C: http://127.0.0.1:{port}\n"
+        assert tracking.check_server(f"http://127.0.0.1:{port}")
+        taken = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(30) == 0
+    assert taken.returncode == 2
+    assert taken.stderr == f"error: port {port} is taken: choose another with --port\n"
+    assert not processes_with(str(port))
+
+
+def processes_with(argument: str) -> list[str]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+        except (FileNotFoundError, NotADirectoryError, ProcessLookupError):
+            continue
+        if argument.encode() in words and entry.name != str(os.getpid()):
+            found.append(entry.name)
+    return found

@@ -1,0 +1,70 @@
+"""A token store, and exports of both kinds with its tokenizer."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from ul2r.config import Architecture, Recipe
+from ul2r.data.store import Corpus, open_corpus
+from ul2r.inference import LanguageModel, read_origin
+from ul2r.testing.corpus import tiny_store
+from ul2r.testing.models import tiny_export
+
+SENTINELS = 16
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """A UL2R run that is exported, and the token store that it was trained on."""
+    storage = tmp_path_factory.mktemp("storage")
+    export = tiny_export(storage / "runs/arm/export", sentinels=SENTINELS)
+    vocabulary = read_origin(export).vocabulary
+    assert vocabulary is not None
+    tiny_store(
+        storage / "store", documents=40, vocabulary_size=vocabulary.size, sentinels=SENTINELS
+    )
+    shutil.copy(storage / "store/tokenizer.json", export)
+    return Recipe.model_validate(
+        {
+            "name": "arm",
+            "storage": storage,
+            "model": Architecture(
+                layers=2, hidden_size=32, ffn_hidden_size=64, heads=4, kv_heads=2
+            ),
+            "objective": {"sequence_length": 64},
+            "training": {"steps": 1, "global_batch_rows": 1},
+            "data": {"sentinels": SENTINELS},
+            "evaluation": {"rows": 6, "infill_examples": 5, "infill_context": 20},
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def corpus(recipe: Recipe) -> Corpus:
+    return open_corpus(recipe.store_folder)
+
+
+@pytest.fixture(scope="session")
+def ul2r_model(recipe: Recipe) -> LanguageModel:
+    return LanguageModel.load(recipe.run_folder() / "export")
+
+
+@pytest.fixture(scope="session")
+def causal_model(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    folder = tmp_path_factory.mktemp("causal") / "export"
+    tiny_export(folder, attention="causal", sentinels=SENTINELS, seed=2)
+    shutil.copy(recipe.store_folder / "tokenizer.json", folder)
+    return LanguageModel.load(folder)
+
+
+@pytest.fixture(scope="session")
+def uniform_model(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    """A model whose embeddings are all zero, so that every token is equally likely."""
+    folder: Path = tmp_path_factory.mktemp("uniform") / "export"
+    shutil.copytree(recipe.run_folder() / "export", folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"].zero_()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return LanguageModel.load(folder)

@@ -1,0 +1,56 @@
+"""Means and their standard errors."""
+
+import json
+import math
+import statistics
+
+import numpy as np
+import pytest
+
+from ul2r.evaluation.scores import Score, Scores, mean_score, perplexity, token_score
+
+
+def test_mean_of_values_and_its_error() -> None:
+    values = [0.0, 1.0, 1.0, 0.0, 1.0]
+    score = mean_score(values)
+    assert score.mean == pytest.approx(0.6)
+    assert score.error == pytest.approx(statistics.stdev(values) / math.sqrt(5))
+    assert score.count == 5
+
+
+def test_tokens_outside_the_mask_do_not_count() -> None:
+    losses = np.array([[1.0, np.inf, 3.0], [5.0, 7.0, np.nan]])
+    mask = np.array([[1, 0, 1], [1, 1, 0]])
+    assert token_score(losses, mask).mean == pytest.approx((1 + 3 + 5 + 7) / 4)
+
+
+def test_rows_of_equal_size_give_the_mean_and_error_of_their_own_means() -> None:
+    losses = np.random.default_rng(0).gamma(2.0, size=(9, 4))
+    by_rows = mean_score(losses.mean(axis=1))
+    by_tokens = token_score(losses, np.ones_like(losses))
+    assert by_tokens.mean == pytest.approx(by_rows.mean)
+    assert by_tokens.error == pytest.approx(by_rows.error)
+    assert by_tokens.count == 9
+
+
+def test_rows_of_different_sizes_have_the_error_that_the_jackknife_finds() -> None:
+    generator = np.random.default_rng(1)
+    losses = generator.gamma(2.0, size=(200, 30)) + generator.normal(size=(200, 1))
+    mask = np.arange(30) < generator.integers(5, 31, size=(200, 1))
+    without = [
+        token_score(np.delete(losses, row, 0), np.delete(mask, row, 0)).mean for row in range(200)
+    ]
+    jackknife = math.sqrt(199 / 200 * sum((m - statistics.mean(without)) ** 2 for m in without))
+    assert token_score(losses, mask).error == pytest.approx(jackknife, rel=0.02)
+
+
+def test_perplexity_is_the_exponential_with_the_slope_as_error() -> None:
+    loss = Score(2.0, 1e-4, 8)
+    above = perplexity(Score(2.0 + 1e-4, 0.0, 8)).mean - perplexity(loss).mean
+    assert perplexity(loss).mean == pytest.approx(math.e**2)
+    assert perplexity(loss).error == pytest.approx(above, rel=1e-3)
+
+
+def test_scores_survive_json() -> None:
+    scores = Scores({"infill_loss": Score(1 / 3, 0.1, 7), "causal_loss": Score(2.0, 0.2, 8)})
+    assert Scores.from_dict(json.loads(json.dumps(scores.to_dict()))) == scores

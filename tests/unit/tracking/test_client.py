@@ -1,0 +1,64 @@
+"""Addresses that are no MLflow server are refused in one line."""
+
+import http.server
+import socket
+import threading
+
+import pytest
+
+from ul2r.errors import ServiceError
+from ul2r.tracking.mlflow import check_server
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def refusal(uri: str | None) -> str:
+    with pytest.raises(ServiceError) as caught:
+        check_server(uri)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_no_address_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert "tracking.uri and MLFLOW_TRACKING_URI are empty" in refusal(None)
+
+
+def test_the_environment_gives_the_address_where_the_recipe_has_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    uri = f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert uri in refusal(None)
+
+
+def test_a_server_that_is_down_is_named() -> None:
+    uri = f"http://127.0.0.1:{free_port()}"
+    message = refusal(uri)
+    assert uri in message
+    assert "jobs/ui.py" in message
+
+
+@pytest.mark.parametrize("uri", ["mlruns", "file:///tmp/mlruns", "sqlite:///mlflow.db"])
+def test_a_store_without_a_server_is_refused(uri: str) -> None:
+    assert uri in refusal(uri)
+
+
+def test_another_service_at_the_address_is_refused() -> None:
+    class NotFound(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(404)
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    with http.server.HTTPServer(("127.0.0.1", 0), NotFound) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            assert "HTTP 404" in refusal(f"http://127.0.0.1:{server.server_port}")
+        finally:
+            server.shutdown()
