@@ -81,18 +81,19 @@ class _TerminalBar:
 
 
 class _LogBar:
-    """A line at the first and last update and every `LOG_INTERVAL_S` between."""
+    """A line at the first update, at the end, and every `LOG_INTERVAL_S` between."""
 
     def __init__(self, what: str, total: float, unit: str, completed: float) -> None:
         self._what, self._total, self._unit = what, total, unit
         self._begun_at, self._begun = completed, time.monotonic()
-        self._shown = float("-inf")
+        self._shown_at, self._ended = float("-inf"), False
 
     def update(self, completed: float, note: str = "") -> None:
         now = time.monotonic()
-        if completed < self._total and now - self._shown < LOG_INTERVAL_S:
+        ends = completed >= self._total
+        if self._ended or (not ends and now - self._shown_at < LOG_INTERVAL_S):
             return
-        self._shown = now
+        self._shown_at, self._ended = now, ends
         done, elapsed = completed - self._begun_at, now - self._begun
         left = (self._total - completed) * elapsed / done if done > 0 else None
         share = completed / self._total if self._total else 1.0

@@ -1,0 +1,50 @@
+# What people type. `make` alone lists the words; each word sets up .venv by itself, once.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+STORAGE ?= runs/demo
+UI_PORT ?= 5000
+PORT ?= 8000
+
+bin := .venv/bin
+ready := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check fix ui serve bench
+
+help:  ## list these words
+	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+
+demo: $(ready)  ## text -> base -> UL2R -> comparison -> served model; CORPUS=path takes your own text
+	@$(bin)/python jobs/demo.py $(if $(CORPUS),--corpus '$(CORPUS)')
+
+test: $(ready)  ## every test that this machine can run; ARGS="-k words" picks some
+	@$(bin)/pytest $(ARGS)
+
+check: $(ready)  ## lint, format and types, changing nothing
+	@$(bin)/ruff check
+	@$(bin)/ruff format --check
+	@$(bin)/mypy
+
+fix: $(ready)  ## mend what lint and format can mend by themselves
+	@$(bin)/ruff check --fix
+	@$(bin)/ruff format
+
+ui: $(ready)  ## MLflow on what the demo recorded; UI_PORT=5000, STORAGE=runs/demo
+	@$(bin)/python jobs/ui.py --storage '$(STORAGE)' --port $(UI_PORT)
+
+serve: $(ready)  ## the demo's champion over HTTP, until Ctrl-C; PORT=8000, STORAGE=runs/demo
+	@$(bin)/python jobs/serve.py models:/ul2r-demo@champion --storage '$(STORAGE)' --port $(PORT)
+
+bench: $(ready)  ## every benchmark; each prints one JSON line
+	@for file in benchmarks/*.py; do $(bin)/python $$file || exit; done
+
+# The stamp is written last, so an installation that was cut off is begun again.
+$(ready): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found: apt install python3 python3-venv, or make PYTHON=/path/to/python" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "error: PYTHON=$(PYTHON) is not Python 3.11 or newer: make PYTHON=/path/to/a/newer/python" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) has no venv: apt install python3-venv" >&2; exit 2; }
+	@echo "installing into .venv: takes 2 to 5 minutes, once"
+	@$(PYTHON) -m venv .venv
+	@$(bin)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

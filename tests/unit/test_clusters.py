@@ -1,0 +1,213 @@
+"""Cluster files obey the rules that KubeRay, Ray Serve and this project's own recipes would enforce.
+
+KubeRay's rules are those of its v1.7 operator (validation.go and the fields of rayjob_types.go), which no API
+server checks here: names of at most 47 characters, string values in rayStartParams, and so on.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from serving.app import Arguments
+from ul2r.config import Recipe, load
+
+ROOT = Path(__file__).parents[2]
+CLUSTERS = ROOT / "clusters"
+RESOURCES = sorted(CLUSTERS.glob("*.yaml"))
+
+SPEC_KEYS = {
+    "RayJob": {
+        "activeDeadlineSeconds",
+        "backoffLimit",
+        "entrypoint",
+        "rayClusterSpec",
+        "shutdownAfterJobFinishes",
+        "suspend",
+        "ttlSecondsAfterFinished",
+    },
+    "RayService": {"serveConfigV2", "rayClusterConfig"},
+}
+CLUSTER_KEYS = {"rayVersion", "authOptions", "headGroupSpec", "workerGroupSpecs"}
+WORKER_KEYS = {
+    "groupName",
+    "replicas",
+    "minReplicas",
+    "maxReplicas",
+    "rayStartParams",
+    "template",
+}
+
+
+def _resource(path: Path) -> dict[str, Any]:
+    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert isinstance(tree, dict)
+    return tree
+
+
+def _cluster(resource: dict[str, Any]) -> dict[str, Any]:
+    spec = resource["spec"]
+    cluster = spec["rayClusterSpec"] if resource["kind"] == "RayJob" else spec["rayClusterConfig"]
+    assert isinstance(cluster, dict)
+    return cluster
+
+
+def _groups(cluster: dict[str, Any]) -> list[dict[str, Any]]:
+    return [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+
+
+@pytest.fixture(params=RESOURCES, ids=lambda path: path.name)
+def resource(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return _resource(request.param)
+
+
+@pytest.fixture(scope="module")
+def job() -> dict[str, Any]:
+    return _resource(CLUSTERS / "kuberay-rayjob.yaml")
+
+
+def test_both_kinds_are_there() -> None:
+    assert {_resource(path)["kind"] for path in RESOURCES} == set(SPEC_KEYS)
+
+
+def test_resource_has_only_keys_that_the_operator_knows(resource: dict[str, Any]) -> None:
+    assert set(resource) == {"apiVersion", "kind", "metadata", "spec"}
+    assert resource["apiVersion"] == "ray.io/v1"
+    assert set(resource["spec"]) <= SPEC_KEYS[resource["kind"]]
+    assert set(_cluster(resource)) <= CLUSTER_KEYS
+    for group in _cluster(resource)["workerGroupSpecs"]:
+        assert set(group) <= WORKER_KEYS
+
+
+def test_name_is_short_enough_for_the_names_made_from_it(resource: dict[str, Any]) -> None:
+    assert re.fullmatch(r"[a-z]([-a-z0-9]{0,45}[a-z0-9])?", resource["metadata"]["name"])
+
+
+def test_token_authentication_is_on(resource: dict[str, Any]) -> None:
+    assert _cluster(resource)["authOptions"] == {"mode": "token"}
+
+
+def test_ray_version_is_the_locked_one(resource: dict[str, Any]) -> None:
+    version = _cluster(resource)["rayVersion"]
+    assert f"ray=={version}\n" in (ROOT / "constraints.txt").read_text(encoding="utf-8")
+
+
+def test_ray_start_parameters_are_strings(resource: dict[str, Any]) -> None:
+    for group in _groups(_cluster(resource)):
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+
+
+def test_worker_groups_have_possible_sizes_and_different_names(resource: dict[str, Any]) -> None:
+    groups = _cluster(resource)["workerGroupSpecs"]
+    assert all(
+        group["minReplicas"] <= group["replicas"] <= group["maxReplicas"] for group in groups
+    )
+    assert len({group["groupName"] for group in groups}) == len(groups)
+
+
+def test_pods_are_complete(resource: dict[str, Any]) -> None:
+    """A container at least; every mount's volume; limits equal to requests, as extended resources need."""
+    for group in _groups(_cluster(resource)):
+        pod = group["template"]["spec"]
+        volumes = {volume["name"] for volume in pod["volumes"]}
+        assert pod["containers"]
+        for container in pod["containers"]:
+            assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
+            assert container["resources"]["limits"] == container["resources"]["requests"]
+
+
+def test_every_pod_runs_the_same_image(resource: dict[str, Any]) -> None:
+    pods = [group["template"]["spec"] for group in _groups(_cluster(resource))]
+    assert len({container["image"] for pod in pods for container in pod["containers"]}) == 1
+
+
+def test_gpus_of_ray_and_of_kubernetes_agree(resource: dict[str, Any]) -> None:
+    for group in _groups(_cluster(resource)):
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        assert group["rayStartParams"].get("num-gpus") == limits.get("nvidia.com/gpu", "0")
+
+
+def test_job_that_is_suspended_or_expires_shuts_its_cluster_down(job: dict[str, Any]) -> None:
+    spec = job["spec"]
+    if spec.get("suspend") or spec.get("ttlSecondsAfterFinished"):
+        assert spec["shutdownAfterJobFinishes"] is True
+
+
+def test_job_is_not_retried_beside_itself(job: dict[str, Any]) -> None:
+    assert job["spec"]["backoffLimit"] == 0
+
+
+def test_job_starts_all_its_workers_at_once(job: dict[str, Any]) -> None:
+    """A training run has a fixed size, and every GPU of its machines has a worker."""
+    recipe = _recipe(job["spec"]["entrypoint"])
+    groups = _cluster(job)["workerGroupSpecs"]
+    gpus = sum(group["replicas"] * int(group["rayStartParams"]["num-gpus"]) for group in groups)
+    assert all(group["minReplicas"] == group["maxReplicas"] for group in groups)
+    assert recipe.launch.gpus_per_worker == 1
+    assert recipe.parallel.workers == gpus
+
+
+def test_machines_that_talk_over_infiniband_may_lock_memory_and_share_it(
+    job: dict[str, Any],
+) -> None:
+    pod = _cluster(job)["workerGroupSpecs"][0]["template"]["spec"]
+    container = pod["containers"][0]
+    assert "IPC_LOCK" in container["securityContext"]["capabilities"]["add"]
+    (shm,) = [
+        mount["name"] for mount in container["volumeMounts"] if mount["mountPath"] == "/dev/shm"
+    ]
+    assert {volume["name"]: volume for volume in pod["volumes"]}[shm]["emptyDir"][
+        "medium"
+    ] == "Memory"
+
+
+def test_served_application_has_only_keys_that_serve_knows() -> None:
+    """Ray Serve itself ignores a misspelt key without a word."""
+    service = _resource(CLUSTERS / "kuberay-rayservice.yaml")
+    tree = yaml.safe_load(service["spec"]["serveConfigV2"])
+    known = ServeDeploySchema.model_validate(tree).model_dump(exclude_unset=True)
+    assert known == tree
+
+
+def test_served_application_gets_arguments_that_it_takes() -> None:
+    service = _resource(CLUSTERS / "kuberay-rayservice.yaml")
+    (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+    arguments = Arguments.model_validate(application["args"])
+    module, _, function = application["import_path"].partition(":")
+    source = (ROOT / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8")
+    assert f"def {function}(arguments: Arguments)" in source
+    (group,) = _cluster(service)["workerGroupSpecs"]
+    assert group["rayStartParams"]["num-gpus"] == str(arguments.gpus)
+
+
+def test_slurm_script_is_bash_and_its_example_is_a_recipe() -> None:
+    script = CLUSTERS / "slurm.sbatch"
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    example = re.search(
+        r"sbatch clusters/slurm\.sbatch((?:[^\n]*\\\n#)*[^\n]*)", script.read_text()
+    )
+    assert example is not None
+    recipe = _recipe("jobs/train.py " + example[1].replace("\\\n#", " "))
+    directives = dict(re.findall(r"#SBATCH --([\w-]+)=(\d+)", script.read_text()))
+    assert recipe.parallel.workers == int(directives["nodes"]) * int(directives["gpus-per-node"])
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "kuberay-rayjob.yaml", "kuberay-rayservice.yaml"])
+def test_file_says_first_what_was_not_run(name: str) -> None:
+    top = (CLUSTERS / name).read_text(encoding="utf-8").splitlines()[:3]
+    assert re.search(r"Never (applied|built)", " ".join(top))
+
+
+def _recipe(command: str) -> Recipe:
+    """The recipe of `... jobs/train.py RECIPE --set KEY=VALUE ...`, read with its overrides."""
+    words = shlex.split(command)
+    recipe, *rest = words[words.index("jobs/train.py") + 1 :]
+    assert rest[0::2] == ["--set"] * len(rest[1::2])
+    return load(ROOT / recipe, rest[1::2], Recipe)

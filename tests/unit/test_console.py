@@ -1,0 +1,109 @@
+"""Progress as a person reads it: in a log, and on a terminal (a real pseudo-terminal here)."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ul2r import console
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time that `console` sees, in seconds, as the one element of a list."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_log_shows_share_counts_rate_and_time_left(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with console.progress("train", 400, "tokens") as bar:
+        clock[0] += 20
+        bar.update(100, "loss 3.21")
+    assert (
+        capsys.readouterr().err == "train   25%  100/400 tokens  5 tokens/s  60 s left  loss 3.21\n"
+    )
+
+
+def test_log_of_a_resumed_phase_counts_only_its_own_work(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with console.progress("train", 400, "tokens", completed=300) as bar:
+        clock[0] += 10
+        bar.update(320)
+    line = capsys.readouterr().err
+    assert "2 tokens/s" in line
+    assert "40 s left" in line
+
+
+def test_log_is_sparse_and_always_has_the_end(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with console.progress("train", 100, "rows") as bar:
+        for row in range(101):
+            clock[0] += 1
+            bar.update(row)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 + 100 // int(console.LOG_INTERVAL_S)
+    assert lines[-1].startswith("train  100%  100/100 rows")
+
+
+def test_log_shows_the_end_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.progress("train", 10, "rows") as bar:
+        for _ in range(3):
+            bar.update(10)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_log_before_any_work_knows_no_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.progress("prepare", 10, "files") as bar:
+        bar.update(0)
+    assert "starting" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("completed", "shown"),
+    [(7, "7/"), (9_999, "9999/"), (10_000, "10.0k/"), (2_500_000, "2.5M/"), (3e9, "3.0G/")],
+)
+def test_counts_are_short(completed: float, shown: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with console.progress("x", 1e10, "tokens") as bar:
+        bar.update(completed)
+    assert shown in capsys.readouterr().err
+
+
+def test_terminal_shows_a_bar_with_rate_and_note() -> None:
+    script = (
+        "from ul2r.console import progress\n"
+        "with progress('train', 8, 'rows', completed=2) as bar:\n"
+        "    bar.update(8, 'loss 1.5')\n"
+    )
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", _on_a_terminal([sys.executable, "-c", script]))
+    assert re.search(r"train +━+ 8/8 rows +\S+ rows/s +loss 1\.5 +0:00:00", shown), shown
+
+
+def _on_a_terminal(command: list[str]) -> str:
+    """What `command` writes when stdout and stderr are a terminal 120 columns wide."""
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"COLUMNS": "120", "TERM": "xterm"}
+    with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment) as process:
+        os.close(theirs)
+        written = b""
+        while True:
+            try:
+                part = os.read(ours, 4096)
+            except OSError:  # Linux's way of saying that the other end is closed
+                break
+            if not part:
+                break
+            written += part
+    os.close(ours)
+    assert process.returncode == 0, written.decode()
+    return written.decode()

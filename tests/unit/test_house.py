@@ -1,0 +1,137 @@
+"""Rules of the house that no linter knows: names that must not exist, sizes, versions, recipes, docstrings."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import ul2r
+from ul2r.config import Comparison, Recipe, load
+
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "jobs/recipes"
+LONGEST_FILE = 400
+CODE = ("platform", "jobs", "serving", "benchmarks", "tests")
+
+
+def _python_files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def test_nothing_shadows_pythons_own_platform_module() -> None:
+    assert not (ROOT / "platform/__init__.py").exists()
+    assert not (ROOT / "tests/platform").exists()
+    script = "import platform, uuid; print(platform.__file__)"
+    found = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert not Path(found.strip()).is_relative_to(ROOT / "platform")
+
+
+def test_test_folders_are_no_packages() -> None:
+    """Under pytest's importlib mode a package called tests.unit.data would hide the library's own names."""
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+def test_no_module_of_the_library_is_named_like_a_standard_one() -> None:
+    library = ROOT / "platform/ul2r"
+    names = {path.stem for path in library.rglob("*.py")} | {
+        path.name for path in library.iterdir() if path.is_dir()
+    }
+    assert not (names - {"__init__", "__pycache__"}) & sys.stdlib_module_names
+
+
+def test_no_catch_all_module() -> None:
+    names = {path.stem for path in _python_files("platform", "jobs", "serving")}
+    assert not names & {"utils", "util", "helpers", "common", "misc"}
+
+
+def test_files_are_short_enough_to_read() -> None:
+    lengths = {
+        path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines())
+        for path in _python_files(*CODE)
+    }
+    assert {path: length for path, length in lengths.items() if length > LONGEST_FILE} == {}
+
+
+def test_version_is_the_same_everywhere() -> None:
+    assert importlib.metadata.version("ul2r") == ul2r.__version__
+    assert f"## {ul2r.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("job", sorted(path.name for path in (ROOT / "jobs").glob("*.py")))
+def test_docstring_of_a_job_holds_the_command_that_runs_it(job: str) -> None:
+    docstring = ast.get_docstring(ast.parse((ROOT / "jobs" / job).read_text(encoding="utf-8")))
+    assert f"python jobs/{job}" in (docstring or "")
+
+
+@pytest.mark.parametrize("document", ["README.md", "clusters/README.md"])
+def test_commands_in_a_document_name_jobs_and_recipes_that_load(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"python (jobs/\w+\.py) (jobs/recipes/\S+)((?: +--set \S+)*)", text)
+    assert commands
+    for job, recipe, overrides in commands:
+        kind = Comparison if recipe.endswith("-compare.yaml") else Recipe
+        assert (ROOT / job).is_file()
+        load(ROOT / recipe, re.findall(r"--set (\S+)", overrides), kind)
+
+
+# Recipes. A family is one storage folder; `demo.yaml` holds what its runs share and is only ever extended.
+
+
+def _tree(path: Path) -> dict[str, Any]:
+    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert isinstance(tree, dict)
+    return tree
+
+
+def _files(kind: str) -> list[str]:
+    """Names of the recipe files that are a "run", a "comparison" or "shared" settings."""
+    trees = {path.name: _tree(path) for path in sorted(RECIPES.glob("*.yaml"))}
+    kinds = {
+        name: "comparison" if "recipes" in tree else "run" if "name" in tree else "shared"
+        for name, tree in trees.items()
+    }
+    return [name for name in kinds if kinds[name] == kind]
+
+
+@pytest.mark.parametrize("name", _files("run"))
+def test_recipe_loads_and_is_named_like_its_file_and_family(name: str) -> None:
+    recipe = load(RECIPES / name, (), Recipe)
+    assert f"{recipe.name}.yaml" == name
+    assert recipe.role is not None
+    family = recipe.storage.name
+    assert recipe.name == f"{family}-{recipe.role}"
+    assert recipe.base == (None if recipe.role == "base" else f"{family}-base")
+
+
+@pytest.mark.parametrize("name", _files("comparison"))
+def test_comparison_loads_and_points_to_a_recipe_of_each_role(name: str) -> None:
+    comparison = load(RECIPES / name, (), Comparison)
+    assert f"{comparison.name}.yaml" == name
+    runs = {role: load(path, (), Recipe) for role, path in comparison.recipes.items()}
+    assert {role: run.role for role, run in runs.items()} == {role: role for role in runs}
+    assert {run.storage for run in runs.values()} == {comparison.storage}
+    assert {run.tracking.experiment for run in runs.values()} == {comparison.tracking.experiment}
+
+
+@pytest.mark.parametrize("name", _files("comparison"))
+def test_runs_of_a_comparison_differ_in_nothing_but_what_is_compared(name: str) -> None:
+    comparison = load(RECIPES / name, (), Comparison)
+    ul2r_run, control = (load(comparison.recipes[role], (), Recipe) for role in ("ul2r", "control"))
+    own = {"name", "role", "objective", "export"}
+    assert control.model_dump(exclude=own) == ul2r_run.model_dump(exclude=own)
+    assert control.objective.sequence_length == ul2r_run.objective.sequence_length
+
+
+def test_shared_settings_are_used() -> None:
+    extended = {_tree(path).get("extends") for path in RECIPES.glob("*.yaml")}
+    assert set(_files("shared")) <= extended
