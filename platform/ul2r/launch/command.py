@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from ul2r.config import load
-from ul2r.config.section import Section
-from ul2r.errors import UserError
+from ul2r.config import Comparison, Recipe, load
+from ul2r.errors import RecipeError, UserError
 
 USER_ERROR_EXIT = 2
 INTERRUPTED_EXIT = 128 + signal.SIGINT
 
-SectionType = TypeVar("SectionType", bound=Section)
+SUBMITTED_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray in the entrypoint of a submitted job."""
+
+SectionType = TypeVar("SectionType", Recipe, Comparison)
 
 
 def run_job(
@@ -48,7 +51,22 @@ def run_job(
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    return exit_code(lambda: action(load(arguments.recipe, arguments.overrides, kind)))
+
+    def work() -> None:
+        section = load(arguments.recipe, arguments.overrides, kind)
+        _check_storage(section.storage)
+        action(section)
+
+    return exit_code(work)
+
+
+def _check_storage(storage: Path) -> None:
+    """Refuse a storage that Ray deletes together with a submitted job's working folder."""
+    if SUBMITTED_VARIABLE in os.environ and storage.is_relative_to(Path.cwd()):
+        raise RecipeError(
+            f"storage={storage} lies in the folder that Ray unpacked this job into and later deletes: "
+            "give an absolute path that every node sees, --set storage=/shared/..."
+        )
 
 
 def exit_code(work: Callable[[], None]) -> int:
