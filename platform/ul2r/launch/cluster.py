@@ -44,6 +44,8 @@ def connected(cpus: float, gpus: float = 0) -> Iterator[None]:
     if address:
         _join(address)
     else:
+        # Ray turns token authentication on, as it should, and warns of it.
+        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         ray.init(
             "local",
             num_cpus=max(cores(), math.ceil(cpus)),

@@ -57,13 +57,8 @@ def register(uri: str, name: str, folder: Path, run_id: str, alias: str) -> str:
         CheckpointError: If `folder` is not an export.
         ServiceError: If the server fails.
     """
-    client, tags = (
-        connect(uri),
-        {
-            "export_uri": folder.resolve().as_uri(),
-            "digest": export_digest(folder),
-        },
-    )
+    client = connect(uri)
+    tags = {"export_uri": folder.resolve().as_uri(), "digest": export_digest(folder)}
     with told(uri):
         _make_model(client, name)
         versions = client.search_model_versions(f"name='{name}'")
@@ -110,4 +105,6 @@ def _make_model(client: MlflowClient, name: str) -> None:
 def _make_version(
     client: MlflowClient, name: str, run_id: str, tags: dict[str, str]
 ) -> ModelVersion:
-    return client.create_model_version(name, f"runs:/{run_id}/export", run_id, tags=tags)
+    """A new version; it is ready at once, since nothing is copied."""
+    source = f"runs:/{run_id}/export"
+    return client.create_model_version(name, source, run_id, tags=tags, await_creation_for=None)
