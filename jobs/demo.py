@@ -27,6 +27,7 @@ from rich.markdown import Markdown
 from serving.app import Arguments
 from serving.server import running
 from ul2r.config import Recipe, load
+from ul2r.data.corpus import find_files
 from ul2r.errors import UserError
 from ul2r.launch.cluster import connected
 from ul2r.launch.command import exit_code
@@ -57,6 +58,9 @@ class Demo:
     Args:
         family: Prefix of the recipes' names.
         corpus: Text instead of the recipes'; its store and runs get a folder of their own.
+
+    Raises:
+        UserError: If a recipe or the corpus cannot be read.
     """
 
     def __init__(self, family: str, corpus: Path | None) -> None:
@@ -69,6 +73,9 @@ class Demo:
                 f"data.corpus={json.dumps([str(corpus.resolve())])}",
             ]
         self.recipes = {role: self._load(role) for role in ("base", "ul2r", "control")}
+        find_files(
+            self.recipes["base"].data.corpus
+        )  # refuses what is missing, before anything starts
         self.storage = self.recipes["base"].storage
         self.phases = Phases(self.storage / "phases.json")
         self.environment: dict[str, str] = {}

@@ -7,6 +7,7 @@ Ul2rError
     ├── LayoutError        worker counts and parallel sizes that do not fit each other or the cluster
     ├── CheckpointError    a checkpoint or export that is missing, damaged or does not match the recipe
     ├── ServiceError       MLflow, Ray or a port that is not there, or is taken
+    ├── DivergedError      a run whose loss or gradient is no longer a number
     └── RequestError       a request to a served model (HTTP 4xx)
 
 Every message states what is wrong, the values, and what to change, on one line.
@@ -41,6 +42,10 @@ class CheckpointError(UserError):
 
 class ServiceError(UserError):
     """A service that cannot be reached, or a port that is taken."""
+
+
+class DivergedError(UserError):
+    """A run whose loss or gradient is no longer a number."""
 
 
 class RequestError(UserError):

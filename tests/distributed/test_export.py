@@ -20,7 +20,7 @@ pytestmark = pytest.mark.distributed
 LENGTH = 48
 
 
-def train_and_run(recipe: Recipe, tokens: torch.Tensor, prefix: int) -> torch.Tensor | None:
+def train_and_run(recipe: Recipe, tokens: torch.Tensor, prefix: int) -> torch.Tensor:
     """Train, then this rank's logits of the trained Megatron model, gathered over tensor ranks."""
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
@@ -41,7 +41,8 @@ def train_and_run(recipe: Recipe, tokens: torch.Tensor, prefix: int) -> torch.Te
     position = torch.arange(LENGTH).expand(len(tokens), -1)
     mask = interval_mask(torch.zeros_like(position), torch.clamp(position + 1, min=prefix))
     logits = step.unwrapped(tokens, position, mask)
-    return gather_from_tensor_model_parallel_region(logits).detach()
+    gathered: torch.Tensor = gather_from_tensor_model_parallel_region(logits).detach()
+    return gathered
 
 
 @pytest.fixture(scope="module")

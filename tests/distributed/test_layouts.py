@@ -22,9 +22,10 @@ LAYOUTS = {
     "TP 2 x PP 2": {"workers": 4, "tensor": 2, "pipeline": 2},
 }
 CAUSAL = {"mixture": "causal"}
+Result = dict[str, Any]
 
 
-def losses(*recipes: Recipe) -> list[dict[str, Any]]:
+def losses(*recipes: Recipe) -> list[Result]:
     """Train each recipe in turn on this rank; its losses and gradient norms, and held-out losses by step."""
     from ul2r.launch.worker import run_worker
     from ul2r.tracking.tracker import MemoryTracker
@@ -53,51 +54,88 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipes(storage: Path, layout: str, **parallel: int) -> tuple[Recipe, Recipe, Recipe]:
-    """A UL2R run from initial weights, one that goes on from the single process's step 3, a causal one."""
-    name = layout.replace(" ", "")
+    """A UL2R run, the same continued from the single process's step 3, and a causal run."""
     return (
-        tiny_recipe(storage, name=f"new-{name}", parallel=parallel),
-        tiny_recipe(storage, name=f"continued-{name}", parallel=parallel),
-        tiny_recipe(storage, name=f"causal-{name}", parallel=parallel, objective=CAUSAL),
+        tiny_recipe(storage, name=f"new {layout}".replace(" ", "-"), parallel=parallel),
+        tiny_recipe(storage, name=f"continued {layout}".replace(" ", "-"), parallel=parallel),
+        tiny_recipe(
+            storage, name=f"causal {layout}".replace(" ", "-"), parallel=parallel, objective=CAUSAL
+        ),
     )
 
 
+def hand_over(source: Recipe, target: Recipe) -> None:
+    """Let a run begin with another's checkpoint of step 3, as if it had been stopped there."""
+    folder = target.run_folder() / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "step_00000003").symlink_to(source.run_folder() / "checkpoints" / "step_00000003")
+    (folder / "latest").write_text("step_00000003")
+
+
 @pytest.fixture(scope="module")
-def single(storage: Path) -> list[dict[str, Any]]:
-    """The single process's losses; its step 3 is left as the checkpoint that the others go on from."""
-    half = tiny_recipe(storage, name="half", training={"steps": 3})
-    whole, _, causal = recipes(storage, "single")
-    (results,) = run_distributed(losses, 1, whole, half, causal)
-    return list(results)
+def single(storage: Path) -> tuple[Result, Result]:
+    """The single process's UL2R and causal run."""
+    new, _, causal = recipes(storage, "single")
+    ((whole, whole_causal),) = run_distributed(losses, 1, new, causal)
+    return whole, whole_causal
 
 
-def hand_over(storage: Path, recipe: Recipe) -> None:
-    """Give a run the checkpoint of the single process that stopped half-way."""
-    recipe.run_folder().mkdir(parents=True)
-    source = storage / "runs" / "new-single" / "checkpoints"
-    target = recipe.run_folder() / "checkpoints"
-    target.mkdir()
-    (target / "step_00000003").symlink_to(source / "step_00000003")
-    (target / "latest").write_text("step_00000003")
+@pytest.fixture(scope="module")
+def layouts(storage: Path, single: tuple[Result, Result]) -> dict[str, list[Result]]:
+    """What each layout gave for its three `recipes`."""
+    source, _, _ = recipes(storage, "single")
+    results = {}
+    for layout, parallel in LAYOUTS.items():
+        planned = recipes(storage, layout, **parallel)
+        hand_over(source, planned[1])
+        results[layout] = run_distributed(losses, parallel["workers"], *planned)[0]
+    return results
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_gives_the_single_process_losses(
-    storage: Path, single: list[dict[str, Any]], layout: str
+    single: tuple[Result, Result], layouts: dict[str, list[Result]], layout: str
 ) -> None:
-    parallel = LAYOUTS[layout]
-    new, continued, causal = recipes(storage, layout, **parallel)
-    hand_over(storage, continued)
-    results = run_distributed(losses, parallel["workers"], new, continued, causal)[0]
-    whole, _, whole_causal = single
-    np.testing.assert_allclose(results[0]["gradient_norm"], whole["gradient_norm"], rtol=1e-3)
-    np.testing.assert_allclose(results[0]["loss"], whole["loss"], rtol=1e-4)
-    np.testing.assert_allclose(results[1]["loss"], whole["loss"][3:], rtol=1e-4)
-    np.testing.assert_allclose(results[2]["loss"], whole_causal["loss"], rtol=1e-4)
+    whole, whole_causal = single
+    new, _, causal = layouts[layout]
+    np.testing.assert_allclose(new["loss"], whole["loss"], rtol=1e-4)
+    np.testing.assert_allclose(new["gradient_norm"], whole["gradient_norm"], rtol=1e-3)
+    np.testing.assert_allclose(causal["loss"], whole_causal["loss"], rtol=1e-4)
     for step, measured in whole["held_out"].items():
-        assert results[0]["held_out"][step] == pytest.approx(measured, rel=1e-4)
+        assert new["held_out"][step] == pytest.approx(measured, rel=1e-4)
 
 
-def test_the_first_half_of_a_run_does_not_know_its_end(single: list[dict[str, Any]]) -> None:
-    """A guard of the test itself: the loss falls, so equal losses mean equal learning."""
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_continues_the_single_process_checkpoint(
+    single: tuple[Result, Result], layouts: dict[str, list[Result]], layout: str
+) -> None:
+    np.testing.assert_allclose(layouts[layout][1]["loss"], single[0]["loss"][3:], rtol=1e-4)
+
+
+def test_single_process_continues_the_checkpoint_of_any_layout(
+    storage: Path, single: tuple[Result, Result], layouts: dict[str, list[Result]]
+) -> None:
+    continued = []
+    for layout, parallel in LAYOUTS.items():
+        continued.append(tiny_recipe(storage, name=f"back {layout}".replace(" ", "-")))
+        hand_over(recipes(storage, layout, **parallel)[0], continued[-1])
+    (results,) = run_distributed(losses, 1, *continued)
+    assert len(results) == len(layouts)
+    for result in results:
+        np.testing.assert_allclose(result["loss"], single[0]["loss"][3:], rtol=1e-4)
+
+
+def test_a_resumed_run_is_the_same_run_bit_for_bit(storage: Path) -> None:
+    """Two replicas, sharded optimizer state: steps 4 to 6 after a restart equal those without one."""
+    whole = tiny_recipe(storage, name="whole", parallel={"workers": 2})
+    resumed = tiny_recipe(storage, name="resumed", parallel={"workers": 2})
+    (first,) = run_distributed(losses, 2, whole)[0]
+    hand_over(whole, resumed)
+    (second,) = run_distributed(losses, 2, resumed)[0]
+    assert second["loss"] == first["loss"][3:]
+    assert second["gradient_norm"] == first["gradient_norm"][3:]
+
+
+def test_the_loss_falls(single: tuple[Result, Result]) -> None:
+    """A guard of the tests above: equal losses mean equal learning only if there is some."""
     assert single[0]["loss"][-1] < single[0]["loss"][0] - 0.5

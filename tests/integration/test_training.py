@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ul2r.launch.export import export
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.tracking.server import running_server
+from ul2r.train.checkpoint import CheckpointInfo
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -31,6 +33,15 @@ BIN = Path(sys.executable).parent
 ACTIVATED = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
 STEPS, SAVED_EVERY = 24, 4
 WAIT_S = 240
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running cluster: its head's process, and the addresses of its store and of its job server."""
+
+    head: int
+    gcs: str
+    jobs: str
 
 
 def free_port() -> int:
@@ -65,7 +76,7 @@ def tracking_uri(storage: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A cluster started as an operator would, `ray start --head`; yields the addresses jobs need."""
     port, dashboard, agent = free_port(), free_port(), free_port()
     log = tmp_path_factory.mktemp("cluster") / "ray.log"
@@ -81,7 +92,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         )
     try:
         wait_for(lambda: answers(dashboard), head)
-        yield {"gcs": f"127.0.0.1:{port}", "jobs": f"http://127.0.0.1:{dashboard}"}
+        yield Cluster(head.pid, f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}")
     finally:
         head.terminate()
         head.wait(60)
@@ -94,17 +105,17 @@ def answers(port: int) -> bool:
 
 
 @pytest.fixture(scope="module")
-def environment(cluster: dict[str, str], tracking_uri: str) -> dict[str, str]:
-    return ACTIVATED | {"RAY_ADDRESS": cluster["gcs"], "MLFLOW_TRACKING_URI": tracking_uri}
+def environment(cluster: Cluster, tracking_uri: str) -> dict[str, str]:
+    return ACTIVATED | {"RAY_ADDRESS": cluster.gcs, "MLFLOW_TRACKING_URI": tracking_uri}
 
 
 def recipe_named(storage: Path, name: str) -> tuple[Recipe, Path]:
     recipe = tiny_recipe(
         storage,
         name=name,
-        parallel={"workers": 2, "tensor": 2},
+        parallel={"workers": 2},
         training={"steps": STEPS},
-        checkpoints={"every": SAVED_EVERY},
+        checkpoints={"every": SAVED_EVERY, "keep": STEPS},
     )
     path = storage / f"{name}.yaml"
     path.write_text(dump(recipe))
@@ -122,9 +133,15 @@ def start(path: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
         )
 
 
-def first_checkpoint(recipe: Recipe) -> str | None:
+def latest(recipe: Recipe) -> str | None:
     pointer = recipe.run_folder() / "checkpoints" / "latest"
     return pointer.read_text() if pointer.exists() else None
+
+
+def first_identity(recipe: Recipe) -> str:
+    """Of the first checkpoint; a run that began anew would write another one."""
+    first = recipe.run_folder() / "checkpoints" / f"step_{SAVED_EVERY:08d}"
+    return CheckpointInfo.read(first).identity
 
 
 def history(uri: str, recipe: Recipe, metric: str) -> list[tuple[int, float]]:
@@ -140,12 +157,12 @@ def status(uri: str, recipe: Recipe) -> str:
 
 @pytest.fixture(scope="module")
 def undisturbed(
-    storage: Path, cluster: dict[str, str], tracking_uri: str
+    storage: Path, cluster: Cluster, tracking_uri: str
 ) -> tuple[Recipe, list[tuple[int, float]]]:
-    """The run that others must equal, submitted as the README says."""
+    """The run that others must equal, submitted to the cluster."""
     recipe, path = recipe_named(storage, "undisturbed")
     submit = [
-        *(f"{BIN}/ray", "job", "submit", f"--address={cluster['jobs']}"),
+        *(f"{BIN}/ray", "job", "submit", f"--address={cluster.jobs}"),
         *(
             "--working-dir=.",
             "--runtime-env-json",
@@ -186,31 +203,33 @@ def test_submitted_job_trains_and_is_tracked(
     assert losses[-1][1] < losses[0][1]
     assert status(tracking_uri, recipe) == "FINISHED"
     tokens = history(tracking_uri, recipe, "progress/tokens")
-    assert tokens[-1] == (STEPS, STEPS * 8 * 64)
-    held_out = {"causal", "S", "R", "X-long", "X-dense"}
-    for name in held_out:
+    assert dict(tokens)[STEPS] == STEPS * 8 * 64
+    for name in ("causal", "S", "R", "X-long", "X-dense"):
         points = history(tracking_uri, recipe, f"held_out/loss/{name}")
         assert [step for step, _ in points] == [0, *range(3, STEPS + 1, 3)]
 
 
 def test_killed_worker_is_replaced_and_nothing_changes(
     storage: Path,
+    cluster: Cluster,
     environment: dict[str, str],
     tracking_uri: str,
     undisturbed: tuple[Recipe, list[tuple[int, float]]],
 ) -> None:
     recipe, path = recipe_named(storage, "killed-worker")
     driver = start(path, environment)
-    wait_for(lambda: first_checkpoint(recipe), driver)
+    wait_for(lambda: latest(recipe), driver)
     workers = [
         process
-        for process in psutil.process_iter(["cmdline"])
-        if any("RayTrainWorker" in word for word in process.info["cmdline"] or ())
+        for process in psutil.Process(cluster.head).children(recursive=True)
+        if any("RayTrainWorker" in word for word in process.cmdline())
     ]
-    assert len(workers) == 2, [worker.info for worker in workers]
+    assert len(workers) == 2, workers
     workers[-1].kill()
-    assert first_checkpoint(recipe) != f"step_{STEPS:08d}", "killed too late to show anything"
+    before = first_identity(recipe)
+    assert latest(recipe) != f"step_{STEPS:08d}", "killed too late to show anything"
     assert driver.wait(WAIT_S) == 0, path.with_suffix(".log").read_text()
+    assert first_identity(recipe) == before, "it began anew instead of going on"
     check_equal(tracking_uri, recipe, undisturbed)
 
 
@@ -222,10 +241,12 @@ def test_killed_driver_run_again_goes_on(
 ) -> None:
     recipe, path = recipe_named(storage, "killed-driver")
     driver = start(path, environment)
-    wait_for(lambda: first_checkpoint(recipe), driver)
+    wait_for(lambda: latest(recipe), driver)
     driver.send_signal(signal.SIGKILL)
     driver.wait(60)
-    assert first_checkpoint(recipe) != f"step_{STEPS:08d}", "killed too late to show anything"
+    before = first_identity(recipe)
+    assert latest(recipe) != f"step_{STEPS:08d}", "killed too late to show anything"
     again = start(path, environment)
     assert again.wait(WAIT_S) == 0, path.with_suffix(".log").read_text()
+    assert first_identity(recipe) == before, "it began anew instead of going on"
     check_equal(tracking_uri, recipe, undisturbed)

@@ -124,9 +124,9 @@ class Evaluation(Section):
     mixture: Mixture = PRESETS["ul2r"]
     """Denoisers whose losses are measured, on the same rows for every run, whatever it trains on."""
 
-    rows: PositiveInt = 64
-    """Held-out rows for perplexity, for each denoiser's loss and for second-half loss."""
-    infill_examples: PositiveInt = 64
+    rows: int = Field(default=64, ge=2)
+    """Held-out rows for perplexity, for each denoiser's loss and for second-half loss; a standard error needs 2."""
+    infill_examples: int = Field(default=64, ge=2)
     infill_span: PositiveInt = 3
     """Tokens of each held-out span."""
     infill_context: PositiveInt = 64

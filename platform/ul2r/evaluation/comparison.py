@@ -21,8 +21,8 @@ ROLES: tuple[Role, ...] = ("base", "control", "ul2r")
 """Columns, from left to right."""
 
 NOTES = (
-    "Every arm is measured on the same held-out text. ± is one standard error over rows or examples; bold is the best "
-    "and whatever lies within its and their standard errors combined.",
+    "Every arm is measured on the same held-out text. ± is one standard error over rows or examples; marked * is the "
+    "best, and whatever lies within its and their standard errors combined: a cautious rule for the same text.",
     "What each arm sees: plain text, all arms causally; second half, base and control causally, UL2R with [S2S] and "
     "the first half in both directions; denoisers, all arms the same rows, masks, modes and sentinels, which base and "
     "control were never trained on; infilling, base and control the left side alone and the span's length, UL2R both "
@@ -129,7 +129,7 @@ def as_markdown(name: str, arms: Sequence[Arm], metrics: Sequence[Metric]) -> st
     for metric in metrics:
         best = best_roles(metric, arms)
         cells = [
-            f"**{_shown(metric, arm)}**" if arm.role in best else _shown(metric, arm)
+            f"**{_shown(metric, arm)}** \\*" if arm.role in best else _shown(metric, arm)
             for arm in arms
         ]
         lines.append(f"| {metric.title} | {' | '.join(cells)} |")
@@ -165,7 +165,7 @@ def as_table(name: str, arms: Sequence[Arm], metrics: Sequence[Metric]) -> Table
     for metric in metrics:
         best = best_roles(metric, arms)
         cells = [
-            f"[bold]{_shown(metric, arm)}[/]" if arm.role in best else _shown(metric, arm)
+            f"[bold]{_shown(metric, arm)} *[/]" if arm.role in best else f"{_shown(metric, arm)}  "
             for arm in arms
         ]
         table.add_row(metric.title, *cells)

@@ -27,11 +27,16 @@ SETTINGS = {
 
 
 @contextmanager
-def connected(cpus: float, gpus: float = 0) -> Iterator[None]:
+def connected(cpus: float, gpus: float = 0, *, smaller: str = "ask for fewer") -> Iterator[None]:
     """Use a Ray cluster that can run what needs `cpus` and `gpus` at the same time.
 
     It is the one that RAY_ADDRESS names, as in a job that `ray job submit` started. Without it a local one is started,
     and stopped after the block; it promises `cpus` even where the machine has fewer cores, which they then share.
+
+    Args:
+        cpus: Logical CPUs.
+        gpus: GPUs.
+        smaller: What a user can do to need less, for the error's text.
 
     Raises:
         ServiceError: If RAY_ADDRESS names no cluster that answers.
@@ -57,8 +62,8 @@ def connected(cpus: float, gpus: float = 0) -> Iterator[None]:
         # Ray puts in a handler of its own, which aborts and leaves everything as it is.
         signal.signal(signal.SIGTERM, on_sigterm)
     try:
-        _require("CPU", cpus, "parallel.workers")
-        _require("GPU", gpus, "launch.gpus_per_worker")
+        _require("CPU", cpus, smaller)
+        _require("GPU", gpus, smaller)
         yield
     finally:
         ray.shutdown()
@@ -97,9 +102,9 @@ def _host_and_port(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _require(what: str, needed: float, key: str) -> None:
+def _require(what: str, needed: float, smaller: str) -> None:
     there = ray.cluster_resources().get(what, 0)
     if there < needed:
         raise LayoutError(
-            f"the cluster has {there:g} {what}s, this job needs {needed:g}: lower {key}, or use a larger cluster"
+            f"the cluster has {there:g} {what}s, this job needs {needed:g}: {smaller}, or use a larger cluster"
         )

@@ -26,7 +26,7 @@ def export(recipe: Recipe) -> Path:
         ServiceError: If it is to be registered and the tracking server fails.
     """
     corpus = open_corpus(recipe.store_folder)
-    checkpoint = CheckpointStore(recipe.run_folder() / "checkpoints", keep=1).latest()
+    checkpoint = CheckpointStore(recipe.run_folder() / "checkpoints").latest()
     if checkpoint is None:
         raise CheckpointError(
             f"run {recipe.name!r} has no checkpoint in {recipe.run_folder()}: train it first with jobs/train.py"
@@ -41,6 +41,7 @@ def export(recipe: Recipe) -> Path:
         step=info.step,
         tokens=info.tokens,
         flops=info.flops,
+        checkpoint=info.identity,
     )
     folder = recipe.run_folder() / "export"
     if not _is_current(folder, card):

@@ -22,10 +22,13 @@ from ul2r.launch.progress import shown_progress, write_to
 from ul2r.launch.worker import run_worker
 from ul2r.model.flops import parameters
 from ul2r.objective.rows import Rows
-from ul2r.tracking.mlflow import MlflowTracker, check_server, end_run, start_run
+from ul2r.tracking.mlflow import MlflowTracker, check_server, end_run, find_run, start_run
 from ul2r.tracking.tracker import MemoryTracker, RunStatus, Tracker
-from ul2r.train.checkpoint import CheckpointInfo, CheckpointStore, base_checkpoint
+from ul2r.train.checkpoint import CheckpointInfo, CheckpointStore, base_checkpoint, claim
 from ul2r.train.mesh import Mesh
+
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+"""Ray leaves all GPUs visible to a worker that asked for none."""
 
 
 def train(recipe: Recipe) -> CheckpointInfo:
@@ -42,10 +45,14 @@ def train(recipe: Recipe) -> CheckpointInfo:
     corpus = open_corpus(recipe.store_folder)
     Batches(recipe, corpus)  # refuses a store that is too short or has too few sentinels
     reached = check_checkpoints(recipe, corpus)
-    if reached is not None and reached.step >= recipe.training.steps:
-        return reached
     uri = check_server(recipe.tracking.uri)
-    with connected(cpus_needed(recipe)):
+    if reached is not None and reached.finished:
+        run_id = find_run(uri, recipe.run_folder())
+        if run_id is not None:  # its driver may have been killed before it could say so
+            end_run(uri, run_id, "FINISHED")
+        return reached
+    gpus = recipe.parallel.workers * recipe.launch.gpus_per_worker
+    with connected(cpus_needed(recipe), gpus, smaller="lower parallel.workers"):
         run_id = start_run(
             recipe,
             uri,
@@ -63,7 +70,7 @@ def train(recipe: Recipe) -> CheckpointInfo:
             end_run(uri, run_id, status)
     finished = check_checkpoints(recipe, corpus)
     assert finished is not None
-    assert finished.step >= recipe.training.steps
+    assert finished.finished
     return finished
 
 
@@ -81,7 +88,7 @@ def check_checkpoints(recipe: Recipe, corpus: Corpus) -> CheckpointInfo | None:
         CheckpointError: If it, or before it the base's, differs from the recipe.
     """
     checkpoints = recipe.run_folder() / "checkpoints"
-    own = CheckpointStore(checkpoints, recipe.checkpoints.keep).latest()
+    own = CheckpointStore(checkpoints).latest()
     if own is not None:
         info = CheckpointInfo.read(own)
         info.check_same_run(recipe, corpus)
@@ -121,6 +128,7 @@ def _fit(recipe: Recipe, uri: str, run_id: str) -> None:
                 "run_id": run_id,
                 "board": board,
                 "tokens_per_step": per_step,
+                "owner": claim(recipe.run_folder() / "checkpoints"),
             },
             torch_config=TorchConfig(backend="nccl" if launch.gpus_per_worker else "gloo"),
             scaling_config=ScalingConfig(
@@ -129,6 +137,7 @@ def _fit(recipe: Recipe, uri: str, run_id: str) -> None:
                 resources_per_worker=_resources(recipe),
             ),
             run_config=RunConfig(
+                worker_runtime_env=None if launch.gpus_per_worker else {"env_vars": NO_GPU},
                 storage_path=str(recipe.run_folder() / "ray"),
                 failure_config=FailureConfig(max_failures=launch.max_failures),
             ),
@@ -155,7 +164,8 @@ def _cause(error: TrainingFailedError) -> Exception:
             cause: object = getattr(failure, "cause", failure)
             if isinstance(cause, UserError):
                 return cause
-    return error
+    failed: Exception = error
+    return failed
 
 
 def _train_worker(config: dict[str, Any]) -> None:
@@ -178,5 +188,6 @@ def _train_worker(config: dict[str, Any]) -> None:
             iterators[mesh.data_rank], recipe, first_step, mesh.data_rank, replicas
         )
 
-    run_worker(recipe, tracker, write_to(config["board"], config["tokens_per_step"]), read)
+    on_step = write_to(config["board"], config["tokens_per_step"])
+    run_worker(recipe, tracker, on_step, read, config["owner"])
     tracker.close()

@@ -1,4 +1,4 @@
-"""What every worker does, under Ray Train, torchrun or a test alike: put the parts together and train."""
+"""What every worker does, under Ray Train or in a test alike: put the parts together and train."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from ul2r.data.batches import Batches
 from ul2r.data.store import open_corpus
 from ul2r.objective.rows import Rows
 from ul2r.tracking.tracker import Tracker
+from ul2r.train.checkpoint import claim
 from ul2r.train.loop import Progress, Reader, TrainLoop
 from ul2r.train.mesh import Mesh
 
@@ -18,6 +19,7 @@ def run_worker(
     tracker: Tracker,
     on_step: Callable[[Progress, Mapping[str, float]], None],
     read: Reader | None = None,
+    owner: str | None = None,
 ) -> Progress:
     """Train this rank's part to the end; the default process group must be initialized.
 
@@ -26,6 +28,7 @@ def run_worker(
         tracker: Where rank 0 logs.
         on_step: Called on rank 0 after each step.
         read: Where batches come from; without it they are computed in this process.
+        owner: The attempt at the run, from `claim`; without it this is one of its own.
 
     Returns:
         Where the run stands after its last step.
@@ -38,6 +41,9 @@ def run_worker(
         for step in range(first_step, recipe.training.steps):
             yield batches.rows(step, mesh.data_rank, recipe.parallel.data)
 
-    reached = TrainLoop(recipe, corpus, mesh, tracker, on_step).run(read or read_in_process)
+    checkpoints = recipe.run_folder() / "checkpoints"
+    owner = owner or mesh.from_first(lambda: claim(checkpoints))
+    loop = TrainLoop(recipe, corpus, mesh, tracker, on_step=on_step, owner=owner)
+    reached = loop.run(read or read_in_process)
     mesh.leave()
     return reached

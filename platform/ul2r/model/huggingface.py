@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 from transformers import GenerationConfig, LlamaConfig
 
 from ul2r.config import Architecture
@@ -35,6 +36,7 @@ class Card:
         step: Optimizer steps of the run.
         tokens: Row positions trained on, its ancestors' included.
         flops: Training FLOPs, its ancestors' included.
+        checkpoint: Identity of the checkpoint that was exported.
     """
 
     run: str
@@ -43,6 +45,7 @@ class Card:
     step: int
     tokens: int
     flops: float
+    checkpoint: str
 
 
 def read_weights(checkpoint: Path) -> dict[str, Tensor]:
@@ -63,7 +66,9 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
         if isinstance(found, TensorStorageMetadata) and not key.startswith("optimizer.")
     }
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is meant here
+        warnings.filterwarnings(
+            "ignore", message="torch.distributed is disabled"
+        )  # as is meant here
         load(weights, storage_reader=reader, no_dist=True)
     return weights
 

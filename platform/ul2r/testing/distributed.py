@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import tempfile
 from collections.abc import Callable
@@ -43,6 +44,7 @@ def run_distributed(function: Callable[..., Any], workers: int, *arguments: Any)
 def _enter(
     rank: int, folder: Path, workers: int, function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # gloo processes are CPU workers, wherever they run
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",

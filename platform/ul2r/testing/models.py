@@ -64,7 +64,9 @@ def tiny_export(
             positions=positions,
             vocabulary=vocabulary,
             tokenizer=tokenizer_file,
-            card=Card(f"tiny-{role}", role, attention, step=3, tokens=3_000, flops=3e9),
+            card=Card(
+                f"tiny-{role}", role, attention, step=3, tokens=3_000, flops=3e9, checkpoint="none"
+            ),
         )
     return folder
 

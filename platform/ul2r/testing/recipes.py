@@ -35,6 +35,6 @@ def tiny_recipe(storage: Path, **changes: Any) -> Recipe:  # noqa: ANN401  value
     }
     for section, values in changes.items():
         old = tree.get(section)
-        merge = isinstance(old, dict) and isinstance(values, dict)
-        tree[section] = {**old, **values} if merge else values
+        both = isinstance(old, dict) and isinstance(values, dict)
+        tree[section] = {**(old or {}), **values} if both else values
     return Recipe.model_validate(tree)

@@ -3,12 +3,15 @@
 checkpoints/
   step_00000100/   Megatron-Core's distributed checkpoint, and checkpoint.json
   latest           the name of the last finished one
+  owner            the attempt at the run that may write
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,15 @@ from ul2r.model.build import sharding_metadata
 from ul2r.train.step import TrainStep
 
 FORMAT = 1
+RECIPE_PARTS: dict[str, Any] = {
+    "base": True,
+    "model": True,
+    "objective": True,
+    "optimizer": True,
+    "seed": True,
+    "training": {"steps", "global_batch_rows"},
+}
+"""What a run cannot change when it goes on; layout, logging and launch may."""
 
 
 @dataclass(frozen=True)
@@ -30,46 +42,60 @@ class CheckpointInfo:
     """What a checkpoint says of itself.
 
     Attributes:
+        identity: Of this very checkpoint; no other has it.
         run: Name of the run that wrote it.
         step: Optimizer steps taken in that run.
         tokens: Row positions seen since the first ancestor's start.
         flops: Training FLOPs since then.
-        model: The recipe's `model` section.
+        base: Identity of the checkpoint that the run started from, None for initial weights.
         tokenizer: Digest of the tokenizer.
         data: Fingerprint of the token store.
-        objective: The recipe's `objective` section.
-        seed: The recipe's seed.
-        global_batch_rows: The recipe's batch.
+        recipe: The parts of the recipe that make the run what it is.
     """
 
+    identity: str
     run: str
     step: int
     tokens: int
     flops: float
-    model: dict[str, Any]
+    base: str | None
     tokenizer: str
     data: str
-    objective: dict[str, Any]
-    seed: int
-    global_batch_rows: int
+    recipe: dict[str, Any]
 
     @classmethod
     def of(
-        cls, recipe: Recipe, corpus: Corpus, *, step: int, tokens: int, flops: float
+        cls,
+        recipe: Recipe,
+        corpus: Corpus,
+        *,
+        step: int = 0,
+        tokens: int = 0,
+        flops: float = 0.0,
+        base: str | None = None,
     ) -> CheckpointInfo:
         """Describe a run at `step`."""
         return cls(
+            identity=uuid.uuid4().hex,
             run=recipe.name,
             step=step,
             tokens=tokens,
             flops=flops,
-            model=recipe.model.model_dump(mode="json"),
+            base=base,
             tokenizer=corpus.manifest.tokenizer,
             data=corpus.manifest.fingerprint,
-            objective=recipe.objective.model_dump(mode="json"),
-            seed=recipe.seed,
-            global_batch_rows=recipe.training.global_batch_rows,
+            recipe=recipe.model_dump(mode="json", include=RECIPE_PARTS),
         )
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has taken all its steps."""
+        return self.step >= self.planned_steps
+
+    @property
+    def planned_steps(self) -> int:
+        """Steps of the whole run."""
+        return int(self.recipe["training"]["steps"])
 
     @classmethod
     def read(cls, folder: Path) -> CheckpointInfo:
@@ -80,15 +106,13 @@ class CheckpointInfo:
         """
         file = folder / "checkpoint.json"
         try:
-            fields = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            fields = dict(json.loads(file.read_text(encoding="utf-8")))
+            found = fields.pop("format", None)
+            if found == FORMAT:
+                return cls(**fields)
+        except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"{folder}: not a checkpoint: checkpoint.json: {error}") from None
-        found = fields.pop("format", None)
-        if found != FORMAT:
-            raise CheckpointError(
-                f"{file}: format {found} is not {FORMAT}, which this version reads"
-            )
-        return cls(**fields)
+        raise CheckpointError(f"{file}: format {found} is not {FORMAT}, which this version reads")
 
     def write(self, folder: Path) -> None:
         """Write the description into the checkpoint's folder."""
@@ -101,8 +125,11 @@ class CheckpointInfo:
         Raises:
             CheckpointError: Naming the first field that differs and both values.
         """
-        wanted = CheckpointInfo.of(recipe, corpus, step=0, tokens=0, flops=0)
-        self._check(wanted, ("model", "tokenizer"))
+        wanted = CheckpointInfo.of(recipe, corpus)
+        self._check(
+            ("model", self.recipe["model"], wanted.recipe["model"]),
+            ("tokenizer", self.tokenizer, wanted.tokenizer),
+        )
 
     def check_same_run(self, recipe: Recipe, corpus: Corpus) -> None:
         """Refuse to resume with another recipe, which would make another run of it.
@@ -110,14 +137,16 @@ class CheckpointInfo:
         Raises:
             CheckpointError: Naming the first field that differs and both values.
         """
-        wanted = CheckpointInfo.of(recipe, corpus, step=0, tokens=0, flops=0)
+        self.check_same_model(recipe, corpus)
+        wanted = CheckpointInfo.of(recipe, corpus)
         self._check(
-            wanted, ("model", "tokenizer", "data", "objective", "seed", "global_batch_rows")
+            ("data", self.data, wanted.data),
+            *((part, self.recipe[part], wanted.recipe[part]) for part in sorted(RECIPE_PARTS)),
         )
 
-    def _check(self, wanted: CheckpointInfo, fields: tuple[str, ...]) -> None:
-        for field in fields:
-            difference = _difference(field, getattr(self, field), getattr(wanted, field))
+    def _check(self, *fields: tuple[str, object, object]) -> None:
+        for name, saved, wanted in fields:
+            difference = _difference(name, saved, wanted)
             if difference:
                 raise CheckpointError(
                     f"checkpoint of run {self.run!r} differs from the recipe in {difference}: "
@@ -137,10 +166,16 @@ def _difference(path: str, saved: object, wanted: object) -> str | None:
 
 
 class CheckpointStore:
-    """The checkpoints of one run."""
+    """The checkpoints of one run.
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    Args:
+        folder: The run's `checkpoints`.
+        keep: Finished checkpoints that stay.
+        owner: The attempt that writes, from `claim`; a store without one only reads.
+    """
+
+    def __init__(self, folder: Path, keep: int = 1, owner: str | None = None) -> None:
+        self.folder, self.keep, self.owner = folder, keep, owner
 
     def latest(self) -> Path | None:
         """Folder of the last finished checkpoint, None before the first.
@@ -156,47 +191,98 @@ class CheckpointStore:
             raise CheckpointError(f"{pointer} names {path.name}, which is not there: restore it")
         return path
 
+    def begin(self) -> None:
+        """Remove what a killed attempt left unfinished; rank 0 calls it before the first `save`.
+
+        Raises:
+            CheckpointError: If another attempt at the run has begun since this one did.
+        """
+        self._check_owner()
+        for leftover in self.folder.glob("*.writing"):
+            shutil.rmtree(leftover)
+
     def save(self, train_step: TrainStep, info: CheckpointInfo) -> None:
-        """Write model and optimizer from all ranks; it counts once the pointer is switched."""
+        """Write model and optimizer from all ranks; it counts once the pointer is switched.
+
+        Raises:
+            CheckpointError: If another attempt at the run has begun since.
+        """
         final = self.folder / f"step_{info.step:08d}"
         writing = final.with_suffix(".writing")
         first = dist.get_rank() == 0
         if first:
-            for leftover in self.folder.glob("*.writing"):
-                shutil.rmtree(leftover)
-            writing.mkdir(parents=True)
+            writing.mkdir()
         dist.barrier()
         dist_checkpointing.save(_sharded_state(train_step), str(writing))
         dist.barrier()
         if first:
             info.write(writing)
-            self._switch(writing, final)
+            self.finish(writing, final)
         dist.barrier()
 
-    def _switch(self, writing: Path, final: Path) -> None:
-        if final.exists():  # finished, but its pointer was not switched before the run was killed
+    def finish(self, writing: Path, final: Path) -> None:
+        """Make a wholly written folder the last checkpoint, then remove older ones beyond `keep`.
+
+        Those of later steps go too: left by an attempt that was killed before it switched the pointer, or
+        undone by a pointer that was set back.
+        """
+        self._check_owner()
+        if final.exists():
             shutil.rmtree(final)
         writing.rename(final)
-        pointer = self.folder / "latest.writing_pointer"
-        pointer.write_text(final.name, encoding="utf-8")
-        pointer.replace(self.folder / "latest")
-        for old in sorted(self.folder.glob("step_" + "[0-9]" * 8))[: -self.keep]:
-            shutil.rmtree(old)
+        _replace_text(self.folder / "latest", final.name)
+        finished = sorted(self.folder.glob("step_" + "[0-9]" * 8))
+        kept = [path for path in finished if path <= final][-self.keep :]
+        for path in finished:
+            if path not in kept:
+                shutil.rmtree(path)
+
+    def _check_owner(self) -> None:
+        if (self.folder / "owner").read_text(encoding="utf-8") != self.owner:
+            raise CheckpointError(
+                f"another attempt at this run writes to {self.folder}: let it go on, or stop it first"
+            )
+
+
+def claim(folder: Path) -> str:
+    """Begin an attempt at a run: from now on only it may write checkpoints to `folder`.
+
+    An earlier attempt that still lives, such as workers whose driver was killed, fails at its next checkpoint.
+
+    Returns:
+        The attempt's name, the `owner` of its `CheckpointStore`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    owner = uuid.uuid4().hex
+    _replace_text(folder / "owner", owner)
+    return owner
+
+
+def _replace_text(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
 
 
 def base_checkpoint(recipe: Recipe) -> Path | None:
     """The checkpoint that a run starts from, None if it starts from initial weights.
 
     Raises:
-        CheckpointError: If the recipe names a base that has no checkpoint.
+        CheckpointError: If the recipe names a base that has no checkpoint, or is not finished.
     """
     if recipe.base is None:
         return None
     folder = recipe.run_folder(recipe.base) / "checkpoints"
-    path = CheckpointStore(folder, keep=1).latest()
+    path = CheckpointStore(folder).latest()
     if path is None:
         raise CheckpointError(
             f"base={recipe.base} has no checkpoint in {folder}: train it first with jobs/train.py"
+        )
+    info = CheckpointInfo.read(path)
+    if not info.finished:
+        raise CheckpointError(
+            f"base={recipe.base} stands at step {info.step} of {info.planned_steps}: "
+            "finish it first with jobs/train.py"
         )
     return path
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from ul2r.config import Causal, Recipe
 from ul2r.data.batches import Batches
 from ul2r.data.store import Corpus
+from ul2r.errors import DivergedError
 from ul2r.model.flops import training_flops
 from ul2r.objective.rows import Rows
 from ul2r.tracking.tracker import Tracker
@@ -43,16 +45,19 @@ class TrainLoop:
         corpus: Corpus,
         mesh: Mesh,
         tracker: Tracker,
+        *,
         on_step: Callable[[Progress, Mapping[str, float]], None],
+        owner: str,
     ) -> None:
         self.recipe, self.corpus, self.mesh = recipe, corpus, mesh
         self.tracker, self.on_step = tracker, on_step
         self.checkpoints = CheckpointStore(
-            recipe.run_folder() / "checkpoints", recipe.checkpoints.keep
+            recipe.run_folder() / "checkpoints", recipe.checkpoints.keep, owner
         )
         self.held_out = _held_out_rows(recipe, corpus, mesh)
         self.train_step = TrainStep(recipe, mesh, corpus.vocabulary.size)
         self._stepped_at = time.perf_counter()
+        self.base: str | None = None
         self.progress = self._load()
 
     def run(self, read: Reader) -> Progress:
@@ -61,18 +66,22 @@ class TrainLoop:
         if self.progress.step == 0:
             self._log(self._measure())
         if self.progress.step < steps:
+            if self.mesh.is_first:
+                self.checkpoints.begin()
             rows = read(self.mesh, self.progress.step)
             self._stepped_at = time.perf_counter()
             for step in range(self.progress.step, steps):
                 self._take(step, self._next(rows, step))
                 if _due(step, recipe.checkpoints.every, steps):
                     self._save()
+            self._check_end(rows)
         return self.progress
 
     def _take(self, step: int, rows: Rows) -> None:
         """One optimizer step, and what is due after it."""
         result = self.train_step.train(step, rows)
         losses = result.losses
+        self._check_finite(step, result)
         flops = training_flops(
             self.recipe.model, self.corpus.vocabulary.size, losses.positions, losses.seen_keys
         )
@@ -87,6 +96,15 @@ class TrainLoop:
             metrics |= self._measure()
         if measured or _due(step, self.recipe.training.log_every, steps):
             self._log(metrics)
+
+    def _check_finite(self, step: int, result: StepResult) -> None:
+        """Stop before a broken model is saved; every rank has the same numbers and stops with the others."""
+        if not (math.isfinite(result.losses.mean) and math.isfinite(result.gradient_norm)):
+            raise DivergedError(
+                f"{self.recipe.name}: step {step + 1} has loss {result.losses.mean} and gradient norm "
+                f"{result.gradient_norm}: lower optimizer.learning_rate={self.recipe.optimizer.learning_rate} "
+                "and train under another name; the last checkpoint is from before that step"
+            )
 
     def _metrics(self, result: StepResult) -> dict[str, float]:
         now, tokens = time.perf_counter(), result.losses.positions
@@ -107,6 +125,11 @@ class TrainLoop:
             raise RuntimeError(f"the data ended before step {step}")
         return batch
 
+    def _check_end(self, rows: Iterator[Rows]) -> None:
+        """Read to the end of the data, which checks that nothing is left over."""
+        if self.mesh.is_reader and next(rows, None) is not None:
+            raise RuntimeError("the data goes on after the last step")
+
     def _measure(self) -> dict[str, float]:
         """Held-out loss of each denoiser, the same rows for every run."""
         return {
@@ -124,7 +147,7 @@ class TrainLoop:
         self.tracker.log(self.progress.step, {**metrics, **reached})
 
     def _save(self) -> None:
-        """Write a checkpoint; the metrics before it are safe first, since they are not logged again."""
+        """Write a checkpoint; what is buffered of the metrics before it is sent first, as far as the server answers."""
         if self.mesh.is_first:
             self.tracker.flush()
         progress = self.progress
@@ -134,23 +157,26 @@ class TrainLoop:
             step=progress.step,
             tokens=progress.tokens,
             flops=progress.flops,
+            base=self.base,
         )
         self.checkpoints.save(self.train_step, info)
 
     def _load(self) -> Progress:
         """Resume this run's last checkpoint, else start from the base's weights, else from none."""
-        own = self.checkpoints.latest()
+        own = self.mesh.from_first(self.checkpoints.latest)
         if own is not None:
             info = CheckpointInfo.read(own)
             info.check_same_run(self.recipe, self.corpus)
             load_checkpoint(own, self.train_step, optimizer=True)
+            self.base = info.base
             return Progress(info.step, info.tokens, info.flops)
-        base = base_checkpoint(self.recipe)
+        base = self.mesh.from_first(lambda: base_checkpoint(self.recipe))
         if base is None:
             return Progress()
         info = CheckpointInfo.read(base)
         info.check_same_model(self.recipe, self.corpus)
         load_checkpoint(base, self.train_step, optimizer=False)
+        self.base = info.identity
         return Progress(0, info.tokens, info.flops)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +16,8 @@ from ul2r.config import Parallel
 from ul2r.errors import LayoutError
 from ul2r.model.cpu import use_cpu
 from ul2r.objective.rows import Rows
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,17 @@ class Mesh:
     @property
     def _reader(self) -> int:
         return min(dist.get_process_group_ranks(parallel_state.get_model_parallel_group()))
+
+    def from_first(self, find: Callable[[], T]) -> T:
+        """What `find` returns on rank 0, given to every rank, so that all act on the same.
+
+        Args:
+            find: Called on rank 0 only; its result must be picklable.
+        """
+        found: list[Any] = [find() if self.is_first else None]
+        dist.broadcast_object_list(found, src=0, device=self.device)
+        result: T = found[0]
+        return result
 
     def share(self, rows: Rows | None) -> Rows | None:
         """Hand the reader's rows to its model-parallel peers by one broadcast.

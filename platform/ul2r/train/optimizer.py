@@ -35,7 +35,9 @@ def build_optimizer(recipe: Recipe, model: DistributedDataParallel) -> MegatronO
     )
     optimizer = get_megatron_optimizer(config, [model])
     for part in optimizer.chained_optimizers:
-        if isinstance(part.optimizer, torch.optim.AdamW):  # else Transformer Engine's, which needs no help
+        if isinstance(
+            part.optimizer, torch.optim.AdamW
+        ):  # else Transformer Engine's, which needs no help
             _allocate_state(part.optimizer)
             _restore_steps(part)
     return optimizer

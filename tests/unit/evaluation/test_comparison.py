@@ -65,8 +65,8 @@ def test_markdown_has_a_row_for_each_metric_a_column_for_each_arm_and_the_best_i
     lines = page.splitlines()
     assert lines[0] == "# three"
     assert lines[2] == "| held out | base (run-base) | ul2r (run-ul2r) |"
-    assert lines[4] == "| infilled span, loss ↓ | 5.000 ± 0.100 | **3.000 ± 0.100** |"
-    assert lines[5] == "| infilled span, exact match ↑ | 0.500 ± 0.100 | **0.900 ± 0.100** |"
+    assert lines[4] == "| infilled span, loss ↓ | 5.000 ± 0.100 | **3.000 ± 0.100** \\* |"
+    assert lines[5] == "| infilled span, exact match ↑ | 0.500 ± 0.100 | **0.900 ± 0.100** \\* |"
     assert [line[:2] for line in lines[7:]] == ["- "] * 4
 
 
@@ -77,10 +77,11 @@ def test_tree_and_terminal_hold_the_same_numbers() -> None:
     (metric,) = tree["metrics"]
     assert metric["best"] == ["ul2r"]
     assert metric["scores"]["base"] == {"mean": 5.0, "error": 0.1, "count": 64}
-    console = Console(width=120, record=True, quiet=False, file=None, force_terminal=False)
+    console = Console(width=120, force_terminal=False)
     with console.capture() as capture:
         console.print(as_table("three", arms, [LOSS]))
-    assert "5.000 ± 0.100" in capture.get()
+    assert "5.000 ± 0.100 " in capture.get()
+    assert "3.000 ± 0.100 *" in capture.get()
     assert "both sides" in " ".join(capture.get().split())
 
 

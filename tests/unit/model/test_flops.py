@@ -34,7 +34,9 @@ def test_flops_are_what_torch_counts_for_full_attention() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     model, length = llama(SMALL, 101), 32
-    model.config._attn_implementation = "eager"  # so that attention's products are seen, all S x S of them
+    model.config._attn_implementation = (
+        "eager"  # so that attention's products are seen, all S x S of them
+    )
     with FlopCounterMode(display=False) as counted, torch.no_grad():
         model(torch.zeros(1, length, dtype=torch.long))
     ours = training_flops(SMALL, 101, positions=length, seen_keys=length * length)

@@ -12,7 +12,7 @@ from ul2r.errors import CheckpointError
 from ul2r.launch.trainer import check_checkpoints
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.recipes import tiny_recipe
-from ul2r.train.checkpoint import CheckpointInfo, CheckpointStore, base_checkpoint
+from ul2r.train.checkpoint import CheckpointInfo, CheckpointStore, base_checkpoint, claim
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,9 @@ def test_another_model_is_refused(
 
 def test_another_tokenizer_is_refused(corpus: Corpus, tmp_path: Path) -> None:
     other = tiny_store(tmp_path / "other", documents=12, vocabulary_size=400)
-    with pytest.raises(CheckpointError, match=r"tokenizer: \w{64} in the checkpoint, \w{64} in the"):
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer: \w{64} in the checkpoint, \w{64} in the"
+    ):
         info_of(corpus, tmp_path).check_same_model(tiny_recipe(tmp_path), other)
 
 
@@ -71,6 +73,9 @@ def test_another_tokenizer_is_refused(corpus: Corpus, tmp_path: Path) -> None:
             "objective.sequence_length: 64 in the checkpoint, 32 in the recipe",
         ),
         ({"training": {"global_batch_rows": 4}}, "global_batch_rows: 8 in the checkpoint, 4"),
+        ({"training": {"steps": 12}}, "training.steps: 6 in the checkpoint, 12"),
+        ({"optimizer": {"clip": 0.5}}, r"optimizer.clip: 1\.0 in the checkpoint, 0\.5"),
+        ({"base": "other"}, "base: None in the checkpoint, other"),
     ],
 )
 def test_a_run_does_not_resume_as_another(
@@ -111,6 +116,10 @@ def test_a_damaged_description_is_named(corpus: Corpus, tmp_path: Path) -> None:
     (folder / "checkpoint.json").write_text(json.dumps({"format": 99}))
     with pytest.raises(CheckpointError, match="format 99 is not 1"):
         CheckpointInfo.read(folder)
+    for wrong in ({"format": 1, "step": 3}, [1]):
+        (folder / "checkpoint.json").write_text(json.dumps(wrong))
+        with pytest.raises(CheckpointError, match="not a checkpoint"):
+            CheckpointInfo.read(folder)
 
 
 def test_a_base_without_a_checkpoint_is_named(corpus: Corpus, tmp_path: Path) -> None:
@@ -123,7 +132,55 @@ def test_a_base_without_a_checkpoint_is_named(corpus: Corpus, tmp_path: Path) ->
 def test_a_base_of_another_model_is_refused_before_anything_starts(
     corpus: Corpus, tmp_path: Path
 ) -> None:
-    write_checkpoint(info_of(corpus, tmp_path), tmp_path / "runs" / "tiny" / "checkpoints")
+    write_checkpoint(info_of(corpus, tmp_path, 6), tmp_path / "runs" / "tiny" / "checkpoints")
     recipe = tiny_recipe(tmp_path, name="next", base="tiny", model={"layers": 2})
     with pytest.raises(CheckpointError, match=r"model\.layers: 4 in the checkpoint, 2"):
         check_checkpoints(recipe, corpus)
+
+
+def test_an_unfinished_base_is_refused(corpus: Corpus, tmp_path: Path) -> None:
+    write_checkpoint(info_of(corpus, tmp_path), tmp_path / "runs" / "tiny" / "checkpoints")
+    with pytest.raises(CheckpointError, match="base=tiny stands at step 3 of 6: finish it"):
+        base_checkpoint(tiny_recipe(tmp_path, name="next", base="tiny"))
+
+
+def folders(store: CheckpointStore) -> list[str]:
+    return sorted(path.name for path in store.folder.iterdir() if path.is_dir())
+
+
+def write_and_finish(store: CheckpointStore, step: int) -> None:
+    writing = store.folder / f"step_{step:08d}.writing"
+    writing.mkdir()
+    store.finish(writing, store.folder / f"step_{step:08d}")
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_the_last_checkpoints_are_kept(tmp_path: Path, keep: int) -> None:
+    store = CheckpointStore(tmp_path, keep, claim(tmp_path))
+    for step in (2, 4, 6):
+        write_and_finish(store, step)
+    assert folders(store) == ["step_00000002", "step_00000004", "step_00000006"][-keep:]
+    assert store.latest() == tmp_path / "step_00000006"
+
+
+def test_a_later_checkpoint_that_was_never_pointed_to_does_not_push_out_the_last(
+    tmp_path: Path,
+) -> None:
+    """A run killed between rename and pointer switch resumes before that checkpoint, and saves at other steps."""
+    store = CheckpointStore(tmp_path, 1, claim(tmp_path))
+    write_and_finish(store, 4)
+    (tmp_path / "step_00000009").mkdir()
+    write_and_finish(store, 6)
+    assert folders(store) == ["step_00000006"]
+    assert store.latest() == tmp_path / "step_00000006"
+
+
+def test_an_attempt_that_was_replaced_writes_no_more(tmp_path: Path) -> None:
+    old = CheckpointStore(tmp_path, 2, claim(tmp_path))
+    write_and_finish(old, 2)
+    new = CheckpointStore(tmp_path, 2, claim(tmp_path))
+    with pytest.raises(CheckpointError, match="another attempt at this run writes"):
+        write_and_finish(old, 4)
+    new.begin()
+    assert folders(new) == ["step_00000002"]
+    assert new.latest() == tmp_path / "step_00000002"
