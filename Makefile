@@ -5,6 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 STORAGE ?= runs/demo
 UI_PORT ?= 5000
 PORT ?= 8000
+MODEL ?= ul2r-demo
 
 bin := .venv/bin
 ready := .venv/.installed
@@ -34,7 +35,7 @@ ui: $(ready)  ## MLflow on what the demo recorded; UI_PORT=5000, STORAGE=runs/de
 	@$(bin)/python jobs/ui.py --storage '$(STORAGE)' --port $(UI_PORT)
 
 serve: $(ready)  ## the demo's champion over HTTP, until Ctrl-C; PORT=8000, STORAGE=runs/demo
-	@$(bin)/python jobs/serve.py models:/ul2r-demo@champion --storage '$(STORAGE)' --port $(PORT)
+	@$(bin)/python jobs/serve.py models:/$(MODEL)@champion --storage '$(STORAGE)' --port $(PORT)
 
 bench: $(ready)  ## every benchmark; each prints one JSON line
 	@for file in benchmarks/*.py; do $(bin)/python $$file || exit; done

@@ -1,0 +1,38 @@
+"""Training on one CUDA device, over NCCL, without Ray. Has not been run yet: no machine with a GPU was at hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ul2r.launch.worker import run_worker
+from ul2r.testing.corpus import tiny_store
+from ul2r.testing.recipes import tiny_recipe
+from ul2r.tracking.tracker import MemoryTracker
+
+pytestmark = pytest.mark.gpu
+
+
+def test_a_run_learns_in_bf16_and_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    tiny_store(tmp_path / "store")
+    recipe = tiny_recipe(tmp_path, launch={"gpus_per_worker": 1})
+    dist.init_process_group(
+        "nccl", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1
+    )
+    try:
+        whole = MemoryTracker()
+        run_worker(recipe, whole, lambda *_: None)
+        checkpoints = recipe.run_folder() / "checkpoints"
+        (checkpoints / "latest").write_text("step_00000003")
+        resumed = MemoryTracker()
+        run_worker(recipe, resumed, lambda *_: None)
+    finally:
+        dist.destroy_process_group()
+    losses = [value for _, value in whole.series("train/loss")]
+    again = [value for _, value in resumed.series("train/loss")]
+    assert losses[-1] < losses[0]
+    assert again == pytest.approx(losses[3:], rel=1e-2)
+    assert torch.cuda.max_memory_allocated() > 0
