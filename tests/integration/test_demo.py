@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,8 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900
 ROOT = Path(__file__).parents[2]
 PHASES = ["prepare", "base", "ul2r", "control", "export base", "export ul2r", "export control"]
 PHASES += ["compare", "serve"]
-WAIT_S = 400
+WAIT_S = 600
+STOP_TIMEOUT_S = 120
 TINY: dict[str, Any] = {
     "data": {"vocabulary_size": 400, "sentinels": 64, "held_out": 0.1},
     "model": {"layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "heads": 4, "kv_heads": 2},
@@ -47,17 +50,26 @@ class Demo:
     def storage(self) -> Path:
         return self.folder / "runs/demo-text"
 
-    def start(self, log: Path) -> subprocess.Popen[bytes]:
+    @contextmanager
+    def started(self, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+        """The demo while the block runs; stopped, should it still run after it."""
         command = [sys.executable, "jobs/demo.py", "--corpus", "text"]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         with log.open("wb") as output:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 command, cwd=self.folder, env=environment, stdout=output, stderr=output
             )
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+                process.wait(STOP_TIMEOUT_S)
 
     def run(self) -> str:
         log = self.folder / "run.log"
-        exit_code = self.start(log).wait(WAIT_S)
+        with self.started(log) as process:
+            exit_code = process.wait(WAIT_S)
         said = log.read_text()
         assert exit_code == 0, said
         return said
@@ -82,15 +94,15 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
 def stopped(demo: Demo) -> tuple[int, str, list[psutil.Process]]:
     """Exit code, output and remaining processes of a demo that got Ctrl-C while the base was trained."""
     log = demo.folder / "stopped.log"
-    process = demo.start(log)
-    deadline = time.monotonic() + WAIT_S
-    while "demo-base: starting" not in log.read_text():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    family = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGINT)
-    exit_code = process.wait(WAIT_S)
+    with demo.started(log) as process:
+        deadline = time.monotonic() + WAIT_S
+        while "demo-base: starting" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        exit_code = process.wait(STOP_TIMEOUT_S)
     _, alive = psutil.wait_procs(family, timeout=30)
     return exit_code, log.read_text(), alive
 

@@ -16,8 +16,8 @@ from ul2r.errors import ServiceError
 from ul2r.tracking.client import health
 
 HOST = "127.0.0.1"
-START_TIMEOUT_S = 120.0
-"""A start takes 8 s on two free cores, several times that on busy ones."""
+START_TIMEOUT_S = 240.0
+"""A start takes 8 s on two free cores, ten times that on busy ones."""
 STOP_TIMEOUT_S = 10.0
 LOG = "mlflow.log"
 
