@@ -81,7 +81,7 @@ def run_command(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run a command to its end, its output going where this process's goes.
 
     It gets a session of its own. If this process is interrupted meanwhile, or told to stop, the command and what
-    it started are stopped first: asked by SIGTERM, and killed where that is not enough.
+    it started are stopped first: asked as Ctrl-C asks, and killed where that is not enough.
 
     Args:
         command: Program and arguments.
@@ -107,7 +107,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     """End the session of a command: at once if the command itself has ended, gently if it has not."""
     try:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGINT)
             process.wait(STOP_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         pass

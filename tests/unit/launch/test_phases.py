@@ -99,7 +99,7 @@ def test_what_a_command_leaves_running_is_ended(tmp_path: Path) -> None:
 
 STUBBORN = (
     "import os, pathlib, signal, sys, time\n"
-    "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
     "pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))\n"
     "time.sleep(600)\n"
 )
