@@ -28,8 +28,9 @@ def train_and_run(recipe: Recipe, tokens: torch.Tensor, prefix: int) -> torch.Te
     from ul2r.launch.worker import run_worker
     from ul2r.model.attention import interval_mask
     from ul2r.tracking.tracker import MemoryTracker
-    from ul2r.train.checkpoint import CheckpointStore, load_checkpoint
+    from ul2r.train.checkpoint import CheckpointStore
     from ul2r.train.mesh import Mesh
+    from ul2r.train.sharded import load_checkpoint
     from ul2r.train.step import TrainStep
 
     run_worker(recipe, MemoryTracker(), lambda *_: None)

@@ -244,7 +244,9 @@ def test_a_cluster_that_is_too_small_is_named(
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", one_cpu)
     with (
-        pytest.raises(LayoutError, match=r"the cluster has 1 CPUs, this job needs 2\.5: lower"),
+        pytest.raises(
+            LayoutError, match=r"the cluster has 1 CPUs, this job needs 2\.5: ask for fewer"
+        ),
         connected(cpus=2.5),
     ):
         pytest.fail("connected to a cluster that is too small")

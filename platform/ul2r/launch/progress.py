@@ -11,7 +11,7 @@ import ray
 from ray.actor import ActorHandle
 
 from ul2r.console import progress
-from ul2r.train.loop import Progress
+from ul2r.train.progress import Progress
 
 POLL_S = 0.5
 

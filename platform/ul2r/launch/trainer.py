@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import ray.train
-import torch
+from ray._private.worker import get_dashboard_url
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2.api.callback import RayTrainCallback
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from ul2r.config import Recipe
-from ul2r.data import pipeline
 from ul2r.data.batches import Batches
 from ul2r.data.store import Corpus, open_corpus
 from ul2r.errors import UserError
 from ul2r.launch.cluster import connected
-from ul2r.launch.progress import shown_progress, write_to
-from ul2r.launch.worker import run_worker
+from ul2r.launch.progress import shown_progress
 from ul2r.model.flops import parameters
-from ul2r.objective.rows import Rows
-from ul2r.tracking.mlflow import MlflowTracker, check_server, end_run, find_run, start_run
-from ul2r.tracking.tracker import MemoryTracker, RunStatus, Tracker
+from ul2r.tracking.mlflow import check_server, end_run, find_run, start_run
+from ul2r.tracking.tracker import RunStatus
 from ul2r.train.checkpoint import CheckpointInfo, CheckpointStore, base_checkpoint, claim
-from ul2r.train.mesh import Mesh
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 """Ray leaves all GPUs visible to a worker that asked for none."""
@@ -115,12 +110,29 @@ def _parameters(recipe: Recipe, corpus: Corpus) -> dict[str, str | int | float]:
     }
 
 
+class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types here
+    """Ray Train's trainer (2.60) without two of its habits."""
+
+    def _register_sigint_handler(self, _: object) -> None:
+        """Leave Ctrl-C as it is: Ray's answer waits for workers that still start, and then exits with code 0."""
+
+    def _create_default_callbacks(self) -> list[RayTrainCallback]:
+        """Leave out the actor that frees the workers' place should Ray's controller die, where it cannot work.
+
+        It asks the dashboard, and where there is none it holds up the end of every run for as long as it may.
+        """
+        callbacks: list[RayTrainCallback] = super()._create_default_callbacks()
+        if get_dashboard_url():
+            return callbacks
+        return [one for one in callbacks if not isinstance(one, PlacementGroupCleanerCallback)]
+
+
 def _fit(recipe: Recipe, uri: str, run_id: str) -> None:
     per_step = recipe.training.global_batch_rows * recipe.objective.sequence_length
     total = recipe.training.steps * per_step
     launch = recipe.launch
     with shown_progress(recipe.name, total) as board:
-        trainer = TorchTrainer(
+        trainer = _Trainer(
             _train_worker,
             train_loop_config={
                 "recipe": recipe,
@@ -142,8 +154,6 @@ def _fit(recipe: Recipe, uri: str, run_id: str) -> None:
                 failure_config=FailureConfig(max_failures=launch.max_failures),
             ),
         )
-        # Ray Train's own answer to Ctrl-C waits for workers that are still starting and then exits with code 0.
-        trainer._register_sigint_handler = lambda _: None
         try:
             trainer.fit()
         except TrainingFailedError as error:
@@ -169,25 +179,10 @@ def _cause(error: TrainingFailedError) -> Exception:
 
 
 def _train_worker(config: dict[str, Any]) -> None:
-    """What Ray Train runs in each worker, whose process group it has set up."""
-    recipe: Recipe = config["recipe"]
-    torch.set_num_threads(max(int(recipe.launch.cpus_per_worker), 1))
-    first = ray.train.get_context().get_world_rank() == 0
-    tracker: Tracker = MlflowTracker(config["uri"], config["run_id"]) if first else MemoryTracker()
+    """What Ray Train runs in each worker.
 
-    def read(mesh: Mesh, first_step: int) -> Iterator[Rows]:
-        replicas = recipe.parallel.data
-        iterators = broadcast_from_rank_zero(
-            pipeline.split(pipeline.make_dataset(recipe, first_step, replicas), replicas)
-            if mesh.is_first
-            else None
-        )
-        if not mesh.is_reader:
-            return iter(())
-        return pipeline.read(
-            iterators[mesh.data_rank], recipe, first_step, mesh.data_rank, replicas
-        )
+    Only there is Megatron-Core imported: the driver and Ray's controller, which import this module, start sooner.
+    """
+    from ul2r.launch.ray_worker import train_worker
 
-    on_step = write_to(config["board"], config["tokens_per_step"])
-    run_worker(recipe, tracker, on_step, read, config["owner"])
-    tracker.close()
+    train_worker(**config)

@@ -10,8 +10,9 @@ from ul2r.data.store import open_corpus
 from ul2r.objective.rows import Rows
 from ul2r.tracking.tracker import Tracker
 from ul2r.train.checkpoint import claim
-from ul2r.train.loop import Progress, Reader, TrainLoop
+from ul2r.train.loop import Reader, TrainLoop
 from ul2r.train.mesh import Mesh
+from ul2r.train.progress import Progress
 
 
 def run_worker(

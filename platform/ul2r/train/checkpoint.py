@@ -1,9 +1,11 @@
-"""Checkpoints: written beside by all ranks, renamed, then one pointer switched.
+"""The checkpoints of a run on disk: written beside, renamed, then one pointer switched.
 
 checkpoints/
   step_00000100/   Megatron-Core's distributed checkpoint, and checkpoint.json
   latest           the name of the last finished one
   owner            the attempt at the run that may write
+
+Nothing here needs torch or Megatron-Core, so that a driver looks at checkpoints without waiting for their import.
 """
 
 from __future__ import annotations
@@ -16,14 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-from megatron.core import dist_checkpointing
-
 from ul2r.config import Recipe
 from ul2r.data.store import Corpus
 from ul2r.errors import CheckpointError
-from ul2r.model.build import sharding_metadata
-from ul2r.train.step import TrainStep
 
 FORMAT = 1
 RECIPE_PARTS: dict[str, Any] = {
@@ -192,7 +189,7 @@ class CheckpointStore:
         return path
 
     def begin(self) -> None:
-        """Remove what a killed attempt left unfinished; rank 0 calls it before the first `save`.
+        """Remove what a killed attempt left unfinished, before the first save; rank 0 calls it.
 
         Raises:
             CheckpointError: If another attempt at the run has begun since this one did.
@@ -201,32 +198,21 @@ class CheckpointStore:
         for leftover in self.folder.glob("*.writing"):
             shutil.rmtree(leftover)
 
-    def save(self, train_step: TrainStep, info: CheckpointInfo) -> None:
-        """Write model and optimizer from all ranks; it counts once the pointer is switched.
+    def beside(self, step: int) -> Path:
+        """Where the checkpoint of a step is written until it is finished."""
+        return self._final(step).with_suffix(".writing")
 
-        Raises:
-            CheckpointError: If another attempt at the run has begun since.
-        """
-        final = self.folder / f"step_{info.step:08d}"
-        writing = final.with_suffix(".writing")
-        first = dist.get_rank() == 0
-        if first:
-            writing.mkdir()
-        dist.barrier()
-        dist_checkpointing.save(_sharded_state(train_step), str(writing))
-        dist.barrier()
-        if first:
-            info.write(writing)
-            self.finish(writing, final)
-        dist.barrier()
-
-    def finish(self, writing: Path, final: Path) -> None:
-        """Make a wholly written folder the last checkpoint, then remove older ones beyond `keep`.
+    def finish(self, step: int) -> None:
+        """Make the wholly written folder of a step the last checkpoint, then remove older ones beyond `keep`.
 
         Those of later steps go too: left by an attempt that was killed before it switched the pointer, or
         undone by a pointer that was set back.
+
+        Raises:
+            CheckpointError: If another attempt at the run has begun since this one did.
         """
         self._check_owner()
+        final, writing = self._final(step), self.beside(step)
         if final.exists():
             shutil.rmtree(final)
         writing.rename(final)
@@ -236,6 +222,9 @@ class CheckpointStore:
         for path in finished:
             if path not in kept:
                 shutil.rmtree(path)
+
+    def _final(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}"
 
     def _check_owner(self) -> None:
         if (self.folder / "owner").read_text(encoding="utf-8") != self.owner:
@@ -285,25 +274,3 @@ def base_checkpoint(recipe: Recipe) -> Path | None:
             "finish it first with jobs/train.py"
         )
     return path
-
-
-def load_checkpoint(folder: Path, train_step: TrainStep, *, optimizer: bool) -> None:
-    """Load weights, and optimizer state if asked, saved under any layout into this one."""
-    state = _sharded_state(train_step, loading=True, optimizer=optimizer)
-    loaded = dist_checkpointing.load(state, str(folder))
-    train_step.unwrapped.load_state_dict(loaded["model"])
-    if optimizer:
-        train_step.optimizer.load_state_dict(loaded["optimizer"])
-    else:
-        train_step.optimizer.reload_model_params()
-
-
-def _sharded_state(
-    train_step: TrainStep, *, loading: bool = False, optimizer: bool = True
-) -> dict[str, Any]:
-    metadata = sharding_metadata()
-    model = train_step.unwrapped.sharded_state_dict(metadata=metadata)
-    if not optimizer:
-        return {"model": model}
-    state = train_step.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
-    return {"model": model, "optimizer": state}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 
 from ul2r.config import Causal, Recipe
 from ul2r.data.batches import Batches
@@ -14,26 +13,14 @@ from ul2r.errors import DivergedError
 from ul2r.model.flops import training_flops
 from ul2r.objective.rows import Rows
 from ul2r.tracking.tracker import Tracker
-from ul2r.train.checkpoint import (
-    CheckpointInfo,
-    CheckpointStore,
-    base_checkpoint,
-    load_checkpoint,
-)
+from ul2r.train.checkpoint import CheckpointInfo, CheckpointStore, base_checkpoint
 from ul2r.train.mesh import Mesh
+from ul2r.train.progress import Progress
+from ul2r.train.sharded import load_checkpoint, save_checkpoint
 from ul2r.train.step import StepResult, TrainStep
 
 Reader = Callable[[Mesh, int], Iterator[Rows]]
 """From the mesh and the first step to this replica's rows of each step; the reader rank alone iterates."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands: steps of its own, tokens and FLOPs with its ancestors'."""
-
-    step: int = 0
-    tokens: int = 0
-    flops: float = 0.0
 
 
 class TrainLoop:
@@ -159,7 +146,7 @@ class TrainLoop:
             flops=progress.flops,
             base=self.base,
         )
-        self.checkpoints.save(self.train_step, info)
+        save_checkpoint(self.checkpoints, self.train_step, info)
 
     def _load(self) -> Progress:
         """Resume this run's last checkpoint, else start from the base's weights, else from none."""

@@ -149,9 +149,8 @@ def folders(store: CheckpointStore) -> list[str]:
 
 
 def write_and_finish(store: CheckpointStore, step: int) -> None:
-    writing = store.folder / f"step_{step:08d}.writing"
-    writing.mkdir()
-    store.finish(writing, store.folder / f"step_{step:08d}")
+    store.beside(step).mkdir()
+    store.finish(step)
 
 
 @pytest.mark.parametrize("keep", [1, 2])

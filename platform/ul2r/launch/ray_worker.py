@@ -1,0 +1,57 @@
+"""A worker under Ray Train: reads from Ray Data, reports to the driver and to MLflow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import ray.train
+import torch
+from ray.actor import ActorHandle
+from ray.train.collective import broadcast_from_rank_zero
+
+from ul2r.config import Recipe
+from ul2r.data import pipeline
+from ul2r.launch.progress import write_to
+from ul2r.launch.worker import run_worker
+from ul2r.objective.rows import Rows
+from ul2r.tracking.mlflow import MlflowTracker
+from ul2r.tracking.tracker import MemoryTracker, Tracker
+from ul2r.train.loop import Reader
+from ul2r.train.mesh import Mesh
+
+
+def train_worker(
+    *, recipe: Recipe, uri: str, run_id: str, board: ActorHandle, tokens_per_step: int, owner: str
+) -> None:
+    """Train this rank's part; Ray Train has set up its process group.
+
+    Args:
+        recipe: The run.
+        uri: MLflow's address.
+        run_id: MLflow's name of the run.
+        board: Where rank 0 writes its progress, from `shown_progress`.
+        tokens_per_step: Row positions of one step.
+        owner: The attempt at the run, from `claim`.
+    """
+    torch.set_num_threads(max(int(recipe.launch.cpus_per_worker), 1))
+    first = ray.train.get_context().get_world_rank() == 0
+    tracker: Tracker = MlflowTracker(uri, run_id) if first else MemoryTracker()
+    run_worker(recipe, tracker, write_to(board, tokens_per_step), _reader(recipe), owner)
+    tracker.close()
+
+
+def _reader(recipe: Recipe) -> Reader:
+    def read(mesh: Mesh, first_step: int) -> Iterator[Rows]:
+        replicas = recipe.parallel.data
+        iterators = broadcast_from_rank_zero(
+            pipeline.split(pipeline.make_dataset(recipe, first_step, replicas), replicas)
+            if mesh.is_first
+            else None
+        )
+        if not mesh.is_reader:
+            return iter(())
+        return pipeline.read(
+            iterators[mesh.data_rank], recipe, first_step, mesh.data_rank, replicas
+        )
+
+    return read
