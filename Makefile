@@ -19,8 +19,9 @@ help:  ## list these words
 demo: $(ready)  ## text -> base -> UL2R -> comparison -> served model; CORPUS=path takes your own text
 	@$(bin)/python jobs/demo.py $(if $(CORPUS),--corpus '$(CORPUS)')
 
+# Two files at a time: most of a test's time is spent waiting for processes to start.
 test: $(ready)  ## every test that this machine can run; ARGS="-k words" picks some
-	@$(bin)/pytest $(ARGS)
+	@$(bin)/pytest -n 2 --dist loadfile $(ARGS)
 
 check: $(ready)  ## lint, format and types, changing nothing
 	@$(bin)/ruff check

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import tempfile
@@ -12,12 +13,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=120)
 
+# The processes are forks of one that has imported what they need, which takes each of them seconds otherwise.
+multiprocessing.set_forkserver_preload(["ul2r.launch.worker"])
 
-def run_distributed(function: Callable[..., Any], workers: int, *arguments: Any) -> list[Any]:  # noqa: ANN401
+
+def run_distributed(function: Callable[..., Any], workers: int, *arguments: Any) -> list[Any]:  # noqa: ANN401  # whatever the function takes and gives
     """Call `function(*arguments)` in `workers` fresh processes joined by gloo.
 
     The processes meet through a file, not a port. What one call patches in its processes, as a
@@ -35,8 +39,11 @@ def run_distributed(function: Callable[..., Any], workers: int, *arguments: Any)
         torch.multiprocessing.ProcessRaisedException: With the traceback of the first rank that failed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        spawn(  # type: ignore[no-untyped-call]  # torch has no type for it
-            _enter, args=(Path(folder), workers, function, arguments), nprocs=workers
+        start_processes(  # type: ignore[no-untyped-call]  # torch has no type for it
+            _enter,
+            args=(Path(folder), workers, function, arguments),
+            nprocs=workers,
+            start_method="forkserver",
         )
         return [pickle.loads(_result(Path(folder), rank).read_bytes()) for rank in range(workers)]
 
