@@ -1,7 +1,7 @@
 """Recipes: what a run is made of, read from YAML and checked before anything starts."""
 
 from ul2r.config.architecture import Architecture
-from ul2r.config.denoisers import PRESETS, Causal, Denoiser, Prefix, SpanCorruption, fit
+from ul2r.config.denoisers import PRESETS, Causal, Denoiser, Fim, Prefix, SpanCorruption, fit
 from ul2r.config.load import dump, load
 from ul2r.config.objective import Objective
 from ul2r.config.recipe import Comparison, Data, Evaluation, Parallel, Recipe
@@ -14,6 +14,7 @@ __all__ = [
     "Data",
     "Denoiser",
     "Evaluation",
+    "Fim",
     "Objective",
     "Parallel",
     "Prefix",

@@ -16,7 +16,16 @@ Mode = Literal["S2S", "NLU", "NLG"]
 Weight = Annotated[float, Field(gt=0)]
 
 
-class SpanCorruption(Section):
+class _Denoiser(Section):
+    """What every denoiser has."""
+
+    weight: Weight
+    """Its share of the examples is its weight among those of the mixture."""
+    whole_row: bool = False
+    """Whether an example has a row to itself where those of others share one (`objective.slots_per_row`)."""
+
+
+class SpanCorruption(_Denoiser):
     """Masks spans of `mean_span` tokens on average, `rate` of all (UL2, arXiv 2205.05131, 3.1).
 
     Inputs are mode, kept runs each followed by its sentinel; targets are sentinel and span in turn, then eos.
@@ -27,7 +36,6 @@ class SpanCorruption(Section):
     mean_span: float = Field(ge=1)
     rate: float = Field(gt=0, lt=1)
     mode: Mode
-    weight: Weight
 
     def noise_tokens(self, raw_length: int) -> int:
         """Masked tokens of a window of `raw_length` >= 2 tokens: round(L * rate), at least 1, at most L - 1."""
@@ -41,29 +49,59 @@ class SpanCorruption(Section):
         noise = self.noise_tokens(raw_length)
         return min(max(round(noise / self.mean_span), 1), noise, raw_length - noise)
 
-    def example_length(self, raw_length: int) -> int:
-        """Tokens of mode + inputs + targets + eos: L + 2 * spans + 2."""
-        return raw_length + 2 * self.spans(raw_length) + 2
+    def example_length(self, raw_length: int, marks: int = 1) -> int:
+        """Tokens of mode + inputs + targets + eos: L + 2 * spans + marks + 1.
+
+        Args:
+            raw_length: Tokens of the window.
+            marks: Tokens of the mode, and 1 more if an eos closes the inputs.
+        """
+        return raw_length + 2 * self.spans(raw_length) + marks + 1
 
 
-class Prefix(Section):
-    """Splits a window at a uniform point: the first part is read, the second predicted (UL2's S)."""
+class Prefix(_Denoiser):
+    """Splits a window in two: the first part is read, the second predicted (UL2's S).
+
+    The first part has 1 .. L - 1 tokens, each number equally likely (Google's t5, `random_prefix`), or with `rate` all
+    but that share of the window (UL2's own seven, arXiv 2205.05131, table 1).
+    """
 
     kind: Literal["prefix"] = "prefix"
     name: str = "S"
     mode: Mode = "S2S"
-    weight: Weight
+    rate: float | None = Field(default=None, gt=0, lt=1)
+    sentinel: bool = False
+    """Whether a sentinel ends the inputs and begins the targets, as in span corruption (the papers are silent)."""
 
     def spans(self, raw_length: int) -> int:  # noqa: ARG002  one signature for every denoiser
-        """Sentinels needed: none."""
-        return 0
+        """Sentinels needed."""
+        return int(self.sentinel)
 
-    def example_length(self, raw_length: int) -> int:
-        """Tokens of mode + window + eos."""
-        return raw_length + 2
+    def example_length(self, raw_length: int, marks: int = 1) -> int:
+        """Tokens of mode + window + eos, and its sentinel twice; `marks` as in `SpanCorruption`."""
+        return raw_length + 2 * int(self.sentinel) + marks + 1
 
 
-class Causal(Section):
+class Fim(_Denoiser):
+    """Moves the middle of a window to its end: prefix, suffix, middle, all of it predicted causally.
+
+    For comparison (Bavarian et al. 2022, arXiv 2207.14255, 3). The window is cut into three parts of a token or more,
+    every way equally likely; three sentinels stand before prefix, suffix and middle.
+    """
+
+    kind: Literal["fim"] = "fim"
+    name: str = "FIM"
+
+    def spans(self, raw_length: int) -> int:  # noqa: ARG002  one signature for every denoiser
+        """Sentinels needed: three."""
+        return 3
+
+    def example_length(self, raw_length: int, marks: int = 1) -> int:  # noqa: ARG002
+        """Tokens of window + three sentinels + eos; it has no mode."""
+        return raw_length + 4
+
+
+class Causal(_Denoiser):
     """Plain next-token prediction: a window of raw tokens, no mode, no eos of its own."""
 
     kind: Literal["causal"] = "causal"
@@ -74,26 +112,31 @@ class Causal(Section):
         """Sentinels needed: none."""
         return 0
 
-    def example_length(self, raw_length: int) -> int:
+    def example_length(self, raw_length: int, marks: int = 1) -> int:  # noqa: ARG002
         """Tokens of the window itself."""
         return raw_length
 
 
-Denoiser = Annotated[SpanCorruption | Prefix | Causal, Field(discriminator="kind")]
+Denoiser = Annotated[SpanCorruption | Prefix | Fim | Causal, Field(discriminator="kind")]
 
 MINIMUM_RAW_LENGTH = 4
 
 
-def fit(denoiser: Denoiser, example_length: int) -> int:
+def fit(denoiser: Denoiser, example_length: int, marks: int = 1) -> int:
     """The longest raw length whose example has at most `example_length` tokens.
 
     An example's length grows with the raw length by 1 or 3 at a time, so the slot is filled to within 2 tokens.
+
+    Args:
+        denoiser: What makes the example.
+        example_length: Room for it.
+        marks: As in `SpanCorruption.example_length`.
 
     Raises:
         ValueError: If not even `MINIMUM_RAW_LENGTH` raw tokens fit.
     """
     for raw_length in range(example_length, MINIMUM_RAW_LENGTH - 1, -1):
-        if denoiser.example_length(raw_length) <= example_length:
+        if denoiser.example_length(raw_length, marks) <= example_length:
             return raw_length
     raise ValueError(
         f"{example_length} tokens are too few for denoiser {denoiser.name!r}: "
@@ -101,13 +144,31 @@ def fit(denoiser: Denoiser, example_length: int) -> int:
     )
 
 
+def _corruption(name: str, mean_span: float, rate: float, mode: Mode, weight: float) -> Denoiser:
+    return SpanCorruption(name=name, mean_span=mean_span, rate=rate, mode=mode, weight=weight)
+
+
 PRESETS: dict[str, tuple[Denoiser, ...]] = {
     # arXiv 2210.11399, 3.1: 50 % S, 25 % R, 25 % X; X "mean 32 or rate up to 0.5", split in halves here.
     "ul2r": (
         Prefix(name="S", weight=0.5),
-        SpanCorruption(name="R", mean_span=3, rate=0.15, mode="NLU", weight=0.25),
-        SpanCorruption(name="X-long", mean_span=32, rate=0.15, mode="NLG", weight=0.125),
-        SpanCorruption(name="X-dense", mean_span=3, rate=0.5, mode="NLG", weight=0.125),
+        _corruption("R", 3, 0.15, "NLU", 0.25),
+        _corruption("X-long", 32, 0.15, "NLG", 0.125),
+        _corruption("X-dense", 3, 0.5, "NLG", 0.125),
     ),
+    # arXiv 2205.05131, table 1; mixed in equal parts.
+    "ul2": (
+        _corruption("R-3", 3, 0.15, "NLU", 1),
+        _corruption("R-8", 8, 0.15, "NLU", 1),
+        Prefix(name="S", rate=0.25, weight=1),
+        _corruption("X-3", 3, 0.5, "NLG", 1),
+        _corruption("X-8", 8, 0.5, "NLG", 1),
+        _corruption("X-64", 64, 0.15, "NLG", 1),
+        _corruption("X-64-dense", 64, 0.5, "NLG", 1),
+    ),
+    # T5's objective (arXiv 1910.10683, 3.3.4).
+    "span_corruption": (_corruption("R", 3, 0.15, "NLU", 1),),
+    # arXiv 2207.14255, 4.1: half of the examples are moved, the others left as they are.
+    "fim": (Fim(weight=1), Causal(weight=1)),
     "causal": (Causal(),),
 }

@@ -26,7 +26,7 @@ def _distinct(mixture: tuple[Denoiser, ...]) -> tuple[Denoiser, ...]:
 
 
 Mixture = Annotated[tuple[Denoiser, ...], BeforeValidator(_mixture), AfterValidator(_distinct)]
-"""A preset's name (ul2r, causal) or a list of denoisers with weights."""
+"""A preset's name (ul2r, ul2, span_corruption, fim, causal) or a list of denoisers with weights."""
 
 
 class Objective(Section):
@@ -35,6 +35,8 @@ class Objective(Section):
     mixture: Mixture = PRESETS["ul2r"]
     sequence_length: PositiveInt = 2048
     slots_per_row: PositiveInt = 1
+    eos_after_inputs: bool = False
+    """Whether an eos closes the inputs as well as the targets (the papers are silent)."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -43,7 +45,7 @@ class Objective(Section):
                 f"slots_per_row={self.slots_per_row} does not divide sequence_length={self.sequence_length}"
             )
         for denoiser in self.mixture:
-            fit(denoiser, self.example_length)
+            self.raw_length(denoiser)
         return self
 
     def with_mixture(self, *denoisers: Denoiser) -> Objective:
@@ -52,20 +54,36 @@ class Objective(Section):
 
     @property
     def slot_length(self) -> int:
-        """Positions of a row that one example has."""
+        """Positions of a row that one example has, where it shares the row."""
         return self.sequence_length // self.slots_per_row
 
+    def room(self, denoiser: Denoiser) -> int:
+        """Tokens of the longest example: one more than its positions, since labels are shifted."""
+        return 1 + (self.sequence_length if denoiser.whole_row else self.slot_length)
+
+    def raw_length(self, denoiser: Denoiser, mode_tokens: int = 1) -> int:
+        """Raw tokens of the longest example.
+
+        Args:
+            denoiser: What makes the example.
+            mode_tokens: Tokens of its mode.
+
+        Raises:
+            ValueError: If no example fits.
+        """
+        return fit(denoiser, self.room(denoiser), mode_tokens + self.eos_after_inputs)
+
     @property
-    def example_length(self) -> int:
-        """Tokens of the longest example in a slot: one more than its positions, since labels are shifted."""
-        return self.slot_length + 1
+    def longest_window(self) -> int:
+        """Raw tokens that the longest example of any denoiser may have, whatever its marks."""
+        return max(self.room(denoiser) for denoiser in self.mixture)
 
     @property
     def sentinels_needed(self) -> int:
         """Sentinels that the mixture's worst example uses."""
-        return max(denoiser.spans(fit(denoiser, self.example_length)) for denoiser in self.mixture)
+        return max(denoiser.spans(self.raw_length(denoiser)) for denoiser in self.mixture)
 
     @property
     def is_causal(self) -> bool:
-        """Whether every denoiser is plain next-token prediction."""
-        return all(denoiser.kind == "causal" for denoiser in self.mixture)
+        """Whether every position sees all before it and none after it."""
+        return all(denoiser.kind in {"causal", "fim"} for denoiser in self.mixture)

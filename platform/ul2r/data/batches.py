@@ -37,7 +37,7 @@ class Batches:
                 f"needs {needed}: raise data.sentinels and prepare again, or lower objective.sequence_length"
             )
         self._recipe, self._vocabulary = recipe, vocabulary
-        length = recipe.objective.example_length
+        length = recipe.objective.longest_window
         self._train = Windows(corpus.train, length, recipe.seed)
         self._held_out = Windows(corpus.held_out, length, HELD_OUT_SEED, split="held-out")
 

@@ -6,19 +6,17 @@ the cuts moved by a new random shift, so that an epoch sees other windows and ot
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from ul2r.errors import CorpusError
-from ul2r.objective.randomness import Purpose, below, random_words
+from ul2r.objective.kernels import Word, compiled, fill_words, high_product
+from ul2r.objective.randomness import Purpose
 
 ROUNDS = 8
 """Feistel rounds; four already pass for random where the round function is (Luby and Rackoff 1988)."""
-
-WORD = 2**64 - 1
 
 
 class Tokens(Protocol):
@@ -61,20 +59,53 @@ class Windows:
         """Windows in an epoch."""
         return len(self._store) // self.length
 
-    def window(self, sample: int, length: int) -> npt.NDArray[np.int32]:
-        """The first `length` tokens of a sample's window, of shape (length,)."""
-        assert length <= self.length, (length, self.length)
-        return self._store.tokens(self.start(sample), length)
+    def read(
+        self,
+        samples: npt.NDArray[np.int64],
+        lengths: npt.NDArray[np.int64],
+        windows: npt.NDArray[np.int32],
+    ) -> None:
+        """Read the first `lengths[i]` tokens of each sample's window to `windows[i]`; nothing for sample -1."""
+        assert lengths.max(initial=0) <= self.length, (lengths.max(), self.length)
+        starts = self.starts(samples).tolist()
+        for window, start, length in zip(windows, starts, lengths.tolist(), strict=True):
+            window[:length] = self._store.tokens(start, length)
 
-    def start(self, sample: int) -> int:
-        """Number of the token that a sample's window begins with."""
-        epoch, place = divmod(sample, len(self))
-        shift_word, *keys = _epoch_words(self._seed, epoch)
-        shift = below(shift_word, len(self._store))
-        return (shift + permute(place, len(self), keys) * self.length) % len(self._store)
+    def starts(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Number of the token that each sample's window begins with, int64 (N,)."""
+        starts = np.empty(len(samples), np.int64)
+        _fill_starts(
+            (np.uint64(self._seed), np.uint64(Purpose.ORDER)),
+            samples,
+            len(self._store),
+            self.length,
+            starts,
+        )
+        return starts
 
 
-def permute(place: int, size: int, keys: list[int]) -> int:
+@compiled
+def _fill_starts(
+    stream: tuple[Word, Word],
+    samples: npt.NDArray[np.int64],
+    total: int,
+    length: int,
+    starts: npt.NDArray[np.int64],
+) -> None:
+    """Write where each sample's window starts: shift of its epoch + permuted place x length, over `total` tokens."""
+    seed, purpose = stream
+    count = total // length
+    words = np.empty(1 + ROUNDS, np.uint64)
+    for number in range(len(samples)):
+        sample = max(samples[number], 0)
+        fill_words(seed, purpose, sample // count, words)
+        shift = np.int64(high_product(words[0], np.uint64(total)))
+        place = permute(np.uint64(sample % count), np.uint64(count), words[1:])
+        starts[number] = (shift + np.int64(place) * length) % total
+
+
+@compiled
+def permute(place: Word, size: Word, keys: npt.NDArray[np.uint64]) -> Word:
     """Where a keyed permutation of 0 .. size - 1 puts `place`.
 
     A Feistel network permutes the numbers of 2 * half bits, at most 4 * size of them; a number that lands outside
@@ -84,27 +115,25 @@ def permute(place: int, size: int, keys: list[int]) -> int:
     Args:
         place: What to permute, 0 <= place < size.
         size: Size of the permuted set.
-        keys: One 64-bit key for each round.
+        keys: One word for each round, uint64 (ROUNDS,).
     """
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    one = np.uint64(1)
+    half = one
+    while size > one << np.uint64(2) * half:
+        half += one
+    mask = (one << half) - one
     while True:
-        left, right = place >> half, place & (1 << half) - 1
+        left, right = place >> half, place & mask
         for key in keys:
-            left, right = right, left ^ _mix(right ^ key) >> 64 - half
+            left, right = right, left ^ (mix(right ^ key) >> (np.uint64(64) - half))
         place = left << half | right
         if place < size:
             return place
 
 
-def _mix(word: int) -> int:
-    """Scatter a 64-bit word's bits (the finalizer of SplitMix64; Steele, Lea and Flood 2014)."""
-    word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 & WORD
-    word = (word ^ word >> 27) * 0x94D049BB133111EB & WORD
-    return word ^ word >> 31
-
-
-@lru_cache(maxsize=8)
-def _epoch_words(seed: int, epoch: int) -> list[int]:
-    """An epoch's shift and round keys, kept for the few epochs that a batch may touch."""
-    words: list[int] = random_words(seed, Purpose.ORDER, epoch, 1 + ROUNDS).tolist()
-    return words
+@compiled
+def mix(word: Word) -> Word:
+    """Scatter a uint64's bits (the finalizer of SplitMix64; Steele, Lea and Flood 2014)."""
+    word = (word ^ word >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    word = (word ^ word >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return word ^ word >> np.uint64(31)

@@ -162,7 +162,7 @@ def _check(model: LanguageModel, corpus: Corpus, recipe: Recipe) -> None:
             "evaluate it against the store that it was trained on"
         )
     used = 2 * recipe.evaluation.infill_context + recipe.evaluation.infill_span + 4
-    room = recipe.objective.example_length
+    room = recipe.objective.slot_length + 1
     if used > room:
         raise RecipeError(
             f"evaluation.infill_context={recipe.evaluation.infill_context} on both sides of infill_span="

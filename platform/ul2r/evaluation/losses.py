@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ul2r.config import Causal, Denoiser, Prefix, Recipe, fit
+from ul2r.config import Causal, Denoiser, Prefix, Recipe
 from ul2r.data.batches import Batches
 from ul2r.data.store import Corpus
 from ul2r.errors import CorpusError
@@ -27,7 +27,7 @@ def denoiser_loss(
         CorpusError: If the held-out split has not two rows.
     """
     objective = recipe.objective
-    available = len(corpus.held_out) // (objective.example_length * objective.slots_per_row)
+    available = len(corpus.held_out) // (objective.longest_window * objective.slots_per_row)
     count = min(recipe.evaluation.rows, available)
     if count < 2:
         raise CorpusError(
@@ -51,7 +51,7 @@ def second_half_loss(model: LanguageModel, corpus: Corpus, recipe: Recipe) -> Sc
     without the eos of documents that end in it. The closing eos of S training is not asked for.
     """
     denoiser = Prefix(weight=1.0)
-    length = fit(denoiser, recipe.objective.example_length)
+    length = recipe.objective.raw_length(denoiser)
     texts = spread_windows(corpus.held_out, recipe.evaluation.rows, length)
     first, second = np.split(texts, [length // 2], axis=1)
     counts = second != corpus.vocabulary.eos

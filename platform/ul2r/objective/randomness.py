@@ -1,8 +1,7 @@
 """Random numbers without state: word i of a stream is a function of (seed, purpose, index) alone.
 
 Philox is a keyed bijection of a counter (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), so
-no draw depends on another and any process can make any sample. Only the generator's raw words are used: numpy
-keeps those the same in all versions (NEP 19), which it does not promise for its distributions.
+no draw depends on another and any process can make any sample.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ from enum import IntEnum
 
 import numpy as np
 import numpy.typing as npt
+
+from ul2r.objective.kernels import fill_words
 
 
 class Purpose(IntEnum):
@@ -25,6 +26,8 @@ class Purpose(IntEnum):
     """Where the spans, or the split, of sample `index` fall."""
     ORDER = 3
     """The order and shift of the windows in epoch `index`."""
+    ROW = 4
+    """Whether row `index` belongs to one example that has it whole."""
 
 
 def random_words(seed: int, purpose: Purpose, index: int, count: int) -> npt.NDArray[np.uint64]:
@@ -33,20 +36,15 @@ def random_words(seed: int, purpose: Purpose, index: int, count: int) -> npt.NDA
     Args:
         seed: The run's seed, 0 <= seed < 2**64.
         purpose: What the words are for.
-        index: Sample index or epoch, 0 <= index < 2**64.
+        index: Sample index, row or epoch, 0 <= index < 2**63.
         count: Words wanted, at least 0.
 
     Returns:
         Uniform 64-bit words of shape (count,).
     """
-    # The index fills the counter's top word: a stream is 2**192 blocks long, so streams never meet.
-    generator = np.random.Philox(key=seed | purpose << 64, counter=index << 192)
-    return generator.random_raw(count)
-
-
-def uniform(word: int) -> float:
-    """A word as a float in [0, 1): its upper 53 bits."""
-    return (word >> 11) * 2.0**-53
+    words = np.empty(count, np.uint64)
+    fill_words(np.uint64(seed), np.uint64(purpose), index, words)
+    return words
 
 
 def below(word: int, bound: int) -> int:

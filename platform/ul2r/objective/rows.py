@@ -4,23 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from itertools import accumulate
+from functools import lru_cache
 from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from ul2r.config import Denoiser, Objective, fit
-from ul2r.objective.examples import Example, make_example
-from ul2r.objective.randomness import Purpose, random_words, uniform
+from ul2r.config import Denoiser, Objective
+from ul2r.objective import kernels
+from ul2r.objective.randomness import Purpose
 from ul2r.objective.vocabulary import Vocabulary
+
+KINDS = {
+    "span_corruption": kernels.CORRUPTION,
+    "prefix": kernels.PREFIX,
+    "fim": kernels.FIM,
+    "causal": kernels.CAUSAL,
+}
 
 
 class WindowSource(Protocol):
     """Where raw text comes from."""
 
-    def window(self, sample: int, length: int) -> npt.NDArray[np.int32]:
-        """The first `length` raw tokens of a sample's window, of shape (length,)."""
+    def read(
+        self,
+        samples: npt.NDArray[np.int64],
+        lengths: npt.NDArray[np.int64],
+        windows: npt.NDArray[np.int32],
+    ) -> None:
+        """Read the beginnings of samples' windows.
+
+        Args:
+            samples: Sample indices, int64 (N,); -1 for none.
+            lengths: Raw tokens wanted of each, int64 (N,).
+            windows: Where they go: sample i's to `windows[i, :lengths[i]]`, int32 (N, longest).
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +53,7 @@ class Rows:
         hi: One past the last key that each query sees, int32 (B, S).
         position: Position within the slot, int32 (B, S).
         denoiser: Index into the objective's mixture, int8 (B, S); -1 on padding.
-        sample: Sample indices of the slots, int64 (B, slots_per_row).
+        sample: Sample indices of the slots, int64 (B, slots_per_row); -1 for a slot that the one before it takes up.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -63,10 +81,22 @@ class Rows:
         return Rows(**{name: array[rows] for name, array in self.arrays().items()})
 
 
+TYPES = {
+    "tokens": np.int32,
+    "labels": np.int32,
+    "loss_mask": np.uint8,
+    "lo": np.int32,
+    "hi": np.int32,
+    "position": np.int32,
+    "denoiser": np.int8,
+}
+"""Of the arrays with a number for each position."""
+
+
 def row_bytes(objective: Objective) -> int:
     """Bytes of one row's arrays."""
-    empty = _padding(0, objective, eos=0)
-    return sum(array.itemsize * int(np.prod(array.shape[1:])) for array in empty.arrays().values())
+    position = sum(np.dtype(dtype).itemsize for dtype in TYPES.values())
+    return position * objective.sequence_length + 8 * objective.slots_per_row
 
 
 def make_rows(
@@ -77,7 +107,7 @@ def make_rows(
     seed: int,
     windows: WindowSource,
 ) -> Rows:
-    """Make rows by their numbers in the run; row r holds samples r * slots .. r * slots + slots - 1.
+    """Make rows by their numbers in the run; row r holds samples r * slots .. r * slots + slots - 1 or the first alone.
 
     A sample's denoiser, spans and split are drawn from (seed, sample index) alone, and its raw length is the
     longest whose example fits the slot, so nothing is truncated and at most 2 positions of a slot are padding.
@@ -97,66 +127,80 @@ def make_rows(
         rows: Numbers of the B rows.
         objective: The mixture and the shape of the rows.
         vocabulary: Ids of the special tokens.
-        seed: The run's seed.
+        seed: The run's seed, 0 <= seed < 2**64.
         windows: Raw text by sample index.
 
     Returns:
         The rows, in the order asked for.
     """
-    raw_lengths = [fit(denoiser, objective.example_length) for denoiser in objective.mixture]
-    made = _padding(len(rows), objective, vocabulary.eos)
-    slots = objective.slots_per_row
-    for line, row in enumerate(rows):
-        for slot in range(slots):
-            sample = row * slots + slot
-            choice = choose_denoiser(objective.mixture, seed, sample)
-            example = make_example(
-                objective.mixture[choice],
-                windows.window(sample, raw_lengths[choice]),
-                vocabulary=vocabulary,
-                seed=seed,
-                sample=sample,
-            )
-            _place(example, made, line, slot * objective.slot_length, choice)
-            made.sample[line, slot] = sample
-    return made
+    plan = _plan(objective)
+    assert plan.sentinels <= len(vocabulary.sentinels), "more spans than sentinels"
+    shape = len(rows), objective.slots_per_row
+    slots = np.empty(shape, np.int64), np.empty(shape, np.int64), np.empty(shape, np.int64)
+    samples, _, lengths = slots
+    kernels.choose_denoisers(
+        np.uint64(seed),
+        (np.uint64(Purpose.ROW), np.uint64(Purpose.DENOISER)),
+        plan.whole_share,
+        np.array(rows, np.int64),
+        plan.denoisers,
+        slots,
+    )
+    text = np.empty((samples.size, int(lengths.max(initial=0))), np.int32)
+    windows.read(samples.ravel(), lengths.ravel(), text)
+    positions = len(rows), objective.sequence_length
+    arrays = {name: np.empty(positions, dtype) for name, dtype in TYPES.items()}
+    kernels.fill_rows(
+        np.uint64(seed),
+        np.uint64(Purpose.SPANS),
+        plan.denoisers,
+        (
+            _modes(objective.mixture, vocabulary),
+            np.array(vocabulary.sentinels, np.int32),
+            vocabulary.eos,
+        ),
+        slots,
+        text,
+        tuple(arrays.values()),
+    )
+    return Rows(**arrays, sample=samples)
 
 
-def choose_denoiser(mixture: Sequence[Denoiser], seed: int, sample: int) -> int:
-    """Index of the denoiser that a sample gets, drawn by the mixture's weights from (seed, sample) alone."""
-    *bounds, total = accumulate(denoiser.weight for denoiser in mixture)
-    (word,) = random_words(seed, Purpose.DENOISER, sample, 1).tolist()
-    return sum(uniform(word) * total >= bound for bound in bounds)
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """What rows of an objective are made by."""
+
+    denoisers: npt.NDArray[Any]
+    """The mixture as the kernels read it."""
+    whole_share: float
+    """Share of the rows that one example has whole, such that a denoiser's share of the examples is its weight's."""
+    sentinels: int
+    """Sentinels that the longest example needs."""
 
 
-def _padding(rows: int, objective: Objective, eos: int) -> Rows:
-    """Rows without examples: every position an eos that sees only itself."""
-    shape = rows, objective.sequence_length
-    own = np.broadcast_to(np.arange(objective.sequence_length, dtype=np.int32), shape)
-    return Rows(
-        tokens=np.full(shape, eos, np.int32),
-        labels=np.zeros(shape, np.int32),
-        loss_mask=np.zeros(shape, np.uint8),
-        lo=own.copy(),
-        hi=own + np.int32(1),
-        position=own % np.int32(objective.slot_length),
-        denoiser=np.full(shape, -1, np.int8),
-        sample=np.zeros((rows, objective.slots_per_row), np.int64),
+@lru_cache(maxsize=64)
+def _plan(objective: Objective) -> _Plan:
+    table = np.zeros(len(objective.mixture), kernels.DENOISER)
+    weights = {True: 0.0, False: 0.0}
+    for one, denoiser in zip(table, objective.mixture, strict=True):
+        weights[denoiser.whole_row] += denoiser.weight
+        one["kind"] = KINDS[denoiser.kind]
+        one["length"] = objective.raw_length(denoiser)
+        one["marks"] = 1
+        one["closed"] = objective.eos_after_inputs
+        one["whole"] = denoiser.whole_row
+        one["bound"] = weights[denoiser.whole_row]
+        if denoiser.kind == "span_corruption":
+            one["mean_span"], one["rate"] = denoiser.mean_span, denoiser.rate
+        elif denoiser.kind == "prefix":
+            one["rate"], one["sentinels"] = denoiser.rate or 0.0, denoiser.sentinel
+    rows_of_shared = weights[False] / objective.slots_per_row
+    return _Plan(
+        table, weights[True] / (weights[True] + rows_of_shared), objective.sentinels_needed
     )
 
 
-def _place(example: Example, rows: Rows, line: int, begin: int, denoiser: int) -> None:
-    """Write an example into the slot of row `line` that begins at `begin`.
-
-    Inputs see all inputs; a target sees the inputs, the targets before it and itself. Without inputs that
-    is plain causal attention.
-    """
-    length = len(example.tokens) - 1
-    slot = line, slice(begin, begin + length)
-    place = np.arange(length, dtype=np.int32)
-    rows.tokens[slot] = example.tokens[:-1]
-    rows.labels[slot] = example.tokens[1:]
-    rows.loss_mask[slot] = place + 1 >= example.inputs
-    rows.lo[slot] = begin
-    rows.hi[slot] = begin + np.maximum(place + 1, example.inputs)
-    rows.denoiser[slot] = denoiser
+def _modes(mixture: Sequence[Denoiser], vocabulary: Vocabulary) -> npt.NDArray[np.int32]:
+    """Mode tokens of each denoiser, int32 (D, 1); those of one without a mode are not read."""
+    ids = [vocabulary.modes.get(getattr(one, "mode", ""), 0) for one in mixture]
+    return np.array(ids, np.int32)[:, None]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from ul2r.data.corpus import find_files
 from ul2r.data.shards import group_files, join_shards, write_shard
@@ -83,3 +85,30 @@ def tiny_store(
             write_shard(group, folder, tokenizer, vocabulary)
     join_shards(folder, len(groups), held_out, vocabulary, inputs={"corpus": "testing"})
     return open_corpus(folder)
+
+
+class MadeText:
+    """A `WindowSource` of made tokens.
+
+    Args:
+        window: From a sample and a length to that many tokens.
+    """
+
+    def __init__(self, window: Callable[[int, int], npt.ArrayLike]) -> None:
+        self.window = window
+
+    def read(
+        self,
+        samples: npt.NDArray[np.int64],
+        lengths: npt.NDArray[np.int64],
+        windows: npt.NDArray[np.int32],
+    ) -> None:
+        """Write each sample's tokens to its line."""
+        for line, sample, length in zip(windows, samples.tolist(), lengths.tolist(), strict=True):
+            if sample >= 0:
+                line[:length] = self.window(sample, length)
+
+
+def counted_text(first: Callable[[int], int]) -> MadeText:
+    """Sample k reads the tokens `first(k)`, `first(k) + 1` and on."""
+    return MadeText(lambda sample, length: np.arange(first(sample), first(sample) + length))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ul2r.config import PRESETS, Causal, Denoiser, Objective, Prefix, SpanCorruption, fit
+from ul2r.config import PRESETS, Causal, Denoiser, Fim, Objective, Prefix, SpanCorruption, fit
 from ul2r.config.denoisers import MINIMUM_RAW_LENGTH
 
 corruptions = st.builds(
@@ -17,7 +17,9 @@ corruptions = st.builds(
     mode=st.just("NLU"),
     weight=st.just(1),
 )
-denoisers = st.one_of(corruptions, st.just(Prefix(weight=1)), st.just(Causal()))
+denoisers = st.one_of(
+    corruptions, st.just(Prefix(weight=1)), st.just(Fim(weight=1)), st.just(Causal())
+)
 
 
 def corruption(mean_span: float, rate: float) -> SpanCorruption:
@@ -73,8 +75,32 @@ def test_published_rows_carry_tokens_in_998_of_1000_positions(name: str) -> None
     """R with inputs of a fixed 1,024 tokens fills 1,253 of 2,048 positions; the raw length is solved for instead."""
     objective = Objective(mixture=PRESETS[name], sequence_length=2048)
     for denoiser in objective.mixture:
-        used = denoiser.example_length(fit(denoiser, objective.example_length)) - 1
+        used = denoiser.example_length(objective.raw_length(denoiser)) - 1
         assert used >= 0.998 * 2048
+
+
+def test_marks_that_an_example_carries_are_counted() -> None:
+    assert corruption(3, 0.15).example_length(512, marks=3) == 568
+    assert Prefix(weight=1, sentinel=True).example_length(100, marks=2) == 105
+    assert Fim(weight=1).example_length(100) == 104
+    closed = Objective(mixture=(Prefix(weight=1),), sequence_length=64, eos_after_inputs=True)
+    assert closed.raw_length(closed.mixture[0], mode_tokens=4) == 65 - 4 - 1 - 1
+
+
+def test_example_with_a_row_to_itself_has_the_room_of_all_slots() -> None:
+    whole, shared = Prefix(weight=1, whole_row=True), corruption(3, 0.15)
+    objective = Objective(mixture=(whole, shared), sequence_length=128, slots_per_row=4)
+    assert (objective.room(whole), objective.room(shared)) == (129, 33)
+    assert objective.longest_window == 129
+    assert objective.with_mixture(shared).longest_window == 33
+
+
+def test_ul2_mixture_is_the_papers_seven() -> None:
+    """arXiv 2205.05131, table 1, by (mean span, rate); S has a quarter of the text as its target."""
+    corruptions = {(d.mean_span, d.rate) for d in PRESETS["ul2"] if d.kind == "span_corruption"}
+    assert corruptions == {(3, 0.15), (8, 0.15), (3, 0.5), (8, 0.5), (64, 0.15), (64, 0.5)}
+    assert [d.rate for d in PRESETS["ul2"] if d.kind == "prefix"] == [0.25]
+    assert len({d.weight for d in PRESETS["ul2"]}) == 1
 
 
 @given(denoisers, st.integers(1, 12))
@@ -93,5 +119,5 @@ def test_ul2r_mixture_is_the_papers() -> None:
         kind = denoiser.name[0]
         shares[kind] = shares.get(kind, Fraction(0)) + Fraction(denoiser.weight)
     assert shares == {"S": Fraction(1, 2), "R": Fraction(1, 4), "X": Fraction(1, 4)}
-    modes = {d.name[0]: d.mode for d in PRESETS["ul2r"] if d.kind != "causal"}
+    modes = {d.name[0]: d.mode for d in PRESETS["ul2r"] if d.kind in {"prefix", "span_corruption"}}
     assert modes == {"S": "S2S", "R": "NLU", "X": "NLG"}

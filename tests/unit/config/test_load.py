@@ -160,7 +160,7 @@ def test_unknown_key_is_named_before_the_required_one_that_it_stands_for(write: 
         ("objective.mixture=[S]", "objective.mixture.0", "a group of keys is needed, got 'S'"),
         ("objective.mixture=[{weight: 1}]", "objective.mixture.0", "needs the key kind, one of"),
         ("objective.mixture.0.kind=R", "objective.mixture.0", "kind is none of span_corruption, "),
-        ("objective.mixture=ul2", "objective.mixture", "unknown mixture 'ul2': use one of ul2r, "),
+        ("objective.mixture=ul3", "objective.mixture", "unknown mixture 'ul3': use one of ul2r, "),
     ],
 )
 def test_wrong_type_is_named_with_its_place_and_value(

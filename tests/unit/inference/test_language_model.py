@@ -15,6 +15,7 @@ from ul2r.errors import CheckpointError
 from ul2r.inference import LanguageModel, language_model
 from ul2r.objective.rows import Rows, make_rows
 from ul2r.objective.vocabulary import Vocabulary
+from ul2r.testing.corpus import MadeText
 from ul2r.testing.models import tiny_export
 
 Array = npt.NDArray[np.float64]
@@ -86,14 +87,10 @@ class Dense:
         return np.concatenate([turned.real, turned.imag], axis=-1)
 
 
-class Window:
+def raw_text(model: LanguageModel) -> MadeText:
     """Raw text tokens, another window for every sample."""
-
-    def __init__(self, model: LanguageModel) -> None:
-        self.ids = torch.nonzero(model.is_text).flatten().numpy()
-
-    def window(self, sample: int, length: int) -> npt.NDArray[np.int32]:
-        return np.random.default_rng(sample).choice(self.ids, length).astype(np.int32)
+    ids = torch.nonzero(model.is_text).flatten().numpy()
+    return MadeText(lambda sample, length: np.random.default_rng(sample).choice(ids, length))
 
 
 def ul2r_rows(model: LanguageModel, count: int) -> Rows:
@@ -104,7 +101,7 @@ def ul2r_rows(model: LanguageModel, count: int) -> Rows:
         objective=objective,
         vocabulary=model.vocabulary,
         seed=3,
-        windows=Window(model),
+        windows=raw_text(model),
     )
 
 

@@ -1,15 +1,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ul2r.config import Causal, Denoiser, Prefix, SpanCorruption
-from ul2r.objective import Vocabulary
-from ul2r.objective.examples import Example, make_example
+from ul2r.config import Causal, Denoiser, Fim, Objective, Prefix, SpanCorruption
+from ul2r.objective import Vocabulary, make_rows
+from ul2r.testing.corpus import counted_text
 
 TEXT = 1000
 """Raw tokens are TEXT, TEXT + 1, ...; special ones lie below."""
@@ -28,15 +28,47 @@ corruptions = st.builds(
     mode=st.sampled_from(["NLU", "NLG"]),
     weight=st.just(1),
 )
-lengths, seeds, samples = st.integers(4, 400), st.integers(0, 2**63 - 1), st.integers(0, 2**40)
+rooms, seeds, samples = st.integers(16, 400), st.integers(0, 2**63 - 1), st.integers(0, 2**40)
+booleans = st.booleans()
 
 
-def example_of(denoiser: Denoiser, length: int, seed: int = 1, sample: int = 0) -> Example:
-    window = np.arange(TEXT, TEXT + length, dtype=np.int32)
-    example = make_example(denoiser, window, vocabulary=VOCABULARY, seed=seed, sample=sample)
-    assert example.tokens.dtype == np.int32
-    assert len(example.tokens) == denoiser.example_length(length)
-    return example
+@dataclass(frozen=True)
+class Example:
+    """An example read back from its row, and how long its text should be."""
+
+    tokens: list[int]
+    inputs: int
+    raw_length: int
+
+    @property
+    def text(self) -> list[int]:
+        return list(range(TEXT, TEXT + self.raw_length))
+
+
+def example_of(
+    denoiser: Denoiser,
+    room: int,
+    seed: int = 1,
+    sample: int = 0,
+    *,
+    closed: bool = False,
+    vocabulary: Vocabulary = VOCABULARY,
+) -> Example:
+    """The example of a sample in a row of `room` positions."""
+    objective = Objective(mixture=(denoiser,), sequence_length=room, eos_after_inputs=closed)
+    rows = make_rows(
+        [sample],
+        objective=objective,
+        vocabulary=vocabulary,
+        seed=seed,
+        windows=counted_text(lambda _: TEXT),
+    )
+    used = int((rows.denoiser >= 0).sum())
+    tokens = [*rows.tokens[0, :used].tolist(), int(rows.labels[0, used - 1])]
+    first = int(rows.loss_mask[0].argmax())
+    raw_length = objective.raw_length(denoiser)
+    assert len(tokens) == denoiser.example_length(raw_length, 1 + closed)
+    return Example(tokens, 0 if first == 0 and rows.hi[0, 0] == 1 else first + 1, raw_length)
 
 
 def runs(tokens: list[int]) -> tuple[list[list[int]], list[int]]:
@@ -52,38 +84,73 @@ def runs(tokens: list[int]) -> tuple[list[list[int]], list[int]]:
     return texts, sentinels
 
 
-@given(corruptions, lengths, seeds, samples)
+@given(corruptions, rooms, seeds, samples, booleans)
 def test_span_corruption_gives_the_whole_window_back(
-    denoiser: SpanCorruption, length: int, seed: int, sample: int
+    denoiser: SpanCorruption, room: int, seed: int, sample: int, closed: bool
 ) -> None:
     """A decoder that knows only the format: what is cut from the targets, or out of place, is missed."""
-    example = example_of(denoiser, length, seed, sample)
-    mode, *inputs = example.tokens[: example.inputs].tolist()
-    *targets, end = example.tokens[example.inputs :].tolist()
+    example = example_of(denoiser, room, seed, sample, closed=closed)
+    mode, *inputs = example.tokens[: example.inputs]
+    *targets, end = example.tokens[example.inputs :]
     assert mode == VOCABULARY.modes[denoiser.mode]
     assert end == VOCABULARY.eos
+    if closed:
+        assert inputs.pop() == VOCABULARY.eos
     kept, input_sentinels = runs(inputs)
     masked, target_sentinels = runs(targets)
     assert input_sentinels == target_sentinels == list(VOCABULARY.sentinels[: len(kept) - 1])
+    assert len(input_sentinels) == denoiser.spans(example.raw_length)
+    assert sum(map(len, masked)) == denoiser.noise_tokens(example.raw_length)
     assert kept.pop() == [], "inputs end in a sentinel: the last token is masked"
     assert masked.pop(0) == [], "targets begin with a sentinel"
     assert all(kept), "a token is kept before each span, the first token always"
     assert all(masked)
     raw = [token for pair in zip(kept, masked, strict=True) for run in pair for token in run]
-    assert raw == list(range(TEXT, TEXT + length))
+    assert raw == example.text
 
 
-@given(lengths, seeds, samples)
-def test_prefix_gives_the_whole_window_back(length: int, seed: int, sample: int) -> None:
-    example = example_of(Prefix(weight=1), length, seed, sample)
-    text = list(range(TEXT, TEXT + length))
-    assert example.tokens.tolist() == [VOCABULARY.modes["S2S"], *text, VOCABULARY.eos]
-    assert 2 <= example.inputs <= length, "at least one token to read and one to predict"
+@given(rooms, seeds, samples, booleans, booleans)
+def test_prefix_gives_the_whole_window_back(
+    room: int, seed: int, sample: int, sentinel: bool, closed: bool
+) -> None:
+    denoiser = Prefix(weight=1, sentinel=sentinel)
+    example = example_of(denoiser, room, seed, sample, closed=closed)
+    mode, *inputs = example.tokens[: example.inputs]
+    *targets, end = example.tokens[example.inputs :]
+    assert (mode, end) == (VOCABULARY.modes["S2S"], VOCABULARY.eos)
+    if closed:
+        assert inputs.pop() == VOCABULARY.eos
+    if sentinel:
+        assert inputs.pop() == targets.pop(0) == VOCABULARY.sentinels[0]
+    assert inputs, "at least one token to read"
+    assert targets, "at least one to predict"
+    assert inputs + targets == example.text
+
+
+@given(rooms, st.floats(0.01, 0.99), seeds)
+def test_prefix_of_a_rate_predicts_that_share(room: int, rate: float, seed: int) -> None:
+    example = example_of(Prefix(weight=1, rate=rate), room, seed)
+    targets = len(example.tokens) - example.inputs - 1
+    assert targets == min(max(round(example.raw_length * rate), 1), example.raw_length - 1)
+
+
+@given(rooms, seeds, samples)
+def test_fim_gives_the_whole_window_back(room: int, seed: int, sample: int) -> None:
+    example = example_of(Fim(weight=1), room, seed, sample)
+    assert example.inputs == 0, "read causally and predicted from its first token on"
+    *tokens, end = example.tokens
+    (nothing, prefix, suffix, middle), sentinels = runs(tokens)
+    assert (nothing, end) == ([], VOCABULARY.eos)
+    assert sentinels == list(VOCABULARY.sentinels[:3])
+    assert prefix
+    assert middle
+    assert suffix
+    assert prefix + middle + suffix == example.text
 
 
 def test_causal_is_the_window_itself() -> None:
     example = example_of(Causal(), 30)
-    assert example.tokens.tolist() == list(range(TEXT, TEXT + 30))
+    assert example.tokens == list(range(TEXT, TEXT + 31))
     assert example.inputs == 0
 
 
@@ -93,7 +160,7 @@ def test_prefix_lengths_are_uniform() -> None:
     9 outcomes, 8 degrees of freedom, 99.9 % quantile 26.12.
     """
     draws = 4500
-    counts = Counter(example_of(Prefix(weight=1), 10, 3, k).inputs - 1 for k in range(draws))
+    counts = Counter(example_of(Prefix(weight=1), 11, 3, k).inputs - 1 for k in range(draws))
     assert set(counts) == set(range(1, 10))
     assert sum((count - draws / 9) ** 2 / (draws / 9) for count in counts.values()) < 26.12
 
@@ -107,7 +174,7 @@ def test_prefix_lengths_are_uniform() -> None:
 )
 def test_other_seeds_and_samples_fall_elsewhere(denoiser: Denoiser) -> None:
     tokens = {
-        (*example.tokens.tolist(), example.inputs)
+        (*example.tokens, example.inputs)
         for seed in range(5)
         for sample in range(5)
         for example in [example_of(denoiser, 300, seed, sample)]
@@ -118,7 +185,6 @@ def test_other_seeds_and_samples_fall_elsewhere(denoiser: Denoiser) -> None:
 def test_more_spans_than_sentinels_are_an_error_of_ours() -> None:
     """Never an ordinary subword, the last sentinel again, or one modulo their number (UL2R.md, traps)."""
     few = Vocabulary(size=10_000, eos=7, modes=VOCABULARY.modes, sentinels=(4, 5, 6))
-    window = np.arange(TEXT, TEXT + 40, dtype=np.int32)
     dense = SpanCorruption(name="X", mean_span=3, rate=0.5, mode="NLG", weight=1)
     with pytest.raises(AssertionError, match="more spans than sentinels"):
-        make_example(dense, window, vocabulary=few, seed=1, sample=0)
+        example_of(dense, 50, vocabulary=few)

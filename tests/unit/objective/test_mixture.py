@@ -1,26 +1,73 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
-from ul2r.config import PRESETS
-from ul2r.objective.rows import choose_denoiser
+import numpy as np
+import pytest
+
+from ul2r.config import PRESETS, Denoiser, Objective
+from ul2r.objective import Vocabulary, make_rows
+from ul2r.testing.corpus import counted_text
+
+VOCABULARY = Vocabulary(
+    size=100_000,
+    eos=7,
+    modes={"S2S": 1, "NLU": 2, "NLG": 3},
+    sentinels=tuple(range(10, 100)),
+)
 
 
-def test_mixture_shares_are_the_weights() -> None:
-    """Within 4 standard deviations of a share of 20,000 draws."""
-    mixture, draws = PRESETS["ul2r"], 20_000
-    counts = Counter(choose_denoiser(mixture, 3, sample) for sample in range(draws))
-    total = sum(denoiser.weight for denoiser in mixture)
+def choices(mixture: Sequence[Denoiser], rows: int, seed: int = 1, slots: int = 1) -> list[int]:
+    """The denoisers of the first samples, by index."""
+    made = make_rows(
+        range(rows),
+        objective=Objective(
+            mixture=tuple(mixture), sequence_length=32 * slots, slots_per_row=slots
+        ),
+        vocabulary=VOCABULARY,
+        seed=seed,
+        windows=counted_text(lambda _: 1000),
+    )
+    first = made.denoiser[:, :: made.denoiser.shape[1] // slots]
+    found: list[int] = first[made.sample >= 0].tolist()
+    return found
+
+
+def check_shares(mixture: Sequence[Denoiser], found: list[int]) -> None:
+    """Within 4 standard deviations of a share."""
+    counts, total = Counter(found), sum(denoiser.weight for denoiser in mixture)
     for choice, denoiser in enumerate(mixture):
         share = denoiser.weight / total
-        assert abs(counts[choice] / draws - share) < 4 * (share * (1 - share) / draws) ** 0.5
+        deviation = (share * (1 - share) / len(found)) ** 0.5
+        assert abs(counts[choice] / len(found) - share) < 4 * deviation, denoiser.name
+
+
+@pytest.mark.parametrize("preset", ["ul2r", "ul2", "fim"])
+def test_mixture_shares_are_the_weights(preset: str) -> None:
+    check_shares(PRESETS[preset], choices(PRESETS[preset], 20_000, seed=3))
+
+
+@pytest.mark.parametrize("whole", [{"S"}, {"S", "X-long"}, {"R"}])
+def test_shares_are_the_weights_also_where_some_have_a_row_to_themselves(whole: set[str]) -> None:
+    """Shares of examples, not of rows: a row may hold three of those that share it."""
+    mixture = [one.model_copy(update={"whole_row": one.name in whole}) for one in PRESETS["ul2r"]]
+    check_shares(mixture, choices(mixture, 12_000, seed=5, slots=3))
 
 
 def test_weights_need_not_add_up_to_one() -> None:
-    scaled = [one.model_copy(update={"weight": 7 * one.weight}) for one in PRESETS["ul2r"]]
-    for sample in range(200):
-        assert choose_denoiser(scaled, 1, sample) == choose_denoiser(PRESETS["ul2r"], 1, sample)
+    scaled = [one.model_copy(update={"weight": 8 * one.weight}) for one in PRESETS["ul2r"]]
+    assert choices(scaled, 500) == choices(PRESETS["ul2r"], 500)
 
 
 def test_only_denoiser_of_a_mixture_is_always_chosen() -> None:
-    assert {choose_denoiser(PRESETS["causal"], 1, sample) for sample in range(100)} == {0}
+    assert set(choices(PRESETS["causal"], 100)) == {0}
+
+
+def test_successive_samples_choose_independently() -> None:
+    """Pairs of neighbours over 4 x 4: 9 degrees of freedom, 99.9 % quantile 27.88."""
+    found = np.array(choices(PRESETS["ul2r"], 20_000, seed=9))
+    table = np.zeros((4, 4))
+    np.add.at(table, (found[:-1:2], found[1::2]), 1)
+    expected = table.sum(1, keepdims=True) * table.sum(0, keepdims=True) / table.sum()
+    assert ((table - expected) ** 2 / expected).sum() < 27.88

@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ul2r.config import Causal, Denoiser, Objective, Prefix, SpanCorruption
+from ul2r.config import Causal, Denoiser, Fim, Objective, Prefix, SpanCorruption
 from ul2r.objective import Rows, Vocabulary, make_rows
 from ul2r.objective.rows import row_bytes
+from ul2r.testing.corpus import counted_text
+from ul2r.testing.reference import reference_row
 
 TEXT = 1000
 VOCABULARY = Vocabulary(
@@ -22,19 +24,9 @@ VOCABULARY = Vocabulary(
 )
 
 
-class CountedText:
+def first_token(sample: int) -> int:
     """Sample k reads the tokens TEXT + 10,000 * k onwards: no two of 200,000 share one."""
-
-    def window(self, sample: int, length: int) -> npt.NDArray[np.int32]:
-        first = TEXT + 10_000 * (sample % 200_000)
-        return np.arange(first, first + length, dtype=np.int32)
-
-
-class SameText:
-    """Every sample reads the same tokens."""
-
-    def window(self, sample: int, length: int) -> npt.NDArray[np.int32]:  # noqa: ARG002  # a WindowSource
-        return np.arange(TEXT, TEXT + length, dtype=np.int32)
+    return TEXT + 10_000 * (sample % 200_000)
 
 
 denoisers = st.one_of(
@@ -51,6 +43,41 @@ denoisers = st.one_of(
 )
 
 
+all_denoisers = st.one_of(
+    st.builds(
+        SpanCorruption,
+        name=st.just("R"),
+        mean_span=st.floats(1, 64),
+        rate=st.floats(0.05, 0.95),
+        mode=st.just("NLU"),
+        weight=st.floats(0.1, 3),
+        whole_row=st.booleans(),
+    ),
+    st.builds(
+        Prefix,
+        weight=st.just(2),
+        rate=st.none() | st.floats(0.05, 0.95),
+        sentinel=st.booleans(),
+        whole_row=st.booleans(),
+    ),
+    st.builds(Fim, weight=st.just(1), whole_row=st.booleans()),
+    st.builds(Causal, whole_row=st.booleans()),
+)
+
+
+@st.composite
+def any_objectives(draw: st.DrawFn) -> Objective:
+    """With every option there is."""
+    mixture = draw(st.lists(all_denoisers, min_size=1, unique_by=lambda one: one.name))
+    slots, length = draw(st.integers(1, 4)), draw(st.integers(16, 96))
+    return Objective(
+        mixture=tuple(mixture),
+        sequence_length=slots * length,
+        slots_per_row=slots,
+        eos_after_inputs=draw(st.booleans()),
+    )
+
+
 @st.composite
 def objectives(draw: st.DrawFn) -> Objective:
     mixture = draw(st.lists(denoisers, min_size=1, unique_by=lambda one: one.name))
@@ -61,7 +88,11 @@ def objectives(draw: st.DrawFn) -> Objective:
 
 def rows_of(objective: Objective, rows: range, seed: int = 1) -> Rows:
     return make_rows(
-        rows, objective=objective, vocabulary=VOCABULARY, seed=seed, windows=CountedText()
+        rows,
+        objective=objective,
+        vocabulary=VOCABULARY,
+        seed=seed,
+        windows=counted_text(first_token),
     )
 
 
@@ -100,11 +131,6 @@ def test_worked_example_in_the_docstring_is_what_is_made() -> None:
     names = ["eos", "NLU", "S2S", "<0>", "<1>", *"abcdefghijklmnopq"]
     letters = {name: number for number, name in enumerate(names)}
 
-    class Letters:
-        def window(self, sample: int, length: int) -> npt.NDArray[np.int32]:
-            first = letters["ag"[sample]]
-            return np.arange(first, first + length, dtype=np.int32)
-
     rows = make_rows(
         [0],
         objective=Objective(mixture=mixture, sequence_length=24, slots_per_row=2),
@@ -114,8 +140,8 @@ def test_worked_example_in_the_docstring_is_what_is_made() -> None:
             modes={mode: letters[mode] for mode in ("NLU", "S2S")},
             sentinels=(letters["<0>"], letters["<1>"]),
         ),
-        seed=11,
-        windows=Letters(),
+        seed=25,
+        windows=counted_text(lambda sample: letters["ag"[sample]]),
     )
     drawn = {}
     for line in (inspect.getdoc(make_rows) or "").splitlines():
@@ -129,6 +155,22 @@ def test_worked_example_in_the_docstring_is_what_is_made() -> None:
         assert arrays[name][0].tolist() == expected, name
 
 
+@given(any_objectives(), st.integers(0, 2**64 - 1), st.integers(0, 2**40))
+@settings(max_examples=300)
+def test_rows_are_those_of_the_plain_definition(objective: Objective, seed: int, row: int) -> None:
+    made = rows_of(objective, range(row, row + 3), seed)
+    for line in range(3):
+        expected = reference_row(
+            row + line,
+            objective,
+            VOCABULARY,
+            seed,
+            lambda sample, length: range(first_token(sample), first_token(sample) + length),
+        )
+        for name, array in made.arrays().items():
+            assert array[line].tolist() == expected[name], name
+
+
 @given(objectives(), st.integers(0, 2**63 - 1), st.integers(0, 2**30))
 @settings(max_examples=60)
 def test_labels_are_the_next_tokens_and_loss_is_on_the_targets(
@@ -138,7 +180,7 @@ def test_labels_are_the_next_tokens_and_loss_is_on_the_targets(
     for columns, denoiser, _ in slots_of(objective, rows):
         tokens, labels = columns["tokens"], columns["labels"]
         assert labels[:-1] == tokens[1:]
-        if not isinstance(denoiser, Causal):
+        if isinstance(denoiser, SpanCorruption | Prefix):
             assert tokens[0] == VOCABULARY.modes[denoiser.mode]
             assert labels[-1] == VOCABULARY.eos
         begin = first_target(columns, denoiser)
@@ -234,7 +276,11 @@ def test_slots_of_one_row_are_masked_differently() -> None:
     mixture = (SpanCorruption(name="R", mean_span=3, rate=0.3, mode="NLU", weight=1),)
     objective = Objective(mixture=mixture, sequence_length=256, slots_per_row=4)
     rows = make_rows(
-        range(8), objective=objective, vocabulary=VOCABULARY, seed=1, windows=SameText()
+        range(8),
+        objective=objective,
+        vocabulary=VOCABULARY,
+        seed=1,
+        windows=counted_text(lambda _: TEXT),
     )
     assert len({slot.tobytes() for row in rows.tokens for slot in np.split(row, 4)}) == 32
 
