@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 import ray
 
-from ul2r.config import Recipe
+from ul2r.config import PRESETS, Recipe
 from ul2r.data.batches import Batches
 from ul2r.data.pipeline import BLOCK_BYTES, chunks, in_order, make_dataset, read, split
 from ul2r.data.store import Corpus
@@ -118,6 +118,19 @@ def test_rows_in_order_pass_the_check(recipe: Recipe, corpus: Corpus) -> None:
     arrays = arrays_of(recipe, corpus)
     assert len(list(in_order(arrays, recipe, 0, 1, 2))) == STEPS
     assert len(list(in_order(arrays[7:], recipe, 7, 1, 2))) == STEPS - 7
+
+
+def test_rows_that_one_example_has_whole_pass_the_check(recipe: Recipe, corpus: Corpus) -> None:
+    mixture = [one.model_copy(update={"whole_row": one.name == "S"}) for one in PRESETS["ul2r"]]
+    objective = recipe.objective.model_copy(update={"mixture": tuple(mixture)})
+    mixed = recipe.model_copy(update={"objective": objective})
+    arrays = arrays_of(mixed, corpus)
+    assert len(list(in_order(arrays, mixed, 0, 1, 2))) == STEPS
+    wrong = arrays[0]["sample"].copy()
+    alone = np.flatnonzero(wrong[:, 1] < 0)[0]
+    wrong[alone, 0] += 1
+    with pytest.raises(RuntimeError, match="step 0, replica 1"):
+        next(in_order([{**arrays[0], "sample": wrong}], mixed, 0, 1, 2))
 
 
 def test_two_steps_that_changed_places_are_noticed(recipe: Recipe, corpus: Corpus) -> None:

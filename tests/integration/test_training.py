@@ -206,6 +206,9 @@ def test_submitted_job_trains_and_is_tracked(
     assert status(tracking_uri, recipe) == "FINISHED"
     tokens = history(tracking_uri, recipe, "progress/tokens")
     assert dict(tokens)[STEPS] == STEPS * 8 * 64
+    record = json.loads((recipe.run_folder() / "tracking.json").read_text())
+    artifacts = MlflowClient(tracking_uri).list_artifacts(record["run_id"])
+    assert {"recipe.yaml", "data.html"} <= {artifact.path for artifact in artifacts}
     for name in ("causal", "S", "R", "X-long", "X-dense"):
         points = history(tracking_uri, recipe, f"held_out/loss/{name}")
         assert [step for step, _ in points] == [0, *range(3, STEPS + 1, 3)]

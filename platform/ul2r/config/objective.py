@@ -35,6 +35,8 @@ class Objective(Section):
     mixture: Mixture = PRESETS["ul2r"]
     sequence_length: PositiveInt = 2048
     slots_per_row: PositiveInt = 1
+    within_document: bool = False
+    """Whether an example keeps within one document; short documents then leave positions unused."""
     eos_after_inputs: bool = False
     """Whether an eos closes the inputs as well as the targets (the papers are silent)."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ul2r.config import Denoiser, Recipe
 from ul2r.data.store import Corpus
-from ul2r.data.windows import Windows
+from ul2r.data.windows import DocumentWindows, Windows
 from ul2r.errors import CorpusError
 from ul2r.objective import Rows, make_rows
 
@@ -38,8 +38,9 @@ class Batches:
             )
         self._recipe, self._vocabulary = recipe, vocabulary
         length = recipe.objective.longest_window
-        self._train = Windows(corpus.train, length, recipe.seed)
-        self._held_out = Windows(corpus.held_out, length, HELD_OUT_SEED, split="held-out")
+        cut = DocumentWindows if recipe.objective.within_document else Windows
+        self._train = cut(corpus.train, length, recipe.seed)
+        self._held_out = cut(corpus.held_out, length, HELD_OUT_SEED, split="held-out")
 
     def rows(self, step: int, replica: int = 0, replicas: int = 1) -> Rows:
         """Rows that one model replica trains on in one step.
@@ -59,6 +60,11 @@ class Batches:
             seed=self._recipe.seed,
             windows=self._train,
         )
+
+    @property
+    def held_out_rows(self) -> int:
+        """Held-out rows that read no token twice."""
+        return len(self._held_out) // self._recipe.objective.slots_per_row
 
     def held_out(self, denoiser: Denoiser, rows: int) -> Rows:
         """Held-out rows made by one denoiser, to measure its loss on.

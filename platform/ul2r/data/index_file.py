@@ -105,6 +105,11 @@ class IndexFile:
         begin, end = self.first[document : document + 2]
         return self._token_at(int(begin)), self._token_at(int(end))
 
+    def document_bounds(self) -> npt.NDArray[np.int64]:
+        """The token at which each document begins, and the number of all tokens, int64 (D + 1,)."""
+        bytes_before = np.append(self.starts, self.data_bytes)[self.first]
+        return bytes_before // np.dtype(self.dtype).itemsize
+
     def _token_at(self, sequence: int) -> int:
         at = self.data_bytes if sequence == len(self.starts) else int(self.starts[sequence])
         return at // np.dtype(self.dtype).itemsize

@@ -71,6 +71,11 @@ class TokenStore:
         """Number of documents."""
         return self._index.documents
 
+    @property
+    def document_bounds(self) -> npt.NDArray[np.int64]:
+        """Number of the token that each document begins with, and of all tokens, int64 (D + 1,)."""
+        return self._index.document_bounds()
+
     def document(self, number: int) -> npt.NDArray[np.int32]:
         """Tokens of one document, as a copy.
 

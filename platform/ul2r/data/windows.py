@@ -1,7 +1,8 @@
-"""Which text a sample reads: a sample index becomes a window of the token store, without a table.
+"""Which text a sample reads: a sample index becomes a window of the token store by a keyed permutation, not a table.
 
-The tokens are cut into windows of equal length. In each epoch every window is read once, in a new order and with
-the cuts moved by a new random shift, so that an epoch sees other windows and other ends left over.
+`Windows` cuts all tokens into windows of equal length, whose documents end where they end. In each epoch every window
+is read once, in a new order and with the cuts moved by a new random shift, so that an epoch sees other windows and
+other ends left over. `DocumentWindows` cuts each document for itself.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ul2r.config.denoisers import MINIMUM_RAW_LENGTH
 from ul2r.errors import CorpusError
 from ul2r.objective.kernels import Word, compiled, fill_words, high_product
 from ul2r.objective.randomness import Purpose
+
+Int64s = npt.NDArray[np.int64]
 
 ROUNDS = 8
 """Feistel rounds; four already pass for random where the round function is (Luby and Rackoff 1988)."""
@@ -26,6 +30,14 @@ class Tokens(Protocol):
 
     def tokens(self, start: int, length: int) -> npt.NDArray[np.int32]:
         """Tokens [start, start + length), of shape (length,)."""
+
+
+class Documents(Tokens, Protocol):
+    """Tokens of documents, one behind the other."""
+
+    @property
+    def document_bounds(self) -> Int64s:
+        """Where each document begins, and the last one ends, int64 (D + 1,)."""
 
 
 class Windows:
@@ -59,49 +71,85 @@ class Windows:
         """Windows in an epoch."""
         return len(self._store) // self.length
 
-    def read(
-        self,
-        samples: npt.NDArray[np.int64],
-        lengths: npt.NDArray[np.int64],
-        windows: npt.NDArray[np.int32],
-    ) -> None:
+    def read(self, samples: Int64s, lengths: Int64s, windows: npt.NDArray[np.int32]) -> None:
         """Read the first `lengths[i]` tokens of each sample's window to `windows[i]`; nothing for sample -1."""
         assert lengths.max(initial=0) <= self.length, (lengths.max(), self.length)
-        starts = self.starts(samples).tolist()
-        for window, start, length in zip(windows, starts, lengths.tolist(), strict=True):
-            window[:length] = self._store.tokens(start, length)
+        _copy(self._store, self.starts(samples), lengths, windows)
 
-    def starts(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def starts(self, samples: Int64s) -> Int64s:
         """Number of the token that each sample's window begins with, int64 (N,)."""
-        starts = np.empty(len(samples), np.int64)
-        _fill_starts(
-            (np.uint64(self._seed), np.uint64(Purpose.ORDER)),
-            samples,
-            len(self._store),
-            self.length,
-            starts,
-        )
-        return starts
+        shifts, places = _places(self._seed, samples, len(self), len(self._store))
+        return (shifts + places * self.length) % len(self._store)
+
+
+class DocumentWindows:
+    """Windows of at most `length` tokens that lie within a document each.
+
+    A document of n tokens is cut into ceil(n / length) windows, as equal as can be. Sample k is window `k % n` of
+    epoch `k // n`, where n counts all documents' windows; every epoch reads each of them once, in a new order. Whole
+    documents of less than `MINIMUM_RAW_LENGTH` tokens are left out.
+    """
+
+    def __init__(self, store: Documents, length: int, seed: int, *, split: str = "train") -> None:
+        """Cut the documents of `store`; arguments are those of `Windows`.
+
+        Raises:
+            CorpusError: If no document is long enough.
+        """
+        self.length = length
+        self._store, self._seed = store, seed
+        self._bounds = store.document_bounds
+        sizes = np.diff(self._bounds)
+        self._counts = np.where(sizes < MINIMUM_RAW_LENGTH, 0, -(-sizes // length))
+        self._before = np.cumsum(self._counts)  # windows of a document and of those before it
+        if not len(self):
+            raise CorpusError(
+                f"the {split} split has no document of {MINIMUM_RAW_LENGTH} tokens or more: give other text, or set "
+                "objective.within_document to false"
+            )
+
+    def __len__(self) -> int:
+        """Windows in an epoch."""
+        return int(self._before[-1]) if len(self._before) else 0
+
+    def read(self, samples: Int64s, lengths: Int64s, windows: npt.NDArray[np.int32]) -> None:
+        """Read each sample's window to `windows[i]`; `lengths[i]` becomes less where it has fewer tokens."""
+        _, places = _places(self._seed, samples, len(self), 1)
+        documents = np.searchsorted(self._before, places, side="right")
+        counts = self._counts[documents]
+        part = places - (self._before[documents] - counts)
+        first, size = self._bounds[documents], np.diff(self._bounds)[documents]
+        starts = first + part * size // counts
+        ends = first + (part + 1) * size // counts
+        np.minimum(lengths, ends - starts, out=lengths)
+        _copy(self._store, starts, lengths, windows)
+
+
+def _copy(store: Tokens, starts: Int64s, lengths: Int64s, windows: npt.NDArray[np.int32]) -> None:
+    for window, start, length in zip(windows, starts.tolist(), lengths.tolist(), strict=True):
+        window[:length] = store.tokens(start, length)
+
+
+def _places(seed: int, samples: Int64s, count: int, bound: int) -> tuple[Int64s, Int64s]:
+    """For each sample its epoch's shift, below `bound`, and its place among `count` in that epoch's order."""
+    shifts, places = np.empty(len(samples), np.int64), np.empty(len(samples), np.int64)
+    stream = np.uint64(seed), np.uint64(Purpose.ORDER)
+    _fill_places(stream, samples, count, bound, (shifts, places))
+    return shifts, places
 
 
 @compiled
-def _fill_starts(
-    stream: tuple[Word, Word],
-    samples: npt.NDArray[np.int64],
-    total: int,
-    length: int,
-    starts: npt.NDArray[np.int64],
+def _fill_places(
+    stream: tuple[Word, Word], samples: Int64s, count: int, bound: int, out: tuple[Int64s, Int64s]
 ) -> None:
-    """Write where each sample's window starts: shift of its epoch + permuted place x length, over `total` tokens."""
-    seed, purpose = stream
-    count = total // length
+    """What `_places` returns; sample -1 gets that of sample 0."""
+    (seed, purpose), (shifts, places) = stream, out
     words = np.empty(1 + ROUNDS, np.uint64)
     for number in range(len(samples)):
         sample = max(samples[number], 0)
         fill_words(seed, purpose, sample // count, words)
-        shift = np.int64(high_product(words[0], np.uint64(total)))
-        place = permute(np.uint64(sample % count), np.uint64(count), words[1:])
-        starts[number] = (shift + np.int64(place) * length) % total
+        shifts[number] = high_product(words[0], np.uint64(bound))
+        places[number] = permute(np.uint64(sample % count), np.uint64(count), words[1:])
 
 
 @compiled

@@ -26,15 +26,14 @@ def denoiser_loss(
     Raises:
         CorpusError: If the held-out split has not two rows.
     """
-    objective = recipe.objective
-    available = len(corpus.held_out) // (objective.longest_window * objective.slots_per_row)
-    count = min(recipe.evaluation.rows, available)
+    batches = Batches(recipe, corpus)
+    count = min(recipe.evaluation.rows, batches.held_out_rows)
     if count < 2:
         raise CorpusError(
-            f"the held-out split of {len(corpus.held_out)} tokens has {available} rows of {objective.sequence_length} "
-            "tokens, and 2 are needed: raise data.held_out or give more text"
+            f"the held-out split of {len(corpus.held_out)} tokens has {count} rows of "
+            f"{recipe.objective.sequence_length} tokens, and 2 are needed: raise data.held_out or give more text"
         )
-    rows = Batches(recipe, corpus).held_out(denoiser, count)
+    rows = batches.held_out(denoiser, count)
     return token_score(model.token_losses(rows), rows.loss_mask)
 
 

@@ -13,12 +13,13 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from ul2r.config import Recipe
 from ul2r.data.batches import Batches
+from ul2r.data.inspection import write_page
 from ul2r.data.store import Corpus, open_corpus
 from ul2r.errors import UserError
 from ul2r.launch.cluster import connected
 from ul2r.launch.progress import shown_progress
 from ul2r.model.flops import parameters
-from ul2r.tracking.mlflow import check_server, end_run, find_run, start_run
+from ul2r.tracking.mlflow import check_server, end_run, find_run, log_artifact, start_run
 from ul2r.tracking.tracker import RunStatus
 from ul2r.train.checkpoint import CheckpointInfo, CheckpointStore, base_checkpoint, claim
 
@@ -56,6 +57,7 @@ def train(recipe: Recipe) -> CheckpointInfo:
         )
         status: RunStatus = "FAILED"
         try:
+            log_artifact(uri, run_id, write_page(recipe, corpus))
             _fit(recipe, uri, run_id)
             status = "FINISHED"
         except KeyboardInterrupt:

@@ -36,7 +36,7 @@ class WindowSource(Protocol):
 
         Args:
             samples: Sample indices, int64 (N,); -1 for none.
-            lengths: Raw tokens wanted of each, int64 (N,).
+            lengths: Raw tokens wanted of each, int64 (N,); made less where a window has fewer.
             windows: Where they go: sample i's to `windows[i, :lengths[i]]`, int32 (N, longest).
         """
 
@@ -110,7 +110,8 @@ def make_rows(
     """Make rows by their numbers in the run; row r holds samples r * slots .. r * slots + slots - 1 or the first alone.
 
     A sample's denoiser, spans and split are drawn from (seed, sample index) alone, and its raw length is the
-    longest whose example fits the slot, so nothing is truncated and at most 2 positions of a slot are padding.
+    longest whose example fits the slot, so nothing is truncated and at most 2 positions of a slot are padding (more
+    where a window is short).
 
     One row of two slots of 12 positions. Sample 0 is R (mean span 1, rate 0.4) on the raw tokens a b c d e f,
     where c and f are masked; it leaves one position of padding. Sample 1 is S on g ... q, cut after j:

@@ -24,6 +24,7 @@ from ul2r.tracking.runs import (
     find_run,
     history,
     known_run,
+    log_artifact,
     log_summary,
     start_run,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "find_run",
     "history",
     "known_run",
+    "log_artifact",
     "log_summary",
     "register",
     "resolve",

@@ -144,6 +144,16 @@ def log_summary(
             client.log_artifact(run_id, str(artifact))
 
 
+def log_artifact(uri: str, run_id: str, file: Path) -> None:
+    """Keep a file among a run's artifacts, under its own name.
+
+    Raises:
+        ServiceError: If the server fails.
+    """
+    with told(uri):
+        connect(uri).log_artifact(run_id, str(file))
+
+
 def history(uri: str, run_id: str, metric: str) -> list[tuple[int, float]]:
     """(step, value) of one metric by rising step; empty where it was never logged.
 

@@ -151,3 +151,26 @@ def test_split_shorter_than_a_window_is_refused(storage: Path, corpus: Corpus) -
         CorpusError, match=f"the held-out split holds {length - 1} tokens, one window"
     ):
         Batches(recipe, corpus)
+
+
+def test_example_within_its_document_holds_no_end_of_another(storage: Path, corpus: Corpus) -> None:
+    """The end of a document is an eos: inside the text it would be one in the middle of a window."""
+    objective = {"sequence_length": 256, "mixture": "causal", "within_document": True}
+    rows = Batches(tiny_recipe(storage, objective=objective), corpus).rows(0)
+    text = np.where(rows.denoiser >= 0, rows.tokens, -1)
+    assert not (text == corpus.vocabulary.eos).any(), "only a label may be one"
+    assert (rows.labels == corpus.vocabulary.eos).any()
+    across = Batches(
+        tiny_recipe(storage, objective={**objective, "within_document": False}), corpus
+    )
+    assert (across.rows(0).tokens == corpus.vocabulary.eos).any()
+
+
+def test_denoisers_take_windows_shorter_than_their_room(storage: Path, corpus: Corpus) -> None:
+    objective = {"sequence_length": 512, "within_document": True}
+    rows = Batches(tiny_recipe(storage, objective=objective), corpus).rows(0)
+    used = (rows.denoiser >= 0).sum(axis=1)
+    assert (used < 500).any(), "documents of the tiny corpus are shorter than a row"
+    for line, length in enumerate(used.tolist()):
+        assert rows.labels[line, length - 1] == corpus.vocabulary.eos
+        assert rows.hi[line, :length].max() == length

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ul2r.data.windows import ROUNDS, Windows, permute
+from ul2r.data.windows import ROUNDS, DocumentWindows, Windows, permute
 from ul2r.errors import CorpusError
 
 seeds = st.integers(0, 2**63 - 1)
@@ -131,3 +131,84 @@ def test_store_shorter_than_a_window_is_refused_with_both_numbers() -> None:
         "the held-out split holds 500 tokens, one window needs 1025: give more text, "
         "shorten objective.sequence_length or raise objective.slots_per_row"
     )
+
+
+class Documents(Numbers):
+    """Numbers in documents of the given sizes."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        super().__init__(sum(sizes))
+        self.sizes = sizes
+
+    @property
+    def document_bounds(self) -> npt.NDArray[np.int64]:
+        return np.cumsum([0, *self.sizes])
+
+
+document_sizes = st.lists(st.integers(0, 90), min_size=1, max_size=30).filter(
+    lambda sizes: max(sizes) >= 4
+)
+
+
+def read_documents(windows: DocumentWindows, samples: range) -> list[list[int]]:
+    lengths = np.full(len(samples), windows.length)
+    out = np.full((len(samples), windows.length), -1, np.int32)
+    windows.read(np.array(samples), lengths, out)
+    return [line[:length].tolist() for line, length in zip(out, lengths, strict=True)]
+
+
+@given(document_sizes, st.integers(8, 40), seeds, st.integers(0, 3))
+def test_epoch_reads_every_token_of_the_documents_once(
+    sizes: list[int], length: int, seed: int, epoch: int
+) -> None:
+    windows = DocumentWindows(Documents(sizes), length, seed)
+    count = len(windows)
+    read = read_documents(windows, range(epoch * count, (epoch + 1) * count))
+    begins = np.cumsum([0, *sizes]).tolist()
+    expected = {
+        token
+        for begin, size in zip(begins, sizes, strict=False)
+        if size >= 4
+        for token in range(begin, begin + size)
+    }
+    assert sorted(token for window in read for token in window) == sorted(expected)
+
+
+@given(document_sizes, st.integers(8, 40), seeds)
+def test_windows_keep_within_a_document_and_are_as_equal_as_can_be(
+    sizes: list[int], length: int, seed: int
+) -> None:
+    windows = DocumentWindows(Documents(sizes), length, seed)
+    begins = np.cumsum([0, *sizes])
+    found: dict[int, list[int]] = {}
+    for window in read_documents(windows, range(len(windows))):
+        assert window == list(range(window[0], window[0] + len(window)))
+        (document,) = set((np.searchsorted(begins, window, side="right") - 1).tolist())
+        found.setdefault(document, []).append(len(window))
+    for document, lengths in found.items():
+        assert len(lengths) == -(-sizes[document] // length)
+        assert max(lengths) - min(lengths) <= 1
+        assert max(lengths) <= length
+
+
+def test_order_of_document_windows_is_another_one_in_each_epoch() -> None:
+    windows = DocumentWindows(Documents([50] * 40), 10, seed=1)
+    orders = {
+        tuple(window[0] for window in read_documents(windows, range(k * 200, k * 200 + 200)))
+        for k in range(5)
+    }
+    assert len(orders) == 5
+
+
+def test_length_asked_for_is_not_exceeded_and_no_sample_is_no_text() -> None:
+    windows = DocumentWindows(Documents([30, 6]), 10, seed=1)
+    lengths = np.array([4, 0, 4])
+    out = np.full((3, 10), -1, np.int32)
+    windows.read(np.array([0, -1, 1]), lengths, out)
+    assert lengths.tolist() == [4, 0, 4]
+    assert ((out >= 0).sum(axis=1) == lengths).all()
+
+
+def test_documents_that_are_all_too_short_are_refused() -> None:
+    with pytest.raises(CorpusError, match="the train split has no document of 4 tokens or more"):
+        DocumentWindows(Documents([3, 2, 0]), 10, seed=1)

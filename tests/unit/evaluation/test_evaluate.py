@@ -248,9 +248,13 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_measured(
         RecipeError, match="infill_context=30 on both sides of infill_span=3 makes 67"
     ):
         evaluate(ul2r_model, corpus, recipe.model_copy(update={"evaluation": wide}))
-    long = recipe.objective.model_copy(update={"sequence_length": 4096})
-    with pytest.raises(CorpusError, match="rows of 4096 tokens, and 2 are needed"):
-        evaluate(ul2r_model, corpus, recipe.model_copy(update={"objective": long}))
+    plain = {"mixture": (Causal(),)}
+    long = {
+        "objective": recipe.objective.model_copy(update={"sequence_length": 2048, **plain}),
+        "evaluation": recipe.evaluation.model_copy(update=plain),
+    }
+    with pytest.raises(CorpusError, match="has 1 rows of 2048 tokens, and 2 are needed"):
+        evaluate(ul2r_model, corpus, recipe.model_copy(update=long))
 
 
 def test_a_model_of_another_vocabulary_is_refused(

@@ -1,0 +1,27 @@
+"""Show what a run is trained on.
+
+    python jobs/inspect_data.py RECIPE [--set a.b=c]
+
+Writes an HTML page into the run's folder: real examples of each denoiser, with modes, sentinels, inputs and targets
+coloured and attention drawn, and the mixture's numbers as they are found in the run's first rows. Every run in MLflow
+carries the same page among its artifacts.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from ul2r.config import Recipe
+from ul2r.data.inspection import write_page
+from ul2r.data.store import open_corpus
+from ul2r.launch.command import run_job
+
+
+def main(recipe: Recipe) -> None:
+    """Write the page, then say where it lies."""
+    path = write_page(recipe, open_corpus(recipe.store_folder))
+    print(f"{recipe.name}: open {path} in a browser")
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(__doc__, Recipe, main))
