@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ul2r.config import Recipe
-from ul2r.data.store import open_corpus
+from ul2r.data.prepared import open_corpus
 from ul2r.evaluation.evaluate import metrics
 from ul2r.evaluation.scores import Scores
 from ul2r.launch.command import run_job

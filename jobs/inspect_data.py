@@ -13,7 +13,7 @@ import sys
 
 from ul2r.config import Recipe
 from ul2r.data.inspection import write_page
-from ul2r.data.store import open_corpus
+from ul2r.data.prepared import open_corpus
 from ul2r.launch.command import run_job
 
 

@@ -3,12 +3,14 @@
     python jobs/prepare.py jobs/recipes/demo-base.yaml
     python jobs/prepare.py jobs/recipes/demo-base.yaml --set data.corpus=[my/texts]
 
-The store lands in `storage`/store of the recipe. Finished once, it is not made again.
+The store lands in `storage`/store of the recipe. Finished once, it is not made again. A recipe with `data.blend` gets
+a store that names others, made before, and their shares.
 """
 
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 
 from ul2r.config import Recipe
 from ul2r.data.manifest import Manifest
@@ -22,7 +24,7 @@ def main(recipe: Recipe) -> None:
     manifest = finished(recipe)
     state = "up to date"
     if manifest is None:
-        with connected(cpus=1):
+        with nullcontext() if recipe.data.blend else connected(cpus=1):
             manifest = prepare(recipe)
         state = "made"
     print(f"token store {recipe.store_folder}: {state}")

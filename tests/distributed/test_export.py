@@ -24,7 +24,7 @@ def train_and_run(recipe: Recipe, tokens: torch.Tensor, prefix: int) -> torch.Te
     """Train, then this rank's logits of the trained Megatron model, gathered over tensor ranks."""
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-    from ul2r.data.store import open_corpus
+    from ul2r.data.prepared import open_corpus
     from ul2r.launch.worker import run_worker
     from ul2r.model.attention import interval_mask
     from ul2r.tracking.tracker import MemoryTracker

@@ -13,7 +13,7 @@ import yaml
 from mlflow import MlflowClient
 
 from ul2r.config import Comparison, Recipe, load
-from ul2r.data.store import open_corpus
+from ul2r.data.prepared import open_corpus
 from ul2r.errors import CheckpointError, RecipeError, ServiceError
 from ul2r.evaluation import evaluate
 from ul2r.evaluation.comparison import ROLES, Role

@@ -14,7 +14,7 @@ import ray
 from ul2r.config import PRESETS, Recipe
 from ul2r.data.batches import Batches
 from ul2r.data.pipeline import BLOCK_BYTES, chunks, in_order, make_dataset, read, split
-from ul2r.data.store import Corpus
+from ul2r.data.prepared import Corpus
 from ul2r.objective import Rows
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.recipes import tiny_recipe

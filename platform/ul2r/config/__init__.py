@@ -4,7 +4,7 @@ from ul2r.config.architecture import Architecture
 from ul2r.config.denoisers import PRESETS, Causal, Denoiser, Fim, Prefix, SpanCorruption, fit
 from ul2r.config.load import dump, load
 from ul2r.config.objective import Objective
-from ul2r.config.recipe import Comparison, Data, Evaluation, Parallel, Recipe
+from ul2r.config.recipe import Comparison, Data, Evaluation, Parallel, Recipe, WeightedStore
 
 __all__ = [
     "PRESETS",
@@ -20,6 +20,7 @@ __all__ = [
     "Prefix",
     "Recipe",
     "SpanCorruption",
+    "WeightedStore",
     "dump",
     "fit",
     "load",

@@ -16,11 +16,22 @@ Storage = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
+class WeightedStore(Section):
+    """A token store in a blend."""
+
+    store: Storage
+    """Its folder, made before by another recipe's prepare."""
+    weight: float = Field(gt=0)
+    """Its share of the samples is its weight among those of the blend."""
+
+
 class Data(Section):
     """Text and its token store."""
 
     corpus: tuple[str, ...] = Field(default=("stdlib",), min_length=1)
     """Files or folders of .txt .md .py .jsonl .parquet (plain, .gz or .zst); "stdlib" is Python's own library."""
+    blend: tuple[WeightedStore, ...] = ()
+    """Token stores of one tokenizer to train on instead of `corpus`, in shares by weight."""
     held_out: float = Field(default=0.03, gt=0, lt=0.5)
     """Share of the documents kept out of training."""
     tokenizer: Path | None = None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ul2r.config import Denoiser, Recipe
-from ul2r.data.store import Corpus
+from ul2r.data.blend import Blend
+from ul2r.data.prepared import Corpus
 from ul2r.data.windows import DocumentWindows, Windows
 from ul2r.errors import CorpusError
 from ul2r.objective import Rows, make_rows
@@ -39,7 +40,12 @@ class Batches:
         self._recipe, self._vocabulary = recipe, vocabulary
         length = recipe.objective.longest_window
         cut = DocumentWindows if recipe.objective.within_document else Windows
-        self._train = cut(corpus.train, length, recipe.seed)
+        stores = [
+            cut(share.store, length, recipe.seed, source=number)
+            for number, share in enumerate(corpus.train)
+        ]
+        weights = [share.weight for share in corpus.train]
+        self._train = stores[0] if len(stores) == 1 else Blend(stores, weights, recipe.seed)
         self._held_out = cut(corpus.held_out, length, HELD_OUT_SEED, split="held-out")
 
     def rows(self, step: int, replica: int = 0, replicas: int = 1) -> Rows:

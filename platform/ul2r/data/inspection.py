@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from ul2r.config import Denoiser, Recipe
 from ul2r.data.batches import Batches
-from ul2r.data.store import Corpus
+from ul2r.data.prepared import Corpus
 from ul2r.data.tokenizer import load_tokenizer
 from ul2r.objective import Rows, Vocabulary
 

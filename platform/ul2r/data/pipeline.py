@@ -26,7 +26,7 @@ from ray.data.block import BlockAccessor, BlockMetadata
 
 from ul2r.config import Recipe
 from ul2r.data.batches import Batches, replica_rows
-from ul2r.data.store import open_corpus
+from ul2r.data.prepared import open_corpus
 from ul2r.objective.rows import Rows, row_bytes
 
 logger = logging.getLogger(__name__)

@@ -24,8 +24,8 @@ from ul2r.console import progress
 from ul2r.data.corpus import SourceFile, find_files
 from ul2r.data.documents import read_documents
 from ul2r.data.manifest import Manifest, digest
+from ul2r.data.prepared import BLEND, blend_inputs, open_corpus, write_blend
 from ul2r.data.shards import Group, group_files, join_shards, shard_is_done, write_shard
-from ul2r.data.store import open_corpus
 from ul2r.data.tokenizer import (
     add_special_tokens,
     load_tokenizer,
@@ -51,7 +51,7 @@ def finished(recipe: Recipe) -> Manifest | None:
     Raises:
         CorpusError: If the text cannot be found, or a store made of something else is in the way.
     """
-    inputs = _inputs(recipe.data, find_files(recipe.data.corpus))
+    inputs = _inputs(recipe.data)
     store = recipe.store_folder
     if not store.exists():
         return None
@@ -65,7 +65,7 @@ def finished(recipe: Recipe) -> Manifest | None:
 
 
 def prepare(recipe: Recipe) -> Manifest:
-    """Make the recipe's token store, on the Ray cluster that is connected.
+    """Make the recipe's token store, on the Ray cluster that is connected; a blend of stores needs none.
 
     Storage and corpus must lie where every node of the cluster can reach them.
 
@@ -73,11 +73,13 @@ def prepare(recipe: Recipe) -> Manifest:
         CorpusError: If the text cannot be read; storage is left without a trace then.
         RecipeError: If storage cannot be written, or the vocabulary is too small for its special tokens.
     """
-    files = find_files(recipe.data.corpus)
-    inputs = _inputs(recipe.data, files)
+    inputs = _inputs(recipe.data)
     work = _work_folder(recipe, inputs)
     try:
-        manifest = _make(work, recipe.data, files, inputs)
+        if recipe.data.blend:
+            manifest = write_blend(work, inputs)
+        else:
+            manifest = _make(work, recipe.data, find_files(recipe.data.corpus), inputs)
     except UserError:
         # Under another name first: a task that is still at work must not find its folder again.
         shutil.rmtree(work.replace(work.with_name(f"{PARTIAL}abandoned")))
@@ -165,8 +167,11 @@ def _shard_task(row: dict[str, Any]) -> dict[str, str]:
     return {"mistake": ""}
 
 
-def _inputs(data: Data, files: Sequence[SourceFile]) -> dict[str, Any]:
+def _inputs(data: Data) -> dict[str, Any]:
     """What a store depends on, in plain JSON values."""
+    if data.blend:
+        return blend_inputs(data.blend)
+    files = find_files(data.corpus)
     if data.tokenizer is None and any(file.holds_tokens for file in files):
         raise CorpusError(
             "data.corpus holds tokens (.bin, .idx): set data.tokenizer to the one they were made with"
@@ -190,6 +195,8 @@ def _inputs(data: Data, files: Sequence[SourceFile]) -> dict[str, Any]:
 
 def _difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What of a store's inputs is not as the recipe has it, in words; nothing if that cannot matter."""
+    if BLEND in then or BLEND in now:
+        return "" if then == now else f"was made with {_blend(then)}, the recipe says {_blend(now)}"
     for key in ("data.held_out", "data.sentinels", "data.tokenizer", "data.vocabulary_size"):
         if then.get(key) != now[key]:
             return f"was made with {key}={then.get(key)}, the recipe says {now[key]}"
@@ -201,6 +208,14 @@ def _difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         f"files of data.corpus={now['data.corpus']} changed since it was made ({then.get('files')} files of "
         f"{then.get('bytes')} bytes then, {now['files']} of {now['bytes']} now)"
     )
+
+
+def _blend(inputs: Mapping[str, Any]) -> str:
+    stores = [
+        f"{entry['store']} ({entry['fingerprint'][:8]}) x {entry['weight']:g}"
+        for entry in inputs.get(BLEND, ())
+    ]
+    return f"data.blend={', '.join(stores) or 'none'}"
 
 
 def _work_folder(recipe: Recipe, inputs: Mapping[str, Any]) -> Path:

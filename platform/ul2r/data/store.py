@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,11 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ul2r.data.index_file import IndexFile, write_index
-from ul2r.data.manifest import Manifest, Split, digest
 from ul2r.errors import CorpusError
-from ul2r.objective.vocabulary import Vocabulary
-
-__all__ = ["Corpus", "Manifest", "Split", "TokenStore", "TokenWriter", "open_corpus"]
 
 UINT16_VOCABULARY = 65_500
 """Vocabularies below this size are stored as uint16, others as int32 (Megatron's `optimal_dtype`)."""
@@ -160,34 +155,6 @@ class TokenWriter:
         assert not self._open_length, "the last document was not ended"
         lengths = np.array(self._lengths, np.int32)
         write_index(suffixed(self.prefix, ".idx"), lengths, self.dtype)
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """A prepared corpus: tokens to train on, tokens held out, and what their numbers mean."""
-
-    train: TokenStore
-    held_out: TokenStore
-    vocabulary: Vocabulary
-    manifest: Manifest
-    tokenizer_file: Path
-
-
-def open_corpus(folder: Path) -> Corpus:
-    """Open the token store that `jobs/prepare.py` made in `folder`.
-
-    Raises:
-        CorpusError: If it is missing, incomplete or damaged.
-    """
-    manifest = Manifest.read(folder)
-    tokenizer = folder / "tokenizer.json"
-    if not tokenizer.is_file() or digest(tokenizer) != manifest.files[tokenizer.name]:
-        raise CorpusError(
-            f"{tokenizer}: is missing or not the one that the store was made with; "
-            f"delete {folder} and prepare it again"
-        )
-    train, held_out = TokenStore.open(folder / "train"), TokenStore.open(folder / "held_out")
-    return Corpus(train, held_out, manifest.vocabulary, manifest, tokenizer)
 
 
 def suffixed(prefix: Path, suffix: str) -> Path:

@@ -13,14 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ul2r.config.denoisers import MINIMUM_RAW_LENGTH
+from ul2r.data.places import Int64s, places_of
 from ul2r.errors import CorpusError
-from ul2r.objective.kernels import Word, compiled, fill_words, high_product
 from ul2r.objective.randomness import Purpose
-
-Int64s = npt.NDArray[np.int64]
-
-ROUNDS = 8
-"""Feistel rounds; four already pass for random where the round function is (Luby and Rackoff 1988)."""
 
 
 class Tokens(Protocol):
@@ -47,7 +42,9 @@ class Windows:
     overlap; the tokens % length tokens between the last cut and the first are left out of it.
     """
 
-    def __init__(self, store: Tokens, length: int, seed: int, *, split: str = "train") -> None:
+    def __init__(
+        self, store: Tokens, length: int, seed: int, *, split: str = "train", source: int = 0
+    ) -> None:
         """Cut `store` into windows of `length` tokens.
 
         Args:
@@ -55,6 +52,7 @@ class Windows:
             length: Tokens of a window.
             seed: The run's seed.
             split: Name of the store in the error's text.
+            source: Number of the store among those of a blend.
 
         Raises:
             CorpusError: If the store is shorter than one window.
@@ -65,7 +63,7 @@ class Windows:
                 "give more text, shorten objective.sequence_length or raise objective.slots_per_row"
             )
         self.length = length
-        self._store, self._seed = store, seed
+        self._store, self._seed, self._source = store, seed, source
 
     def __len__(self) -> int:
         """Windows in an epoch."""
@@ -78,7 +76,14 @@ class Windows:
 
     def starts(self, samples: Int64s) -> Int64s:
         """Number of the token that each sample's window begins with, int64 (N,)."""
-        shifts, places = _places(self._seed, samples, len(self), len(self._store))
+        shifts, places = places_of(
+            self._seed,
+            Purpose.ORDER,
+            samples,
+            len(self),
+            bound=len(self._store),
+            source=self._source,
+        )
         return (shifts + places * self.length) % len(self._store)
 
 
@@ -90,14 +95,16 @@ class DocumentWindows:
     documents of less than `MINIMUM_RAW_LENGTH` tokens are left out.
     """
 
-    def __init__(self, store: Documents, length: int, seed: int, *, split: str = "train") -> None:
+    def __init__(
+        self, store: Documents, length: int, seed: int, *, split: str = "train", source: int = 0
+    ) -> None:
         """Cut the documents of `store`; arguments are those of `Windows`.
 
         Raises:
             CorpusError: If no document is long enough.
         """
         self.length = length
-        self._store, self._seed = store, seed
+        self._store, self._seed, self._source = store, seed, source
         self._bounds = store.document_bounds
         sizes = np.diff(self._bounds)
         self._counts = np.where(sizes < MINIMUM_RAW_LENGTH, 0, -(-sizes // length))
@@ -114,7 +121,7 @@ class DocumentWindows:
 
     def read(self, samples: Int64s, lengths: Int64s, windows: npt.NDArray[np.int32]) -> None:
         """Read each sample's window to `windows[i]`; `lengths[i]` becomes less where it has fewer tokens."""
-        _, places = _places(self._seed, samples, len(self), 1)
+        _, places = places_of(self._seed, Purpose.ORDER, samples, len(self), source=self._source)
         documents = np.searchsorted(self._before, places, side="right")
         counts = self._counts[documents]
         part = places - (self._before[documents] - counts)
@@ -128,60 +135,3 @@ class DocumentWindows:
 def _copy(store: Tokens, starts: Int64s, lengths: Int64s, windows: npt.NDArray[np.int32]) -> None:
     for window, start, length in zip(windows, starts.tolist(), lengths.tolist(), strict=True):
         window[:length] = store.tokens(start, length)
-
-
-def _places(seed: int, samples: Int64s, count: int, bound: int) -> tuple[Int64s, Int64s]:
-    """For each sample its epoch's shift, below `bound`, and its place among `count` in that epoch's order."""
-    shifts, places = np.empty(len(samples), np.int64), np.empty(len(samples), np.int64)
-    stream = np.uint64(seed), np.uint64(Purpose.ORDER)
-    _fill_places(stream, samples, count, bound, (shifts, places))
-    return shifts, places
-
-
-@compiled
-def _fill_places(
-    stream: tuple[Word, Word], samples: Int64s, count: int, bound: int, out: tuple[Int64s, Int64s]
-) -> None:
-    """What `_places` returns; sample -1 gets that of sample 0."""
-    (seed, purpose), (shifts, places) = stream, out
-    words = np.empty(1 + ROUNDS, np.uint64)
-    for number in range(len(samples)):
-        sample = max(samples[number], 0)
-        fill_words(seed, purpose, sample // count, words)
-        shifts[number] = high_product(words[0], np.uint64(bound))
-        places[number] = permute(np.uint64(sample % count), np.uint64(count), words[1:])
-
-
-@compiled
-def permute(place: Word, size: Word, keys: npt.NDArray[np.uint64]) -> Word:
-    """Where a keyed permutation of 0 .. size - 1 puts `place`.
-
-    A Feistel network permutes the numbers of 2 * half bits, at most 4 * size of them; a number that lands outside
-    is sent through again until it lands inside ("cycle walking", Black and Rogaway 2002), which takes fewer than
-    4 passes on average.
-
-    Args:
-        place: What to permute, 0 <= place < size.
-        size: Size of the permuted set.
-        keys: One word for each round, uint64 (ROUNDS,).
-    """
-    one = np.uint64(1)
-    half = one
-    while size > one << np.uint64(2) * half:
-        half += one
-    mask = (one << half) - one
-    while True:
-        left, right = place >> half, place & mask
-        for key in keys:
-            left, right = right, left ^ (mix(right ^ key) >> (np.uint64(64) - half))
-        place = left << half | right
-        if place < size:
-            return place
-
-
-@compiled
-def mix(word: Word) -> Word:
-    """Scatter a uint64's bits (the finalizer of SplitMix64; Steele, Lea and Flood 2014)."""
-    word = (word ^ word >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    word = (word ^ word >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return word ^ word >> np.uint64(31)

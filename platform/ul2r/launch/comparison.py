@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ul2r.config import Comparison, Recipe, load
-from ul2r.data.store import open_corpus
+from ul2r.data.prepared import open_corpus
 from ul2r.errors import RecipeError
 from ul2r.evaluation.comparison import ROLES, Arm, Role, as_markdown, as_tree, check_comparable
 from ul2r.evaluation.curves import load_curve

@@ -10,7 +10,7 @@ from ray.exceptions import RayTaskError
 
 from ul2r.config import Recipe
 from ul2r.console import progress
-from ul2r.data.store import Corpus, open_corpus
+from ul2r.data.prepared import Corpus, open_corpus
 from ul2r.errors import UserError
 from ul2r.evaluation.evaluate import export_folder, measure, metrics, store_scores, stored_scores
 from ul2r.evaluation.scores import Scores

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from ul2r.config import Recipe
-from ul2r.data.store import open_corpus
+from ul2r.data.prepared import open_corpus
 from ul2r.errors import CheckpointError
 from ul2r.model.huggingface import Card, llama_weights, read_weights, write_folder
 from ul2r.tracking.mlflow import check_server, find_run, register

@@ -14,7 +14,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ul2r.config import Recipe
 from ul2r.data.batches import Batches
 from ul2r.data.inspection import write_page
-from ul2r.data.store import Corpus, open_corpus
+from ul2r.data.prepared import Corpus, open_corpus
 from ul2r.errors import UserError
 from ul2r.launch.cluster import connected
 from ul2r.launch.progress import shown_progress

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from ul2r.config import Recipe
 from ul2r.data.batches import Batches
-from ul2r.data.store import open_corpus
+from ul2r.data.prepared import open_corpus
 from ul2r.objective.rows import Rows
 from ul2r.tracking.tracker import Tracker
 from ul2r.train.checkpoint import claim

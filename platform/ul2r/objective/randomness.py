@@ -28,6 +28,8 @@ class Purpose(IntEnum):
     """The order and shift of the windows in epoch `index`."""
     ROW = 4
     """Whether row `index` belongs to one example that has it whole."""
+    BLEND = 5
+    """The order of the stores in block `index` of a blend."""
 
 
 def random_words(seed: int, purpose: Purpose, index: int, count: int) -> npt.NDArray[np.uint64]:

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ul2r.data.corpus import find_files
+from ul2r.data.prepared import Corpus, open_corpus
 from ul2r.data.shards import group_files, join_shards, write_shard
-from ul2r.data.store import Corpus, open_corpus
-from ul2r.data.tokenizer import train_tokenizer, vocabulary_of
+from ul2r.data.tokenizer import load_tokenizer, train_tokenizer, vocabulary_of
 
 SUBJECTS = [
     "the cat",
@@ -62,6 +62,7 @@ def tiny_store(
     sentinels: int = 64,
     held_out: float = 0.1,
     seed: int = 0,
+    tokenizer: Path | None = None,
 ) -> Corpus:
     """Make a whole token store in `folder` (a recipe's `store_folder`) from `write_texts`, in this process.
 
@@ -73,16 +74,21 @@ def tiny_store(
         sentinels: Sentinel tokens.
         held_out: Share of the documents held out.
         seed: Of the text.
+        tokenizer: A tokenizer.json to use instead of training one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as texts_folder:
         texts = write_texts(Path(texts_folder), documents, sentences, seed)
-        tokenizer = train_tokenizer(texts, vocabulary_size, sentinels)
-        tokenizer.save(str(folder / "tokenizer.json"))
-        vocabulary = vocabulary_of(tokenizer)
+        trained = (
+            load_tokenizer(tokenizer)
+            if tokenizer
+            else train_tokenizer(texts, vocabulary_size, sentinels)
+        )
+        trained.save(str(folder / "tokenizer.json"))
+        vocabulary = vocabulary_of(trained)
         groups = group_files(find_files([texts_folder]))
         for group in groups:
-            write_shard(group, folder, tokenizer, vocabulary)
+            write_shard(group, folder, trained, vocabulary)
     join_shards(folder, len(groups), held_out, vocabulary, inputs={"corpus": "testing"})
     return open_corpus(folder)
 

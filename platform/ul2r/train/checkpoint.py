@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ul2r.config import Recipe
-from ul2r.data.store import Corpus
+from ul2r.data.prepared import Corpus
 from ul2r.errors import CheckpointError
 
 FORMAT = 1

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from ul2r.config import Causal, Recipe
 from ul2r.data.batches import Batches
-from ul2r.data.store import Corpus
+from ul2r.data.prepared import Corpus
 from ul2r.errors import DivergedError
 from ul2r.model.flops import training_flops
 from ul2r.objective.rows import Rows

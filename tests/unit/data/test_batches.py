@@ -8,7 +8,8 @@ import pytest
 
 from ul2r.config import PRESETS, Causal, Prefix
 from ul2r.data.batches import Batches
-from ul2r.data.store import Corpus, TokenStore
+from ul2r.data.blend import Documents
+from ul2r.data.prepared import Corpus
 from ul2r.errors import CorpusError
 from ul2r.objective import Rows
 from ul2r.testing.corpus import tiny_store
@@ -33,7 +34,7 @@ def equal(left: Rows, right: Rows) -> bool:
     )
 
 
-def stands_in(row: npt.NDArray[np.int32], store: TokenStore) -> bool:
+def stands_in(row: npt.NDArray[np.int32], store: Documents) -> bool:
     """Whether a row is a run of the store's tokens, which may go round its end."""
     return row.tobytes() in store.tokens(0, len(store) + len(row)).tobytes()
 
@@ -82,7 +83,7 @@ def test_other_seeds_give_other_rows(storage: Path, corpus: Corpus) -> None:
 def test_causal_rows_are_windows_of_the_stores_text(storage: Path, corpus: Corpus) -> None:
     recipe = tiny_recipe(storage, objective={"mixture": "causal"})
     for row in Batches(recipe, corpus).rows(0).tokens:
-        assert stands_in(row, corpus.train)
+        assert stands_in(row, corpus.train[0].store)
 
 
 def test_control_reads_the_windows_that_ul2r_reads(storage: Path, corpus: Corpus) -> None:
@@ -123,7 +124,7 @@ def test_fewer_held_out_rows_are_the_first_of_more(storage: Path, corpus: Corpus
 def test_held_out_rows_read_held_out_text_only(storage: Path, corpus: Corpus) -> None:
     for row in Batches(tiny_recipe(storage), corpus).held_out(Causal(), 20).tokens:
         assert stands_in(row, corpus.held_out)
-        assert not stands_in(row, corpus.train)
+        assert not stands_in(row, corpus.train[0].store)
 
 
 def test_weight_of_a_held_out_denoiser_changes_nothing(storage: Path, corpus: Corpus) -> None:

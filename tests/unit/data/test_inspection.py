@@ -10,7 +10,7 @@ import pytest
 
 from ul2r.config import PRESETS, Causal, Prefix, Recipe, dump
 from ul2r.data.inspection import PICTURE, SHOWN_TOKENS, measure, outline, shown, write_page
-from ul2r.data.store import Corpus
+from ul2r.data.prepared import Corpus
 from ul2r.data.tokenizer import load_tokenizer
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.recipes import tiny_recipe
@@ -81,7 +81,7 @@ def test_shares_of_targets_are_counted_from_the_examples_themselves(
 
 
 def test_examples_shown_are_text_of_the_store(recipe: Recipe, corpus: Corpus) -> None:
-    store = corpus.train.tokens(0, len(corpus.train) + 200).tobytes()
+    store = corpus.train[0].store.tokens(0, len(corpus.train[0].store) + 200).tobytes()
     special = {*corpus.vocabulary.sentinels, *corpus.vocabulary.modes.values()}
     for one in measure(recipe, corpus):
         assert len(one.examples) == 2
@@ -106,7 +106,7 @@ def test_outline_holds_what_is_seen_and_nothing_else(recipe: Recipe, corpus: Cor
 
 def test_long_runs_of_tokens_are_shown_by_their_ends(corpus: Corpus) -> None:
     tokenizer = load_tokenizer(corpus.tokenizer_file)
-    tokens = corpus.train.tokens(0, SHOWN_TOKENS + 40).tolist()
+    tokens = corpus.train[0].store.tokens(0, SHOWN_TOKENS + 40).tolist()
     pieces = shown(tokens, tokenizer, corpus.vocabulary)
     assert len(pieces) == SHOWN_TOKENS + 1
     (left_out,) = [piece for piece in pieces if piece.kind == "left out"]

@@ -11,8 +11,10 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from tokenizers import Tokenizer
 
+from ul2r.data.blend import Documents
 from ul2r.data.corpus import SourceFile, find_files
 from ul2r.data.manifest import Manifest
+from ul2r.data.prepared import Corpus, open_corpus
 from ul2r.data.shards import (
     LARGEST_SHARD,
     SMALLEST_SHARD,
@@ -22,7 +24,6 @@ from ul2r.data.shards import (
     shard_is_done,
     write_shard,
 )
-from ul2r.data.store import Corpus, TokenStore, open_corpus
 from ul2r.data.tokenizer import train_tokenizer, vocabulary_of
 from ul2r.errors import CorpusError
 from ul2r.testing.corpus import write_texts
@@ -45,7 +46,7 @@ def _store(
     return open_corpus(folder)
 
 
-def _texts(store: TokenStore, tokenizer: Tokenizer) -> list[str]:
+def _texts(store: Documents, tokenizer: Tokenizer) -> list[str]:
     documents = [store.document(n).tolist() for n in range(store.documents)]
     return [tokenizer.decode(ids, skip_special_tokens=False) for ids in documents]
 
@@ -61,7 +62,7 @@ def test_every_document_is_on_one_side_whole_and_closed(
     corpus = _store(
         tmp_path / "store", group_files(find_files([str(tmp_path / "texts")])), tokenizer
     )
-    train, held_out = _texts(corpus.train, tokenizer), _texts(corpus.held_out, tokenizer)
+    train, held_out = _texts(corpus.train[0].store, tokenizer), _texts(corpus.held_out, tokenizer)
     assert len(held_out) == 10
     assert sorted(train + held_out) == sorted(f"{text}<eos>" for text in texts)
     kept = [f"{text}<eos>" for text in texts if f"{text}<eos>" in set(train)]
@@ -75,7 +76,7 @@ def test_counts_are_those_of_the_store(tmp_path: Path, tokenizer: Tokenizer) -> 
     )
     train, held_out = corpus.manifest.train, corpus.manifest.held_out
     assert (train.documents, held_out.documents) == (9, 3)
-    assert (train.tokens, held_out.tokens) == (len(corpus.train), len(corpus.held_out))
+    assert (train.tokens, held_out.tokens) == (len(corpus.train[0].store), len(corpus.held_out))
     assert train.text_bytes + held_out.text_bytes == sum(len(text.encode()) for text in texts)
 
 
@@ -119,7 +120,7 @@ def test_equal_documents_are_on_one_side(tmp_path: Path, tokenizer: Tokenizer) -
     for path in list(texts.iterdir()):
         (texts / f"copy_{path.name}").write_bytes(path.read_bytes())
     corpus = _store(tmp_path / "store", group_files(find_files([str(texts)])), tokenizer, 0.3)
-    train, held_out = _texts(corpus.train, tokenizer), _texts(corpus.held_out, tokenizer)
+    train, held_out = _texts(corpus.train[0].store, tokenizer), _texts(corpus.held_out, tokenizer)
     assert not set(train) & set(held_out)
     assert len(train) + len(held_out) == 16
 
@@ -132,7 +133,7 @@ def test_two_documents_are_one_for_each_side(
     corpus = _store(
         tmp_path / "store", group_files(find_files([str(tmp_path / "texts")])), tokenizer, share
     )
-    assert (corpus.train.documents, corpus.held_out.documents) == (1, 1)
+    assert (corpus.train[0].store.documents, corpus.held_out.documents) == (1, 1)
 
 
 def test_a_corpus_of_one_long_text_is_cut_at_line_ends(
@@ -142,7 +143,7 @@ def test_a_corpus_of_one_long_text_is_cut_at_line_ends(
     (tmp_path / "book.txt").write_text(text)
     groups = group_files(find_files([str(tmp_path / "book.txt")]))
     corpus = _store(tmp_path / "store", groups, tokenizer)
-    parts = _texts(corpus.train, tokenizer) + _texts(corpus.held_out, tokenizer)
+    parts = _texts(corpus.train[0].store, tokenizer) + _texts(corpus.held_out, tokenizer)
     assert corpus.held_out.documents == 1
     assert len(parts) > 3
     assert all(part.endswith("\n<eos>") for part in parts)
@@ -203,7 +204,7 @@ def test_an_existing_token_store_is_split_as_it_is(tmp_path: Path, tokenizer: To
     _megatron_corpus(tmp_path / "theirs", documents)
     files = find_files([str(tmp_path / "theirs.idx")])
     corpus = _store(tmp_path / "store", group_files(files), tokenizer)
-    stores = (corpus.train, corpus.held_out)
+    stores = (corpus.train[0].store, corpus.held_out)
     got = [store.document(n).tolist() for store in stores for n in range(store.documents)]
     assert sorted(got) == sorted([*documents[:20], [200, 201, eos]])
     assert corpus.held_out.documents == 5

@@ -13,7 +13,8 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from ul2r.data.store import TokenStore, TokenWriter, open_corpus
+from ul2r.data.prepared import open_corpus
+from ul2r.data.store import TokenStore, TokenWriter
 from ul2r.errors import CorpusError
 from ul2r.testing.corpus import tiny_store
 
@@ -146,7 +147,7 @@ def test_a_corpus_opens_with_its_counts_and_vocabulary(tmp_path: Path) -> None:
     made = tiny_store(tmp_path / "store")
     corpus = open_corpus(tmp_path / "store")
     assert corpus.manifest == made.manifest
-    assert (len(corpus.train), corpus.train.documents) == (
+    assert (len(corpus.train[0].store), corpus.train[0].store.documents) == (
         corpus.manifest.train.tokens,
         corpus.manifest.train.documents,
     )

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ul2r.data.windows import ROUNDS, DocumentWindows, Windows, permute
+from ul2r.data.places import ROUNDS, permute
+from ul2r.data.windows import DocumentWindows, Windows
 from ul2r.errors import CorpusError
 
 seeds = st.integers(0, 2**63 - 1)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ul2r.data.store import Corpus
+from ul2r.data.prepared import Corpus
 from ul2r.errors import CheckpointError
 from ul2r.launch.trainer import check_checkpoints
 from ul2r.testing.corpus import tiny_store
