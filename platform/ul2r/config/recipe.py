@@ -16,11 +16,15 @@ Storage = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
+def _folder_or_url(store: str) -> str:
+    return store if "://" in store else str(Path(store).expanduser().absolute())
+
+
 class WeightedStore(Section):
     """A token store in a blend."""
 
-    store: Storage
-    """Its folder, made before by another recipe's prepare."""
+    store: Annotated[str, AfterValidator(_folder_or_url)]
+    """Its folder, made before by another recipe's prepare, or a URL that fsspec knows (s3://, gs://, https://)."""
     weight: float = Field(gt=0)
     """Its share of the samples is its weight among those of the blend."""
 

@@ -14,6 +14,7 @@ between runs: a resumed run lists the blocks from the step it is at. `read` chec
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -22,6 +23,8 @@ import numpy as np
 import numpy.typing as npt
 import ray
 from ray.data import DataContext, DataIterator, Dataset, Datasource, ReadTask
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from ray.data.block import BlockAccessor, BlockMetadata
 
 from ul2r.config import Recipe
@@ -35,8 +38,24 @@ BLOCK_BYTES = 32 * 2**20
 """Largest block, as long as it holds one step: a task costs about 0.1 s whatever its size."""
 
 PREFETCH_BYTES = 64 * 2**20
-"""Rows a replica holds ready in Ray's object store. A run smaller than that is made at once, whereupon
-Ray Data's coordinator ends; it would else keep a core busy for as long as training holds it back."""
+"""Rows a replica holds ready in Ray's object store."""
+
+
+PAUSE_S = 0.1
+"""How long Ray Data's coordinator rests between two looks at its tasks while a reader has blocks to take."""
+
+
+class Pause(ExecutionCallback):  # type: ignore[misc]  # Ray is untyped here, so its classes are Any
+    """Rests Ray Data's coordinator (2.60) while a reader holds it back, which is the normal state of training.
+
+    It would look at finished tasks whose blocks it may not take yet, over and over, and keep most of a core busy. A
+    reader that waits for blocks is served at once.
+    """
+
+    def on_execution_step(self, executor: StreamingExecutor) -> None:
+        """Rest, unless the reader waits; called at each turn of the coordinator's loop."""
+        if not executor._consumer_idling():
+            time.sleep(PAUSE_S)
 
 
 class RowBlocks(Datasource):  # type: ignore[misc]  # Ray is untyped here, so its classes are Any
@@ -91,6 +110,7 @@ def make_dataset(recipe: Recipe, first_step: int, replicas: int) -> Dataset:
     context.execution_options.preserve_order = True
     context.target_max_block_size = None  # one task, one block, however large one step is
     context.execution_no_progress_timeout_s = -1  # slow training may hold it back for any time
+    context.custom_execution_callback_classes = [Pause]
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     cpus = recipe.launch.cpus_per_data_task

@@ -11,6 +11,7 @@ from typing import Any
 from ul2r.config import WeightedStore
 from ul2r.data.blend import JoinedStores, shares
 from ul2r.data.manifest import Manifest, Split, digest
+from ul2r.data.remote import local_store
 from ul2r.data.store import TokenStore
 from ul2r.errors import CorpusError
 from ul2r.objective.vocabulary import Vocabulary
@@ -58,7 +59,7 @@ def open_corpus(folder: Path) -> Corpus:
         return Corpus(train, held_out, manifest.vocabulary, manifest, tokenizer)
     members = []
     for entry in manifest.inputs[BLEND]:
-        member = open_corpus(Path(entry["store"]))
+        member = open_corpus(local_store(entry["store"], entry["fingerprint"]))
         if member.manifest.fingerprint != entry["fingerprint"]:
             raise CorpusError(
                 f"{entry['store']}: was made anew since {folder} was blended of it; delete {folder} and run "
@@ -82,8 +83,9 @@ def blend_inputs(stores: Sequence[WeightedStore]) -> dict[str, Any]:
             or if its weight is too small for a single sample in a block.
     """
     shares([one.weight for one in stores])
-    corpora = [open_corpus(one.store) for one in stores]
-    first, names = corpora[0].manifest, [str(one.store) for one in stores]
+    names = [one.store for one in stores]
+    corpora = [open_corpus(local_store(name)) for name in names]
+    first = corpora[0].manifest
     for name, corpus in zip(names, corpora, strict=True):
         if BLEND in corpus.manifest.inputs:
             raise CorpusError(
@@ -95,8 +97,8 @@ def blend_inputs(stores: Sequence[WeightedStore]) -> dict[str, Any]:
             )
         if corpus.manifest.tokenizer != first.tokenizer:
             raise CorpusError(
-                f"data.blend: {name} has another tokenizer than {names[0]}: prepare it again with "
-                f"data.tokenizer={names[0]}/tokenizer.json"
+                f"data.blend: {name} has another tokenizer than {names[0]}: prepare it again with the first one's "
+                "tokenizer.json as data.tokenizer"
             )
     return {
         BLEND: [
@@ -109,7 +111,7 @@ def blend_inputs(stores: Sequence[WeightedStore]) -> dict[str, Any]:
 def write_blend(folder: Path, inputs: Mapping[str, Any]) -> Manifest:
     """Write a blend's tokenizer and manifest into an empty folder; `inputs` are those of `blend_inputs`."""
     entries = inputs[BLEND]
-    corpora = [open_corpus(Path(entry["store"])) for entry in entries]
+    corpora = [open_corpus(local_store(e["store"], e["fingerprint"])) for e in entries]
     tokenizer = folder / "tokenizer.json"
     shutil.copyfile(corpora[0].tokenizer_file, tokenizer)
     parts = {

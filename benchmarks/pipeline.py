@@ -1,0 +1,186 @@
+"""What Ray Data delivers to one reader, beside the same rows made in the reader's own process.
+
+    python benchmarks/pipeline.py
+
+Rows of 2,048 positions of the `ul2r` mixture, from a token store on disk, on a local Ray cluster. One JSON line:
+
+    source_tokens_per_second   raw tokens delivered to a reader that takes rows as fast as they come
+    in_process_ratio           share of the rate of the same rows made in process
+    cpu_seconds_per_million    CPU time of all processes per million raw tokens delivered
+    first_batch_seconds        from nothing to the first batch, Ray's workers not yet started
+    resume_seconds             the same at sample index 10**9, the workers started
+    coordinator_cpu_share      of one core, by Ray's coordinator while a slow reader holds it back
+    object_store_peak_bytes    most that lay in Ray's object store
+    spilled_bytes              what Ray moved from there to disk
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+from ray._private.internal_api import node_stats
+
+from ul2r.config import Recipe
+from ul2r.data import pipeline
+from ul2r.data.batches import Batches
+from ul2r.data.prepared import open_corpus
+from ul2r.launch.cluster import connected
+from ul2r.objective import Rows
+from ul2r.testing.corpus import tiny_store
+from ul2r.testing.recipes import tiny_recipe
+
+BATCH_ROWS = 32
+FAR_INDEX = 10**9
+SECONDS = 20
+SLOW_SECONDS = 30
+SLOW_BATCHES_PER_SECOND = 2
+
+
+def recipe_in(folder: Path, first_index: int, steps: int) -> Recipe:
+    """Rows of the paper's length over a store that is far longer than a row."""
+    return tiny_recipe(
+        folder,
+        data={"sentinels": 256},
+        objective={"sequence_length": 2048},
+        training={
+            "steps": first_index // BATCH_ROWS + steps,
+            "global_batch_rows": BATCH_ROWS,
+            "microbatch_rows": BATCH_ROWS,
+        },
+    )
+
+
+def source_tokens(recipe: Recipe, rows: Rows) -> int:
+    """Raw tokens that rows were made of."""
+    mixture = recipe.objective.mixture
+    return sum(recipe.objective.raw_length(mixture[d]) for d in rows.denoiser[:, 0].tolist())
+
+
+def ray_rows(recipe: Recipe, first_index: int) -> Iterator[Rows]:
+    """Rows as a worker gets them."""
+    step = first_index // BATCH_ROWS
+    (iterator,) = pipeline.split(pipeline.make_dataset(recipe, step, 1), 1)
+    return pipeline.read(iterator, recipe, step, 0, 1)
+
+
+def own_rows(recipe: Recipe) -> Iterator[Rows]:
+    """The same rows, made here."""
+    batches = Batches(recipe, open_corpus(recipe.store_folder))
+    return map(batches.rows, itertools.count())
+
+
+def rate(recipe: Recipe, rows: Iterator[Rows], seconds: float) -> tuple[float, int]:
+    """Raw tokens a second of a reader that does nothing else, and how many it took."""
+    next(rows)
+    began, tokens = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        tokens += source_tokens(recipe, next(rows))
+    return tokens / (time.perf_counter() - began), tokens
+
+
+def first_batch(recipe: Recipe, first_index: int) -> float:
+    """Seconds until the first batch is there."""
+    began = time.perf_counter()
+    next(ray_rows(recipe, first_index))
+    return time.perf_counter() - began
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of all that it started."""
+    own = psutil.Process()
+    spent = 0.0
+    for process in (own, *own.children(recursive=True)):
+        times = process.cpu_times()
+        spent += times.user + times.system
+    return spent
+
+
+def coordinator() -> psutil.Process:
+    """Ray Data's coordinator."""
+    found = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if "SplitCoordinator" in " ".join(process.cmdline())
+    ]
+    return max(found, key=lambda process: process.create_time())
+
+
+def held_back_share(rows: Iterator[Rows]) -> float:
+    """Share of a core that the coordinator takes while the reader is slow, which is the normal state of training."""
+
+    def read_slowly(seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            next(rows)
+            time.sleep(1 / SLOW_BATCHES_PER_SECOND)
+
+    read_slowly(SLOW_SECONDS / 2)  # what it may prefetch is there after that
+    process = coordinator()
+    before, began = process.cpu_times(), time.perf_counter()
+    read_slowly(SLOW_SECONDS)
+    after = process.cpu_times()
+    spent = after.user + after.system - before.user - before.system
+    return float(spent) / (time.perf_counter() - began)
+
+
+@contextmanager
+def object_store() -> Iterator[dict[str, int]]:
+    """Most bytes in the object store, and bytes spilled, while the block runs."""
+    found, ended = {"peak": 0, "spilled": 0}, threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.2):
+            stats: Any = node_stats().store_stats
+            found["peak"] = max(found["peak"], stats.object_store_bytes_used)
+            found["spilled"] = stats.spilled_bytes_total
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def measure(folder: Path) -> dict[str, float]:
+    """The figures of the line that is printed."""
+    tiny_store(folder / "store", documents=2000, sentinels=256, vocabulary_size=1024)
+    recipe, far = recipe_in(folder, 0, 10**5), recipe_in(folder, FAR_INDEX, 10**3)
+    with connected(cpus=2), object_store() as store:
+        first = first_batch(recipe, 0)
+        resumed = first_batch(far, FAR_INDEX)
+        own, _ = rate(recipe, own_rows(recipe), SECONDS / 2)
+        cpu = cpu_seconds()
+        delivered, tokens = rate(recipe, ray_rows(recipe, 0), SECONDS)
+        cpu = cpu_seconds() - cpu
+        share = held_back_share(ray_rows(recipe, 0))
+    return {
+        "source_tokens_per_second": round(delivered),
+        "in_process_ratio": round(delivered / own, 3),
+        "cpu_seconds_per_million": round(cpu / tokens * 1e6, 3),
+        "first_batch_seconds": round(first, 2),
+        "resume_seconds": round(resumed, 2),
+        "coordinator_cpu_share": round(share, 3),
+        "object_store_peak_bytes": store["peak"],
+        "spilled_bytes": store["spilled"],
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps({"benchmark": "pipeline", **measure(Path(folder))}))
+
+
+if __name__ == "__main__":
+    main()
