@@ -36,7 +36,10 @@ SEED = 1
 ROWS, REFERENCE_ROWS, TURNS = 512, 8, 9
 OBJECTIVE = Objective(sequence_length=2048)
 VOCABULARY = Vocabulary(
-    size=32_000, eos=0, modes={"S2S": 1, "NLU": 2, "NLG": 3}, sentinels=tuple(range(4, 260))
+    size=32_000,
+    eos=0,
+    modes={"S2S": (1,), "NLU": (2,), "NLG": (3,)},
+    sentinels=tuple(range(4, 260)),
 )
 
 

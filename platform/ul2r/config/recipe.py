@@ -42,6 +42,8 @@ class Data(Section):
     """An existing Hugging Face tokenizer.json; without one a byte-level BPE is trained on the corpus."""
     vocabulary_size: PositiveInt = 4096
     """Entries of a trained tokenizer, special tokens included."""
+    mode_tokens: Literal["special", "text"] = "special"
+    """Modes as tokens of their own, or as the pieces of "[S2S]", "[NLU]" and "[NLG]" (the papers are silent)."""
     sentinels: PositiveInt = 256
     """Sentinel tokens that the tokenizer holds."""
 

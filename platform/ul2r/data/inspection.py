@@ -172,7 +172,8 @@ def write_page(recipe: Recipe, corpus: Corpus) -> Path:
 def shown(tokens: list[int], tokenizer: Tokenizer, vocabulary: Vocabulary) -> list[Piece]:
     """Tokens as text, those in the middle of a long run left out."""
     kinds: dict[int, Kind] = dict.fromkeys(vocabulary.sentinels, "sentinel")
-    kinds |= dict.fromkeys(vocabulary.modes.values(), "mode")
+    if not vocabulary.modes_are_text:
+        kinds |= {token: "mode" for tokens in vocabulary.modes.values() for token in tokens}
     kinds[vocabulary.eos] = "eos"
 
     def piece(token: int) -> Piece:

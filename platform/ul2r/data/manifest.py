@@ -14,7 +14,7 @@ from ul2r.objective.vocabulary import Vocabulary
 
 MANIFEST_FILE = "manifest.json"
 STORE_FILES = ("tokenizer.json", "train.bin", "train.idx", "held_out.bin", "held_out.idx")
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)

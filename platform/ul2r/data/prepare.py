@@ -34,6 +34,7 @@ from ul2r.data.tokenizer import (
     vocabulary_of,
 )
 from ul2r.errors import CorpusError, RecipeError, UserError
+from ul2r.objective import Vocabulary
 
 TOKENIZER_FILE = "tokenizer.json"
 SAMPLE_SIZE = 2**25
@@ -94,16 +95,18 @@ def _make(
     tokenizer_file = work / TOKENIZER_FILE
     if not tokenizer_file.is_file():
         if data.tokenizer is None:
-            tokenizer = train_tokenizer(_sample(files), data.vocabulary_size, data.sentinels)
+            tokenizer = train_tokenizer(
+                _sample(files), data.vocabulary_size, data.sentinels, data.mode_tokens
+            )
         else:
             tokenizer = load_tokenizer(data.tokenizer)
-            add_special_tokens(tokenizer, data.sentinels)
+            add_special_tokens(tokenizer, data.sentinels, data.mode_tokens)
         beside = work / f"{TOKENIZER_FILE}.part"
         tokenizer.save(str(beside))
         beside.replace(tokenizer_file)
     groups = group_files(files)
-    _write_shards(groups, work)
-    vocabulary = vocabulary_of(load_tokenizer(tokenizer_file))
+    vocabulary = vocabulary_of(load_tokenizer(tokenizer_file), data.mode_tokens)
+    _write_shards(groups, work, vocabulary)
     return join_shards(work, len(groups), data.held_out, vocabulary, inputs)
 
 
@@ -122,14 +125,14 @@ def _sample(files: Sequence[SourceFile]) -> Iterator[str]:
             taken += len(text)
 
 
-def _write_shards(groups: Sequence[Group], work: Path) -> None:
+def _write_shards(groups: Sequence[Group], work: Path, vocabulary: Vocabulary) -> None:
     """Make the shards that are not there yet, each in a task of Ray's."""
     left = [group for group in groups if not shard_is_done(group, work)]
     total = sum(group.size for group in groups)
     done = total - sum(group.size for group in left)
     if not left:
         return
-    rows = [{"group": pickle.dumps(group), "work": str(work)} for group in left]
+    rows = [{"task": pickle.dumps((group, work, vocabulary))} for group in left]
     with _quiet_in_order():
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(_shard_task)
     with progress("tokenise", total / MEGABYTE, "MB", completed=done / MEGABYTE) as bar:
@@ -158,10 +161,9 @@ def _quiet_in_order() -> Iterator[None]:
 
 def _shard_task(row: dict[str, Any]) -> dict[str, str]:
     """Make one shard; a user's mistake is an answer, since an exception would come back wrapped in Ray's."""
-    work = Path(row["work"])
+    group, work, vocabulary = pickle.loads(row["task"])
     try:
-        tokenizer = load_tokenizer(work / TOKENIZER_FILE)
-        write_shard(pickle.loads(row["group"]), work, tokenizer, vocabulary_of(tokenizer))
+        write_shard(group, work, load_tokenizer(work / TOKENIZER_FILE), vocabulary)
     except UserError as error:
         return {"mistake": str(error)}
     return {"mistake": ""}
@@ -177,13 +179,14 @@ def _inputs(data: Data) -> dict[str, Any]:
             "data.corpus holds tokens (.bin, .idx): set data.tokenizer to the one they were made with"
         )
     if data.tokenizer is None:
-        special_tokens(data.sentinels, data.vocabulary_size)
+        special_tokens(data.sentinels, data.vocabulary_size, data.mode_tokens)
     else:
         load_tokenizer(data.tokenizer)
     listing = [(file.name, file.size, file.modified_ns) for file in files]
     return {
         "data.corpus": list(data.corpus),
         "data.held_out": data.held_out,
+        "data.mode_tokens": data.mode_tokens,
         "data.sentinels": data.sentinels,
         "data.tokenizer": digest(data.tokenizer) if data.tokenizer else None,
         "data.vocabulary_size": None if data.tokenizer else data.vocabulary_size,
@@ -197,7 +200,8 @@ def _difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What of a store's inputs is not as the recipe has it, in words; nothing if that cannot matter."""
     if BLEND in then or BLEND in now:
         return "" if then == now else f"was made with {_blend(then)}, the recipe says {_blend(now)}"
-    for key in ("data.held_out", "data.sentinels", "data.tokenizer", "data.vocabulary_size"):
+    settings = ("held_out", "mode_tokens", "sentinels", "tokenizer", "vocabulary_size")
+    for key in (f"data.{setting}" for setting in settings):
         if then.get(key) != now[key]:
             return f"was made with {key}={then.get(key)}, the recipe says {now[key]}"
     if then.get("listing") == now["listing"]:

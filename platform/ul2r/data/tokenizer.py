@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,17 +20,21 @@ from ul2r.objective.vocabulary import Vocabulary
 EOS = "<eos>"
 EXISTING_EOS = ("</s>", "<|endoftext|>", "<|end_of_text|>", EOS)
 """What a given tokenizer may already call the end of a text, in order of preference."""
+ModeTokens = Literal["special", "text"]
 MODES = {"S2S": "[S2S]", "NLU": "[NLU]", "NLG": "[NLG]"}
 BYTES = 256
 
 
-def train_tokenizer(texts: Iterable[str], size: int, sentinels: int) -> Tokenizer:
+def train_tokenizer(
+    texts: Iterable[str], size: int, sentinels: int, modes: ModeTokens = "special"
+) -> Tokenizer:
     """Train a byte-level BPE; equal texts give an equal tokenizer.
 
     Args:
         texts: What to learn merges from.
         size: Entries, special tokens included; fewer come out where the texts are too short.
         sentinels: Number of sentinel tokens.
+        modes: Whether modes get tokens of their own.
 
     Returns:
         A tokenizer that encodes any text without loss. Ids begin with eos, the modes and the sentinels.
@@ -37,7 +42,7 @@ def train_tokenizer(texts: Iterable[str], size: int, sentinels: int) -> Tokenize
     Raises:
         RecipeError: If `size` is too small for the special tokens and the 256 bytes.
     """
-    special = special_tokens(sentinels, size)
+    special = special_tokens(sentinels, size, modes)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -51,16 +56,17 @@ def train_tokenizer(texts: Iterable[str], size: int, sentinels: int) -> Tokenize
     return _for_plain_text(tokenizer)
 
 
-def special_tokens(sentinels: int, size: int) -> list[str]:
+def special_tokens(sentinels: int, size: int, modes: ModeTokens = "special") -> list[str]:
     """Texts of the special tokens in a trained tokenizer of `size` entries, in order of their ids.
 
     Raises:
         RecipeError: If `size` does not even hold them and the 256 bytes.
     """
-    special = [EOS, *MODES.values(), *map(sentinel, range(sentinels))]
+    names = MODES.values() if modes == "special" else ()
+    special = [EOS, *names, *map(sentinel, range(sentinels))]
     if size < len(special) + BYTES:
         raise RecipeError(
-            f"data.vocabulary_size={size} is too small: eos, {len(MODES)} modes, {sentinels} sentinels and "
+            f"data.vocabulary_size={size} is too small: eos, {len(names)} modes, {sentinels} sentinels and "
             f"{BYTES} bytes need {len(special) + BYTES}; raise it or lower data.sentinels"
         )
     return special
@@ -83,14 +89,15 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise CorpusError(f"{path}: is not a Hugging Face tokenizer.json: {error}") from None
 
 
-def add_special_tokens(tokenizer: Tokenizer, sentinels: int) -> None:
+def add_special_tokens(tokenizer: Tokenizer, sentinels: int, modes: ModeTokens = "special") -> None:
     """Give a tokenizer the eos, modes and sentinels that it lacks, behind its own entries.
 
     Raises:
         CorpusError: If it makes one of them out of plain text, or has gaps in its ids, which the new ones would fill
             up to ids that are taken.
     """
-    needed = [_eos(tokenizer) or EOS, *MODES.values(), *map(sentinel, range(sentinels))]
+    names = MODES.values() if modes == "special" else ()
+    needed = [_eos(tokenizer) or EOS, *names, *map(sentinel, range(sentinels))]
     tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in needed])
     ids = tokenizer.get_vocab().values()
     if len(set(ids)) < len(ids):
@@ -107,23 +114,30 @@ def add_special_tokens(tokenizer: Tokenizer, sentinels: int) -> None:
             )
 
 
-def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
-    """Ids of a tokenizer's special tokens.
+def vocabulary_of(tokenizer: Tokenizer, modes: ModeTokens = "special") -> Vocabulary:
+    """Ids of a tokenizer's special tokens, and of its modes' names if those are text.
 
     Raises:
         CorpusError: If it lacks one.
     """
     entries = tokenizer.get_vocab()
     eos = _eos(tokenizer)
-    missing = [text for text in (*MODES.values(), sentinel(0)) if text not in entries]
+    needed = (*(MODES.values() if modes == "special" else ()), sentinel(0))
+    missing = [text for text in needed if text not in entries]
     if eos is None or missing:
         raise CorpusError(f"the tokenizer lacks the special token {missing[0] if missing else EOS}")
     count = next(number for number in range(len(entries) + 1) if sentinel(number) not in entries)
     return Vocabulary(
         size=max(entries.values()) + 1,
         eos=entries[eos],
-        modes={mode: entries[text] for mode, text in MODES.items()},
+        modes={
+            mode: (entries[text],)
+            if modes == "special"
+            else tuple(encode(tokenizer, text).tolist())
+            for mode, text in MODES.items()
+        },
         sentinels=tuple(entries[sentinel(number)] for number in range(count)),
+        modes_are_text=modes == "text",
     )
 
 

@@ -93,11 +93,11 @@ def infill_text(model: LanguageModel, gaps: Gaps, vocabulary: Vocabulary) -> tup
 
 
 def both_sides(gaps: Gaps, vocabulary: Vocabulary) -> Tokens:
-    """What a UL2R arm reads: mode, left, first sentinel, right, second sentinel; int32 (B, 2 C + 3)."""
+    """What a UL2R arm reads: mode, left, first sentinel, right, second sentinel; int32 (B, 2 C + 3) or longer."""
     size, length = gaps.span.shape
     mode = vocabulary.modes["NLU" if length < LONG_SPAN else "NLG"]
     first, second = vocabulary.sentinels[:2]
-    return columns(size, mode, gaps.left, first, gaps.right, second)
+    return columns(size, *mode, gaps.left, first, gaps.right, second)
 
 
 def _written(

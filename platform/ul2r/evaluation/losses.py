@@ -50,13 +50,14 @@ def second_half_loss(model: LanguageModel, corpus: Corpus, recipe: Recipe) -> Sc
     without the eos of documents that end in it. The closing eos of S training is not asked for.
     """
     denoiser = Prefix(weight=1.0)
-    length = recipe.objective.raw_length(denoiser)
+    mode_tokens = len(corpus.vocabulary.modes[denoiser.mode])
+    length = recipe.objective.raw_length(denoiser, mode_tokens)
     texts = spread_windows(corpus.held_out, recipe.evaluation.rows, length)
     first, second = np.split(texts, [length // 2], axis=1)
     counts = second != corpus.vocabulary.eos
     if model.attention == "causal":
         rows = scored_rows(first, second, counts, bidirectional=False)
     else:
-        inputs = columns(len(texts), corpus.vocabulary.modes[denoiser.mode], first)
+        inputs = columns(len(texts), *corpus.vocabulary.modes[denoiser.mode], first)
         rows = scored_rows(inputs, second, counts, bidirectional=True)
     return token_score(model.token_losses(rows), rows.loss_mask)

@@ -68,7 +68,7 @@ def complete(
     inputs = model.encode(prompt)
     bidirectional = model.attention == "prefix"
     if mode == "S2S" or bidirectional:
-        inputs.insert(0, model.trained_modes("mode S2S").modes["S2S"])
+        inputs = [*model.trained_modes("mode S2S").modes["S2S"], *inputs]
     produced = list(
         generate(
             model,

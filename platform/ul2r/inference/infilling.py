@@ -69,7 +69,7 @@ def infill(
     _check(encoded, most_slots(model))
     slots = len(parts) - 1
     marks = vocabulary.sentinels[: slots + bool(encoded[-1])]
-    inputs = [vocabulary.modes[mode], *_joined(encoded, marks)]
+    inputs = [*vocabulary.modes[mode], *_joined(encoded, marks)]
     limit = token_limit(model, len(inputs), max_tokens, spans=slots, marks=1)
 
     decoder = Decoder(model, inputs, bidirectional=True)

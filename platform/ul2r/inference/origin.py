@@ -13,7 +13,7 @@ from ul2r.objective.vocabulary import Vocabulary
 
 Attention = Literal["prefix", "causal"]
 
-FORMAT = 1
+FORMAT = 2
 NEEDED = ("config.json", "tokenizer.json")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 

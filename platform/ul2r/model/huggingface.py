@@ -21,7 +21,7 @@ from transformers import GenerationConfig, LlamaConfig
 from ul2r.config import Architecture
 from ul2r.objective.vocabulary import Vocabulary
 
-FORMAT = 1
+FORMAT = 2
 """Of ul2r.json."""
 
 

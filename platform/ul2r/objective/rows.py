@@ -10,7 +10,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
-from ul2r.config import Denoiser, Objective
+from ul2r.config import Denoiser, Objective, Prefix, SpanCorruption
 from ul2r.objective import kernels
 from ul2r.objective.randomness import Purpose
 from ul2r.objective.vocabulary import Vocabulary
@@ -134,7 +134,8 @@ def make_rows(
     Returns:
         The rows, in the order asked for.
     """
-    plan = _plan(objective)
+    modes = tuple(_mode(denoiser, vocabulary) for denoiser in objective.mixture)
+    plan = _plan(objective, tuple(map(len, modes)))
     assert plan.sentinels <= len(vocabulary.sentinels), "more spans than sentinels"
     shape = len(rows), objective.slots_per_row
     slots = np.empty(shape, np.int64), np.empty(shape, np.int64), np.empty(shape, np.int64)
@@ -156,7 +157,7 @@ def make_rows(
         np.uint64(Purpose.SPANS),
         plan.denoisers,
         (
-            _modes(objective.mixture, vocabulary),
+            _side_by_side(modes),
             np.array(vocabulary.sentinels, np.int32),
             vocabulary.eos,
         ),
@@ -180,14 +181,14 @@ class _Plan:
 
 
 @lru_cache(maxsize=64)
-def _plan(objective: Objective) -> _Plan:
+def _plan(objective: Objective, mode_tokens: tuple[int, ...]) -> _Plan:
     table = np.zeros(len(objective.mixture), kernels.DENOISER)
     weights = {True: 0.0, False: 0.0}
-    for one, denoiser in zip(table, objective.mixture, strict=True):
+    for one, denoiser, marks in zip(table, objective.mixture, mode_tokens, strict=True):
         weights[denoiser.whole_row] += denoiser.weight
         one["kind"] = KINDS[denoiser.kind]
-        one["length"] = objective.raw_length(denoiser)
-        one["marks"] = 1
+        one["length"] = objective.raw_length(denoiser, marks)
+        one["marks"] = marks
         one["closed"] = objective.eos_after_inputs
         one["whole"] = denoiser.whole_row
         one["bound"] = weights[denoiser.whole_row]
@@ -201,7 +202,16 @@ def _plan(objective: Objective) -> _Plan:
     )
 
 
-def _modes(mixture: Sequence[Denoiser], vocabulary: Vocabulary) -> npt.NDArray[np.int32]:
-    """Mode tokens of each denoiser, int32 (D, 1); those of one without a mode are not read."""
-    ids = [vocabulary.modes.get(getattr(one, "mode", ""), 0) for one in mixture]
-    return np.array(ids, np.int32)[:, None]
+def _mode(denoiser: Denoiser, vocabulary: Vocabulary) -> tuple[int, ...]:
+    """Tokens of a denoiser's mode, none if it has none."""
+    if isinstance(denoiser, SpanCorruption | Prefix):
+        return vocabulary.modes[denoiser.mode]
+    return ()
+
+
+def _side_by_side(modes: Sequence[tuple[int, ...]]) -> npt.NDArray[np.int32]:
+    """Modes as int32 (D, longest), the shorter ones filled up with zeros."""
+    table = np.zeros((len(modes), max(map(len, modes))), np.int32)
+    for line, mode in zip(table, modes, strict=True):
+        line[: len(mode)] = mode
+    return table

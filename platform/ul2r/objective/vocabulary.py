@@ -14,19 +14,31 @@ class Vocabulary:
     size: int
     """Entries of the tokenizer, special tokens included."""
     eos: int
-    modes: Mapping[str, int]
-    """Ids of the mode tokens by mode: S2S, NLU, NLG."""
+    modes: Mapping[str, tuple[int, ...]]
+    """Tokens of each mode, S2S, NLU and NLG: one that means nothing else, or the pieces of its name as text."""
     sentinels: tuple[int, ...]
     """Ids of the sentinels in order of use: the first marks an example's first span."""
+    modes_are_text: bool = False
+    """Whether modes are pieces of text, which a document may hold as well."""
 
     def __post_init__(self) -> None:
-        special = (self.eos, *self.modes.values(), *self.sentinels)
+        modes = [token for tokens in self.modes.values() for token in tokens]
+        assert all(self.modes.values()), "a mode has no token"
+        special = (self.eos, *self.sentinels, *([] if self.modes_are_text else modes))
         assert len(set(special)) == len(special), "special tokens share an id"
-        assert all(0 <= token < self.size for token in special), "an id lies outside the tokenizer"
+        known = all(0 <= token < self.size for token in (*special, *modes))
+        assert known, "an id lies outside the tokenizer"
+
+    @property
+    def no_text(self) -> frozenset[int]:
+        """Ids of modes and sentinels that no document holds."""
+        modes = [token for tokens in self.modes.values() for token in tokens]
+        return frozenset((*self.sentinels, *([] if self.modes_are_text else modes)))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values that `from_dict` reads back."""
-        return asdict(self) | {"modes": dict(self.modes), "sentinels": list(self.sentinels)}
+        modes = {mode: list(tokens) for mode, tokens in self.modes.items()}
+        return asdict(self) | {"modes": modes, "sentinels": list(self.sentinels)}
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> Self:
@@ -38,6 +50,7 @@ class Vocabulary:
         return cls(
             size=tree["size"],
             eos=tree["eos"],
-            modes=dict(tree["modes"]),
+            modes={mode: tuple(tokens) for mode, tokens in tree["modes"].items()},
             sentinels=tuple(tree["sentinels"]),
+            modes_are_text=tree["modes_are_text"],
         )

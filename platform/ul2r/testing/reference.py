@@ -77,20 +77,25 @@ def example_of(
             if denoiser.rate is not None:
                 cut = length - min(max(round(length * denoiser.rate), 1), length - 1)
             mark = [sentinels[0]] if denoiser.sentinel else []
-            inputs = [vocabulary.modes[denoiser.mode], *window[:cut], *mark, *closing]
+            inputs = [*vocabulary.modes[denoiser.mode], *window[:cut], *mark, *closing]
             return inputs, [*mark, *window[cut:], eos]
         case SpanCorruption():
             spans, noise = denoiser.spans(length), denoiser.noise_tokens(length)
             drawn = words(2 * spans - 2)
             kept = composition(length - noise, drawn[: spans - 1])
             masked = composition(noise, drawn[spans - 1 :])
-            inputs, targets = [vocabulary.modes[denoiser.mode]], []
+            inputs, targets = [*vocabulary.modes[denoiser.mode]], []
             text = list(window)
             for sentinel, keep, mask in zip(sentinels, kept, masked, strict=False):
                 inputs += [*text[:keep], sentinel]
                 targets += [sentinel, *text[keep : keep + mask]]
                 text = text[keep + mask :]
             return [*inputs, *closing], [*targets, eos]
+
+
+def mode_tokens(denoiser: Denoiser, vocabulary: Vocabulary) -> int:
+    """How many tokens say which denoiser it is."""
+    return len(vocabulary.modes[denoiser.mode]) if hasattr(denoiser, "mode") else 0
 
 
 def choose(mixture: Sequence[Denoiser], seed: int, sample: int) -> Denoiser:
@@ -122,7 +127,7 @@ def reference_row(
         denoiser = choose(whole if is_whole else shared, seed, sample)
         inputs, targets = example_of(
             denoiser,
-            window(sample, objective.raw_length(denoiser)),
+            window(sample, objective.raw_length(denoiser, mode_tokens(denoiser, vocabulary))),
             vocabulary=vocabulary,
             seed=seed,
             sample=sample,

@@ -92,7 +92,7 @@ def test_control_reads_the_windows_that_ul2r_reads(storage: Path, corpus: Corpus
         tiny_recipe(storage, objective={"mixture": [{"kind": "prefix", "weight": 1}]}), corpus
     )
     control = Batches(tiny_recipe(storage, objective={"mixture": "causal"}), corpus)
-    read, mode = control.rows(2).tokens[:, :60], corpus.vocabulary.modes["S2S"]
+    read, mode = control.rows(2).tokens[:, :60], corpus.vocabulary.modes["S2S"][0]
     denoised = ul2r.rows(2).tokens
     assert (denoised[:, 0] == mode).all()
     assert (denoised[:, 1:61] == read).all()

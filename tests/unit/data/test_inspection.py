@@ -82,7 +82,7 @@ def test_shares_of_targets_are_counted_from_the_examples_themselves(
 
 def test_examples_shown_are_text_of_the_store(recipe: Recipe, corpus: Corpus) -> None:
     store = corpus.train[0].store.tokens(0, len(corpus.train[0].store) + 200).tobytes()
-    special = {*corpus.vocabulary.sentinels, *corpus.vocabulary.modes.values()}
+    special = corpus.vocabulary.no_text
     for one in measure(recipe, corpus):
         assert len(one.examples) == 2
         for example in one.examples:
@@ -120,7 +120,8 @@ def test_page_shows_every_token_of_its_examples_coloured(recipe: Recipe, corpus:
     tokens = [token for example in examples for token in (*example.inputs, *example.targets)]
     vocabulary = corpus.vocabulary
     in_legend = 1
-    modes, sentinels = set(vocabulary.modes.values()), set(vocabulary.sentinels)
+    sentinels = set(vocabulary.sentinels)
+    modes = vocabulary.no_text - sentinels
     assert page.classes.count("mode") == sum(t in modes for t in tokens) + in_legend
     assert page.classes.count("sentinel") == sum(t in sentinels for t in tokens) + in_legend
     assert page.classes.count("eos") == tokens.count(vocabulary.eos) + in_legend

@@ -188,7 +188,7 @@ def test_another_tokenizer_in_a_corpus_is_refused(tmp_path: Path) -> None:
         open_corpus(tmp_path / "a")
 
 
-@pytest.mark.parametrize("text", ["{", '{"format": 1}', '{"format": 99}', "[]"])
+@pytest.mark.parametrize("text", ["{", '{"format": 2}', '{"format": 99}', "[]"])
 def test_a_damaged_manifest_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(CorpusError, match=r"manifest\.json: (damaged|format 99)"):

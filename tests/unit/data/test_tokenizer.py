@@ -86,7 +86,7 @@ def test_special_tokens_come_first_in_their_order(tokenizer: Tokenizer) -> None:
     vocabulary = vocabulary_of(tokenizer)
     assert vocabulary.size == len(tokenizer.get_vocab())
     assert vocabulary.eos == 0
-    assert vocabulary.modes == {"S2S": 1, "NLU": 2, "NLG": 3}
+    assert vocabulary.modes == {"S2S": (1,), "NLU": (2,), "NLG": (3,)}
     assert vocabulary.sentinels == tuple(range(4, 24))
 
 
@@ -123,7 +123,7 @@ def test_a_given_tokenizer_keeps_its_ids_and_gets_what_it_lacks(given_tokenizer:
     vocabulary = vocabulary_of(tokenizer)
     assert {text: tokenizer.token_to_id(text) for text in before} == before
     assert vocabulary.eos == before["<|endoftext|>"]
-    added = (*vocabulary.modes.values(), *vocabulary.sentinels)
+    added = tuple(sorted(vocabulary.no_text))
     assert added == tuple(range(max(before.values()) + 1, max(before.values()) + 9))
     assert vocabulary.size == max(before.values()) + 9
 
@@ -174,3 +174,23 @@ def test_files_that_hold_no_tokenizer_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(CorpusError, match=reason):
             load_tokenizer(tmp_path / name)
+
+
+def test_modes_as_text_are_pieces_of_their_names_and_take_no_entries() -> None:
+    tokenizer = train_tokenizer(TEXTS, size=400, sentinels=20, modes="text")
+    assert not {"[S2S]", "[NLU]", "[NLG]"} & set(tokenizer.get_vocab())
+    vocabulary = vocabulary_of(tokenizer, "text")
+    for mode, tokens in vocabulary.modes.items():
+        assert tokenizer.decode(list(tokens)) == f"[{mode}]"
+        assert encode(tokenizer, f"[{mode}]").tolist() == list(tokens), "a document may hold it"
+    assert vocabulary.no_text == set(vocabulary.sentinels)
+    assert train_tokenizer(TEXTS, size=277, sentinels=20, modes="text").get_vocab_size() == 277
+
+
+def test_modes_as_text_leave_a_given_tokenizer_without_mode_tokens(given_tokenizer: Path) -> None:
+    tokenizer = load_tokenizer(given_tokenizer)
+    add_special_tokens(tokenizer, sentinels=5, modes="text")
+    assert tokenizer.token_to_id("[S2S]") is None
+    assert len(vocabulary_of(tokenizer, "text").modes["NLG"]) > 1
+    with pytest.raises(CorpusError, match=r"lacks the special token \[S2S\]"):
+        vocabulary_of(tokenizer)

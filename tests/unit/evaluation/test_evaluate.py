@@ -96,7 +96,7 @@ def test_second_half_loss_counts_the_same_text_for_each_arm_in_its_own_way(
     for text in spread_windows(corpus.held_out, 6, length).tolist():
         first, second = text[:31], text[31:]
         if model.attention == "prefix":
-            first = [corpus.vocabulary.modes["S2S"], *first]
+            first = [*corpus.vocabulary.modes["S2S"], *first]
         each = losses_of(model, first, second, bidirectional=model.attention == "prefix")
         losses += [
             loss for loss, token in zip(each, second, strict=True) if token != corpus.vocabulary.eos
@@ -134,7 +134,7 @@ def test_infill_loss_counts_the_span_alone(
         if model.attention == "causal":
             losses += losses_of(model, left, span, bidirectional=False)
         else:
-            inputs = [modes["NLU"], *left, sentinels[0], *right, sentinels[1]]
+            inputs = [*modes["NLU"], *left, sentinels[0], *right, sentinels[1]]
             losses += losses_of(model, inputs, [sentinels[0], *span], bidirectional=True)[1:]
     assert len(losses) == gaps.span.size
     score = infill_loss(model, gaps, corpus.vocabulary)
@@ -150,7 +150,7 @@ def test_long_spans_get_the_mode_of_long_spans(
     for left, span, right in zip(
         wide.left.tolist(), wide.span.tolist(), wide.right.tolist(), strict=True
     ):
-        inputs = [modes["NLG"], *left, sentinels[0], *right, sentinels[1]]
+        inputs = [*modes["NLG"], *left, sentinels[0], *right, sentinels[1]]
         losses += losses_of(ul2r_model, inputs, [sentinels[0], *span], bidirectional=True)[1:]
     score = infill_loss(ul2r_model, wide, corpus.vocabulary)
     assert score.mean == pytest.approx(np.mean(losses), abs=1e-5)
@@ -163,7 +163,7 @@ def greedy(model: LanguageModel, corpus: Corpus, left: list[int], right: list[in
     inputs, limit = left, 3
     tokens = list(inputs)
     if bidirectional:
-        inputs, limit = [modes["NLU"], *left, sentinels[0], *right, sentinels[1]], 6
+        inputs, limit = [*modes["NLU"], *left, sentinels[0], *right, sentinels[1]], 6
         tokens = [*inputs, sentinels[0]]
     written: list[int] = []
     while len(written) < limit:

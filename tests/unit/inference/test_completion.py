@@ -21,7 +21,7 @@ def test_a_completion_reads_s2s_and_the_prompt_and_ends_at_eos(
     a, b, x, y = ids(model, "abxy")
     scripted = ScriptedModel(model, {b: [x], x: [y], y: [vocabulary.eos]}, other=a)
     result = complete(scripted, "ab", max_tokens=9)
-    assert scripted.read[0] == [vocabulary.modes["S2S"], a, b]
+    assert scripted.read[0] == [*vocabulary.modes["S2S"], a, b]
     assert scripted.open_calls[0]
     assert (result.text, result.finish) == ("xy", "stop")
     assert (result.tokens_in, result.tokens_out) == (3, 3)
@@ -37,7 +37,7 @@ def test_nlu_and_nlg_close_the_prompt_with_a_sentinel(
     for mode in modes:
         scripted = ScriptedModel(model, {s0: [x], x: [vocabulary.eos]}, other=a)
         result = complete(scripted, "a", mode=mode, max_tokens=9)
-        assert scripted.read == [[vocabulary.modes[mode], a, s0], [s0], [x]]
+        assert scripted.read == [[*vocabulary.modes[mode], a, s0], [s0], [x]]
         assert (result.text, result.finish) == ("x", "stop")
 
 

@@ -21,7 +21,7 @@ def test_slots_become_sentinels_and_kept_text_at_the_end_is_closed_by_one_more(
     infill(scripted, ["ab", "c", "d"], mode="NLG", max_tokens=1)
     a, b, c, d = ids(model, "abcd")
     s = vocabulary.sentinels
-    assert scripted.read[0] == [vocabulary.modes["NLG"], a, b, s[0], c, s[1], d, s[2]]
+    assert scripted.read[0] == [*vocabulary.modes["NLG"], a, b, s[0], c, s[1], d, s[2]]
     assert scripted.open_calls == [True] + [False] * (len(scripted.read) - 1)
 
 
@@ -31,7 +31,7 @@ def test_a_slot_at_the_end_is_closed_by_nothing(
     scripted = ScriptedModel(model, {}, other=ids(model, "q")[0])
     infill(scripted, ["", "c", ""], max_tokens=1)
     s = vocabulary.sentinels
-    assert scripted.read[0] == [vocabulary.modes["NLU"], s[0], *ids(model, "c"), s[1]]
+    assert scripted.read[0] == [*vocabulary.modes["NLU"], s[0], *ids(model, "c"), s[1]]
 
 
 def test_spans_end_where_the_model_writes_the_next_sentinel(
@@ -74,7 +74,7 @@ def test_what_does_not_belong_into_a_span_is_never_written(
 ) -> None:
     """The model wants eos, a mode, sentinels out of order and an empty span; it gets its wish for text."""
     x = ids(model, "x")[0]
-    s, eos, mode = vocabulary.sentinels, vocabulary.eos, vocabulary.modes["NLU"]
+    s, eos, (mode,) = vocabulary.sentinels, vocabulary.eos, vocabulary.modes["NLU"]
     wants = {s[0]: [s[1], eos, x], x: [eos, mode, s[0], s[2], s[3], s[1]], s[1]: [s[2], eos, x]}
     scripted = ScriptedModel(model, wants, other=x)
     result = infill(scripted, ["a", "b", ""], max_tokens=4)

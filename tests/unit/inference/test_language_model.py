@@ -189,7 +189,7 @@ def test_special_tokens_typed_as_text_stay_text(model: LanguageModel) -> None:
 def test_only_ids_that_mean_text_count_as_text(
     model: LanguageModel, vocabulary: Vocabulary
 ) -> None:
-    special = {vocabulary.eos, *vocabulary.modes.values(), *vocabulary.sentinels}
+    special = {vocabulary.eos, *vocabulary.no_text}
     size = vocabulary.size
     assert model.is_text.nonzero().flatten().tolist() == [
         i for i in range(size) if i not in special
@@ -225,10 +225,19 @@ def cut_weights(folder: Path) -> None:
         (lambda folder: (folder / "ul2r.json").write_text("{"), "ul2r.json cannot be read"),
         (lambda folder: (folder / "ul2r.json").write_text("{}"), "ul2r.json cannot be read"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "is not a Hugging Face"),
-        (edit("ul2r.json", format=2), "format 2, this version reads 1"),
+        (edit("ul2r.json", format=3), "format 3, this version reads 2"),
         (edit("ul2r.json", attention="both"), "'both' is neither prefix nor causal"),
         (
-            edit("ul2r.json", vocabulary={"size": 3, "eos": 3, "modes": {}, "sentinels": []}),
+            edit(
+                "ul2r.json",
+                vocabulary={
+                    "size": 3,
+                    "eos": 3,
+                    "modes": {},
+                    "sentinels": [],
+                    "modes_are_text": False,
+                },
+            ),
             "an id",
         ),
         (edit("config.json", model_type="unheard-of"), "cannot be loaded"),

@@ -17,7 +17,7 @@ TEXT = 1000
 VOCABULARY = Vocabulary(
     size=10_000,
     eos=7,
-    modes={"S2S": 1, "NLU": 2, "NLG": 3},
+    modes={"S2S": (1,), "NLU": (2,), "NLG": (3,)},
     sentinels=tuple(range(900, 500, -1)),
 )
 corruptions = st.builds(
@@ -92,7 +92,7 @@ def test_span_corruption_gives_the_whole_window_back(
     example = example_of(denoiser, room, seed, sample, closed=closed)
     mode, *inputs = example.tokens[: example.inputs]
     *targets, end = example.tokens[example.inputs :]
-    assert mode == VOCABULARY.modes[denoiser.mode]
+    assert (mode,) == VOCABULARY.modes[denoiser.mode]
     assert end == VOCABULARY.eos
     if closed:
         assert inputs.pop() == VOCABULARY.eos
@@ -117,7 +117,7 @@ def test_prefix_gives_the_whole_window_back(
     example = example_of(denoiser, room, seed, sample, closed=closed)
     mode, *inputs = example.tokens[: example.inputs]
     *targets, end = example.tokens[example.inputs :]
-    assert (mode, end) == (VOCABULARY.modes["S2S"], VOCABULARY.eos)
+    assert (mode, end) == (*VOCABULARY.modes["S2S"], VOCABULARY.eos)
     if closed:
         assert inputs.pop() == VOCABULARY.eos
     if sentinel:

@@ -13,7 +13,7 @@ from ul2r.testing.corpus import counted_text
 VOCABULARY = Vocabulary(
     size=100_000,
     eos=7,
-    modes={"S2S": 1, "NLU": 2, "NLG": 3},
+    modes={"S2S": (1,), "NLU": (2,), "NLG": (3,)},
     sentinels=tuple(range(10, 100)),
 )
 

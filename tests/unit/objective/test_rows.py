@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ TEXT = 1000
 VOCABULARY = Vocabulary(
     size=2**31 - 1,
     eos=7,
-    modes={"S2S": 1, "NLU": 2, "NLG": 3},
+    modes={"S2S": (1,), "NLU": (2,), "NLG": (3,)},
     sentinels=tuple(range(10, 410)),
 )
 
@@ -86,11 +87,13 @@ def objectives(draw: st.DrawFn) -> Objective:
     return Objective(mixture=tuple(mixture), sequence_length=slots * length, slots_per_row=slots)
 
 
-def rows_of(objective: Objective, rows: range, seed: int = 1) -> Rows:
+def rows_of(
+    objective: Objective, rows: range, seed: int = 1, vocabulary: Vocabulary = VOCABULARY
+) -> Rows:
     return make_rows(
         rows,
         objective=objective,
-        vocabulary=VOCABULARY,
+        vocabulary=vocabulary,
         seed=seed,
         windows=counted_text(first_token),
     )
@@ -137,7 +140,7 @@ def test_worked_example_in_the_docstring_is_what_is_made() -> None:
         vocabulary=Vocabulary(
             size=len(names),
             eos=letters["eos"],
-            modes={mode: letters[mode] for mode in ("NLU", "S2S")},
+            modes={mode: (letters[mode],) for mode in ("NLU", "S2S")},
             sentinels=(letters["<0>"], letters["<1>"]),
         ),
         seed=25,
@@ -155,15 +158,29 @@ def test_worked_example_in_the_docstring_is_what_is_made() -> None:
         assert arrays[name][0].tolist() == expected, name
 
 
-@given(any_objectives(), st.integers(0, 2**64 - 1), st.integers(0, 2**40))
-@settings(max_examples=300)
-def test_rows_are_those_of_the_plain_definition(objective: Objective, seed: int, row: int) -> None:
-    made = rows_of(objective, range(row, row + 3), seed)
+vocabularies = st.sampled_from(
+    [
+        VOCABULARY,
+        replace(
+            VOCABULARY,
+            modes={"S2S": (900, 901), "NLU": (900, 902, 903), "NLG": (904,)},
+            modes_are_text=True,
+        ),
+    ]
+)
+
+
+@given(any_objectives(), vocabularies, st.integers(0, 2**64 - 1), st.integers(0, 2**40))
+@settings(max_examples=400)
+def test_rows_are_those_of_the_plain_definition(
+    objective: Objective, vocabulary: Vocabulary, seed: int, row: int
+) -> None:
+    made = rows_of(objective, range(row, row + 3), seed, vocabulary)
     for line in range(3):
         expected = reference_row(
             row + line,
             objective,
-            VOCABULARY,
+            vocabulary,
             seed,
             lambda sample, length: range(first_token(sample), first_token(sample) + length),
         )
@@ -181,7 +198,7 @@ def test_labels_are_the_next_tokens_and_loss_is_on_the_targets(
         tokens, labels = columns["tokens"], columns["labels"]
         assert labels[:-1] == tokens[1:]
         if isinstance(denoiser, SpanCorruption | Prefix):
-            assert tokens[0] == VOCABULARY.modes[denoiser.mode]
+            assert (tokens[0],) == VOCABULARY.modes[denoiser.mode]
             assert labels[-1] == VOCABULARY.eos
         begin = first_target(columns, denoiser)
         label_places = range(1, len(tokens) + 1)

@@ -6,7 +6,7 @@ import pytest
 
 from ul2r.objective import Vocabulary
 
-MODES = {"S2S": 1, "NLU": 2, "NLG": 3}
+MODES = {"S2S": (1,), "NLU": (2,), "NLG": (3,)}
 
 
 def test_vocabulary_survives_json() -> None:
