@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import hypothesis
 import pytest
@@ -20,6 +21,9 @@ os.environ |= {
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
+
+# A shell starts background jobs deaf to Ctrl-C, and all that they start inherits it: tests that press it need it back.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples every time, and no deadline: a busy machine is no failure.
 hypothesis.settings.register_profile("house", derandomize=True, deadline=None, database=None)
