@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import ray
 from ray._private.internal_api import node_stats
 
 from ul2r.config import Recipe
@@ -40,8 +41,8 @@ from ul2r.testing.recipes import tiny_recipe
 
 BATCH_ROWS = 32
 FAR_INDEX = 10**9
-SECONDS = 20
-SLOW_SECONDS = 30
+SECONDS = 10
+SLOW_SECONDS = 15
 SLOW_BATCHES_PER_SECOND = 2
 
 
@@ -54,7 +55,7 @@ def recipe_in(folder: Path, first_index: int, steps: int) -> Recipe:
         training={
             "steps": first_index // BATCH_ROWS + steps,
             "global_batch_rows": BATCH_ROWS,
-            "microbatch_rows": BATCH_ROWS,
+            "microbatch_rows": 1,
         },
     )
 
@@ -138,8 +139,10 @@ def object_store() -> Iterator[dict[str, int]]:
     found, ended = {"peak": 0, "spilled": 0}, threading.Event()
 
     def watch() -> None:
+        (node,) = ray.nodes()
+        address = node["NodeManagerAddress"], node["NodeManagerPort"]
         while not ended.wait(0.2):
-            stats: Any = node_stats().store_stats
+            stats: Any = node_stats(*address).store_stats
             found["peak"] = max(found["peak"], stats.object_store_bytes_used)
             found["spilled"] = stats.spilled_bytes_total
 
