@@ -96,7 +96,7 @@ class Fim(_Denoiser):
         """Sentinels needed: three."""
         return 3
 
-    def example_length(self, raw_length: int, marks: int = 1) -> int:  # noqa: ARG002
+    def example_length(self, raw_length: int, marks: int = 1) -> int:  # noqa: ARG002  as above
         """Tokens of window + three sentinels + eos; it has no mode."""
         return raw_length + 4
 
@@ -112,7 +112,7 @@ class Causal(_Denoiser):
         """Sentinels needed: none."""
         return 0
 
-    def example_length(self, raw_length: int, marks: int = 1) -> int:  # noqa: ARG002
+    def example_length(self, raw_length: int, marks: int = 1) -> int:  # noqa: ARG002  as above
         """Tokens of the window itself."""
         return raw_length
 

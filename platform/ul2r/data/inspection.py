@@ -19,6 +19,7 @@ from ul2r.data.batches import Batches
 from ul2r.data.prepared import Corpus
 from ul2r.data.tokenizer import load_tokenizer
 from ul2r.objective import Rows, Vocabulary
+from ul2r.objective.rows import mode_of
 
 PAGE = "data.html"
 """Name of the page in a run's folder and among its artifacts."""
@@ -118,7 +119,11 @@ def measure(recipe: Recipe, corpus: Corpus) -> list[Measured]:
     objective, mixture = recipe.objective, recipe.objective.mixture
     total = sum(denoiser.weight for denoiser in mixture)
     found = [
-        Measured(denoiser, denoiser.weight / total, objective.raw_length(denoiser))
+        Measured(
+            denoiser,
+            denoiser.weight / total,
+            objective.raw_length(denoiser, len(mode_of(denoiser, corpus.vocabulary))),
+        )
         for denoiser in mixture
     ]
     sentinels = frozenset(corpus.vocabulary.sentinels)
@@ -128,7 +133,8 @@ def measure(recipe: Recipe, corpus: Corpus) -> list[Measured]:
         one.count += 1
         if one.denoiser.kind == "span_corruption":
             spans = example.span_lengths(sentinels)
-            marks = 2 + objective.eos_after_inputs + 2 * len(spans)  # mode, eos, sentinels
+            mode = mode_of(one.denoiser, corpus.vocabulary)
+            marks = len(mode) + 1 + objective.eos_after_inputs + 2 * len(spans)
             one.spans.update(spans)
             one.raw_tokens += len(example.inputs) + len(example.targets) - marks
         positions[choice] += example.positions

@@ -161,7 +161,8 @@ def _check(model: LanguageModel, corpus: Corpus, recipe: Recipe) -> None:
             f"run {recipe.name!r} was exported with another vocabulary than that of {recipe.store_folder}: "
             "evaluate it against the store that it was trained on"
         )
-    used = 2 * recipe.evaluation.infill_context + recipe.evaluation.infill_span + 4
+    mode = max(map(len, corpus.vocabulary.modes.values()))
+    used = 2 * recipe.evaluation.infill_context + recipe.evaluation.infill_span + 3 + mode
     room = recipe.objective.slot_length + 1
     if used > room:
         raise RecipeError(

@@ -134,7 +134,7 @@ def make_rows(
     Returns:
         The rows, in the order asked for.
     """
-    modes = tuple(_mode(denoiser, vocabulary) for denoiser in objective.mixture)
+    modes = tuple(mode_of(denoiser, vocabulary) for denoiser in objective.mixture)
     plan = _plan(objective, tuple(map(len, modes)))
     assert plan.sentinels <= len(vocabulary.sentinels), "more spans than sentinels"
     shape = len(rows), objective.slots_per_row
@@ -202,7 +202,7 @@ def _plan(objective: Objective, mode_tokens: tuple[int, ...]) -> _Plan:
     )
 
 
-def _mode(denoiser: Denoiser, vocabulary: Vocabulary) -> tuple[int, ...]:
+def mode_of(denoiser: Denoiser, vocabulary: Vocabulary) -> tuple[int, ...]:
     """Tokens of a denoiser's mode, none if it has none."""
     if isinstance(denoiser, SpanCorruption | Prefix):
         return vocabulary.modes[denoiser.mode]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -63,6 +64,16 @@ def test_numbers_found_are_those_that_were_set(recipe: Recipe, corpus: Corpus) -
         assert one.fill >= 1 - 2 / 64
         if one.denoiser.kind == "span_corruption":
             assert one.span_count == one.denoiser.spans(one.raw_length)
+            masked = one.denoiser.noise_tokens(one.raw_length) / one.raw_length
+            assert one.masked == pytest.approx(masked)
+
+
+def test_modes_that_are_text_are_counted_as_modes(recipe: Recipe, corpus: Corpus) -> None:
+    modes = dict.fromkeys(corpus.vocabulary.modes, (300, 301, 302))
+    vocabulary = replace(corpus.vocabulary, modes=modes, modes_are_text=True)
+    for one in measure(recipe, replace(corpus, vocabulary=vocabulary)):
+        if one.denoiser.kind == "span_corruption":
+            assert one.raw_length == recipe.objective.raw_length(one.denoiser, 3)
             masked = one.denoiser.noise_tokens(one.raw_length) / one.raw_length
             assert one.masked == pytest.approx(masked)
 
