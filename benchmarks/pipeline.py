@@ -9,6 +9,7 @@ Rows of 2,048 positions of the `ul2r` mixture, from a token store on disk, on a 
     cpu_seconds_per_million    CPU time of all processes per million raw tokens delivered
     first_batch_seconds        from nothing to the first batch, Ray's workers not yet started
     resume_seconds             the same at sample index 10**9, the workers started
+    ray_start_seconds          of them, what Ray takes to hand the first block of any data set to a reader
     coordinator_cpu_share      of one core, by Ray's coordinator while a slow reader holds it back
     object_store_peak_bytes    most that lay in Ray's object store
     spilled_bytes              what Ray moved from there to disk
@@ -95,6 +96,14 @@ def first_batch(recipe: Recipe, first_index: int) -> float:
     return time.perf_counter() - began
 
 
+def ray_start() -> float:
+    """Seconds until Ray Data, its workers started, has handed a block of next to nothing to a reader."""
+    began = time.perf_counter()
+    (iterator,) = ray.data.range(BATCH_ROWS, override_num_blocks=1).streaming_split(1)
+    next(iter(iterator.iter_batches(batch_size=BATCH_ROWS)))
+    return time.perf_counter() - began
+
+
 def cpu_seconds() -> float:
     """CPU time of this process and of all that it started."""
     own = psutil.Process()
@@ -161,7 +170,7 @@ def measure(folder: Path) -> dict[str, float]:
     recipe, far = recipe_in(folder, 0, 10**5), recipe_in(folder, FAR_INDEX, 10**3)
     with connected(cpus=2), object_store() as store:
         first = first_batch(recipe, 0)
-        resumed = first_batch(far, FAR_INDEX)
+        resumed, alone = first_batch(far, FAR_INDEX), ray_start()
         own, _ = rate(recipe, own_rows(recipe), SECONDS / 2)
         cpu = cpu_seconds()
         delivered, tokens = rate(recipe, ray_rows(recipe, 0), SECONDS)
@@ -173,6 +182,7 @@ def measure(folder: Path) -> dict[str, float]:
         "cpu_seconds_per_million": round(cpu / tokens * 1e6, 3),
         "first_batch_seconds": round(first, 2),
         "resume_seconds": round(resumed, 2),
+        "ray_start_seconds": round(alone, 2),
         "coordinator_cpu_share": round(share, 3),
         "object_store_peak_bytes": store["peak"],
         "spilled_bytes": store["spilled"],

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,13 +9,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import pytest
 import ray
+from ray._private.internal_api import node_stats
 
 from ul2r.config import PRESETS, Recipe
+from ul2r.data import pipeline
 from ul2r.data.batches import Batches
 from ul2r.data.pipeline import BLOCK_BYTES, chunks, in_order, make_dataset, read, split
-from ul2r.data.prepared import Corpus
+from ul2r.data.prepared import Corpus, open_corpus
 from ul2r.objective import Rows
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.recipes import tiny_recipe
@@ -32,6 +36,14 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def corpus(storage: Path) -> Corpus:
     return tiny_store(storage / "store")
+
+
+@pytest.fixture(scope="module")
+def long_storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a store whose tokenizer has sentinels for rows of 2,048."""
+    folder = tmp_path_factory.mktemp("long")
+    tiny_store(folder / "store", documents=200, sentinels=256, vocabulary_size=1024)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +106,68 @@ def test_run_stopped_in_the_middle_goes_on_with_the_next_samples(
     (after,) = read_all(recipe, first_step=9, replicas=1)
     samples = np.concatenate([*before, *(later.sample for later in after)])
     assert samples.ravel().tolist() == list(range(STEPS * 8 * 2))
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_killed_data_tasks_cost_no_sample_and_repeat_none(
+    long_storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process that makes rows is killed again and again, in the middle of an epoch."""
+    monkeypatch.setattr(pipeline, "BLOCK_BYTES", 2**20)
+    long_run = long_recipe(long_storage, steps=150)
+    rows = read(split(make_dataset(long_run, 0, 1), 1)[0], long_run, 0, 0, 1)
+    expected, killed = Batches(long_run, open_corpus(long_run.store_folder)), 0
+    for step in range(150):
+        if step % 20 == 5:
+            killed += kill_data_tasks()
+        got = next(rows)
+        assert got.tokens.tobytes() == expected.rows(step).tokens.tobytes(), step
+    assert next(rows, None) is None
+    assert killed
+
+
+def kill_data_tasks() -> int:
+    """Kill every process that makes rows now; how many there were."""
+    titles = [(one, " ".join(one.cmdline())) for one in psutil.Process().children(recursive=True)]
+    makers = [one for one, title in titles if title.startswith("ray::ReadRowBlocks")]
+    for maker in makers:
+        maker.kill()
+    return len(makers)
+
+
+def long_recipe(storage: Path, steps: int) -> Recipe:
+    """Steps of 1.4 MB."""
+    return tiny_recipe(
+        storage,
+        objective={"sequence_length": 2048},
+        training={"steps": steps, "global_batch_rows": 32},
+        data={"sentinels": 256},
+    )
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_rows_made_ahead_of_a_slow_reader_are_bounded_in_bytes(
+    long_storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In all the run has 280 MB of rows, of which Ray Data by itself would hold 128."""
+    for name, mebibytes in (("BLOCK_BYTES", 3), ("PREFETCH_BYTES", 6), ("MADE_BYTES", 12)):
+        monkeypatch.setattr(pipeline, name, mebibytes * 2**20)
+    slow = long_recipe(long_storage, steps=200)
+    rows = read(split(make_dataset(slow, 0, 1), 1)[0], slow, 0, 0, 1)
+    next(rows)
+    before, now = -1, stored_bytes()
+    while now != before:
+        time.sleep(2)
+        before, now = now, stored_bytes()
+    assert now < 40 * 2**20
+    assert len(list(rows)) == 199
+
+
+def stored_bytes() -> int:
+    """What lies in Ray's object store."""
+    (node,) = ray.nodes()
+    stats = node_stats(node["NodeManagerAddress"], node["NodeManagerPort"]).store_stats
+    return int(stats.object_store_bytes_used)
 
 
 def test_missing_cpu_for_the_tasks_is_said_aloud(

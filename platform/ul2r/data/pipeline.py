@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import ray
-from ray.data import DataContext, DataIterator, Dataset, Datasource, ReadTask
+from ray.data import DataContext, DataIterator, Dataset, Datasource, ExecutionResources, ReadTask
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from ray.data.block import BlockAccessor, BlockMetadata
@@ -37,25 +37,26 @@ logger = logging.getLogger(__name__)
 BLOCK_BYTES = 32 * 2**20
 """Largest block, as long as it holds one step: a task costs about 0.1 s whatever its size."""
 
-PREFETCH_BYTES = 64 * 2**20
-"""Rows a replica holds ready in Ray's object store."""
+PREFETCH_BYTES = 2 * BLOCK_BYTES
+"""Rows that a replica's reader has asked for ahead of the step it is at."""
 
+MADE_BYTES = 4 * BLOCK_BYTES
+"""Rows of a replica that are being made, or were and wait for the reader to ask; at this Ray Data makes no more."""
 
-PAUSE_S = 0.1
-"""How long Ray Data's coordinator rests between two looks at its tasks while a reader has blocks to take."""
+PAUSE_S, SHORT_PAUSE_S = 0.1, 0.02
+"""How long Ray Data's coordinator rests between two looks at its tasks, and how long while a reader waits."""
 
 
 class Pause(ExecutionCallback):  # type: ignore[misc]  # Ray is untyped here, so its classes are Any
     """Rests Ray Data's coordinator (2.60) while a reader holds it back, which is the normal state of training.
 
     It would look at finished tasks whose blocks it may not take yet, over and over, and keep most of a core busy. A
-    reader that waits for blocks is served at once.
+    reader that asks for blocks is served soon; it also asks when it holds enough of them and Ray may make no more.
     """
 
     def on_execution_step(self, executor: StreamingExecutor) -> None:
-        """Rest, unless the reader waits; called at each turn of the coordinator's loop."""
-        if not executor._consumer_idling():
-            time.sleep(PAUSE_S)
+        """Rest; called at each turn of the coordinator's loop."""
+        time.sleep(SHORT_PAUSE_S if executor._consumer_idling() else PAUSE_S)
 
 
 class RowBlocks(Datasource):  # type: ignore[misc]  # Ray is untyped here, so its classes are Any
@@ -109,6 +110,9 @@ def make_dataset(recipe: Recipe, first_step: int, replicas: int) -> Dataset:
     context = DataContext.get_current().copy()
     context.execution_options.preserve_order = True
     context.target_max_block_size = None  # one task, one block, however large one step is
+    context.execution_options.resource_limits = ExecutionResources.for_limits(
+        object_store_memory=replicas * MADE_BYTES
+    )
     context.execution_no_progress_timeout_s = -1  # slow training may hold it back for any time
     context.custom_execution_callback_classes = [Pause]
     context.enable_progress_bars = False
