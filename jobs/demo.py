@@ -14,7 +14,6 @@ import json
 import re
 import shlex
 import signal
-import socket
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ from ul2r.errors import UserError
 from ul2r.launch.cluster import connected
 from ul2r.launch.command import exit_code
 from ul2r.launch.phases import Phases, run_command
-from ul2r.tracking.server import running_server
+from ul2r.tracking.server import free_port, running_server
 
 RECIPES = Path("jobs/recipes")
 CPUS = 4
@@ -126,7 +125,7 @@ class Demo:
         _announce("serve", ["jobs/serve.py", model, "--storage", str(self.storage)])
         with (
             self.phases.timed("serve"),
-            running(Arguments(model=model, tracking_uri=uri), _free_port()) as url,
+            running(Arguments(model=model, tracking_uri=uri), free_port()) as url,
         ):
             _ask(url, "/v1/complete", COMPLETION)
             _ask(url, "/v1/infill", INFILLING)
@@ -184,11 +183,6 @@ def _tokens(recipe: Recipe) -> int:
     """Positions that the run trains on."""
     training = recipe.training
     return training.steps * training.global_batch_rows * recipe.objective.sequence_length
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -25,7 +24,7 @@ from ul2r.inference import LanguageModel, complete, infill
 from ul2r.launch.cluster import connected
 from ul2r.testing.models import tiny_export
 from ul2r.tracking.mlflow import register
-from ul2r.tracking.server import running_server
+from ul2r.tracking.server import free_port, running_server
 
 pytestmark = pytest.mark.integration
 
@@ -47,7 +46,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     storage = tmp_path_factory.mktemp("storage")
     export = tiny_export(storage / "export")
     _register(storage, export)
-    port = _free_port()
+    port = free_port()
     job = _start("models:/tiny@champion", "--storage", str(storage), "--port", str(port))
     try:
         said = _read_until(job, "/v1/infill -d")
@@ -65,12 +64,6 @@ def _register(storage: Path, export: Path) -> None:
         client = MlflowClient(uri)
         run = client.create_run(client.create_experiment("serving"))
         register(uri, "tiny", export, run.info.run_id, "champion")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _start(*arguments: str) -> subprocess.Popen[str]:
@@ -179,7 +172,7 @@ def test_a_missing_model_ends_the_job_in_one_line(
 ) -> None:
     nothing = tmp_path / "nothing"
     filled = [argument.format(nothing) for argument in arguments]
-    job = _start(*filled, "--port", str(_free_port()))
+    job = _start(*filled, "--port", str(free_port()))
     said, _ = job.communicate(timeout=START_TIMEOUT_S)
     assert job.returncode == 2
     assert said.startswith(f"error: {reason.format(nothing)}")
@@ -190,7 +183,7 @@ def test_a_missing_model_ends_the_job_in_one_line(
 def test_a_model_that_does_not_load_says_why_and_leaves_nothing_behind(tmp_path: Path) -> None:
     weights = tiny_export(tmp_path / "export") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
-    port = _free_port()
+    port = free_port()
     arguments = Arguments(model=str(tmp_path / "export"))
     with connected(cpus=1):
         with (

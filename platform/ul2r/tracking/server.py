@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -20,6 +21,8 @@ START_TIMEOUT_S = 240.0
 """A start takes 8 s on two free cores, ten times that on busy ones."""
 STOP_TIMEOUT_S = 10.0
 LOG = "mlflow.log"
+QUIET_PORTS = range(20_000, 32_000)
+"""Between those of Ray's workers and those that Linux gives to whoever asks for any."""
 
 
 @contextmanager
@@ -42,7 +45,7 @@ def running_server(storage: Path, port: int | None = None) -> Iterator[str]:
     """
     if port is not None and _is_taken(port):
         raise ServiceError(f"port {port} is taken: choose another with --port")
-    port = port or _free_port()
+    port = port or free_port()
     storage = storage.resolve()
     storage.mkdir(parents=True, exist_ok=True)
     uri = f"http://{HOST}:{port}"
@@ -106,7 +109,9 @@ def _is_taken(port: int) -> bool:
     return False
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
+def free_port() -> int:
+    """A port of this machine that no other program is given unasked before its owner listens on it."""
+    while True:
+        port = random.choice(QUIET_PORTS)
+        if not _is_taken(port):
+            return port

@@ -1,19 +1,13 @@
 """Addresses that are no MLflow server are refused in one line."""
 
 import http.server
-import socket
 import threading
 
 import pytest
 
 from ul2r.errors import ServiceError
 from ul2r.tracking.mlflow import check_server
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from ul2r.tracking.server import free_port
 
 
 def refusal(uri: str | None) -> str:
