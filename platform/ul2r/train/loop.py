@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 
 from ul2r.config import Causal, Recipe
@@ -15,6 +14,7 @@ from ul2r.objective.rows import Rows
 from ul2r.tracking.tracker import Tracker
 from ul2r.train.checkpoint import CheckpointInfo, CheckpointStore, base_checkpoint
 from ul2r.train.mesh import Mesh
+from ul2r.train.pace import Pace
 from ul2r.train.progress import Progress
 from ul2r.train.sharded import load_checkpoint, save_checkpoint
 from ul2r.train.step import StepResult, TrainStep
@@ -43,7 +43,7 @@ class TrainLoop:
         )
         self.held_out = _held_out_rows(recipe, corpus, mesh)
         self.train_step = TrainStep(recipe, mesh, corpus.vocabulary.size)
-        self._stepped_at = time.perf_counter()
+        self.pace = Pace()
         self.base: str | None = None
         self.progress = self._load()
 
@@ -56,7 +56,6 @@ class TrainLoop:
             if self.mesh.is_first:
                 self.checkpoints.begin()
             rows = read(self.mesh, self.progress.step)
-            self._stepped_at = time.perf_counter()
             for step in range(self.progress.step, steps):
                 self._take(step, self._next(rows, step))
                 if _due(step, recipe.checkpoints.every, steps):
@@ -66,7 +65,11 @@ class TrainLoop:
 
     def _take(self, step: int, rows: Rows) -> None:
         """One optimizer step, and what is due after it."""
-        result = self.train_step.train(step, rows)
+        training = self.recipe.training
+        with self.pace.computing(
+            training.global_batch_rows * self.recipe.objective.sequence_length
+        ):
+            result = self.train_step.train(step, rows)
         losses = result.losses
         self._check_finite(step, result)
         flops = training_flops(
@@ -75,14 +78,14 @@ class TrainLoop:
         self.progress = Progress(
             step + 1, self.progress.tokens + int(losses.positions), self.progress.flops + flops
         )
-        steps, metrics = self.recipe.training.steps, self._metrics(result)
+        metrics = self._metrics(result)
         if self.mesh.is_first:
             self.on_step(self.progress, metrics)
-        measured = _due(step, self.recipe.validation.every, steps)
+        measured = _due(step, self.recipe.validation.every, training.steps)
         if measured:
             metrics |= self._measure()
-        if measured or _due(step, self.recipe.training.log_every, steps):
-            self._log(metrics)
+        if measured or _due(step, training.log_every, training.steps):
+            self._log(metrics | self.pace.metrics())
 
     def _check_finite(self, step: int, result: StepResult) -> None:
         """Stop before a broken model is saved; every rank has the same numbers and stops with the others."""
@@ -94,8 +97,6 @@ class TrainLoop:
             )
 
     def _metrics(self, result: StepResult) -> dict[str, float]:
-        now, tokens = time.perf_counter(), result.losses.positions
-        seconds, self._stepped_at = now - self._stepped_at, now
         names = tuple(denoiser.name for denoiser in self.recipe.objective.mixture)
         by_denoiser = result.losses.by_denoiser(names)
         return {
@@ -103,11 +104,12 @@ class TrainLoop:
             **{f"train/loss/{name}": loss for name, loss in by_denoiser.items()},
             "train/gradient_norm": result.gradient_norm,
             "train/learning_rate": result.learning_rate,
-            "train/tokens_per_second": tokens / seconds,
         }
 
     def _next(self, rows: Iterator[Rows], step: int) -> Rows:
-        batch = self.mesh.share(next(rows, None) if self.mesh.is_reader else None)
+        with self.pace.waiting():
+            read = next(rows, None) if self.mesh.is_reader else None
+        batch = self.mesh.share(read)
         if batch is None:
             raise RuntimeError(f"the data ended before step {step}")
         return batch
