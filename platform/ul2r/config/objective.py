@@ -26,7 +26,7 @@ def _distinct(mixture: tuple[Denoiser, ...]) -> tuple[Denoiser, ...]:
 
 
 Mixture = Annotated[tuple[Denoiser, ...], BeforeValidator(_mixture), AfterValidator(_distinct)]
-"""A preset's name (ul2r, ul2, span_corruption, fim, causal) or a list of denoisers with weights."""
+"""A preset's name (ul2r, ul2, t5gemma2, span_corruption, fim, causal) or a list of denoisers with weights."""
 
 
 class Objective(Section):
