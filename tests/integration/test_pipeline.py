@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from ul2r.data import pipeline
 from ul2r.data.batches import Batches
 from ul2r.data.pipeline import BLOCK_BYTES, chunks, in_order, make_dataset, read, split
 from ul2r.data.prepared import Corpus, open_corpus
+from ul2r.errors import CorpusError
 from ul2r.objective import Rows
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.recipes import tiny_recipe
@@ -161,6 +163,23 @@ def test_rows_made_ahead_of_a_slow_reader_are_bounded_in_bytes(
         before, now = now, stored_bytes()
     assert now < 40 * 2**20
     assert len(list(rows)) == 199
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_store_that_is_made_anew_under_a_run_ends_it_in_one_line(
+    long_storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "BLOCK_BYTES", 2**20)
+    shutil.copytree(long_storage / "store", tmp_path / "store")
+    run = long_recipe(tmp_path, steps=150)
+    rows = read(split(make_dataset(run, 0, 1), 1)[0], run, 0, 0, 1)
+    next(rows)
+    tiny_store(tmp_path / "anew", documents=150, sentinels=256, vocabulary_size=1024)
+    run.store_folder.rename(tmp_path / "old")
+    (tmp_path / "anew").rename(run.store_folder)
+    with pytest.raises(CorpusError, match="was made anew while a run reads it") as raised:
+        list(rows)
+    assert "\n" not in str(raised.value)
 
 
 def stored_bytes() -> int:

@@ -23,7 +23,7 @@ from ul2r.config import Recipe, dump
 from ul2r.launch.export import export
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.recipes import tiny_recipe
-from ul2r.tracking.server import running_server
+from ul2r.tracking.server import free_port, running_server
 from ul2r.train.checkpoint import CheckpointInfo
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -42,12 +42,6 @@ class Cluster:
     head: int
     gcs: str
     jobs: str
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_for(what: Callable[[], Any], process: subprocess.Popen[bytes] | None = None) -> Any:  # noqa: ANN401
@@ -255,3 +249,18 @@ def test_killed_driver_run_again_goes_on(
     assert again.wait(WAIT_S) == 0, path.with_suffix(".log").read_text()
     assert first_identity(recipe) == before, "it began anew instead of going on"
     check_equal(tracking_uri, recipe, undisturbed)
+
+
+def test_damaged_token_store_ends_the_run_in_one_line(
+    tmp_path: Path, environment: dict[str, str], tracking_uri: str
+) -> None:
+    """No check before the start reads all tokens, so a worker meets them."""
+    corpus = tiny_store(tmp_path / "store")
+    recipe, path = recipe_named(tmp_path, "damaged")
+    tokens = tmp_path / "store" / "train.bin"
+    tokens.write_bytes(b"\xff" * tokens.stat().st_size)
+    assert start(path, environment).wait(WAIT_S) == 2
+    *_, last = path.with_suffix(".log").read_text().strip().splitlines()
+    assert last.startswith(f"error: {tmp_path / 'store'}: holds tokens ")
+    assert f"its vocabulary has {corpus.vocabulary.size}" in last
+    assert status(tracking_uri, recipe) == "FAILED"

@@ -58,14 +58,24 @@ class Batches:
 
         Returns:
             B = global_batch_rows / replicas rows; the replicas' rows in turn are the global batch.
+
+        Raises:
+            CorpusError: If the store holds tokens that are none of its vocabulary.
         """
-        return make_rows(
+        rows = make_rows(
             replica_rows(self._recipe, step, replica, replicas),
             objective=self._recipe.objective,
             vocabulary=self._vocabulary,
             seed=self._recipe.seed,
             windows=self._train,
         )
+        if rows.tokens.min() < 0 or rows.tokens.max() >= self._vocabulary.size:
+            raise CorpusError(
+                f"{self._recipe.store_folder}: holds tokens {rows.tokens.min()} to {rows.tokens.max()}, its "
+                f"vocabulary has {self._vocabulary.size}: its files were damaged or changed; delete it and prepare "
+                "it again"
+            )
+        return rows
 
     @property
     def held_out_rows(self) -> int:

@@ -26,10 +26,12 @@ from ray.data import DataContext, DataIterator, Dataset, Datasource, ExecutionRe
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from ray.data.block import BlockAccessor, BlockMetadata
+from ray.exceptions import RayTaskError
 
 from ul2r.config import Recipe
 from ul2r.data.batches import Batches, replica_rows
 from ul2r.data.prepared import open_corpus
+from ul2r.errors import UserError
 from ul2r.objective.rows import Rows, row_bytes
 
 logger = logging.getLogger(__name__)
@@ -62,9 +64,10 @@ class Pause(ExecutionCallback):  # type: ignore[misc]  # Ray is untyped here, so
 class RowBlocks(Datasource):  # type: ignore[misc]  # Ray is untyped here, so its classes are Any
     """The blocks of a run from one step to its last."""
 
-    def __init__(self, recipe: Recipe, first_step: int, replicas: int) -> None:
+    def __init__(self, recipe: Recipe, fingerprint: str, first_step: int, replicas: int) -> None:
         super().__init__()
-        self.recipe, self.first_step, self.replicas = recipe, first_step, replicas
+        self.recipe, self.fingerprint = recipe, fingerprint
+        self.first_step, self.replicas = first_step, replicas
 
     def estimate_inmemory_data_size(self) -> int:
         """Bytes of all blocks."""
@@ -82,7 +85,7 @@ class RowBlocks(Datasource):  # type: ignore[misc]  # Ray is untyped here, so it
         one_row = row_bytes(self.recipe.objective)
         return [
             ReadTask(
-                partial(_read_block, self.recipe, steps, replica, self.replicas),
+                partial(_read_block, self.recipe, self.fingerprint, steps, replica, self.replicas),
                 BlockMetadata(
                     num_rows=len(steps) * share,
                     size_bytes=len(steps) * share * one_row,
@@ -123,7 +126,8 @@ def make_dataset(recipe: Recipe, first_step: int, replicas: int) -> Dataset:
             "no CPU is free for the tasks that make batches (launch.cpus_per_data_task=%g): training waits for one",
             cpus,
         )
-    blocks = RowBlocks(recipe, first_step, replicas)
+    fingerprint = open_corpus(recipe.store_folder).manifest.fingerprint
+    blocks = RowBlocks(recipe, fingerprint, first_step, replicas)
     with DataContext.current(context):
         return ray.data.read_datasource(
             blocks,
@@ -155,6 +159,7 @@ def read(
         B = global_batch_rows / replicas rows, equal to `Batches.rows(step, replica, replicas)`.
 
     Raises:
+        CorpusError: If the token store is damaged, or another one than that of `make_dataset`.
         RuntimeError: If rows come out of place, are missing, or are too many.
     """
     share = recipe.training.global_batch_rows // replicas
@@ -163,7 +168,13 @@ def read(
         batch_format="numpy",
         prefetch_batches=max(1, PREFETCH_BYTES // (share * row_bytes(recipe.objective))),
     )
-    yield from in_order(batches, recipe, first_step, replica, replicas)
+    try:
+        yield from in_order(batches, recipe, first_step, replica, replicas)
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            said, *_ = str(error.cause).splitlines()  # Ray adds lines of advice
+            raise type(error.cause)(said) from None
+        raise
 
 
 def in_order(
@@ -209,9 +220,11 @@ def chunks(recipe: Recipe, first_step: int, replicas: int) -> list[range]:
     return found
 
 
-def _read_block(recipe: Recipe, steps: range, replica: int, replicas: int) -> list[Any]:
+def _read_block(
+    recipe: Recipe, fingerprint: str, steps: range, replica: int, replicas: int
+) -> list[Any]:
     """Make one block, from nothing but its place in the run; runs in a Ray task."""
-    batches = Batches(recipe, open_corpus(recipe.store_folder))
+    batches = Batches(recipe, open_corpus(recipe.store_folder, fingerprint))
     parts = [batches.rows(step, replica, replicas).arrays() for step in steps]
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return [BlockAccessor.batch_to_block(columns)]

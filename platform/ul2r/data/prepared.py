@@ -40,13 +40,22 @@ class Corpus:
     tokenizer_file: Path
 
 
-def open_corpus(folder: Path) -> Corpus:
+def open_corpus(folder: Path, fingerprint: str | None = None) -> Corpus:
     """Open what `jobs/prepare.py` made in `folder`.
+
+    Args:
+        folder: A recipe's `store_folder`.
+        fingerprint: What the manifest's must be, for a run that has begun.
 
     Raises:
         CorpusError: If it is missing, incomplete or damaged, or a store of a blend is, or is another one by now.
     """
     manifest = Manifest.read(folder)
+    if fingerprint is not None and fingerprint != manifest.fingerprint:
+        raise CorpusError(
+            f"{folder}: the token store was made anew while a run reads it (fingerprint {fingerprint[:8]} then, "
+            f"{manifest.fingerprint[:8]} now): put the old one back to go on, or train under another name"
+        )
     tokenizer = folder / "tokenizer.json"
     if not tokenizer.is_file() or digest(tokenizer) != manifest.files[tokenizer.name]:
         raise CorpusError(

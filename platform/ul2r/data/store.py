@@ -76,10 +76,16 @@ class TokenStore:
 
         Raises:
             IndexError: If there is no such document.
+            CorpusError: If the index puts it where there are no tokens.
         """
         if not 0 <= number < self.documents:
             raise IndexError(f"document {number} of {self.documents}")
         begin, end = self._index.extent(number)
+        if not 0 <= begin <= end <= len(self):
+            raise CorpusError(
+                f"{suffixed(self.prefix, '.idx')}: document {number} has tokens {begin} to {end} of "
+                f"{len(self)}: the index is damaged; make the pair again"
+            )
         return self._tokens[begin:end].astype(np.int32)
 
     def tokens(self, start: int, length: int) -> npt.NDArray[np.int32]:

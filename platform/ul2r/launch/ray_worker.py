@@ -21,12 +21,20 @@ from ul2r.train.mesh import Mesh
 
 
 def train_worker(
-    *, recipe: Recipe, uri: str, run_id: str, board: ActorHandle, tokens_per_step: int, owner: str
+    *,
+    recipe: Recipe,
+    fingerprint: str,
+    uri: str,
+    run_id: str,
+    board: ActorHandle,
+    tokens_per_step: int,
+    owner: str,
 ) -> None:
     """Train this rank's part; Ray Train has set up its process group.
 
     Args:
         recipe: The run.
+        fingerprint: Its token store's.
         uri: MLflow's address.
         run_id: MLflow's name of the run.
         board: Where rank 0 writes its progress, from `shown_progress`.
@@ -36,7 +44,9 @@ def train_worker(
     torch.set_num_threads(max(int(recipe.launch.cpus_per_worker), 1))
     first = ray.train.get_context().get_world_rank() == 0
     tracker: Tracker = MlflowTracker(uri, run_id) if first else MemoryTracker()
-    run_worker(recipe, tracker, write_to(board, tokens_per_step), _reader(recipe), owner)
+    on_step = write_to(board, tokens_per_step)
+    reader = _reader(recipe)
+    run_worker(recipe, tracker, on_step, reader, owner=owner, fingerprint=fingerprint)
     tracker.close()
 
 

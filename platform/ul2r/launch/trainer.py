@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from ray._private.worker import get_dashboard_url
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.failure_handling.default import (
+    DefaultFailurePolicy,
+    FailureDecision,
+)
 from ray.train.v2.api.callback import RayTrainCallback
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
@@ -58,7 +62,7 @@ def train(recipe: Recipe) -> CheckpointInfo:
         status: RunStatus = "FAILED"
         try:
             log_artifact(uri, run_id, write_page(recipe, corpus))
-            _fit(recipe, uri, run_id)
+            _fit(recipe, corpus.manifest.fingerprint, uri, run_id)
             status = "FINISHED"
         except KeyboardInterrupt:
             status = "KILLED"
@@ -112,8 +116,23 @@ def _parameters(recipe: Recipe, corpus: Corpus) -> dict[str, str | int | float]:
     }
 
 
+class FailurePolicy(DefaultFailurePolicy):  # type: ignore[misc]  # Ray has no types here
+    """Restarts workers, unless one of them met a mistake of the user's: it would meet it again."""
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        """What Ray Train does about a failure."""
+        if isinstance(_cause(training_failed_error), UserError):
+            return FailureDecision.RAISE
+        return super().make_decision(training_failed_error)
+
+
 class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types here
-    """Ray Train's trainer (2.60) without two of its habits."""
+    """Ray Train's trainer (2.60) without three of its habits."""
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Result:  # noqa: ANN401  Ray's
+        """Give up at once where starting again cannot help."""
+        policy = FailurePolicy(self.run_config.failure_config)
+        return super()._initialize_and_run_controller(**{**arguments, "failure_policy": policy})
 
     def _register_sigint_handler(self, _: object) -> None:
         """Leave Ctrl-C as it is: Ray's answer waits for workers that still start, and then exits with code 0."""
@@ -129,7 +148,7 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types here
         return [one for one in callbacks if not isinstance(one, PlacementGroupCleanerCallback)]
 
 
-def _fit(recipe: Recipe, uri: str, run_id: str) -> None:
+def _fit(recipe: Recipe, fingerprint: str, uri: str, run_id: str) -> None:
     per_step = recipe.training.global_batch_rows * recipe.objective.sequence_length
     total = recipe.training.steps * per_step
     launch = recipe.launch
@@ -138,6 +157,7 @@ def _fit(recipe: Recipe, uri: str, run_id: str) -> None:
             _train_worker,
             train_loop_config={
                 "recipe": recipe,
+                "fingerprint": fingerprint,
                 "uri": uri,
                 "run_id": run_id,
                 "board": board,

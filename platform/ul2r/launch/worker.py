@@ -20,7 +20,9 @@ def run_worker(
     tracker: Tracker,
     on_step: Callable[[Progress, Mapping[str, float]], None],
     read: Reader | None = None,
+    *,
     owner: str | None = None,
+    fingerprint: str | None = None,
 ) -> Progress:
     """Train this rank's part to the end; the default process group must be initialized.
 
@@ -30,11 +32,12 @@ def run_worker(
         on_step: Called on rank 0 after each step.
         read: Where batches come from; without it they are computed in this process.
         owner: The attempt at the run, from `claim`; without it this is one of its own.
+        fingerprint: The token store's that the run was started on; without it any is taken.
 
     Returns:
         Where the run stands after its last step.
     """
-    corpus = open_corpus(recipe.store_folder)
+    corpus = open_corpus(recipe.store_folder, fingerprint)
     mesh = Mesh.join(recipe.parallel)
 
     def read_in_process(mesh: Mesh, first_step: int) -> Iterator[Rows]:

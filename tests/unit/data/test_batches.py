@@ -9,7 +9,7 @@ import pytest
 from ul2r.config import PRESETS, Causal, Prefix
 from ul2r.data.batches import Batches
 from ul2r.data.blend import Documents
-from ul2r.data.prepared import Corpus
+from ul2r.data.prepared import Corpus, open_corpus
 from ul2r.errors import CorpusError
 from ul2r.objective import Rows
 from ul2r.testing.corpus import tiny_store
@@ -152,6 +152,17 @@ def test_split_shorter_than_a_window_is_refused(storage: Path, corpus: Corpus) -
         CorpusError, match=f"the held-out split holds {length - 1} tokens, one window"
     ):
         Batches(recipe, corpus)
+
+
+def test_tokens_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
+    """Here in a store whose file was changed after it was made, which no check before the start reads."""
+    corpus = tiny_store(tmp_path / "store")
+    data = tmp_path / "store" / "train.bin"
+    data.write_bytes((corpus.vocabulary.size).to_bytes(2, "little") * corpus.manifest.train.tokens)
+    batches = Batches(tiny_recipe(tmp_path), open_corpus(tmp_path / "store"))
+    size = corpus.vocabulary.size
+    with pytest.raises(CorpusError, match=f"holds tokens .* to {size}, its vocabulary has {size}:"):
+        batches.rows(0)
 
 
 def test_example_within_its_document_holds_no_end_of_another(storage: Path, corpus: Corpus) -> None:

@@ -136,6 +136,48 @@ def test_an_index_of_something_else_is_refused(tmp_path: Path) -> None:
         TokenStore.open(tmp_path / "own")
 
 
+def test_halves_of_a_pair_that_changed_names_are_refused(tmp_path: Path) -> None:
+    prefix = _written_here(tmp_path)
+    data, index = prefix.with_suffix(".bin"), prefix.with_suffix(".idx")
+    data.rename(tmp_path / "between")
+    index.rename(data)
+    (tmp_path / "between").rename(index)
+    with pytest.raises(CorpusError, match=r"own\.idx: not an index of Megatron's"):
+        TokenStore.open(prefix)
+
+
+def test_data_of_another_store_is_refused(tmp_path: Path) -> None:
+    corpus = tiny_store(tmp_path / "store")
+    held_out = (tmp_path / "store" / "held_out.bin").read_bytes()
+    (tmp_path / "store" / "train.bin").write_bytes(held_out)
+    message = rf"train\.bin: {len(held_out)} bytes, .* describes {2 * corpus.manifest.train.tokens}"
+    with pytest.raises(CorpusError, match=message):
+        open_corpus(tmp_path / "store")
+
+
+@pytest.mark.parametrize("start", [24, 2**40, -2])
+def test_a_document_that_the_index_puts_past_the_end_is_refused(tmp_path: Path, start: int) -> None:
+    """Start of the second document, in bytes; there are 22."""
+    index = _written_here(tmp_path).with_suffix(".idx")
+    whole = index.read_bytes()
+    starts_at = 34 + 4 * 3  # behind Megatron's header and three lengths of 32 bits
+    index.write_bytes(whole[: starts_at + 8] + struct.pack("<q", start) + whole[starts_at + 16 :])
+    store = TokenStore.open(tmp_path / "own")
+    for number in (0, 1):
+        with pytest.raises(CorpusError, match=rf"own\.idx: document {number} has tokens .* of 11"):
+            store.document(number)
+
+
+def test_a_run_refuses_a_store_made_anew(tmp_path: Path) -> None:
+    first = tiny_store(tmp_path / "store").manifest.fingerprint
+    assert open_corpus(tmp_path / "store", first).manifest.fingerprint == first
+    shutil.rmtree(tmp_path / "store")
+    second = tiny_store(tmp_path / "store", seed=1).manifest.fingerprint
+    message = f"made anew .*fingerprint {first[:8]} then, {second[:8]} now"
+    with pytest.raises(CorpusError, match=message):
+        open_corpus(tmp_path / "store", first)
+
+
 def test_a_store_without_tokens_is_refused(tmp_path: Path) -> None:
     with TokenWriter(tmp_path / "own", vocabulary_size=1000):
         pass

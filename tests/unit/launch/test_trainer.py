@@ -1,0 +1,26 @@
+"""What the trainer makes of failures."""
+
+from __future__ import annotations
+
+import pytest
+from ray.train import FailureConfig
+from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
+from ray.train.v2.api.exceptions import WorkerGroupError
+
+from ul2r.errors import CorpusError
+from ul2r.launch.trainer import FailurePolicy
+
+
+@pytest.mark.parametrize(
+    ("failures", "decision"),
+    [
+        ({0: CorpusError("the store is damaged")}, FailureDecision.RAISE),
+        ({0: RuntimeError("peer left"), 1: CorpusError("damaged")}, FailureDecision.RAISE),
+        ({0: RuntimeError("peer left")}, FailureDecision.RETRY),
+    ],
+)
+def test_a_mistake_of_the_users_is_not_tried_again(
+    failures: dict[int, Exception], decision: FailureDecision
+) -> None:
+    policy = FailurePolicy(FailureConfig(max_failures=3))
+    assert policy.make_decision(WorkerGroupError("failed", failures)) is decision
