@@ -17,7 +17,6 @@ Rows of 2,048 positions of the `ul2r` mixture, from a token store on disk, on a 
 
 from __future__ import annotations
 
-import itertools
 import json
 import tempfile
 import threading
@@ -42,7 +41,8 @@ from ul2r.testing.recipes import tiny_recipe
 
 BATCH_ROWS = 32
 FAR_INDEX = 10**9
-SECONDS = 10
+FEW_STEPS, MANY_STEPS = 64, 1500
+"""Every reader reads to its run's last step: one that was left alone would outlive Ray."""
 SLOW_SECONDS = 15
 SLOW_BATCHES_PER_SECOND = 2
 
@@ -77,31 +77,42 @@ def ray_rows(recipe: Recipe, first_index: int) -> Iterator[Rows]:
 def own_rows(recipe: Recipe) -> Iterator[Rows]:
     """The same rows, made here."""
     batches = Batches(recipe, open_corpus(recipe.store_folder))
-    return map(batches.rows, itertools.count())
+    return map(batches.rows, range(recipe.training.steps))
 
 
-def rate(recipe: Recipe, rows: Iterator[Rows], seconds: float) -> tuple[float, int]:
-    """Raw tokens a second of a reader that does nothing else, and how many it took."""
+def rate(recipe: Recipe, rows: Iterator[Rows]) -> tuple[float, int]:
+    """Raw tokens a second of a reader that does nothing else, from its second batch to its last, and how many."""
     next(rows)
-    began, tokens = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds:
-        tokens += source_tokens(recipe, next(rows))
+    began = time.perf_counter()
+    tokens = sum(source_tokens(recipe, batch) for batch in rows)
     return tokens / (time.perf_counter() - began), tokens
 
 
 def first_batch(recipe: Recipe, first_index: int) -> float:
     """Seconds until the first batch is there."""
     began = time.perf_counter()
-    next(ray_rows(recipe, first_index))
-    return time.perf_counter() - began
+    rows = ray_rows(recipe, first_index)
+    next(rows)
+    seconds = time.perf_counter() - began
+    read_to_the_end(rows)
+    return seconds
+
+
+def read_to_the_end(rows: Iterator[Rows]) -> None:
+    """Take what is left."""
+    for _ in rows:
+        pass
 
 
 def ray_start() -> float:
     """Seconds until Ray Data, its workers started, has handed a block of next to nothing to a reader."""
     began = time.perf_counter()
     (iterator,) = ray.data.range(BATCH_ROWS, override_num_blocks=1).streaming_split(1)
-    next(iter(iterator.iter_batches(batch_size=BATCH_ROWS)))
-    return time.perf_counter() - began
+    batches = iter(iterator.iter_batches(batch_size=BATCH_ROWS))
+    next(batches)
+    seconds = time.perf_counter() - began
+    assert next(batches, None) is None
+    return seconds
 
 
 def cpu_seconds() -> float:
@@ -138,8 +149,9 @@ def held_back_share(rows: Iterator[Rows]) -> float:
     before, began = process.cpu_times(), time.perf_counter()
     read_slowly(SLOW_SECONDS)
     after = process.cpu_times()
-    spent = after.user + after.system - before.user - before.system
-    return float(spent) / (time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    read_to_the_end(rows)
+    return float(after.user + after.system - before.user - before.system) / seconds
 
 
 @contextmanager
@@ -167,15 +179,16 @@ def object_store() -> Iterator[dict[str, int]]:
 def measure(folder: Path) -> dict[str, float]:
     """The figures of the line that is printed."""
     tiny_store(folder / "store", documents=2000, sentinels=256, vocabulary_size=1024)
-    recipe, far = recipe_in(folder, 0, 10**5), recipe_in(folder, FAR_INDEX, 10**3)
+    few, many = (recipe_in(folder, 0, steps) for steps in (FEW_STEPS, MANY_STEPS))
+    far = recipe_in(folder, FAR_INDEX, FEW_STEPS)
     with connected(cpus=2), object_store() as store:
-        first = first_batch(recipe, 0)
+        first = first_batch(few, 0)
         resumed, alone = first_batch(far, FAR_INDEX), ray_start()
-        own, _ = rate(recipe, own_rows(recipe), SECONDS / 2)
+        own, _ = rate(many, own_rows(many))
         cpu = cpu_seconds()
-        delivered, tokens = rate(recipe, ray_rows(recipe, 0), SECONDS)
+        delivered, tokens = rate(many, ray_rows(many, 0))
         cpu = cpu_seconds() - cpu
-        share = held_back_share(ray_rows(recipe, 0))
+        share = held_back_share(ray_rows(many, 0))
     return {
         "source_tokens_per_second": round(delivered),
         "in_process_ratio": round(delivered / own, 3),

@@ -45,7 +45,7 @@ PREFETCH_BYTES = 2 * BLOCK_BYTES
 MADE_BYTES = 4 * BLOCK_BYTES
 """Rows of a replica that are being made, or were and wait for the reader to ask; at this Ray Data makes no more."""
 
-PAUSE_S, SHORT_PAUSE_S = 0.1, 0.02
+PAUSE_S, SHORT_PAUSE_S = 0.1, 0.03
 """How long Ray Data's coordinator rests between two looks at its tasks, and how long while a reader waits."""
 
 
