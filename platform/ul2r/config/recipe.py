@@ -228,6 +228,11 @@ class Recipe(Section):
                 f"training.microbatch_rows x data-parallel size = {training.microbatch_rows} x {parallel.data} "
                 f"= {rows}: change either"
             )
+        if self.warmup_steps >= training.steps:
+            raise ValueError(
+                f"optimizer.warmup_share={self.optimizer.warmup_share:g} makes {self.warmup_steps} steps of warm-up, "
+                f"training.steps={training.steps}: lower the first or raise the second"
+            )
         needed = self.sentinels_needed
         if needed > self.data.sentinels:
             raise ValueError(
@@ -250,6 +255,11 @@ class Recipe(Section):
     def run_folder(self, name: str | None = None) -> Path:
         """Folder of this run, or of another one in the same storage."""
         return self.storage / "runs" / (name or self.name)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps in which the learning rate rises, fewer than all."""
+        return round(self.optimizer.warmup_share * self.training.steps)
 
     @property
     def microbatches(self) -> int:

@@ -98,6 +98,15 @@ def test_data_parallel_replicas_are_what_is_left_of_the_workers() -> None:
             "final_learning_rate=1e-06 is above learning_rate=1e-07",
         ),
         (
+            {"optimizer": {"warmup_share": 1}},
+            "optimizer.warmup_share=1 makes 10 steps of warm-up, training.steps=10: "
+            "lower the first or raise the second",
+        ),
+        (  # round(9.6) steps
+            {"optimizer": {"warmup_share": 0.96, "schedule": "constant"}},
+            "optimizer.warmup_share=0.96 makes 10 steps of warm-up, training.steps=10",
+        ),
+        (
             {"data": {"vocabulary_size": 515}},
             "data: vocabulary_size=515 is too small for 256 bytes, sentinels=256, eos and three modes: "
             "raise vocabulary_size to 516 or more, or lower sentinels",
