@@ -168,6 +168,22 @@ class Launch(Section):
     every CPU is taken. They need little: one core makes over a million tokens a second."""
     max_failures: int = Field(default=3, ge=0)
     """Worker-group restarts before the run is given up."""
+    device_memory_gib: float | None = Field(default=None, gt=0)
+    """Memory of one worker's device, which a run must fit in; without it 80 for a GPU, and no limit on CPUs."""
+    device_peak_tflops: float | None = Field(default=None, gt=0)
+    """Its dense bf16 peak, for the time that --dry-run expects; without it an H100's 989 for a GPU."""
+    assumed_mfu: float = Field(default=0.4, gt=0, le=1)
+    """Share of the peak that --dry-run assumes is reached."""
+
+    @property
+    def memory_gib(self) -> float | None:
+        """Memory of one worker's device, None where it is not limited."""
+        return self.device_memory_gib or (80.0 if self.gpus_per_worker else None)
+
+    @property
+    def peak_tflops(self) -> float | None:
+        """Peak of one worker's device, None where it is not known."""
+        return self.device_peak_tflops or (989.0 if self.gpus_per_worker else None)
 
 
 class Recipe(Section):
