@@ -168,6 +168,22 @@ class Launch(Section):
     every CPU is taken. They need little: one core makes over a million tokens a second."""
     max_failures: int = Field(default=3, ge=0)
     """Worker-group restarts before the run is given up."""
+    device_memory_gib: float | None = Field(default=None, gt=0)
+    """Memory of one worker's device, which a run must fit in; without it 80 for a GPU, and no limit on CPUs."""
+    device_peak_tflops: float | None = Field(default=None, gt=0)
+    """Its dense bf16 peak, for the time that --dry-run expects; without it an H100's 989 for a GPU."""
+    assumed_mfu: float = Field(default=0.4, gt=0, le=1)
+    """Share of the peak that --dry-run assumes is reached."""
+
+    @property
+    def memory_gib(self) -> float | None:
+        """Memory of one worker's device, None where it is not limited."""
+        return self.device_memory_gib or (80.0 if self.gpus_per_worker else None)
+
+    @property
+    def peak_tflops(self) -> float | None:
+        """Peak of one worker's device, None where it is not known."""
+        return self.device_peak_tflops or (989.0 if self.gpus_per_worker else None)
 
 
 class Recipe(Section):
@@ -228,6 +244,11 @@ class Recipe(Section):
                 f"training.microbatch_rows x data-parallel size = {training.microbatch_rows} x {parallel.data} "
                 f"= {rows}: change either"
             )
+        if self.warmup_steps >= training.steps:
+            raise ValueError(
+                f"optimizer.warmup_share={self.optimizer.warmup_share:g} makes {self.warmup_steps} steps of warm-up, "
+                f"training.steps={training.steps}: lower the first or raise the second"
+            )
         needed = self.sentinels_needed
         if needed > self.data.sentinels:
             raise ValueError(
@@ -250,6 +271,11 @@ class Recipe(Section):
     def run_folder(self, name: str | None = None) -> Path:
         """Folder of this run, or of another one in the same storage."""
         return self.storage / "runs" / (name or self.name)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps in which the learning rate rises, fewer than all."""
+        return round(self.optimizer.warmup_share * self.training.steps)
 
     @property
     def microbatches(self) -> int:

@@ -24,7 +24,10 @@ SectionType = TypeVar("SectionType", Recipe, Comparison)
 
 
 def run_job(
-    description: str | None, kind: type[SectionType], action: Callable[[SectionType], None]
+    description: str | None,
+    kind: type[SectionType],
+    action: Callable[[SectionType], None],
+    dry_run: Callable[[SectionType], None] | None = None,
 ) -> int:
     """Parse `RECIPE [--set a.b=c]`, call `action` with the validated recipe, return the exit code.
 
@@ -32,6 +35,7 @@ def run_job(
         description: Shown by --help; a job passes its own docstring.
         kind: Section that the recipe file holds.
         action: The job's work; a `UserError` from it ends the job with one line on stderr.
+        dry_run: What `--dry-run` does instead; without it the job has no such option.
 
     Returns:
         0; 2 after a mistake of the user's; 130 where Ctrl-C or SIGTERM stopped the work.
@@ -48,6 +52,15 @@ def run_job(
         metavar="KEY=VALUE",
         help="override one key by its dotted path, e.g. --set training.steps=10 (repeatable)",
     )
+    if dry_run is not None:
+        parser.add_argument(
+            "--dry-run",
+            dest="action",
+            action="store_const",
+            const=dry_run,
+            help="check and size the run, print what it needs, start nothing",
+        )
+    parser.set_defaults(action=action)
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
@@ -55,7 +68,7 @@ def run_job(
     def work() -> None:
         section = load(arguments.recipe, arguments.overrides, kind)
         _check_storage(section.storage)
-        action(section)
+        arguments.action(section)
 
     return exit_code(work)
 

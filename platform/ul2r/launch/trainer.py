@@ -23,6 +23,7 @@ from ul2r.errors import UserError
 from ul2r.launch.cluster import connected
 from ul2r.launch.progress import shown_progress
 from ul2r.model.flops import parameters
+from ul2r.model.sizing import size_run
 from ul2r.tracking.mlflow import check_server, end_run, find_run, log_artifact, start_run
 from ul2r.tracking.tracker import RunStatus
 from ul2r.train.checkpoint import CheckpointInfo, CheckpointStore, base_checkpoint, claim
@@ -34,7 +35,7 @@ NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 def train(recipe: Recipe) -> CheckpointInfo:
     """Train the run from where it stands to its last step.
 
-    Store, base, own checkpoints, tracking server and cluster are checked before anything starts.
+    Store, base, own checkpoints, memory, tracking server and cluster are checked before anything starts.
 
     Returns:
         The description of its last checkpoint; at once, if that was written before.
@@ -43,8 +44,7 @@ def train(recipe: Recipe) -> CheckpointInfo:
         UserError: If one of the checks fails.
     """
     corpus = open_corpus(recipe.store_folder)
-    Batches(recipe, corpus)  # refuses a store that is too short or has too few sentinels
-    reached = check_checkpoints(recipe, corpus)
+    reached = check_run(recipe, corpus)
     uri = check_server(recipe.tracking.uri)
     if reached is not None and reached.finished:
         run_id = find_run(uri, recipe.run_folder())
@@ -80,6 +80,20 @@ def cpus_needed(recipe: Recipe) -> float:
     launch = recipe.launch
     parallel = recipe.parallel
     return parallel.workers * launch.cpus_per_worker + parallel.data * launch.cpus_per_data_task
+
+
+def check_run(recipe: Recipe, corpus: Corpus) -> CheckpointInfo | None:
+    """Check a recipe against its store, its checkpoints and its devices.
+
+    Returns:
+        What the run's last checkpoint says, None before the first.
+
+    Raises:
+        UserError: If one of the checks fails.
+    """
+    Batches(recipe, corpus)  # refuses a store that is too short or has too few sentinels
+    size_run(recipe, corpus.vocabulary.size)  # refuses what its devices cannot hold
+    return check_checkpoints(recipe, corpus)
 
 
 def check_checkpoints(recipe: Recipe, corpus: Corpus) -> CheckpointInfo | None:

@@ -17,16 +17,9 @@ from torch.nn import functional
 
 from ul2r.config import Architecture, Parallel
 from ul2r.model.attention import IntervalAttention
-
-VOCABULARY_MULTIPLE = 128
-"""The embedding is padded to this, so that its shape is one for every tensor-parallel size."""
+from ul2r.model.sizing import padded_vocabulary
 
 RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
-
-
-def padded_vocabulary(size: int) -> int:
-    """Rows of the embedding for a vocabulary of `size` entries."""
-    return -(-size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 def transformer_config(architecture: Architecture, parallel: Parallel) -> TransformerConfig:

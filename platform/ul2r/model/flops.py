@@ -8,7 +8,7 @@ from ul2r.config import Architecture
 def parameters(architecture: Architecture, vocabulary_size: int) -> int:
     """Parameters of the model, the tied embedding counted once and unpadded."""
     width, norms = architecture.hidden_size, 2 * architecture.layers + 1
-    return _matrix_weights(architecture) + vocabulary_size * width + norms * width
+    return matrix_weights(architecture) + vocabulary_size * width + norms * width
 
 
 def training_flops(
@@ -26,12 +26,12 @@ def training_flops(
         positions: Row positions passed through the model, padding included.
         seen_keys: Sum of hi - lo over those positions.
     """
-    weights = _matrix_weights(architecture) + vocabulary_size * architecture.hidden_size
+    weights = matrix_weights(architecture) + vocabulary_size * architecture.hidden_size
     attention = 12 * architecture.layers * architecture.hidden_size
     return 6.0 * weights * positions + attention * seen_keys
 
 
-def _matrix_weights(architecture: Architecture) -> int:
+def matrix_weights(architecture: Architecture) -> int:
     """Weights of every layer's matrices, without embedding and norms."""
     width, head = architecture.hidden_size, architecture.head_dim
     attention = 2 * width * width + 2 * width * architecture.kv_heads * head

@@ -81,7 +81,7 @@ class Schedule:
             init_lr=0.0,
             max_lr=settings.learning_rate,
             min_lr=settings.final_learning_rate,
-            lr_warmup_steps=min(round(settings.warmup_share * steps), steps - 1),
+            lr_warmup_steps=recipe.warmup_steps,
             lr_decay_steps=steps,
             lr_decay_style=settings.schedule,
             start_wd=settings.weight_decay,

@@ -98,6 +98,15 @@ def test_data_parallel_replicas_are_what_is_left_of_the_workers() -> None:
             "final_learning_rate=1e-06 is above learning_rate=1e-07",
         ),
         (
+            {"optimizer": {"warmup_share": 1}},
+            "optimizer.warmup_share=1 makes 10 steps of warm-up, training.steps=10: "
+            "lower the first or raise the second",
+        ),
+        (  # round(9.6) steps
+            {"optimizer": {"warmup_share": 0.96, "schedule": "constant"}},
+            "optimizer.warmup_share=0.96 makes 10 steps of warm-up, training.steps=10",
+        ),
+        (
             {"data": {"vocabulary_size": 515}},
             "data: vocabulary_size=515 is too small for 256 bytes, sentinels=256, eos and three modes: "
             "raise vocabulary_size to 516 or more, or lower sentinels",
@@ -108,6 +117,20 @@ def test_parts_that_do_not_fit_each_other_are_refused(
     changes: dict[str, Any], expected: str
 ) -> None:
     assert expected in refusal(**changes)
+
+
+def test_warm_up_may_last_until_the_last_step() -> None:
+    assert recipe(optimizer={"warmup_share": 0.94}).warmup_steps == 9
+    assert recipe(training={"steps": 1}).warmup_steps == 0
+
+
+def test_the_device_of_a_gpu_worker_is_an_h100_unless_the_recipe_says_otherwise() -> None:
+    assert (recipe().launch.memory_gib, recipe().launch.peak_tflops) == (None, None)
+    on_gpu = recipe(launch={"gpus_per_worker": 1}).launch
+    assert (on_gpu.memory_gib, on_gpu.peak_tflops) == (80, 989)
+    named = {"device_memory_gib": 141, "device_peak_tflops": 312}
+    other = recipe(launch={"gpus_per_worker": 1, **named}).launch
+    assert (other.memory_gib, other.peak_tflops) == (141, 312)
 
 
 def test_denoisers_of_one_name_are_refused() -> None:

@@ -67,3 +67,26 @@ def test_a_submitted_job_does_not_write_where_ray_deletes(
     )
     assert run_job("A job.", Recipe, given.append) == 0
     assert given
+
+
+def test_a_dry_run_takes_the_place_of_the_action(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acted: list[Recipe] = []
+    tried: list[Recipe] = []
+    assert run_job("A job.", Recipe, acted.append, tried.append) == 0
+    assert (len(acted), len(tried)) == (1, 0)
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--dry-run"])
+    assert run_job("A job.", Recipe, acted.append, tried.append) == 0
+    assert (len(acted), len(tried)) == (1, 1)
+    assert tried[0].training.steps == 9
+
+
+def test_a_job_without_a_dry_run_refuses_the_option(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--dry-run"])
+    with pytest.raises(SystemExit) as caught:
+        run_job("A job.", Recipe, lambda _: None)
+    assert caught.value.code == 2
+    assert "unrecognized arguments: --dry-run" in capsys.readouterr().err

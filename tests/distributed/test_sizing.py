@@ -1,0 +1,151 @@
+"""Sizes told beforehand are those of what Megatron-Core then builds and keeps, in every layout."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ul2r.config import Recipe
+from ul2r.model.sizing import Memory, size_run
+from ul2r.testing.corpus import tiny_store
+from ul2r.testing.distributed import run_distributed
+from ul2r.testing.recipes import tiny_recipe
+
+pytestmark = pytest.mark.distributed
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "single": {},
+    "TP 2": {"parallel": {"workers": 2, "tensor": 2}},
+    "TP 2 of one key/value head": {
+        "parallel": {"workers": 2, "tensor": 2},
+        "model": {"kv_heads": 1},
+    },
+    "PP 2": {"parallel": {"workers": 2, "pipeline": 2}},
+    "DP 2": {"parallel": {"workers": 2}},
+    "TP 2 x PP 2": {"parallel": {"workers": 4, "tensor": 2, "pipeline": 2}},
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one rank really has."""
+
+    parameters: int
+    tensors: int
+    """Parameter tensors, each of which Megatron pads in its buffers."""
+    weights: int
+    gradients: int
+    optimizer: int
+    kept: int
+    """Bytes that autograd keeps at the same time, at the most."""
+
+
+def _storage(tensor: Any) -> int:  # noqa: ANN401  a tensor; torch is only imported in the processes
+    place: int = tensor.untyped_storage().data_ptr()
+    return place
+
+
+class Kept:
+    """Adds up the storages that autograd holds, each once, and remembers the most there were."""
+
+    def __init__(self, ignored: set[int]) -> None:
+        self.ignored, self.holders = ignored, dict[int, int]()
+        self.now = self.most = 0
+
+    def pack(self, tensor: Any) -> Held:  # noqa: ANN401  as above
+        return Held(self, tensor)
+
+
+class Held:
+    """A tensor in autograd's hands."""
+
+    def __init__(self, kept: Kept, tensor: Any) -> None:  # noqa: ANN401  as above
+        self.kept, self.tensor = kept, tensor
+        self.place, self.size = _storage(tensor), tensor.untyped_storage().nbytes()
+        holders = kept.holders.get(self.place, 0)
+        kept.holders[self.place] = holders + 1
+        if not holders and self.place not in kept.ignored:
+            kept.now += self.size
+            kept.most = max(kept.most, kept.now)
+
+    def __del__(self) -> None:
+        self.kept.holders[self.place] -= 1
+        if not self.kept.holders[self.place] and self.place not in self.kept.ignored:
+            self.kept.now -= self.size
+
+
+def measure(recipe: Recipe) -> tuple[int, Measured]:
+    """Take a step; the pipeline stage of this rank and what it has."""
+    import torch
+    from megatron.core import parallel_state
+
+    from ul2r.data.batches import Batches
+    from ul2r.data.prepared import open_corpus
+    from ul2r.train.mesh import Mesh
+    from ul2r.train.step import TrainStep
+
+    corpus = open_corpus(recipe.store_folder)
+    mesh = Mesh.join(recipe.parallel)
+    step = TrainStep(recipe, mesh, corpus.vocabulary.size)
+    buffers = step.model.buffers
+    weights = {_storage(buffer.param_data) for buffer in buffers}
+    kept = Kept(weights)
+    rows = Batches(recipe, corpus).rows(0, mesh.data_rank, recipe.parallel.data)
+    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda held: held.tensor):
+        step.train(0, rows)
+    states = [
+        (parameter, state["exp_avg"], state["exp_avg_sq"])
+        for part in step.optimizer.chained_optimizers
+        for parameter, state in part.optimizer.state.items()
+    ]
+    own = [one for state in states for one in state if _storage(one) not in weights]
+    parameters = list(step.unwrapped.parameters())
+    return parallel_state.get_pipeline_model_parallel_rank(), Measured(
+        parameters=sum(parameter.numel() for parameter in parameters),
+        tensors=len(parameters),
+        weights=sum(buffer.param_data.nbytes for buffer in buffers),
+        gradients=sum(buffer.grad_data.nbytes for buffer in buffers),
+        optimizer=sum(tensor.nbytes for tensor in own),
+        kept=kept.most,
+    )
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sizing")
+    tiny_store(folder / "store")
+    return folder
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sizes_are_those_of_what_is_built(storage: Path, layout: str) -> None:
+    from ul2r.data.prepared import open_corpus
+
+    recipe = tiny_recipe(storage, **LAYOUTS[layout])
+    vocabulary = open_corpus(recipe.store_folder).vocabulary.size
+    stages = size_run(recipe, vocabulary).stages
+    parallel = recipe.parallel
+    measured = run_distributed(measure, parallel.workers, recipe)
+    assert len(measured) == parallel.workers
+    for number, rank in measured:
+        stage = stages[number]
+        assert stage.parameters == rank.parameters
+        check_state(stage.memory, rank, parallel.data)
+        # A stage holds what it sends on as well, in Megatron's schedule and not in autograd.
+        sent = recipe.training.microbatch_rows * recipe.objective.sequence_length * 4
+        sent *= recipe.model.hidden_size * stage.microbatches * (number < parallel.pipeline - 1)
+        told = stage.memory.activations + stage.memory.logits
+        assert told == pytest.approx(rank.kept + sent, rel=0.01)
+
+
+def check_state(told: Memory, rank: Measured, data: int) -> None:
+    """Megatron begins each parameter at a multiple of 64 elements and pads the whole to one of lcm(data, 128)."""
+    padding = 4 * (63 * rank.tensors + math.lcm(data, 128))
+    assert told.weights <= rank.weights <= told.weights + padding
+    assert told.gradients <= rank.gradients <= told.gradients + padding
+    # The shards of the two moments are equal but for what the padding displaces.
+    assert abs(rank.optimizer - told.optimizer) <= 2 * padding

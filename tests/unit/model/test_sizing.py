@@ -1,0 +1,179 @@
+"""Sizes of a run against numbers that others published, a simulated pipeline, and hand arithmetic."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ul2r.config import Recipe
+from ul2r.errors import RecipeError
+from ul2r.model.sizing import GIB, expected_seconds, pipeline_bubble, size_run
+from ul2r.testing.recipes import tiny_recipe
+
+LLAMA_3_8B = {
+    "layers": 32,
+    "hidden_size": 4096,
+    "ffn_hidden_size": 14336,
+    "heads": 32,
+    "kv_heads": 8,
+}
+LLAMA_3_VOCABULARY = 128_256
+LLAMA_3_8B_PARAMETERS = 8_030_261_248  # of the published checkpoint, whose output matrix is its own
+ON_GPU = {"gpus_per_worker": 1}
+
+
+def llama(**changes: Any) -> Recipe:  # noqa: ANN401  sections of a recipe
+    settings: dict[str, Any] = {
+        "model": LLAMA_3_8B,
+        "objective": {"sequence_length": 2048},
+        "data": {"sentinels": 256},
+        "training": {"steps": 100, "global_batch_rows": 64, "microbatch_rows": 1},
+        "validation": {"rows": 64},
+        "launch": {**ON_GPU, "device_memory_gib": 10_000},
+    }
+    for section, values in changes.items():
+        settings[section] = settings.get(section, {}) | values
+    return tiny_recipe(Path("runs"), **settings)
+
+
+def test_parameters_are_those_of_the_published_model_but_for_its_second_embedding() -> None:
+    embedding = LLAMA_3_VOCABULARY * 4096
+    sizing = size_run(llama(), LLAMA_3_VOCABULARY)
+    assert sizing.parameters == LLAMA_3_8B_PARAMETERS - embedding
+    assert [stage.parameters for stage in sizing.stages] == [sizing.parameters]
+    first, last = size_run(llama(parallel={"workers": 2, "pipeline": 2}), LLAMA_3_VOCABULARY).stages
+    assert first.parameters + last.parameters == LLAMA_3_8B_PARAMETERS
+
+
+@pytest.mark.parametrize("data", [1, 8])
+def test_model_state_has_the_bytes_that_megatron_documents(data: int) -> None:
+    """Distributed optimizer, bf16 weights and fp32 gradients: 6 + 12/d bytes a parameter."""
+    (stage,) = size_run(llama(parallel={"workers": data}), LLAMA_3_VOCABULARY).stages
+    memory = stage.memory
+    state = memory.weights + memory.gradients + memory.optimizer
+    assert state / stage.parameters == pytest.approx(6 + 12 / data, rel=1e-6)
+
+
+def simulated_bubble(stages: int, microbatches: int, forward: int = 1, backward: int = 2) -> float:
+    """Share of idle time when every stage does its 1F1B list as soon as what it waits for is there."""
+    plans = []
+    for stage in range(stages):
+        ahead = min(microbatches, stages - stage)
+        plan = [("forward", number) for number in range(ahead)]
+        for number in range(microbatches):
+            plan.append(("backward", number))
+            if number + ahead < microbatches:
+                plan.append(("forward", number + ahead))
+        plans.append(plan)
+    ended: dict[tuple[int, str, int], int] = {}
+    clock, done = [0] * stages, [0] * stages
+    while len(ended) < 2 * stages * microbatches:
+        for stage, plan in enumerate(plans):
+            while done[stage] < len(plan):
+                what, number = plan[done[stage]]
+                source = stage - 1 if what == "forward" else stage + 1
+                waits = 0 <= source < stages
+                if waits and (source, what, number) not in ended:
+                    break
+                begins = max(clock[stage], ended[source, what, number] if waits else 0)
+                clock[stage] = begins + (forward if what == "forward" else backward)
+                ended[stage, what, number] = clock[stage]
+                done[stage] += 1
+    busy = microbatches * (forward + backward)
+    return 1 - busy / max(clock)
+
+
+@pytest.mark.parametrize(("stages", "microbatches"), [(1, 4), (2, 1), (2, 8), (4, 4), (8, 32)])
+def test_bubble_is_that_of_a_simulated_schedule(stages: int, microbatches: int) -> None:
+    assert pipeline_bubble(stages, microbatches) == pytest.approx(
+        simulated_bubble(stages, microbatches)
+    )
+
+
+def test_early_stages_keep_more_microbatches_but_never_more_than_there_are() -> None:
+    def kept(rows: int) -> list[int]:
+        recipe = llama(parallel={"workers": 4, "pipeline": 4}, training={"global_batch_rows": rows})
+        return [stage.microbatches for stage in size_run(recipe, LLAMA_3_VOCABULARY).stages]
+
+    assert kept(64) == [4, 3, 2, 1]
+    assert kept(2) == [2, 2, 2, 1]
+
+
+def test_logits_are_on_the_last_stage_in_both_precisions() -> None:
+    parallel = {"workers": 4, "tensor": 2, "pipeline": 2}
+    first, last = size_run(llama(parallel=parallel), LLAMA_3_VOCABULARY).stages
+    assert first.memory.logits == 0
+    assert last.memory.logits == 2048 * LLAMA_3_VOCABULARY // 2 * (4 + 2)
+
+
+def test_time_is_flops_over_what_the_devices_reach() -> None:
+    launch = {"device_peak_tflops": 100, "assumed_mfu": 0.5}
+    recipe = tiny_recipe(Path("runs"), parallel={"workers": 2}, launch=launch)
+    assert expected_seconds(recipe, 1e16) == pytest.approx(100)
+    assert expected_seconds(tiny_recipe(Path("runs")), 1e16) is None
+
+
+def test_what_a_device_cannot_hold_is_refused_with_every_kind() -> None:
+    with pytest.raises(RecipeError) as caught:
+        size_run(llama(launch={"device_memory_gib": None}), LLAMA_3_VOCABULARY)
+    weights = 2 * (LLAMA_3_8B_PARAMETERS - LLAMA_3_VOCABULARY * 4096) / GIB
+    assert (
+        f"weights {weights:.2f}, gradients {2 * weights:.2f}, optimizer {6 * weights:.2f}"
+        in str(caught.value)
+    )
+    assert str(caught.value).endswith(
+        "its device has launch.device_memory_gib=80: raise parallel.tensor, parallel.pipeline or parallel.workers"
+    )
+
+
+def test_activations_too_many_are_refused_with_what_makes_them_fewer() -> None:
+    recipe = llama(
+        parallel={"workers": 8, "tensor": 8},
+        training={"microbatch_rows": 64},
+        launch={"device_memory_gib": 80},
+    )
+    with pytest.raises(
+        RecipeError,
+        match=r"or lower training\.microbatch_rows=64 or objective\.sequence_length=2048$",
+    ):
+        size_run(recipe, LLAMA_3_VOCABULARY)
+
+
+def test_memory_may_be_used_to_the_last_byte() -> None:
+    total = size_run(llama(), LLAMA_3_VOCABULARY).stages[0].memory.total
+    size_run(llama(launch={"device_memory_gib": total / GIB}), LLAMA_3_VOCABULARY)
+    with pytest.raises(RecipeError, match="GiB"):
+        size_run(llama(launch={"device_memory_gib": (total - 1) / GIB}), LLAMA_3_VOCABULARY)
+
+
+def test_a_cpu_run_is_held_to_no_memory_but_what_it_names() -> None:
+    recipe = llama(launch={"gpus_per_worker": 0, "device_memory_gib": None})
+    assert size_run(recipe, LLAMA_3_VOCABULARY).stages[0].memory.total > 100 * GIB
+    with pytest.raises(RecipeError, match="device_memory_gib=16"):
+        size_run(llama(launch={"gpus_per_worker": 0, "device_memory_gib": 16}), LLAMA_3_VOCABULARY)
+
+
+def test_an_embedding_that_tensor_ranks_cannot_share_is_refused() -> None:
+    recipe = tiny_recipe(
+        Path("runs"),
+        model={"hidden_size": 96, "ffn_hidden_size": 96, "heads": 12, "kv_heads": 3},
+        parallel={"workers": 3, "tensor": 3},
+    )
+    with pytest.raises(RecipeError) as caught:
+        size_run(recipe, 500)
+    assert str(caught.value) == (
+        "parallel.tensor=3 does not divide the embedding's 512 rows (500 tokens, padded to 128): "
+        "set parallel.tensor to a power of two"
+    )
+    size_run(recipe, 384)
+
+
+def test_sizing_itself_needs_no_torch_and_no_ray() -> None:
+    """Importing it through its package must not load Megatron-Core either."""
+    code = "import sys, ul2r.model.sizing; print(*{name.split('.')[0] for name in sys.modules})"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "megatron", "ray", "mlflow"} & set(found.stdout.split())
