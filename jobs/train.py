@@ -1,29 +1,39 @@
 """Train a run.
 
     python jobs/train.py RECIPE [--set training.steps=100] [--dry-run]
+    torchrun --nproc-per-node 8 jobs/train.py RECIPE
 
 Trains the recipe's model on its objective with Ray Train, from initial weights or from `base`. Stopped and
 run again, it goes on from the last checkpoint; a finished run is left as it is. With --dry-run nothing is started:
-the run is checked, and its parameters, memory, FLOPs and expected time are printed.
+the run is checked, and its parameters, memory, FLOPs and expected time are printed. Started by torchrun it needs no
+Ray, and is the same run.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 
 from ul2r.config import Recipe
 from ul2r.launch.command import run_job
 from ul2r.launch.dry_run import dry_run
-from ul2r.launch.trainer import train
+
+TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"
+"""Set by torchrun in the processes that it starts."""
 
 
 def main(recipe: Recipe) -> None:
-    """Train, then say where the run stands."""
+    """Train, then say where the run stands; only the way that is taken is imported."""
+    if TORCHRUN_VARIABLE in os.environ:
+        from ul2r.launch.torchrun import train
+    else:
+        from ul2r.launch.trainer import train
     info = train(recipe)
-    print(
-        f"{info.run}: {info.step} steps, {info.tokens:,} tokens and {info.flops:.3g} FLOPs with its ancestors', "
-        f"checkpoints in {recipe.run_folder() / 'checkpoints'}"
-    )
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"{info.run}: {info.step} steps, {info.tokens:,} tokens and {info.flops:.3g} FLOPs with its ancestors', "
+            f"checkpoints in {recipe.run_folder() / 'checkpoints'}"
+        )
 
 
 def show(recipe: Recipe) -> None:

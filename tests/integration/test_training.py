@@ -264,3 +264,40 @@ def test_damaged_token_store_ends_the_run_in_one_line(
     assert last.startswith(f"error: {tmp_path / 'store'}: holds tokens ")
     assert f"its vocabulary has {corpus.vocabulary.size}" in last
     assert status(tracking_uri, recipe) == "FAILED"
+
+
+def test_torchrun_without_ray_gives_the_same_losses_and_weights(
+    storage: Path, tracking_uri: str, undisturbed: tuple[Recipe, list[tuple[int, float]]]
+) -> None:
+    recipe, path = recipe_named(storage, "torchrun")
+    command = [f"{BIN}/torchrun", "--standalone", "--nproc-per-node=2", "jobs/train.py", str(path)]
+    environment = ACTIVATED | {"MLFLOW_TRACKING_URI": tracking_uri}
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("torchrun: 24 steps, ") == 1, "one rank speaks"
+    check_equal(tracking_uri, recipe, undisturbed)
+
+
+def test_torchrun_with_another_number_of_processes_is_refused(storage: Path) -> None:
+    recipe, path = recipe_named(storage, "too-few")
+    command = [f"{BIN}/torchrun", "--standalone", "--nproc-per-node=1", "jobs/train.py", str(path)]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=ACTIVATED,
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+        check=False,
+    )
+    assert done.returncode
+    assert "error: torchrun started 1 processes, parallel.workers=2: set torchrun's" in done.stderr
+    assert not recipe.run_folder().exists()

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from ul2r.config import Recipe
 from ul2r.data.prepared import open_corpus
 from ul2r.data.tokenizer import add_special_tokens, load_tokenizer, vocabulary_of
-from ul2r.launch.trainer import check_run
+from ul2r.launch.run import check_run
 from ul2r.model.flops import training_flops
 from ul2r.model.sizing import GIB, Sizing, expected_seconds, padded_vocabulary, size_run
 from ul2r.objective import Vocabulary, make_rows

@@ -16,20 +16,13 @@ from ray.train.v2.api.callback import RayTrainCallback
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from ul2r.config import Recipe
-from ul2r.data.batches import Batches
-from ul2r.data.inspection import write_page
-from ul2r.data.prepared import Corpus, open_corpus
+from ul2r.data.prepared import open_corpus
 from ul2r.errors import UserError
 from ul2r.launch.cluster import connected
 from ul2r.launch.progress import shown_progress
-from ul2r.model.flops import parameters
-from ul2r.model.sizing import size_run
-from ul2r.tracking.mlflow import check_server, end_run, find_run, log_artifact, start_run
-from ul2r.tracking.tracker import RunStatus
-from ul2r.train.checkpoint import CheckpointInfo, CheckpointStore, base_checkpoint, claim
-
-NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
-"""Ray leaves all GPUs visible to a worker that asked for none."""
+from ul2r.launch.run import NO_GPU, check_finished, check_run, end_finished, recorded
+from ul2r.tracking.mlflow import check_server
+from ul2r.train.checkpoint import CheckpointInfo, claim
 
 
 def train(recipe: Recipe) -> CheckpointInfo:
@@ -47,32 +40,15 @@ def train(recipe: Recipe) -> CheckpointInfo:
     reached = check_run(recipe, corpus)
     uri = check_server(recipe.tracking.uri)
     if reached is not None and reached.finished:
-        run_id = find_run(uri, recipe.run_folder())
-        if run_id is not None:  # its driver may have been killed before it could say so
-            end_run(uri, run_id, "FINISHED")
+        end_finished(recipe, uri)
         return reached
     gpus = recipe.parallel.workers * recipe.launch.gpus_per_worker
-    with connected(cpus_needed(recipe), gpus, smaller="lower parallel.workers"):
-        run_id = start_run(
-            recipe,
-            uri,
-            tags={"ul2r.data": corpus.manifest.fingerprint},
-            params=_parameters(recipe, corpus),
-        )
-        status: RunStatus = "FAILED"
-        try:
-            log_artifact(uri, run_id, write_page(recipe, corpus))
-            _fit(recipe, corpus.manifest.fingerprint, uri, run_id)
-            status = "FINISHED"
-        except KeyboardInterrupt:
-            status = "KILLED"
-            raise
-        finally:
-            end_run(uri, run_id, status)
-    finished = check_checkpoints(recipe, corpus)
-    assert finished is not None
-    assert finished.finished
-    return finished
+    with (
+        connected(cpus_needed(recipe), gpus, smaller="lower parallel.workers"),
+        recorded(recipe, corpus, uri) as run_id,
+    ):
+        _fit(recipe, corpus.manifest.fingerprint, uri, run_id)
+    return check_finished(recipe, corpus)
 
 
 def cpus_needed(recipe: Recipe) -> float:
@@ -80,54 +56,6 @@ def cpus_needed(recipe: Recipe) -> float:
     launch = recipe.launch
     parallel = recipe.parallel
     return parallel.workers * launch.cpus_per_worker + parallel.data * launch.cpus_per_data_task
-
-
-def check_run(recipe: Recipe, corpus: Corpus) -> CheckpointInfo | None:
-    """Check a recipe against its store, its checkpoints and its devices.
-
-    Returns:
-        What the run's last checkpoint says, None before the first.
-
-    Raises:
-        UserError: If one of the checks fails.
-    """
-    Batches(recipe, corpus)  # refuses a store that is too short or has too few sentinels
-    size_run(recipe, corpus.vocabulary.size)  # refuses what its devices cannot hold
-    return check_checkpoints(recipe, corpus)
-
-
-def check_checkpoints(recipe: Recipe, corpus: Corpus) -> CheckpointInfo | None:
-    """What the run's last checkpoint says, None before the first.
-
-    Raises:
-        CheckpointError: If it, or before it the base's, differs from the recipe.
-    """
-    checkpoints = recipe.run_folder() / "checkpoints"
-    own = CheckpointStore(checkpoints).latest()
-    if own is not None:
-        info = CheckpointInfo.read(own)
-        info.check_same_run(recipe, corpus)
-        return info
-    base = base_checkpoint(recipe)
-    if base is not None:
-        CheckpointInfo.read(base).check_same_model(recipe, corpus)
-    return None
-
-
-def _parameters(recipe: Recipe, corpus: Corpus) -> dict[str, str | int | float]:
-    """What people sort and filter runs by."""
-    return {
-        "mixture": ", ".join(f"{d.name} {d.weight:g}" for d in recipe.objective.mixture),
-        "sequence_length": recipe.objective.sequence_length,
-        "parameters": parameters(recipe.model, corpus.vocabulary.size),
-        "steps": recipe.training.steps,
-        "global_batch_rows": recipe.training.global_batch_rows,
-        "learning_rate": recipe.optimizer.learning_rate,
-        "tensor": recipe.parallel.tensor,
-        "pipeline": recipe.parallel.pipeline,
-        "data": recipe.parallel.data,
-        "seed": recipe.seed,
-    }
 
 
 class FailurePolicy(DefaultFailurePolicy):  # type: ignore[misc]  # Ray has no types here

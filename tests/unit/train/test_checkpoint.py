@@ -9,7 +9,7 @@ import pytest
 
 from ul2r.data.prepared import Corpus
 from ul2r.errors import CheckpointError
-from ul2r.launch.trainer import check_checkpoints
+from ul2r.launch.run import check_checkpoints
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.train.checkpoint import CheckpointInfo, CheckpointStore, base_checkpoint, claim

@@ -1,0 +1,82 @@
+"""A run without Ray: torchrun starts the workers, and each computes its own batches."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+
+from ul2r.config import Recipe
+from ul2r.console import progress
+from ul2r.data.prepared import Corpus, open_corpus
+from ul2r.errors import LayoutError
+from ul2r.launch.run import NO_GPU, check_finished, check_run, end_finished, recorded
+from ul2r.launch.worker import run_worker
+from ul2r.tracking.mlflow import MlflowTracker, check_server
+from ul2r.tracking.tracker import MemoryTracker
+from ul2r.train.checkpoint import CheckpointInfo
+
+
+def train(recipe: Recipe) -> CheckpointInfo:
+    """What `trainer.train` does, called in each of the processes that torchrun started.
+
+    Rows, losses and checkpoints are the same, so a run may go on under Ray and the other way round.
+
+    Returns:
+        The description of the run's last checkpoint.
+
+    Raises:
+        UserError: If a check fails, or torchrun started another number of processes than the recipe has workers.
+    """
+    corpus = open_corpus(recipe.store_folder)
+    started = int(os.environ["WORLD_SIZE"])
+    if started != recipe.parallel.workers:
+        raise LayoutError(
+            f"torchrun started {started} processes, parallel.workers={recipe.parallel.workers}: "
+            f"set torchrun's --nnodes x --nproc-per-node to {recipe.parallel.workers}"
+        )
+    reached = check_run(recipe, corpus)
+    uri = check_server(recipe.tracking.uri)
+    is_first = os.environ["RANK"] == "0"
+    if reached is not None and reached.finished:
+        if is_first:
+            end_finished(recipe, uri)
+        return reached
+    _join_group(recipe)
+    with recorded(recipe, corpus, uri) if is_first else nullcontext(None) as run_id:
+        _train(recipe, corpus, uri, run_id)
+    dist.destroy_process_group()
+    return check_finished(recipe, corpus)
+
+
+def _join_group(recipe: Recipe) -> None:
+    launch = recipe.launch
+    torch.set_num_threads(max(int(launch.cpus_per_worker), 1))
+    if launch.gpus_per_worker:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl")
+    else:
+        os.environ.update(NO_GPU)
+        dist.init_process_group("gloo")
+
+
+def _train(recipe: Recipe, corpus: Corpus, uri: str, run_id: str | None) -> None:
+    """Train this rank's part; the first rank, which alone has a `run_id`, logs and shows a bar."""
+    fingerprint = corpus.manifest.fingerprint
+    if run_id is None:
+        run_worker(recipe, MemoryTracker(), lambda *_: None, fingerprint=fingerprint)
+        return
+    per_step = recipe.training.global_batch_rows * recipe.objective.sequence_length
+    tracker = MlflowTracker(uri, run_id)
+    with progress(recipe.name, recipe.training.steps * per_step, "tokens") as bar:
+        run_worker(
+            recipe,
+            tracker,
+            lambda reached, metrics: bar.update(
+                reached.step * per_step, f"loss {metrics['train/loss']:.3f}"
+            ),
+            fingerprint=fingerprint,
+        )
+    tracker.close()
