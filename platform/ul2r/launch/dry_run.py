@@ -56,7 +56,8 @@ def dry_run(recipe: Recipe) -> str:
         "",
         *_aligned([*_stages(sizing)], "<" + ">" * 9),
         "",
-        "Left out: the device's own context, communication buffers, fragmentation, temporary tensors.",
+        "Left out: the device's own context, communication buffers, fragmentation, temporary tensors; and attention",
+        "scores, which grow with the square of the row, should torch not take a fused kernel (not measured on a GPU).",
     ]
     return "\n".join(lines)
 
