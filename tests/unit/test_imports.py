@@ -34,7 +34,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
 """From the lowest up. Parts on one line do not know each other; only tests and benchmarks may know `testing`."""
 
 PLACES = {
-    "ray": ("data/pipeline", "data/prepare", "launch/", "jobs/", "serving/", "benchmarks/"),
+    "ray": ("data/pipeline", "data/tokenising", "launch/", "jobs/", "serving/", "benchmarks/"),
     "mlflow": ("tracking/",),
     "megatron": ("model/", "train/", "testing/"),
     "transformers": ("model/", "inference/"),

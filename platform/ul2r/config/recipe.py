@@ -34,6 +34,9 @@ class Data(Section):
 
     corpus: tuple[str, ...] = Field(default=("stdlib",), min_length=1)
     """Files or folders of .txt .md .py .jsonl .parquet (plain, .gz or .zst); "stdlib" is Python's own library."""
+    order: Literal["shuffled", "streamed"] = "shuffled"
+    """Shuffled text is read in an order of all its windows, and so has to be prepared before. Streamed text is
+    tokenised while training already runs on its first part, and shuffled within parts that double in size."""
     blend: tuple[WeightedStore, ...] = ()
     """Token stores of one tokenizer to train on instead of `corpus`, in shares by weight."""
     held_out: float = Field(default=0.03, gt=0, lt=0.5)
@@ -46,6 +49,14 @@ class Data(Section):
     """Modes as tokens of their own, or as the pieces of "[S2S]", "[NLU]" and "[NLG]" (the papers are silent)."""
     sentinels: PositiveInt = 256
     """Sentinel tokens that the tokenizer holds."""
+
+    @model_validator(mode="after")
+    def _blend_is_prepared(self) -> Self:
+        if self.blend and self.order == "streamed":
+            raise ValueError(
+                "order=streamed is for text, the stores of blend are prepared: leave out one of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _bytes_fit(self) -> Self:

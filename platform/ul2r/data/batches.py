@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ul2r.config import Denoiser, Recipe
 from ul2r.data.blend import Blend
+from ul2r.data.chapters import Chapters, StreamedWindows
 from ul2r.data.prepared import Corpus
 from ul2r.data.windows import DocumentWindows, Windows
 from ul2r.errors import CorpusError
@@ -41,7 +42,9 @@ class Batches:
         length = recipe.objective.longest_window
         cut = DocumentWindows if recipe.objective.within_document else Windows
         stores = [
-            cut(share.store, length, recipe.seed, source=number)
+            StreamedWindows(share.store, cut, length, recipe.seed, source=number)
+            if isinstance(share.store, Chapters)
+            else cut(share.store, length, recipe.seed, source=number)
             for number, share in enumerate(corpus.train)
         ]
         weights = [share.weight for share in corpus.train]

@@ -55,13 +55,32 @@ class Blend:
 
     def read(self, samples: Int64s, lengths: Int64s, windows: npt.NDArray[np.int32]) -> None:
         """Read each sample's window from its store; see `WindowSource`."""
-        source, own = self.locate(samples)
-        for number, windows_of_store in enumerate(self._sources):
-            mine = (source == number) & (samples >= 0)
-            wanted = lengths[mine]
-            text = np.empty((len(wanted), windows.shape[1]), np.int32)
-            windows_of_store.read(own[mine], wanted, text)
-            lengths[mine], windows[mine] = wanted, text
+        read_each(self._sources, self.locate(samples), samples, lengths, windows)
+
+
+def read_each(
+    sources: Sequence[WindowSource],
+    located: tuple[Int64s, Int64s],
+    samples: Int64s,
+    lengths: Int64s,
+    windows: npt.NDArray[np.int32],
+) -> None:
+    """Read each sample's window from the source that has it; see `WindowSource`.
+
+    Args:
+        sources: Those that samples are read from.
+        located: The source of each sample and the sample's number in it, int64 (N,) each.
+        samples: As in `WindowSource`.
+        lengths: As there.
+        windows: As there.
+    """
+    source, own = located
+    for number in np.unique(source[samples >= 0]).tolist():
+        mine = (source == number) & (samples >= 0)
+        wanted = lengths[mine]
+        text = np.empty((len(wanted), windows.shape[1]), np.int32)
+        sources[number].read(own[mine], wanted, text)
+        lengths[mine], windows[mine] = wanted, text
 
 
 def shares(weights: Sequence[float]) -> list[int]:
@@ -109,8 +128,8 @@ class JoinedStores:
 
     def __init__(self, stores: Sequence[Documents]) -> None:
         self._stores = stores
-        self._ends = np.cumsum([len(store) for store in stores]).tolist()
-        self._documents = np.cumsum([store.documents for store in stores]).tolist()
+        self._ends = np.cumsum([len(store) for store in stores], dtype=np.int64).tolist()
+        self._documents = np.cumsum([store.documents for store in stores], dtype=np.int64).tolist()
 
     def __len__(self) -> int:
         return int(self._ends[-1])

@@ -15,6 +15,8 @@ from ul2r.objective.vocabulary import Vocabulary
 MANIFEST_FILE = "manifest.json"
 STORE_FILES = ("tokenizer.json", "train.bin", "train.idx", "held_out.bin", "held_out.idx")
 FORMAT = 2
+ORDER = "data.order"
+"""Stands among the inputs of a streamed store."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,16 @@ class Split:
     """With one eos for each document."""
     text_bytes: int
     """UTF-8 bytes of the text; 0 for documents that came as tokens."""
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """A part of a streamed store, read before those behind it."""
+
+    shards: int
+    """Shards that it was joined from."""
+    tokens: int
+    """To train on; without any it has no files."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,12 @@ class Manifest:
     held_out: Split
     files: Mapping[str, str]
     """SHA-256 of each file of the store, by name."""
+    chapters: tuple[Chapter, ...] = ()
+    """Of a streamed store (see `data/chapters.py`), those that are made."""
+    complete: bool = True
+    """Whether nothing is missing; only a streamed store can be read before."""
+    mistake: str = ""
+    """Why the rest of a streamed store cannot be made, for those who wait for it."""
 
     @property
     def tokenizer(self) -> str:
@@ -49,8 +67,12 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """A digest of all tokens and of what they mean; equal stores have equal ones."""
-        return hashlib.sha256(json.dumps(dict(sorted(self.files.items()))).encode()).hexdigest()
+        """A digest of all tokens and of what they mean; equal stores have equal ones.
+
+        A streamed store, which is known by its fingerprint before it is complete, has that of its inputs instead.
+        """
+        identity = self.inputs if ORDER in self.inputs else self.files
+        return hashlib.sha256(json.dumps(dict(sorted(identity.items()))).encode()).hexdigest()
 
     def write(self, folder: Path) -> None:
         """Write `folder`/manifest.json, whole or not at all."""
@@ -61,6 +83,9 @@ class Manifest:
             "train": asdict(self.train),
             "held_out": asdict(self.held_out),
             "files": dict(self.files),
+            "chapters": [asdict(chapter) for chapter in self.chapters],
+            "complete": self.complete,
+            "mistake": self.mistake,
         }
         beside = folder / f"{MANIFEST_FILE}.part"
         beside.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
@@ -91,6 +116,9 @@ class Manifest:
                 train=Split(**tree["train"]),
                 held_out=Split(**tree["held_out"]),
                 files=tree["files"],
+                chapters=tuple(Chapter(**chapter) for chapter in tree.get("chapters", ())),
+                complete=tree.get("complete", True),
+                mistake=tree.get("mistake", ""),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise CorpusError(

@@ -1,31 +1,32 @@
-"""From text to a token store by Ray Data: train a tokenizer, read and tokenise files in parallel, join.
+"""From text to a token store: train a tokenizer, have files read and tokenised in parallel, join.
 
-Work is done in a folder beside the store that takes the store's name when it is whole. Stopped and run again with the
-same inputs, `prepare` goes on behind the shards that were finished.
+Work is done in a folder beside the store, from which a shuffled store takes its place when it is whole, a streamed one
+with its first chapter. Stopped and run again with the same inputs, `prepare` goes on behind the shards that were
+finished.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import pickle
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
-
-import ray.data
-from ray.data import DataContext
 
 from ul2r.config import Data, Recipe
 from ul2r.console import progress
 from ul2r.data.corpus import SourceFile, find_files
 from ul2r.data.documents import read_documents
-from ul2r.data.manifest import Manifest, digest
+from ul2r.data.joining import join_shards
+from ul2r.data.locks import locked
+from ul2r.data.manifest import ORDER, Manifest, digest
 from ul2r.data.prepared import BLEND, blend_inputs, open_corpus, write_blend
-from ul2r.data.shards import Group, group_files, join_shards, shard_is_done, write_shard
+from ul2r.data.shards import group_files, shard_is_done
+from ul2r.data.streaming import StreamedStore, stream_groups
+from ul2r.data.tokenising import TOKENIZER_FILE, made_shards
 from ul2r.data.tokenizer import (
     add_special_tokens,
     load_tokenizer,
@@ -36,7 +37,6 @@ from ul2r.data.tokenizer import (
 from ul2r.errors import CorpusError, RecipeError, UserError
 from ul2r.objective import Vocabulary
 
-TOKENIZER_FILE = "tokenizer.json"
 SAMPLE_SIZE = 2**25
 """Characters that a tokenizer is trained on, at most."""
 SAMPLE_FILES = 2**12
@@ -47,11 +47,17 @@ MEGABYTE = 1e6
 
 
 def finished(recipe: Recipe) -> Manifest | None:
-    """Description of the recipe's token store, if it is there, made of the same text by the same settings.
+    """Description of the recipe's token store, if it is there and complete, made of the same text by the same settings.
 
     Raises:
         CorpusError: If the text cannot be found, or a store made of something else is in the way.
     """
+    manifest = begun(recipe)
+    return manifest if manifest is not None and manifest.complete else None
+
+
+def begun(recipe: Recipe) -> Manifest | None:
+    """As `finished`, also of a streamed store that is not complete yet."""
     inputs = _inputs(recipe.data)
     store = recipe.store_folder
     if not store.exists():
@@ -71,27 +77,83 @@ def prepare(recipe: Recipe) -> Manifest:
     Storage and corpus must lie where every node of the cluster can reach them.
 
     Raises:
-        CorpusError: If the text cannot be read; storage is left without a trace then.
+        CorpusError: If the text cannot be read; storage is left without a trace then, or with the chapters that a
+            streamed store had.
         RecipeError: If storage cannot be written, or the vocabulary is too small for its special tokens.
     """
+    if recipe.data.order == "streamed":
+        for _ in _shown(stream(recipe), total_size(recipe)):
+            pass
+        return open_corpus(recipe.store_folder).manifest
     inputs = _inputs(recipe.data)
     work = _work_folder(recipe, inputs)
-    try:
+    with _removed_after_a_mistake(work):
         if recipe.data.blend:
             manifest = write_blend(work, inputs)
         else:
             manifest = _make(work, recipe.data, find_files(recipe.data.corpus), inputs)
+    work.replace(recipe.store_folder)
+    return manifest
+
+
+def stream(recipe: Recipe, cpus: float | None = None) -> Generator[int]:
+    """Make what is missing of the recipe's streamed store, on the Ray cluster that is connected.
+
+    Args:
+        recipe: Its corpus and storage must lie where every node of the cluster can reach them.
+        cpus: CPUs that it may take; without it all.
+
+    Yields:
+        Bytes of text tokenised so far.
+
+    Raises:
+        UserError: As `prepare`.
+    """
+    files, inputs = find_files(recipe.data.corpus), _inputs(recipe.data)
+    folder = recipe.store_folder
+    _make_folder(recipe, folder.parent)
+    with locked(folder):
+        if folder.exists() and Manifest.read(folder).complete:
+            return
+        work = _work_folder(recipe, inputs)
+        with _removed_after_a_mistake(work):
+            if folder.exists():
+                shutil.copyfile(folder / TOKENIZER_FILE, work / TOKENIZER_FILE)
+            vocabulary = _tokenizer(work, recipe.data, files)
+            groups = stream_groups(files)
+            store = StreamedStore(folder, work, groups, recipe.data.held_out, vocabulary, inputs)
+            yield from store.grow(cpus)
+        shutil.rmtree(work)
+
+
+def total_size(recipe: Recipe) -> int:
+    """Bytes of the recipe's corpus."""
+    return sum(file.size for file in find_files(recipe.data.corpus))
+
+
+@contextmanager
+def _removed_after_a_mistake(work: Path) -> Iterator[None]:
+    try:
+        yield
     except UserError:
         # Under another name first: a task that is still at work must not find its folder again.
         shutil.rmtree(work.replace(work.with_name(f"{PARTIAL}abandoned")))
         raise
-    work.replace(recipe.store_folder)
-    return manifest
 
 
 def _make(
     work: Path, data: Data, files: Sequence[SourceFile], inputs: Mapping[str, Any]
 ) -> Manifest:
+    vocabulary, groups = _tokenizer(work, data, files), group_files(files)
+    already = sum(group.size for group in groups if shard_is_done(group, work))
+    sizes = (group.size for group in made_shards(groups, work, vocabulary))
+    for _ in _shown(accumulate(sizes), sum(group.size for group in groups), already):
+        pass
+    return join_shards(work, len(groups), data.held_out, vocabulary, inputs)
+
+
+def _tokenizer(work: Path, data: Data, files: Sequence[SourceFile]) -> Vocabulary:
+    """Make the tokenizer in `work`, unless it is there."""
     tokenizer_file = work / TOKENIZER_FILE
     if not tokenizer_file.is_file():
         if data.tokenizer is None:
@@ -104,10 +166,7 @@ def _make(
         beside = work / f"{TOKENIZER_FILE}.part"
         tokenizer.save(str(beside))
         beside.replace(tokenizer_file)
-    groups = group_files(files)
-    vocabulary = vocabulary_of(load_tokenizer(tokenizer_file), data.mode_tokens)
-    _write_shards(groups, work, vocabulary)
-    return join_shards(work, len(groups), data.held_out, vocabulary, inputs)
+    return vocabulary_of(load_tokenizer(tokenizer_file), data.mode_tokens)
 
 
 def _sample(files: Sequence[SourceFile]) -> Iterator[str]:
@@ -125,48 +184,12 @@ def _sample(files: Sequence[SourceFile]) -> Iterator[str]:
             taken += len(text)
 
 
-def _write_shards(groups: Sequence[Group], work: Path, vocabulary: Vocabulary) -> None:
-    """Make the shards that are not there yet, each in a task of Ray's."""
-    left = [group for group in groups if not shard_is_done(group, work)]
-    total = sum(group.size for group in groups)
-    done = total - sum(group.size for group in left)
-    if not left:
-        return
-    rows = [{"task": pickle.dumps((group, work, vocabulary))} for group in left]
-    with _quiet_in_order():
-        dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(_shard_task)
-    with progress("tokenise", total / MEGABYTE, "MB", completed=done / MEGABYTE) as bar:
-        bar.update(done / MEGABYTE)
-        for group, row in zip(left, dataset.iter_rows(), strict=True):
-            if row["mistake"]:
-                raise CorpusError(row["mistake"])
-            done += group.size
-            bar.update(done / MEGABYTE)
-
-
-@contextmanager
-def _quiet_in_order() -> Iterator[None]:
-    """Data sets made here show no bars beside ours, and give their rows in order: of two mistakes, always the first."""
-    for name, level in (
-        ("ray.data", logging.WARNING),
-        ("ray.data._internal.progress", logging.ERROR),
-    ):
-        logging.getLogger(name).setLevel(level)
-    context = DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = True
-    with DataContext.current(context):
-        yield
-
-
-def _shard_task(row: dict[str, Any]) -> dict[str, str]:
-    """Make one shard; a user's mistake is an answer, since an exception would come back wrapped in Ray's."""
-    group, work, vocabulary = pickle.loads(row["task"])
-    try:
-        write_shard(group, work, load_tokenizer(work / TOKENIZER_FILE), vocabulary)
-    except UserError as error:
-        return {"mistake": str(error)}
-    return {"mistake": ""}
+def _shown(done: Iterable[int], total: int, already: int = 0) -> Iterator[int]:
+    """Show a bar of the bytes done of `total` while they are counted; `already` were done before."""
+    with progress("tokenise", total / MEGABYTE, "MB", completed=already / MEGABYTE) as bar:
+        for count in done:
+            bar.update(max(count, already) / MEGABYTE)
+            yield count
 
 
 def _inputs(data: Data) -> dict[str, Any]:
@@ -190,6 +213,7 @@ def _inputs(data: Data) -> dict[str, Any]:
         "data.sentinels": data.sentinels,
         "data.tokenizer": digest(data.tokenizer) if data.tokenizer else None,
         "data.vocabulary_size": None if data.tokenizer else data.vocabulary_size,
+        **({ORDER: data.order} if data.order == "streamed" else {}),
         "files": len(files),
         "bytes": sum(file.size for file in files),
         "listing": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
@@ -201,9 +225,12 @@ def _difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     if BLEND in then or BLEND in now:
         return "" if then == now else f"was made with {_blend(then)}, the recipe says {_blend(now)}"
     settings = ("held_out", "mode_tokens", "sentinels", "tokenizer", "vocabulary_size")
-    for key in (f"data.{setting}" for setting in settings):
-        if then.get(key) != now[key]:
-            return f"was made with {key}={then.get(key)}, the recipe says {now[key]}"
+    for key in (*(f"data.{setting}" for setting in settings), ORDER):
+        if then.get(key) != now.get(key):
+            unset = "shuffled" if key == ORDER else None
+            return (
+                f"was made with {key}={then.get(key, unset)}, the recipe says {now.get(key, unset)}"
+            )
     if then.get("listing") == now["listing"]:
         return ""
     if then.get("data.corpus") != now["data.corpus"]:
@@ -230,10 +257,14 @@ def _work_folder(recipe: Recipe, inputs: Mapping[str, Any]) -> Path:
     for old in storage.glob(f"{PARTIAL}*"):
         if old != work:
             shutil.rmtree(old)
+    _make_folder(recipe, work)
+    return work
+
+
+def _make_folder(recipe: Recipe, folder: Path) -> None:
     try:
-        work.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RecipeError(
             f"storage={recipe.storage}: cannot be written: {error.strerror}"
         ) from None
-    return work

@@ -10,6 +10,7 @@ from typing import Any
 
 from ul2r.config import WeightedStore
 from ul2r.data.blend import JoinedStores, shares
+from ul2r.data.chapters import Chapters
 from ul2r.data.manifest import Manifest, Split, digest
 from ul2r.data.remote import local_store
 from ul2r.data.store import TokenStore
@@ -24,7 +25,7 @@ BLEND = "data.blend"
 class Share:
     """A store to train on and its weight in the blend."""
 
-    store: TokenStore
+    store: TokenStore | Chapters
     weight: float
 
 
@@ -63,9 +64,11 @@ def open_corpus(folder: Path, fingerprint: str | None = None) -> Corpus:
             f"delete {folder} and prepare it again"
         )
     if BLEND not in manifest.inputs:
-        train = (Share(TokenStore.open(folder / "train"), 1.0),)
+        text = (
+            Chapters(folder, manifest) if manifest.chapters else TokenStore.open(folder / "train")
+        )
         held_out = TokenStore.open(folder / "held_out")
-        return Corpus(train, held_out, manifest.vocabulary, manifest, tokenizer)
+        return Corpus((Share(text, 1.0),), held_out, manifest.vocabulary, manifest, tokenizer)
     members = []
     for entry in manifest.inputs[BLEND]:
         member = open_corpus(local_store(entry["store"], entry["fingerprint"]))
@@ -99,6 +102,10 @@ def blend_inputs(stores: Sequence[WeightedStore]) -> dict[str, Any]:
         if BLEND in corpus.manifest.inputs:
             raise CorpusError(
                 f"data.blend: {name} is a blend itself: name the stores it is made of"
+            )
+        if not corpus.manifest.complete:
+            raise CorpusError(
+                f"data.blend: {name} is not complete yet: run jobs/prepare.py with its recipe first"
             )
         if names.count(name) > 1:
             raise CorpusError(

@@ -14,7 +14,8 @@ from typing import Any
 
 import fsspec
 
-from ul2r.data.manifest import MANIFEST_FILE, STORE_FILES, Manifest
+from ul2r.data.locks import locked
+from ul2r.data.manifest import MANIFEST_FILE, Manifest
 from ul2r.errors import CorpusError
 
 CACHE_VARIABLE = "UL2R_CACHE"
@@ -43,11 +44,17 @@ def local_store(store: str, fingerprint: str | None = None) -> Path:
     beside = Path(tempfile.mkdtemp(prefix="fetching-", dir=_cache()))
     try:
         _fetch(store, MANIFEST_FILE, beside)
-        kept = _kept(Manifest.read(beside).fingerprint)
-        if not kept.is_dir():
-            for name in STORE_FILES:
-                _fetch(store, name, beside)
-            _keep(beside, kept)
+        manifest = Manifest.read(beside)
+        if not manifest.complete:
+            raise CorpusError(
+                f"{store}: is not complete yet: run jobs/prepare.py with its recipe first"
+            )
+        kept = _kept(manifest.fingerprint)
+        with locked(kept):  # processes of one machine that need it at the same time fetch it once
+            if not kept.is_dir():
+                for name in manifest.files:
+                    _fetch(store, name, beside)
+                beside.rename(kept)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return kept
@@ -62,15 +69,6 @@ def _cache() -> Path:
 
 def _kept(fingerprint: str) -> Path:
     return _cache() / f"store-{fingerprint[:32]}"
-
-
-def _keep(beside: Path, kept: Path) -> None:
-    """Give a fetched store its name, unless another process was faster."""
-    try:
-        beside.rename(kept)
-    except OSError:
-        if not kept.is_dir():
-            raise
 
 
 def _fetch(store: str, name: str, folder: Path) -> None:

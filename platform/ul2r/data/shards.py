@@ -1,17 +1,16 @@
-"""From files to a token store: in shards that can be made anywhere and in any order, then joined.
+"""From files to tokens, in shards that can be made anywhere and in any order.
 
-`group_files` cuts the corpus into groups, `write_shard` tokenises one of them, `join_shards` splits all documents
-into train and held out and writes the store. What comes out depends on the files and settings alone.
+`group_files` cuts the corpus into groups, `write_shard` tokenises one of them; `data/joining.py` makes a store of them.
 """
 
 from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +18,6 @@ from tokenizers import Tokenizer
 
 from ul2r.data.corpus import ONE_DOCUMENT_SUFFIXES, SourceFile, kind
 from ul2r.data.documents import read_documents
-from ul2r.data.manifest import STORE_FILES, Manifest, Split, digest
 from ul2r.data.store import TokenStore, TokenWriter, suffixed
 from ul2r.data.tokenizer import encode
 from ul2r.errors import CorpusError
@@ -58,10 +56,10 @@ class _Part(NamedTuple):
     ends_document: bool
 
 
-def group_files(files: Sequence[SourceFile]) -> list[Group]:
-    """Cut the files, in order, into groups of about equal size; a file is never cut."""
+def group_files(files: Sequence[SourceFile], largest: int = LARGEST_SHARD) -> list[Group]:
+    """Cut the files, in order, into groups of about equal size, `largest` bytes at most; a file is never cut."""
     total = sum(file.size for file in files)
-    target = min(max(total // SHARDS, SMALLEST_SHARD), LARGEST_SHARD)
+    target = min(max(total // SHARDS, SMALLEST_SHARD), largest)
     parts: list[list[SourceFile]] = []
     room = 0
     for file in files:
@@ -86,7 +84,7 @@ def write_shard(group: Group, folder: Path, tokenizer: Tokenizer, vocabulary: Vo
         CorpusError: If a file cannot be read, or holds tokens that are not this tokenizer's.
     """
     keys, sizes = array("Q"), array("q")
-    with TokenWriter(_shard(folder, group.number), vocabulary.size) as writer:
+    with TokenWriter(shard_prefix(folder, group.number), vocabulary.size) as writer:
         key, size = hashlib.blake2b(digest_size=8), 0
         for part in _parts(group, tokenizer, vocabulary):
             writer.append(part.tokens)
@@ -101,62 +99,9 @@ def write_shard(group: Group, folder: Path, tokenizer: Tokenizer, vocabulary: Vo
                 key, size = hashlib.blake2b(digest_size=8), 0
     documents = np.empty(len(keys), DOCUMENT)
     documents["key"], documents["text_bytes"] = keys, sizes
-    beside = suffixed(_shard(folder, group.number), ".part.npy")
+    beside = suffixed(shard_prefix(folder, group.number), ".part.npy")
     np.save(beside, documents)
     beside.replace(_documents_file(folder, group.number))
-
-
-def join_shards(
-    folder: Path,
-    shards: int,
-    held_out: float,
-    vocabulary: Vocabulary,
-    inputs: Mapping[str, Any],
-) -> Manifest:
-    """Join the shards in `folder` to a token store there, beside its tokenizer.json, and remove them.
-
-    The documents whose keys are smallest are held out: the choice is as good as random, holds whatever else changes,
-    and puts equal documents on one side.
-
-    Args:
-        folder: Where `write_shard` wrote, and the store's files go; the manifest comes last.
-        shards: Number of shards.
-        held_out: Share of the documents to hold out; one at least is, and one at least is not.
-        vocabulary: Of the tokenizer.
-        inputs: See `Manifest`.
-
-    Raises:
-        CorpusError: If there are not two different documents.
-    """
-    documents = [np.load(_documents_file(folder, number)) for number in range(shards)]
-    limit = _held_out_limit(np.concatenate([shard["key"] for shard in documents]), held_out)
-    text_bytes = [0, 0]
-    with (
-        TokenWriter(folder / "train", vocabulary.size) as train,
-        TokenWriter(folder / "held_out", vocabulary.size) as held,
-    ):
-        for number, shard in enumerate(documents):
-            if not len(shard):
-                continue
-            store = TokenStore.open(_shard(folder, number))
-            for document, (key, size) in enumerate(shard.tolist()):
-                side = int(key <= limit)
-                writer = (train, held)[side]
-                writer.append(store.document(document))
-                writer.end_document()
-                text_bytes[side] += size
-    files = {name: digest(folder / name) for name in STORE_FILES}
-    manifest = Manifest(
-        inputs,
-        vocabulary,
-        Split(train.documents, train.tokens, text_bytes[0]),
-        Split(held.documents, held.tokens, text_bytes[1]),
-        files,
-    )
-    for number in range(shards):
-        _remove_shard(folder, number)
-    manifest.write(folder)
-    return manifest
 
 
 def _parts(group: Group, tokenizer: Tokenizer, vocabulary: Vocabulary) -> Iterator[_Part]:
@@ -187,31 +132,22 @@ def _token_parts(path: Path, vocabulary: Vocabulary) -> Iterator[_Part]:
         yield _Part(tokens, tokens.tobytes(), text_bytes=0, ends_document=True)
 
 
-def _held_out_limit(keys: npt.NDArray[np.uint64], share: float) -> int:
-    """The largest key held out."""
-    count = len(keys)
-    if not count:
-        raise CorpusError(
-            "the corpus holds no text: all its files are empty; set data.corpus to your text"
-        )
-    if np.all(keys == keys[0]):
-        raise CorpusError(
-            f"the corpus holds one document (in {count} copies), but one must be held out from training: "
-            "add more text to data.corpus, or give one document a line as .jsonl"
-        )
-    smallest = np.sort(keys)[: min(max(round(share * count), 1), count - 1)]
-    limit = smallest[-1]
-    return int(limit if limit < keys.max() else np.max(keys[keys < limit]))
+def shard_documents(folder: Path, number: int) -> npt.NDArray[np.void]:
+    """What a finished shard keeps of its documents, `DOCUMENT` (D,)."""
+    documents: npt.NDArray[np.void] = np.load(_documents_file(folder, number))
+    return documents
 
 
-def _shard(folder: Path, number: int) -> Path:
+def shard_prefix(folder: Path, number: int) -> Path:
+    """Where a shard's tokens lie; one without documents has no store there."""
     return folder / f"shard_{number:05d}"
 
 
+def remove_shard(folder: Path, number: int) -> None:
+    """Remove a shard's files, those that are still there."""
+    for suffix in (".npy", ".bin", ".idx"):  # it counts as done by the first
+        suffixed(shard_prefix(folder, number), suffix).unlink(missing_ok=True)
+
+
 def _documents_file(folder: Path, number: int) -> Path:
-    return suffixed(_shard(folder, number), ".npy")
-
-
-def _remove_shard(folder: Path, number: int) -> None:
-    for suffix in (".bin", ".idx", ".npy"):
-        suffixed(_shard(folder, number), suffix).unlink()
+    return suffixed(shard_prefix(folder, number), ".npy")

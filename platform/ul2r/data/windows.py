@@ -43,7 +43,14 @@ class Windows:
     """
 
     def __init__(
-        self, store: Tokens, length: int, seed: int, *, split: str = "train", source: int = 0
+        self,
+        store: Tokens,
+        length: int,
+        seed: int,
+        *,
+        split: str | None = "train",
+        source: int = 0,
+        purpose: Purpose = Purpose.ORDER,
     ) -> None:
         """Cut `store` into windows of `length` tokens.
 
@@ -51,19 +58,20 @@ class Windows:
             store: The tokens.
             length: Tokens of a window.
             seed: The run's seed.
-            split: Name of the store in the error's text.
-            source: Number of the store among those of a blend.
+            split: Name of the store in the error's text; without one there may be no window.
+            source: Number of the store among those of a blend, or of a chapter.
+            purpose: What the orders of its epochs are drawn for.
 
         Raises:
             CorpusError: If the store is shorter than one window.
         """
-        if len(store) < length:
+        if split is not None and len(store) < length:
             raise CorpusError(
                 f"the {split} split holds {len(store)} tokens, one window needs {length}: "
                 "give more text, shorten objective.sequence_length or raise objective.slots_per_row"
             )
         self.length = length
-        self._store, self._seed, self._source = store, seed, source
+        self._store, self._seed, self._source, self._purpose = store, seed, source, purpose
 
     def __len__(self) -> int:
         """Windows in an epoch."""
@@ -78,7 +86,7 @@ class Windows:
         """Number of the token that each sample's window begins with, int64 (N,)."""
         shifts, places = places_of(
             self._seed,
-            Purpose.ORDER,
+            self._purpose,
             samples,
             len(self),
             bound=len(self._store),
@@ -96,7 +104,14 @@ class DocumentWindows:
     """
 
     def __init__(
-        self, store: Documents, length: int, seed: int, *, split: str = "train", source: int = 0
+        self,
+        store: Documents,
+        length: int,
+        seed: int,
+        *,
+        split: str | None = "train",
+        source: int = 0,
+        purpose: Purpose = Purpose.ORDER,
     ) -> None:
         """Cut the documents of `store`; arguments are those of `Windows`.
 
@@ -104,12 +119,12 @@ class DocumentWindows:
             CorpusError: If no document is long enough.
         """
         self.length = length
-        self._store, self._seed, self._source = store, seed, source
+        self._store, self._seed, self._source, self._purpose = store, seed, source, purpose
         self._bounds = store.document_bounds
         sizes = np.diff(self._bounds)
         self._counts = np.where(sizes < MINIMUM_RAW_LENGTH, 0, -(-sizes // length))
         self._before = np.cumsum(self._counts)  # windows of a document and of those before it
-        if not len(self):
+        if split is not None and not len(self):
             raise CorpusError(
                 f"the {split} split has no document of {MINIMUM_RAW_LENGTH} tokens or more: give other text, or set "
                 "objective.within_document to false"
@@ -121,7 +136,7 @@ class DocumentWindows:
 
     def read(self, samples: Int64s, lengths: Int64s, windows: npt.NDArray[np.int32]) -> None:
         """Read each sample's window to `windows[i]`; `lengths[i]` becomes less where it has fewer tokens."""
-        _, places = places_of(self._seed, Purpose.ORDER, samples, len(self), source=self._source)
+        _, places = places_of(self._seed, self._purpose, samples, len(self), source=self._source)
         documents = np.searchsorted(self._before, places, side="right")
         counts = self._counts[documents]
         part = places - (self._before[documents] - counts)

@@ -9,8 +9,7 @@ import numpy.typing as npt
 
 from ul2r.config import Recipe
 from ul2r.data.prepared import open_corpus
-from ul2r.data.tokenizer import add_special_tokens, load_tokenizer, vocabulary_of
-from ul2r.launch.run import check_run
+from ul2r.launch.run import check_run, planned_vocabulary
 from ul2r.model.flops import training_flops
 from ul2r.model.sizing import GIB, Sizing, expected_seconds, padded_vocabulary, size_run
 from ul2r.objective import Vocabulary, make_rows
@@ -37,7 +36,9 @@ def dry_run(recipe: Recipe) -> str:
         start = f"step {reached.step:,}" if reached else _start(recipe)
         checked = "recipe, token store, checkpoints, memory"
     else:
-        size, origin = _planned_vocabulary(recipe)
+        size = planned_vocabulary(recipe)
+        tokenizer = recipe.data.tokenizer
+        origin = f"of {tokenizer}" if tokenizer else "as data.vocabulary_size says"
         start = _start(recipe)
         checked = f"recipe and memory only: {recipe.store_folder} is not prepared yet"
     sizing = size_run(recipe, size)
@@ -97,16 +98,6 @@ def _stand_in(sentinels: int) -> Vocabulary:
 
 def _start(recipe: Recipe) -> str:
     return f"weights of {recipe.base}" if recipe.base else "initial weights"
-
-
-def _planned_vocabulary(recipe: Recipe) -> tuple[int, str]:
-    """Entries that the tokenizer will have, and where that number comes from."""
-    data = recipe.data
-    if data.tokenizer is None:
-        return data.vocabulary_size, "as data.vocabulary_size says"
-    tokenizer = load_tokenizer(data.tokenizer)
-    add_special_tokens(tokenizer, data.sentinels, data.mode_tokens)
-    return vocabulary_of(tokenizer, data.mode_tokens).size, f"of {data.tokenizer}"
 
 
 def _facts(recipe: Recipe, sizing: Sizing, vocabulary_size: int) -> Iterator[tuple[str, str]]:

@@ -9,6 +9,7 @@ from ul2r.config import Recipe
 from ul2r.data.batches import Batches
 from ul2r.data.inspection import write_page
 from ul2r.data.prepared import Corpus
+from ul2r.data.tokenizer import add_special_tokens, load_tokenizer, vocabulary_of
 from ul2r.model.flops import parameters
 from ul2r.model.sizing import size_run
 from ul2r.tracking.mlflow import end_run, find_run, log_artifact, start_run
@@ -31,6 +32,26 @@ def check_run(recipe: Recipe, corpus: Corpus) -> CheckpointInfo | None:
     Batches(recipe, corpus)  # refuses a store that is too short or has too few sentinels
     size_run(recipe, corpus.vocabulary.size)  # refuses what its devices cannot hold
     return check_checkpoints(recipe, corpus)
+
+
+def check_unprepared(recipe: Recipe) -> None:
+    """Check what can be checked of a recipe whose store is not there yet.
+
+    Raises:
+        UserError: If its devices cannot hold the run, or it names a base that is not there.
+    """
+    size_run(recipe, planned_vocabulary(recipe))
+    base_checkpoint(recipe)
+
+
+def planned_vocabulary(recipe: Recipe) -> int:
+    """Entries that the tokenizer of a store that is not there yet will have."""
+    data = recipe.data
+    if data.tokenizer is None:
+        return data.vocabulary_size
+    tokenizer = load_tokenizer(data.tokenizer)
+    add_special_tokens(tokenizer, data.sentinels, data.mode_tokens)
+    return vocabulary_of(tokenizer, data.mode_tokens).size
 
 
 def check_checkpoints(recipe: Recipe, corpus: Corpus) -> CheckpointInfo | None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from ul2r.config import Recipe
 from ul2r.console import progress
 from ul2r.data.prepared import Corpus, open_corpus
-from ul2r.errors import LayoutError
+from ul2r.errors import CorpusError, LayoutError
 from ul2r.launch.run import NO_GPU, check_finished, check_run, end_finished, recorded
 from ul2r.launch.worker import run_worker
 from ul2r.tracking.mlflow import MlflowTracker, check_server
@@ -31,6 +31,11 @@ def train(recipe: Recipe) -> CheckpointInfo:
         UserError: If a check fails, or torchrun started another number of processes than the recipe has workers.
     """
     corpus = open_corpus(recipe.store_folder)
+    if not corpus.manifest.complete:
+        raise CorpusError(
+            f"{recipe.store_folder}: is not complete, and only Ray makes the rest while a run trains: run "
+            "jobs/prepare.py RECIPE first, or train without torchrun"
+        )
     started = int(os.environ["WORLD_SIZE"])
     if started != recipe.parallel.workers:
         raise LayoutError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 from ray._private.worker import get_dashboard_url
@@ -16,11 +17,20 @@ from ray.train.v2.api.callback import RayTrainCallback
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from ul2r.config import Recipe
+from ul2r.data.prepare import begun
 from ul2r.data.prepared import open_corpus
 from ul2r.errors import UserError
 from ul2r.launch.cluster import connected
+from ul2r.launch.growing import growing
 from ul2r.launch.progress import shown_progress
-from ul2r.launch.run import NO_GPU, check_finished, check_run, end_finished, recorded
+from ul2r.launch.run import (
+    NO_GPU,
+    check_finished,
+    check_run,
+    check_unprepared,
+    end_finished,
+    recorded,
+)
 from ul2r.tracking.mlflow import check_server
 from ul2r.train.checkpoint import CheckpointInfo, claim
 
@@ -28,7 +38,8 @@ from ul2r.train.checkpoint import CheckpointInfo, claim
 def train(recipe: Recipe) -> CheckpointInfo:
     """Train the run from where it stands to its last step.
 
-    Store, base, own checkpoints, memory, tracking server and cluster are checked before anything starts.
+    Store, base, own checkpoints, memory, tracking server and cluster are checked before anything starts. A streamed
+    store is made meanwhile, as far as it is not there.
 
     Returns:
         The description of its last checkpoint; at once, if that was written before.
@@ -36,18 +47,30 @@ def train(recipe: Recipe) -> CheckpointInfo:
     Raises:
         UserError: If one of the checks fails.
     """
-    corpus = open_corpus(recipe.store_folder)
-    reached = check_run(recipe, corpus)
+    is_begun = recipe.store_folder.exists() or recipe.data.order == "shuffled"
+    corpus = open_corpus(recipe.store_folder) if is_begun else None
+    reached = None
+    if corpus is None:
+        check_unprepared(recipe)
+    else:
+        reached = check_run(recipe, corpus)
     uri = check_server(recipe.tracking.uri)
     if reached is not None and reached.finished:
         end_finished(recipe, uri)
         return reached
-    gpus = recipe.parallel.workers * recipe.launch.gpus_per_worker
+    grows = corpus is None or not corpus.manifest.complete
+    if grows:
+        begun(recipe)  # refuses what the rest of its store cannot be made of
+    cpus, gpus = cpus_needed(recipe), recipe.parallel.workers * recipe.launch.gpus_per_worker
     with (
-        connected(cpus_needed(recipe), gpus, smaller="lower parallel.workers"),
-        recorded(recipe, corpus, uri) as run_id,
+        connected(cpus + grows, gpus, smaller="lower parallel.workers"),
+        growing(recipe, cpus) if grows else nullcontext(corpus) as corpus,
     ):
-        _fit(recipe, corpus.manifest.fingerprint, uri, run_id)
+        assert corpus is not None
+        if grows:
+            check_run(recipe, corpus)
+        with recorded(recipe, corpus, uri) as run_id:
+            _fit(recipe, corpus.manifest.fingerprint, uri, run_id)
     return check_finished(recipe, corpus)
 
 

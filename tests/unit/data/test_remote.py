@@ -5,6 +5,7 @@ import http.server
 import shutil
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,17 @@ def test_store_elsewhere_is_fetched_once_and_is_the_same(elsewhere: Elsewhere, c
     assert len(elsewhere.asked) == asked, "one that is known by its fingerprint is not asked for"
     assert local_store(elsewhere.url) == folder
     assert elsewhere.asked[asked:] == ["/store/manifest.json"]
-    assert list(cache.iterdir()) == [folder], "nothing half-fetched stays"
+    assert [path for path in cache.iterdir() if path.is_dir()] == [folder], (
+        "nothing half-fetched stays"
+    )
+
+
+def test_workers_of_one_machine_fetch_a_store_once(elsewhere: Elsewhere, cache: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        folders = set(pool.map(local_store, [elsewhere.url] * 4))
+    assert len(folders) == 1
+    assert elsewhere.asked.count("/store/manifest.json") == 4
+    assert elsewhere.asked.count("/store/train.bin") == 1
 
 
 def test_folder_of_this_machine_is_used_where_it_is(tmp_path: Path, cache: Path) -> None:

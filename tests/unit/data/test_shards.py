@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from ul2r.data.blend import Documents
 from ul2r.data.corpus import SourceFile, find_files
+from ul2r.data.joining import join_shards
 from ul2r.data.manifest import Manifest
 from ul2r.data.prepared import Corpus, open_corpus
 from ul2r.data.shards import (
@@ -20,7 +21,6 @@ from ul2r.data.shards import (
     SMALLEST_SHARD,
     Group,
     group_files,
-    join_shards,
     shard_is_done,
     write_shard,
 )

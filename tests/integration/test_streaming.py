@@ -1,0 +1,172 @@
+"""Text without a prepare step, on real Ray clusters: tokenised while training reads it, to the same store."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+
+from ul2r.config import Recipe, dump
+from ul2r.data.batches import Batches
+from ul2r.data.chapters import Chapters
+from ul2r.data.corpus import find_files
+from ul2r.data.manifest import Manifest
+from ul2r.data.pipeline import make_dataset, read, split
+from ul2r.data.prepare import finished, prepare, stream
+from ul2r.data.prepared import open_corpus
+from ul2r.data.streaming import stream_groups
+from ul2r.errors import CorpusError
+from ul2r.launch.growing import growing
+from ul2r.testing.corpus import write_texts
+from ul2r.testing.recipes import tiny_recipe
+from ul2r.tracking.server import running_server
+
+pytestmark = pytest.mark.integration
+
+ROOT = Path(__file__).parents[2]
+WAIT_S = 240
+FILES, COPIES = 30, 10
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray() -> Iterator[None]:
+    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty files of 110 kB with a document a line, ten of them copies of others."""
+    folder = tmp_path_factory.mktemp("texts")
+    texts = write_texts(tmp_path_factory.mktemp("stories"), documents=FILES, sentences=40)
+    for number, text in enumerate(texts + texts[:COPIES]):
+        lines = "".join(json.dumps({"text": line * 70}) + "\n" for line in text.splitlines())
+        (folder / f"story_{number:02d}.jsonl").write_text(lines, encoding="utf-8")
+    return folder
+
+
+def recipe_in(storage: Path, texts: Path, **changes: object) -> Recipe:
+    # So much is held out that one shard is a first chapter.
+    data = {"corpus": [str(texts)], "vocabulary_size": 512, "order": "streamed", "held_out": 0.45}
+    return tiny_recipe(storage, data=data, **changes)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def complete(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """A streamed store made by `prepare`."""
+    recipe = recipe_in(tmp_path_factory.mktemp("complete"), texts)
+    assert prepare(recipe) == finished(recipe)
+    return recipe
+
+
+def test_chapters_hold_every_document_once_but_those_equal_to_held_out_ones(
+    complete: Recipe, texts: Path
+) -> None:
+    corpus = open_corpus(complete.store_folder)
+    shards = [chapter.shards for chapter in corpus.manifest.chapters]
+    assert shards == [1, 1, 2], "each as long as all before it together"
+    (share,) = corpus.train
+    held_out = {corpus.held_out.document(n).tobytes() for n in range(corpus.held_out.documents)}
+    train = [share.store.document(n).tobytes() for n in range(share.store.documents)]
+    assert not held_out & set(train)
+    assert len(held_out | set(train)) == len(
+        set("".join(map(Path.read_text, texts.iterdir())).splitlines())
+    )
+    assert isinstance(share.store, Chapters)
+    assert corpus.manifest.train.tokens == len(share.store)
+    assert corpus.manifest.train.documents == share.store.documents
+    assert [path.name for path in complete.storage.iterdir() if path.is_dir()] == ["store"]
+
+
+def test_store_whose_making_was_cut_off_goes_on_and_is_the_same(
+    complete: Recipe, texts: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_in(tmp_path, texts)
+    before = stream(recipe)
+    next(before)
+    before.close()
+    assert not recipe.store_folder.exists()
+    behind = stream(recipe)
+    while not recipe.store_folder.exists():
+        next(behind)
+    behind.close()
+    assert not Manifest.read(recipe.store_folder).complete
+    assert finished(recipe) is None
+    prepare(recipe)
+    assert files_of(recipe.store_folder) == files_of(complete.store_folder)
+
+
+def test_rows_read_while_the_store_grows_are_those_of_the_complete_one(
+    complete: Recipe, texts: Path, tmp_path: Path
+) -> None:
+    """Bit for bit, through Ray Data, from the first chapter into the second epoch."""
+    training = {"steps": 24, "global_batch_rows": 1000}
+    recipe = recipe_in(tmp_path, texts, training=training, validation={"rows": 8})
+    expected = Batches(recipe, open_corpus(complete.store_folder))
+    with growing(recipe, cpus=1) as corpus:
+        assert len(corpus.manifest.chapters) < 3
+        (iterator,) = split(make_dataset(recipe, 0, 1), 1)
+        for step, rows in enumerate(read(iterator, recipe, 0, 0, 1)):
+            assert np.array_equal(rows.tokens, expected.rows(step).tokens)
+            assert np.array_equal(rows.labels, expected.rows(step).labels)
+    assert step == 23
+    windows = len(open_corpus(complete.store_folder).train[0].store) // 65
+    assert windows < 24_000, "a second epoch was begun"
+    assert files_of(recipe.store_folder) == files_of(complete.store_folder)
+
+
+def test_file_that_cannot_be_read_is_told_to_those_who_wait_for_it(
+    complete: Recipe, texts: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(texts, tmp_path / "texts")
+    training = {"steps": 100, "global_batch_rows": 1000}
+    recipe = recipe_in(tmp_path / "storage", tmp_path / "texts", training=training)
+    # With a tokenizer given, nothing is read before the tasks read it.
+    given = {"tokenizer": complete.store_folder / "tokenizer.json"}
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=given)})
+    last = stream_groups(find_files(recipe.data.corpus))[-1].files[-1].path
+    last.write_bytes(b'{"text": "fine"}\n{"text": \n')
+    with growing(recipe, cpus=1):
+        (iterator,) = split(make_dataset(recipe, 0, 1), 1)
+        with pytest.raises(CorpusError, match=rf"{last.name}: line 2: not JSON") as caught:
+            deque(read(iterator, recipe, 0, 0, 1))
+    assert "\n" not in str(caught.value)
+    assert len(Manifest.read(recipe.store_folder).chapters) == 2, "what could be made is there"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_job_trains_on_text_that_was_not_prepared(
+    complete: Recipe, texts: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_in(tmp_path / "storage", texts, training={"steps": 3})
+    (tmp_path / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+    with running_server(tmp_path) as uri:
+        job = subprocess.run(
+            [sys.executable, "jobs/train.py", str(tmp_path / "recipe.yaml")],
+            cwd=ROOT,
+            env=os.environ | {"MLFLOW_TRACKING_URI": uri},
+            capture_output=True,
+            text=True,
+            timeout=WAIT_S,
+            check=False,
+        )
+    assert job.returncode == 0, job.stderr
+    assert "tokenising the first of 4 MB of text, the rest while it trains" in job.stderr
+    assert "tiny: 3 steps" in job.stdout
+    made, expected = (open_corpus(one.store_folder) for one in (recipe, complete))
+    assert made.manifest.fingerprint == expected.manifest.fingerprint
