@@ -46,7 +46,7 @@ def main() -> None:
         if size < BYTES:
             files.append(file)
             size += file.size
-    texts = [text for file in files for text, _ in read_documents(file.path)]
+    texts = [text for file in files for text, _ in read_documents(file)]
     tokenizer = train_tokenizer(texts, VOCABULARY, SENTINELS)
     vocabulary, megabytes = vocabulary_of(tokenizer), sum(map(len, map(str.encode, texts))) / 1e6
     numbers = iter(range(2 * TURNS))

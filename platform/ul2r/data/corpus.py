@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sysconfig
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 from ul2r.errors import CorpusError
@@ -21,7 +22,7 @@ TOKEN_SUFFIXES = (".bin", ".idx")
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file of the corpus, as it was when listed."""
+    """A file of the corpus, as it was when listed, or a part of one."""
 
     path: Path
     """Absolute."""
@@ -30,11 +31,27 @@ class SourceFile:
     size: int
     """Bytes."""
     modified_ns: int
+    begin: int = 0
+    """Byte of the file that a part begins with."""
 
     @property
     def holds_tokens(self) -> bool:
         """Whether it is the `.bin` of a token store of Megatron's instead of text."""
         return self.path.suffix in TOKEN_SUFFIXES
+
+    @property
+    def can_be_cut(self) -> bool:
+        """Whether parts of it can be read for themselves: lines that are found from any byte of the file."""
+        return self.path.suffix == ".jsonl"
+
+    def parts(self, size: int) -> list[SourceFile]:
+        """The file cut into parts of about `size` bytes, as few as that takes; one if it cannot be cut."""
+        count = -(-self.size // size) if self.can_be_cut and self.size else 1
+        edges = [number * self.size // count for number in range(count + 1)]
+        return [
+            replace(self, begin=self.begin + begin, size=end - begin)
+            for begin, end in pairwise(edges)
+        ]
 
 
 def find_files(entries: Sequence[str]) -> list[SourceFile]:

@@ -11,14 +11,15 @@ import io
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
 
-from ul2r.data.corpus import COMPRESSIONS, kind
+from ul2r.data.corpus import COMPRESSIONS, SourceFile, kind
 from ul2r.errors import CorpusError
 
 PIECE_SIZE = 2**16
@@ -33,18 +34,20 @@ class Piece(NamedTuple):
     ends_document: bool
 
 
-def read_documents(path: Path) -> Iterator[Piece]:
-    """Read a file's documents one after the other; those without text are left out.
+def read_documents(file: SourceFile) -> Iterator[Piece]:
+    """Read the documents of a file, or of a part of one, one after the other; those without text are left out.
 
-    How a document is cut into pieces depends on its text alone, not on the kind of file it came in.
+    How a document is cut into pieces depends on its text alone, not on the kind of file it came in. A part has the
+    lines whose first bytes lie in it, so that the parts of a file have each of them once.
 
     Raises:
         CorpusError: If the file cannot be read; names the line or row where there is one.
     """
+    path = file.path
     try:
         with _decompressed(path) as stream:
             if kind(path) == ".jsonl":
-                for text in _json_texts(path, stream):
+                for text in _json_texts(file, stream):
                     yield from pieces([text])
             elif kind(path) == ".parquet":
                 for text in _parquet_texts(path, stream):
@@ -92,18 +95,43 @@ def _decoded(path: Path, stream: IO[bytes]) -> Iterator[str]:
         lines += chunk.count(b"\n")
 
 
-def _json_texts(path: Path, stream: IO[bytes]) -> Iterator[str]:
-    for number, line in enumerate(stream, 1):
+def _json_texts(file: SourceFile, stream: IO[bytes]) -> Iterator[str]:
+    for number, line in enumerate(_lines(file, stream), 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
-            raise CorpusError(f"{path}: line {number}: {_not_utf8(error)}") from None
+            raise CorpusError(f"{_line(file, number)}: {_not_utf8(error)}") from None
         except json.JSONDecodeError as error:
-            raise CorpusError(f"{path}: line {number}: not JSON: {error.msg}") from None
+            raise CorpusError(f"{_line(file, number)}: not JSON: {error.msg}") from None
         text = record.get("text") if isinstance(record, dict) else None
-        yield _checked(text, f"{path}: line {number}")
+        yield _checked(text, partial(_line, file, number))
+
+
+def _lines(file: SourceFile, stream: IO[bytes]) -> Iterator[bytes]:
+    """The lines that begin in the part of the file; of a file that cannot be cut, all."""
+    if not file.can_be_cut:
+        yield from stream
+        return
+    if file.begin:
+        stream.seek(file.begin - 1)
+        stream.readline()  # one that began before, or the end of one
+    place, end = stream.tell(), file.begin + file.size
+    while place < end and (line := stream.readline()):
+        yield line
+        place += len(line)
+
+
+def _line(file: SourceFile, number: int) -> str:
+    """Names the line `number` of a part, counted from 1, by its number in the file."""
+    if file.begin:
+        with file.path.open("rb") as stream:
+            left = file.begin - 1
+            while left and (chunk := stream.read(min(left, PIECE_SIZE))):
+                number, left = number + chunk.count(b"\n"), left - len(chunk)
+        number += 1  # the line that the part's first one follows
+    return f"{file.path}: line {number}"
 
 
 def _parquet_texts(path: Path, stream: IO[bytes]) -> Iterator[str]:
@@ -120,7 +148,7 @@ def _parquet_texts(path: Path, stream: IO[bytes]) -> Iterator[str]:
             for batch in table.iter_batches(ROWS_AT_A_TIME, columns=["text"]):
                 for value in batch.column(0):
                     row += 1
-                    yield _checked(_python_value(value), f"{path}: row {row}")
+                    yield _checked(_python_value(value), partial("{}: row {}".format, path, row))
         except pyarrow.ArrowException as error:
             raise CorpusError(f"{path}: not a readable parquet file: {error}") from None
 
@@ -132,14 +160,14 @@ def _python_value(value: pyarrow.Scalar) -> Any:  # noqa: ANN401  whatever type 
         return None
 
 
-def _checked(text: Any, where: str) -> str:  # noqa: ANN401  whatever stood in the file
+def _checked(text: Any, where: Callable[[], str]) -> str:  # noqa: ANN401  whatever stood in the file
     """The text, if it is one and UTF-8 can hold it (JSON's escapes can spell halves of surrogate pairs)."""
     if not isinstance(text, str):
-        raise CorpusError(f'{where}: no text under "text"')
+        raise CorpusError(f'{where()}: no text under "text"')
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise CorpusError(f"{where}: {error.reason} at character {error.start + 1}") from None
+        raise CorpusError(f"{where()}: {error.reason} at character {error.start + 1}") from None
     return text
 
 

@@ -177,7 +177,7 @@ def _sample(files: Sequence[SourceFile]) -> Iterator[str]:
     taken = 0
     for file in chosen:
         end = min(taken + share, SAMPLE_SIZE)
-        for text, _ in read_documents(file.path):
+        for text, _ in read_documents(file):
             if taken >= end:
                 break
             yield text

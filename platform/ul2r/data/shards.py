@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -56,20 +56,31 @@ class _Part(NamedTuple):
     ends_document: bool
 
 
-def group_files(files: Sequence[SourceFile], largest: int = LARGEST_SHARD) -> list[Group]:
-    """Cut the files, in order, into groups of about equal size, `largest` bytes at most; a file is never cut."""
+def group_files(
+    files: Sequence[SourceFile],
+    largest: int = LARGEST_SHARD,
+    key: Callable[[SourceFile], bytes] | None = None,
+) -> list[Group]:
+    """Cut the files into groups of about equal size.
+
+    Args:
+        files: The corpus.
+        largest: Bytes of a group, at most, unless a file that cannot be cut is larger.
+        key: Sorts the files and their parts; without it they keep their order.
+    """
     total = sum(file.size for file in files)
     target = min(max(total // SHARDS, SMALLEST_SHARD), largest)
-    parts: list[list[SourceFile]] = []
+    parts = [part for file in files for part in file.parts(target)]
+    groups: list[list[SourceFile]] = []
     room = 0
-    for file in files:
+    for part in parts if key is None else sorted(parts, key=key):
         if room <= 0:
-            parts.append([])
+            groups.append([])
             room = target
-        parts[-1].append(file)
-        room -= file.size
+        groups[-1].append(part)
+        room -= part.size
     alone = len(files) == 1 and kind(files[0].path) in ONE_DOCUMENT_SUFFIXES
-    return [Group(number, tuple(part), alone) for number, part in enumerate(parts)]
+    return [Group(number, tuple(group), alone) for number, group in enumerate(groups)]
 
 
 def shard_is_done(group: Group, folder: Path) -> bool:
@@ -109,7 +120,7 @@ def _parts(group: Group, tokenizer: Tokenizer, vocabulary: Vocabulary) -> Iterat
         if file.holds_tokens:
             yield from _token_parts(file.path, vocabulary)
         else:
-            for text, ends_document in read_documents(file.path):
+            for text, ends_document in read_documents(file):
                 source = text.encode()
                 yield _Part(encode(tokenizer, text), source, len(source), ends_document)
 

@@ -27,8 +27,11 @@ HELD_OUT_TOKENS = 2**16
 
 def stream_groups(files: Sequence[SourceFile]) -> list[Group]:
     """Groups of files in the order in which a streamed store reads them: by digests of their names."""
-    shuffled = sorted(files, key=lambda file: hashlib.blake2b(file.name.encode()).digest())
-    return group_files(shuffled, LARGEST_STREAMED_SHARD)
+    return group_files(files, LARGEST_STREAMED_SHARD, _digest)
+
+
+def _digest(part: SourceFile) -> bytes:
+    return hashlib.blake2b(f"{part.name}:{part.begin}".encode()).digest()
 
 
 @dataclass

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,23 +37,24 @@ def made_shards(
     Raises:
         CorpusError: If a file cannot be read; of two such, always the first.
     """
-    left = {group.number for group in groups if not shard_is_done(group, work)}
-    tasks = [
-        {"task": pickle.dumps((group, work, vocabulary))}
-        for group in groups
-        if group.number in left
-    ]
-    answers: Iterator[dict[str, str]] = iter(())
-    if tasks:
-        with _quiet_in_order(cpus):
-            dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(_shard_task)
-        answers = iter(dataset.iter_rows())
-    for group in groups:
-        if group.number in left:
-            mistake = next(answers)["mistake"]
-            if mistake:
-                raise CorpusError(mistake)
-        yield group
+    left = {group.number: group for group in groups if not shard_is_done(group, work)}
+    tasks = [{"task": pickle.dumps((group, work, vocabulary))} for group in left.values()]
+    with closing(_answers(tasks, cpus)) as answers:
+        for group in groups:
+            if group.number in left:
+                mistake = next(answers)["mistake"]
+                if mistake:
+                    raise CorpusError(mistake)
+            yield group
+
+
+def _answers(tasks: list[dict[str, bytes]], cpus: float | None) -> Generator[dict[str, str]]:
+    """What the tasks answer, in their order."""
+    if not tasks:
+        return
+    with _quiet_in_order(cpus):
+        dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(_shard_task)
+    yield from dataset.iter_rows()
 
 
 @contextmanager

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow
@@ -14,6 +16,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ul2r.data.corpus import SourceFile, find_files
 from ul2r.data.documents import PIECE_SIZE, pieces, read_documents
 from ul2r.errors import CorpusError
 
@@ -28,8 +31,13 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
 
 def _texts(path: Path) -> list[str]:
     """The documents of a file, each in one."""
+    (file,) = find_files([str(path)])
+    return _texts_of(file)
+
+
+def _texts_of(file: SourceFile) -> list[str]:
     texts, begun = [], ""
-    for text, ends_document in read_documents(path):
+    for text, ends_document in read_documents(file):
         begun += text
         if ends_document:
             texts.append(begun)
@@ -178,4 +186,37 @@ def test_a_compressed_file_that_was_cut_is_refused(tmp_path: Path, suffix: str) 
 
 def test_a_file_that_vanished_is_named(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=r"a\.txt: cannot be read: No such file"):
-        _texts(tmp_path / "a.txt")
+        _texts_of(SourceFile(tmp_path / "a.txt", "a.txt", 1, 0))
+
+
+lines = st.lists(st.text("aé \U0001f642", max_size=12), min_size=1, max_size=12)
+
+
+@given(lines, st.integers(1, 40), st.booleans())
+def test_parts_of_a_file_of_lines_have_each_of_them_once(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], size: int, ends: bool
+) -> None:
+    path = tmp_path_factory.mktemp("lines") / "a.jsonl"
+    data = _json_lines(*({"text": text} for text in texts))
+    path.write_bytes(data if ends else data[:-1])
+    (file,) = find_files([str(path)])
+    parts = file.parts(size)
+    assert [part.size for part in parts] == [
+        end.begin - part.begin for part, end in pairwise(parts)
+    ] + [file.size - parts[-1].begin]
+    assert [text for part in parts for text in _texts_of(part)] == [text for text in texts if text]
+
+
+@pytest.mark.parametrize("size", [10, 25, 60, 1000])
+def test_line_of_a_part_is_named_by_its_number_in_the_file(tmp_path: Path, size: int) -> None:
+    good = _json_lines(*({"text": f"line {number}"} for number in range(9)))
+    (tmp_path / "a.jsonl").write_bytes(good + b"{\n" + good)
+    (file,) = find_files([str(tmp_path / "a.jsonl")])
+    with pytest.raises(CorpusError, match=r"a\.jsonl: line 10: not JSON"):
+        deque(map(_texts_of, file.parts(size)))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl.gz", "a.parquet"])
+def test_what_is_not_read_line_by_line_stays_whole(name: str) -> None:
+    file = SourceFile(Path(name), name, 1000, 0)
+    assert file.parts(10) == [file]

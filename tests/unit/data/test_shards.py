@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -228,11 +229,21 @@ def test_tokens_of_another_tokenizer_are_refused(
         ([SMALLEST_SHARD // 2] * 20, 10),
         ([2**24] * 256, 64),
         ([LARGEST_SHARD // 4] * 1024, 256),
-        ([LARGEST_SHARD * 9, 1, 1], 2),
+        ([LARGEST_SHARD * 9, 1, 1], 65),
     ],
 )
 def test_groups_are_few_and_of_like_size(sizes: list[int], expected: int) -> None:
     files = [_file(size) for size in sizes]
     groups = group_files(files)
     assert [group.number for group in groups] == list(range(expected))
-    assert [file for group in groups for file in group.files] == files
+    parts = [part for group in groups for part in group.files]
+    assert [part for part in parts if not part.begin] == [
+        replace(file, size=part.size)
+        for file, part in zip(files, (part for part in parts if not part.begin), strict=True)
+    ]
+    assert sum(part.size for part in parts) == sum(sizes)
+
+
+def test_file_that_cannot_be_cut_is_a_group_of_any_size() -> None:
+    files = [SourceFile(Path("a.gz"), "a.gz", size, 0) for size in (LARGEST_SHARD * 9, 1, 1)]
+    assert [group.size for group in group_files(files)] == [LARGEST_SHARD * 9, 2]
