@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from ul2r.config import Recipe, dump
 from ul2r.data.batches import Batches
 from ul2r.data.blend import BLOCK, Blend, JoinedStores, shares
+from ul2r.data.manifest import Manifest
 from ul2r.data.prepare import finished, prepare
 from ul2r.data.prepared import open_corpus
 from ul2r.data.store import TokenStore, TokenWriter
@@ -197,6 +199,16 @@ def test_blend_of_a_store_that_was_made_anew_is_refused(stores: list[Path], tmp_
         open_corpus(recipe.store_folder)
     with pytest.raises(CorpusError, match=r"was made anew"):
         finished(recipe)
+
+
+def test_blend_of_a_store_that_is_not_complete_is_refused(
+    stores: list[Path], tmp_path: Path
+) -> None:
+    replace(Manifest.read(stores[1]), complete=False).write(stores[1])
+    with pytest.raises(
+        CorpusError, match=r"second/store is not complete yet: run jobs/prepare\.py"
+    ):
+        prepare(blend_recipe(tmp_path, stores, 1, 1))
 
 
 def test_blend_of_other_weights_is_refused_with_both(stores: list[Path], tmp_path: Path) -> None:

@@ -6,11 +6,13 @@ import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from ul2r.data.manifest import Manifest
 from ul2r.data.prepare import finished, prepare
 from ul2r.data.prepared import open_corpus
 from ul2r.data.remote import local_store
@@ -101,6 +103,14 @@ def test_run_on_a_store_elsewhere_goes_on_when_its_host_is_gone(
     assert len(corpus.train[0].store) == corpus.manifest.train.tokens
     with pytest.raises(CorpusError, match=r"http://.*/store/manifest\.json: not there"):
         finished(recipe)
+
+
+def test_store_that_is_not_complete_elsewhere_is_refused(elsewhere: Elsewhere, cache: Path) -> None:
+    folder = elsewhere.folder / "store"
+    replace(Manifest.read(folder), complete=False).write(folder)
+    with pytest.raises(CorpusError, match=r"http://.*/store: is not complete yet"):
+        local_store(elsewhere.url)
+    assert list(cache.iterdir()) == []
 
 
 def test_store_that_changed_elsewhere_is_refused(

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ul2r.config import dump
-from ul2r.errors import RecipeError, ServiceError
+from ul2r.data.manifest import Manifest
+from ul2r.errors import CheckpointError, CorpusError, RecipeError, ServiceError
+from ul2r.launch import torchrun
 from ul2r.launch.trainer import train
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.recipes import tiny_recipe
@@ -33,6 +36,30 @@ def test_a_model_that_no_worker_can_hold_is_found_before_anything_starts(tmp_pat
     with pytest.raises(RecipeError, match=r"its device has launch\.device_memory_gib=0\.001"):
         train(recipe)
     assert not recipe.run_folder().exists()
+
+
+def test_text_that_is_not_prepared_is_checked_before_anything_starts(tmp_path: Path) -> None:
+    streamed = {"order": "streamed", "corpus": [str(tmp_path / "nowhere")]}
+    uri = {"uri": NOBODY}
+    large = tiny_recipe(tmp_path, data=streamed, launch={"device_memory_gib": 0.001})
+    with pytest.raises(RecipeError, match=r"its device has launch\.device_memory_gib=0\.001"):
+        train(large)
+    with pytest.raises(CheckpointError, match="base=other has no checkpoint"):
+        train(tiny_recipe(tmp_path, data=streamed, base="other"))
+    with pytest.raises(ServiceError, match="no MLflow server answers"):
+        train(tiny_recipe(tmp_path, data=streamed, tracking=uri))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_rest_of_a_store_that_torchrun_cannot_make_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_store(tmp_path / "store", documents=12)
+    folder = tmp_path / "store"
+    replace(Manifest.read(folder), complete=False).write(folder)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(CorpusError, match=r"is not complete, .* run jobs/prepare\.py RECIPE first"):
+        torchrun.train(tiny_recipe(tmp_path))
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
