@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from ray._private.worker import get_dashboard_url
@@ -20,9 +21,11 @@ from ul2r.data.prepared import open_corpus
 from ul2r.errors import UserError
 from ul2r.launch.cluster import connected
 from ul2r.launch.progress import shown_progress
-from ul2r.launch.run import NO_GPU, check_finished, check_run, end_finished, recorded
+from ul2r.launch.run import NO_GPU, check_run, end_finished, reached_by, recorded
+from ul2r.launch.stopping import sigterm_noted
 from ul2r.tracking.mlflow import check_server
-from ul2r.train.checkpoint import CheckpointInfo, claim
+from ul2r.train.checkpoint import CheckpointInfo
+from ul2r.train.storage import claim, silent
 
 
 def train(recipe: Recipe) -> CheckpointInfo:
@@ -35,9 +38,10 @@ def train(recipe: Recipe) -> CheckpointInfo:
 
     Raises:
         UserError: If one of the checks fails.
+        KeyboardInterrupt: After a checkpoint, if this process got SIGTERM.
     """
     corpus = open_corpus(recipe.store_folder)
-    reached = check_run(recipe, corpus)
+    reached = check_run(recipe, corpus, silent)
     uri = check_server(recipe.tracking.uri)
     if reached is not None and reached.finished:
         end_finished(recipe, uri)
@@ -45,10 +49,14 @@ def train(recipe: Recipe) -> CheckpointInfo:
     gpus = recipe.parallel.workers * recipe.launch.gpus_per_worker
     with (
         connected(cpus_needed(recipe), gpus, smaller="lower parallel.workers"),
+        sigterm_noted() as stopped,
         recorded(recipe, corpus, uri) as run_id,
     ):
-        _fit(recipe, corpus.manifest.fingerprint, uri, run_id)
-    return check_finished(recipe, corpus)
+        _fit(recipe, corpus.manifest.fingerprint, uri, run_id, stopped)
+        reached = reached_by(recipe)
+        if not reached.finished:
+            raise KeyboardInterrupt
+    return reached
 
 
 def cpus_needed(recipe: Recipe) -> float:
@@ -90,11 +98,11 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types here
         return [one for one in callbacks if not isinstance(one, PlacementGroupCleanerCallback)]
 
 
-def _fit(recipe: Recipe, fingerprint: str, uri: str, run_id: str) -> None:
+def _fit(recipe: Recipe, fingerprint: str, uri: str, run_id: str, stopped: threading.Event) -> None:
     per_step = recipe.training.global_batch_rows * recipe.objective.sequence_length
     total = recipe.training.steps * per_step
     launch = recipe.launch
-    with shown_progress(recipe.name, total) as board:
+    with shown_progress(recipe.name, total, stopped) as board:
         trainer = _Trainer(
             _train_worker,
             train_loop_config={
