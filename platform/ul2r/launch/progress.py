@@ -92,20 +92,20 @@ def _reports(board: ActorHandle, ended: threading.Event) -> Iterator[tuple[int, 
     A board whose process is still starting, or cannot start, must not keep the block from ending.
     """
     last: tuple[int, str] = (0, "")
-    ending = False
+    last_reads = 0
     asked = board.read.remote()
-    while True:
-        if ray.wait([asked], timeout=LAST_WORD_S if ending else 0)[0]:
-            said, lines = ray.get(asked)
-            for line in lines:
-                sys.stderr.write(f"{line}\n")
-            if said != last:
-                last = said
-                yield said
-            asked = board.read.remote()
-        if ending:
-            return
+    while last_reads < 2:  # the first of them was asked before the end
         ending = ended.wait(POLL_S)
+        last_reads += ending
+        if not ray.wait([asked], timeout=LAST_WORD_S if ending else 0)[0]:
+            continue
+        said, lines = ray.get(asked)
+        asked = board.read.remote()
+        for line in lines:
+            sys.stderr.write(f"{line}\n")
+        if said != last:
+            last = said
+            yield said
 
 
 class Report:
