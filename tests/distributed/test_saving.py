@@ -1,0 +1,275 @@
+"""Checkpoints written behind the loop by several processes: exact, and sound or not counted, whatever happens."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.multiprocessing.spawn import ProcessRaisedException
+
+from ul2r.config import Parallel, Recipe
+from ul2r.testing.corpus import tiny_store
+from ul2r.testing.distributed import run_distributed
+from ul2r.testing.recipes import tiny_recipe
+from ul2r.train.integrity import find_damage
+
+pytestmark = pytest.mark.distributed
+
+Losses = dict[int, float]
+TWO = {"workers": 2}
+
+
+def train(recipe: Recipe, stop_after: int | None = None) -> tuple[Losses, list[str], list[str]]:
+    """Loss of each step taken, what was said, and the names of the metrics of checkpoints.
+
+    Args:
+        recipe: The run.
+        stop_after: Rank 1 wishes to stop after this step.
+    """
+    import torch.distributed as dist
+
+    from ul2r.launch.worker import run_worker
+    from ul2r.tracking.tracker import MemoryTracker
+    from ul2r.train.loop import Wish
+
+    tracker, said, asked = MemoryTracker(), list[str](), list[int]()
+
+    def wish() -> Wish:
+        asked.append(1)
+        stops = dist.get_rank() == 1 and len(asked) == stop_after
+        return Wish.STOP if stops else Wish.GO_ON
+
+    run_worker(recipe, tracker, lambda *_: None, say=said.append, wish=wish)
+    names = {name for _, metrics in tracker.records for name in metrics}
+    found = sorted(name for name in names if name.startswith("checkpoint/"))
+    return dict(tracker.series("train/loss")), said, found
+
+
+def train_with_small_files(recipe: Recipe) -> None:
+    """Train where rank 1 may not write what a checkpoint takes."""
+    import torch.distributed as dist
+
+    if dist.get_rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    train(recipe)
+
+
+def save_and_change(recipe: Recipe, folder: Path) -> list[bool]:
+    """Begin to save, change all that is saved at once, then load; whether each weight and state is as before."""
+    import torch
+    import torch.distributed as dist
+
+    from ul2r.data.prepared import open_corpus
+    from ul2r.launch.worker import Batches
+    from ul2r.train.mesh import Mesh
+    from ul2r.train.sharded import begin_save, load_checkpoint
+    from ul2r.train.step import TrainStep
+
+    corpus, mesh = open_corpus(recipe.store_folder), Mesh.join(recipe.parallel)
+    step = TrainStep(recipe, mesh, corpus.vocabulary.size)
+    step.train(0, Batches(recipe, corpus).rows(0, mesh.data_rank, recipe.parallel.data))
+
+    def tensors() -> list[torch.Tensor]:
+        (part,) = step.optimizer.chained_optimizers
+        states = part.optimizer.state.values()
+        return [*step.unwrapped.parameters(), *(t for state in states for t in state.values())]
+
+    before = [tensor.detach().clone() for tensor in tensors()]
+    if mesh.is_first:
+        folder.mkdir()
+    dist.barrier()
+    write = begin_save(folder, step)
+    with torch.no_grad():
+        for tensor in tensors():
+            tensor.fill_(7.0)
+    assert write.wait() is None
+    write.describe()
+    dist.barrier()
+    load_checkpoint(folder, step, optimizer=True)
+    return [torch.equal(old, new) for old, new in zip(before, tensors(), strict=True)]
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saving")
+    tiny_store(folder / "store")
+    return folder
+
+
+def run_named(storage: Path, name: str, **checkpoints: Any) -> Recipe:  # noqa: ANN401  of a recipe
+    return tiny_recipe(
+        storage, name=name, parallel=TWO, checkpoints={"every": 2, "keep": 3, **checkpoints}
+    )
+
+
+def checkpoint(recipe: Recipe, step: int) -> Path:
+    return recipe.run_folder() / "checkpoints" / f"step_{step:08d}"
+
+
+@pytest.fixture(scope="module")
+def whole(storage: Path) -> tuple[Recipe, Losses]:
+    """A run of which nothing disturbed, its checkpoints copied to a folder elsewhere."""
+    recipe = run_named(storage, "whole", copy_to=str(storage / "far"))
+    losses, said, metrics = run_distributed(train, 2, recipe)[0]
+    assert said == []
+    assert metrics == [
+        "checkpoint/bytes",
+        "checkpoint/save_seconds",
+        "checkpoint/stall_seconds",
+    ]
+    return recipe, losses
+
+
+def started_like(whole: Recipe, name: str, **checkpoints: Any) -> Recipe:  # noqa: ANN401
+    """Another run with the checkpoints of `whole`."""
+    recipe = run_named(whole.storage, name, **checkpoints)
+    shutil.copytree(whole.run_folder(), recipe.run_folder())
+    return recipe
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def largest(folder: Path) -> Path:
+    return max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size)
+
+
+def test_every_checkpoint_and_its_copy_is_whole(whole: tuple[Recipe, Losses]) -> None:
+    recipe, _ = whole
+    for step in (2, 4, 6):
+        copy = recipe.storage / "far" / "whole" / f"step_{step:08d}"
+        assert find_damage(checkpoint(recipe, step)) is None
+        assert find_damage(copy) is None
+    folders = {path.name for path in (recipe.run_folder() / "checkpoints").glob("[!.]*")}
+    assert folders == {"latest", "owner", *(f"step_0000000{step}" for step in (2, 4, 6))}
+
+
+def test_what_is_saved_is_not_changed_by_what_comes_after(storage: Path) -> None:
+    recipe = tiny_recipe(
+        storage,
+        parallel=TWO,
+        model={"hidden_size": 128, "ffn_hidden_size": 512, "heads": 4, "kv_heads": 4},
+    )
+    for same in run_distributed(save_and_change, 2, recipe, storage / "changed"):
+        assert all(same)
+
+
+def test_saving_with_the_loop_waiting_gives_the_same_run(
+    storage: Path, whole: tuple[Recipe, Losses]
+) -> None:
+    recipe = run_named(storage, "waiting", asynchronous=False)
+    losses, _, _ = run_distributed(train, 2, recipe)[0]
+    assert losses == whole[1]
+
+
+def test_a_changed_bit_is_noticed_and_the_checkpoint_before_is_taken(
+    whole: tuple[Recipe, Losses],
+) -> None:
+    recipe = started_like(whole[0], "bit")
+    flip(largest(checkpoint(recipe, 6)))
+    flip(largest(checkpoint(recipe, 4)))
+    (losses, said, metrics), (_, said_by_others, _) = run_distributed(train, 2, recipe)
+    assert losses == {step: whole[1][step] for step in (3, 4, 5, 6)}
+    assert len(said) == 1
+    assert "step_00000006 holds __" in said[0]
+    assert said[0].endswith("with another SHA-256 than was written: taking step_00000002 instead")
+    assert said_by_others == []
+    assert "checkpoint/load_seconds" in metrics
+    assert find_damage(checkpoint(recipe, 6)) is None
+
+
+def test_a_damaged_base_is_refused_by_every_rank(whole: tuple[Recipe, Losses]) -> None:
+    base = started_like(whole[0], "bad-base")
+    flip(largest(checkpoint(base, 6)))
+    recipe = run_named(base.storage, "on-bad-base").model_copy(update={"base": "bad-base"})
+    with pytest.raises(
+        ProcessRaisedException, match="base=bad-base stands at step 4 of 6: finish it first"
+    ):
+        run_distributed(train, 2, recipe)
+
+
+def test_a_run_whose_disk_is_gone_goes_on_from_its_copy(whole: tuple[Recipe, Losses]) -> None:
+    recipe = run_named(whole[0].storage, "whole", copy_to=str(whole[0].storage / "far"))
+    moved = recipe.model_copy(update={"storage": whole[0].storage / "fresh"})
+    shutil.copytree(recipe.store_folder, moved.store_folder)
+    (recipe.storage / "far" / "whole" / "latest").write_text("step_00000004")
+    losses, said, _ = run_distributed(train, 2, moved)[0]
+    assert losses == {step: whole[1][step] for step in (5, 6)}
+    assert said == [
+        f"{moved.run_folder()}/checkpoints: step_00000004 was fetched from {recipe.storage}/far/whole"
+    ]
+    assert (recipe.storage / "far" / "whole" / "latest").read_text() == "step_00000006"
+
+
+def test_one_rank_that_wishes_to_stop_stops_all_after_a_checkpoint(
+    storage: Path, whole: tuple[Recipe, Losses]
+) -> None:
+    recipe = run_named(storage, "stopped")
+    losses, _, _ = run_distributed(train, 2, recipe, 3)[0]
+    assert losses == {step: whole[1][step] for step in (1, 2, 3)}
+    rest, _, _ = run_distributed(train, 2, recipe)[0]
+    assert rest == {step: whole[1][step] for step in (4, 5, 6)}
+
+
+def test_one_rank_that_cannot_write_stops_all_and_leaves_the_checkpoint_before(
+    whole: tuple[Recipe, Losses],
+) -> None:
+    recipe = started_like(whole[0], "small-files")
+    sharded = recipe.model_copy(  # of two replicas, rank 0 alone would write
+        update={"parallel": Parallel(workers=2, tensor=2)}
+    )
+    (recipe.run_folder() / "checkpoints" / "latest").write_text("step_00000002")
+    with pytest.raises(
+        ProcessRaisedException,
+        match=r"CheckpointError: checkpoint of step 4 cannot be written to .*: File too large; the one before",
+    ):
+        run_distributed(train_with_small_files, 2, sharded)
+    assert not list((recipe.run_folder() / "checkpoints").glob("*.writing"))
+    losses, _, _ = run_distributed(train, 2, recipe)[0]
+    assert losses == {step: whole[1][step] for step in (3, 4, 5, 6)}
+
+
+def mount(folder: Path, *options: str) -> None:
+    done = subprocess.run(
+        ["mount", *options, "tmpfs", str(folder)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"a small disk needs the right to mount one: {done.stderr.strip()}")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk that two checkpoints do not fit on."""
+    mount(tmp_path, "-t", "tmpfs", "-o", "size=2500k")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_full_disk_is_told_in_one_line_and_the_run_goes_on_when_there_is_room(
+    small_disk: Path, whole: tuple[Recipe, Losses]
+) -> None:
+    recipe = run_named(small_disk, "full")
+    shutil.copytree(whole[0].store_folder, recipe.store_folder)
+    with pytest.raises(
+        ProcessRaisedException,
+        match=r"CheckpointError: checkpoint .*cannot be written.*: .*(No space left|full disk).*; the one before",
+    ):
+        run_distributed(train, 2, recipe)
+    before = [
+        path for path in (recipe.run_folder() / "checkpoints").iterdir() if "step" in path.name
+    ]
+    assert before
+    assert all(find_damage(path) is None for path in before if not path.suffix)
+    mount(small_disk, "-o", "remount,size=25m")
+    losses, said, _ = run_distributed(train, 2, recipe)[0]
+    assert losses == {step: whole[1][step] for step in range(7 - len(losses), 7)}
+    assert len(losses) < 6, "it began anew instead of going on"
+    assert said == []
