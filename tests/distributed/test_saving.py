@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from torch.multiprocessing.spawn import ProcessRaisedException
 
-from ul2r.config import Parallel, Recipe
+from ul2r.config import Recipe
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.recipes import tiny_recipe
@@ -59,39 +59,32 @@ def train_with_small_files(recipe: Recipe) -> None:
     train(recipe)
 
 
-def save_and_change(recipe: Recipe, folder: Path) -> list[bool]:
-    """Begin to save, change all that is saved at once, then load; whether each weight and state is as before."""
+def save_and_change(folder: Path) -> list[float]:
+    """Begin to save a tensor of each rank and one of both, change them at once, and load: what is found in each."""
     import torch
     import torch.distributed as dist
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import ShardedTensor
 
-    from ul2r.data.prepared import open_corpus
-    from ul2r.launch.worker import Batches
+    from ul2r.config import Parallel
+    from ul2r.train.background import BackgroundWrite
     from ul2r.train.mesh import Mesh
-    from ul2r.train.sharded import begin_save, load_checkpoint
-    from ul2r.train.step import TrainStep
 
-    corpus, mesh = open_corpus(recipe.store_folder), Mesh.join(recipe.parallel)
-    step = TrainStep(recipe, mesh, corpus.vocabulary.size)
-    step.train(0, Batches(recipe, corpus).rows(0, mesh.data_rank, recipe.parallel.data))
-
-    def tensors() -> list[torch.Tensor]:
-        (part,) = step.optimizer.chained_optimizers
-        states = part.optimizer.state.values()
-        return [*step.unwrapped.parameters(), *(t for state in states for t in state.values())]
-
-    before = [tensor.detach().clone() for tensor in tensors()]
-    if mesh.is_first:
-        folder.mkdir()
-    dist.barrier()
-    write = begin_save(folder, step)
-    with torch.no_grad():
-        for tensor in tensors():
-            tensor.fill_(7.0)
+    rank = Mesh.join(Parallel(workers=2)).rank
+    own, common = torch.full((2**21,), 1.0 + rank), torch.full((2**21,), 3.0)
+    state = {
+        "own": ShardedTensor.from_rank_offsets("own", own, (0, rank, 2)),
+        "common": ShardedTensor.from_rank_offsets("common", common, replica_id=rank),
+    }
+    assert dist.group.WORLD is not None
+    write = BackgroundWrite(dict(state), folder, dist.group.WORLD)
+    own.fill_(7.0)
+    common.fill_(7.0)
     assert write.wait() is None
     write.describe()
     dist.barrier()
-    load_checkpoint(folder, step, optimizer=True)
-    return [torch.equal(old, new) for old, new in zip(before, tensors(), strict=True)]
+    loaded = dist_checkpointing.load(dict(state), str(folder))
+    return [value for name in state for value in torch.unique(loaded[name]).tolist()]
 
 
 @pytest.fixture(scope="module")
@@ -152,14 +145,16 @@ def test_every_checkpoint_and_its_copy_is_whole(whole: tuple[Recipe, Losses]) ->
     assert folders == {"latest", "owner", *(f"step_0000000{step}" for step in (2, 4, 6))}
 
 
-def test_what_is_saved_is_not_changed_by_what_comes_after(storage: Path) -> None:
-    recipe = tiny_recipe(
-        storage,
-        parallel=TWO,
-        model={"hidden_size": 128, "ffn_hidden_size": 512, "heads": 4, "kv_heads": 4},
-    )
-    for same in run_distributed(save_and_change, 2, recipe, storage / "changed"):
-        assert all(same)
+def test_what_is_saved_is_not_changed_by_what_comes_after(tmp_path: Path) -> None:
+    assert run_distributed(save_and_change, 2, tmp_path) == [[1.0, 3.0], [2.0, 3.0]]
+
+
+def test_replicas_share_the_writing(whole: tuple[Recipe, Losses]) -> None:
+    sizes = [
+        sum(path.stat().st_size for path in checkpoint(whole[0], 6).glob(f"__{rank}_*.distcp"))
+        for rank in range(2)
+    ]
+    assert 0.8 < sizes[0] / sizes[1] < 1.25
 
 
 def test_saving_with_the_loop_waiting_gives_the_same_run(
@@ -223,15 +218,12 @@ def test_one_rank_that_cannot_write_stops_all_and_leaves_the_checkpoint_before(
     whole: tuple[Recipe, Losses],
 ) -> None:
     recipe = started_like(whole[0], "small-files")
-    sharded = recipe.model_copy(  # of two replicas, rank 0 alone would write
-        update={"parallel": Parallel(workers=2, tensor=2)}
-    )
     (recipe.run_folder() / "checkpoints" / "latest").write_text("step_00000002")
     with pytest.raises(
         ProcessRaisedException,
         match=r"CheckpointError: checkpoint of step 4 cannot be written to .*: File too large; the one before",
     ):
-        run_distributed(train_with_small_files, 2, sharded)
+        run_distributed(train_with_small_files, 2, recipe)
     assert not list((recipe.run_folder() / "checkpoints").glob("*.writing"))
     losses, _, _ = run_distributed(train, 2, recipe)[0]
     assert losses == {step: whole[1][step] for step in (3, 4, 5, 6)}

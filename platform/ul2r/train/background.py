@@ -17,7 +17,11 @@ from typing import Any
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelSaveStrategyWrapper,
+)
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed import ProcessGroup
 
 from ul2r.train.integrity import Digest
 
@@ -33,16 +37,22 @@ class BackgroundWrite:
     Args:
         state: Of Megatron-Core's sharded tensors and objects.
         folder: Empty, and seen by all ranks.
+        replicas: Ranks that hold the same; each of them writes a part of it.
         last: Called when all files of this rank are written, before that is known.
     """
 
     def __init__(
-        self, state: dict[str, Any], folder: Path, last: Callable[[], None] = lambda: None
+        self,
+        state: dict[str, Any],
+        folder: Path,
+        replicas: ProcessGroup,
+        last: Callable[[], None] = lambda: None,
     ) -> None:
         if filesystem_async._results_queue is None:  # else Megatron-Core starts a server process
             filesystem_async._results_queue = queue.Queue()
         planned = _Planned("torch_dist", 1, thread_count=FILES_PER_RANK)
-        dist_checkpointing.save(state, str(folder), sharded_strategy=planned)
+        shared = FullyParallelSaveStrategyWrapper(planned, replicas)
+        dist_checkpointing.save(state, str(folder), sharded_strategy=shared)
         self._request, self._last = planned.request, last
         self._pool = ThreadPoolExecutor(FILES_PER_RANK + 1, thread_name_prefix="checkpoint")
         self._writing: Future[dict[str, Digest]] = self._pool.submit(self._write, self._copied())

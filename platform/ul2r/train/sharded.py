@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 
 from ul2r.model.build import sharding_metadata
 from ul2r.train.background import BackgroundWrite
@@ -23,7 +23,8 @@ def begin_save(
         train_step: What to save.
         last: Called, in the background, when this rank has written its part.
     """
-    return BackgroundWrite(_sharded_state(train_step), folder, last)
+    replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return BackgroundWrite(_sharded_state(train_step), folder, replicas, last)
 
 
 def load_checkpoint(folder: Path, train_step: TrainStep, *, optimizer: bool) -> None:
