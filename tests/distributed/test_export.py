@@ -28,15 +28,15 @@ def train_and_run(recipe: Recipe, tokens: torch.Tensor, prefix: int) -> torch.Te
     from ul2r.launch.worker import run_worker
     from ul2r.model.attention import interval_mask
     from ul2r.tracking.tracker import MemoryTracker
-    from ul2r.train.checkpoint import CheckpointStore
     from ul2r.train.mesh import Mesh
     from ul2r.train.sharded import load_checkpoint
     from ul2r.train.step import TrainStep
+    from ul2r.train.storage import CheckpointStore, last_sound
 
     run_worker(recipe, MemoryTracker(), lambda *_: None)
     mesh = Mesh.join(recipe.parallel)
     step = TrainStep(recipe, mesh, open_corpus(recipe.store_folder).vocabulary.size)
-    latest = CheckpointStore(recipe.run_folder() / "checkpoints", 2).latest()
+    latest = last_sound(CheckpointStore.of(recipe))
     assert latest is not None
     load_checkpoint(latest, step, optimizer=False)
     position = torch.arange(LENGTH).expand(len(tokens), -1)

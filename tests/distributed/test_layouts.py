@@ -37,6 +37,7 @@ def losses(*recipes: Recipe) -> list[Result]:
         held_out = {
             step: {k: v for k, v in metrics.items() if k.startswith("held_out/")}
             for step, metrics in tracker.records
+            if any(name.startswith("held_out/") for name in metrics)
         }
         trained = {
             name: [value for _, value in tracker.series(f"train/{name}")]

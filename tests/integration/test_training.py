@@ -25,6 +25,7 @@ from ul2r.testing.corpus import tiny_store
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.tracking.server import free_port, running_server
 from ul2r.train.checkpoint import CheckpointInfo
+from ul2r.train.integrity import find_damage
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -251,6 +252,33 @@ def test_killed_driver_run_again_goes_on(
     check_equal(tracking_uri, recipe, undisturbed)
 
 
+def reached(recipe: Recipe) -> int:
+    """Step of the last checkpoint, which is whole."""
+    folder = recipe.run_folder() / "checkpoints" / str(latest(recipe))
+    assert find_damage(folder) is None
+    return CheckpointInfo.read(folder).step
+
+
+def test_driver_told_to_stop_saves_and_run_again_goes_on(
+    storage: Path,
+    environment: dict[str, str],
+    tracking_uri: str,
+    undisturbed: tuple[Recipe, list[tuple[int, float]]],
+) -> None:
+    recipe, path = recipe_named(storage, "stopped-driver")
+    driver = start(path, environment)
+    wait_for(lambda: latest(recipe), driver)
+    driver.send_signal(signal.SIGTERM)
+    assert driver.wait(WAIT_S) == 130, path.with_suffix(".log").read_text()
+    assert "stopped; the same command goes on from here" in path.with_suffix(".log").read_text()
+    assert status(tracking_uri, recipe) == "KILLED"
+    stopped_at = reached(recipe)
+    assert SAVED_EVERY <= stopped_at < STEPS
+    assert max(step for step, _ in history(tracking_uri, recipe, "train/loss")) == stopped_at
+    assert start(path, environment).wait(WAIT_S) == 0, path.with_suffix(".log").read_text()
+    check_equal(tracking_uri, recipe, undisturbed)
+
+
 def test_damaged_token_store_ends_the_run_in_one_line(
     tmp_path: Path, environment: dict[str, str], tracking_uri: str
 ) -> None:
@@ -266,23 +294,27 @@ def test_damaged_token_store_ends_the_run_in_one_line(
     assert status(tracking_uri, recipe) == "FAILED"
 
 
-def test_torchrun_without_ray_gives_the_same_losses_and_weights(
+def torchrun(path: Path, tracking_uri: str) -> subprocess.Popen[bytes]:
+    command = [f"{BIN}/torchrun", "--standalone", "--nproc-per-node=2", "jobs/train.py", str(path)]
+    environment = ACTIVATED | {"MLFLOW_TRACKING_URI": tracking_uri}
+    with path.with_suffix(".log").open("ab") as log:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+
+
+def test_torchrun_told_to_stop_saves_and_run_again_gives_the_same_losses_and_weights(
     storage: Path, tracking_uri: str, undisturbed: tuple[Recipe, list[tuple[int, float]]]
 ) -> None:
     recipe, path = recipe_named(storage, "torchrun")
-    command = [f"{BIN}/torchrun", "--standalone", "--nproc-per-node=2", "jobs/train.py", str(path)]
-    environment = ACTIVATED | {"MLFLOW_TRACKING_URI": tracking_uri}
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=WAIT_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("torchrun: 24 steps, ") == 1, "one rank speaks"
+    log = path.with_suffix(".log")
+    process = torchrun(path, tracking_uri)
+    wait_for(lambda: latest(recipe), process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(WAIT_S), "torchrun has an exit code of its own"
+    assert "stopped; the same command goes on from here" in log.read_text()
+    assert status(tracking_uri, recipe) == "KILLED"
+    assert SAVED_EVERY <= reached(recipe) < STEPS
+    assert torchrun(path, tracking_uri).wait(WAIT_S) == 0, log.read_text()
+    assert log.read_text().count("torchrun: 24 steps, ") == 1, "one rank speaks"
     check_equal(tracking_uri, recipe, undisturbed)
 
 

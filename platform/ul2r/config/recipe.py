@@ -13,6 +13,7 @@ from ul2r.config.objective import Mixture, Objective
 from ul2r.config.section import PositiveInt, Section
 
 Storage = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+Change = Literal["data", "seed", "tokenizer"]
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
@@ -132,10 +133,28 @@ class Validation(Section):
 
 
 class Checkpoints(Section):
-    """When checkpoints are written and how many stay."""
+    """When checkpoints are written, how many stay, and where copies of them go."""
 
     every: PositiveInt = 100
     keep: PositiveInt = 2
+    """The last so many stay."""
+    keep_every: PositiveInt | None = None
+    """Besides them, each at a multiple of so many steps; itself a multiple of `every`."""
+    asynchronous: bool = True
+    """Whether training goes on while files are written. Weights and optimizer state are then twice in memory."""
+    copy_to: Annotated[str, AfterValidator(_folder_or_url)] | None = None
+    """Folder or URL that fsspec knows (s3://, gs://) for copies of finished checkpoints; a run whose own are gone
+    goes on from there."""
+    accept_changes: tuple[Change, ...] = ()
+    """What may differ between a run's last checkpoint and its recipe; refused otherwise."""
+
+    @model_validator(mode="after")
+    def _some_are_kept(self) -> Self:
+        if self.keep_every and self.keep_every % self.every:
+            raise ValueError(
+                f"keep_every={self.keep_every} is not a multiple of every={self.every}: change either"
+            )
+        return self
 
 
 class Tracking(Section):

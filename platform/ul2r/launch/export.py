@@ -10,11 +10,12 @@ from ul2r.data.prepared import open_corpus
 from ul2r.errors import CheckpointError
 from ul2r.model.huggingface import Card, llama_weights, read_weights, write_folder
 from ul2r.tracking.mlflow import check_server, find_run, register
-from ul2r.train.checkpoint import CheckpointInfo, CheckpointStore
+from ul2r.train.checkpoint import CheckpointInfo
+from ul2r.train.storage import CheckpointStore, last_sound
 
 
 def export(recipe: Recipe) -> Path:
-    """Write the run's last checkpoint as a Hugging Face folder, and register it if the recipe says so.
+    """Write the run's last sound checkpoint as a Hugging Face folder, and register it if the recipe says so.
 
     An export of the same checkpoint that is there already is kept.
 
@@ -26,7 +27,7 @@ def export(recipe: Recipe) -> Path:
         ServiceError: If it is to be registered and the tracking server fails.
     """
     corpus = open_corpus(recipe.store_folder)
-    checkpoint = CheckpointStore(recipe.run_folder() / "checkpoints").latest()
+    checkpoint = last_sound(CheckpointStore.of(recipe))
     if checkpoint is None:
         raise CheckpointError(
             f"run {recipe.name!r} has no checkpoint in {recipe.run_folder()}: train it first with jobs/train.py"

@@ -11,12 +11,12 @@ from ray.train.collective import broadcast_from_rank_zero
 
 from ul2r.config import Recipe
 from ul2r.data import pipeline
-from ul2r.launch.progress import write_to
+from ul2r.launch.progress import Report
 from ul2r.launch.worker import run_worker
 from ul2r.objective.rows import Rows
 from ul2r.tracking.mlflow import MlflowTracker
 from ul2r.tracking.tracker import MemoryTracker, Tracker
-from ul2r.train.loop import Reader
+from ul2r.train.loop import Reader, Wish
 from ul2r.train.mesh import Mesh
 
 
@@ -44,10 +44,18 @@ def train_worker(
     torch.set_num_threads(max(int(recipe.launch.cpus_per_worker), 1))
     first = ray.train.get_context().get_world_rank() == 0
     tracker: Tracker = MlflowTracker(uri, run_id) if first else MemoryTracker()
-    on_step = write_to(board, tokens_per_step)
-    reader = _reader(recipe)
-    run_worker(recipe, tracker, on_step, reader, owner=owner, fingerprint=fingerprint)
-    tracker.close()
+    report = Report(board, tokens_per_step)
+    reached = run_worker(
+        recipe,
+        tracker,
+        report.on_step,
+        _reader(recipe),
+        owner=owner,
+        fingerprint=fingerprint,
+        say=report.say,
+        wish=lambda: Wish.STOP if report.stop_asked() else Wish.GO_ON,
+    )
+    tracker.close("FINISHED" if reached.step == recipe.training.steps else "KILLED")
 
 
 def _reader(recipe: Recipe) -> Reader:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from ul2r.config import Recipe
 from ul2r.data.batches import Batches
@@ -14,24 +15,30 @@ from ul2r.model.flops import parameters
 from ul2r.model.sizing import size_run
 from ul2r.tracking.mlflow import end_run, find_run, log_artifact, start_run
 from ul2r.tracking.tracker import RunStatus
-from ul2r.train.checkpoint import CheckpointInfo, CheckpointStore, base_checkpoint
+from ul2r.train.checkpoint import CheckpointInfo
+from ul2r.train.storage import CheckpointStore, Say, base_checkpoint, last_sound, to_stderr
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 """For workers that asked for no GPU, on a machine that has some."""
 
 
-def check_run(recipe: Recipe, corpus: Corpus) -> CheckpointInfo | None:
+def check_run(recipe: Recipe, corpus: Corpus, say: Say = to_stderr) -> CheckpointInfo | None:
     """Check a recipe against its store, its checkpoints and its devices.
 
+    Args:
+        recipe: The run.
+        corpus: What it is trained on.
+        say: Takes a line if the last checkpoint is damaged; workers say it too.
+
     Returns:
-        What the run's last checkpoint says, None before the first.
+        What the run's last sound checkpoint says, None before the first.
 
     Raises:
         UserError: If one of the checks fails.
     """
     Batches(recipe, corpus)  # refuses a store that is too short or has too few sentinels
     size_run(recipe, corpus.vocabulary.size)  # refuses what its devices cannot hold
-    return check_checkpoints(recipe, corpus)
+    return check_checkpoints(recipe, corpus, say)
 
 
 def check_unprepared(recipe: Recipe) -> None:
@@ -54,30 +61,36 @@ def planned_vocabulary(recipe: Recipe) -> int:
     return vocabulary_of(tokenizer, data.mode_tokens).size
 
 
-def check_checkpoints(recipe: Recipe, corpus: Corpus) -> CheckpointInfo | None:
-    """What the run's last checkpoint says, None before the first.
+def check_checkpoints(
+    recipe: Recipe, corpus: Corpus, say: Say = to_stderr
+) -> CheckpointInfo | None:
+    """What the run's last sound checkpoint says, None before the first.
+
+    One that the run goes on from is read by the workers, all at once, so only its small files are read here; one
+    that ends the run is read wholly.
 
     Raises:
-        CheckpointError: If it, or before it the base's, differs from the recipe.
+        CheckpointError: If it, or before it the base's, is damaged or differs from the recipe.
     """
-    checkpoints = recipe.run_folder() / "checkpoints"
-    own = CheckpointStore(checkpoints).latest()
+    store = CheckpointStore.of(recipe)
+    own = last_sound(store, thorough=False, say=say)
+    if own is not None and CheckpointInfo.read(own).finished:
+        own = last_sound(store, say=say)
     if own is not None:
         info = CheckpointInfo.read(own)
         info.check_same_run(recipe, corpus)
         return info
-    base = base_checkpoint(recipe)
+    base = base_checkpoint(recipe, partial(last_sound, thorough=False, say=say))
     if base is not None:
         CheckpointInfo.read(base).check_same_model(recipe, corpus)
     return None
 
 
-def check_finished(recipe: Recipe, corpus: Corpus) -> CheckpointInfo:
-    """The last checkpoint of a run that was trained to its end."""
-    info = check_checkpoints(recipe, corpus)
-    assert info is not None
-    assert info.finished
-    return info
+def reached_by(recipe: Recipe) -> CheckpointInfo:
+    """The last checkpoint of a run that was trained just now."""
+    path = last_sound(CheckpointStore.of(recipe), thorough=False)
+    assert path is not None
+    return CheckpointInfo.read(path)
 
 
 def end_finished(recipe: Recipe, uri: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -12,11 +13,14 @@ from ul2r.config import Recipe
 from ul2r.console import progress
 from ul2r.data.prepared import Corpus, open_corpus
 from ul2r.errors import CorpusError, LayoutError
-from ul2r.launch.run import NO_GPU, check_finished, check_run, end_finished, recorded
+from ul2r.launch.run import NO_GPU, check_run, end_finished, reached_by, recorded
+from ul2r.launch.stopping import sigterm_noted
 from ul2r.launch.worker import run_worker
 from ul2r.tracking.mlflow import MlflowTracker, check_server
 from ul2r.tracking.tracker import MemoryTracker
 from ul2r.train.checkpoint import CheckpointInfo
+from ul2r.train.loop import Wish
+from ul2r.train.storage import silent
 
 
 def train(recipe: Recipe) -> CheckpointInfo:
@@ -29,6 +33,7 @@ def train(recipe: Recipe) -> CheckpointInfo:
 
     Raises:
         UserError: If a check fails, or torchrun started another number of processes than the recipe has workers.
+        KeyboardInterrupt: After a checkpoint, if any of the processes got SIGTERM.
     """
     corpus = open_corpus(recipe.store_folder)
     if not corpus.manifest.complete:
@@ -42,7 +47,7 @@ def train(recipe: Recipe) -> CheckpointInfo:
             f"torchrun started {started} processes, parallel.workers={recipe.parallel.workers}: "
             f"set torchrun's --nnodes x --nproc-per-node to {recipe.parallel.workers}"
         )
-    reached = check_run(recipe, corpus)
+    reached = check_run(recipe, corpus, silent)
     uri = check_server(recipe.tracking.uri)
     is_first = os.environ["RANK"] == "0"
     if reached is not None and reached.finished:
@@ -50,10 +55,16 @@ def train(recipe: Recipe) -> CheckpointInfo:
             end_finished(recipe, uri)
         return reached
     _join_group(recipe)
-    with recorded(recipe, corpus, uri) if is_first else nullcontext(None) as run_id:
-        _train(recipe, corpus, uri, run_id)
-    dist.destroy_process_group()
-    return check_finished(recipe, corpus)
+    with (
+        sigterm_noted() as stopped,
+        recorded(recipe, corpus, uri) if is_first else nullcontext(None) as run_id,
+    ):
+        _train(recipe, corpus, uri, run_id, lambda: Wish.STOP if stopped.is_set() else Wish.GO_ON)
+        dist.destroy_process_group()
+        reached = reached_by(recipe)
+        if not reached.finished:
+            raise KeyboardInterrupt
+    return reached
 
 
 def _join_group(recipe: Recipe) -> None:
@@ -67,21 +78,24 @@ def _join_group(recipe: Recipe) -> None:
         dist.init_process_group("gloo")
 
 
-def _train(recipe: Recipe, corpus: Corpus, uri: str, run_id: str | None) -> None:
+def _train(
+    recipe: Recipe, corpus: Corpus, uri: str, run_id: str | None, wish: Callable[[], Wish]
+) -> None:
     """Train this rank's part; the first rank, which alone has a `run_id`, logs and shows a bar."""
     fingerprint = corpus.manifest.fingerprint
     if run_id is None:
-        run_worker(recipe, MemoryTracker(), lambda *_: None, fingerprint=fingerprint)
+        run_worker(recipe, MemoryTracker(), lambda *_: None, fingerprint=fingerprint, wish=wish)
         return
     per_step = recipe.training.global_batch_rows * recipe.objective.sequence_length
     tracker = MlflowTracker(uri, run_id)
     with progress(recipe.name, recipe.training.steps * per_step, "tokens") as bar:
-        run_worker(
+        reached = run_worker(
             recipe,
             tracker,
             lambda reached, metrics: bar.update(
                 reached.step * per_step, f"loss {metrics['train/loss']:.3f}"
             ),
             fingerprint=fingerprint,
+            wish=wish,
         )
-    tracker.close()
+    tracker.close("FINISHED" if reached.step == recipe.training.steps else "KILLED")

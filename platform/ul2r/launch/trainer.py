@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import nullcontext
 from typing import Any
 
@@ -25,14 +26,16 @@ from ul2r.launch.growing import growing
 from ul2r.launch.progress import shown_progress
 from ul2r.launch.run import (
     NO_GPU,
-    check_finished,
     check_run,
     check_unprepared,
     end_finished,
+    reached_by,
     recorded,
 )
+from ul2r.launch.stopping import sigterm_noted
 from ul2r.tracking.mlflow import check_server
-from ul2r.train.checkpoint import CheckpointInfo, claim
+from ul2r.train.checkpoint import CheckpointInfo
+from ul2r.train.storage import claim, silent
 
 
 def train(recipe: Recipe) -> CheckpointInfo:
@@ -46,6 +49,7 @@ def train(recipe: Recipe) -> CheckpointInfo:
 
     Raises:
         UserError: If one of the checks fails.
+        KeyboardInterrupt: After a checkpoint, if this process got SIGTERM.
     """
     is_begun = recipe.store_folder.exists() or recipe.data.order == "shuffled"
     corpus = open_corpus(recipe.store_folder) if is_begun else None
@@ -53,7 +57,7 @@ def train(recipe: Recipe) -> CheckpointInfo:
     if corpus is None:
         check_unprepared(recipe)
     else:
-        reached = check_run(recipe, corpus)
+        reached = check_run(recipe, corpus, silent)
     uri = check_server(recipe.tracking.uri)
     if reached is not None and reached.finished:
         end_finished(recipe, uri)
@@ -68,10 +72,13 @@ def train(recipe: Recipe) -> CheckpointInfo:
     ):
         assert corpus is not None
         if grows:
-            check_run(recipe, corpus)
-        with recorded(recipe, corpus, uri) as run_id:
-            _fit(recipe, corpus.manifest.fingerprint, uri, run_id)
-    return check_finished(recipe, corpus)
+            check_run(recipe, corpus, silent)
+        with sigterm_noted() as stopped, recorded(recipe, corpus, uri) as run_id:
+            _fit(recipe, corpus.manifest.fingerprint, uri, run_id, stopped)
+            reached = reached_by(recipe)
+            if not reached.finished:
+                raise KeyboardInterrupt
+    return reached
 
 
 def cpus_needed(recipe: Recipe) -> float:
@@ -113,11 +120,11 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types here
         return [one for one in callbacks if not isinstance(one, PlacementGroupCleanerCallback)]
 
 
-def _fit(recipe: Recipe, fingerprint: str, uri: str, run_id: str) -> None:
+def _fit(recipe: Recipe, fingerprint: str, uri: str, run_id: str, stopped: threading.Event) -> None:
     per_step = recipe.training.global_batch_rows * recipe.objective.sequence_length
     total = recipe.training.steps * per_step
     launch = recipe.launch
-    with shown_progress(recipe.name, total) as board:
+    with shown_progress(recipe.name, total, stopped) as board:
         trainer = _Trainer(
             _train_worker,
             train_loop_config={

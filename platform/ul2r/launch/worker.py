@@ -9,10 +9,10 @@ from ul2r.data.batches import Batches
 from ul2r.data.prepared import open_corpus
 from ul2r.objective.rows import Rows
 from ul2r.tracking.tracker import Tracker
-from ul2r.train.checkpoint import claim
-from ul2r.train.loop import Reader, TrainLoop
+from ul2r.train.loop import Reader, TrainLoop, Wish, go_on
 from ul2r.train.mesh import Mesh
 from ul2r.train.progress import Progress
+from ul2r.train.storage import Say, claim, to_stderr
 
 
 def run_worker(
@@ -23,8 +23,10 @@ def run_worker(
     *,
     owner: str | None = None,
     fingerprint: str | None = None,
+    say: Say = to_stderr,
+    wish: Callable[[], Wish] = go_on,
 ) -> Progress:
-    """Train this rank's part to the end; the default process group must be initialized.
+    """Train this rank's part to the end, or until a wish to stop; the default process group must be initialized.
 
     Args:
         recipe: The run.
@@ -33,6 +35,8 @@ def run_worker(
         read: Where batches come from; without it they are computed in this process.
         owner: The attempt at the run, from `claim`; without it this is one of its own.
         fingerprint: The token store's that the run was started on; without it any is taken.
+        say: Takes lines for people, on rank 0.
+        wish: Asked on every rank after each step; the strongest wish of all ranks counts.
 
     Returns:
         Where the run stands after its last step.
@@ -47,7 +51,9 @@ def run_worker(
 
     checkpoints = recipe.run_folder() / "checkpoints"
     owner = owner or mesh.from_first(lambda: claim(checkpoints))
-    loop = TrainLoop(recipe, corpus, mesh, tracker, on_step=on_step, owner=owner)
+    loop = TrainLoop(
+        recipe, corpus, mesh, tracker, on_step=on_step, owner=owner, say=say, wish=wish
+    )
     reached = loop.run(read or read_in_process)
     mesh.leave()
     return reached

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
+from enum import IntEnum
 
 from ul2r.config import Causal, Recipe
 from ul2r.data.batches import Batches
@@ -12,19 +14,46 @@ from ul2r.errors import DivergedError
 from ul2r.model.flops import training_flops
 from ul2r.objective.rows import Rows
 from ul2r.tracking.tracker import Tracker
-from ul2r.train.checkpoint import CheckpointInfo, CheckpointStore, base_checkpoint
+from ul2r.train.checkpoint import CheckpointInfo
 from ul2r.train.mesh import Mesh
 from ul2r.train.pace import Pace
 from ul2r.train.progress import Progress
-from ul2r.train.sharded import load_checkpoint, save_checkpoint
+from ul2r.train.saving import Saver
+from ul2r.train.sharded import load_checkpoint
 from ul2r.train.step import StepResult, TrainStep
+from ul2r.train.storage import CheckpointStore, Say, base_checkpoint, to_stderr
 
 Reader = Callable[[Mesh, int], Iterator[Rows]]
 """From the mesh and the first step to this replica's rows of each step; the reader rank alone iterates."""
 
 
+class Wish(IntEnum):
+    """What somebody wants of a running loop at the end of a step."""
+
+    GO_ON = 0
+    SAVE = 1
+    STOP = 2
+    """Save, and leave the other steps to another start."""
+
+
+def go_on() -> Wish:
+    """Want nothing."""
+    return Wish.GO_ON
+
+
 class TrainLoop:
-    """One run, from its last checkpoint to its last step."""
+    """One run, from its last checkpoint to its last step.
+
+    Args:
+        recipe: The run.
+        corpus: Its text.
+        mesh: This rank's place.
+        tracker: Where rank 0 logs.
+        on_step: Called on rank 0 after each step.
+        owner: The attempt at the run, from `claim`.
+        say: Takes lines for people, on rank 0.
+        wish: Asked on every rank after each step; the strongest wish of all ranks counts.
+    """
 
     def __init__(
         self,
@@ -35,11 +64,19 @@ class TrainLoop:
         *,
         on_step: Callable[[Progress, Mapping[str, float]], None],
         owner: str,
+        say: Say = to_stderr,
+        wish: Callable[[], Wish] = go_on,
     ) -> None:
         self.recipe, self.corpus, self.mesh = recipe, corpus, mesh
-        self.tracker, self.on_step = tracker, on_step
-        self.checkpoints = CheckpointStore(
-            recipe.run_folder() / "checkpoints", recipe.checkpoints.keep, owner
+        self.tracker, self.on_step, self.wish = tracker, on_step, wish
+        self.checkpoints = CheckpointStore.of(recipe, owner=owner)
+        self.saver = Saver(
+            self.checkpoints,
+            mesh,
+            say=say,
+            log=tracker.log,
+            flush=tracker.flush,
+            asynchronous=recipe.checkpoints.asynchronous,
         )
         self.held_out = _held_out_rows(recipe, corpus, mesh)
         self.train_step = TrainStep(recipe, mesh, corpus.vocabulary.size)
@@ -48,20 +85,35 @@ class TrainLoop:
         self.progress = self._load()
 
     def run(self, read: Reader) -> Progress:
-        """Take the steps that are left; every `checkpoints.every` of them and the last are saved."""
-        recipe, steps = self.recipe, self.recipe.training.steps
-        if self.progress.step == 0:
+        """Take the steps that are left, or those until a wish to stop.
+
+        Every `checkpoints.every` of them and the last are saved.
+        """
+        start, steps = self.progress.step, self.recipe.training.steps
+        if start == 0:
             self._log(self._measure())
-        if self.progress.step < steps:
-            if self.mesh.is_first:
-                self.checkpoints.begin()
-            rows = read(self.mesh, self.progress.step)
-            for step in range(self.progress.step, steps):
-                self._take(step, self._next(rows, step))
-                if _due(step, recipe.checkpoints.every, steps):
-                    self._save()
-            self._check_end(rows)
+        if start < steps:
+            self.mesh.from_first(lambda: self.checkpoints.begin(start))
+            rows = read(self.mesh, start)
+            try:
+                self._take_steps(rows)
+            except DivergedError:  # on every rank, so that what was saved before can be finished
+                self.saver.wait()
+                raise
+            self.saver.close()
+            if self.progress.step == steps:
+                self._check_end(rows)
         return self.progress
+
+    def _take_steps(self, rows: Iterator[Rows]) -> None:
+        steps, every = self.recipe.training.steps, self.recipe.checkpoints.every
+        for step in range(self.progress.step, steps):
+            self._take(step, self._next(rows, step))
+            wish = self.saver.poll(self.wish())
+            if wish or _due(step, every, steps):
+                self._save()
+            if wish == Wish.STOP:
+                break
 
     def _take(self, step: int, rows: Rows) -> None:
         """One optimizer step, and what is due after it."""
@@ -136,9 +188,6 @@ class TrainLoop:
         self.tracker.log(self.progress.step, {**metrics, **reached})
 
     def _save(self) -> None:
-        """Write a checkpoint; what is buffered of the metrics before it is sent first, as far as the server answers."""
-        if self.mesh.is_first:
-            self.tracker.flush()
         progress = self.progress
         info = CheckpointInfo.of(
             self.recipe,
@@ -148,25 +197,28 @@ class TrainLoop:
             flops=progress.flops,
             base=self.base,
         )
-        save_checkpoint(self.checkpoints, self.train_step, info)
+        self.saver.save(self.train_step, info)
 
     def _load(self) -> Progress:
-        """Resume this run's last checkpoint, else start from the base's weights, else from none."""
-        own = self.mesh.from_first(self.checkpoints.latest)
-        if own is not None:
-            info = CheckpointInfo.read(own)
-            info.check_same_run(self.recipe, self.corpus)
-            load_checkpoint(own, self.train_step, optimizer=True)
-            self.base = info.base
-            return Progress(info.step, info.tokens, info.flops)
-        base = self.mesh.from_first(lambda: base_checkpoint(self.recipe))
-        if base is None:
+        """Resume this run's last sound checkpoint, else start from the base's weights, else from none."""
+        began = time.perf_counter()
+        own = self.saver.last_sound(self.checkpoints)
+        base = None if own else base_checkpoint(self.recipe, self.saver.last_sound)
+        path = own or base
+        if path is None:
             return Progress()
-        info = CheckpointInfo.read(base)
-        info.check_same_model(self.recipe, self.corpus)
-        load_checkpoint(base, self.train_step, optimizer=False)
-        self.base = info.identity
-        return Progress(0, info.tokens, info.flops)
+        info = CheckpointInfo.read(path)
+        if own:
+            info.check_same_run(self.recipe, self.corpus)
+        else:
+            info.check_same_model(self.recipe, self.corpus)
+        load_checkpoint(path, self.train_step, optimizer=bool(own))
+        self.base = info.base if own else info.identity
+        progress = Progress(info.step if own else 0, info.tokens, info.flops)
+        if self.mesh.is_first:
+            seconds = time.perf_counter() - began
+            self.tracker.log(progress.step, {"checkpoint/load_seconds": seconds})
+        return progress
 
 
 def _due(step: int, every: int, steps: int) -> bool:

@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from ul2r.config import Parallel
-from ul2r.errors import LayoutError
+from ul2r.errors import LayoutError, UserError
 from ul2r.model.cpu import use_cpu
 from ul2r.objective.rows import Rows
 
@@ -59,6 +59,11 @@ class Mesh:
         parallel_state.destroy_model_parallel()
 
     @property
+    def rank(self) -> int:
+        """Global rank."""
+        return dist.get_rank()
+
+    @property
     def is_reader(self) -> bool:
         """Whether this rank consumes the replica's data: its first tensor and pipeline rank."""
         return dist.get_rank() == self._reader
@@ -82,11 +87,33 @@ class Mesh:
 
         Args:
             find: Called on rank 0 only; its result must be picklable.
+
+        Raises:
+            UserError: On every rank, if `find` raises it.
         """
-        found: list[Any] = [find() if self.is_first else None]
+        found: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                found[0] = find()
+            except UserError as error:
+                found[1] = error
         dist.broadcast_object_list(found, src=0, device=self.device)
+        if found[1] is not None:
+            raise found[1]
         result: T = found[0]
         return result
+
+    def from_all(self, mine: T) -> list[T]:
+        """What every rank has, by rank; it must be picklable."""
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, mine)
+        return found
+
+    def highest(self, *numbers: int) -> list[int]:
+        """The highest of each number over all ranks."""
+        values = torch.tensor(numbers, dtype=torch.int32, device=self.device)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return [int(number) for number in values.tolist()]
 
     def share(self, rows: Rows | None) -> Rows | None:
         """Hand the reader's rows to its model-parallel peers by one broadcast.

@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-import queue
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core import dist_checkpointing, parallel_state
 
 from ul2r.model.build import sharding_metadata
-from ul2r.train.checkpoint import CheckpointInfo, CheckpointStore
+from ul2r.train.background import BackgroundWrite
 from ul2r.train.step import TrainStep
 
 
-def save_checkpoint(store: CheckpointStore, train_step: TrainStep, info: CheckpointInfo) -> None:
-    """Write model and optimizer from all ranks; the checkpoint counts once the pointer is switched.
+def begin_save(
+    folder: Path, train_step: TrainStep, last: Callable[[], None] = lambda: None
+) -> BackgroundWrite:
+    """Begin to write model and optimizer from all ranks to an empty folder; training may go on at once.
 
-    Raises:
-        CheckpointError: If another attempt at the run has begun since.
+    Args:
+        folder: Where to.
+        train_step: What to save.
+        last: Called, in the background, when this rank has written its part.
     """
-    beside = store.beside(info.step)
-    first = dist.get_rank() == 0
-    if first:
-        beside.mkdir()
-    dist.barrier()
-    _report_in_process()
-    dist_checkpointing.save(_sharded_state(train_step), str(beside))
-    dist.barrier()
-    if first:
-        info.write(beside)
-        store.finish(info.step)
-    dist.barrier()
+    replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return BackgroundWrite(_sharded_state(train_step), folder, replicas, last)
 
 
 def load_checkpoint(folder: Path, train_step: TrainStep, *, optimizer: bool) -> None:
@@ -44,16 +36,6 @@ def load_checkpoint(folder: Path, train_step: TrainStep, *, optimizer: bool) -> 
         train_step.optimizer.load_state_dict(loaded["optimizer"])
     else:
         train_step.optimizer.reload_model_params()
-
-
-def _report_in_process() -> None:
-    """Let a save that this process waits for report what it wrote to this process.
-
-    Megatron-Core 0.16 starts a server process for each rank to report to, as an asynchronous save needs. It takes
-    seconds to import torch, and stays behind where the rank is killed.
-    """
-    if filesystem_async._results_queue is None:
-        filesystem_async._results_queue = queue.Queue()
 
 
 def _sharded_state(

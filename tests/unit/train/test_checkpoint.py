@@ -1,4 +1,4 @@
-"""Checkpoints that do not fit their recipe are refused by field and value; unfinished ones do not count."""
+"""Checkpoints that do not fit their recipe are refused by field and value."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from ul2r.errors import CheckpointError
 from ul2r.launch.run import check_checkpoints
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.recipes import tiny_recipe
-from ul2r.train.checkpoint import CheckpointInfo, CheckpointStore, base_checkpoint, claim
+from ul2r.train.checkpoint import CheckpointInfo
+from ul2r.train.integrity import write_digests
+from ul2r.train.storage import base_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +31,7 @@ def write_checkpoint(info: CheckpointInfo, checkpoints: Path) -> Path:
     folder = checkpoints / f"step_{info.step:08d}"
     folder.mkdir(parents=True)
     info.write(folder)
+    write_digests(folder, {})
     (checkpoints / "latest").write_text(folder.name)
     return folder
 
@@ -86,26 +89,44 @@ def test_a_run_does_not_resume_as_another(
         check_checkpoints(tiny_recipe(tmp_path, **changes), corpus)
 
 
+def test_another_seed_and_data_set_are_taken_where_that_is_said(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    info = info_of(corpus, tmp_path)
+    write_checkpoint(info, tmp_path / "runs" / "tiny" / "checkpoints")
+    other = tiny_store(tmp_path / "other", documents=12, seed=1, tokenizer=corpus.tokenizer_file)
+    told = ["seed", "data"]
+    for accepted in ([], told[:1], told[1:]):
+        recipe = tiny_recipe(tmp_path, seed=2, checkpoints={"accept_changes": accepted})
+        refused = next(name for name in ("data", "seed") if name not in accepted)
+        with pytest.raises(
+            CheckpointError,
+            match=rf"{refused}: \w+ in the .* recipe: .* --set checkpoints\.accept_changes=\[{refused}\]",
+        ):
+            check_checkpoints(recipe, other)
+    recipe = tiny_recipe(tmp_path, seed=2, checkpoints={"accept_changes": told})
+    assert check_checkpoints(recipe, other) == info
+
+
+def test_another_tokenizer_is_taken_where_that_is_said_but_never_another_model(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    info = info_of(corpus, tmp_path)
+    other = tiny_store(tmp_path / "other", documents=12, seed=1)
+    accepting = {"accept_changes": ["tokenizer", "data"]}
+    info.check_same_run(tiny_recipe(tmp_path, checkpoints=accepting), other)
+    with pytest.raises(CheckpointError, match=r"model\.layers: 4 .* value, or another name"):
+        info.check_same_run(
+            tiny_recipe(tmp_path, checkpoints=accepting, model={"layers": 2}), other
+        )
+
+
 def test_a_run_continues_where_its_last_checkpoint_is(corpus: Corpus, tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
     assert check_checkpoints(recipe, corpus) is None
     info = info_of(corpus, tmp_path)
     write_checkpoint(info, recipe.run_folder() / "checkpoints")
     assert check_checkpoints(recipe, corpus) == info
-
-
-def test_what_was_not_finished_does_not_count(corpus: Corpus, tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path, keep=2)
-    (tmp_path / "step_00000006.writing").mkdir()
-    assert store.latest() is None
-    finished = write_checkpoint(info_of(corpus, tmp_path), tmp_path)
-    assert store.latest() == finished
-
-
-def test_a_missing_checkpoint_is_not_passed_over(tmp_path: Path) -> None:
-    (tmp_path / "latest").write_text("step_00000009")
-    with pytest.raises(CheckpointError, match="names step_00000009, which is not there"):
-        CheckpointStore(tmp_path, keep=2).latest()
 
 
 def test_a_damaged_description_is_named(corpus: Corpus, tmp_path: Path) -> None:
@@ -142,44 +163,3 @@ def test_an_unfinished_base_is_refused(corpus: Corpus, tmp_path: Path) -> None:
     write_checkpoint(info_of(corpus, tmp_path), tmp_path / "runs" / "tiny" / "checkpoints")
     with pytest.raises(CheckpointError, match="base=tiny stands at step 3 of 6: finish it"):
         base_checkpoint(tiny_recipe(tmp_path, name="next", base="tiny"))
-
-
-def folders(store: CheckpointStore) -> list[str]:
-    return sorted(path.name for path in store.folder.iterdir() if path.is_dir())
-
-
-def write_and_finish(store: CheckpointStore, step: int) -> None:
-    store.beside(step).mkdir()
-    store.finish(step)
-
-
-@pytest.mark.parametrize("keep", [1, 2])
-def test_the_last_checkpoints_are_kept(tmp_path: Path, keep: int) -> None:
-    store = CheckpointStore(tmp_path, keep, claim(tmp_path))
-    for step in (2, 4, 6):
-        write_and_finish(store, step)
-    assert folders(store) == ["step_00000002", "step_00000004", "step_00000006"][-keep:]
-    assert store.latest() == tmp_path / "step_00000006"
-
-
-def test_a_later_checkpoint_that_was_never_pointed_to_does_not_push_out_the_last(
-    tmp_path: Path,
-) -> None:
-    """A run killed between rename and pointer switch resumes before that checkpoint, and saves at other steps."""
-    store = CheckpointStore(tmp_path, 1, claim(tmp_path))
-    write_and_finish(store, 4)
-    (tmp_path / "step_00000009").mkdir()
-    write_and_finish(store, 6)
-    assert folders(store) == ["step_00000006"]
-    assert store.latest() == tmp_path / "step_00000006"
-
-
-def test_an_attempt_that_was_replaced_writes_no_more(tmp_path: Path) -> None:
-    old = CheckpointStore(tmp_path, 2, claim(tmp_path))
-    write_and_finish(old, 2)
-    new = CheckpointStore(tmp_path, 2, claim(tmp_path))
-    with pytest.raises(CheckpointError, match="another attempt at this run writes"):
-        write_and_finish(old, 4)
-    new.begin()
-    assert folders(new) == ["step_00000002"]
-    assert new.latest() == tmp_path / "step_00000002"
