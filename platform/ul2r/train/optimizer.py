@@ -17,7 +17,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from ul2r.config import Recipe
 
 
-def build_optimizer(recipe: Recipe, model: DistributedDataParallel) -> MegatronOptimizer:
+def build_optimizer(recipe: Recipe, model: list[DistributedDataParallel]) -> MegatronOptimizer:
     """The distributed optimizer; norms are exempt from weight decay."""
     settings = recipe.optimizer
     on_cuda = torch.cuda.is_available()
@@ -33,7 +33,7 @@ def build_optimizer(recipe: Recipe, model: DistributedDataParallel) -> MegatronO
         bf16=on_cuda,
         params_dtype=torch.bfloat16 if on_cuda else torch.float32,
     )
-    optimizer = get_megatron_optimizer(config, [model])
+    optimizer = get_megatron_optimizer(config, model)
     for part in optimizer.chained_optimizers:
         if isinstance(
             part.optimizer, torch.optim.AdamW
