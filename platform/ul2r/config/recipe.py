@@ -69,7 +69,7 @@ class Training(Section):
     steps: PositiveInt
     global_batch_rows: PositiveInt
     microbatch_rows: PositiveInt = 1
-    precision: Literal["auto"] | Precision = "auto"
+    precision: Literal["auto", Precision] = "auto"
     """Of weights and activations; "auto" is bf16 on GPUs and fp32 on CPUs. "fp8" is bf16 with matrix products in
     fp8, by TransformerEngine. Gradients are summed, and the optimizer works, in fp32."""
     recompute: Recompute = "none"

@@ -43,11 +43,13 @@ def logits_of(labels: Tensor, logits: Tensor) -> Tensor:
         (B, S) float32, the same on every tensor rank.
     """
     size = logits.shape[-1]
-    place = labels.transpose(0, 1) - parallel_state.get_tensor_model_parallel_rank() * size
+    first = parallel_state.get_tensor_model_parallel_rank() * size
+    place = labels.transpose(0, 1).contiguous() - first
     here = (place >= 0) & (place < size)
     flat = place.clamp(0, size - 1).flatten()
     flat = flat + size * torch.arange(len(flat), device=flat.device)
     # Unlike gather, index_select keeps no logits for the backward pass, so that they may be overwritten.
     own = logits.flatten().index_select(0, flat).view_as(place).float()
-    found: Tensor = reduce_from_tensor_model_parallel_region(own.where(here, 0.0))
+    # Megatron adds up in place, and what is not contiguous not at all.
+    found: Tensor = reduce_from_tensor_model_parallel_region(own.where(here, 0.0).contiguous())
     return found.transpose(0, 1)

@@ -17,8 +17,11 @@ class Norm:
         cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5
     ) -> torch.nn.Module:
         """A norm over the last axis, of `hidden_size`."""
-        kind = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}[config.normalization]
-        norm = kind(hidden_size, eps=eps)
+        kinds: dict[str, type[torch.nn.Module]] = {
+            "RMSNorm": torch.nn.RMSNorm,
+            "LayerNorm": torch.nn.LayerNorm,
+        }
+        norm = kinds[config.normalization](hidden_size, eps=eps)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return norm

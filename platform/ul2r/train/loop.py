@@ -164,7 +164,8 @@ class TrainLoop:
             return Progress()
         info = CheckpointInfo.read(base)
         info.check_same_model(self.recipe, self.corpus)
-        load_checkpoint(base, self.train_step, optimizer=False)
+        kept = self.recipe.optimizer.state_from_base == "kept"
+        load_checkpoint(base, self.train_step, optimizer=kept)
         self.base = info.identity
         return Progress(0, info.tokens, info.flops)
 

@@ -12,6 +12,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from ul2r.model.build import load_model, sharded_model, sharding_metadata
 from ul2r.train.checkpoint import CheckpointInfo, CheckpointStore
+from ul2r.train.optimizer import load_optimizer
 from ul2r.train.step import TrainStep
 
 
@@ -41,7 +42,7 @@ def load_checkpoint(folder: Path, train_step: TrainStep, *, optimizer: bool) -> 
     loaded = dist_checkpointing.load(state, str(folder))
     load_model(train_step.chunks, loaded["model"])
     if optimizer:
-        train_step.optimizer.load_state_dict(loaded["optimizer"])
+        load_optimizer(train_step.optimizer, loaded["optimizer"])
     else:
         train_step.optimizer.reload_model_params()
 
