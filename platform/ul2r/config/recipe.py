@@ -239,11 +239,30 @@ class Recipe(Section):
                 f"training.precision={training.precision} needs GPUs, launch.gpus_per_worker=0: set the first to "
                 "auto or fp32, or the second to 1"
             )
+        if self.precision == "fp8":
+            self._check_fp8_sizes()
         if optimizer.state_from_base == "kept" and self.base is None:
             raise ValueError(
                 "optimizer.state_from_base=kept needs a base: name one or leave the setting out"
             )
         return self
+
+    def _check_fp8_sizes(self) -> None:
+        """Matrix products in fp8 take sizes that are multiples of 16 (TransformerEngine's documentation, FP8)."""
+        model, tensor = self.model, self.parallel.tensor
+        sizes = {
+            "model.hidden_size": model.hidden_size,
+            "model.ffn_hidden_size / parallel.tensor": model.ffn_hidden_size // tensor,
+            "model.hidden_size / parallel.tensor": model.hidden_size // tensor,
+            "training.microbatch_rows x objective.sequence_length / parallel.tensor": (
+                self.training.microbatch_rows * self.objective.sequence_length // tensor
+            ),
+        }
+        for what, size in sizes.items():
+            if size % 16:
+                raise ValueError(
+                    f"{what} = {size} is not a multiple of 16, as training.precision=fp8 needs: change it or set bf16"
+                )
 
     @property
     def sentinels_needed(self) -> int:

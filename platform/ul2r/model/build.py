@@ -107,7 +107,10 @@ def check_precision(recipe: Recipe) -> None:
     """
     chosen = f"training.precision={recipe.training.precision}"
     if recipe.precision != "fp32" and not torch.cuda.is_available():
-        raise LayoutError(f"{chosen}: this worker has no GPU: set it to fp32")
+        raise LayoutError(
+            f"{chosen} on launch.gpus_per_worker={recipe.launch.gpus_per_worker}, but this worker has no GPU: "
+            "set the second to 0, and the first to auto or fp32"
+        )
     if recipe.precision != "fp8":
         return
     if not uses_transformer_engine():

@@ -44,7 +44,7 @@ def logits_of(labels: Tensor, logits: Tensor) -> Tensor:
     """
     size = logits.shape[-1]
     first = parallel_state.get_tensor_model_parallel_rank() * size
-    place = labels.transpose(0, 1).contiguous() - first
+    place = labels.transpose(0, 1) - first
     here = (place >= 0) & (place < size)
     flat = place.clamp(0, size - 1).flatten()
     flat = flat + size * torch.arange(len(flat), device=flat.device)

@@ -128,6 +128,14 @@ def test_data_parallel_replicas_are_what_is_left_of_the_workers() -> None:
             "training.precision=fp8 needs GPUs, launch.gpus_per_worker=0",
         ),
         (
+            {
+                "training": {"precision": "fp8"},
+                "launch": {"gpus_per_worker": 1},
+                "model": {"ffn_hidden_size": 100},
+            },
+            "model.ffn_hidden_size / parallel.tensor = 100 is not a multiple of 16, as training.precision=fp8 needs",
+        ),
+        (
             {"optimizer": {"schedule": "wsd", "warmup_share": 0.5, "decay_share": 0.6}},
             "optimizer.warmup_share=0.5 and optimizer.decay_share=0.6 make 5 + 6 steps, training.steps=10: "
             "lower either share",
