@@ -41,7 +41,7 @@ def train_and_run(recipe: Recipe, tokens: torch.Tensor, prefix: int) -> torch.Te
     load_checkpoint(latest, step, optimizer=False)
     position = torch.arange(LENGTH).expand(len(tokens), -1)
     mask = interval_mask(torch.zeros_like(position), torch.clamp(position + 1, min=prefix))
-    logits = step.unwrapped(tokens, position, mask)
+    logits = step.chunks[0](tokens, position, mask)
     gathered: torch.Tensor = gather_from_tensor_model_parallel_region(logits).detach()
     return gathered
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,14 @@ from ul2r.testing.recipes import tiny_recipe
 
 pytestmark = pytest.mark.distributed
 
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "TP 2": {"workers": 2, "tensor": 2},
+    "TP 2 x SP": {"workers": 2, "tensor": 2, "sequence_parallel": True},
     "PP 2": {"workers": 2, "pipeline": 2},
+    "PP 2 x VP 2": {"workers": 2, "pipeline": 2, "virtual_stages": 2},
     "DP 2": {"workers": 2},
-    "TP 2 x PP 2": {"workers": 4, "tensor": 2, "pipeline": 2},
+    "TP 2 x PP 2 x SP": {"workers": 4, "tensor": 2, "pipeline": 2, "sequence_parallel": True},
+    "PP 2 x VP 2 x DP 2": {"workers": 4, "pipeline": 2, "virtual_stages": 2},
 }
 CAUSAL = {"mixture": "causal"}
 Result = dict[str, Any]
@@ -54,14 +59,19 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def recipes(storage: Path, layout: str, **parallel: int) -> tuple[Recipe, Recipe, Recipe]:
+def recipes(
+    storage: Path, layout: str, parallel: Mapping[str, Any]
+) -> tuple[Recipe, Recipe, Recipe]:
     """A UL2R run, the same continued from the single process's step 3, and a causal run."""
+
+    def recipe(kind: str, **changes: object) -> Recipe:
+        name = f"{kind} {layout}".replace(" ", "-")
+        return tiny_recipe(storage, name=name, parallel=parallel, **changes)
+
     return (
-        tiny_recipe(storage, name=f"new {layout}".replace(" ", "-"), parallel=parallel),
-        tiny_recipe(storage, name=f"continued {layout}".replace(" ", "-"), parallel=parallel),
-        tiny_recipe(
-            storage, name=f"causal {layout}".replace(" ", "-"), parallel=parallel, objective=CAUSAL
-        ),
+        recipe("new"),
+        recipe("continued", evaluation=CAUSAL),
+        recipe("causal", objective=CAUSAL, evaluation=CAUSAL),
     )
 
 
@@ -76,20 +86,27 @@ def hand_over(source: Recipe, target: Recipe) -> None:
 @pytest.fixture(scope="module")
 def single(storage: Path) -> tuple[Result, Result]:
     """The single process's UL2R and causal run."""
-    new, _, causal = recipes(storage, "single")
+    new, _, causal = recipes(storage, "single", {})
     ((whole, whole_causal),) = run_distributed(losses, 1, new, causal)
     return whole, whole_causal
 
 
 @pytest.fixture(scope="module")
 def layouts(storage: Path, single: tuple[Result, Result]) -> dict[str, list[Result]]:
-    """What each layout gave for its three `recipes`."""
-    source, _, _ = recipes(storage, "single")
+    """What each layout gave for its three `recipes`; those of as many workers share their processes."""
+    source, _, _ = recipes(storage, "single", {})
     results = {}
-    for layout, parallel in LAYOUTS.items():
-        planned = recipes(storage, layout, **parallel)
-        hand_over(source, planned[1])
-        results[layout] = run_distributed(losses, parallel["workers"], *planned)[0]
+    for workers in sorted({parallel["workers"] for parallel in LAYOUTS.values()}):
+        planned = {
+            layout: recipes(storage, layout, parallel)
+            for layout, parallel in LAYOUTS.items()
+            if parallel["workers"] == workers
+        }
+        for _, continued, _ in planned.values():
+            hand_over(source, continued)
+        given = run_distributed(losses, workers, *itertools.chain(*planned.values()))[0]
+        for number, layout in enumerate(planned):
+            results[layout] = given[3 * number : 3 * number + 3]
     return results
 
 
@@ -118,8 +135,10 @@ def test_single_process_continues_the_checkpoint_of_any_layout(
 ) -> None:
     continued = []
     for layout, parallel in LAYOUTS.items():
-        continued.append(tiny_recipe(storage, name=f"back {layout}".replace(" ", "-")))
-        hand_over(recipes(storage, layout, **parallel)[0], continued[-1])
+        continued.append(
+            tiny_recipe(storage, name=f"back {layout}".replace(" ", "-"), evaluation=CAUSAL)
+        )
+        hand_over(recipes(storage, layout, parallel)[0], continued[-1])
     (results,) = run_distributed(losses, 1, *continued)
     assert len(results) == len(layouts)
     for result in results:

@@ -17,6 +17,8 @@ from ul2r.testing.recipes import tiny_recipe
 
 pytestmark = pytest.mark.distributed
 
+SP = {"workers": 2, "tensor": 2, "sequence_parallel": True}
+VP = {"workers": 2, "pipeline": 2, "virtual_stages": 2}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "single": {},
     "TP 2": {"parallel": {"workers": 2, "tensor": 2}},
@@ -27,6 +29,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "PP 2": {"parallel": {"workers": 2, "pipeline": 2}},
     "DP 2": {"parallel": {"workers": 2}},
     "TP 2 x PP 2": {"parallel": {"workers": 4, "tensor": 2, "pipeline": 2}},
+    "TP 2 x SP": {"parallel": SP},
+    "TP 2 x SP, selective": {"parallel": SP, "training": {"recompute": "selective"}},
+    "TP 2 x SP, full": {"parallel": SP, "training": {"recompute": "full"}},
+    "PP 2 x VP 2": {"parallel": VP},
+    "PP 2 x VP 2, selective": {"parallel": VP, "training": {"recompute": "selective"}},
+    "PP 2 x VP 2, full": {"parallel": VP, "training": {"recompute": "full"}},
 }
 
 
@@ -78,6 +86,10 @@ class Held:
             self.kept.now -= self.size
 
 
+def measure_all(*recipes: Recipe) -> list[tuple[int, Measured]]:
+    return [measure(recipe) for recipe in recipes]
+
+
 def measure(recipe: Recipe) -> tuple[int, Measured]:
     """Take a step; the pipeline stage of this rank and what it has."""
     import torch
@@ -91,7 +103,7 @@ def measure(recipe: Recipe) -> tuple[int, Measured]:
     corpus = open_corpus(recipe.store_folder)
     mesh = Mesh.join(recipe.parallel)
     step = TrainStep(recipe, mesh, corpus.vocabulary.size)
-    buffers = step.model.buffers
+    buffers = [buffer for chunk in step.model for buffer in chunk.buffers]
     weights = {_storage(buffer.param_data) for buffer in buffers}
     kept = Kept(weights)
     rows = Batches(recipe, corpus).rows(0, mesh.data_rank, recipe.parallel.data)
@@ -103,8 +115,10 @@ def measure(recipe: Recipe) -> tuple[int, Measured]:
         for parameter, state in part.optimizer.state.items()
     ]
     own = [one for state in states for one in state if _storage(one) not in weights]
-    parameters = list(step.unwrapped.parameters())
-    return parallel_state.get_pipeline_model_parallel_rank(), Measured(
+    parameters = [parameter for chunk in step.chunks for parameter in chunk.parameters()]
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    mesh.leave()
+    return stage, Measured(
         parameters=sum(parameter.numel() for parameter in parameters),
         tensors=len(parameters),
         weights=sum(buffer.param_data.nbytes for buffer in buffers),
@@ -121,23 +135,36 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def measured(storage: Path) -> dict[str, list[tuple[int, Measured]]]:
+    """What every rank of each layout has; layouts of as many workers share their processes."""
+    recipes = {layout: tiny_recipe(storage, **changes) for layout, changes in LAYOUTS.items()}
+    results: dict[str, list[tuple[int, Measured]]] = {}
+    for workers in {recipe.parallel.workers for recipe in recipes.values()}:
+        here = {name: one for name, one in recipes.items() if one.parallel.workers == workers}
+        ranks = run_distributed(measure_all, workers, *here.values())
+        results |= dict(zip(here, map(list, zip(*ranks, strict=True)), strict=True))
+    return results
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_sizes_are_those_of_what_is_built(storage: Path, layout: str) -> None:
+def test_sizes_are_those_of_what_is_built(
+    storage: Path, measured: dict[str, list[tuple[int, Measured]]], layout: str
+) -> None:
     from ul2r.data.prepared import open_corpus
 
     recipe = tiny_recipe(storage, **LAYOUTS[layout])
-    vocabulary = open_corpus(recipe.store_folder).vocabulary.size
-    stages = size_run(recipe, vocabulary).stages
     parallel = recipe.parallel
-    measured = run_distributed(measure, parallel.workers, recipe)
-    assert len(measured) == parallel.workers
-    for number, rank in measured:
+    stages = size_run(recipe, open_corpus(recipe.store_folder).vocabulary.size).stages
+    assert len(measured[layout]) == parallel.workers
+    for number, rank in measured[layout]:
         stage = stages[number]
         assert stage.parameters == rank.parameters
         check_state(stage.memory, rank, parallel.data)
         # A stage holds what it sends on as well, in Megatron's schedule and not in autograd.
-        sent = recipe.training.microbatch_rows * recipe.objective.sequence_length * 4
-        sent *= recipe.model.hidden_size * stage.microbatches * (number < parallel.pipeline - 1)
+        sends = stage.microbatches * parallel.virtual_stages - (number == parallel.pipeline - 1)
+        positions = recipe.training.microbatch_rows * recipe.objective.sequence_length
+        sent = 4 * positions * recipe.model.hidden_size * sends
         told = stage.memory.activations + stage.memory.logits
         assert told == pytest.approx(rank.kept + sent, rel=0.01)
 

@@ -4,7 +4,16 @@ from ul2r.config.architecture import Architecture
 from ul2r.config.denoisers import PRESETS, Causal, Denoiser, Fim, Prefix, SpanCorruption, fit
 from ul2r.config.load import dump, load
 from ul2r.config.objective import Objective
-from ul2r.config.recipe import Comparison, Data, Evaluation, Parallel, Recipe, WeightedStore
+from ul2r.config.parallel import Parallel
+from ul2r.config.recipe import (
+    Comparison,
+    Data,
+    Evaluation,
+    Precision,
+    Recipe,
+    Recompute,
+    WeightedStore,
+)
 
 __all__ = [
     "PRESETS",
@@ -17,8 +26,10 @@ __all__ = [
     "Fim",
     "Objective",
     "Parallel",
+    "Precision",
     "Prefix",
     "Recipe",
+    "Recompute",
     "SpanCorruption",
     "WeightedStore",
     "dump",

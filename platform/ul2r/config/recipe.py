@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -10,10 +11,14 @@ from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 from ul2r.config.architecture import Architecture
 from ul2r.config.denoisers import PRESETS
 from ul2r.config.objective import Mixture, Objective
+from ul2r.config.optimizer import Optimizer
+from ul2r.config.parallel import Parallel
 from ul2r.config.section import PositiveInt, Section
 
 Storage = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
 Change = Literal["data", "seed", "tokenizer"]
+Precision = Literal["bf16", "fp8", "fp32"]
+Recompute = Literal["none", "selective", "full"]
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
@@ -70,58 +75,19 @@ class Data(Section):
         return self
 
 
-class Parallel(Section):
-    """How the workers share one model. Data-parallel replicas are what is left of `workers`."""
-
-    workers: PositiveInt = 1
-    tensor: PositiveInt = 1
-    pipeline: PositiveInt = 1
-
-    @model_validator(mode="after")
-    def _factors(self) -> Self:
-        replica = self.tensor * self.pipeline
-        if self.workers % replica:
-            raise ValueError(
-                f"workers={self.workers} is not a multiple of tensor x pipeline = {self.tensor} x {self.pipeline} "
-                f"= {replica}: set parallel.workers to {replica}, {2 * replica}, {3 * replica}, ..."
-            )
-        return self
-
-    @property
-    def data(self) -> int:
-        """Model replicas."""
-        return self.workers // (self.tensor * self.pipeline)
-
-
 class Training(Section):
     """Length and batch of a run."""
 
     steps: PositiveInt
     global_batch_rows: PositiveInt
     microbatch_rows: PositiveInt = 1
+    precision: Literal["auto", Precision] = "auto"
+    """Of weights and activations; "auto" is bf16 on GPUs and fp32 on CPUs. "fp8" is bf16 with matrix products in
+    fp8, by TransformerEngine. Gradients are summed, and the optimizer works, in fp32."""
+    recompute: Recompute = "none"
+    """Activations computed again in the backward pass instead of kept: none, those of attention, or all but each
+    layer's input (Korthikanti et al. 2022, arXiv 2205.05198, 5)."""
     log_every: PositiveInt = 10
-
-
-class Optimizer(Section):
-    """AdamW. Defaults: arXiv 2210.11399, 3.2 for the rates; the rest is this project's (the paper is silent)."""
-
-    learning_rate: float = Field(default=1e-4, gt=0)
-    final_learning_rate: float = Field(default=1e-6, ge=0)
-    schedule: Literal["cosine", "constant"] = "cosine"
-    warmup_share: float = Field(default=0.01, ge=0, le=1)
-    weight_decay: float = Field(default=0.1, ge=0)
-    beta1: float = Field(default=0.9, gt=0, lt=1)
-    beta2: float = Field(default=0.95, gt=0, lt=1)
-    clip: float = Field(default=1.0, gt=0)
-
-    @model_validator(mode="after")
-    def _decays(self) -> Self:
-        if self.schedule == "cosine" and self.final_learning_rate > self.learning_rate:
-            raise ValueError(
-                f"final_learning_rate={self.final_learning_rate} is above learning_rate={self.learning_rate}: "
-                "lower the first or raise the second"
-            )
-        return self
 
 
 class Validation(Section):
@@ -257,10 +223,6 @@ class Recipe(Section):
                 f"parallel.tensor={parallel.tensor} neither divides model.kv_heads={model.kv_heads} "
                 "nor is a multiple of it: change either"
             )
-        if model.layers % parallel.pipeline:
-            raise ValueError(
-                f"parallel.pipeline={parallel.pipeline} does not divide model.layers={model.layers}: change either"
-            )
         rows = training.microbatch_rows * parallel.data
         if self.validation.rows % rows:
             raise ValueError(
@@ -287,6 +249,51 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _fits_layout_and_devices(self) -> Self:
+        training, optimizer = self.training, self.optimizer
+        self.parallel.check_rows(
+            layers=self.model.layers,
+            sequence_length=self.objective.sequence_length,
+            training=self.microbatches,
+            validation=self.validation.rows // (training.microbatch_rows * self.parallel.data),
+        )
+        if self.warmup_steps + self.decay_steps > training.steps:
+            raise ValueError(
+                f"optimizer.warmup_share={optimizer.warmup_share:g} and optimizer.decay_share="
+                f"{optimizer.decay_share:g} make {self.warmup_steps} + {self.decay_steps} steps, "
+                f"training.steps={training.steps}: lower either share"
+            )
+        if training.precision in {"bf16", "fp8"} and not self.launch.gpus_per_worker:
+            raise ValueError(
+                f"training.precision={training.precision} needs GPUs, launch.gpus_per_worker=0: set the first to "
+                "auto or fp32, or the second to 1"
+            )
+        if self.precision == "fp8":
+            self._check_fp8_sizes()
+        if optimizer.state_from_base == "kept" and self.base is None:
+            raise ValueError(
+                "optimizer.state_from_base=kept needs a base: name one or leave the setting out"
+            )
+        return self
+
+    def _check_fp8_sizes(self) -> None:
+        """Matrix products in fp8 take sizes that are multiples of 16 (TransformerEngine's documentation, FP8)."""
+        model, tensor = self.model, self.parallel.tensor
+        sizes = {
+            "model.hidden_size": model.hidden_size,
+            "model.ffn_hidden_size / parallel.tensor": model.ffn_hidden_size // tensor,
+            "model.hidden_size / parallel.tensor": model.hidden_size // tensor,
+            "training.microbatch_rows x objective.sequence_length / parallel.tensor": (
+                self.training.microbatch_rows * self.objective.sequence_length // tensor
+            ),
+        }
+        for what, size in sizes.items():
+            if size % 16:
+                raise ValueError(
+                    f"{what} = {size} is not a multiple of 16, as training.precision=fp8 needs: change it or set bf16"
+                )
+
     @property
     def sentinels_needed(self) -> int:
         """Sentinels that the worst example of training and evaluation uses."""
@@ -306,6 +313,20 @@ class Recipe(Section):
     def warmup_steps(self) -> int:
         """Steps in which the learning rate rises, fewer than all."""
         return round(self.optimizer.warmup_share * self.training.steps)
+
+    @property
+    def decay_steps(self) -> int:
+        """Last steps of the "wsd" schedule, in which the learning rate falls; 0 under others."""
+        share = self.optimizer.decay_share if self.optimizer.schedule == "wsd" else 0
+        return math.ceil(share * self.training.steps)
+
+    @property
+    def precision(self) -> Precision:
+        """What `training.precision` comes to on this recipe's devices."""
+        chosen = self.training.precision
+        if chosen == "auto":
+            return "bf16" if self.launch.gpus_per_worker else "fp32"
+        return chosen
 
     @property
     def microbatches(self) -> int:

@@ -112,6 +112,10 @@ def _facts(recipe: Recipe, sizing: Sizing, vocabulary_size: int) -> Iterator[tup
         "workers",
         f"{parallel.workers} = tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {parallel.data}",
     )
+    yield "chunks of layers", f"{parallel.virtual_stages} on each pipeline rank"
+    yield "sequence parallel", "yes" if parallel.sequence_parallel else "no"
+    yield "precision", recipe.precision
+    yield "recomputation", training.recompute
     yield (
         "microbatches",
         f"{recipe.microbatches} a step and replica, of {training.microbatch_rows} x {length:,} positions",
@@ -154,7 +158,7 @@ def _stages(sizing: Sizing) -> Iterator[tuple[str, ...]]:
             str(number),
             str(stage.layers),
             f"{stage.parameters:,}",
-            str(stage.microbatches),
+            f"{stage.microbatches:g}",
             *(f"{size / GIB:.2f}" for size in sizes),
         )
 

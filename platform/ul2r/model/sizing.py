@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from ul2r.config import Architecture, Recipe
+from ul2r.config import Parallel, Recipe
 from ul2r.errors import RecipeError
 from ul2r.model.flops import matrix_weights, parameters
 
@@ -44,8 +44,8 @@ class Stage:
     layers: int
     parameters: int
     """Of one rank; the padded embedding is on the first stage and, as output projection, on the last."""
-    microbatches: int
-    """Microbatches whose activations are kept at the same time."""
+    microbatches: float
+    """Microbatches whose activations are kept at the same time; one that only some chunks keep counts in part."""
     memory: Memory
 
 
@@ -86,18 +86,34 @@ def size_run(recipe: Recipe, vocabulary_size: int) -> Sizing:
     sizing = Sizing(
         parameters=parameters(recipe.model, vocabulary_size),
         stages=stages,
-        bubble=pipeline_bubble(parallel.pipeline, recipe.microbatches),
+        bubble=pipeline_bubble(parallel.pipeline, recipe.microbatches, parallel.virtual_stages),
     )
     _check_memory(recipe, sizing)
     return sizing
 
 
-def pipeline_bubble(stages: int, microbatches: int) -> float:
-    """Share of a step that each of p stages idles under 1F1B with m microbatches: (p - 1) / (m + p - 1).
+def pipeline_bubble(stages: int, microbatches: int, virtual_stages: int = 1) -> float:
+    """Share of a step that each of p stages idles under 1F1B with m microbatches, v chunks a stage.
 
-    From Narayanan et al. 2021, arXiv 2104.04473, 2.2.1, which gives it relative to the busy time: (p - 1) / m.
+    (p - 1) / (v m + p - 1). From Narayanan et al. 2021, arXiv 2104.04473, 2.2.1 and 2.2.2, which give it relative to
+    the busy time: (p - 1) / (v m).
     """
-    return (stages - 1) / (microbatches + stages - 1)
+    return (stages - 1) / (virtual_stages * microbatches + stages - 1)
+
+
+def kept_passes(parallel: Parallel, microbatches: int, stage: int) -> tuple[int, ...]:
+    """Forward passes through each chunk of a stage whose activations are kept when there are the most.
+
+    That is once the pipeline is warm. Megatron-Core's interleaved schedule (arXiv 2104.04473, 2.2.2) lets groups of
+    p microbatches pass through one chunk, then the next; stage s begins backward passes after
+    2 (p - s - 1) + (v - 1) p forward ones, where 1F1B without chunks does so after p - s - 1.
+    """
+    stages, chunks = parallel.pipeline, parallel.virtual_stages
+    if chunks == 1:
+        return (min(microbatches, stages - stage),)
+    ahead = 2 * (stages - stage - 1) + (chunks - 1) * stages + 1
+    order = [number // stages % chunks for number in range(min(ahead, chunks * microbatches))]
+    return tuple(order.count(chunk) for chunk in range(chunks))
 
 
 def expected_seconds(recipe: Recipe, flops: float) -> float | None:
@@ -119,18 +135,27 @@ def expected_seconds(recipe: Recipe, flops: float) -> float | None:
 def _stage(recipe: Recipe, padded: int, number: int) -> Stage:
     """Pipeline stage `number`, from 0; an embedding of `padded` rows."""
     parallel, is_last = recipe.parallel, number == recipe.parallel.pipeline - 1
-    kept = min(recipe.microbatches, parallel.pipeline - number)  # 1F1B: what warms the pipeline up
+    kept = kept_passes(parallel, recipe.microbatches, number)
     weights = _stage_parameters(recipe, padded, is_first=number == 0, is_last=is_last)
     element = _element_bytes(recipe)
     main_weights = 4 if element < 4 else 0  # the optimizer's own, where the model's are not fp32
+    logits = _logit_bytes(recipe, padded) if is_last else 0
+    passes = [
+        count * _pass_bytes(recipe, is_last=is_last and chunk == len(kept) - 1)
+        for chunk, count in enumerate(kept)
+    ]
+    again = _layer_bytes(recipe)[1]
+    if is_last:  # whose logits and final norm are gone when the first layer is computed again
+        again -= logits + _end_bytes(recipe, is_last=True)
     memory = Memory(
         weights=element * weights,
         gradients=4 * weights,
         optimizer=(main_weights + 4 + 4) * -(-weights // parallel.data),
-        activations=kept * _activation_bytes(recipe, is_last=is_last),
-        logits=_logit_bytes(recipe, padded) if is_last else 0,
+        activations=sum(passes) + max(again, 0) + _rotary_bytes(recipe),
+        logits=logits,
     )
-    return Stage(recipe.model.layers // parallel.pipeline, weights, kept, memory)
+    layers = recipe.model.layers // parallel.pipeline
+    return Stage(layers, weights, sum(kept) / len(kept), memory)
 
 
 def _stage_parameters(recipe: Recipe, padded: int, *, is_first: bool, is_last: bool) -> int:
@@ -145,46 +170,89 @@ def _stage_parameters(recipe: Recipe, padded: int, *, is_first: bool, is_last: b
 
 
 def _element_bytes(recipe: Recipe) -> int:
-    """Bytes of a weight and of an activation: bf16 on a GPU, fp32 on a CPU."""
-    return 2 if recipe.launch.gpus_per_worker else 4
+    """Bytes of a weight and of an activation; fp8 is counted as bf16, which its copies of weights come on top of."""
+    return 4 if recipe.precision == "fp32" else 2
 
 
-def _activation_bytes(recipe: Recipe, *, is_last: bool) -> int:
-    """Bytes that one microbatch leaves on a stage's rank for the backward pass, logits apart."""
-    model, length = recipe.model, recipe.objective.sequence_length
-    rows, element = recipe.training.microbatch_rows, _element_bytes(recipe)
-    layers = model.layers // recipe.parallel.pipeline
-    position = layers * _layer_elements(model, recipe.parallel.tensor)
-    position += (3 if is_last else 1) * model.hidden_size  # the final norm's, or what is sent on
-    row = layers * length * length  # the attention mask, made a bias in each layer
-    rotations = layers * 4 * length * model.head_dim  # cosines and sines of queries and keys
-    statistics = layers * (2 + model.heads // recipe.parallel.tensor) + is_last  # fp32
-    elements = rows * (length * position + row) + rotations
-    return element * elements + 4 * rows * length * statistics
+def _pass_bytes(recipe: Recipe, *, is_last: bool) -> int:
+    """Bytes that a microbatch's pass through a chunk leaves on a rank for the backward pass, logits apart."""
+    length, layers = recipe.objective.sequence_length, recipe.model.layers // recipe.parallel.chunks
+    recomputes = recipe.training.recompute != "none"
+    mask = recipe.training.microbatch_rows * length * length if recomputes else 0
+    return layers * _layer_bytes(recipe)[0] + _end_bytes(recipe, is_last=is_last) + mask
 
 
-def _layer_elements(model: Architecture, tensor: int) -> int:
+def _end_bytes(recipe: Recipe, *, is_last: bool) -> int:
+    """What a pass through a chunk keeps after its layers: what it sends on, or the final norm."""
+    positions, parts = _positions(recipe), _row_parts(recipe)
+    width = (3 if is_last else 1) * recipe.model.hidden_size
+    return positions * (_element_bytes(recipe) * width + 4 * is_last) // parts
+
+
+def _layer_bytes(recipe: Recipe) -> tuple[int, int]:
+    """What a layer keeps of a microbatch, and what comes on top while it is computed again, one layer at a time."""
+    model, parallel, element = recipe.model, recipe.parallel, _element_bytes(recipe)
+    positions, length, parts = (
+        _positions(recipe),
+        recipe.objective.sequence_length,
+        _row_parts(recipe),
+    )
+    # The mask, made a bias in each layer, and a statistic of the softmax in fp32.
+    attention = positions * (element * length + 4 * model.heads // parallel.tensor)
+    rotations = 4 * length * model.head_dim  # cosines and sines of queries and keys
+    norms = 4 * 2 // parts  # a statistic of each in fp32
+    whole = positions * (element * _layer_elements(recipe) + norms) + element * rotations
+    if recipe.training.recompute == "selective":
+        mlp = 3 * model.hidden_size // parts + 5 * model.ffn_hidden_size // parallel.tensor
+        output = model.hidden_size // parallel.tensor
+        # The layer's own MLP has gone when its attention is computed again.
+        return whole, attention + positions * element * (output - mlp)
+    whole += attention
+    if recipe.training.recompute == "full":
+        read = positions * element * model.hidden_size // parts
+        return read, whole - read
+    return whole, 0
+
+
+def _rotary_bytes(recipe: Recipe) -> int:
+    """The fp32 angles of rotary positions, which a layer that is computed again keeps; all share those of a chunk."""
+    angles = recipe.objective.sequence_length * recipe.model.head_dim
+    return 0 if recipe.training.recompute == "none" else 4 * angles * recipe.parallel.virtual_stages
+
+
+def _positions(recipe: Recipe) -> int:
+    """Positions of a microbatch."""
+    return recipe.training.microbatch_rows * recipe.objective.sequence_length
+
+
+def _row_parts(recipe: Recipe) -> int:
+    """Parts that sequence parallelism cuts rows into between the tensor-parallel matrices."""
+    return recipe.parallel.tensor if recipe.parallel.sequence_parallel else 1
+
+
+def _layer_elements(recipe: Recipe) -> int:
     """Activations that a layer keeps of each position.
 
     Korthikanti et al. 2022, arXiv 2205.05198, 4.1 and 4.2, count 10 h + 24 h / t + 5 a s / t bytes a position of a
     GPT layer at 16 bits. Here, with hidden size h, key/value width g, feed-forward width f and t tensor ranks:
 
-    - two RMSNorms keep their input, the normalised input and their output, which every tensor rank has whole: 6 h
-      (a fused kernel keeps 2 h less);
+    - two RMSNorms keep their input, the normalised input and their output, which every tensor rank has whole, 6 h,
+      unless sequence parallelism cuts them, 6 h/t (a fused kernel keeps a third less);
     - attention keeps rotated queries h/t and keys g/t, the projection that values are a part of (h + 2 g)/t, and its
       output h/t; with fewer key/value heads than tensor ranks, the projection is gathered whole;
-    - the fused attention kernel keeps no scores (their 5 a s), but the mask: see `_activation_bytes`. Should torch
+    - the fused attention kernel keeps no scores (their 5 a s), but the mask: see `_layer_bytes`. Should torch
       take its unfused one, the scores come on top;
     - SwiGLU keeps its two inputs 2 f/t, the shifted linear one, the activated one and their product: 5 f/t;
     - there is no dropout, hence no dropout mask.
     """
+    model, tensor = recipe.model, recipe.parallel.tensor
     width, keys = model.hidden_size, model.kv_heads * model.head_dim
     projection = width + 2 * keys
     if model.kv_heads < tensor:
         attention = 2 * width // tensor + model.head_dim + projection
     else:
         attention = (2 * width + keys + projection) // tensor
-    return 6 * width + attention + 5 * model.ffn_hidden_size // tensor
+    return 6 * width // _row_parts(recipe) + attention + 5 * model.ffn_hidden_size // tensor
 
 
 def _logit_bytes(recipe: Recipe, padded: int) -> int:
@@ -192,9 +260,8 @@ def _logit_bytes(recipe: Recipe, padded: int) -> int:
 
     The last stage goes back through each microbatch at once, so that it never has those of two.
     """
-    positions = recipe.training.microbatch_rows * recipe.objective.sequence_length
     copy = 2 if _element_bytes(recipe) == 2 else 0
-    return positions * padded // recipe.parallel.tensor * (4 + copy)
+    return _positions(recipe) * padded // recipe.parallel.tensor * (4 + copy)
 
 
 def _check_memory(recipe: Recipe, sizing: Sizing) -> None:

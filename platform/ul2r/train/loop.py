@@ -212,7 +212,8 @@ class TrainLoop:
             info.check_same_run(self.recipe, self.corpus)
         else:
             info.check_same_model(self.recipe, self.corpus)
-        load_checkpoint(path, self.train_step, optimizer=bool(own))
+        optimizer = bool(own) or self.recipe.optimizer.state_from_base == "kept"
+        load_checkpoint(path, self.train_step, optimizer=optimizer)
         self.base = info.base if own else info.identity
         progress = Progress(info.step if own else 0, info.tokens, info.flops)
         if self.mesh.is_first:

@@ -45,6 +45,9 @@ class Mesh:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=(
+                parallel.virtual_stages if parallel.virtual_stages > 1 else None
+            ),
         )
         model_parallel_cuda_manual_seed(0)  # Megatron asks for one; nothing here draws from it
         device = (

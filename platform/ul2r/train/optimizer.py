@@ -10,17 +10,19 @@ from megatron.core.optimizer import (
     MegatronOptimizer,
     OptimizerConfig,
     get_megatron_optimizer,
+    get_standard_config_overrides,
 )
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
 from ul2r.config import Recipe
 
 
-def build_optimizer(recipe: Recipe, model: DistributedDataParallel) -> MegatronOptimizer:
-    """The distributed optimizer; norms are exempt from weight decay."""
+def build_optimizer(recipe: Recipe, model: list[DistributedDataParallel]) -> MegatronOptimizer:
+    """The distributed optimizer; norms, biases and, unless the recipe says so, embeddings have no weight decay."""
     settings = recipe.optimizer
-    on_cuda = torch.cuda.is_available()
+    low = recipe.precision != "fp32"
     config = OptimizerConfig(
         optimizer="adam",
         lr=settings.learning_rate,
@@ -30,10 +32,16 @@ def build_optimizer(recipe: Recipe, model: DistributedDataParallel) -> MegatronO
         adam_beta2=settings.beta2,
         clip_grad=settings.clip,
         use_distributed_optimizer=True,
-        bf16=on_cuda,
-        params_dtype=torch.bfloat16 if on_cuda else torch.float32,
+        bf16=low,
+        params_dtype=torch.bfloat16 if low else torch.float32,
     )
-    optimizer = get_megatron_optimizer(config, [model])
+    overrides = get_standard_config_overrides(config)
+    if not settings.decay_embeddings:
+        embeddings = ParamKey(
+            with_name_predicate=ParamWithNamePredicate("embedding", _is_embedding)
+        )
+        overrides[embeddings] = ParamGroupOverride(wd_mult=0.0)
+    optimizer = get_megatron_optimizer(config, model, config_overrides=overrides)
     for part in optimizer.chained_optimizers:
         if isinstance(
             part.optimizer, torch.optim.AdamW
@@ -41,6 +49,23 @@ def build_optimizer(recipe: Recipe, model: DistributedDataParallel) -> MegatronO
             _allocate_state(part.optimizer)
             _restore_steps(part)
     return optimizer
+
+
+def _is_embedding(parameter: torch.nn.Parameter, name: str) -> bool:
+    """Whether it is the embedding, or the copy of a tied one on the last pipeline stage."""
+    return "embedding" in name or getattr(parameter, "shared_embedding", False)
+
+
+def load_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
+    """Take moments and step counts that were read from a checkpoint, and none of its settings.
+
+    Megatron-Core would take rates and decay from there as well, or refuse where they differ.
+    """
+    own = {group["wd_mult"]: group for group in optimizer.param_groups}
+    for group in loaded["optimizer"]["param_groups"]:
+        settings = own[group["wd_mult"]]
+        group.update({key: settings[key] for key in settings.keys() - {"params", "step"}})
+    optimizer.load_state_dict(loaded)
 
 
 def _allocate_state(optimizer: torch.optim.AdamW) -> None:
@@ -83,7 +108,9 @@ class Schedule:
             min_lr=settings.final_learning_rate,
             lr_warmup_steps=recipe.warmup_steps,
             lr_decay_steps=steps,
-            lr_decay_style=settings.schedule,
+            lr_decay_style="WSD" if settings.schedule == "wsd" else settings.schedule,
+            wsd_decay_steps=recipe.decay_steps,
+            lr_wsd_decay_style="minus_sqrt",
             start_wd=settings.weight_decay,
             end_wd=settings.weight_decay,
             wd_incr_steps=0,

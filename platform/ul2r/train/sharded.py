@@ -8,8 +8,9 @@ from typing import Any
 
 from megatron.core import dist_checkpointing, parallel_state
 
-from ul2r.model.build import sharding_metadata
+from ul2r.model.build import load_model, sharded_model, sharding_metadata
 from ul2r.train.background import BackgroundWrite
+from ul2r.train.optimizer import load_optimizer
 from ul2r.train.step import TrainStep
 
 
@@ -31,9 +32,9 @@ def load_checkpoint(folder: Path, train_step: TrainStep, *, optimizer: bool) -> 
     """Load weights, and optimizer state if asked, saved under any layout into this one."""
     state = _sharded_state(train_step, loading=True, optimizer=optimizer)
     loaded = dist_checkpointing.load(state, str(folder))
-    train_step.unwrapped.load_state_dict(loaded["model"])
+    load_model(train_step.chunks, loaded["model"])
     if optimizer:
-        train_step.optimizer.load_state_dict(loaded["optimizer"])
+        load_optimizer(train_step.optimizer, loaded["optimizer"])
     else:
         train_step.optimizer.reload_model_params()
 
@@ -41,9 +42,10 @@ def load_checkpoint(folder: Path, train_step: TrainStep, *, optimizer: bool) -> 
 def _sharded_state(
     train_step: TrainStep, *, loading: bool = False, optimizer: bool = True
 ) -> dict[str, Any]:
-    metadata = sharding_metadata()
-    model = train_step.unwrapped.sharded_state_dict(metadata=metadata)
+    model = sharded_model(train_step.chunks)
     if not optimizer:
         return {"model": model}
-    state = train_step.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
+    state = train_step.optimizer.sharded_state_dict(
+        model, is_loading=loading, metadata=sharding_metadata()
+    )
     return {"model": model, "optimizer": state}

@@ -13,6 +13,7 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
@@ -67,31 +68,31 @@ class StepResult:
 
 
 class TrainStep:
-    """Model, optimizer and schedule of this rank, driven a batch at a time."""
+    """Model, optimizer and schedule of this rank, driven a batch at a time.
+
+    Attributes:
+        chunks: This rank's parts of the model, one for each virtual stage.
+        model: The same as Megatron-Core trains them.
+    """
 
     def __init__(self, recipe: Recipe, mesh: Mesh, vocabulary_size: int) -> None:
         self.recipe, self.mesh = recipe, mesh
-        model = build_model(
-            recipe.model,
-            recipe.parallel,
-            vocabulary_size,
-            recipe.objective.sequence_length,
-            recipe.seed,
-        )
-        self.config = model.config
-        wrapped = Float16Module(self.config, model) if self.config.bf16 else model
-        self.model = DistributedDataParallel(
-            config=self.config,
-            ddp_config=DistributedDataParallelConfig(
-                use_distributed_optimizer=True, grad_reduce_in_fp32=True
-            ),
-            module=wrapped,
-        )
-        self.unwrapped = model
+        self.chunks = build_model(recipe, vocabulary_size)
+        self.config = self.chunks[0].config
+        self.model = [self._wrap(chunk) for chunk in self.chunks]
         self.optimizer = build_optimizer(recipe, self.model)
         self.schedule = Schedule(recipe, self.optimizer)
         self.config.finalize_model_grads_func = finalize_model_grads
         self.config.grad_scale_func = self.optimizer.scale_loss
+
+    def _wrap(self, chunk: GPTModel) -> DistributedDataParallel:
+        return DistributedDataParallel(
+            config=self.config,
+            ddp_config=DistributedDataParallelConfig(
+                use_distributed_optimizer=True, grad_reduce_in_fp32=True
+            ),
+            module=Float16Module(self.config, chunk) if self.config.bf16 else chunk,
+        )
 
     def train(self, step: int, rows: Rows) -> StepResult:
         """Take optimizer step `step` (from 0) on this replica's rows.
@@ -100,7 +101,8 @@ class TrainStep:
         neither on microbatches nor on replicas.
         """
         self.schedule.set(step)
-        self.model.zero_grad_buffer()
+        for chunk in self.model:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         losses = self._run(rows, len(self.recipe.objective.mixture), forward_only=False)
         _, gradient_norm, _ = self.optimizer.step()
@@ -115,12 +117,12 @@ class TrainStep:
         """Pass all rows through the pipeline, microbatch by microbatch."""
         size = self.recipe.training.microbatch_rows
         assert len(rows) % size == 0
-        microbatches = (rows[start : start + size] for start in range(0, len(rows), size))
+        microbatches = [rows[start : start + size] for start in range(0, len(rows), size)]
         results = get_forward_backward_func()(
             forward_step_func=partial(self._forward, denoisers=denoisers),
-            data_iterator=microbatches,
-            model=[self.model],
-            num_microbatches=len(rows) // size,
+            data_iterator=[iter(microbatches) for _ in self.model],  # each chunk reads them all
+            model=self.model,
+            num_microbatches=len(microbatches),
             seq_length=rows.tokens.shape[1],
             micro_batch_size=size,
             forward_only=forward_only,
@@ -151,23 +153,26 @@ class TrainStep:
             mask,
             labels=_tensor(rows.labels, device).long(),
         )
-        return output, partial(_loss, rows=rows, denoisers=denoisers)
+        z_loss = self.recipe.optimizer.z_loss
+        return output, partial(_loss, rows=rows, denoisers=denoisers, z_loss=z_loss)
 
 
 def _loss(
-    token_losses: Tensor, *, rows: Rows, denoisers: int
+    output: Tensor, *, rows: Rows, denoisers: int, z_loss: float
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum a microbatch's losses over targets, in all and for each denoiser.
 
     Args:
-        token_losses: (B, S) nats.
+        output: (B, S) nats, or with z-loss (2, B, S): nats, and the softmax's log Z.
         rows: The microbatch.
         denoisers: Number of denoisers in the mixture.
+        z_loss: Weight of log^2 Z in the loss sum; the losses by denoiser are without it.
 
     Returns:
         Loss sum, number of targets, and "losses": (2 * denoisers,) float64 of sums, then counts.
     """
-    device = token_losses.device
+    device = output.device
+    token_losses, *log_z = output.unbind() if z_loss else (output,)
     targets = _tensor(rows.loss_mask, device).float()
     masked = token_losses.float() * targets
     which = torch.clamp(
@@ -176,7 +181,10 @@ def _loss(
     sums = torch.zeros(2, denoisers, dtype=torch.float64, device=device)
     sums[0].index_add_(0, which, masked.detach().double().ravel())
     sums[1].index_add_(0, which, targets.double().ravel())
-    return masked.sum(), targets.sum().int(), {"losses": sums.ravel()}
+    total = masked.sum()
+    for one in log_z:
+        total = total + z_loss * (one.float().square() * targets).sum()
+    return total, targets.sum().int(), {"losses": sums.ravel()}
 
 
 def _tensor(array: np.ndarray, device: torch.device) -> Tensor:

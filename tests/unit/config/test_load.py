@@ -186,7 +186,7 @@ def test_wrong_type_is_named_with_its_place_and_value(
         ("objective.mixture=[]", "objective.mixture: one denoiser or more is needed"),
         ("evaluation.mixture=[]", "evaluation.mixture: one denoiser or more is needed"),
         ("name=a b", "name: string should match pattern"),
-        ("optimizer.schedule=linear", "optimizer.schedule: .* 'cosine' or 'constant', got 'lin"),
+        ("optimizer.schedule=linear", "optimizer.schedule: .* 'constant' or 'wsd', got 'lin"),
     ],
 )
 def test_value_out_of_range_is_named_with_its_place_and_value(

@@ -77,7 +77,72 @@ def test_data_parallel_replicas_are_what_is_left_of_the_workers() -> None:
         ),
         (
             {"parallel": {"workers": 3, "pipeline": 3}},
-            "parallel.pipeline=3 does not divide model.layers=4: change either",
+            "parallel.pipeline x parallel.virtual_stages = 3 x 1 does not divide model.layers=4: change either",
+        ),
+        (
+            {"parallel": {"workers": 2, "pipeline": 2, "virtual_stages": 4}},
+            "parallel.pipeline x parallel.virtual_stages = 2 x 4 does not divide model.layers=4: change either",
+        ),
+        (
+            {"parallel": {"virtual_stages": 2}},
+            "parallel: virtual_stages=2 interleaves pipeline stages, and pipeline=1: raise parallel.pipeline",
+        ),
+        (
+            {
+                "parallel": {"workers": 2, "pipeline": 2, "virtual_stages": 2},
+                "training": {"global_batch_rows": 9},
+                "validation": {"rows": 8},
+            },
+            "9 microbatches of training on each replica are no multiple of parallel.pipeline=2, as the interleaved "
+            "schedule of parallel.virtual_stages=2 needs: change the rows of training, training.microbatch_rows",
+        ),
+        (
+            {
+                "parallel": {"workers": 4, "pipeline": 2, "virtual_stages": 2},
+                "validation": {"rows": 6},
+            },
+            "3 microbatches of validation on each replica are no multiple of parallel.pipeline=2",
+        ),
+        (
+            {"parallel": {"sequence_parallel": True}},
+            "parallel: sequence_parallel=true cuts rows over tensor ranks, and tensor=1: raise parallel.tensor",
+        ),
+        (
+            {
+                "parallel": {"workers": 4, "tensor": 4, "sequence_parallel": True},
+                "objective": {"sequence_length": 254},
+            },
+            "parallel.tensor=4 does not divide objective.sequence_length=254, as parallel.sequence_parallel needs",
+        ),
+        (
+            {"parallel": {"workers": 2, "context": 2}},
+            "parallel: context=2: attention by intervals, which prefix-LM needs, has no kernel that shares a row "
+            "among ranks: set parallel.context to 1",
+        ),
+        (
+            {"training": {"precision": "bf16"}},
+            "training.precision=bf16 needs GPUs, launch.gpus_per_worker=0: set the first to auto or fp32",
+        ),
+        (
+            {"training": {"precision": "fp8"}},
+            "training.precision=fp8 needs GPUs, launch.gpus_per_worker=0",
+        ),
+        (
+            {
+                "training": {"precision": "fp8"},
+                "launch": {"gpus_per_worker": 1},
+                "model": {"ffn_hidden_size": 100},
+            },
+            "model.ffn_hidden_size / parallel.tensor = 100 is not a multiple of 16, as training.precision=fp8 needs",
+        ),
+        (
+            {"optimizer": {"schedule": "wsd", "warmup_share": 0.5, "decay_share": 0.6}},
+            "optimizer.warmup_share=0.5 and optimizer.decay_share=0.6 make 5 + 6 steps, training.steps=10: "
+            "lower either share",
+        ),
+        (
+            {"optimizer": {"state_from_base": "kept"}},
+            "optimizer.state_from_base=kept needs a base: name one or leave the setting out",
         ),
         (
             {"parallel": {"workers": 2}, "training": {"microbatch_rows": 3}},
@@ -122,6 +187,14 @@ def test_parts_that_do_not_fit_each_other_are_refused(
 def test_warm_up_may_last_until_the_last_step() -> None:
     assert recipe(optimizer={"warmup_share": 0.94}).warmup_steps == 9
     assert recipe(training={"steps": 1}).warmup_steps == 0
+
+
+def test_precision_is_what_the_devices_train_in_unless_the_recipe_says_otherwise() -> None:
+    assert recipe().precision == "fp32"
+    gpu = {"gpus_per_worker": 1}
+    assert recipe(launch=gpu).precision == "bf16"
+    assert recipe(launch=gpu, training={"precision": "fp32"}).precision == "fp32"
+    assert recipe(launch=gpu, training={"precision": "fp8"}).precision == "fp8"
 
 
 def test_the_device_of_a_gpu_worker_is_an_h100_unless_the_recipe_says_otherwise() -> None:

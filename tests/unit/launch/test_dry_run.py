@@ -103,6 +103,20 @@ def test_the_layout_shows_in_every_line_of_the_stages() -> None:
     assert len({len(line) for line in (heading, *stages)}) == 1
 
 
+def test_chunks_precision_and_recomputation_show() -> None:
+    parallel = {"workers": 4, "tensor": 2, "pipeline": 2, "virtual_stages": 2}
+    recipe = tiny_recipe(
+        Path("runs/unprepared"),
+        parallel=parallel | {"sequence_parallel": True},
+        training={"recompute": "full"},
+    )
+    said = facts(recipe)
+    assert said["chunks of layers"] == "2 on each pipeline rank"
+    assert said["sequence parallel"] == "yes"
+    assert (said["precision"], said["recomputation"]) == ("fp32", "full")
+    assert said["pipeline bubble"] == "11.1% of a step"  # (2 - 1) / (2 x 4 + 2 - 1)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "expected"),
     [

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from ul2r.config import Recipe
+from ul2r.config import Parallel, Recipe
 from ul2r.errors import RecipeError
-from ul2r.model.sizing import GIB, expected_seconds, pipeline_bubble, size_run
+from ul2r.model.sizing import GIB, expected_seconds, kept_passes, pipeline_bubble, size_run
 from ul2r.testing.recipes import tiny_recipe
 
 LLAMA_3_8B = {
@@ -58,49 +58,107 @@ def test_model_state_has_the_bytes_that_megatron_documents(data: int) -> None:
     assert state / stage.parameters == pytest.approx(6 + 12 / data, rel=1e-6)
 
 
-def simulated_bubble(stages: int, microbatches: int, forward: int = 1, backward: int = 2) -> float:
-    """Share of idle time when every stage does its 1F1B list as soon as what it waits for is there."""
-    plans = []
-    for stage in range(stages):
-        ahead = min(microbatches, stages - stage)
-        plan = [("forward", number) for number in range(ahead)]
-        for number in range(microbatches):
-            plan.append(("backward", number))
-            if number + ahead < microbatches:
-                plan.append(("forward", number + ahead))
-        plans.append(plan)
-    ended: dict[tuple[int, str, int], int] = {}
+Pass = tuple[str, int, int]
+"""Direction, microbatch and chunk."""
+
+
+def plan(stages: int, stage: int, microbatches: int, chunks: int) -> list[Pass]:
+    """A stage's passes in order: 1F1B, or interleaved, in groups of as many microbatches as there are stages."""
+    groups = [range(first, first + stages) for first in range(0, microbatches, stages)]
+    inward = [(number, chunk) for group in groups for chunk in range(chunks) for number in group]
+    if chunks == 1:
+        inward, ahead = [(number, 0) for number in range(microbatches)], stages - stage - 1
+    else:
+        ahead = 2 * (stages - stage - 1) + (chunks - 1) * stages
+    outward = [(number, chunks - 1 - chunk) for number, chunk in inward]
+    ahead = min(ahead, len(inward))
+    made: list[Pass] = [("forward", *one) for one in inward[:ahead]]
+    for number, one in enumerate(outward):
+        if ahead + number < len(inward):
+            made.append(("forward", *inward[ahead + number]))
+        made.append(("backward", *one))
+    return made
+
+
+def simulated_bubble(stages: int, microbatches: int, chunks: int) -> float:
+    """Share of idle time when every stage does its plan as soon as what it waits for is there."""
+    plans = [plan(stages, stage, microbatches, chunks) for stage in range(stages)]
+    ended: dict[tuple[int, str, int], int] = {}  # by place in the model, direction and microbatch
     clock, done = [0] * stages, [0] * stages
-    while len(ended) < 2 * stages * microbatches:
-        for stage, plan in enumerate(plans):
-            while done[stage] < len(plan):
-                what, number = plan[done[stage]]
-                source = stage - 1 if what == "forward" else stage + 1
-                waits = 0 <= source < stages
+    passes = 2 * microbatches * chunks
+    while len(ended) < stages * passes:
+        for stage in range(stages):
+            while done[stage] < passes:
+                what, number, chunk = plans[stage][done[stage]]
+                place = chunk * stages + stage
+                source = place - 1 if what == "forward" else place + 1
+                waits = 0 <= source < stages * chunks
                 if waits and (source, what, number) not in ended:
                     break
                 begins = max(clock[stage], ended[source, what, number] if waits else 0)
-                clock[stage] = begins + (forward if what == "forward" else backward)
-                ended[stage, what, number] = clock[stage]
+                clock[stage] = begins + (1 if what == "forward" else 2)
+                ended[place, what, number] = clock[stage]
                 done[stage] += 1
-    busy = microbatches * (forward + backward)
-    return 1 - busy / max(clock)
+    return 1 - 3 * microbatches * chunks / max(clock)
 
 
-@pytest.mark.parametrize(("stages", "microbatches"), [(1, 4), (2, 1), (2, 8), (4, 4), (8, 32)])
-def test_bubble_is_that_of_a_simulated_schedule(stages: int, microbatches: int) -> None:
-    assert pipeline_bubble(stages, microbatches) == pytest.approx(
-        simulated_bubble(stages, microbatches)
+@pytest.mark.parametrize(
+    ("stages", "microbatches", "chunks"),
+    [(1, 4, 1), (2, 1, 1), (2, 8, 1), (4, 4, 1), (8, 32, 1), (2, 4, 2), (4, 4, 2), (4, 16, 3)],
+)
+def test_bubble_is_that_of_a_simulated_schedule(
+    stages: int, microbatches: int, chunks: int
+) -> None:
+    assert pipeline_bubble(stages, microbatches, chunks) == pytest.approx(
+        simulated_bubble(stages, microbatches, chunks)
     )
 
 
+@pytest.mark.parametrize(("stages", "microbatches", "chunks"), [(4, 8, 1), (4, 8, 2), (4, 4, 3)])
+def test_passes_kept_are_the_most_that_a_stage_has_gone_forward_and_not_back(
+    stages: int, microbatches: int, chunks: int
+) -> None:
+    parallel = Parallel(workers=stages, pipeline=stages, virtual_stages=chunks)
+    for stage in range(stages):
+        kept, most = 0, 0
+        for what, _, _ in plan(stages, stage, microbatches, chunks):
+            kept += 1 if what == "forward" else -1
+            most = max(most, kept)
+        assert sum(kept_passes(parallel, microbatches, stage)) == most
+
+
 def test_early_stages_keep_more_microbatches_but_never_more_than_there_are() -> None:
-    def kept(rows: int) -> list[int]:
+    def kept(rows: int) -> list[float]:
         recipe = llama(parallel={"workers": 4, "pipeline": 4}, training={"global_batch_rows": rows})
         return [stage.microbatches for stage in size_run(recipe, LLAMA_3_VOCABULARY).stages]
 
     assert kept(64) == [4, 3, 2, 1]
     assert kept(2) == [2, 2, 2, 1]
+
+
+def activations(**changes: Any) -> int:  # noqa: ANN401  sections of a recipe
+    stages = size_run(llama(**changes), LLAMA_3_VOCABULARY).stages
+    return max(stage.memory.activations for stage in stages)
+
+
+def test_what_is_computed_again_is_not_kept() -> None:
+    by_kind = {
+        kind: activations(training={"recompute": kind}) for kind in ("none", "selective", "full")
+    }
+    assert by_kind["none"] > by_kind["selective"] > by_kind["full"]
+    # Korthikanti et al. 2022, 5: full recomputation keeps 2 bytes an element of each layer's input, here beside the
+    # final norm's 3, the masks of a byte a pair, and what is less than the logits while it is computed again.
+    assert by_kind["full"] == pytest.approx(2 * (32 + 3) * 2048 * 4096 + 2048**2, rel=0.01)
+
+
+def test_sequence_parallelism_divides_what_tensor_ranks_had_whole() -> None:
+    """Korthikanti et al. 2022, 4.2.2: then everything that a layer keeps but its mask is divided by t."""
+    causes = {"training": {"recompute": "selective"}}  # keeps no mask in layers
+    one = activations(parallel={"workers": 1}, **causes)
+    eight = {"workers": 8, "tensor": 8}
+    cut = activations(parallel=eight | {"sequence_parallel": True}, **causes)
+    assert cut == pytest.approx(one / 8, rel=0.05)
+    assert activations(parallel=eight, **causes) > 2 * cut
 
 
 def test_logits_are_on_the_last_stage_in_both_precisions() -> None:

@@ -1,0 +1,43 @@
+"""AdamW and its learning rate."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from ul2r.config.section import Section
+
+
+class Optimizer(Section):
+    """AdamW. Defaults: arXiv 2210.11399, 3.2 for the rates; the rest is this project's (the paper is silent)."""
+
+    learning_rate: float = Field(default=1e-4, gt=0)
+    final_learning_rate: float = Field(default=1e-6, ge=0)
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    """After the warm-up: a half cosine down to the final rate, the same rate throughout, or the same rate and then
+    a decay (warm-up-stable-decay, MiniCPM, arXiv 2404.06395, 4)."""
+    warmup_share: float = Field(default=0.01, ge=0, le=1)
+    decay_share: float = Field(default=0.2, gt=0, le=1)
+    """Share of the steps in which "wsd" decays, as 1 - sqrt (Haegele et al. 2024, arXiv 2405.18392, 3)."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Of matrices; norms and biases have none."""
+    decay_embeddings: bool = False
+    """Whether embeddings have it too. OLMo 2 (arXiv 2501.00656) found training steadier without."""
+    beta1: float = Field(default=0.9, gt=0, lt=1)
+    beta2: float = Field(default=0.95, gt=0, lt=1)
+    clip: float = Field(default=1.0, gt=0)
+    z_loss: float = Field(default=0.0, ge=0)
+    """Weight of log^2 Z, Z the softmax's denominator, added to each target's loss in training; PaLM (arXiv
+    2204.02311, 5) took 1e-4. Losses that are told leave it out."""
+    state_from_base: Literal["fresh", "kept"] = "fresh"
+    """A run that continues another's weights begins with empty moments, or goes on with that run's."""
+
+    @model_validator(mode="after")
+    def _decays(self) -> Self:
+        if self.schedule != "constant" and self.final_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"final_learning_rate={self.final_learning_rate} is above learning_rate={self.learning_rate}: "
+                "lower the first or raise the second"
+            )
+        return self

@@ -1,0 +1,156 @@
+"""A checkpoint of Megatron's own layers goes on in TransformerEngine's, and the other way round.
+
+TransformerEngine needs a GPU. Here Megatron's spec for it is filled with modules that have its parameters and states
+(its documentation of `pytorch.LayerNormLinear`, `pytorch.Linear` and `pytorch.RMSNorm`) and run on a CPU: the norm
+before a projection is a part of it, and every module has a state of its own beside its parameters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ul2r.config import Parallel, Recipe
+from ul2r.testing.corpus import tiny_store
+from ul2r.testing.distributed import run_distributed
+from ul2r.testing.recipes import tiny_recipe
+
+pytestmark = pytest.mark.distributed
+
+
+@dataclass(frozen=True)
+class Found:
+    """Of one kind of layers."""
+
+    parameters: set[str]
+    """As the module calls them."""
+    tensors: dict[str, tuple[int, ...]]
+    """Names and shapes in a checkpoint."""
+    losses: dict[str, list[float]]
+    """Of each run."""
+
+
+def found(kind: str, *recipes: Recipe) -> Found:
+    """What checkpoints call the parameters, and the losses of runs, with layers of a kind."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+    from ul2r.launch.worker import run_worker
+    from ul2r.model.build import build_model, sharded_model
+    from ul2r.tracking.tracker import MemoryTracker
+    from ul2r.train.mesh import Mesh
+
+    if kind == "transformer_engine":
+        fill_transformer_engine_spec()
+    mesh = Mesh.join(Parallel())
+    chunks = build_model(tiny_recipe(Path("none")), 300)
+    state = sharded_model(chunks)
+    apply_factories(state)
+    shards = list(nested_values(state))
+    assert all(isinstance(shard, ShardedTensor) for shard in shards)
+    mesh.leave()
+    losses = {}
+    for recipe in recipes:
+        tracker = MemoryTracker()
+        run_worker(recipe, tracker, lambda *_: None)
+        losses[recipe.name] = [loss for _, loss in tracker.series("train/loss")]
+    return Found(
+        parameters={name for name, _ in chunks[0].named_parameters()},
+        tensors={shard.key: shard.global_shape for shard in shards},
+        losses=losses,
+    )
+
+
+def fill_transformer_engine_spec() -> None:
+    """Let this process build Megatron's spec for TransformerEngine, of modules that need no GPU."""
+    import torch
+    from megatron.core.models.backends import LocalSpecProvider
+    from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+
+    from ul2r.model import build
+
+    class RMSNorm(torch.nn.RMSNorm):
+        def __init__(self, config: object, hidden_size: int, eps: float) -> None:
+            del config
+            super().__init__(hidden_size, eps=eps)
+
+        def get_extra_state(self) -> torch.Tensor:
+            return torch.zeros(1)
+
+        def set_extra_state(self, state: object) -> None:
+            raise AssertionError(f"{state} was read from a checkpoint")
+
+    class LayerNormLinear(ColumnParallelLinear):  # type: ignore[misc]  # Megatron has no types
+        def __init__(self, input_size: int, *sizes: int, config: Any, **settings: Any) -> None:  # noqa: ANN401
+            super().__init__(input_size, *sizes, config=config, **settings)
+            self.layer_norm_weight = torch.nn.Parameter(torch.ones(input_size))
+
+        def forward(self, read: torch.Tensor, *rest: Any, **named: Any) -> Any:  # noqa: ANN401
+            normed = torch.nn.functional.rms_norm(
+                read, read.shape[-1:], self.layer_norm_weight, self.config.layernorm_epsilon
+            )
+            return super().forward(normed, *rest, **named)
+
+    class Provider(LocalSpecProvider):  # type: ignore[misc]  # Megatron has no types
+        def fuse_layernorm_and_linear(self) -> bool:
+            return True
+
+        def column_parallel_layer_norm_linear(self) -> type:
+            return LayerNormLinear
+
+        def layer_norm(self, **_: object) -> type:
+            return RMSNorm
+
+    gpt_layer_specs.TESpecProvider = Provider
+    build.uses_transformer_engine = lambda: True
+    setattr(build, "LayerNormImpl", RMSNorm)  # noqa: B010  mypy knows it as imported there
+
+
+def hand_over(source: Recipe, target: Recipe) -> None:
+    """Let a run begin with another's checkpoint of step 3."""
+    folder = target.run_folder() / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "step_00000003").symlink_to(source.run_folder() / "checkpoints" / "step_00000003")
+    (folder / "latest").write_text("step_00000003")
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
+    storage = tmp_path_factory.mktemp("specs")
+    tiny_store(storage / "store")
+
+    def recipe(name: str) -> Recipe:
+        return tiny_recipe(storage, name=name, evaluation={"mixture": "causal"})
+
+    whole, there, new, back = (recipe(name) for name in ("whole", "there", "new", "back"))
+    (local,) = run_distributed(found, 1, "local", whole)
+    hand_over(whole, there)
+    (engine,) = run_distributed(found, 1, "transformer_engine", there, new)
+    hand_over(new, back)
+    (again,) = run_distributed(found, 1, "local", back)
+    local.losses.update(again.losses)
+    return {"local": local, "transformer_engine": engine}
+
+
+def test_layers_differ_and_their_checkpoints_do_not(kinds: dict[str, Found]) -> None:
+    local, engine = kinds["local"], kinds["transformer_engine"]
+    norms = {
+        "decoder.layers.0.input_layernorm.weight": "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight",
+        "decoder.layers.0.pre_mlp_layernorm.weight": "decoder.layers.0.mlp.linear_fc1.layer_norm_weight",
+    }
+    assert norms.keys() <= local.parameters - engine.parameters
+    assert set(norms.values()) <= engine.parameters - local.parameters
+    assert local.tensors == engine.tensors
+
+
+def test_a_run_goes_on_with_layers_of_the_other_kind(kinds: dict[str, Found]) -> None:
+    """Optimizer state included, as its losses are those of the undisturbed run."""
+    losses = kinds["local"].losses | kinds["transformer_engine"].losses
+    np.testing.assert_allclose(losses["there"], losses["whole"][3:], rtol=1e-4)
+    np.testing.assert_allclose(losses["new"], losses["whole"], rtol=1e-4)
+    np.testing.assert_allclose(losses["back"], losses["whole"][3:], rtol=1e-4)
