@@ -11,7 +11,7 @@ import ray
 from ray.actor import ActorHandle
 
 from ul2r.console import progress
-from ul2r.train.progress import Progress
+from ul2r.train.progress import Progress, summary
 
 POLL_S = 0.5
 
@@ -79,6 +79,6 @@ def write_to(
     """What a worker's loop calls after each step."""
 
     def on_step(reached: Progress, metrics: Mapping[str, float]) -> None:
-        board.write.remote(reached.step * tokens_per_step, f"loss {metrics['train/loss']:.3f}")
+        board.write.remote(reached.step * tokens_per_step, summary(metrics))
 
     return on_step

@@ -12,11 +12,12 @@ from ray.train.collective import broadcast_from_rank_zero
 from ul2r.config import Recipe
 from ul2r.data import pipeline
 from ul2r.launch.progress import write_to
+from ul2r.launch.prometheus import PrometheusTracker
 from ul2r.launch.worker import run_worker
 from ul2r.objective.rows import Rows
 from ul2r.tracking.mlflow import MlflowTracker
 from ul2r.tracking.tracker import MemoryTracker, Tracker
-from ul2r.train.loop import Reader
+from ul2r.train.feed import Reader
 from ul2r.train.mesh import Mesh
 
 
@@ -43,25 +44,28 @@ def train_worker(
     """
     torch.set_num_threads(max(int(recipe.launch.cpus_per_worker), 1))
     first = ray.train.get_context().get_world_rank() == 0
-    tracker: Tracker = MlflowTracker(uri, run_id) if first else MemoryTracker()
-    on_step = write_to(board, tokens_per_step)
-    reader = _reader(recipe)
-    run_worker(recipe, tracker, on_step, reader, owner=owner, fingerprint=fingerprint)
-    tracker.close()
+    on_step, reader = write_to(board, tokens_per_step), _reader(recipe)
+
+    def run(tracker: Tracker) -> None:
+        run_worker(recipe, tracker, on_step, reader, owner=owner, fingerprint=fingerprint)
+
+    if not first:
+        run(MemoryTracker())
+        return
+    with MlflowTracker(uri, run_id, recipe.run_folder()) as tracker:
+        run(PrometheusTracker(tracker, recipe.name))
 
 
 def _reader(recipe: Recipe) -> Reader:
-    def read(mesh: Mesh, first_step: int) -> Iterator[Rows]:
+    def read(mesh: Mesh, batches: range) -> Iterator[Rows]:
         replicas = recipe.parallel.data
         iterators = broadcast_from_rank_zero(
-            pipeline.split(pipeline.make_dataset(recipe, first_step, replicas), replicas)
+            pipeline.split(pipeline.make_dataset(recipe, batches, replicas), replicas)
             if mesh.is_first
             else None
         )
         if not mesh.is_reader:
             return iter(())
-        return pipeline.read(
-            iterators[mesh.data_rank], recipe, first_step, mesh.data_rank, replicas
-        )
+        return pipeline.read(iterators[mesh.data_rank], recipe, batches, mesh.data_rank, replicas)
 
     return read

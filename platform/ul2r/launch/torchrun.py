@@ -17,6 +17,7 @@ from ul2r.launch.worker import run_worker
 from ul2r.tracking.mlflow import MlflowTracker, check_server
 from ul2r.tracking.tracker import MemoryTracker
 from ul2r.train.checkpoint import CheckpointInfo
+from ul2r.train.progress import summary
 
 
 def train(recipe: Recipe) -> CheckpointInfo:
@@ -69,14 +70,13 @@ def _train(recipe: Recipe, corpus: Corpus, uri: str, run_id: str | None) -> None
         run_worker(recipe, MemoryTracker(), lambda *_: None, fingerprint=fingerprint)
         return
     per_step = recipe.training.global_batch_rows * recipe.objective.sequence_length
-    tracker = MlflowTracker(uri, run_id)
-    with progress(recipe.name, recipe.training.steps * per_step, "tokens") as bar:
+    with (
+        MlflowTracker(uri, run_id, recipe.run_folder()) as tracker,
+        progress(recipe.name, recipe.training.steps * per_step, "tokens") as bar,
+    ):
         run_worker(
             recipe,
             tracker,
-            lambda reached, metrics: bar.update(
-                reached.step * per_step, f"loss {metrics['train/loss']:.3f}"
-            ),
+            lambda reached, metrics: bar.update(reached.step * per_step, summary(metrics)),
             fingerprint=fingerprint,
         )
-    tracker.close()

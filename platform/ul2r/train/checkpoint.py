@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ class CheckpointInfo:
         tokenizer: Digest of the tokenizer.
         data: Fingerprint of the token store.
         recipe: The parts of the recipe that make the run what it is.
+        guards: What `ul2r.train.guards` remembers: batches skipped, and the last steps' losses.
     """
 
     identity: str
@@ -59,6 +60,7 @@ class CheckpointInfo:
     tokenizer: str
     data: str
     recipe: dict[str, Any]
+    guards: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -70,6 +72,7 @@ class CheckpointInfo:
         tokens: int = 0,
         flops: float = 0.0,
         base: str | None = None,
+        guards: dict[str, Any] | None = None,
     ) -> CheckpointInfo:
         """Describe a run at `step`."""
         return cls(
@@ -82,6 +85,7 @@ class CheckpointInfo:
             tokenizer=corpus.manifest.tokenizer,
             data=corpus.manifest.fingerprint,
             recipe=recipe.model_dump(mode="json", include=RECIPE_PARTS),
+            guards=guards or {},
         )
 
     @property
