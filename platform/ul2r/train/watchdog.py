@@ -28,6 +28,8 @@ HUNG_EXIT = 75
 """Exit code of a worker that gave up: EX_TEMPFAIL, the same may work again."""
 CHECKS = 10
 """How often in a timeout a heartbeat is written and looked at."""
+RECORD_BYTES = 1024
+"""Of a heartbeat, blanks at its end, so that one is never longer than the one before."""
 NAMED = 4
 """Ranks named in one line."""
 
@@ -82,13 +84,14 @@ class Watchdog:
         self._folder, self._rank, self._ranks = folder, rank, ranks
         self._timeout_s = timeout_s
         self._give_up = give_up
-        self._main = threading.get_ident()
+        self._main, self._writing = threading.get_ident(), threading.Lock()
         self._now = (0, "start", 0, time.time())
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Self:
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._open = self._file(self._rank).open("wb", buffering=0)
         self._write()
         self._thread.start()
         return self
@@ -101,12 +104,14 @@ class Watchdog:
     ) -> None:
         self._ended.set()
         self._thread.join()
+        self._open.close()
         if kind is None:
             self._file(self._rank).unlink(missing_ok=True)
 
     def beat(self, step: int, phase: str) -> None:
         """Say that a phase of a step begins, which is progress."""
         self._now = (step, phase, self._now[2] + 1, time.time())
+        self._write()
 
     def _watch(self) -> None:
         seen, since = -1, time.monotonic()
@@ -127,10 +132,11 @@ class Watchdog:
         return Heartbeat(self._rank, socket.gethostname(), os.getpid(), *self._now, time.time())
 
     def _write(self) -> None:
-        path = self._file(self._rank)
-        beside = path.with_suffix(".writing")
-        beside.write_text(json.dumps(asdict(self._own())), encoding="utf-8")
-        beside.replace(path)
+        """Write the heartbeat over the one before: a system call, after which it outlives the process."""
+        with self._writing:
+            record = json.dumps(asdict(self._own())).encode().ljust(RECORD_BYTES)
+            assert len(record) == RECORD_BYTES, record
+            os.pwrite(self._open.fileno(), record, 0)
 
     def _say(self) -> None:
         stacks = self._file(self._rank).with_suffix(".stacks.txt")
@@ -147,11 +153,8 @@ class Watchdog:
     def _all(self) -> list[Heartbeat]:
         """What all ranks of this attempt say; one that left without a word has no heartbeat."""
         files = [self._file(rank) for rank in range(self._ranks)]
-        return [
-            Heartbeat(**json.loads(file.read_text(encoding="utf-8")))
-            for file in files
-            if file.exists()
-        ]
+        found = [file.read_text(encoding="utf-8") for file in files if file.exists()]
+        return [Heartbeat(**json.loads(text)) for text in found if text]
 
 
 def behind(heartbeats: list[Heartbeat], timeout_s: float) -> list[Heartbeat]:
