@@ -30,6 +30,8 @@ CHECKS = 10
 """How often in a timeout a heartbeat is written and looked at."""
 RECORD_BYTES = 1024
 """Of a heartbeat, blanks at its end, so that one is never longer than the one before."""
+BETWEEN = ("/contextlib.py", "/torch/distributed/c10d_logger.py")
+"""Files whose functions stand between a collective and who called it."""
 NAMED = 4
 """Ranks named in one line."""
 
@@ -178,7 +180,7 @@ def place_of(frame: FrameType | None) -> str:
     while frame is not None:
         if frame.f_code.co_filename.endswith("torch/distributed/distributed_c10d.py"):
             collective = frame
-        elif collective is not None and "/torch/" not in frame.f_code.co_filename:
+        elif collective is not None and not frame.f_code.co_filename.endswith(BETWEEN):
             return f"in {collective.f_code.co_name} called by {_line(frame)}"
         frame = frame.f_back
     return f"in {_line(innermost)}" if innermost is not None else "nowhere"
