@@ -70,8 +70,9 @@ def source_tokens(recipe: Recipe, rows: Rows) -> int:
 def ray_rows(recipe: Recipe, first_index: int) -> Iterator[Rows]:
     """Rows as a worker gets them."""
     step = first_index // BATCH_ROWS
-    (iterator,) = pipeline.split(pipeline.make_dataset(recipe, step, 1), 1)
-    return pipeline.read(iterator, recipe, step, 0, 1)
+    batches = range(step, recipe.training.steps)
+    (iterator,) = pipeline.split(pipeline.make_dataset(recipe, batches, 1), 1)
+    return pipeline.read(iterator, recipe, batches, 0, 1)
 
 
 def own_rows(recipe: Recipe) -> Iterator[Rows]:

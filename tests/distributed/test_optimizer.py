@@ -133,6 +133,7 @@ def state(recipe: Recipe) -> State:
         mesh,
         MemoryTracker(),
         on_step=lambda *_: None,
+        beat=lambda *_: None,
         owner="nobody",
     )
     loop.train_step.schedule.set(0)

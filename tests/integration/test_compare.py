@@ -93,7 +93,8 @@ def uri(folder: Path) -> Iterator[str]:
     with running_server(folder / "storage") as address:
         for role in ROLES:
             recipe = load(folder / f"{role}.yaml", (), Recipe)
-            tracker = MlflowTracker(address, start_run(recipe, address, {}, {}))
+            run_id = start_run(recipe, address, {}, {})
+            tracker = MlflowTracker(address, run_id, recipe.run_folder())
             for step in STEPS:
                 losses = {
                     f"held_out/loss/{d.name}": 5.0 - step / 20 for d in recipe.evaluation.mixture

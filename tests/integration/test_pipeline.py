@@ -67,31 +67,31 @@ def recipe(storage: Path) -> Recipe:
     return tiny_recipe(storage, objective=objective, training={"steps": STEPS})
 
 
-def read_all(recipe: Recipe, first_step: int, replicas: int) -> list[list[Rows]]:
-    """The rows of each replica by step, all replicas reading at once as in training."""
-    iterators = split(make_dataset(recipe, first_step, replicas), replicas)
+def read_all(recipe: Recipe, batches: range, replicas: int) -> list[list[Rows]]:
+    """The rows of each replica by batch, all replicas reading at once as in training."""
+    iterators = split(make_dataset(recipe, batches, replicas), replicas)
     with ThreadPoolExecutor(replicas) as pool:
         return list(
             pool.map(
-                lambda replica: list(
-                    read(iterators[replica], recipe, first_step, replica, replicas)
-                ),
+                lambda replica: list(read(iterators[replica], recipe, batches, replica, replicas)),
                 range(replicas),
             )
         )
 
 
 @pytest.mark.usefixtures("local_ray")
-@pytest.mark.parametrize(("first_step", "replicas"), [(0, 1), (0, 2), (5, 2), (STEPS - 1, 4)])
+@pytest.mark.parametrize(
+    ("numbers", "replicas"),
+    [(range(STEPS), 1), (range(STEPS), 2), (range(5, 14), 2), (range(STEPS - 1, STEPS + 3), 4)],
+)
 def test_rows_through_ray_are_those_made_in_process(
-    recipe: Recipe, corpus: Corpus, first_step: int, replicas: int
+    recipe: Recipe, corpus: Corpus, numbers: range, replicas: int
 ) -> None:
-    """Bit for bit, whatever step the run goes on from and however many replicas share it."""
+    """Bit for bit, whichever batches they are and however many replicas share them."""
     batches = Batches(recipe, corpus)
-    for replica, steps in enumerate(read_all(recipe, first_step, replicas)):
-        assert len(steps) == STEPS - first_step
-        for step, rows in enumerate(steps, first_step):
-            expected = batches.rows(step, replica, replicas).arrays()
+    for replica, found in enumerate(read_all(recipe, numbers, replicas)):
+        for number, rows in zip(numbers, found, strict=True):
+            expected = batches.rows(number, replica, replicas).arrays()
             for name, array in rows.arrays().items():
                 assert array.dtype == expected[name].dtype
                 assert array.tobytes() == expected[name].tobytes()
@@ -102,10 +102,10 @@ def test_rows_through_ray_are_those_made_in_process(
 def test_run_stopped_in_the_middle_goes_on_with_the_next_samples(
     recipe: Recipe, corpus: Corpus
 ) -> None:
-    rows = read(split(make_dataset(recipe, 0, 1), 1)[0], recipe, 0, 0, 1)
+    rows = read(split(make_dataset(recipe, range(STEPS), 1), 1)[0], recipe, range(STEPS), 0, 1)
     before = [next(rows).sample for _ in range(9)]
     del rows
-    (after,) = read_all(recipe, first_step=9, replicas=1)
+    (after,) = read_all(recipe, range(9, STEPS), replicas=1)
     samples = np.concatenate([*before, *(later.sample for later in after)])
     assert samples.ravel().tolist() == list(range(STEPS * 8 * 2))
 
@@ -117,7 +117,7 @@ def test_killed_data_tasks_cost_no_sample_and_repeat_none(
     """The process that makes rows is killed again and again, in the middle of an epoch."""
     monkeypatch.setattr(pipeline, "BLOCK_BYTES", 2**20)
     long_run = long_recipe(long_storage, steps=150)
-    rows = read(split(make_dataset(long_run, 0, 1), 1)[0], long_run, 0, 0, 1)
+    rows = read(split(make_dataset(long_run, range(150), 1), 1)[0], long_run, range(150), 0, 1)
     expected, killed = Batches(long_run, open_corpus(long_run.store_folder)), 0
     for step in range(150):
         if step % 20 == 5:
@@ -155,7 +155,7 @@ def test_rows_made_ahead_of_a_slow_reader_are_bounded_in_bytes(
     for name, mebibytes in (("BLOCK_BYTES", 3), ("PREFETCH_BYTES", 6), ("MADE_BYTES", 12)):
         monkeypatch.setattr(pipeline, name, mebibytes * 2**20)
     slow = long_recipe(long_storage, steps=200)
-    rows = read(split(make_dataset(slow, 0, 1), 1)[0], slow, 0, 0, 1)
+    rows = read(split(make_dataset(slow, range(200), 1), 1)[0], slow, range(200), 0, 1)
     next(rows)
     before, now = -1, stored_bytes()
     while now != before:
@@ -172,7 +172,7 @@ def test_store_that_is_made_anew_under_a_run_ends_it_in_one_line(
     monkeypatch.setattr(pipeline, "BLOCK_BYTES", 2**20)
     shutil.copytree(long_storage / "store", tmp_path / "store")
     run = long_recipe(tmp_path, steps=150)
-    rows = read(split(make_dataset(run, 0, 1), 1)[0], run, 0, 0, 1)
+    rows = read(split(make_dataset(run, range(150), 1), 1)[0], run, range(150), 0, 1)
     next(rows)
     tiny_store(tmp_path / "anew", documents=150, sentinels=256, vocabulary_size=1024)
     run.store_folder.rename(tmp_path / "old")
@@ -198,7 +198,7 @@ def test_missing_cpu_for_the_tasks_is_said_aloud(
     """Ray itself would wait in silence."""
     greedy = tiny_recipe(storage, launch={"cpus_per_data_task": 3})
     with caplog.at_level(logging.WARNING):
-        make_dataset(greedy, 0, 1)
+        make_dataset(greedy, range(1), 1)
     assert "launch.cpus_per_data_task=3" in caplog.text
 
 
@@ -209,8 +209,8 @@ def arrays_of(recipe: Recipe, corpus: Corpus) -> list[Mapping[str, npt.NDArray[A
 
 def test_rows_in_order_pass_the_check(recipe: Recipe, corpus: Corpus) -> None:
     arrays = arrays_of(recipe, corpus)
-    assert len(list(in_order(arrays, recipe, 0, 1, 2))) == STEPS
-    assert len(list(in_order(arrays[7:], recipe, 7, 1, 2))) == STEPS - 7
+    assert len(list(in_order(arrays, recipe, range(STEPS), 1, 2))) == STEPS
+    assert len(list(in_order(arrays[7:9], recipe, range(7, 9), 1, 2))) == 2
 
 
 def test_rows_that_one_example_has_whole_pass_the_check(recipe: Recipe, corpus: Corpus) -> None:
@@ -218,28 +218,28 @@ def test_rows_that_one_example_has_whole_pass_the_check(recipe: Recipe, corpus: 
     objective = recipe.objective.model_copy(update={"mixture": tuple(mixture)})
     mixed = recipe.model_copy(update={"objective": objective})
     arrays = arrays_of(mixed, corpus)
-    assert len(list(in_order(arrays, mixed, 0, 1, 2))) == STEPS
+    assert len(list(in_order(arrays, mixed, range(STEPS), 1, 2))) == STEPS
     wrong = arrays[0]["sample"].copy()
     alone = np.flatnonzero(wrong[:, 1] < 0)[0]
     wrong[alone, 0] += 1
-    with pytest.raises(RuntimeError, match="step 0, replica 1"):
-        next(in_order([{**arrays[0], "sample": wrong}], mixed, 0, 1, 2))
+    with pytest.raises(RuntimeError, match="batch 0, replica 1"):
+        next(in_order([{**arrays[0], "sample": wrong}], mixed, range(1), 1, 2))
 
 
 def test_two_steps_that_changed_places_are_noticed(recipe: Recipe, corpus: Corpus) -> None:
     arrays = arrays_of(recipe, corpus)
     arrays[3], arrays[4] = arrays[4], arrays[3]
-    checked = in_order(arrays, recipe, 0, 1, 2)
+    checked = in_order(arrays, recipe, range(STEPS), 1, 2)
     assert len([next(checked) for _ in range(3)]) == 3
     # Step 3 is samples 48 to 63, of which replica 1 has the second half; 8 rows of 2 slots.
-    message = r"step 3, replica 1: Ray Data gave samples 72 \.\. 79, the step's are 56 \.\. 63"
+    message = r"batch 3, replica 1: Ray Data gave samples 72 \.\. 79, the batch's are 56 \.\. 63"
     with pytest.raises(RuntimeError, match=message):
         next(checked)
 
 
 def test_rows_of_another_replica_are_noticed(recipe: Recipe, corpus: Corpus) -> None:
-    with pytest.raises(RuntimeError, match="step 0, replica 0"):
-        next(in_order(arrays_of(recipe, corpus), recipe, 0, 0, 2))
+    with pytest.raises(RuntimeError, match="batch 0, replica 0"):
+        next(in_order(arrays_of(recipe, corpus), recipe, range(STEPS), 0, 2))
 
 
 def test_two_rows_that_changed_places_within_a_step_are_noticed(
@@ -247,21 +247,21 @@ def test_two_rows_that_changed_places_within_a_step_are_noticed(
 ) -> None:
     first, *others = arrays_of(recipe, corpus)
     turned = {name: array[::-1] for name, array in first.items()}
-    with pytest.raises(RuntimeError, match="step 0, replica 1"):
-        next(in_order([turned, *others], recipe, 0, 1, 2))
+    with pytest.raises(RuntimeError, match="batch 0, replica 1"):
+        next(in_order([turned, *others], recipe, range(STEPS), 1, 2))
 
 
 def test_rows_that_end_early_are_noticed(recipe: Recipe, corpus: Corpus) -> None:
     with pytest.raises(
-        RuntimeError, match=f"replica 1: Ray Data's rows end before step {STEPS - 2}"
+        RuntimeError, match=f"replica 1: Ray Data's rows end before batch {STEPS - 2}"
     ):
-        list(in_order(arrays_of(recipe, corpus)[:-2], recipe, 0, 1, 2))
+        list(in_order(arrays_of(recipe, corpus)[:-2], recipe, range(STEPS), 1, 2))
 
 
 def test_rows_beyond_the_last_step_are_noticed(recipe: Recipe, corpus: Corpus) -> None:
     arrays = arrays_of(recipe, corpus)
-    with pytest.raises(RuntimeError, match="replica 1: Ray Data gave rows beyond the last step"):
-        list(in_order([*arrays, arrays[-1]], recipe, 0, 1, 2))
+    with pytest.raises(RuntimeError, match="replica 1: Ray Data gave rows beyond the last batch"):
+        list(in_order([*arrays, arrays[-1]], recipe, range(STEPS), 1, 2))
 
 
 @pytest.mark.parametrize("first_step", [0, 1, 777, 4999])
@@ -271,7 +271,7 @@ def test_chunks_cover_each_step_once_and_stay_below_the_largest_block(
 ) -> None:
     objective, training = {"sequence_length": 2048}, {"steps": 5000, "global_batch_rows": 32}
     long_run = tiny_recipe(storage, objective=objective, training=training, data={"sentinels": 256})
-    found = chunks(long_run, first_step, replicas)
+    found = chunks(long_run, range(first_step, 5000), replicas)
     assert [step for steps in found for step in steps] == list(range(first_step, 5000))
     assert len(found[0]) == 1, "the first block is ready soon"
     step_bytes = 32 // replicas * (22 * 2048 + 8)
@@ -283,5 +283,5 @@ def test_chunks_cover_each_step_once_and_stay_below_the_largest_block(
 def test_one_step_larger_than_a_block_is_a_block_of_its_own(storage: Path) -> None:
     training = {"steps": 3, "global_batch_rows": 32768}
     huge = tiny_recipe(storage, training=training)
-    assert chunks(huge, 0, 1) == [range(1), range(1, 2), range(2, 3)]
+    assert chunks(huge, range(3), 1) == [range(1), range(1, 2), range(2, 3)]
     assert np.prod((32768, 64)) * 22 > BLOCK_BYTES

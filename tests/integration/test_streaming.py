@@ -116,11 +116,12 @@ def test_rows_read_while_the_store_grows_are_those_of_the_complete_one(
     """Bit for bit, through Ray Data, from the first chapter into the second epoch."""
     training = {"steps": 24, "global_batch_rows": 1000}
     recipe = recipe_in(tmp_path, texts, training=training, validation={"rows": 8})
+    batches = range(24)
     expected = Batches(recipe, open_corpus(complete.store_folder))
     with growing(recipe, cpus=1) as corpus:
         assert len(corpus.manifest.chapters) < 3
-        (iterator,) = split(make_dataset(recipe, 0, 1), 1)
-        for step, rows in enumerate(read(iterator, recipe, 0, 0, 1)):
+        (iterator,) = split(make_dataset(recipe, batches, 1), 1)
+        for step, rows in enumerate(read(iterator, recipe, batches, 0, 1)):
             assert np.array_equal(rows.tokens, expected.rows(step).tokens)
             assert np.array_equal(rows.labels, expected.rows(step).labels)
     assert step == 23
@@ -140,10 +141,11 @@ def test_file_that_cannot_be_read_is_told_to_those_who_wait_for_it(
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=given)})
     last = stream_groups(find_files(recipe.data.corpus))[-1].files[-1].path
     last.write_bytes(b'{"text": "fine"}\n{"text": \n')
+    batches = range(100)
     with growing(recipe, cpus=1):
-        (iterator,) = split(make_dataset(recipe, 0, 1), 1)
+        (iterator,) = split(make_dataset(recipe, batches, 1), 1)
         with pytest.raises(CorpusError, match=rf"{last.name}: line 2: not JSON") as caught:
-            deque(read(iterator, recipe, 0, 0, 1))
+            deque(read(iterator, recipe, batches, 0, 1))
     assert "\n" not in str(caught.value)
     assert len(Manifest.read(recipe.store_folder).chapters) == 2, "what could be made is there"
 

@@ -1,5 +1,6 @@
 """Runs, artifacts and models through a real MLflow server on SQLite."""
 
+import contextlib
 import json
 import os
 import signal
@@ -8,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from ul2r.errors import CheckpointError, ServiceError
 from ul2r.tracking import RunStatus
 from ul2r.tracking import mlflow as tracking
 from ul2r.tracking.mlflow import MlflowTracker
-from ul2r.tracking.server import running_server
+from ul2r.tracking.server import free_port, running_server
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,7 +54,7 @@ def test_more_points_than_one_request_takes_are_all_there_after_close(
     uri: str, tmp_path: Path
 ) -> None:
     run_id = make_run(uri, tmp_path)
-    tracker = MlflowTracker(uri, run_id)
+    tracker = MlflowTracker(uri, run_id, tmp_path)
     for step in range(1, 1201):
         tracker.log(step, {"train/loss": 1.0 / step, "progress/tokens": 64.0 * step})
     tracker.close()
@@ -67,7 +68,7 @@ def test_more_points_than_one_request_takes_are_all_there_after_close(
 @pytest.mark.parametrize("end", ["FINISHED", "FAILED", "KILLED"])
 def test_a_run_ends_as_it_did(uri: str, tmp_path: Path, end: RunStatus) -> None:
     run_id = make_run(uri, tmp_path)
-    tracker = MlflowTracker(uri, run_id)
+    tracker = MlflowTracker(uri, run_id, tmp_path)
     tracker.log(1, {"train/loss": 1.0})
     assert status(uri, run_id) == "RUNNING"
     tracker.close(end)
@@ -76,9 +77,10 @@ def test_a_run_ends_as_it_did(uri: str, tmp_path: Path, end: RunStatus) -> None:
 
 
 KILLED_PROGRAM = """
-    import sys, time
+    import pathlib, sys, time
     from ul2r.tracking.mlflow import MlflowTracker
-    tracker = MlflowTracker(*sys.argv[1:])
+    uri, run_id, folder = sys.argv[1:]
+    tracker = MlflowTracker(uri, run_id, pathlib.Path(folder))
     for step in range(1, 9):
         tracker.log(step, {"train/loss": 1 / step, "train/tokens_per_second": 100.0})
     time.sleep(600)
@@ -89,7 +91,7 @@ def test_a_killed_run_continues_under_its_id_and_replayed_points_are_stored_once
     uri: str, tmp_path: Path
 ) -> None:
     run_id = make_run(uri, tmp_path)
-    program = [sys.executable, "-c", textwrap.dedent(KILLED_PROGRAM), uri, run_id]
+    program = [sys.executable, "-c", textwrap.dedent(KILLED_PROGRAM), uri, run_id, str(tmp_path)]
     with subprocess.Popen(program) as process:
         deadline = time.monotonic() + 300
         try:
@@ -102,7 +104,7 @@ def test_a_killed_run_continues_under_its_id_and_replayed_points_are_stored_once
     assert status(uri, run_id) == "RUNNING"
 
     assert make_run(uri, tmp_path) == run_id
-    tracker = MlflowTracker(uri, run_id)
+    tracker = MlflowTracker(uri, run_id, tmp_path)
     for step in range(5, 13):  # the last checkpoint was at step 4; speed differs when replayed
         tracker.log(step, {"train/loss": 1 / step, "train/tokens_per_second": 100.0 + step})
     tracker.close()
@@ -200,7 +202,7 @@ def test_a_second_server_shares_the_storage_and_a_tracker_says_what_is_lost_when
 ) -> None:
     run_id = make_run(uri, tmp_path)
     with ui_job(storage) as other:
-        trackers = {address: MlflowTracker(address, run_id) for address in (uri, other)}
+        trackers = {address: MlflowTracker(address, run_id, tmp_path) for address in (uri, other)}
         for step in range(1, 101):
             trackers[uri].log(step, {"train/loss": float(step)})
             trackers[other].log(step, {"held_out/loss/S": float(step)})
@@ -208,15 +210,92 @@ def test_a_second_server_shares_the_storage_and_a_tracker_says_what_is_lost_when
         trackers[other].close()
         assert len(tracking.history(uri, run_id, "train/loss")) == 100
         assert len(tracking.history(uri, run_id, "held_out/loss/S")) == 100
-        left = MlflowTracker(other, run_id)
+        left = MlflowTracker(other, run_id, tmp_path)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr("ul2r.tracking.mlflow.CLOSE_TIMEOUT_S", 0.5)
     left.log(101, {"train/loss": 101.0, "train/learning_rate": 1e-4})
-    with pytest.raises(ServiceError, match="2 metric points of run") as caught:
+    with pytest.raises(
+        ServiceError,
+        match=r"2 metric points and 0 files of run .* wait in .*tracking_waiting\.json",
+    ) as caught:
         left.close()
     assert "\n" not in str(caught.value)
     with pytest.raises(ServiceError, match=other):
         tracking.resolve(other, "tests-alias", "champion")
+
+
+def test_a_killed_server_costs_no_point_and_no_waiting(
+    storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is killed while a run logs, and started again; what was logged meanwhile also outlives the run."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    port = free_port()
+    with running_server(storage, port) as address:
+        run_id = make_run(address, tmp_path)
+        tracker = MlflowTracker(address, run_id, tmp_path)
+        tracker.log(1, {"train/loss": 1.0})
+        wait_until(lambda: stored_steps(address, run_id, "train/loss") == [1])
+        leader, *_ = processes_with(str(port))
+        os.killpg(os.getpgid(int(leader)), signal.SIGKILL)
+        wait_until(lambda: is_free(port))
+        for step in range(2, 101):
+            tracker.log(step, {"train/loss": 1 / step})
+        evidence = tmp_path / "guards" / "step_00000100.json"
+        evidence.parent.mkdir()
+        evidence.write_text("{}")
+        tracker.keep(evidence)
+        tracker.flush()
+        waiting = json.loads((tmp_path / "tracking_waiting.json").read_text())
+        assert [step for _, _, step, _ in waiting["points"]] == list(range(2, 101))
+    # A worker that starts while there is no server.
+    killed_too = MlflowTracker(address, run_id, tmp_path)
+    killed_too.log(101, {"train/loss": 1 / 101})
+    killed_too.flush()
+    with running_server(storage, port):
+        wait_until(lambda: len(stored_steps(address, run_id, "train/loss")) == 101)
+        tracking.finish_run(address, run_id, tmp_path, "FAILED")
+        expected = [(step, 1 / step) for step in range(1, 102)]
+        assert tracking.history(address, run_id, "train/loss") == expected
+        assert sorted(stored_steps(address, run_id, "train/loss")) == list(range(1, 102))
+        artifacts = MlflowClient(address, address).list_artifacts(run_id, "guards")
+        assert [artifact.path for artifact in artifacts] == ["guards/step_00000100.json"]
+        assert status(address, run_id) == "FAILED"
+    assert not (tmp_path / "tracking_waiting.json").exists()
+
+
+def test_a_step_taken_again_stands_for_the_step(uri: str, tmp_path: Path) -> None:
+    """The run went back from step 3 to step 1; replayed after a restart, both ways are stored once."""
+    run_id = make_run(uri, tmp_path)
+    for _ in range(2):
+        tracker = MlflowTracker(uri, run_id, tmp_path)
+        for rewinds, step, loss in (
+            (0, 1, 4.0),
+            (0, 2, 3.0),
+            (0, 3, 2.0),
+            (1, 2, 3.5),
+            (1, 3, 3.0),
+        ):
+            tracker.log(step, {"train/loss": loss}, rewinds)
+        tracker.close()
+    assert tracking.history(uri, run_id, "train/loss") == [(1, 4.0), (2, 3.5), (3, 3.0)]
+    assert sorted(stored_steps(uri, run_id, "train/loss")) == [1, 2, 2, 3, 3]
+    assert MlflowClient(uri, uri).get_run(run_id).data.metrics["train/loss"] == 3.0
+
+
+def wait_until(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not what():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.2)
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return True
+    return False
 
 
 @contextmanager

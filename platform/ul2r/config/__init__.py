@@ -2,6 +2,7 @@
 
 from ul2r.config.architecture import Architecture
 from ul2r.config.denoisers import PRESETS, Causal, Denoiser, Fim, Prefix, SpanCorruption, fit
+from ul2r.config.guards import Guards, Profile
 from ul2r.config.load import dump, load
 from ul2r.config.objective import Objective
 from ul2r.config.parallel import Parallel
@@ -24,10 +25,12 @@ __all__ = [
     "Denoiser",
     "Evaluation",
     "Fim",
+    "Guards",
     "Objective",
     "Parallel",
     "Precision",
     "Prefix",
+    "Profile",
     "Recipe",
     "Recompute",
     "SpanCorruption",

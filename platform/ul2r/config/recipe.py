@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from ul2r.config.architecture import Architecture
 from ul2r.config.denoisers import PRESETS
+from ul2r.config.guards import Guards, Profile
 from ul2r.config.objective import Mixture, Objective
 from ul2r.config.optimizer import Optimizer
 from ul2r.config.parallel import Parallel
@@ -201,6 +202,8 @@ class Recipe(Section):
     optimizer: Optimizer = Optimizer()
     validation: Validation = Validation()
     checkpoints: Checkpoints = Checkpoints()
+    guards: Guards = Guards()
+    profile: Profile = Profile()
     tracking: Tracking = Tracking()
     evaluation: Evaluation = Evaluation()
     export: Export = Export()

@@ -1,4 +1,7 @@
-"""A batch is a pure function of (recipe, seed, step)."""
+"""A batch is a pure function of (recipe, seed, number of the batch).
+
+It is the number of the step that takes it, as long as the run has skipped no batch.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,12 @@ HELD_OUT_SEED = 0
 """Held-out rows do not follow the recipe's seed: runs are compared on the same ones."""
 
 
-def replica_rows(recipe: Recipe, step: int, replica: int, replicas: int) -> range:
-    """Numbers of the rows that a replica trains on in a step: its share of the global batch."""
-    batch = recipe.training.global_batch_rows
-    assert batch % replicas == 0, (batch, replicas)
-    share = batch // replicas
-    first = step * batch + replica * share
+def replica_rows(recipe: Recipe, batch: int, replica: int, replicas: int) -> range:
+    """Numbers of the rows of a batch that a replica trains on."""
+    size = recipe.training.global_batch_rows
+    assert size % replicas == 0, (size, replicas)
+    share = size // replicas
+    first = batch * size + replica * share
     return range(first, first + share)
 
 
@@ -51,11 +54,11 @@ class Batches:
         self._train = stores[0] if len(stores) == 1 else Blend(stores, weights, recipe.seed)
         self._held_out = cut(corpus.held_out, length, HELD_OUT_SEED, split="held-out")
 
-    def rows(self, step: int, replica: int = 0, replicas: int = 1) -> Rows:
-        """Rows that one model replica trains on in one step.
+    def rows(self, batch: int, replica: int = 0, replicas: int = 1) -> Rows:
+        """Rows of one batch that one model replica trains on.
 
         Args:
-            step: Step of the run, from 0.
+            batch: Number of the batch in the run, from 0.
             replica: Which of the model replicas.
             replicas: Model replicas; a divisor of the global batch.
 
@@ -66,7 +69,7 @@ class Batches:
             CorpusError: If the store holds tokens that are none of its vocabulary.
         """
         rows = make_rows(
-            replica_rows(self._recipe, step, replica, replicas),
+            replica_rows(self._recipe, batch, replica, replicas),
             objective=self._recipe.objective,
             vocabulary=self._vocabulary,
             seed=self._recipe.seed,

@@ -1,14 +1,14 @@
 """Rows made by Ray Data tasks while training runs: the only file here that knows Ray besides `prepare.py`.
 
-A data set is a list of blocks; block (chunk, replica) holds one replica's rows of a chunk of successive steps:
+A data set is a list of blocks; block (chunk, replica) holds one replica's rows of a chunk of successive batches:
 
-    steps        0       1 2       3 4 5 6        ...        chunks double up to BLOCK_BYTES: the first is ready soon
+    batches      0       1 2       3 4 5 6        ...        chunks double up to BLOCK_BYTES: the first is ready soon
     blocks     (0,0)    (1,0)       (2,0)                    to replica 0
                (0,1)    (1,1)       (2,1)                    to replica 1
 
 Blocks are listed chunk by chunk, replica by replica. Those of a chunk are of equal size and order is kept, so
-`streaming_split` deals them out in turn and each replica gets its own, in step order. Nothing is remembered
-between runs: a resumed run lists the blocks from the step it is at. `read` checks all of that on every batch.
+`streaming_split` deals them out in turn and each replica gets its own, in order. Nothing is remembered
+between runs: a resumed run lists the blocks from the batch it is at. `read` checks all of that on every batch.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from ul2r.objective.rows import Rows, row_bytes
 logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 32 * 2**20
-"""Largest block, as long as it holds one step: a task costs about 0.1 s whatever its size."""
+"""Largest block, as long as it holds one batch: a task costs about 0.1 s whatever its size."""
 
 PREFETCH_BYTES = 2 * BLOCK_BYTES
 """Rows that a replica's reader has asked for ahead of the step it is at."""
@@ -62,17 +62,17 @@ class Pause(ExecutionCallback):  # type: ignore[misc]  # Ray is untyped here, so
 
 
 class RowBlocks(Datasource):  # type: ignore[misc]  # Ray is untyped here, so its classes are Any
-    """The blocks of a run from one step to its last."""
+    """The blocks of successive batches of a run."""
 
-    def __init__(self, recipe: Recipe, fingerprint: str, first_step: int, replicas: int) -> None:
+    def __init__(self, recipe: Recipe, fingerprint: str, batches: range, replicas: int) -> None:
         super().__init__()
         self.recipe, self.fingerprint = recipe, fingerprint
-        self.first_step, self.replicas = first_step, replicas
+        self.batches, self.replicas = batches, replicas
 
     def estimate_inmemory_data_size(self) -> int:
         """Bytes of all blocks."""
-        steps = self.recipe.training.steps - self.first_step
-        return steps * self.recipe.training.global_batch_rows * row_bytes(self.recipe.objective)
+        rows = len(self.batches) * self.recipe.training.global_batch_rows
+        return rows * row_bytes(self.recipe.objective)
 
     def get_read_tasks(
         self,
@@ -85,31 +85,31 @@ class RowBlocks(Datasource):  # type: ignore[misc]  # Ray is untyped here, so it
         one_row = row_bytes(self.recipe.objective)
         return [
             ReadTask(
-                partial(_read_block, self.recipe, self.fingerprint, steps, replica, self.replicas),
+                partial(_read_block, self.recipe, self.fingerprint, chunk, replica, self.replicas),
                 BlockMetadata(
-                    num_rows=len(steps) * share,
-                    size_bytes=len(steps) * share * one_row,
+                    num_rows=len(chunk) * share,
+                    size_bytes=len(chunk) * share * one_row,
                     exec_stats=None,
                 ),
                 per_task_row_limit=per_task_row_limit,
             )
-            for steps in chunks(self.recipe, self.first_step, self.replicas)
+            for chunk in chunks(self.recipe, self.batches, self.replicas)
             for replica in range(self.replicas)
         ]
 
 
-def make_dataset(recipe: Recipe, first_step: int, replicas: int) -> Dataset:
-    """The rows of a run from `first_step` on, not yet made.
+def make_dataset(recipe: Recipe, batches: range, replicas: int) -> Dataset:
+    """The rows of successive batches of a run, not yet made.
 
     Args:
         recipe: The run; its token store must lie where every node of the cluster sees it.
-        first_step: Step that training goes on with, before the run's last.
+        batches: Their numbers; at least one.
         replicas: Model replicas that share each global batch.
 
     Returns:
         A data set for `split`.
     """
-    assert first_step < recipe.training.steps, (first_step, recipe.training.steps)
+    assert batches, batches
     context = DataContext.get_current().copy()
     context.execution_options.preserve_order = True
     context.target_max_block_size = None  # one task, one block, however large one step is
@@ -127,13 +127,13 @@ def make_dataset(recipe: Recipe, first_step: int, replicas: int) -> Dataset:
             cpus,
         )
     fingerprint = open_corpus(recipe.store_folder).manifest.fingerprint
-    blocks = RowBlocks(recipe, fingerprint, first_step, replicas)
+    blocks = RowBlocks(recipe, fingerprint, batches, replicas)
     with DataContext.current(context):
         return ray.data.read_datasource(
             blocks,
             num_cpus=cpus,
             concurrency=replicas,
-            override_num_blocks=replicas * len(chunks(recipe, first_step, replicas)),
+            override_num_blocks=replicas * len(chunks(recipe, batches, replicas)),
         )
 
 
@@ -144,32 +144,32 @@ def split(dataset: Dataset, replicas: int) -> list[DataIterator]:
 
 
 def read(
-    iterator: DataIterator, recipe: Recipe, first_step: int, replica: int, replicas: int
+    iterator: DataIterator, recipe: Recipe, batches: range, replica: int, replicas: int
 ) -> Iterator[Rows]:
-    """The rows of one replica, step by step from `first_step` to the run's last.
+    """The rows of one replica, batch by batch.
 
     Args:
         iterator: The replica's own from `split`.
         recipe: The run, as given to `make_dataset`.
-        first_step: The step given to `make_dataset`.
+        batches: Those given to `make_dataset`.
         replica: Which replica reads.
         replicas: The number given to `make_dataset`.
 
     Yields:
-        B = global_batch_rows / replicas rows, equal to `Batches.rows(step, replica, replicas)`.
+        B = global_batch_rows / replicas rows, equal to `Batches.rows(batch, replica, replicas)`.
 
     Raises:
         CorpusError: If the token store is damaged, or another one than that of `make_dataset`.
         RuntimeError: If rows come out of place, are missing, or are too many.
     """
     share = recipe.training.global_batch_rows // replicas
-    batches = iterator.iter_batches(
+    arrays = iterator.iter_batches(
         batch_size=share,
         batch_format="numpy",
         prefetch_batches=max(1, PREFETCH_BYTES // (share * row_bytes(recipe.objective))),
     )
     try:
-        yield from in_order(batches, recipe, first_step, replica, replicas)
+        yield from in_order(arrays, recipe, batches, replica, replicas)
     except RayTaskError as error:
         if isinstance(error.cause, UserError):
             said, *_ = str(error.cause).splitlines()  # Ray adds lines of advice
@@ -178,21 +178,21 @@ def read(
 
 
 def in_order(
-    batches: Iterable[Mapping[str, npt.NDArray[Any]]],
+    coming: Iterable[Mapping[str, npt.NDArray[Any]]],
     recipe: Recipe,
-    first_step: int,
+    batches: range,
     replica: int,
     replicas: int,
 ) -> Iterator[Rows]:
-    """Check that batches hold the samples of their steps; see `read`."""
+    """Check that the arrays that come hold the samples of their batches; see `read`."""
     slots = recipe.objective.slots_per_row
-    coming = iter(batches)
-    for step in range(first_step, recipe.training.steps):
-        arrays = next(coming, None)
-        rows = np.array(replica_rows(recipe, step, replica, replicas))
+    arrays_of_batches = iter(coming)
+    for batch in batches:
+        arrays = next(arrays_of_batches, None)
+        rows = np.array(replica_rows(recipe, batch, replica, replicas))
         expected = rows[:, None] * slots + np.arange(slots)  # (B, slots)
         if arrays is None:
-            raise RuntimeError(f"replica {replica}: Ray Data's rows end before step {step}")
+            raise RuntimeError(f"replica {replica}: Ray Data's rows end before batch {batch}")
         got = arrays["sample"]
         # A row that one example has whole holds its first sample and no other.
         whole = np.where(np.arange(slots) > 0, -1, expected)
@@ -200,31 +200,31 @@ def in_order(
         if not np.array_equal(got, np.where(alone, whole, expected)):
             got = got.ravel()
             raise RuntimeError(
-                f"step {step}, replica {replica}: Ray Data gave samples {got[0]} .. {got[-1]}, "
-                f"the step's are {expected[0, 0]} .. {expected[-1, -1]}"
+                f"batch {batch}, replica {replica}: Ray Data gave samples {got[0]} .. {got[-1]}, "
+                f"the batch's are {expected[0, 0]} .. {expected[-1, -1]}"
             )
         # Ray's arrays are read-only views of its object store; a copy lets the block go.
         yield Rows.from_arrays({name: array.copy() for name, array in arrays.items()})
-    if next(coming, None) is not None:
-        raise RuntimeError(f"replica {replica}: Ray Data gave rows beyond the last step")
+    if next(arrays_of_batches, None) is not None:
+        raise RuntimeError(f"replica {replica}: Ray Data gave rows beyond the last batch")
 
 
-def chunks(recipe: Recipe, first_step: int, replicas: int) -> list[range]:
-    """The steps of each block: 1 at first, then twice as many each time while a block stays small enough."""
-    step_bytes = recipe.training.global_batch_rows // replicas * row_bytes(recipe.objective)
-    largest = max(1, BLOCK_BYTES // step_bytes)
-    found, begin, size = [], first_step, 1
-    while begin < recipe.training.steps:
-        found.append(range(begin, min(begin + size, recipe.training.steps)))
+def chunks(recipe: Recipe, batches: range, replicas: int) -> list[range]:
+    """The batches of each block: 1 at first, then twice as many each time while a block stays small enough."""
+    batch_bytes = recipe.training.global_batch_rows // replicas * row_bytes(recipe.objective)
+    largest = max(1, BLOCK_BYTES // batch_bytes)
+    found, begin, size = [], batches.start, 1
+    while begin < batches.stop:
+        found.append(range(begin, min(begin + size, batches.stop)))
         begin, size = begin + size, min(2 * size, largest)
     return found
 
 
 def _read_block(
-    recipe: Recipe, fingerprint: str, steps: range, replica: int, replicas: int
+    recipe: Recipe, fingerprint: str, chunk: range, replica: int, replicas: int
 ) -> list[Any]:
     """Make one block, from nothing but its place in the run; runs in a Ray task."""
     batches = Batches(recipe, open_corpus(recipe.store_folder, fingerprint))
-    parts = [batches.rows(step, replica, replicas).arrays() for step in steps]
+    parts = [batches.rows(batch, replica, replicas).arrays() for batch in chunk]
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return [BlockAccessor.batch_to_block(columns)]

@@ -11,7 +11,7 @@ import ray
 from ray.actor import ActorHandle
 
 from ul2r.console import progress
-from ul2r.train.progress import Progress
+from ul2r.train.progress import Progress, summary
 
 POLL_S = 0.5
 LAST_WORD_S = 2.0
@@ -123,8 +123,8 @@ class Report:
 
     def on_step(self, reached: Progress, metrics: Mapping[str, float]) -> None:
         """Tell of a step."""
-        note = f"loss {metrics['train/loss']:.3f}"
-        self._answers.append(self._board.write.remote(reached.step * self._tokens_per_step, note))
+        tokens = reached.step * self._tokens_per_step
+        self._answers.append(self._board.write.remote(tokens, summary(metrics)))
 
     def say(self, line: str) -> None:
         """Let the driver write a line for people."""

@@ -12,11 +12,13 @@ from ray.train.collective import broadcast_from_rank_zero
 from ul2r.config import Recipe
 from ul2r.data import pipeline
 from ul2r.launch.progress import Report
+from ul2r.launch.prometheus import PrometheusTracker
 from ul2r.launch.worker import run_worker
 from ul2r.objective.rows import Rows
 from ul2r.tracking.mlflow import MlflowTracker
 from ul2r.tracking.tracker import MemoryTracker, Tracker
-from ul2r.train.loop import Reader, Wish
+from ul2r.train.feed import Reader
+from ul2r.train.loop import Wish
 from ul2r.train.mesh import Mesh
 
 
@@ -43,33 +45,38 @@ def train_worker(
     """
     torch.set_num_threads(max(int(recipe.launch.cpus_per_worker), 1))
     first = ray.train.get_context().get_world_rank() == 0
-    tracker: Tracker = MlflowTracker(uri, run_id) if first else MemoryTracker()
     report = Report(board, tokens_per_step)
-    reached = run_worker(
-        recipe,
-        tracker,
-        report.on_step,
-        _reader(recipe),
-        owner=owner,
-        fingerprint=fingerprint,
-        say=report.say,
-        wish=lambda: Wish.STOP if report.stop_asked() else Wish.GO_ON,
-    )
-    tracker.close("FINISHED" if reached.step == recipe.training.steps else "KILLED")
+
+    def run(tracker: Tracker) -> None:
+        reached = run_worker(
+            recipe,
+            tracker,
+            report.on_step,
+            _reader(recipe),
+            owner=owner,
+            fingerprint=fingerprint,
+            say=report.say,
+            wish=lambda: Wish.STOP if report.stop_asked() else Wish.GO_ON,
+        )
+        tracker.close("FINISHED" if reached.step == recipe.training.steps else "KILLED")
+
+    if not first:
+        run(MemoryTracker())
+        return
+    with MlflowTracker(uri, run_id, recipe.run_folder()) as tracker:
+        run(PrometheusTracker(tracker, recipe.name))
 
 
 def _reader(recipe: Recipe) -> Reader:
-    def read(mesh: Mesh, first_step: int) -> Iterator[Rows]:
+    def read(mesh: Mesh, batches: range) -> Iterator[Rows]:
         replicas = recipe.parallel.data
         iterators = broadcast_from_rank_zero(
-            pipeline.split(pipeline.make_dataset(recipe, first_step, replicas), replicas)
+            pipeline.split(pipeline.make_dataset(recipe, batches, replicas), replicas)
             if mesh.is_first
             else None
         )
         if not mesh.is_reader:
             return iter(())
-        return pipeline.read(
-            iterators[mesh.data_rank], recipe, first_step, mesh.data_rank, replicas
-        )
+        return pipeline.read(iterators[mesh.data_rank], recipe, batches, mesh.data_rank, replicas)
 
     return read

@@ -13,7 +13,7 @@ from ul2r.data.prepared import Corpus
 from ul2r.data.tokenizer import add_special_tokens, load_tokenizer, vocabulary_of
 from ul2r.model.flops import parameters
 from ul2r.model.sizing import size_run
-from ul2r.tracking.mlflow import end_run, find_run, log_artifact, start_run
+from ul2r.tracking.mlflow import find_run, finish_run, log_artifact, start_run
 from ul2r.tracking.tracker import RunStatus
 from ul2r.train.checkpoint import CheckpointInfo
 from ul2r.train.storage import CheckpointStore, Say, base_checkpoint, last_sound, to_stderr
@@ -97,7 +97,7 @@ def end_finished(recipe: Recipe, uri: str) -> None:
     """Let MLflow know of a run that its last checkpoint says is finished: it may have been killed before it could."""
     run_id = find_run(uri, recipe.run_folder())
     if run_id is not None:
-        end_run(uri, run_id, "FINISHED")
+        finish_run(uri, run_id, recipe.run_folder(), "FINISHED")
 
 
 @contextmanager
@@ -127,7 +127,7 @@ def recorded(recipe: Recipe, corpus: Corpus, uri: str) -> Iterator[str]:
         status = "KILLED"
         raise
     finally:
-        end_run(uri, run_id, status)
+        finish_run(uri, run_id, recipe.run_folder(), status)
 
 
 def _parameters(recipe: Recipe, corpus: Corpus) -> dict[str, str | int | float]:

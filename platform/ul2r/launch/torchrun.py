@@ -20,6 +20,7 @@ from ul2r.tracking.mlflow import MlflowTracker, check_server
 from ul2r.tracking.tracker import MemoryTracker
 from ul2r.train.checkpoint import CheckpointInfo
 from ul2r.train.loop import Wish
+from ul2r.train.progress import summary
 from ul2r.train.storage import silent
 
 
@@ -87,15 +88,15 @@ def _train(
         run_worker(recipe, MemoryTracker(), lambda *_: None, fingerprint=fingerprint, wish=wish)
         return
     per_step = recipe.training.global_batch_rows * recipe.objective.sequence_length
-    tracker = MlflowTracker(uri, run_id)
-    with progress(recipe.name, recipe.training.steps * per_step, "tokens") as bar:
+    with (
+        MlflowTracker(uri, run_id, recipe.run_folder()) as tracker,
+        progress(recipe.name, recipe.training.steps * per_step, "tokens") as bar,
+    ):
         reached = run_worker(
             recipe,
             tracker,
-            lambda reached, metrics: bar.update(
-                reached.step * per_step, f"loss {metrics['train/loss']:.3f}"
-            ),
+            lambda reached, metrics: bar.update(reached.step * per_step, summary(metrics)),
             fingerprint=fingerprint,
             wish=wish,
         )
-    tracker.close("FINISHED" if reached.step == recipe.training.steps else "KILLED")
+        tracker.close("FINISHED" if reached.step == recipe.training.steps else "KILLED")

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
+import torch.distributed as dist
+
 from ul2r.config import Recipe
 from ul2r.data.batches import Batches
 from ul2r.data.prepared import open_corpus
 from ul2r.objective.rows import Rows
 from ul2r.tracking.tracker import Tracker
-from ul2r.train.loop import Reader, TrainLoop, Wish, go_on
+from ul2r.train.feed import Reader
+from ul2r.train.loop import TrainLoop, Wish, go_on
 from ul2r.train.mesh import Mesh
 from ul2r.train.progress import Progress
 from ul2r.train.storage import Say, claim, to_stderr
+from ul2r.train.watchdog import Watchdog
 
 
 def run_worker(
@@ -44,16 +48,26 @@ def run_worker(
     corpus = open_corpus(recipe.store_folder, fingerprint)
     mesh = Mesh.join(recipe.parallel)
 
-    def read_in_process(mesh: Mesh, first_step: int) -> Iterator[Rows]:
-        batches = Batches(recipe, corpus)
-        for step in range(first_step, recipe.training.steps):
-            yield batches.rows(step, mesh.data_rank, recipe.parallel.data)
+    def read_in_process(mesh: Mesh, batches: range) -> Iterator[Rows]:
+        made = Batches(recipe, corpus)
+        for batch in batches:
+            yield made.rows(batch, mesh.data_rank, recipe.parallel.data)
 
     checkpoints = recipe.run_folder() / "checkpoints"
     owner = owner or mesh.from_first(lambda: claim(checkpoints))
-    loop = TrainLoop(
-        recipe, corpus, mesh, tracker, on_step=on_step, owner=owner, say=say, wish=wish
-    )
-    reached = loop.run(read or read_in_process)
+    heartbeats, timeout_s = recipe.run_folder() / "heartbeats", recipe.guards.hang_timeout_s
+    with Watchdog(heartbeats, dist.get_rank(), dist.get_world_size(), timeout_s) as watchdog:
+        loop = TrainLoop(
+            recipe,
+            corpus,
+            mesh,
+            tracker,
+            on_step=on_step,
+            beat=watchdog.beat,
+            owner=owner,
+            say=say,
+            wish=wish,
+        )
+        reached = loop.run(read or read_in_process)
     mesh.leave()
     return reached

@@ -155,14 +155,18 @@ def log_artifact(uri: str, run_id: str, file: Path) -> None:
 
 
 def history(uri: str, run_id: str, metric: str) -> list[tuple[int, float]]:
-    """(step, value) of one metric by rising step; empty where it was never logged.
+    """(step, value) of one metric by rising step, the last logged where a step was taken again; empty if never logged.
 
     Raises:
         ServiceError: If the server fails.
     """
     with told(uri):
         points = connect(uri).get_metric_history(run_id, metric)
-    return sorted((int(point.step), float(point.value)) for point in points)
+    last = {
+        int(point.step): float(point.value)
+        for point in sorted(points, key=lambda point: point.timestamp)
+    }
+    return sorted(last.items())
 
 
 def _recorded_run(uri: str, folder: Path) -> Run | None:

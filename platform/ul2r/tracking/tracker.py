@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal, Protocol
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
@@ -12,8 +13,17 @@ RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 class Tracker(Protocol):
     """Takes a run's metrics."""
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record `metrics` at `step`; may buffer, must not wait for a network."""
+    def log(self, step: int, metrics: Mapping[str, float], rewinds: int = 0) -> None:
+        """Record `metrics` at `step`; may buffer, must not wait for a network.
+
+        Args:
+            step: Step of the run.
+            metrics: Values by name.
+            rewinds: How often the run has gone back; what it logs of a step afterwards stands for the step.
+        """
+
+    def keep(self, file: Path) -> None:
+        """Keep a file of the run's folder, which stays there, among the run's artifacts; must not wait either."""
 
     def flush(self) -> None:
         """Write what is buffered, as well as the network allows.
@@ -30,17 +40,23 @@ class MemoryTracker:
 
     Attributes:
         records: (step, metrics) in the order logged.
+        kept: The files to keep.
         status: How the run ended, None while it runs.
     """
 
     def __init__(self) -> None:
         self.records: list[tuple[int, dict[str, float]]] = []
+        self.kept: list[Path] = []
         self.status: RunStatus | None = None
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float], rewinds: int = 0) -> None:  # noqa: ARG002
         """Keep a copy of `metrics`."""
         assert self.status is None, "logged after close"
         self.records.append((step, dict(metrics)))
+
+    def keep(self, file: Path) -> None:
+        """Remember the file's place."""
+        self.kept.append(file)
 
     def flush(self) -> None:
         """Nothing is buffered."""

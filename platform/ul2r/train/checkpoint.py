@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -40,6 +40,7 @@ class CheckpointInfo:
         tokenizer: Digest of the tokenizer.
         data: Fingerprint of the token store.
         recipe: The parts of the recipe that make the run what it is.
+        guards: What `ul2r.train.guards` remembers: batches skipped, and the last steps' losses.
     """
 
     identity: str
@@ -51,6 +52,7 @@ class CheckpointInfo:
     tokenizer: str
     data: str
     recipe: dict[str, Any]
+    guards: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -62,6 +64,7 @@ class CheckpointInfo:
         tokens: int = 0,
         flops: float = 0.0,
         base: str | None = None,
+        guards: dict[str, Any] | None = None,
     ) -> CheckpointInfo:
         """Describe a run at `step`."""
         return cls(
@@ -74,6 +77,7 @@ class CheckpointInfo:
             tokenizer=corpus.manifest.tokenizer,
             data=corpus.manifest.fingerprint,
             recipe=recipe.model_dump(mode="json", include=RECIPE_PARTS),
+            guards=guards or {},
         )
 
     @property

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from enum import IntEnum
 
 from ul2r.config import Causal, Recipe
@@ -15,16 +15,23 @@ from ul2r.model.flops import training_flops
 from ul2r.objective.rows import Rows
 from ul2r.tracking.tracker import Tracker
 from ul2r.train.checkpoint import CheckpointInfo
+from ul2r.train.evidence import evidence, layer_norms, write_evidence
+from ul2r.train.feed import Feed, Reader
+from ul2r.train.guards import Alarm, GuardState, Seen, StepGuards
+from ul2r.train.machine import Machines
 from ul2r.train.mesh import Mesh
-from ul2r.train.pace import Pace
+from ul2r.train.pace import Pace, SourceTokens
+from ul2r.train.profiler import profiled
 from ul2r.train.progress import Progress
 from ul2r.train.saving import Saver
 from ul2r.train.sharded import load_checkpoint
 from ul2r.train.step import StepResult, TrainStep
 from ul2r.train.storage import CheckpointStore, Say, base_checkpoint, to_stderr
 
-Reader = Callable[[Mesh, int], Iterator[Rows]]
-"""From the mesh and the first step to this replica's rows of each step; the reader rank alone iterates."""
+Beat = Callable[[int, str], None]
+"""Told of each phase as it begins, with the number of the step from 1: the watchdog's."""
+
+logger = logging.getLogger(__name__)
 
 
 class Wish(IntEnum):
@@ -63,12 +70,13 @@ class TrainLoop:
         tracker: Tracker,
         *,
         on_step: Callable[[Progress, Mapping[str, float]], None],
+        beat: Beat,
         owner: str,
         say: Say = to_stderr,
         wish: Callable[[], Wish] = go_on,
     ) -> None:
         self.recipe, self.corpus, self.mesh = recipe, corpus, mesh
-        self.tracker, self.on_step, self.wish = tracker, on_step, wish
+        self.tracker, self.on_step, self.beat, self.wish = tracker, on_step, beat, wish
         self.checkpoints = CheckpointStore.of(recipe, owner=owner)
         self.saver = Saver(
             self.checkpoints,
@@ -80,7 +88,10 @@ class TrainLoop:
         )
         self.held_out = _held_out_rows(recipe, corpus, mesh)
         self.train_step = TrainStep(recipe, mesh, corpus.vocabulary.size)
-        self.pace = Pace()
+        self.pace, self.machines = Pace(), Machines()
+        self.rates: dict[str, float] = {}
+        self.source_tokens = SourceTokens(recipe.objective.mixture, corpus.vocabulary)
+        self.guards = StepGuards(recipe.guards, GuardState())
         self.base: str | None = None
         self.progress = self._load()
 
@@ -94,85 +105,122 @@ class TrainLoop:
             self._log(self._measure())
         if start < steps:
             self.mesh.from_first(lambda: self.checkpoints.begin(start))
-            rows = read(self.mesh, start)
+            feed = Feed(read, self.mesh)
             try:
-                self._take_steps(rows)
+                self._take_steps(feed)
             except DivergedError:  # on every rank, so that what was saved before can be finished
                 self.saver.wait()
                 raise
             self.saver.close()
             if self.progress.step == steps:
-                self._check_end(rows)
+                feed.check_end()
         return self.progress
 
-    def _take_steps(self, rows: Iterator[Rows]) -> None:
+    def _take_steps(self, feed: Feed) -> None:
         steps, every = self.recipe.training.steps, self.recipe.checkpoints.every
-        for step in range(self.progress.step, steps):
-            self._take(step, self._next(rows, step))
+        while (step := self.progress.step) < steps:
+            applied = self._take(step, self._next(feed, step))
             wish = self.saver.poll(self.wish())
-            if wish or _due(step, every, steps):
+            if wish or (applied and _due(step, every, steps)):
                 self._save()
             if wish == Wish.STOP:
                 break
 
-    def _take(self, step: int, rows: Rows) -> None:
-        """One optimizer step, and what is due after it."""
-        training = self.recipe.training
-        with self.pace.computing(
-            training.global_batch_rows * self.recipe.objective.sequence_length
-        ):
-            result = self.train_step.train(step, rows)
-        losses = result.losses
-        self._check_finite(step, result)
+    def _next(self, feed: Feed, step: int) -> Rows:
+        self.beat(step + 1, "wait for data")
+        skipped = self.guards.state.skipped_batches
+        with self.pace.waiting():
+            return feed.take(step + skipped, self.recipe.training.steps + skipped)
+
+    def _take(self, step: int, rows: Rows) -> bool:
+        """One optimizer step, and what is due after it; False where a guard did not let it be applied."""
+        self.beat(step + 1, "train")
+        with self.pace.computing(), profiled(self.recipe, step + 1, self.mesh, self.tracker):
+            result = self.train_step.train(step, rows, lambda seen: self._alarm(seen) is None)
+        alarm = self._alarm(result)
+        if alarm is None:
+            self._applied(step, rows, result)
+        else:
+            self._answer(alarm, step, result)
+        return alarm is None
+
+    def _alarm(self, result: StepResult) -> Alarm | None:
+        return self.guards.alarm(_seen(result))
+
+    def _applied(self, step: int, rows: Rows, result: StepResult) -> None:
+        training, losses = self.recipe.training, result.losses
+        self.guards.applied(_seen(result))
         flops = training_flops(
             self.recipe.model, self.corpus.vocabulary.size, losses.positions, losses.seen_keys
         )
+        self.pace.applied(losses.positions, self.source_tokens.count(rows), flops)
         self.progress = Progress(
             step + 1, self.progress.tokens + int(losses.positions), self.progress.flops + flops
         )
         metrics = self._metrics(result)
         if self.mesh.is_first:
-            self.on_step(self.progress, metrics)
+            self.on_step(self.progress, metrics | self.rates)
         measured = _due(step, self.recipe.validation.every, training.steps)
         if measured:
             metrics |= self._measure()
         if measured or _due(step, training.log_every, training.steps):
-            self._log(metrics | self.pace.metrics())
+            self.rates = self._measure_rates()
+            self._log(metrics | self.rates)
 
-    def _check_finite(self, step: int, result: StepResult) -> None:
-        """Stop before a broken model is saved; every rank has the same numbers and stops with the others."""
-        if not (math.isfinite(result.losses.mean) and math.isfinite(result.gradient_norm)):
+    def _answer(self, alarm: Alarm, step: int, result: StepResult) -> None:
+        """Do what the recipe wants done about a step that was not applied; every rank decides the same.
+
+        Raises:
+            DivergedError: If the run is to stop.
+        """
+        self.beat(step + 1, alarm.kind)
+        before = self.guards.state
+        batch = step + before.skipped_batches
+        self.saver.wait()
+        saved = bool(self.mesh.from_first(self.checkpoints.candidates))
+        decision = self.guards.decide(alarm, can_rewind=saved)
+        norms = layer_norms(self.train_step.optimizer)
+        said = f"{self.recipe.name}: step {step + 1}, batch {batch}: {alarm.what}"
+        if self.mesh.is_first:
+            content = evidence(self.recipe, alarm, decision, step=step, state=before, result=result)
+            file = write_evidence(self.recipe.run_folder(), content | {"layers": norms})
+            self.tracker.keep(file)
+            logger.warning("%s: %s; see %s", said, decision, file)
+        if decision == "stop":
             raise DivergedError(
-                f"{self.recipe.name}: step {step + 1} has loss {result.losses.mean} and gradient norm "
-                f"{result.gradient_norm}: lower optimizer.learning_rate={self.recipe.optimizer.learning_rate} "
-                "and train under another name; the last checkpoint is from before that step"
+                f"{said}; {self.guards.spent(alarm)}; the evidence is in its folder guards/"
             )
+        if decision == "skip":
+            self.guards.skip(batch)
+        else:
+            self.progress = self._load()  # and with it the guards' state of that checkpoint
+            first = self.progress.step + self.guards.state.skipped_batches
+            self.guards.rewind(before, range(first, batch + 1))
 
     def _metrics(self, result: StepResult) -> dict[str, float]:
-        names = tuple(denoiser.name for denoiser in self.recipe.objective.mixture)
-        by_denoiser = result.losses.by_denoiser(names)
+        by_denoiser = result.losses.by_denoiser(self._denoisers)
         return {
             "train/loss": result.losses.mean,
             **{f"train/loss/{name}": loss for name, loss in by_denoiser.items()},
             "train/gradient_norm": result.gradient_norm,
             "train/learning_rate": result.learning_rate,
+            "train/skipped_batches": float(self.guards.state.skipped_batches),
         }
 
-    def _next(self, rows: Iterator[Rows], step: int) -> Rows:
-        with self.pace.waiting():
-            read = next(rows, None) if self.mesh.is_reader else None
-        batch = self.mesh.share(read)
-        if batch is None:
-            raise RuntimeError(f"the data ended before step {step}")
-        return batch
+    @property
+    def _denoisers(self) -> tuple[str, ...]:
+        return tuple(denoiser.name for denoiser in self.recipe.objective.mixture)
 
-    def _check_end(self, rows: Iterator[Rows]) -> None:
-        """Read to the end of the data, which checks that nothing is left over."""
-        if self.mesh.is_reader and next(rows, None) is not None:
-            raise RuntimeError("the data goes on after the last step")
+    def _measure_rates(self) -> dict[str, float]:
+        """How fast the steps since the last time went, and what the machines were busy with."""
+        counted = self.pace.source_tokens if self.mesh.is_reader else 0
+        source_tokens, machines = self.machines.metrics(counted)
+        launch, workers = self.recipe.launch, self.recipe.parallel.workers
+        return machines | self.pace.metrics(source_tokens, workers, launch.peak_tflops)
 
     def _measure(self) -> dict[str, float]:
         """Held-out loss of each denoiser, the same rows for every run."""
+        self.beat(self.progress.step, "measure")
         return {
             f"held_out/loss/{name}": self.train_step.measure(rows).mean
             for name, rows in self.held_out.items()
@@ -185,9 +233,11 @@ class TrainLoop:
             "progress/tokens": float(self.progress.tokens),
             "progress/eflops": self.progress.flops / 1e18,
         }
-        self.tracker.log(self.progress.step, {**metrics, **reached})
+        rewinds = self.guards.state.rewinds
+        self.tracker.log(self.progress.step, {**metrics, **reached}, rewinds)
 
     def _save(self) -> None:
+        self.beat(self.progress.step, "save")
         progress = self.progress
         info = CheckpointInfo.of(
             self.recipe,
@@ -196,6 +246,7 @@ class TrainLoop:
             tokens=progress.tokens,
             flops=progress.flops,
             base=self.base,
+            guards=self.guards.state.as_json(),
         )
         self.saver.save(self.train_step, info)
 
@@ -210,6 +261,7 @@ class TrainLoop:
         info = CheckpointInfo.read(path)
         if own:
             info.check_same_run(self.recipe, self.corpus)
+            self.guards.state = GuardState.from_json(info.guards)
         else:
             info.check_same_model(self.recipe, self.corpus)
         optimizer = bool(own) or self.recipe.optimizer.state_from_base == "kept"
@@ -220,6 +272,11 @@ class TrainLoop:
             seconds = time.perf_counter() - began
             self.tracker.log(progress.step, {"checkpoint/load_seconds": seconds})
         return progress
+
+
+def _seen(result: StepResult) -> Seen:
+    losses = result.losses
+    return Seen(tuple(losses.sums.tolist()), tuple(losses.targets.tolist()), result.gradient_norm)
 
 
 def _due(step: int, every: int, steps: int) -> bool:

@@ -94,19 +94,31 @@ class TrainStep:
             module=Float16Module(self.config, chunk) if self.config.bf16 else chunk,
         )
 
-    def train(self, step: int, rows: Rows) -> StepResult:
+    def train(
+        self, step: int, rows: Rows, admit: Callable[[StepResult], bool] = lambda _: True
+    ) -> StepResult:
         """Take optimizer step `step` (from 0) on this replica's rows.
 
         The loss is the sum over target tokens divided by their global number, so that it depends
         neither on microbatches nor on replicas.
+
+        Args:
+            step: Which step.
+            rows: The rows.
+            admit: Asked before the update is applied; where it says no, weights and optimizer stay as they are.
         """
         self.schedule.set(step)
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         losses = self._run(rows, len(self.recipe.objective.mixture), forward_only=False)
-        _, gradient_norm, _ = self.optimizer.step()
-        return StepResult(losses, float(gradient_norm), self.optimizer.param_groups[0]["lr"])
+        # `step` does both again and then applies what it finds, nan too; both leave the gradients as they are.
+        self.optimizer.prepare_grads()
+        gradient_norm = float(self.optimizer.get_grad_norm())
+        result = StepResult(losses, gradient_norm, self.optimizer.param_groups[0]["lr"])
+        if admit(result):
+            self.optimizer.step()
+        return result
 
     @torch.no_grad()
     def measure(self, rows: Rows) -> Losses:

@@ -1,0 +1,201 @@
+"""Steps that really go wrong on real ranks: skipped, gone back from, or stopped at, and the same after a kill."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from torch.multiprocessing.spawn import ProcessExitedException
+
+from ul2r.config import Recipe
+from ul2r.errors import DivergedError
+from ul2r.objective import Rows
+from ul2r.testing.corpus import tiny_store
+from ul2r.testing.distributed import run_distributed
+from ul2r.testing.recipes import tiny_recipe
+
+pytestmark = pytest.mark.distributed
+
+LAYOUTS = {"DP 2": {"workers": 2}, "PP 2": {"workers": 2, "pipeline": 2}}
+STEPS, SAVED_EVERY, WINDOW = 16, 4, 8
+NOT_A_NUMBER, DAMAGE, KILL = 5, 15, 18
+"""Batches on which activations become nan, the weights are damaged, and every rank is killed."""
+GOOD = [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12, 16, 17, 18, 19]
+"""Batches that are left: without the one of nan, and without those between the checkpoint and the damage."""
+
+
+@dataclass(frozen=True)
+class Faults:
+    """What goes wrong on this machine: batches of nan, of damaged weights, and the one at which each rank is killed."""
+
+    nan: tuple[int, ...] = ()
+    damage: int = -1
+    kill: int = -1
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a rank has seen: each step's last loss and count of skipped batches, the batches it read, its end."""
+
+    loss: dict[int, float]
+    skipped: dict[int, float]
+    read: list[int]
+    kept: list[Path]
+    error: str
+
+
+def train(recipe: Recipe, faults: Faults, order: list[int] | None = None) -> Result:
+    """Train on this rank; `order` are the batches that it reads, in place of 0, 1, 2, ..."""
+    from ul2r.data.batches import Batches
+    from ul2r.data.prepared import open_corpus
+    from ul2r.launch.worker import run_worker
+    from ul2r.tracking.tracker import MemoryTracker
+    from ul2r.train.mesh import Mesh
+    from ul2r.train.step import StepResult, TrainStep
+
+    was_read: list[int] = []
+    samples_per_batch = recipe.training.global_batch_rows * recipe.objective.slots_per_row
+
+    class FaultyStep(TrainStep):
+        """The real step on a machine that is out of order."""
+
+        def train(self, step: int, rows: Rows, *admit: Callable[..., bool]) -> StepResult:
+            batch = int(rows.sample.max()) // samples_per_batch
+            if batch == faults.damage:
+                for parameter in self.chunks[0].parameters():
+                    parameter.data.mul_(10)
+            factor = math.nan if batch in faults.nan else 1.0
+            hook = (
+                self.chunks[0]
+                .decoder.layers[0]
+                .register_forward_hook(lambda _, __, output: (output[0] * factor, *output[1:]))
+            )
+            try:
+                return super().train(step, rows, *admit)
+            finally:
+                hook.remove()
+
+    def read(mesh: Mesh, batches: range) -> Iterator[Rows]:
+        made = Batches(recipe, open_corpus(recipe.store_folder))
+        for batch in batches:
+            if batch == faults.kill:
+                os.kill(os.getpid(), signal.SIGKILL)
+            was_read.append(order[batch] if order else batch)
+            yield made.rows(was_read[-1], mesh.data_rank, recipe.parallel.data)
+
+    pytest.MonkeyPatch().setattr("ul2r.train.loop.TrainStep", FaultyStep)
+    tracker, error = MemoryTracker(), ""
+    try:
+        run_worker(recipe, tracker, lambda *_: None, read)
+    except DivergedError as diverged:
+        error = str(diverged)
+    loss, skipped = (dict(tracker.series(f"train/{name}")) for name in ("loss", "skipped_batches"))
+    return Result(loss, skipped, was_read, tracker.kept, error)
+
+
+def train_several(*runs: tuple[Recipe, Faults, list[int] | None]) -> list[Result]:
+    """Train one after the other; only the last may diverge."""
+    return [train(*run) for run in runs]
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("guards")
+    tiny_store(folder / "store")
+    return folder
+
+
+def recipe_of(storage: Path, layout: str, name: str, **guards: int) -> Recipe:
+    return tiny_recipe(
+        storage,
+        name=f"{name} {layout}".replace(" ", "-"),
+        parallel=LAYOUTS[layout],
+        training={"steps": STEPS},
+        checkpoints={"every": SAVED_EVERY},
+        guards={"window": WINDOW, **guards},
+    )
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def layout(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def runs(storage: Path, layout: str) -> list[Result]:
+    """Rank 0 of a run with faults, of one that reads the good batches alone, and of one that cannot be helped."""
+    faults = Faults(nan=(NOT_A_NUMBER,), damage=DAMAGE)
+    seen: list[list[Result]] = run_distributed(
+        train_several,
+        2,
+        (recipe_of(storage, layout, "faulty"), faults, None),
+        (recipe_of(storage, layout, "good"), Faults(), GOOD),
+        (recipe_of(storage, layout, "helpless", max_skips=2), Faults(nan=tuple(range(3, 9))), None),
+    )
+    return seen[0]
+
+
+def test_skipped_and_rewound_batches_leave_no_trace_in_the_weights(runs: list[Result]) -> None:
+    """The losses are those of a run that never saw them, bit for bit."""
+    faulty, good, _ = runs
+    assert faulty.read == list(range(20))
+    assert list(faulty.loss) == list(range(1, STEPS + 1))
+    assert faulty.loss == good.loss
+    assert [faulty.skipped[step] for step in (5, 6, 12, 13, 16)] == [0, 1, 1, 4, 4]
+    assert good.skipped[STEPS] == 0
+
+
+def test_each_alarm_leaves_its_evidence(storage: Path, layout: str, runs: list[Result]) -> None:
+    folder = storage / "runs" / f"faulty {layout}".replace(" ", "-") / "guards"
+    files = [
+        folder / "step_00000006_batch_00000005.json",
+        folder / "step_00000015_batch_00000015.json",
+    ]
+    assert runs[0].kept == files
+    nan, damaged = (json.loads(file.read_text()) for file in files)
+    assert (nan["guard"], nan["decision"], nan["loss"]) == ("non_finite", "skip", "nan")
+    assert (damaged["guard"], damaged["decision"]) == ("loss_spike", "rewind")
+    assert damaged["window"]["deviations"] > 10
+    assert damaged["loss"] > 1.1 * damaged["window"]["expected"]
+    assert damaged["skipped_before"] == [[5, 6]]
+    assert (damaged["rows"], damaged["samples"]) == ([120, 127], [120, 127])
+    assert set(damaged["loss_by_denoiser"]) <= {"S", "R", "X-long", "X-dense"}
+    layers = {f"layers.{number}" for number in range(4)}
+    others = {"embedding.word_embeddings.weight", "decoder.final_layernorm.weight"}
+    assert set(damaged["layers"]) == layers | others
+    whole = math.hypot(*(norms["gradient"] for norms in damaged["layers"].values()))
+    assert whole == pytest.approx(damaged["gradient_norm"], rel=1e-5)
+    assert nan["layers"]["layers.0"]["weight"] == pytest.approx(
+        damaged["layers"]["layers.0"]["weight"] / 10, rel=0.2
+    )
+
+
+def test_a_spent_budget_stops_the_run_with_its_evidence(runs: list[Result]) -> None:
+    helpless = runs[2]
+    assert list(helpless.loss) == [1, 2, 3]
+    assert helpless.read == [0, 1, 2, 3, 4, 5]
+    assert "\n" not in helpless.error
+    assert "step 4, batch 5: loss nan and gradient norm nan" in helpless.error
+    assert "2 of guards.max_skips=2" in helpless.error
+    decisions = [json.loads(file.read_text())["decision"] for file in helpless.kept]
+    assert decisions == ["skip", "skip", "stop"]
+
+
+def test_a_run_killed_after_it_went_back_is_the_same_run(
+    storage: Path, layout: str, runs: list[Result]
+) -> None:
+    """It goes on from the checkpoint before the damage, meets it again, and decides the same."""
+    recipe = recipe_of(storage, layout, "killed")
+    faults = Faults(nan=(NOT_A_NUMBER,), damage=DAMAGE, kill=KILL)
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        run_distributed(train, 2, recipe, faults)
+    faults = Faults(nan=(NOT_A_NUMBER,), damage=DAMAGE)
+    resumed: Result = run_distributed(train, 2, recipe, faults)[0]
+    assert resumed.read == list(range(13, 20))
+    assert resumed.loss == {step: runs[0].loss[step] for step in range(13, STEPS + 1)}

@@ -1,0 +1,115 @@
+"""What an operator sees of a run of two ranks, on two nodes as far as their names tell."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ul2r.config import Recipe
+from ul2r.data.batches import Batches
+from ul2r.data.prepared import open_corpus
+from ul2r.testing.corpus import tiny_store
+from ul2r.testing.distributed import run_distributed
+from ul2r.testing.recipes import tiny_recipe
+
+pytestmark = pytest.mark.distributed
+
+Records = list[tuple[int, dict[str, float]]]
+EVERY = 2
+
+
+def train(recipe: Recipe) -> tuple[Records, list[str], list[Path]]:
+    """Train on this rank, each on a node of its own name; what was logged, said on the console, and kept."""
+    import torch.distributed as dist
+
+    from ul2r.launch.worker import run_worker
+    from ul2r.tracking.tracker import MemoryTracker
+    from ul2r.train.progress import summary
+
+    pytest.MonkeyPatch().setattr(socket, "gethostname", lambda: f"node-{dist.get_rank()}")
+    tracker, said = MemoryTracker(), list[str]()
+    run_worker(recipe, tracker, lambda _, metrics: said.append(summary(metrics)))
+    return tracker.records, said, tracker.kept
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    folder = tmp_path_factory.mktemp("metrics")
+    tiny_store(folder / "store")
+    return tiny_recipe(
+        folder,
+        parallel={"workers": 2},
+        training={"log_every": EVERY},
+        profile={"steps": [3]},
+        launch={"device_peak_tflops": 0.01},
+    )
+
+
+@pytest.fixture(scope="module")
+def seen(recipe: Recipe) -> list[tuple[Records, list[str], list[Path]]]:
+    return run_distributed(train, 2, recipe)
+
+
+def test_rates_agree_with_what_was_trained_on(
+    recipe: Recipe, seen: list[tuple[Records, list[str], list[Path]]]
+) -> None:
+    """Their ratios do not depend on the time: source tokens and FLOPs for each row position, MFU for each TFLOP."""
+    corpus = open_corpus(recipe.store_folder)
+    batches, positions = Batches(recipe, corpus), 8 * 64
+    special = [corpus.vocabulary.eos, *corpus.vocabulary.no_text]
+    eflops = 0.0
+    (records, _, _), _ = seen
+    rated = [(step, metrics) for step, metrics in records if "train/mfu" in metrics]
+    assert [step for step, _ in rated] == [2, 3, 4, 6]
+    before = 0
+    for step, metrics in rated:
+        read = [batches.rows(number) for number in range(before, step)]
+        text = sum(
+            int(np.isin(rows.tokens[rows.denoiser >= 0], special, invert=True).sum())
+            for rows in read
+        )
+        taken = (step - before) * positions
+        rate = metrics["train/tokens_per_second"]
+        assert metrics["train/source_tokens_per_second"] / rate == pytest.approx(text / taken)
+        flops = (metrics["progress/eflops"] - eflops) * 1e18
+        assert metrics["train/tflops_per_device"] * 2e12 / rate == pytest.approx(flops / taken)
+        assert metrics["train/mfu"] == pytest.approx(metrics["train/tflops_per_device"] / 0.01)
+        assert 0 <= metrics["train/data_wait_share"] <= 1
+        before, eflops = step, metrics["progress/eflops"]
+
+
+def test_memory_and_the_load_of_each_node_are_in_the_one_run(
+    seen: list[tuple[Records, list[str], list[Path]]],
+) -> None:
+    (records, _, _), (others, _, _) = seen
+    metrics = records[-1][1]
+    assert 0.05 < metrics["train/memory_gib"] < 20
+    for node in ("node-0", "node-1"):
+        assert 0 <= metrics[f"system/{node}/cpu_utilization_percentage"] <= 100
+        assert metrics[f"system/{node}/memory_used_gib"] > 0.1
+    assert others == [], "rank 0 logs for all"
+
+
+def test_the_console_says_loss_and_mfu(seen: list[tuple[Records, list[str], list[Path]]]) -> None:
+    said = seen[0][1]
+    assert len(said) == 6
+    assert said[0].startswith("loss ")
+    assert "MFU" not in said[0], "not known before the first is measured"
+    assert "MFU" in said[-1]
+    assert "skipped" not in said[-1]
+
+
+def test_the_trace_of_a_chosen_step_is_kept(
+    recipe: Recipe, seen: list[tuple[Records, list[str], list[Path]]]
+) -> None:
+    trace = recipe.run_folder() / "profiles" / "step_00000003.json.gz"
+    assert [kept for _, _, kept in seen] == [[trace], []]
+    with gzip.open(trace, "rt") as file:
+        names = {event.get("name", "") for event in json.load(file)["traceEvents"]}
+    assert "step 3" in names
+    assert {"aten::mm", "gloo:all_reduce", "Optimizer.step#AdamW.step"} <= names

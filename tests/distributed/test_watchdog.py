@@ -1,0 +1,74 @@
+"""A rank that hangs, for real: it stops itself, and the other says who it was and ends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from ul2r.config import dump
+from ul2r.testing.corpus import tiny_store
+from ul2r.testing.recipes import tiny_recipe
+from ul2r.train.watchdog import HUNG_EXIT
+
+pytestmark = pytest.mark.distributed
+
+WORKER = """
+    import os, signal, sys
+    from pathlib import Path
+    import torch.distributed as dist
+    from ul2r.config import Recipe, load
+    from ul2r.data.batches import Batches
+    from ul2r.data.prepared import open_corpus
+    from ul2r.launch.worker import run_worker
+    from ul2r.tracking.tracker import MemoryTracker
+
+    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+    recipe = load(folder / "recipe.yaml", (), Recipe)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
+
+    def read(mesh, batches):
+        made = Batches(recipe, open_corpus(recipe.store_folder))
+        for batch in batches:
+            if batch == 2 and rank == 1:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            yield made.rows(batch, mesh.data_rank, recipe.parallel.data)
+
+    run_worker(recipe, MemoryTracker(), lambda *_: None, read)
+"""
+
+
+def test_a_stopped_rank_is_named_and_the_others_end(tmp_path: Path) -> None:
+    tiny_store(tmp_path / "store")
+    recipe = tiny_recipe(tmp_path, parallel={"workers": 2}, guards={"hang_timeout_s": 4})
+    (tmp_path / "recipe.yaml").write_text(dump(recipe))
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(WORKER), str(rank), str(tmp_path)],
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        _, said = ranks[0].communicate(timeout=240)
+        assert ranks[0].returncode == HUNG_EXIT
+        assert ranks[1].poll() is None, "it still hangs"
+    finally:
+        ranks[1].kill()
+        ranks[1].communicate()
+    (line,) = [line for line in said.splitlines() if line.startswith("no progress for 4 s")]
+    own, other = line.split(" Behind: ")
+    assert f"rank 0 (process {ranks[0].pid} on " in own
+    assert "in step 3, phase 'train', in " in own
+    assert " called by " in own, "the collective is named"
+    assert f"rank 1 (process {ranks[1].pid} on " in other
+    assert "in step 3, phase 'wait for data', last alive " in other
+    assert "rank 0" not in other
+    stacks = recipe.run_folder() / "heartbeats" / "rank_00000.stacks.txt"
+    assert "forward_backward" in stacks.read_text()
