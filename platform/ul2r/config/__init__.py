@@ -4,11 +4,20 @@ from ul2r.config.architecture import Architecture
 from ul2r.config.denoisers import PRESETS, Causal, Denoiser, Fim, Prefix, SpanCorruption, fit
 from ul2r.config.load import dump, load
 from ul2r.config.objective import Objective
-from ul2r.config.recipe import Comparison, Data, Evaluation, Parallel, Recipe, WeightedStore
+from ul2r.config.recipe import (
+    AttentionBackend,
+    Comparison,
+    Data,
+    Evaluation,
+    Parallel,
+    Recipe,
+    WeightedStore,
+)
 
 __all__ = [
     "PRESETS",
     "Architecture",
+    "AttentionBackend",
     "Causal",
     "Comparison",
     "Data",

@@ -15,8 +15,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional
 
-from ul2r.config import Architecture, Parallel
-from ul2r.model.attention import IntervalAttention
+from ul2r.config import Architecture, AttentionBackend, Parallel
+from ul2r.model.attention import core_attention
 from ul2r.model.sizing import padded_vocabulary
 
 RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
@@ -54,10 +54,10 @@ def transformer_config(architecture: Architecture, parallel: Parallel) -> Transf
     )
 
 
-def layer_spec() -> ModuleSpec:
+def layer_spec(attention: AttentionBackend) -> ModuleSpec:
     """A Llama layer of Megatron's own modules, with attention by intervals."""
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    spec.submodules.self_attention.submodules.core_attention = IntervalAttention
+    spec.submodules.self_attention.submodules.core_attention = core_attention(attention)
     return spec
 
 
@@ -67,6 +67,8 @@ def build_model(
     vocabulary_size: int,
     sequence_length: int,
     seed: int,
+    *,
+    attention: AttentionBackend,
 ) -> GPTModel:
     """This rank's part of the model, with initial weights.
 
@@ -76,10 +78,14 @@ def build_model(
         vocabulary_size: Entries of the tokenizer.
         sequence_length: Longest row.
         seed: The weights are a function of it and of each parameter's name, whatever the layout.
+        attention: What computes attention.
+
+    Raises:
+        RecipeError: If what computes attention is not installed.
     """
     model = GPTModel(
         config=transformer_config(architecture, parallel),
-        transformer_layer_spec=layer_spec(),
+        transformer_layer_spec=layer_spec(attention),
         vocab_size=padded_vocabulary(vocabulary_size),
         max_sequence_length=sequence_length,
         pre_process=parallel_state.is_pipeline_first_stage(),
