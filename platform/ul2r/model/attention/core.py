@@ -49,6 +49,7 @@ class IntervalAttention(DotProductAttention):  # type: ignore[misc]  # Megatron 
         del attn_mask_type
         assert attention_bias is None
         assert packed_seq_params is None
+        assert attention_mask.shape == (query.shape[1], 2, query.shape[0]), "no intervals"
         return self.backend(query, key, value, attention_mask, self.softmax_scale).flatten(2)
 
 
