@@ -26,7 +26,7 @@ def train_and_run(recipe: Recipe, tokens: torch.Tensor, prefix: int) -> torch.Te
 
     from ul2r.data.prepared import open_corpus
     from ul2r.launch.worker import run_worker
-    from ul2r.model.attention import interval_mask
+    from ul2r.model.attention import intervals
     from ul2r.tracking.tracker import MemoryTracker
     from ul2r.train.mesh import Mesh
     from ul2r.train.sharded import load_checkpoint
@@ -40,8 +40,8 @@ def train_and_run(recipe: Recipe, tokens: torch.Tensor, prefix: int) -> torch.Te
     assert latest is not None
     load_checkpoint(latest, step, optimizer=False)
     position = torch.arange(LENGTH).expand(len(tokens), -1)
-    mask = interval_mask(torch.zeros_like(position), torch.clamp(position + 1, min=prefix))
-    logits = step.chunks[0](tokens, position, mask)
+    hi = np.maximum(position.numpy() + 1, prefix)
+    logits = step.chunks[0](tokens, position, intervals(0 * hi, hi))
     gathered: torch.Tensor = gather_from_tensor_model_parallel_region(logits).detach()
     return gathered
 
@@ -72,7 +72,8 @@ def test_exported_logits_are_the_trained_models(recipe: Recipe) -> None:
     assert trained.shape[-1] == 512
     torch.testing.assert_close(logits, trained[..., :500], atol=1e-4, rtol=1e-4)
     said = json.loads((folder / "ul2r.json").read_text())
-    assert (said["attention"], said["step"], said["tokens"]) == ("prefix", 3, 3 * 8 * 64)
+    assert (said["attention"], said["denoising"]) == ("prefix", True)
+    assert (said["step"], said["tokens"]) == (3, 3 * 8 * 64)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = "Every child sees the moon."
     assert tokenizer.decode(tokenizer(text).input_ids) == text

@@ -7,6 +7,7 @@ from ul2r.config.load import dump, load
 from ul2r.config.objective import Objective
 from ul2r.config.parallel import Parallel
 from ul2r.config.recipe import (
+    AttentionBackend,
     Comparison,
     Data,
     Evaluation,
@@ -19,6 +20,7 @@ from ul2r.config.recipe import (
 __all__ = [
     "PRESETS",
     "Architecture",
+    "AttentionBackend",
     "Causal",
     "Comparison",
     "Data",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, model_validator
 
@@ -35,6 +35,8 @@ class Objective(Section):
     mixture: Mixture = PRESETS["ul2r"]
     sequence_length: PositiveInt = 2048
     slots_per_row: PositiveInt = 1
+    attention: Literal["prefix", "causal"] = "prefix"
+    """How inputs are read: each sees all of them, or only those before it, as an engine without prefix-LM serves it."""
     within_document: bool = False
     """Whether an example keeps within one document; short documents then leave positions unused."""
     eos_after_inputs: bool = False
@@ -88,4 +90,9 @@ class Objective(Section):
     @property
     def is_causal(self) -> bool:
         """Whether every position sees all before it and none after it."""
-        return all(denoiser.kind in {"causal", "fim"} for denoiser in self.mixture)
+        return self.attention == "causal" or not self.is_denoising
+
+    @property
+    def is_denoising(self) -> bool:
+        """Whether there are denoisers with inputs, and so modes and sentinels are learned."""
+        return any(denoiser.kind in {"span_corruption", "prefix"} for denoiser in self.mixture)

@@ -21,6 +21,9 @@ Change = Literal["data", "seed", "tokenizer"]
 Precision = Literal["bf16", "fp8", "fp32"]
 Recompute = Literal["none", "selective", "full"]
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+AttentionBackend = Literal["sdpa", "flex", "te"]
+FLEX_HEAD_DIM = 16
+"""Narrowest attention head that FlexAttention's CUDA kernels take."""
 
 
 def _folder_or_url(store: str) -> str:
@@ -197,6 +200,9 @@ class Recipe(Section):
     data: Data = Data()
     model: Architecture
     objective: Objective = Objective()
+    attention: Literal["auto"] | AttentionBackend = "auto"
+    """What computes attention: torch's SDPA with a dense mask (sdpa), FlexAttention with a block mask (flex) or
+    TransformerEngine's variable-length kernels (te); auto is flex on GPUs where heads are wide enough, else sdpa."""
     parallel: Parallel = Parallel()
     training: Training
     optimizer: Optimizer = Optimizer()
@@ -296,6 +302,33 @@ class Recipe(Section):
                 raise ValueError(
                     f"{what} = {size} is not a multiple of 16, as training.precision=fp8 needs: change it or set bf16"
                 )
+
+    @model_validator(mode="after")
+    def _attention_fits(self) -> Self:
+        if self.attention in {"flex", "te"} and not self.launch.gpus_per_worker:
+            why = (
+                "FlexAttention has no backward pass there"
+                if self.attention == "flex"
+                else "its kernels are CUDA's"
+            )
+            raise ValueError(
+                f"attention={self.attention} does not train on a CPU ({why}) and launch.gpus_per_worker=0: "
+                "set attention to auto or sdpa, or launch.gpus_per_worker to 1"
+            )
+        if self.attention == "flex" and self.model.head_dim < FLEX_HEAD_DIM:
+            raise ValueError(
+                f"attention=flex needs heads of {FLEX_HEAD_DIM} dimensions or more, the model's have "
+                f"hidden_size/heads={self.model.head_dim}: set attention to auto or sdpa, or lower model.heads"
+            )
+        return self
+
+    @property
+    def attention_backend(self) -> AttentionBackend:
+        """What computes attention, `auto` resolved."""
+        if self.attention != "auto":
+            return self.attention
+        wide = self.model.head_dim >= FLEX_HEAD_DIM
+        return "flex" if self.launch.gpus_per_worker and wide else "sdpa"
 
     @property
     def sentinels_needed(self) -> int:

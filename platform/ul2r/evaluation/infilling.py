@@ -53,17 +53,21 @@ def infill_loss(model: LanguageModel, gaps: Gaps, vocabulary: Vocabulary) -> Sco
     """Nats per token of the true span; its own tokens count, sentinels and what ends it do not.
 
     A causal arm sees the left side, then the span so far. A UL2R arm sees mode, left side, sentinel, right side and
-    one more sentinel (an input of its training always ends in one) in both directions, then the first sentinel
+    one more sentinel (an input of its training always ends in one), in both directions unless its attention is causal,
+    then the first sentinel
     again and the span so far.
     """
     count = np.ones(gaps.span.shape, bool)
-    if model.attention == "causal":
+    if not model.origin.denoising:
         rows = scored_rows(gaps.left, gaps.span, count, bidirectional=False)
     else:
         size, first = len(gaps.span), vocabulary.sentinels[0]
         targets = columns(size, first, gaps.span)
         count = np.concatenate((np.zeros((size, 1), bool), count), axis=1)
-        rows = scored_rows(both_sides(gaps, vocabulary), targets, count, bidirectional=True)
+        bidirectional = model.attention == "prefix"
+        rows = scored_rows(
+            both_sides(gaps, vocabulary), targets, count, bidirectional=bidirectional
+        )
     return token_score(model.token_losses(rows), rows.loss_mask)
 
 
@@ -78,7 +82,7 @@ def infill_text(model: LanguageModel, gaps: Gaps, vocabulary: Vocabulary) -> tup
         Two scores between 0 and 1.
     """
     length = gaps.span.shape[1]
-    if model.attention == "causal":
+    if not model.origin.denoising:
         prompts, opener, closer, limit = gaps.left, None, None, length
     else:
         prompts, limit = both_sides(gaps, vocabulary), 2 * length
@@ -107,12 +111,12 @@ def _written(
 
     Args:
         model: The arm.
-        prompt: Tokens read; in both directions if there is an opener.
+        prompt: Tokens read, in both directions if the model's attention is prefix-LM.
         opener: Sentinel that the text follows.
         closer: Sentinel that ends the text; left out of it.
         limit: Tokens after which the text is cut off.
     """
-    decoder = Decoder(model, prompt, bidirectional=opener is not None)
+    decoder = Decoder(model, prompt, bidirectional=model.attention == "prefix")
     if opener is not None:
         decoder.feed(opener)
     sampler = Sampler(model, temperature=0.0, seed=0)

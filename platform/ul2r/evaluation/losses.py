@@ -19,9 +19,9 @@ def denoiser_loss(
 ) -> Score:
     """Mean loss of the targets that `denoiser` makes of held-out text.
 
-    Every arm gets exactly the same rows, masks, modes and sentinels, with prefix-LM attention (causal for the causal
-    denoiser), whether it was trained on them or not. They are the rows that training measures itself on, as many of
-    `evaluation.rows` as the held-out split has without reading a token twice.
+    Every arm gets exactly the same rows, masks, modes and sentinels, whether it was trained on them or not: with
+    prefix-LM attention, but causal for the causal denoiser and where `objective.attention` is. They are the rows that
+    training measures itself on, as many of `evaluation.rows` as the held-out split has without reading a token twice.
 
     Raises:
         CorpusError: If the held-out split has not two rows.
@@ -45,9 +45,10 @@ def causal_loss(model: LanguageModel, corpus: Corpus, recipe: Recipe) -> Score:
 def second_half_loss(model: LanguageModel, corpus: Corpus, recipe: Recipe) -> Score:
     """Mean loss of a text's second half given the first half, each arm in its own way.
 
-    A causal arm reads the text causally. A UL2R arm reads [S2S] and the first half in both directions, and then the
-    second half causally, as it would continue a prompt. The same raw tokens count for every arm: the second half's,
-    without the eos of documents that end in it. The closing eos of S training is not asked for.
+    A causal arm reads the text causally. A UL2R arm reads [S2S] and the first half, in both directions unless its
+    attention is causal, and then the second half causally, as it would continue a prompt. The same raw tokens count
+    for every arm: the second half's, without the eos of documents that end in it. The closing eos of S training is
+    not asked for.
     """
     denoiser = Prefix(weight=1.0)
     mode_tokens = len(corpus.vocabulary.modes[denoiser.mode])
@@ -55,9 +56,9 @@ def second_half_loss(model: LanguageModel, corpus: Corpus, recipe: Recipe) -> Sc
     texts = spread_windows(corpus.held_out, recipe.evaluation.rows, length)
     first, second = np.split(texts, [length // 2], axis=1)
     counts = second != corpus.vocabulary.eos
-    if model.attention == "causal":
+    if not model.origin.denoising:
         rows = scored_rows(first, second, counts, bidirectional=False)
     else:
         inputs = columns(len(texts), *corpus.vocabulary.modes[denoiser.mode], first)
-        rows = scored_rows(inputs, second, counts, bidirectional=True)
+        rows = scored_rows(inputs, second, counts, bidirectional=model.attention == "prefix")
     return token_score(model.token_losses(rows), rows.loss_mask)

@@ -40,7 +40,7 @@ def complete(
     """Continue a prompt.
 
     Args:
-        model: Any model; one trained on denoisers reads the prompt in both directions.
+        model: Any model; one trained with prefix-LM attention reads the prompt in both directions.
         prompt: Text, one token or more.
         mode: S2S is trained on continuations. NLU and NLG close the prompt with one sentinel, as the paper prompts
             them (arXiv 2210.11399), and what follows it is the answer. Without a mode: S2S for a model
@@ -67,7 +67,7 @@ def complete(
         return Completion(filled.fills[0], filled.finish[0], filled.tokens_in, filled.tokens_out)
     inputs = model.encode(prompt)
     bidirectional = model.attention == "prefix"
-    if mode == "S2S" or bidirectional:
+    if mode == "S2S" or model.origin.denoising:
         inputs = [*model.trained_modes("mode S2S").modes["S2S"], *inputs]
     produced = list(
         generate(

@@ -72,7 +72,7 @@ def infill(
     inputs = [*vocabulary.modes[mode], *_joined(encoded, marks)]
     limit = token_limit(model, len(inputs), max_tokens, spans=slots, marks=1)
 
-    decoder = Decoder(model, inputs, bidirectional=True)
+    decoder = Decoder(model, inputs, bidirectional=model.attention == "prefix")
     sampler = Sampler(model, temperature, seed)
     closers = (*marks, vocabulary.eos)[1 : slots + 1]
     spans = [
@@ -114,8 +114,8 @@ def _joined(parts: Sequence[list[int]], marks: Sequence[int]) -> list[int]:
 
 
 def most_slots(model: LanguageModel) -> int:
-    """Slots that one text may have: a sentinel for each and one to close the text; 0 for a causal model."""
-    if model.attention == "causal" or model.vocabulary is None:
+    """Slots that one text may have: a sentinel for each and one to close the text; 0 for a model without denoisers."""
+    if not model.origin.denoising or model.vocabulary is None:
         return 0
     return len(model.vocabulary.sentinels) - 1
 

@@ -80,9 +80,9 @@ class LanguageModel:
         """The vocabulary of a model trained on denoisers.
 
         Raises:
-            RequestError: If the model was trained causally and so knows neither modes nor sentinels.
+            RequestError: If the model was trained on plain text and so knows neither modes nor sentinels.
         """
-        if self.attention == "causal" or self.vocabulary is None:
+        if not self.origin.denoising or self.vocabulary is None:
             raise RequestError(
                 f"{purpose} needs a model trained on denoisers; {self.origin.run!r} was trained causally and has "
                 "learned no mode and no sentinel: ask for a plain completion, or serve a UL2R export"

@@ -13,7 +13,7 @@ from ul2r.objective.vocabulary import Vocabulary
 
 Attention = Literal["prefix", "causal"]
 
-FORMAT = 2
+FORMAT = 3
 NEEDED = ("config.json", "tokenizer.json")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
@@ -25,6 +25,7 @@ class Origin:
     Attributes:
         run: Name of the run that made it; the folder's name where no ul2r.json says more.
         attention: "prefix" where inputs were seen in both directions in training, else "causal".
+        denoising: Whether it was trained on denoisers, and so knows modes and sentinels.
         vocabulary: Eos, modes and sentinels; None in a folder without ul2r.json.
         role: The run's place in a comparison.
         step: Optimizer steps of the run.
@@ -34,6 +35,7 @@ class Origin:
 
     run: str
     attention: Attention = "causal"
+    denoising: bool = False
     vocabulary: Vocabulary | None = None
     role: str | None = None
     step: int | None = None
@@ -77,6 +79,7 @@ def _parse(fields: Mapping[str, Any]) -> Origin:
     return Origin(
         run=fields["run"],
         attention=fields["attention"],
+        denoising=fields["denoising"],
         vocabulary=Vocabulary.from_dict(fields["vocabulary"]),
         role=fields["role"],
         step=fields["step"],

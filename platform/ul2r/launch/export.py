@@ -39,6 +39,7 @@ def export(recipe: Recipe) -> Path:
         run=recipe.name,
         role=recipe.role,
         attention="causal" if recipe.objective.is_causal else "prefix",
+        denoising=recipe.objective.is_denoising,
         step=info.step,
         tokens=info.tokens,
         flops=info.flops,

@@ -25,9 +25,9 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn import functional
 
-from ul2r.config import Architecture, Parallel, Precision, Recipe, Recompute
+from ul2r.config import Architecture, AttentionBackend, Parallel, Precision, Recipe, Recompute
 from ul2r.errors import LayoutError
-from ul2r.model.attention import IntervalAttention
+from ul2r.model.attention import core_attention
 from ul2r.model.loss import GPTModelWithLogZ
 from ul2r.model.norm import Norm
 from ul2r.model.sizing import padded_vocabulary
@@ -125,14 +125,14 @@ def check_precision(recipe: Recipe) -> None:
         )
 
 
-def layer_spec() -> ModuleSpec:
+def layer_spec(attention: AttentionBackend) -> ModuleSpec:
     """A Llama layer of TransformerEngine's modules or Megatron's own, with attention by intervals."""
     if uses_transformer_engine():
         spec = get_gpt_layer_with_transformer_engine_spec()
     else:
         spec = get_gpt_layer_local_spec(normalization="RMSNorm")
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = Norm
-    spec.submodules.self_attention.submodules.core_attention = IntervalAttention
+    spec.submodules.self_attention.submodules.core_attention = core_attention(attention)
     return spec
 
 
@@ -148,6 +148,7 @@ def build_model(recipe: Recipe, vocabulary_size: int) -> list[GPTModel]:
 
     Raises:
         LayoutError: If this worker's device has not the recipe's precision.
+        RecipeError: If what computes attention is not installed.
     """
     check_precision(recipe)
     config = transformer_config(
@@ -172,7 +173,7 @@ def _build_chunk(
 ) -> GPTModel:
     """The layers of virtual stage `stage`, from 0, with the embedding or the output where they belong."""
     vp_stage = stage if recipe.parallel.virtual_stages > 1 else None
-    layers = [layer_spec()] * get_num_layers_to_build(config, vp_stage)
+    layers = [layer_spec(recipe.attention_backend)] * get_num_layers_to_build(config, vp_stage)
     norm = LayerNormImpl if uses_transformer_engine() else Norm
     model = GPTModelWithLogZ if recipe.optimizer.z_loss else GPTModel
     return model(

@@ -21,7 +21,7 @@ from transformers import GenerationConfig, LlamaConfig
 from ul2r.config import Architecture
 from ul2r.objective.vocabulary import Vocabulary
 
-FORMAT = 2
+FORMAT = 3
 """Of ul2r.json."""
 
 
@@ -33,6 +33,7 @@ class Card:
         run: Name of the run.
         role: Its place in a comparison, if it has one.
         attention: "prefix" where inputs were seen in both directions in training, else "causal".
+        denoising: Whether it was trained on denoisers, and so knows modes and sentinels.
         step: Optimizer steps of the run.
         tokens: Row positions trained on, its ancestors' included.
         flops: Training FLOPs, its ancestors' included.
@@ -42,6 +43,7 @@ class Card:
     run: str
     role: str | None
     attention: str
+    denoising: bool
     step: int
     tokens: int
     flops: float

@@ -36,6 +36,7 @@ DENOISER = np.dtype(
         ("rate", np.float64),  # corruption; prefix: the share of targets, 0 for a uniform split
         ("sentinels", np.int64),  # prefix: 1 if one stands where text was cut off
         ("marks", np.int64),  # tokens of the mode
+        ("prefix", np.int64),  # 1 if inputs see each other in both directions
         ("closed", np.int64),  # 1 if an eos closes the inputs
         ("length", np.int64),  # raw tokens of the longest example that fits
         ("whole", np.int64),  # 1 if an example has a row to itself
@@ -312,16 +313,23 @@ def write_example(
 
 @compiled
 def place(
-    example: Tokens, inputs: int, choice: int, eos: int, line: int, slot: slice, arrays: Any
+    example: Tokens,
+    inputs: int,
+    seen: int,
+    choice: int,
+    eos: int,
+    line: int,
+    slot: slice,
+    arrays: Any,
 ) -> None:
     """Write an example to the positions of its slot, the rest of which is padding.
 
-    Inputs see all inputs; a target sees the inputs, the targets before it and itself. Without inputs that is plain
-    causal attention.
+    Every position sees those before it and itself; with prefix-LM attention inputs see all inputs, too.
 
     Args:
         example: Its tokens, int32 (N,).
         inputs: How many of them are inputs.
+        seen: How many of the first positions every position sees: all inputs or none.
         choice: Its denoiser.
         eos: Token on padding.
         line: Its row.
@@ -338,7 +346,7 @@ def place(
         labels[i] = example[i + 1]
         loss_mask[i] = i + 1 >= inputs
         lo[i] = begin
-        hi[i] = begin + max(i + 1, inputs)
+        hi[i] = begin + max(i + 1, seen)
         position[i] = i
         denoiser[i] = choice
     for i in range(used, len(tokens)):
@@ -387,4 +395,5 @@ def fill_rows(
             )
             begin = number * (row_length // samples.shape[1])
             end = row_length if one.whole else begin + row_length // samples.shape[1]
-            place(example[:size], inputs, choice, eos, line, slice(begin, end), arrays)
+            seen, slot = (inputs if one.prefix else 0), slice(begin, end)
+            place(example[:size], inputs, seen, choice, eos, line, slot, arrays)

@@ -189,6 +189,7 @@ def _plan(objective: Objective, mode_tokens: tuple[int, ...]) -> _Plan:
         one["kind"] = KINDS[denoiser.kind]
         one["length"] = objective.raw_length(denoiser, marks)
         one["marks"] = marks
+        one["prefix"] = objective.attention == "prefix"
         one["closed"] = objective.eos_after_inputs
         one["whole"] = denoiser.whole_row
         one["bound"] = weights[denoiser.whole_row]

@@ -26,6 +26,7 @@ def tiny_export(
     folder: Path,
     *,
     attention: Literal["prefix", "causal"] = "prefix",
+    denoising: bool | None = None,
     layers: int = 2,
     positions: int = 128,
     sentinels: int = 8,
@@ -39,6 +40,7 @@ def tiny_export(
     Args:
         folder: Where it goes.
         attention: What ul2r.json says of the training.
+        denoising: Likewise; without it, whether attention is "prefix".
         layers: Transformer layers.
         positions: Longest sequence.
         sentinels: Sentinel tokens of the vocabulary.
@@ -53,7 +55,8 @@ def tiny_export(
     )
     tokenizer = train_tokenizer(texts, size=256 + 4 + sentinels + 32, sentinels=sentinels)
     vocabulary = vocabulary_of(tokenizer)
-    role = "ul2r" if attention == "prefix" else "base"
+    denoising = attention == "prefix" if denoising is None else denoising
+    role = "ul2r" if denoising else "base"
     with TemporaryDirectory() as beside:
         tokenizer_file = Path(beside) / "tokenizer.json"
         tokenizer.save(str(tokenizer_file))
@@ -65,7 +68,14 @@ def tiny_export(
             vocabulary=vocabulary,
             tokenizer=tokenizer_file,
             card=Card(
-                f"tiny-{role}", role, attention, step=3, tokens=3_000, flops=3e9, checkpoint="none"
+                f"tiny-{role}",
+                role,
+                attention,
+                denoising,
+                step=3,
+                tokens=3_000,
+                flops=3e9,
+                checkpoint="none",
             ),
         )
     return folder

@@ -134,13 +134,14 @@ def reference_row(
             eos_after_inputs=objective.eos_after_inputs,
         )
         begin, example = len(made["tokens"]), inputs + targets
+        open_inputs = len(inputs) if objective.attention == "prefix" else 0
         for place in range(objective.room(denoiser) - 1):
             used = place + 1 < len(example)
             made["tokens"].append(example[place] if used else vocabulary.eos)
             made["labels"].append(example[place + 1] if used else 0)
             made["loss_mask"].append(int(used and place + 1 >= len(inputs)))
             made["lo"].append(begin if used else begin + place)
-            made["hi"].append(begin + (max(place + 1, len(inputs)) if used else place + 1))
+            made["hi"].append(begin + (max(place + 1, open_inputs) if used else place + 1))
             made["position"].append(place)
             made["denoiser"].append(mixture.index(denoiser) if used else -1)
     return made

@@ -19,7 +19,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from ul2r.config import Recipe
-from ul2r.model.attention import interval_mask
+from ul2r.model.attention import intervals
 from ul2r.model.build import build_model
 from ul2r.objective.rows import Rows
 from ul2r.train.mesh import Mesh
@@ -158,11 +158,10 @@ class TrainStep:
         """Megatron's forward step: this stage's output and how to make it a loss."""
         rows = next(microbatches)
         device = self.mesh.device
-        mask = interval_mask(_tensor(rows.lo, device), _tensor(rows.hi, device))
         output = model(
             _tensor(rows.tokens, device).long(),
             _tensor(rows.position, device).long(),
-            mask,
+            intervals(rows.lo, rows.hi),
             labels=_tensor(rows.labels, device).long(),
         )
         z_loss = self.recipe.optimizer.z_loss

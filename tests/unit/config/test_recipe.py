@@ -246,3 +246,28 @@ def test_config_imports_nothing_heavy() -> None:
     assert not {"numpy", "torch", "ray", "mlflow", "megatron", "transformers"} & set(
         found.stdout.split()
     )
+
+
+def test_attention_is_what_fits_the_device_and_the_heads() -> None:
+    wide = {"hidden_size": 192}
+    assert recipe(model=wide).attention_backend == "sdpa"
+    assert recipe(model=wide, launch={"gpus_per_worker": 1}).attention_backend == "flex"
+    assert recipe(launch={"gpus_per_worker": 1}).attention_backend == "sdpa"  # heads of 8
+    chosen = recipe(launch={"gpus_per_worker": 1}, attention="te")
+    assert chosen.attention_backend == "te"
+
+
+@pytest.mark.parametrize("backend", ["flex", "te"])
+def test_attention_that_does_not_train_on_a_cpu_is_refused_there(backend: str) -> None:
+    said = refusal(attention=backend)
+    assert said.startswith(f"attention={backend} does not train on a CPU")
+    assert said.endswith(
+        "launch.gpus_per_worker=0: set attention to auto or sdpa, or launch.gpus_per_worker to 1"
+    )
+
+
+def test_flex_attention_of_narrow_heads_is_refused() -> None:
+    assert refusal(attention="flex", launch={"gpus_per_worker": 1}) == (
+        "attention=flex needs heads of 16 dimensions or more, the model's have hidden_size/heads=8: "
+        "set attention to auto or sdpa, or lower model.heads"
+    )

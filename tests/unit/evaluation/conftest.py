@@ -53,8 +53,20 @@ def ul2r_model(recipe: Recipe) -> LanguageModel:
 
 @pytest.fixture(scope="session")
 def causal_model(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    return other_model(recipe, tmp_path_factory, denoising=False)
+
+
+@pytest.fixture(scope="session")
+def causal_ul2r_model(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    """An arm trained on denoisers under causal attention."""
+    return other_model(recipe, tmp_path_factory, denoising=True)
+
+
+def other_model(
+    recipe: Recipe, tmp_path_factory: pytest.TempPathFactory, *, denoising: bool
+) -> LanguageModel:
     folder = tmp_path_factory.mktemp("causal") / "export"
-    tiny_export(folder, attention="causal", sentinels=SENTINELS, seed=2)
+    tiny_export(folder, attention="causal", denoising=denoising, sentinels=SENTINELS, seed=2)
     shutil.copy(recipe.store_folder / "tokenizer.json", folder)
     return LanguageModel.load(folder)
 

@@ -21,11 +21,11 @@ from ul2r.evaluation.texts import spread_windows
 from ul2r.inference import LanguageModel, infill
 
 
-@pytest.fixture(params=["ul2r", "causal"])
-def model(
-    request: pytest.FixtureRequest, ul2r_model: LanguageModel, causal_model: LanguageModel
-) -> LanguageModel:
-    return ul2r_model if request.param == "ul2r" else causal_model
+@pytest.fixture(params=["ul2r_model", "causal_model", "causal_ul2r_model"])
+def model(request: pytest.FixtureRequest) -> LanguageModel:
+    """An arm that knows modes and reads in both directions, one that does neither, and one with modes alone."""
+    found: LanguageModel = request.getfixturevalue(request.param)
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -95,7 +95,7 @@ def test_second_half_loss_counts_the_same_text_for_each_arm_in_its_own_way(
     losses = []
     for text in spread_windows(corpus.held_out, 6, length).tolist():
         first, second = text[:31], text[31:]
-        if model.attention == "prefix":
+        if model.origin.denoising:
             first = [*corpus.vocabulary.modes["S2S"], *first]
         each = losses_of(model, first, second, bidirectional=model.attention == "prefix")
         losses += [
@@ -131,11 +131,12 @@ def test_infill_loss_counts_the_span_alone(
     for left, span, right in zip(
         gaps.left.tolist(), gaps.span.tolist(), gaps.right.tolist(), strict=True
     ):
-        if model.attention == "causal":
+        if not model.origin.denoising:
             losses += losses_of(model, left, span, bidirectional=False)
         else:
             inputs = [*modes["NLU"], *left, sentinels[0], *right, sentinels[1]]
-            losses += losses_of(model, inputs, [sentinels[0], *span], bidirectional=True)[1:]
+            both = model.attention == "prefix"
+            losses += losses_of(model, inputs, [sentinels[0], *span], bidirectional=both)[1:]
     assert len(losses) == gaps.span.size
     score = infill_loss(model, gaps, corpus.vocabulary)
     assert score.mean == pytest.approx(np.mean(losses), abs=1e-5)
@@ -162,14 +163,14 @@ def greedy(model: LanguageModel, corpus: Corpus, left: list[int], right: list[in
     bidirectional = model.attention == "prefix"
     inputs, limit = left, 3
     tokens = list(inputs)
-    if bidirectional:
+    if model.origin.denoising:
         inputs, limit = [*modes["NLU"], *left, sentinels[0], *right, sentinels[1]], 6
         tokens = [*inputs, sentinels[0]]
     written: list[int] = []
     while len(written) < limit:
         chances = log_chances(model, tokens, len(inputs) if bidirectional else 0)[-1]
         allowed = model.is_text.clone()
-        allowed[sentinels[1]] = bidirectional and bool(written)
+        allowed[sentinels[1]] = model.origin.denoising and bool(written)
         token = int(chances.masked_fill(~allowed, -torch.inf).argmax())
         if token == sentinels[1]:
             break

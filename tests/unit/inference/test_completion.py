@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from ul2r.config.denoisers import Mode
 from ul2r.errors import RequestError
-from ul2r.inference import LanguageModel, complete
+from ul2r.inference import LanguageModel, complete, infill
 from ul2r.objective.vocabulary import Vocabulary
-from ul2r.testing.models import ScriptedModel
+from ul2r.testing.models import ScriptedModel, tiny_export
 
 
 def ids(model: LanguageModel, text: str) -> list[int]:
@@ -70,3 +72,19 @@ def test_a_prompt_that_cannot_be_completed_is_refused(
 ) -> None:
     with pytest.raises(RequestError, match=reason):
         complete(model, prompt)
+
+
+def test_a_denoiser_with_causal_attention_reads_its_mode_and_its_prompt_causally(
+    tmp_path: Path,
+) -> None:
+    """For engines that know no prefix-LM: what it is told is as in training, how it reads as well."""
+    model = LanguageModel.load(tiny_export(tmp_path / "it", attention="causal", denoising=True))
+    (q,) = ids(model, "q")
+    assert model.vocabulary is not None
+    scripted = ScriptedModel(model, {}, other=q)
+    complete(scripted, "ab", max_tokens=1)
+    infill(scripted, ["ab", "ab"], max_tokens=1)
+    completed, infilled = scripted.read[0], scripted.read[1]
+    assert completed == [*model.vocabulary.modes["S2S"], *ids(model, "ab")]
+    assert infilled[:1] == [*model.vocabulary.modes["NLU"]]
+    assert not any(scripted.open_calls)

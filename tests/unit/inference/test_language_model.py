@@ -225,7 +225,7 @@ def cut_weights(folder: Path) -> None:
         (lambda folder: (folder / "ul2r.json").write_text("{"), "ul2r.json cannot be read"),
         (lambda folder: (folder / "ul2r.json").write_text("{}"), "ul2r.json cannot be read"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "is not a Hugging Face"),
-        (edit("ul2r.json", format=3), "format 3, this version reads 2"),
+        (edit("ul2r.json", format=4), "format 4, this version reads 3"),
         (edit("ul2r.json", attention="both"), "'both' is neither prefix nor causal"),
         (
             edit(

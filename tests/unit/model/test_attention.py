@@ -1,15 +1,104 @@
-"""Interval attention against dense float64 attention, and masks against the definition."""
+"""Every backend of interval attention against dense float64 attention; masks and plans against the definition."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_block_mask
 
-from ul2r.model.attention import interval_mask
+from ul2r.config import Causal, Denoiser, Objective, Prefix, SpanCorruption
+from ul2r.errors import RecipeError
+from ul2r.model.attention import Backend, DenseMask, core_attention, interval_mask, intervals
+from ul2r.model.attention.flex import Flex, block_mask
+from ul2r.model.attention.segments import plan_segments
+from ul2r.model.attention.variable_length import VariableLength
+from ul2r.objective import Rows, Vocabulary, make_rows
+from ul2r.testing.attention import attend_by_segment, dense_attention
+from ul2r.testing.corpus import counted_text
 from ul2r.testing.distributed import run_distributed
+
+CPU = torch.device("cpu")
+VOCABULARY = Vocabulary(
+    size=2**31 - 1,
+    eos=0,
+    modes={"S2S": (1,), "NLU": (2,), "NLG": (3,)},
+    sentinels=tuple(range(4, 200)),
+)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+DENOISERS: tuple[Denoiser, ...] = (
+    SpanCorruption(name="R", mean_span=3, rate=0.15, mode="NLU", weight=1),
+    SpanCorruption(name="X", mean_span=8, rate=0.5, mode="NLG", weight=1, whole_row=True),
+    Prefix(weight=1),
+    Causal(),
+)
+
+
+def rows_of(objective: Objective, count: int, seed: int) -> Rows:
+    """Rows of a text in which nothing matters but lengths."""
+    return make_rows(
+        range(count),
+        objective=objective,
+        vocabulary=VOCABULARY,
+        seed=seed,
+        windows=counted_text(lambda sample: 1000 * (sample % 1000)),
+    )
+
+
+@st.composite
+def packed_rows(draw: st.DrawFn, longest: int = 60) -> Rows:
+    """Rows of random mixtures, with several examples in a row, whole-row ones between them, and padding."""
+    mixture = draw(st.lists(st.sampled_from(DENOISERS), min_size=1, unique_by=lambda one: one.name))
+    slots, length = draw(st.integers(1, 4)), draw(st.integers(16, longest))
+    objective = Objective(
+        mixture=tuple(mixture), sequence_length=slots * length, slots_per_row=slots
+    )
+    return rows_of(objective, draw(st.integers(1, 3)), draw(st.integers(0, 2**32)))
+
+
+@st.composite
+def any_intervals(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+    """Intervals that no objective makes: runs of every kind, one key or more for each query."""
+    batch, length = draw(st.integers(1, 3)), draw(st.integers(1, 12))
+    lo = np.array(
+        draw(st.lists(st.integers(0, 2), min_size=batch * length, max_size=batch * length))
+    )
+    more = np.array(
+        draw(st.lists(st.integers(1, 3), min_size=batch * length, max_size=batch * length))
+    )
+    lo = np.minimum(lo, length - 1).reshape(batch, length)
+    return lo, np.minimum(lo + more.reshape(batch, length), length)
+
+
+def random_inputs(
+    rows: Rows, heads: int, kv_heads: int, dtype: torch.dtype, head: int = 8
+) -> tuple[torch.Tensor, ...]:
+    """Query, key, value, and a gradient of their attention."""
+    batch, length = rows.lo.shape
+    generator = torch.Generator().manual_seed(batch * length)
+    return tuple(
+        torch.randn(length, batch, number, head, generator=generator).to(dtype)
+        for number in (heads, kv_heads, kv_heads, heads)
+    )
+
+
+def with_gradients(
+    attend: Callable[..., torch.Tensor], inputs: tuple[torch.Tensor, ...]
+) -> list[torch.Tensor]:
+    """Attention and its gradients, in float64."""
+    *leaves, upstream = (part.detach().clone() for part in inputs)
+    for leaf in leaves:
+        leaf.requires_grad_()
+    context = attend(*leaves)
+    gradients = torch.autograd.grad(context, leaves, upstream.to(context.dtype))
+    return [context.detach().double(), *(gradient.double() for gradient in gradients)]
 
 
 @given(st.integers(1, 4), st.integers(1, 12), st.randoms(use_true_random=False))
@@ -25,45 +114,160 @@ def test_mask_is_the_definition(batch: int, length: int, random: object) -> None
     assert mask.tolist() == expected
 
 
-def attend_all(*kv_heads: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """IntervalAttention in Megatron, and the same by hand in float64."""
-    from ul2r.config import Parallel
+@given(
+    rows=packed_rows(),
+    kv_heads=st.sampled_from([1, 2, 4]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+@settings(max_examples=40)
+@pytest.mark.parametrize(
+    "backend", [DenseMask(), VariableLength(attend_by_segment)], ids=["sdpa", "segments"]
+)
+def test_attention_and_gradients_equal_dense_float64(
+    backend: Backend[Any], rows: Rows, kv_heads: int, dtype: torch.dtype
+) -> None:
+    inputs = random_inputs(rows, 4, kv_heads, dtype)
+    lo, hi = torch.from_numpy(rows.lo), torch.from_numpy(rows.hi)
+    expected = with_gradients(lambda q, k, v: dense_attention(q, k, v, lo, hi), inputs)
+    bounds = intervals(rows.lo, rows.hi)
+    found = with_gradients(lambda q, k, v: backend(q, k, v, bounds, 8**-0.5), inputs)
+    for ours, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, reference, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@given(bounds=any_intervals())
+def test_plan_covers_every_pair_in_sight_once(bounds: tuple[np.ndarray, np.ndarray]) -> None:
+    lo, hi = bounds
+    batch, length = lo.shape
+    seen = np.zeros((batch, length, length), int)
+    plan = plan_segments(lo, hi, CPU)
+    for segments, causal in ((plan.full, False), (plan.causal, True)):
+        queries = torch.split(segments.queries, segments.query_bounds.diff().tolist())
+        keys = torch.split(segments.keys, segments.key_bounds.diff().tolist())
+        for of_queries, of_keys in zip(queries, keys, strict=True):
+            hidden = len(of_keys) - len(of_queries) + 1 if causal else len(of_keys)
+            for number, query in enumerate(of_queries.tolist()):
+                for key in of_keys[: hidden + number].tolist():
+                    assert query % batch == key % batch
+                    seen[query % batch, query // batch, key // batch] += 1
+    for query in plan.alone.tolist():
+        seen[query % batch, query // batch, query // batch] += 1
+    place = np.arange(length)
+    assert (seen == ((place >= lo[..., None]) & (place < hi[..., None]))).all()
+
+
+def test_plan_of_an_example_is_its_inputs_and_its_targets() -> None:
+    """Two rows of a prefix of 3, 3 targets and a position of padding; the second is causal."""
+    lo = np.array([[0, 0, 0, 0, 0, 0, 6], [0, 0, 0, 0, 0, 0, 0]])
+    hi = np.array([[3, 3, 3, 4, 5, 6, 7], [1, 2, 3, 4, 5, 6, 7]])
+    plan = plan_segments(lo, hi, CPU)
+    assert plan.full.query_bounds.tolist() == plan.full.key_bounds.tolist() == [0, 3]
+    assert plan.causal.query_bounds.tolist() == [0, 3, 10]
+    assert plan.causal.key_bounds.tolist() == [0, 6, 13]
+    assert (plan.full.longest_key, plan.causal.longest_query, plan.causal.longest_key) == (3, 7, 7)
+    assert plan.full.queries.tolist() == [0, 2, 4]  # position s of row b is number 2 s + b
+    assert plan.alone.tolist() == [12]
+
+
+@given(rows=packed_rows(longest=200))
+@settings(max_examples=25)
+def test_block_mask_is_the_one_that_torch_makes_of_every_pair(rows: Rows) -> None:
+    lo, hi = torch.from_numpy(rows.lo), torch.from_numpy(rows.hi)
+    ours = block_mask(lo, hi)
+
+    def sees(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return (k >= lo[b, q]) & (k < hi[b, q])
+
+    batch, length = lo.shape
+    torchs = create_block_mask(sees, batch, None, length, length, device="cpu")
+    assert ours.seq_lengths == torchs.seq_lengths
+    for name in ("", "full_"):
+        for kind in ("kv_num_blocks", "kv_indices", "q_num_blocks", "q_indices"):
+            torch.testing.assert_close(getattr(ours, name + kind), getattr(torchs, name + kind))
+
+
+def test_flex_attention_equals_dense_float64_and_compiles_once() -> None:
+    """Forward alone: torch's FlexAttention has no backward pass on a CPU."""
+    flex = Flex()
+    mixture = Objective(mixture=DENOISERS, sequence_length=300, slots_per_row=2)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in range(3):
+            rows = rows_of(mixture, 3, seed)
+            query, key, value, _ = random_inputs(rows, 4, 2, torch.float32, head=16)
+            ours = flex(query, key, value, intervals(rows.lo, rows.hi), 0.25)
+            lo, hi = torch.from_numpy(rows.lo), torch.from_numpy(rows.hi)
+            expected = dense_attention(query, key, value, lo, hi)
+            torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_transformer_engine_is_asked_for_where_it_is_missing() -> None:
+    with pytest.raises(RecipeError, match="attention=te needs TransformerEngine"):
+        core_attention("te")
+
+
+class Counting(DenseMask):
+    """Counts how often it makes a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = 0
+
+    def prepare(self, lo: torch.Tensor, hi: torch.Tensor, device: torch.device) -> torch.Tensor:
+        self.made += 1
+        return super().prepare(lo, hi, device)
+
+
+def test_intervals_are_prepared_once_for_layers_and_recomputation_and_never_mixed_up() -> None:
+    backend = Counting()
+    query = torch.randn(4, 1, 2, 8)
+    hi = np.arange(1, 5, dtype=np.int32)[None]
+    for _ in range(3):  # where the memory of the one before is free again, the next may be given it
+        causal, open_ = intervals(0 * hi, hi), intervals(0 * hi, 0 * hi + 4)
+        first = backend(query, query, query, causal, 1.0)
+        assert torch.equal(backend(query, query, query, causal.detach(), 1.0), first)
+        assert not torch.equal(backend(query, query, query, open_, 1.0), first)
+        del causal, open_
+    assert backend.made == 6
+
+
+def trained(storage: Path) -> list[list[float]]:
+    """Losses and gradient norms of a tensor-parallel model, by backend, and with its activations recomputed."""
+    from ul2r.model.attention.core import IntervalAttention
+    from ul2r.testing.recipes import tiny_recipe
     from ul2r.train.mesh import Mesh
+    from ul2r.train.step import TrainStep
 
-    Mesh.join(Parallel())
-    return [attend(number) for number in kv_heads]
-
-
-def attend(kv_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-    from ul2r.config import Architecture, Parallel
-    from ul2r.model.attention import IntervalAttention
-    from ul2r.model.build import transformer_config
-
-    heads, head, length, batch = 4, 8, 10, 3
-    sizes = Architecture(
-        layers=1, hidden_size=heads * head, ffn_hidden_size=8, heads=heads, kv_heads=kv_heads
+    recipe = tiny_recipe(
+        storage,
+        parallel={"workers": 2, "tensor": 2},
+        objective={"sequence_length": 64, "slots_per_row": 2},
+        model={"layers": 2},
     )
-    attention = IntervalAttention(transformer_config(sizes, Parallel()), 1, None, "self")
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randn(length, batch, heads, head, generator=generator)
-    key, value = torch.randn(2, length, batch, kv_heads, head, generator=generator)
-    lo = torch.randint(0, 3, (batch, length), generator=generator)
-    hi = lo + torch.randint(1, 7, (batch, length), generator=generator)
-    ours = attention(query, key, value, interval_mask(lo, hi))
-    by_hand = torch.zeros(length, batch, heads, head, dtype=torch.float64)
-    for b in range(batch):
-        for q in range(length):
-            seen = slice(int(lo[b, q]), int(hi[b, q]))
-            for h in range(heads):
-                group = h * kv_heads // heads
-                scores = key[seen, b, group].double() @ query[q, b, h].double() / head**0.5
-                by_hand[q, b, h] = torch.softmax(scores, 0) @ value[seen, b, group].double()
-    return ours, by_hand.flatten(2)
+    rows = rows_of(recipe.objective, 8, seed=0)
+    rows = Rows(**{**rows.arrays(), "tokens": rows.tokens % 256, "labels": rows.labels % 256})
+    mesh = Mesh.join(recipe.parallel)
+    results = []
+    for backend, recompute in (
+        (DenseMask(), False),
+        (VariableLength(attend_by_segment), False),
+        (VariableLength(attend_by_segment), True),
+    ):
+        train_step = TrainStep(recipe, mesh, 256)
+        if recompute:
+            train_step.config.recompute_granularity = "full"
+            train_step.config.recompute_method = "uniform"
+            train_step.config.recompute_num_layers = 1
+        for module in train_step.chunks[0].modules():
+            if isinstance(module, IntervalAttention):
+                type(module).backend = backend
+        taken = [train_step.train(step, rows) for step in range(2)]
+        results.append([number for one in taken for number in (one.losses.mean, one.gradient_norm)])
+    return results
 
 
 @pytest.mark.distributed
-def test_attention_equals_float64_by_hand() -> None:
-    """For one, some and all heads sharing keys and values."""
-    (pairs,) = run_distributed(attend_all, 1, 1, 2, 4)
-    for ours, by_hand in pairs:
-        torch.testing.assert_close(ours.double(), by_hand, atol=1e-6, rtol=1e-5)
+def test_tensor_parallel_model_learns_the_same_with_every_backend(tmp_path: Path) -> None:
+    (dense, segments, recomputed), _ = run_distributed(trained, 2, tmp_path)
+    assert len(dense) == 4
+    np.testing.assert_allclose(segments, dense, rtol=1e-5)
+    np.testing.assert_allclose(recomputed, segments, rtol=1e-6)

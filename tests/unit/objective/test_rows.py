@@ -76,6 +76,7 @@ def any_objectives(draw: st.DrawFn) -> Objective:
         sequence_length=slots * length,
         slots_per_row=slots,
         eos_after_inputs=draw(st.booleans()),
+        attention=draw(st.sampled_from(["prefix", "causal"])),
     )
 
 
@@ -344,3 +345,16 @@ def test_slices_and_arrays_of_rows_are_rows() -> None:
     part = Rows.from_arrays(rows.arrays())[1:3]
     assert (len(rows), len(part)) == (5, 2)
     assert part.sample.tolist() == [[1], [2]]
+
+
+@given(objectives(), st.integers(0, 2**40))
+def test_causal_attention_changes_what_is_seen_and_nothing_else(
+    objective: Objective, row: int
+) -> None:
+    causal = objective.model_copy(update={"attention": "causal"})
+    made, ours = rows_of(objective, range(row, row + 2)), rows_of(causal, range(row, row + 2))
+    place = np.arange(objective.sequence_length)
+    assert (ours.hi == place + 1).all()
+    for name, array in made.arrays().items():
+        if name != "hi":
+            np.testing.assert_array_equal(ours.arrays()[name], array)

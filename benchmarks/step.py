@@ -1,0 +1,231 @@
+"""How fast the platform takes optimizer steps on a CPU, beside a bare PyTorch loop over the same model and rows.
+
+    python benchmarks/step.py
+
+A small Llama on rows of Python's standard library. The platform's loop has Ray Data, Megatron and MLflow, and writes
+no checkpoint. After each of its steps a bare loop takes the same one: a plain torch model with the same weights on the
+same rows, which lie in memory; both must find the same loss. Then that loop takes one as a simple implementation
+would: one document a row, cut to a length that fits whatever the denoiser, and padded. All have one core for torch.
+One JSON line:
+
+    bare_loop_ratio       the platform's time for a step over the bare loop's; at most 1.10 is wanted
+    useful_tokens_gain    target tokens a second over those of the bare loop on padded rows
+    data_wait_share       share of its steps' time in which the platform waits for rows
+    step_seconds          the platform's
+    target_share          target tokens over row positions, of the platform's rows
+    padded_target_share   the same of the padded rows
+
+Times are compared step by step, as they were taken one behind the other; figures are the medians.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+from ul2r.config import Recipe
+from ul2r.data import pipeline
+from ul2r.data.batches import Batches
+from ul2r.data.prepare import prepare
+from ul2r.data.prepared import Corpus, open_corpus
+from ul2r.data.windows import DocumentWindows
+from ul2r.launch.cluster import connected
+from ul2r.launch.run import recorded
+from ul2r.objective import Rows, make_rows
+from ul2r.testing.plain_model import PlainModel
+from ul2r.testing.recipes import tiny_recipe
+from ul2r.tracking.mlflow import MlflowTracker, history
+from ul2r.tracking.server import running_server
+from ul2r.train.loop import TrainLoop
+from ul2r.train.mesh import Mesh
+from ul2r.train.progress import Progress
+from ul2r.train.storage import claim
+
+WARM_UP, STEPS = 3, 18
+BATCH_ROWS, MICROBATCH_ROWS = 4, 2
+
+
+def recipe_in(folder: Path) -> Recipe:
+    """The run."""
+    return tiny_recipe(
+        folder,
+        name="step",
+        data={"corpus": ["stdlib"], "vocabulary_size": 4096, "sentinels": 256},
+        model={
+            "layers": 6,
+            "hidden_size": 256,
+            "ffn_hidden_size": 704,
+            "heads": 8,
+            "kv_heads": 4,
+        },
+        objective={"sequence_length": 512},
+        training={
+            "steps": WARM_UP + STEPS,
+            "global_batch_rows": BATCH_ROWS,
+            "microbatch_rows": MICROBATCH_ROWS,
+        },
+        optimizer={"learning_rate": 1e-3, "final_learning_rate": 1e-5, "weight_decay": 0.0},
+        checkpoints={"every": WARM_UP + STEPS},
+        validation={"every": WARM_UP + STEPS, "rows": MICROBATCH_ROWS},
+    )
+
+
+class BareLoop:
+    """Steps of a plain model with AdamW: microbatches, loss over the batch's targets, gradients clipped."""
+
+    def __init__(self, recipe: Recipe, model: PlainModel) -> None:
+        settings = recipe.optimizer
+        self.model, self.clip = model, settings.clip
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), betas=(settings.beta1, settings.beta2), weight_decay=0.0
+        )
+        self.seconds: list[float] = []
+
+    def step(self, rows: Rows, learning_rate: float) -> float:
+        """Take a step; returns the loss before it."""
+        began = time.perf_counter()
+        self.optimizer.zero_grad()
+        count, total = int(rows.loss_mask.sum()), 0.0
+        for start in range(0, len(rows), MICROBATCH_ROWS):
+            loss = self.model.loss_sum(rows[start : start + MICROBATCH_ROWS]) / count
+            torch.autograd.backward(loss)
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.seconds.append(time.perf_counter() - began)
+        return total
+
+
+class SimpleWindows:
+    """Documents' windows, all cut to the length whose example fits the row whatever the denoiser."""
+
+    def __init__(self, recipe: Recipe, corpus: Corpus) -> None:
+        objective = recipe.objective
+        self.length = min(objective.raw_length(denoiser) for denoiser in objective.mixture)
+        self._windows = DocumentWindows(corpus.train[0].store, self.length, recipe.seed)
+
+    def read(
+        self,
+        samples: npt.NDArray[np.int64],
+        lengths: npt.NDArray[np.int64],
+        windows: npt.NDArray[np.int32],
+    ) -> None:
+        """Read windows as a `WindowSource`."""
+        np.minimum(lengths, self.length, out=lengths)
+        self._windows.read(samples, lengths, windows)
+
+
+def padded_rows(recipe: Recipe, corpus: Corpus, step: int) -> Rows:
+    """A step's rows as a simple implementation makes them."""
+    return make_rows(
+        range(step * BATCH_ROWS, (step + 1) * BATCH_ROWS),
+        objective=recipe.objective,
+        vocabulary=corpus.vocabulary,
+        seed=recipe.seed,
+        windows=SimpleWindows(recipe, corpus),
+    )
+
+
+class Turns:
+    """What happens after each step of the platform: the two bare loops take theirs, off the platform's clock."""
+
+    def __init__(self, recipe: Recipe, corpus: Corpus) -> None:
+        batches, steps = Batches(recipe, corpus), range(recipe.training.steps)
+        self.rows = [batches.rows(step) for step in steps]
+        self.padded = [padded_rows(recipe, corpus, step) for step in steps]
+        self.recipe, self.loops, self.seconds = recipe, list[BareLoop](), list[float]()
+        self.began = 0.0
+
+    def begin(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Give the bare loops the platform's weights, and start its clock."""
+        vocabulary = len(weights["embedding.word_embeddings.weight"])
+        for _ in range(2):
+            model = PlainModel(self.recipe.model, vocabulary, self.recipe.objective.sequence_length)
+            model.load(weights)
+            self.loops.append(BareLoop(self.recipe, model))
+        self.began = time.perf_counter()
+
+    def __call__(self, reached: Progress, metrics: Mapping[str, float]) -> None:
+        """Let the bare loops follow the platform's step."""
+        self.seconds.append(time.perf_counter() - self.began)
+        step, rate = reached.step - 1, metrics["train/learning_rate"]
+        bare, simple = self.loops
+        loss = bare.step(self.rows[step], rate)
+        np.testing.assert_allclose(metrics["train/loss"], loss, rtol=1e-4)
+        simple.step(self.padded[step], rate)
+        self.began = time.perf_counter()
+
+    def figures(self) -> dict[str, float]:
+        """The figures of the line that is printed, the wait for data aside."""
+        own, bare, simple = (
+            np.array(taken[WARM_UP:])
+            for taken in (self.seconds, *(loop.seconds for loop in self.loops))
+        )
+        shares = [
+            float(np.mean([batch.loss_mask.mean() for batch in batches]))
+            for batches in (self.rows, self.padded)
+        ]
+        return {
+            "bare_loop_ratio": float(np.median(own / bare)),
+            "useful_tokens_gain": shares[0] / shares[1] * float(np.median(simple / own)),
+            "step_seconds": float(np.median(own)),
+            "target_share": shares[0],
+            "padded_target_share": shares[1],
+        }
+
+
+def read_from_ray(recipe: Recipe, batches: range) -> Iterator[Rows]:
+    """Rows as a worker under Ray Train gets them."""
+    (iterator,) = pipeline.split(pipeline.make_dataset(recipe, batches, 1), 1)
+    return pipeline.read(iterator, recipe, batches, 0, 1)
+
+
+def measure(folder: Path) -> dict[str, float]:
+    """The figures of the line that is printed."""
+    recipe = recipe_in(folder)
+    torch.set_num_threads(1)
+    with connected(cpus=2), running_server(folder / "mlflow") as uri:
+        prepare(recipe)
+        corpus = open_corpus(recipe.store_folder)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder / 'rendezvous'}", rank=0, world_size=1
+        )
+        with recorded(recipe, corpus, uri) as run_id:
+            tracker = MlflowTracker(uri, run_id, recipe.run_folder())
+            turns = Turns(recipe, corpus)
+            loop = TrainLoop(
+                recipe,
+                corpus,
+                Mesh.join(recipe.parallel),
+                tracker,
+                on_step=turns,
+                beat=lambda *_: None,
+                owner=claim(recipe.run_folder() / "checkpoints"),
+            )
+            turns.begin(loop.train_step.chunks[0].state_dict())
+            loop.run(lambda _, batches: read_from_ray(recipe, batches))
+            tracker.close()
+        waits = history(uri, run_id, "train/data_wait_share")
+        dist.destroy_process_group()
+    return turns.figures() | {"data_wait_share": waits[-1][1]}
+
+
+def main() -> None:
+    """Measure and print."""
+    with tempfile.TemporaryDirectory() as folder:
+        figures = measure(Path(folder))
+    print(json.dumps({"benchmark": "step", **{k: round(v, 3) for k, v in figures.items()}}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""What every way to compute interval attention has in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Prepared = TypeVar("Prepared")
+
+
+def intervals(lo: npt.NDArray[np.int32], hi: npt.NDArray[np.int32]) -> Tensor:
+    """A microbatch's intervals as the one tensor that goes through the model as its attention mask.
+
+    It stays in the host's memory, also where the model is on a GPU: a backend can then count its segments without
+    waiting for the device. As a tensor it survives activation recomputation.
+
+    Args:
+        lo: First key each query sees, int32 (B, S).
+        hi: One past the last, int32 (B, S).
+
+    Returns:
+        int32 (B, 2, S).
+    """
+    return torch.from_numpy(np.stack([lo, hi], axis=1))
+
+
+class Backend(ABC, Generic[Prepared]):
+    """One way to compute interval attention, shared by all layers of a model."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Tensor, Prepared] | None = None
+
+    @abstractmethod
+    def prepare(self, lo: Tensor, hi: Tensor, device: torch.device) -> Prepared:
+        """What the kernel needs to know of a microbatch's intervals.
+
+        Args:
+            lo: int32 (B, S) in the host's memory.
+            hi: int32 (B, S) likewise; lo < hi.
+            device: Where the attention is computed.
+        """
+
+    @abstractmethod
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, prepared: Prepared, scale: float
+    ) -> Tensor:
+        """Attend; arguments and result are those of a call, with what `prepare` made of the intervals."""
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: float
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: (S, B, H, D).
+            key: (S, B, G, D), G dividing H.
+            value: (S, B, G, D).
+            bounds: int32 (B, 2, S) from `intervals`.
+            scale: What scores are multiplied by before the softmax.
+
+        Returns:
+            (S, B, H, D).
+        """
+        return self.attend(query, key, value, self._prepared(bounds, query.device), scale)
+
+    def _prepared(self, bounds: Tensor, device: torch.device) -> Prepared:
+        """What was made of these intervals for the layer before, or made now.
+
+        Recomputation passes another tensor over the same memory. The last intervals are held, so that no others can
+        have their memory; of older ones nothing is kept.
+        """
+        if self._last is None or not _is_same_memory(self._last[0], bounds):
+            self._last = bounds, self.prepare(bounds[:, 0], bounds[:, 1], device)
+        return self._last[1]
+
+
+def _is_same_memory(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape

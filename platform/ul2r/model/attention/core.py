@@ -1,0 +1,77 @@
+"""Interval attention in the place of Megatron's own."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any, ClassVar
+
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+from torch import Tensor
+
+from ul2r.config import AttentionBackend
+from ul2r.errors import RecipeError
+from ul2r.model.attention.backend import Backend
+from ul2r.model.attention.dense import DenseMask
+from ul2r.model.attention.variable_length import TransformerEngineKernel, VariableLength
+
+
+class IntervalAttention(DotProductAttention):  # type: ignore[misc]  # Megatron has no types
+    """Core attention of a layer: its mask is the microbatch's `intervals`, and its backend computes it."""
+
+    backend: ClassVar[Backend[Any]]
+
+    def forward(  # noqa: PLR0917  Megatron's signature
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: (S, B, H, D) this rank's heads.
+            key: (S, B, G, D) this rank's key/value heads, G dividing H.
+            value: (S, B, G, D).
+            attention_mask: int32 (B, 2, S) from `intervals`.
+            attn_mask_type: Ignored; the intervals say it all.
+            attention_bias: Must be None.
+            packed_seq_params: Must be None; packed examples are intervals here.
+
+        Returns:
+            (S, B, H * D).
+        """
+        del attn_mask_type
+        assert attention_bias is None
+        assert packed_seq_params is None
+        assert attention_mask.shape == (query.shape[1], 2, query.shape[0]), "no intervals"
+        return self.backend(query, key, value, attention_mask, self.softmax_scale).flatten(2)
+
+
+def core_attention(name: AttentionBackend) -> type[IntervalAttention]:
+    """`IntervalAttention` with a backend that the layers of one model share.
+
+    Raises:
+        RecipeError: If what the backend needs is not installed.
+    """
+    return type("IntervalAttention", (IntervalAttention,), {"backend": _backend(name)})
+
+
+def _backend(name: AttentionBackend) -> Backend[Any]:
+    if name == "sdpa":
+        return DenseMask()
+    if name == "flex":
+        from ul2r.model.attention.flex import Flex  # takes seconds to import
+
+        return Flex()
+    if find_spec("transformer_engine") is None:
+        raise RecipeError(
+            "attention=te needs TransformerEngine, which is not installed where the workers run: install ul2r[gpu] "
+            "there, or set attention to auto, flex or sdpa"
+        )
+    return VariableLength(TransformerEngineKernel())

@@ -1,0 +1,79 @@
+"""FlexAttention: blocks of queries and keys out of sight of each other are never computed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from ul2r.model.attention.backend import Backend
+
+BLOCK = 128
+"""Queries and keys of a block, FlexAttention's own default."""
+
+
+def block_mask(lo: Tensor, hi: Tensor) -> BlockMask:
+    """The blocks that intervals touch, and of these the ones that every query of theirs sees whole.
+
+    They follow from the intervals' ends, in memory and time of S * S / 128 and not S * S.
+
+    Args:
+        lo: (B, S) int, first key each query sees.
+        hi: (B, S) int, one past the last; lo < hi.
+    """
+    batch, length = lo.shape
+    blocks = -(-length // BLOCK)
+    missing = blocks * BLOCK - length
+    first = functional.pad(lo, (0, missing))[:, :, None]  # queries past the end see no key
+    end = functional.pad(hi, (0, missing))[:, :, None]
+    begins = torch.arange(0, blocks * BLOCK, BLOCK, device=lo.device)
+    touched = (first < begins + BLOCK) & (end > begins)  # (B, queries, key blocks)
+    covered = (first <= begins) & (end >= begins + BLOCK)
+    by_block = batch, blocks, BLOCK, blocks
+    some = touched.view(by_block).any(dim=2)
+    whole = covered.view(by_block).all(dim=2)
+
+    def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        del h
+        return (key >= lo[b, query]) & (key < hi[b, query])
+
+    return BlockMask.from_kv_blocks(
+        *_listed(some & ~whole),
+        *_listed(whole),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=sees,
+        seq_lengths=(length, length),
+    )
+
+
+def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """How many key blocks each query block has (B, 1, N), and which (B, 1, N, N), the chosen ones first."""
+    order = torch.argsort(chosen.int(), dim=-1, descending=True, stable=True)
+    return chosen.sum(dim=-1)[:, None].int(), order[:, None].int()
+
+
+class Flex(Backend[BlockMask]):
+    """Torch's FlexAttention, compiled for the device; it has no backward pass on a CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._attention = torch.compile(flex_attention, dynamic=False)
+
+    def prepare(self, lo: Tensor, hi: Tensor, device: torch.device) -> BlockMask:
+        """The block mask, on the device."""
+        return block_mask(lo.to(device), hi.to(device))
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, prepared: BlockMask, scale: float
+    ) -> Tensor:
+        """Attend over the blocks in sight."""
+        context: Tensor = self._attention(
+            query.permute(1, 2, 0, 3),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
+            block_mask=prepared,
+            scale=scale,
+            enable_gqa=query.shape[2] != key.shape[2],
+        )
+        return context.permute(2, 0, 1, 3)

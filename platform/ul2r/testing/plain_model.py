@@ -1,0 +1,122 @@
+"""The model written plainly in torch, without Megatron: what it must compute, and what it need not cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ul2r.config import Architecture
+from ul2r.objective import Rows
+
+
+class PlainModel(nn.Module):
+    """A Llama-style decoder on one device; parameters have the names and shapes of Megatron's local layers."""
+
+    def __init__(self, architecture: Architecture, vocabulary_size: int, length: int) -> None:
+        super().__init__()
+        width = architecture.hidden_size
+        self.embedding = nn.ModuleDict({"word_embeddings": nn.Embedding(vocabulary_size, width)})
+        layers = nn.ModuleList(_Layer(architecture) for _ in range(architecture.layers))
+        norm = nn.RMSNorm(width, architecture.norm_epsilon)
+        self.decoder = nn.ModuleDict({"layers": layers, "final_layernorm": norm})
+        head = architecture.head_dim
+        rates = architecture.rope_base ** -(torch.arange(0, head, 2) / head)
+        angles = torch.outer(torch.arange(length), rates)  # (S, D / 2)
+        self.register_buffer(
+            "rotation", torch.polar(torch.ones_like(angles), angles), persistent=False
+        )
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Take the weights of Megatron's model."""
+        self.load_state_dict({name: weights[name] for name in self.state_dict()})
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Logits.
+
+        Args:
+            tokens: int64 (B, S).
+            mask: bool (B, 1, S, S), True where a query sees a key.
+
+        Returns:
+            float32 (B, S, V).
+        """
+        words = self.get_parameter("embedding.word_embeddings.weight")
+        hidden = functional.embedding(tokens, words)
+        for layer in self.decoder["layers"].children():
+            hidden = layer(hidden, mask, self.rotation)
+        return functional.linear(self.decoder["final_layernorm"](hidden), words)
+
+    def loss_sum(self, rows: Rows) -> Tensor:
+        """Loss summed over the rows' targets, in nats."""
+        tokens, labels, targets, lo, hi = (
+            torch.from_numpy(array.astype(np.int64))
+            for array in (rows.tokens, rows.labels, rows.loss_mask, rows.lo, rows.hi)
+        )
+        key = torch.arange(tokens.shape[1])
+        mask = (key >= lo[..., None]) & (key < hi[..., None])
+        logits = self(tokens, mask[:, None])
+        losses = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        return (losses * targets.flatten()).sum()
+
+
+class _Layer(nn.Module):
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        self.sizes = architecture
+        width, head = architecture.hidden_size, architecture.head_dim
+        queries, groups = architecture.heads * head, architecture.kv_heads * head
+        ffn, epsilon = architecture.ffn_hidden_size, architecture.norm_epsilon
+        self.input_layernorm = nn.RMSNorm(width, epsilon)
+        self.self_attention = nn.ModuleDict(
+            {
+                "linear_qkv": nn.Linear(width, queries + 2 * groups, bias=False),
+                "linear_proj": nn.Linear(queries, width, bias=False),
+            }
+        )
+        self.pre_mlp_layernorm = nn.RMSNorm(width, epsilon)
+        self.mlp = nn.ModuleDict(
+            {
+                "linear_fc1": nn.Linear(width, 2 * ffn, bias=False),
+                "linear_fc2": nn.Linear(ffn, width, bias=False),
+            }
+        )
+
+    def forward(self, hidden: Tensor, mask: Tensor, rotation: Tensor) -> Tensor:
+        hidden = hidden + self._attend(self.input_layernorm(hidden), mask, rotation)
+        gate, up = self.mlp["linear_fc1"](self.pre_mlp_layernorm(hidden)).chunk(2, dim=-1)
+        down: Tensor = self.mlp["linear_fc2"](functional.silu(gate) * up)
+        return hidden + down
+
+    def _attend(self, hidden: Tensor, mask: Tensor, rotation: Tensor) -> Tensor:
+        batch, length, _ = hidden.shape
+        sizes = self.sizes
+        shared, head = sizes.heads // sizes.kv_heads, sizes.head_dim
+        fused = self.self_attention["linear_qkv"](hidden)
+        grouped = fused.view(batch, length, sizes.kv_heads, shared + 2, head)
+        query, key, value = grouped.split([shared, 1, 1], dim=3)
+        query, key = _rotate(query, rotation), _rotate(key, rotation)
+        context = functional.scaled_dot_product_attention(
+            query.flatten(2, 3).transpose(1, 2),
+            key.flatten(2, 3).transpose(1, 2),
+            value.flatten(2, 3).transpose(1, 2),
+            attn_mask=mask,
+            enable_gqa=shared > 1,
+        )
+        projected: Tensor = self.self_attention["linear_proj"](context.transpose(1, 2).flatten(2))
+        return projected
+
+
+def _rotate(heads: Tensor, rotation: Tensor) -> Tensor:
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864) on halves, as Llama has them.
+
+    Args:
+        heads: (B, S, G, H / G, D).
+        rotation: complex (S, D / 2).
+    """
+    first, second = heads.chunk(2, dim=-1)
+    cos, sin = rotation.real[:, None, None], rotation.imag[:, None, None]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -1,0 +1,127 @@
+"""Every backend of interval attention in bf16 on a GPU. Has not been run yet: no machine with a GPU was at hand."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from ul2r.config import Causal, Objective, Prefix, SpanCorruption
+from ul2r.launch.worker import run_worker
+from ul2r.model.attention import Backend, DenseMask, intervals
+from ul2r.model.attention.flex import Flex
+from ul2r.model.attention.variable_length import TransformerEngineKernel, VariableLength
+from ul2r.objective import Rows, Vocabulary, make_rows
+from ul2r.testing.attention import attend_by_segment, dense_attention
+from ul2r.testing.corpus import counted_text, tiny_store
+from ul2r.testing.recipes import tiny_recipe
+from ul2r.tracking.tracker import MemoryTracker
+
+pytestmark = pytest.mark.gpu
+
+NO_ENGINE = "TransformerEngine is not installed: pip install ul2r[gpu]"
+needs_engine = pytest.mark.skipif(find_spec("transformer_engine") is None, reason=NO_ENGINE)
+BACKENDS = ["sdpa", "segments", "flex", pytest.param("te", marks=needs_engine)]
+HEADS, HEAD_DIM = 8, 64
+
+
+def backend_of(name: str) -> Backend[Any]:
+    if name == "sdpa":
+        return DenseMask()
+    if name == "flex":
+        return Flex()
+    return VariableLength(attend_by_segment if name == "segments" else TransformerEngineKernel())
+
+
+def packed_rows(slots: int, length: int, seed: int) -> Rows:
+    """Inputs read in both directions, causal examples, rows of one example and of several, and padding."""
+    mixture = (
+        SpanCorruption(name="R", mean_span=3, rate=0.15, mode="NLU", weight=1),
+        SpanCorruption(name="X", mean_span=8, rate=0.5, mode="NLG", weight=1, whole_row=True),
+        Prefix(weight=1),
+        Causal(),
+    )
+    return make_rows(
+        range(4),
+        objective=Objective(mixture=mixture, sequence_length=slots * length, slots_per_row=slots),
+        vocabulary=Vocabulary(
+            2**31 - 1, 0, {"S2S": (1,), "NLU": (2,), "NLG": (3,)}, tuple(range(4, 400))
+        ),
+        seed=seed,
+        windows=counted_text(lambda sample: 1000 * (sample % 1000)),
+    )
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, HEADS])
+@pytest.mark.parametrize(("slots", "length"), [(1, 512), (3, 200)])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_attention_and_gradients_equal_dense_float64(
+    name: str, slots: int, length: int, kv_heads: int
+) -> None:
+    """Within 8 units of bf16's roundoff, 2^-8 of the largest value: gradients of shared keys may be summed in bf16."""
+    backend = backend_of(name)
+    for seed in range(3):
+        rows = packed_rows(slots, length, seed)
+        batch, positions = rows.lo.shape
+        generator = torch.Generator().manual_seed(seed)
+        query, key, value, upstream = (
+            torch.randn(positions, batch, heads, HEAD_DIM, generator=generator).cuda().bfloat16()
+            for heads in (HEADS, kv_heads, kv_heads, HEADS)
+        )
+        leaves = query, key, value
+        for leaf in leaves:
+            leaf.requires_grad_()
+        lo, hi = (torch.from_numpy(array).cuda() for array in (rows.lo, rows.hi))
+        ours = backend(query, key, value, intervals(rows.lo, rows.hi), HEAD_DIM**-0.5)
+        reference = dense_attention(query, key, value, lo, hi)
+        found = [ours, *torch.autograd.grad(ours, leaves, upstream)]
+        expected = [reference, *torch.autograd.grad(reference, leaves, upstream.double())]
+        for one, other in zip(found, expected, strict=True):
+            error = (
+                one.detach().double() - other.detach()
+            ).abs().max() / other.detach().abs().max()
+            assert float(error) < 2**-5
+
+
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    """Losses of a run with each backend."""
+    folder = tmp_path_factory.mktemp("attention")
+    tiny_store(folder / "store")
+    found = {}
+    for name in ("sdpa", "flex", *(["te"] if find_spec("transformer_engine") else [])):
+        recipe = tiny_recipe(
+            folder,
+            name=name,
+            attention=name,
+            model={"hidden_size": 256, "ffn_hidden_size": 256},
+            objective={"sequence_length": 128, "slots_per_row": 2},
+            launch={"gpus_per_worker": 1},
+        )
+        dist.init_process_group("nccl", init_method=f"file://{folder / name}", rank=0, world_size=1)
+        tracker = MemoryTracker()
+        run_worker(recipe, tracker, lambda *_: None)
+        dist.destroy_process_group()
+        found[name] = [value for _, value in tracker.series("train/loss")]
+    return found
+
+
+@pytest.mark.parametrize("name", ["flex", pytest.param("te", marks=needs_engine)])
+def test_a_model_learns_the_same_with_every_backend(
+    losses: dict[str, list[float]], name: str
+) -> None:
+    assert losses["sdpa"][-1] < losses["sdpa"][0]
+    np.testing.assert_allclose(losses[name], losses["sdpa"], rtol=2e-2)
+
+
+def test_a_backend_compiles_once_for_all_microbatches() -> None:
+    flex = Flex()
+    query = torch.randn(512, 4, HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in range(3):
+            rows = packed_rows(1, 512, seed)
+            flex(query, query, query, intervals(rows.lo, rows.hi), HEAD_DIM**-0.5)
