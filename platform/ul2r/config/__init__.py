@@ -4,7 +4,15 @@ from ul2r.config.architecture import Architecture
 from ul2r.config.denoisers import PRESETS, Causal, Denoiser, Fim, Prefix, SpanCorruption, fit
 from ul2r.config.load import dump, load
 from ul2r.config.objective import Objective
-from ul2r.config.recipe import Comparison, Data, Evaluation, Parallel, Recipe, WeightedStore
+from ul2r.config.recipe import (
+    Comparison,
+    Data,
+    Evaluation,
+    HuggingFace,
+    Parallel,
+    Recipe,
+    WeightedStore,
+)
 
 __all__ = [
     "PRESETS",
@@ -15,6 +23,7 @@ __all__ = [
     "Denoiser",
     "Evaluation",
     "Fim",
+    "HuggingFace",
     "Objective",
     "Parallel",
     "Prefix",

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ul2r.config import Recipe
+from ul2r.config import HuggingFace, Recipe
 from ul2r.data.batches import Batches
 from ul2r.data.inspection import write_page
 from ul2r.data.prepared import Corpus
+from ul2r.launch.base import check_base
 from ul2r.model.flops import parameters
 from ul2r.model.sizing import size_run
 from ul2r.tracking.mlflow import end_run, find_run, log_artifact, start_run
@@ -45,6 +46,8 @@ def check_checkpoints(recipe: Recipe, corpus: Corpus) -> CheckpointInfo | None:
         info = CheckpointInfo.read(own)
         info.check_same_run(recipe, corpus)
         return info
+    if isinstance(recipe.base, HuggingFace):
+        check_base(recipe, recipe.base, corpus.tokenizer_file)
     base = base_checkpoint(recipe)
     if base is not None:
         CheckpointInfo.read(base).check_same_model(recipe, corpus)

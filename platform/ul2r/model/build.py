@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,14 +11,12 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch.nn import functional
 
 from ul2r.config import Architecture, Parallel
-from ul2r.model.attention import IntervalAttention
+from ul2r.model.layers import ACTIVATIONS, Decoder, layer_spec
 from ul2r.model.sizing import padded_vocabulary
+from ul2r.model.tensors import EMBEDDING
 
 RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 
@@ -31,14 +30,18 @@ def transformer_config(architecture: Architecture, parallel: Parallel) -> Transf
         ffn_hidden_size=architecture.ffn_hidden_size,
         num_attention_heads=architecture.heads,
         num_query_groups=architecture.kv_heads,
-        normalization="RMSNorm",
+        kv_channels=architecture.head_dim,
+        normalization={"rms": "RMSNorm", "layer": "LayerNorm"}[architecture.norm],
         layernorm_epsilon=architecture.norm_epsilon,
-        gated_linear_unit=True,
-        activation_func=functional.silu,
-        add_bias_linear=False,
+        qk_layernorm=architecture.query_key_norm == "head",
+        gated_linear_unit=architecture.activation == "swiglu",
+        activation_func=ACTIVATIONS[architecture.activation],
+        add_bias_linear=architecture.bias == "all",
+        add_qkv_bias=architecture.bias is not None,
+        rotary_interleaved=architecture.rope_interleaved,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        init_method_std=architecture.init_std,
+        perform_initialization=False,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         bf16=on_cuda,
@@ -54,19 +57,12 @@ def transformer_config(architecture: Architecture, parallel: Parallel) -> Transf
     )
 
 
-def layer_spec() -> ModuleSpec:
-    """A Llama layer of Megatron's own modules, with attention by intervals."""
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-    spec.submodules.self_attention.submodules.core_attention = IntervalAttention
-    return spec
-
-
 def build_model(
     architecture: Architecture,
     parallel: Parallel,
     vocabulary_size: int,
     sequence_length: int,
-    seed: int,
+    seed: int | None,
 ) -> GPTModel:
     """This rank's part of the model, with initial weights.
 
@@ -75,23 +71,29 @@ def build_model(
         parallel: Layout; Megatron's parallel state must have been set up with it.
         vocabulary_size: Entries of the tokenizer.
         sequence_length: Longest row.
-        seed: The weights are a function of it and of each parameter's name, whatever the layout.
+        seed: The weights are a function of it and of each parameter's name, whatever the layout; None leaves
+            them undefined, for weights that are loaded next.
     """
-    model = GPTModel(
+    model = Decoder(
+        architecture,
         config=transformer_config(architecture, parallel),
-        transformer_layer_spec=layer_spec(),
-        vocab_size=padded_vocabulary(vocabulary_size),
-        max_sequence_length=sequence_length,
+        transformer_layer_spec=layer_spec(architecture),
+        vocab_size=padded_vocabulary(architecture.rows(vocabulary_size)),
+        max_sequence_length=architecture.positions or sequence_length,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         parallel_output=True,
-        share_embeddings_and_output_weights=True,
-        position_embedding_type="rope",
+        share_embeddings_and_output_weights=architecture.tied,
+        position_embedding_type={"rope": "rope", "learned": "learned_absolute"}[
+            architecture.position_embedding
+        ],
+        rotary_percent=architecture.rope_share,
         rotary_base=architecture.rope_base,
     )
     if torch.cuda.is_available():
         model.cuda()
-    initialize(model, architecture, seed)
+    if seed is not None:
+        initialize(model, architecture, seed)
     return model
 
 
@@ -105,23 +107,38 @@ def sharding_metadata() -> dict[str, Any]:
 
 @torch.no_grad()
 def initialize(model: GPTModel, architecture: Architecture, seed: int) -> None:
-    """Fill the weights: N(0, init_std), residual outputs scaled by 1/sqrt(2 layers) (GPT-2); norms 1.
+    """Fill the weights: N(0, init_std), residual outputs scaled by 1/sqrt(2 layers) (GPT-2); norms 1, biases 0.
 
-    Each shard is cut from the whole matrix, which is drawn from (seed, name), so that any tensor and
-    pipeline layout starts from the same model.
+    With init_std=fan_in (PaLM, arXiv 2204.02311, section 2) nothing is scaled. Each shard is cut from the whole
+    matrix, which is drawn from (seed, name), so that any tensor and pipeline layout starts from the same model.
     """
+    for shard in shards(model):
+        if len(shard.global_shape) - shard.prepend_axis_num < 2:
+            shard.data.fill_(0.0 if shard.key.endswith("bias") else 1.0)
+        else:
+            shard.data.copy_(_cut(_whole(shard, seed), shard) * _std(shard, architecture))
+
+
+def shards(model: GPTModel) -> Iterator[ShardedTensor]:
+    """This rank's part of each tensor: its name, where it lies in the whole, and its data, to be written to."""
     state = model.sharded_state_dict(metadata=sharding_metadata())
     apply_factories(state)
     for shard in nested_values(state):
-        if not isinstance(shard, ShardedTensor) or shard.data is None:
-            continue
-        if shard.data.dim() < 2:
-            shard.data.fill_(1.0)
-            continue
-        std = architecture.init_std
-        if shard.key.endswith(RESIDUAL_OUTPUTS):
-            std /= (2 * architecture.layers) ** 0.5
-        shard.data.copy_(_cut(_whole(shard, seed), shard) * std)
+        if isinstance(shard, ShardedTensor) and shard.data is not None:
+            yield shard
+
+
+def _std(shard: ShardedTensor, architecture: Architecture) -> float:
+    if shard.key == EMBEDDING and architecture.embedding_std is not None:
+        return architecture.embedding_std
+    if architecture.init_std == "fan_in":
+        return float(shard.global_shape[-1] ** -0.5)
+    scaled = shard.key.endswith(RESIDUAL_OUTPUTS)
+    return (
+        architecture.init_std / (2 * architecture.layers) ** 0.5
+        if scaled
+        else architecture.init_std
+    )
 
 
 def _whole(shard: ShardedTensor, seed: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ul2r.config import Recipe
+from ul2r.config import Architecture, HuggingFace, Recipe
 from ul2r.data.prepared import Corpus
 from ul2r.errors import CheckpointError
 
@@ -124,7 +124,7 @@ class CheckpointInfo:
         """
         wanted = CheckpointInfo.of(recipe, corpus)
         self._check(
-            ("model", self.recipe["model"], wanted.recipe["model"]),
+            ("model", _described(self.recipe["model"]), _described(wanted.recipe["model"])),
             ("tokenizer", self.tokenizer, wanted.tokenizer),
         )
 
@@ -138,7 +138,11 @@ class CheckpointInfo:
         wanted = CheckpointInfo.of(recipe, corpus)
         self._check(
             ("data", self.data, wanted.data),
-            *((part, self.recipe[part], wanted.recipe[part]) for part in sorted(RECIPE_PARTS)),
+            *(
+                (part, self.recipe[part], wanted.recipe[part])
+                for part in sorted(RECIPE_PARTS)
+                if part != "model"
+            ),
         )
 
     def _check(self, *fields: tuple[str, object, object]) -> None:
@@ -149,6 +153,11 @@ class CheckpointInfo:
                     f"checkpoint of run {self.run!r} differs from the recipe in {difference}: "
                     "give the recipe the checkpoint's value, or another name or storage"
                 )
+
+
+def _described(model: dict[str, Any]) -> dict[str, Any]:
+    """A model's settings, with the defaults of those that came to be after its checkpoint."""
+    return Architecture.model_validate(model).model_dump(mode="json")
 
 
 def _difference(path: str, saved: object, wanted: object) -> str | None:
@@ -254,12 +263,12 @@ def _replace_text(path: Path, text: str) -> None:
 
 
 def base_checkpoint(recipe: Recipe) -> Path | None:
-    """The checkpoint that a run starts from, None if it starts from initial weights.
+    """The checkpoint that a run starts from, None if it starts from initial weights or from a Hugging Face base.
 
     Raises:
         CheckpointError: If the recipe names a base that has no checkpoint, or is not finished.
     """
-    if recipe.base is None:
+    if recipe.base is None or isinstance(recipe.base, HuggingFace):
         return None
     folder = recipe.run_folder(recipe.base) / "checkpoints"
     path = CheckpointStore(folder).latest()

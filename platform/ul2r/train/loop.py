@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 
-from ul2r.config import Causal, Recipe
+from ul2r.config import Causal, HuggingFace, Recipe
 from ul2r.data.batches import Batches
 from ul2r.data.prepared import Corpus
 from ul2r.errors import DivergedError
@@ -15,6 +15,7 @@ from ul2r.tracking.tracker import Tracker
 from ul2r.train.checkpoint import CheckpointInfo, CheckpointStore, base_checkpoint
 from ul2r.train.mesh import Mesh
 from ul2r.train.pace import Pace
+from ul2r.train.pretrained import load_pretrained
 from ul2r.train.progress import Progress
 from ul2r.train.sharded import load_checkpoint, save_checkpoint
 from ul2r.train.step import StepResult, TrainStep
@@ -159,6 +160,9 @@ class TrainLoop:
             load_checkpoint(own, self.train_step, optimizer=True)
             self.base = info.base
             return Progress(info.step, info.tokens, info.flops)
+        if isinstance(self.recipe.base, HuggingFace):
+            self.base = load_pretrained(self.recipe, self.recipe.base, self.train_step)
+            return Progress()
         base = self.mesh.from_first(lambda: base_checkpoint(self.recipe))
         if base is None:
             return Progress()

@@ -76,7 +76,7 @@ class TrainStep:
             recipe.parallel,
             vocabulary_size,
             recipe.objective.sequence_length,
-            recipe.seed,
+            recipe.seed if recipe.base is None else None,
         )
         self.config = model.config
         wrapped = Float16Module(self.config, model) if self.config.bf16 else model
