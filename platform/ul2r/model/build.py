@@ -41,7 +41,6 @@ def transformer_config(architecture: Architecture, parallel: Parallel) -> Transf
         rotary_interleaved=architecture.rope_interleaved,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        perform_initialization=False,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         bf16=on_cuda,
