@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from ul2r.model.huggingface.configuration import read_config
 from ul2r.model.huggingface.exporting import Card, Stored, exported_tensors, write_folder
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.distributed import run_distributed
-from ul2r.testing.families import MODELS, write_model
+from ul2r.testing.families import MODELS, reference_logits, write_model
 from ul2r.testing.recipes import tiny_recipe
 
 pytestmark = pytest.mark.distributed
@@ -37,12 +36,15 @@ class Carried:
 
     imported: Tensor
     trained: Tensor
+    losses: list[float]
+    gradient_norms: list[float]
 
 
 def carry(recipes: list[Recipe], tokens: Tensor) -> list[Carried | None]:
     """Import, save, take two steps and save again, each recipe in turn; None on ranks without logits."""
     from ul2r.data.batches import Batches
     from ul2r.data.prepared import open_corpus
+    from ul2r.testing.layouts import save_weights, whole_logits
     from ul2r.train.mesh import Mesh
     from ul2r.train.pretrained import load_pretrained
     from ul2r.train.step import TrainStep
@@ -54,60 +56,18 @@ def carry(recipes: list[Recipe], tokens: Tensor) -> list[Carried | None]:
         step = TrainStep(recipe, mesh, corpus.vocabulary.size)
         assert isinstance(recipe.base, HuggingFace)
         load_pretrained(recipe, recipe.base, step)
-        imported = logits(step.unwrapped, tokens)
-        save(step.unwrapped, recipe.run_folder() / "imported")
+        imported = whole_logits(step.unwrapped, tokens, PREFIX)
+        save_weights(step.unwrapped, recipe.run_folder() / "imported")
         batches = Batches(recipe, corpus)
-        for number in range(2):
+        taken = [
             step.train(number, batches.rows(number, mesh.data_rank, recipe.parallel.data))
-        trained = logits(step.unwrapped, tokens)
-        save(step.unwrapped, recipe.run_folder() / "trained")
-        found.append(Carried(imported, trained) if mesh.is_last_stage else None)
-    return found
-
-
-@torch.no_grad()
-def logits(model: Any, tokens: Tensor) -> Tensor:  # noqa: ANN401  Megatron has no types
-    """The whole vocabulary's logits, on the last stage; inputs are seen in both directions."""
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-
-    from ul2r.model.attention import interval_mask
-
-    position = torch.arange(LENGTH).expand(len(tokens), -1)
-    mask = interval_mask(torch.zeros_like(position), torch.clamp(position + 1, min=PREFIX))
-    if not parallel_state.is_pipeline_first_stage():
-        hidden = torch.empty(LENGTH, len(tokens), model.config.hidden_size)
-        torch.distributed.recv(hidden, src=0)
-        model.set_input_tensor(hidden)
-    output: Tensor = model(tokens, position, mask)
-    if not parallel_state.is_pipeline_last_stage():
-        torch.distributed.send(output, dst=1)
-        return output
-    gathered: Tensor = gather_from_tensor_model_parallel_region(output)
-    return gathered.clone()
-
-
-def save(model: Any, folder: Path) -> None:  # noqa: ANN401  as above
-    """The weights alone, as a checkpoint has them."""
-    from megatron.core import dist_checkpointing
-
-    from ul2r.model.build import sharding_metadata
-    from ul2r.train.sharded import _report_in_process
-
-    if torch.distributed.get_rank() == 0:
-        folder.mkdir(parents=True)
-    torch.distributed.barrier()
-    _report_in_process()
-    state = {"model": model.sharded_state_dict(metadata=sharding_metadata())}
-    dist_checkpointing.save(state, str(folder))
-
-
-def reference(model: torch.nn.Module, tokens: Tensor) -> Tensor:
-    """What transformers computes."""
-    position = torch.arange(LENGTH)
-    seen = position[None] < torch.clamp(position + 1, min=PREFIX)[:, None]
-    with torch.no_grad():
-        found: Tensor = model(tokens, attention_mask=seen.expand(len(tokens), 1, -1, -1)).logits
+            for number in range(2)
+        ]
+        trained = whole_logits(step.unwrapped, tokens, PREFIX)
+        save_weights(step.unwrapped, recipe.run_folder() / "trained")
+        losses = [result.losses.mean for result in taken]
+        norms = [result.gradient_norm for result in taken]
+        found.append(Carried(imported, trained, losses, norms) if mesh.is_last_stage else None)
     return found
 
 
@@ -185,8 +145,17 @@ def test_imported_logits_are_those_of_transformers(
 ) -> None:
     ours = carried[name, layout].imported
     assert ours.shape[-1] == 512
-    expected = reference(models[name], tokens)
+    expected = reference_logits(models[name], tokens, PREFIX)
     torch.testing.assert_close(ours[..., :VOCABULARY], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "layout"), EVERY)
+def test_every_layout_takes_the_same_steps(
+    carried: dict[tuple[str, str], Carried], name: str, layout: str
+) -> None:
+    ours, single = carried[name, layout], carried[name, "single"]
+    assert ours.losses == pytest.approx(single.losses, rel=1e-5)
+    assert ours.gradient_norms == pytest.approx(single.gradient_norms, rel=1e-4)
 
 
 @pytest.mark.parametrize(("name", "layout"), EVERY)
@@ -211,4 +180,6 @@ def test_exported_logits_are_the_trained_models(
     trained = carried[name, layout].trained[..., :VOCABULARY]
     assert (trained - carried[name, layout].imported[..., :VOCABULARY]).abs().max() > 0.1
     model = AutoModelForCausalLM.from_pretrained(exported(storage, name, layout, "trained")).eval()
-    torch.testing.assert_close(reference(model, tokens), trained, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        reference_logits(model, tokens, PREFIX), trained, atol=1e-4, rtol=1e-4
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from ul2r.config import Architecture, HuggingFace, Recipe
 from ul2r.config.architecture import described
 from ul2r.data.tokenizer import load_tokenizer
 from ul2r.errors import CheckpointError, RecipeError
+from ul2r.model.flops import parameters
 
 TOKENIZER = "tokenizer.json"
 
@@ -58,26 +60,62 @@ def check_base(recipe: Recipe, base: HuggingFace, tokenizer: Path) -> None:
             embedding has no row for.
         RecipeError: If the token store was made with a tokenizer that is not the base's with tokens added.
     """
-    from ul2r.model.huggingface.source import Source, local_folder
-
-    folder = local_folder(base.hf)
-    with Source(folder, recipe.model):
-        pass
+    folder = _check_folder(base.hf, recipe.model)
     if not (folder / TOKENIZER).is_file():
         return  # nothing to compare with
     theirs, ours = (load_tokenizer(path).get_vocab() for path in (folder / TOKENIZER, tokenizer))
-    size, rows = max(theirs.values()) + 1, recipe.model.embedding_rows or 0
-    if size > rows:
-        raise CheckpointError(
-            f"{folder}: tokenizer.json has {size} entries, the embedding {rows} rows: one of them belongs to "
-            "another model"
-        )
     other = [token for token, number in theirs.items() if ours.get(token) != number]
     if other:
         raise RecipeError(
             f"data.tokenizer: the token store's tokenizer gives {len(other)} tokens another number than base.hf="
             f"{base.hf} has for them, the first {other[0]!r}: prepare the store with {folder / TOKENIZER}"
         )
+
+
+def describe(name: str) -> str:
+    """Check a model that is to be a base; lines about it for people.
+
+    Args:
+        name: Folder, or name on the Hub.
+
+    Raises:
+        CheckpointError: If it cannot be a base.
+    """
+    from ul2r.model.huggingface.configuration import read_config
+    from ul2r.model.huggingface.source import local_folder
+
+    folder = local_folder(name)
+    architecture = read_config(folder)
+    _check_folder(name, architecture)
+    told = architecture.model_dump(exclude_defaults=True)
+    count = parameters(architecture, 0)
+    lines = [
+        f"{name}: {architecture.family}, {count / 1e9:.3f} B parameters ({count:,}), in {folder}",
+        "",
+        "base:",
+        f"  hf: {json.dumps(name)}",
+        "# model: is read from it, and may be left out:",
+        *(f"#   {key}: {json.dumps(value)}" for key, value in told.items()),
+    ]
+    return "\n".join(lines)
+
+
+def _check_folder(name: str, architecture: Architecture) -> Path:
+    """Refuse a folder that does not hold the model, or whose tokenizer is too large for it."""
+    from ul2r.model.huggingface.source import Source, local_folder
+
+    folder = local_folder(name)
+    with Source(folder, architecture):
+        pass
+    if (folder / TOKENIZER).is_file():
+        size = max(load_tokenizer(folder / TOKENIZER).get_vocab().values()) + 1
+        rows = architecture.embedding_rows or 0
+        if size > rows:
+            raise CheckpointError(
+                f"{folder}: tokenizer.json has {size} entries, the embedding {rows} rows: one of them belongs to "
+                "another model"
+            )
+    return folder
 
 
 def _as_found(setting: str, value: object, found: dict[str, Any]) -> object:

@@ -9,7 +9,6 @@ from ul2r.config import HuggingFace, Recipe, dump
 from ul2r.data.prepared import Corpus, open_corpus
 from ul2r.errors import CheckpointError
 from ul2r.evaluation.evaluate import stored_scores
-from ul2r.model.huggingface.configuration import check_family
 from ul2r.model.huggingface.exporting import Card, Stored, exported_tensors, write_folder
 from ul2r.model.sizing import GIB
 from ul2r.tracking.mlflow import check_server, find_run, register
@@ -35,7 +34,6 @@ def export(recipe: Recipe) -> Path:
             f"run {recipe.name!r} has no checkpoint in {recipe.run_folder()}: train it first with jobs/train.py"
         )
     uri = check_server(recipe.tracking.uri) if recipe.export.registered_model else None
-    check_family(recipe.model)
     info = CheckpointInfo.read(checkpoint)
     info.check_same_model(recipe, corpus)
     card = Card(

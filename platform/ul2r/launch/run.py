@@ -11,6 +11,7 @@ from ul2r.data.inspection import write_page
 from ul2r.data.prepared import Corpus
 from ul2r.launch.base import check_base
 from ul2r.model.flops import parameters
+from ul2r.model.huggingface.configuration import check_family
 from ul2r.model.sizing import size_run
 from ul2r.tracking.mlflow import end_run, find_run, log_artifact, start_run
 from ul2r.tracking.tracker import RunStatus
@@ -30,6 +31,7 @@ def check_run(recipe: Recipe, corpus: Corpus) -> CheckpointInfo | None:
         UserError: If one of the checks fails.
     """
     Batches(recipe, corpus)  # refuses a store that is too short or has too few sentinels
+    check_family(recipe.model)
     size_run(recipe, corpus.vocabulary.size)  # refuses what its devices cannot hold
     return check_checkpoints(recipe, corpus)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 if TYPE_CHECKING:
@@ -88,3 +89,12 @@ def write_model(name: str, folder: Path, shard_size: str = "5GB") -> PreTrainedM
     model = random_model(name)
     model.save_pretrained(folder, max_shard_size=shard_size)
     return model
+
+
+@torch.no_grad()
+def reference_logits(model: PreTrainedModel, tokens: Tensor, prefix: int) -> Tensor:
+    """What transformers computes where the first `prefix` tokens of each row are seen by all."""
+    position = torch.arange(tokens.shape[1])
+    seen = position[None] < torch.clamp(position + 1, min=prefix)[:, None]
+    logits: Tensor = model(tokens, attention_mask=seen.expand(len(tokens), 1, -1, -1)).logits
+    return logits
