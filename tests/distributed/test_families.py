@@ -154,8 +154,8 @@ def test_every_layout_takes_the_same_steps(
     carried: dict[tuple[str, str], Carried], name: str, layout: str
 ) -> None:
     ours, single = carried[name, layout], carried[name, "single"]
-    assert ours.losses == pytest.approx(single.losses, rel=1e-5)
-    assert ours.gradient_norms == pytest.approx(single.gradient_norms, rel=1e-4)
+    assert ours.losses == pytest.approx(single.losses, rel=1e-4)
+    assert ours.gradient_norms == pytest.approx(single.gradient_norms, rel=1e-3)
 
 
 @pytest.mark.parametrize(("name", "layout"), EVERY)

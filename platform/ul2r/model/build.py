@@ -11,6 +11,12 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ul2r.config import Architecture, Parallel
@@ -39,6 +45,7 @@ def transformer_config(architecture: Architecture, parallel: Parallel) -> Transf
         add_bias_linear=architecture.bias == "all",
         add_qkv_bias=architecture.bias is not None,
         rotary_interleaved=architecture.rope_interleaved,
+        perform_initialization=False,  # weights are drawn here, or loaded: see `initialize`
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,
@@ -89,11 +96,22 @@ def build_model(
         rotary_percent=architecture.rope_share,
         rotary_base=architecture.rope_base,
     )
+    _mark_shards(model)
     if torch.cuda.is_available():
         model.cuda()
     if seed is not None:
         initialize(model, architecture, seed)
     return model
+
+
+def _mark_shards(model: GPTModel) -> None:
+    """Say which weights tensor ranks share out, as Megatron's own initialization would: the gradient norm asks."""
+    axes = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
+    for module in model.modules():
+        axis = axes.get(type(module))
+        weight = getattr(module, "weight", None)  # a tied output layer has none
+        if axis is not None and weight is not None and not hasattr(weight, "partition_dim"):
+            set_tensor_model_parallel_attributes(weight, True, axis, 1)
 
 
 def sharding_metadata() -> dict[str, Any]:

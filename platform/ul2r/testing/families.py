@@ -76,11 +76,11 @@ def random_model(name: str, seed: int = 0) -> PreTrainedModel:
     if settings["model_type"] == "gpt_neox":
         del settings["num_key_value_heads"]
     config = AutoConfig.for_model(**settings, **special)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+            parameter.add_(torch.randn(parameter.shape), alpha=0.1)
     return model
 
 
