@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from ul2r.config import Recipe
+from ul2r.config import HuggingFace, Recipe
+from ul2r.data.prepared import open_corpus
 from ul2r.errors import CheckpointError
+from ul2r.launch.base import check_base, described_by_base
 from ul2r.launch.export import export
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.recipes import tiny_recipe
+from ul2r.train.checkpoint import CheckpointInfo
+from ul2r.train.storage import CheckpointStore, last_sound
 
 pytestmark = pytest.mark.distributed
 
@@ -31,7 +35,6 @@ def train_and_run(recipe: Recipe, tokens: torch.Tensor, prefix: int) -> torch.Te
     from ul2r.train.mesh import Mesh
     from ul2r.train.sharded import load_checkpoint
     from ul2r.train.step import TrainStep
-    from ul2r.train.storage import CheckpointStore, last_sound
 
     run_worker(recipe, MemoryTracker(), lambda *_: None)
     mesh = Mesh.join(recipe.parallel)
@@ -78,6 +81,48 @@ def test_exported_logits_are_the_trained_models(recipe: Recipe) -> None:
     text = "Every child sees the moon."
     assert tokenizer.decode(tokenizer(text).input_ids) == text
     assert tokenizer.eos_token_id == said["vocabulary"]["eos"]
+    readme = (folder / "README.md").read_text()
+    store = open_corpus(recipe.store_folder)
+    assert f"fingerprint `{store.manifest.fingerprint}`" in readme
+    assert "learning_rate: 0.05" in readme
+
+
+def held_out(recipe: Recipe) -> list[dict[str, float]]:
+    """Held-out losses of a run, in the order they were measured."""
+    from ul2r.launch.worker import run_worker
+    from ul2r.tracking.tracker import MemoryTracker
+
+    tracker = MemoryTracker()
+    run_worker(recipe, tracker, lambda *_: None)
+    measured = [
+        {name: value for name, value in metrics.items() if name.startswith("held_out/")}
+        for _, metrics in tracker.records
+    ]
+    return [losses for losses in measured if losses]
+
+
+def test_a_run_goes_on_from_an_export_as_from_the_checkpoint(recipe: Recipe) -> None:
+    """The export as a Hugging Face base in another layout: its first losses are the exported run's last.
+
+    Not to the last digit: rows of padding, which an export has not, are among what training chooses from.
+    """
+    first = recipe.model_copy(update={"name": "first"})
+    before, _ = run_distributed(held_out, 2, first)
+    folder = export(first)
+    tree = recipe.model_dump(mode="json") | {"name": "next", "base": {"hf": str(folder)}}
+    tree |= {"parallel": {"workers": 2, "pipeline": 2}, "model": {"layers": 4}}
+    described_by_base(tree)
+    follower = Recipe.model_validate(tree)
+    assert isinstance(follower.base, HuggingFace)
+    check_base(follower, follower.base, folder / "tokenizer.json")
+    after, _ = run_distributed(held_out, 2, follower)
+    assert after[0] == pytest.approx(before[-1], rel=5e-4)
+    assert after[-1] != pytest.approx(after[0], rel=1e-2)
+    latest = last_sound(CheckpointStore.of(follower))
+    assert latest is not None
+    info = CheckpointInfo.read(latest)
+    assert (info.base or "").startswith("hf-")
+    assert info.tokens == 3 * 8 * 64
 
 
 def test_a_run_without_a_checkpoint_is_named(recipe: Recipe) -> None:

@@ -72,7 +72,7 @@ def fill_transformer_engine_spec() -> None:
     from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.tensor_parallel import ColumnParallelLinear
 
-    from ul2r.model import build
+    from ul2r.model import layers
 
     class RMSNorm(torch.nn.RMSNorm):
         def __init__(self, config: object, hidden_size: int, eps: float) -> None:
@@ -107,8 +107,8 @@ def fill_transformer_engine_spec() -> None:
             return RMSNorm
 
     gpt_layer_specs.TESpecProvider = Provider
-    build.uses_transformer_engine = lambda: True
-    setattr(build, "LayerNormImpl", RMSNorm)  # noqa: B010  mypy knows it as imported there
+    layers.uses_transformer_engine = lambda architecture: bool(architecture)
+    setattr(layers, "LayerNormImpl", RMSNorm)  # noqa: B010  mypy knows it as imported there
 
 
 def hand_over(source: Recipe, target: Recipe) -> None:

@@ -37,7 +37,7 @@ PLACES = {
     "ray": ("data/pipeline", "data/tokenising", "launch/", "jobs/", "serving/", "benchmarks/"),
     "mlflow": ("tracking/",),
     "megatron": ("model/", "train/", "testing/"),
-    "transformers": ("model/", "inference/"),
+    "transformers": ("model/", "inference/", "testing/"),
 }
 """Where in the library, the jobs and the application a third-party package may be imported."""
 

@@ -2,28 +2,82 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from ul2r.config.section import PositiveInt, Section
 
+FamilyName = Literal["llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2", "olmo2", "cohere"]
+
+
+class RopeScaling(Section):
+    """Rotary positions stretched to longer texts as Llama 3.1 does it: slow frequencies are divided by `factor`."""
+
+    factor: float = Field(ge=1)
+    low_frequency: float = Field(default=1.0, gt=0)
+    """Frequencies of fewer turns than this in `original_positions` are divided whole."""
+    high_frequency: float = Field(default=4.0, gt=0)
+    """Those of more turns than this stay; between the two the change is gradual."""
+    original_positions: PositiveInt = 8192
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.high_frequency <= self.low_frequency:
+            raise ValueError(
+                f"high_frequency={self.high_frequency:g} is not above low_frequency={self.low_frequency:g}"
+            )
+        return self
+
 
 class Architecture(Section):
-    """A Llama-style decoder: RMSNorm, SwiGLU, rotary positions, grouped-query attention."""
+    """A decoder. What is left out is a Llama's: RMSNorm, SwiGLU, rotary positions, no biases, tied embeddings."""
 
+    family: FamilyName = "llama"
+    """Hugging Face's `model_type` that the model is exported as."""
     layers: PositiveInt
     hidden_size: PositiveInt
     ffn_hidden_size: PositiveInt
     heads: PositiveInt
     kv_heads: PositiveInt
+    head_size: PositiveInt | None = None
+    """Width of a head where it is not hidden_size / heads."""
+    embedding_rows: PositiveInt | None = None
+    """Rows of the embedding where it has more than the tokenizer has entries."""
+    tied: bool = True
+    """Whether the embedding is the output matrix as well."""
+    positions: PositiveInt | None = None
+    """Longest sequence that an export names, and rows of learned positions; else objective.sequence_length."""
+    position_embedding: Literal["rope", "learned"] = "rope"
     rope_base: PositiveInt = 10_000
+    rope_share: float = Field(default=1.0, gt=0, le=1)
+    """Share of each head's width that is rotated."""
+    rope_interleaved: bool = False
+    """Whether neighbours are rotated as pairs, rather than the first half with the second."""
+    rope_scaling: RopeScaling | None = None
+    sliding_window: PositiveInt | None = None
+    """Keys that a query sees at the most, which only rows no longer than it are trained with."""
+    norm: Literal["rms", "layer"] = "rms"
+    norm_bias: bool = False
     norm_epsilon: float = Field(default=1e-5, gt=0)
-    init_std: float = Field(default=0.02, gt=0)
+    block: Literal["sequential", "parallel", "parallel_two_norms", "post_norm"] = "sequential"
+    """x + attention(norm(x)), then the same of the MLP; both at once of one norm (PaLM, Cohere) or of one each
+    (GPT-NeoX); or the norm after each of the two, before it is added (OLMo 2)."""
+    query_key_norm: Literal["head", "whole"] | None = None
+    """RMSNorm of queries and keys, of each head (Qwen3) or of all heads at once (OLMo 2)."""
+    bias: Literal["qkv", "all"] | None = None
+    """Which projections have biases."""
+    activation: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
+    logit_scale: float = Field(default=1.0, gt=0)
+    """What logits are multiplied by."""
+    init_std: float | Literal["fan_in"] = 0.02
+    """Of new matrices; "fan_in" is 1 / sqrt(inputs)."""
+    embedding_std: float | None = Field(default=None, gt=0)
+    """Of a new embedding, where it is not `init_std`."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
-        if self.hidden_size % self.heads:
+        if self.head_size is None and self.hidden_size % self.heads:
             raise ValueError(
                 f"heads={self.heads} does not divide hidden_size={self.hidden_size}: change either"
             )
@@ -31,13 +85,76 @@ class Architecture(Section):
             raise ValueError(
                 f"kv_heads={self.kv_heads} does not divide heads={self.heads}: change either"
             )
-        if self.head_dim % 2:
+        if self.position_embedding == "rope" and int(self.head_dim * self.rope_share) % 2:
             raise ValueError(
                 f"head dimension hidden_size/heads={self.head_dim} is odd; rotary positions need an even one"
+                if self.rope_share == 1
+                else f"rope_share={self.rope_share:g} of head dimension {self.head_dim} is odd; change either"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _features_agree(self) -> Self:
+        if self.position_embedding == "learned" and self.positions is None:
+            raise ValueError("position_embedding=learned needs positions, the rows of its table")
+        if self.norm_bias and self.norm == "rms":
+            raise ValueError("norm_bias=true needs norm=layer: RMSNorm has no bias")
+        if self.init_std == "fan_in" and self.embedding_std is None:
+            raise ValueError(
+                "init_std=fan_in needs embedding_std, since an embedding has no inputs"
+            )
+        if isinstance(self.init_std, float) and self.init_std <= 0:
+            raise ValueError(f"init_std={self.init_std:g} is not above 0")
         return self
 
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
-        return self.hidden_size // self.heads
+        return self.head_size or self.hidden_size // self.heads
+
+    def rows(self, vocabulary_size: int) -> int:
+        """Rows of the embedding that have a meaning, for a tokenizer of `vocabulary_size` entries."""
+        return max(self.embedding_rows or 0, vocabulary_size)
+
+
+def _palm(layers: int, heads: int, hidden_size: int) -> dict[str, Any]:
+    """PaLM (arXiv 2204.02311, section 2): exported as Cohere's class, which computes the same function."""
+    return {
+        "family": "cohere",
+        "layers": layers,
+        "hidden_size": hidden_size,
+        "ffn_hidden_size": 4 * hidden_size,
+        "heads": heads,
+        "kv_heads": 1,
+        "head_size": 256,
+        "rope_interleaved": True,
+        "norm": "layer",
+        "block": "parallel",
+        "logit_scale": hidden_size**-0.5,
+        "init_std": "fan_in",
+        "embedding_std": 1.0,
+    }
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    # Table 1 of the paper, whose vocabulary has 256,000 entries.
+    "palm-8b": _palm(32, 16, 4096),
+    "palm-62b": _palm(64, 32, 8192),
+    "palm-540b": _palm(118, 48, 18432),
+}
+"""Models that a recipe can name instead of describing them."""
+
+
+def described(model: object) -> object:
+    """What a recipe's `model` stands for: a name of `MODELS`, `{like: NAME, ...}` with changes, or its own settings.
+
+    Raises:
+        ValueError: If there is no model of that name.
+    """
+    named = {"like": model} if isinstance(model, str) else model
+    if not isinstance(named, dict) or "like" not in named:
+        return model
+    changes = {key: value for key, value in named.items() if key != "like"}
+    if named["like"] not in MODELS:
+        raise ValueError(f"unknown model {named['like']!r}: use one of {', '.join(MODELS)}")
+    return {**MODELS[named["like"]], **changes}

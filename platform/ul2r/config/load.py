@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +16,12 @@ from ul2r.errors import RecipeError
 SectionType = TypeVar("SectionType", bound=Section)
 
 
-def load(path: Path, overrides: Sequence[str], kind: type[SectionType]) -> SectionType:
+def load(
+    path: Path,
+    overrides: Sequence[str],
+    kind: type[SectionType],
+    complete: Callable[[dict[str, Any]], None] | None = None,
+) -> SectionType:
     """Read `path`, apply `overrides` such as "training.steps=10", and validate as `kind`.
 
     A file may begin with `extends: other.yaml`, a path beside it; its own keys are laid over that file's,
@@ -26,6 +31,7 @@ def load(path: Path, overrides: Sequence[str], kind: type[SectionType]) -> Secti
         path: The YAML file.
         overrides: Each "dotted.key=value", the value in YAML; a list's item is named by its number from 0.
         kind: What the file describes.
+        complete: Adds to the tree what other files say, before it is validated.
 
     Raises:
         RecipeError: If the file cannot be read or a key, type or value is wrong; one line.
@@ -33,6 +39,8 @@ def load(path: Path, overrides: Sequence[str], kind: type[SectionType]) -> Secti
     tree = _read(path, ())
     for override in overrides:
         _override(tree, override)
+    if complete is not None:
+        complete(tree)
     try:
         return kind.model_validate(tree, context={"folder": path.parent})
     except ValidationError as error:

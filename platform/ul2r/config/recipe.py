@@ -6,9 +6,9 @@ import math
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationInfo, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
-from ul2r.config.architecture import Architecture
+from ul2r.config.architecture import Architecture, described
 from ul2r.config.denoisers import PRESETS
 from ul2r.config.guards import Guards, Profile
 from ul2r.config.objective import Mixture, Objective
@@ -37,6 +37,17 @@ class WeightedStore(Section):
     """Its folder, made before by another recipe's prepare, or a URL that fsspec knows (s3://, gs://, https://)."""
     weight: float = Field(gt=0)
     """Its share of the samples is its weight among those of the blend."""
+
+
+class HuggingFace(Section):
+    """A base in Hugging Face form."""
+
+    hf: str = Field(min_length=1)
+    """Its folder, or its name on the Hub (owner/name)."""
+
+    def __str__(self) -> str:
+        """As people name it."""
+        return self.hf
 
 
 class Data(Section):
@@ -156,6 +167,8 @@ class Export(Section):
     registered_model: str | None = None
     """Name in MLflow's registry; without it nothing is registered."""
     alias: str = "champion"
+    shard_gib: float = Field(default=4, gt=0)
+    """Most bytes of a file of weights; about as much memory is needed to write it."""
 
 
 class Launch(Section):
@@ -194,11 +207,13 @@ class Recipe(Section):
     """What the run is in a comparison."""
     storage: Storage
     """Folder that holds the token store and every run of one family."""
-    base: RunName | None = None
-    """Run in the same storage whose last checkpoint this one continues."""
+    base: RunName | HuggingFace | None = None
+    """What this run continues: the last checkpoint of a run in the same storage, or `{hf: FOLDER_OR_HUB_ID}`."""
     seed: int = Field(default=1, ge=0, lt=2**63)
     data: Data = Data()
-    model: Architecture
+    model: Annotated[Architecture, BeforeValidator(described)]
+    """Its settings; a name such as palm-8b, or `{like: palm-8b}` and what is different; with a Hugging Face base it
+    may be left out."""
     objective: Objective = Objective()
     attention: Literal["auto"] | AttentionBackend = "auto"
     """What computes attention: torch's SDPA with a dense mask (sdpa), FlexAttention with a block mask (flex) or
@@ -232,6 +247,7 @@ class Recipe(Section):
                 f"parallel.tensor={parallel.tensor} neither divides model.kv_heads={model.kv_heads} "
                 "nor is a multiple of it: change either"
             )
+        self._check_model()
         rows = training.microbatch_rows * parallel.data
         if self.validation.rows % rows:
             raise ValueError(
@@ -329,6 +345,27 @@ class Recipe(Section):
             return self.attention
         wide = self.model.head_dim >= FLEX_HEAD_DIM
         return "flex" if self.launch.gpus_per_worker and wide else "sdpa"
+
+    def _check_model(self) -> None:
+        """Refuse what the model's features allow in some layouts and rows only."""
+        model, objective, tensor = self.model, self.objective, self.parallel.tensor
+        if model.query_key_norm == "whole" and model.kv_heads % tensor:
+            raise ValueError(
+                f"parallel.tensor={tensor} does not divide model.kv_heads={model.kv_heads}, which "
+                "model.query_key_norm=whole needs: change either"
+            )
+        learned = model.positions if model.position_embedding == "learned" else None
+        for what, most in (("positions", learned), ("sliding_window", model.sliding_window)):
+            if most is not None and objective.sequence_length > most:
+                raise ValueError(
+                    f"objective.sequence_length={objective.sequence_length} is more than model.{what}={most}, "
+                    "beyond which the model would be another one: lower objective.sequence_length"
+                )
+        if learned is not None and objective.slots_per_row > 1:
+            raise ValueError(
+                f"objective.slots_per_row={objective.slots_per_row} with model.position_embedding=learned: evaluation "
+                "and serving count positions from a row's start; set objective.slots_per_row to 1"
+            )
 
     @property
     def sentinels_needed(self) -> int:

@@ -62,9 +62,9 @@ def check_comparable(recipes: Mapping[Role, Recipe]) -> None:
             raise RecipeError(
                 f"recipes.{role}: recipe {recipe.name!r} has role={recipe.role}: list it under that role"
             )
-        if base is not None and role != "base" and recipe.base != base.name:
+        if base is not None and role != "base" and str(recipe.base) != base.name:
             raise RecipeError(
-                f"base: {role} has {recipe.base!r}, the comparison's base is {base.name!r}: change either"
+                f"base: {role} has {str(recipe.base)!r}, the comparison's base is {base.name!r}: change either"
             )
     for (role, recipe), (other_role, other) in pairwise(recipes.items()):
         _check_same_text(role, recipe, other_role, other)

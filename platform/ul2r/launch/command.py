@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from ul2r.config import Comparison, Recipe, load
 from ul2r.errors import RecipeError, UserError
+from ul2r.launch.base import described_by_base
 
 USER_ERROR_EXIT = 2
 INTERRUPTED_EXIT = 128 + signal.SIGINT
@@ -66,7 +67,7 @@ def run_job(
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 
     def work() -> None:
-        section = load(arguments.recipe, arguments.overrides, kind)
+        section = load(arguments.recipe, arguments.overrides, kind, described_by_base)
         _check_storage(section.storage)
         arguments.action(section)
 

@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from ul2r.config import Recipe
+from ul2r.config import HuggingFace, Recipe
 from ul2r.data.batches import Batches
 from ul2r.data.inspection import write_page
 from ul2r.data.prepared import Corpus
 from ul2r.data.tokenizer import add_special_tokens, load_tokenizer, vocabulary_of
+from ul2r.launch.base import check_base
 from ul2r.model.flops import parameters
+from ul2r.model.huggingface.configuration import check_family
 from ul2r.model.sizing import size_run
 from ul2r.tracking.mlflow import find_run, finish_run, log_artifact, start_run
 from ul2r.tracking.tracker import RunStatus
@@ -37,6 +39,7 @@ def check_run(recipe: Recipe, corpus: Corpus, say: Say = to_stderr) -> Checkpoin
         UserError: If one of the checks fails.
     """
     Batches(recipe, corpus)  # refuses a store that is too short or has too few sentinels
+    check_family(recipe.model)
     size_run(recipe, corpus.vocabulary.size)  # refuses what its devices cannot hold
     return check_checkpoints(recipe, corpus, say)
 
@@ -80,6 +83,8 @@ def check_checkpoints(
         info = CheckpointInfo.read(own)
         info.check_same_run(recipe, corpus)
         return info
+    if isinstance(recipe.base, HuggingFace):
+        check_base(recipe, recipe.base, corpus.tokenizer_file)
     base = base_checkpoint(recipe, partial(last_sound, thorough=False, say=say))
     if base is not None:
         CheckpointInfo.read(base).check_same_model(recipe, corpus)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from importlib.util import find_spec
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,25 +11,24 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
 )
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
-    LayerNormImpl,
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch.nn import functional
 
-from ul2r.config import Architecture, AttentionBackend, Parallel, Precision, Recipe, Recompute
+from ul2r.config import Architecture, Parallel, Precision, Recipe, Recompute
 from ul2r.errors import LayoutError
-from ul2r.model.attention import core_attention
-from ul2r.model.loss import GPTModelWithLogZ
-from ul2r.model.norm import Norm
+from ul2r.model.layers import ACTIVATIONS, Decoder, final_norm, layer_spec, uses_transformer_engine
+from ul2r.model.loss import DecoderWithLogZ
 from ul2r.model.sizing import padded_vocabulary
+from ul2r.model.tensors import EMBEDDING
 
 RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 
@@ -63,14 +61,18 @@ def transformer_config(
         ffn_hidden_size=architecture.ffn_hidden_size,
         num_attention_heads=architecture.heads,
         num_query_groups=architecture.kv_heads,
-        normalization="RMSNorm",
+        kv_channels=architecture.head_dim,
+        normalization={"rms": "RMSNorm", "layer": "LayerNorm"}[architecture.norm],
         layernorm_epsilon=architecture.norm_epsilon,
-        gated_linear_unit=True,
-        activation_func=functional.silu,
-        add_bias_linear=False,
+        qk_layernorm=architecture.query_key_norm == "head",
+        gated_linear_unit=architecture.activation == "swiglu",
+        activation_func=ACTIVATIONS[architecture.activation],
+        add_bias_linear=architecture.bias == "all",
+        add_qkv_bias=architecture.bias is not None,
+        rotary_interleaved=architecture.rope_interleaved,
+        perform_initialization=False,  # weights are drawn here, or loaded: see `initialize`
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        init_method_std=architecture.init_std,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_stages if interleaved else None,
@@ -94,11 +96,6 @@ def transformer_config(
     )
 
 
-def uses_transformer_engine() -> bool:
-    """Whether layers are TransformerEngine's: on GPUs where it is installed."""
-    return torch.cuda.is_available() and find_spec("transformer_engine") is not None
-
-
 def check_precision(recipe: Recipe) -> None:
     """Refuse a precision that this worker's device does not have.
 
@@ -113,9 +110,10 @@ def check_precision(recipe: Recipe) -> None:
         )
     if recipe.precision != "fp8":
         return
-    if not uses_transformer_engine():
+    if not uses_transformer_engine(recipe.model):
         raise LayoutError(
-            f"{chosen} needs TransformerEngine, which is not installed: set it to bf16 or install ul2r[gpu]"
+            f"{chosen} needs layers of TransformerEngine, which is not installed or has not this model's: set it to "
+            "bf16 or install ul2r[gpu]"
         )
     capability = torch.cuda.get_device_capability()
     if capability < (8, 9):
@@ -125,22 +123,11 @@ def check_precision(recipe: Recipe) -> None:
         )
 
 
-def layer_spec(attention: AttentionBackend) -> ModuleSpec:
-    """A Llama layer of TransformerEngine's modules or Megatron's own, with attention by intervals."""
-    if uses_transformer_engine():
-        spec = get_gpt_layer_with_transformer_engine_spec()
-    else:
-        spec = get_gpt_layer_local_spec(normalization="RMSNorm")
-        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = Norm
-    spec.submodules.self_attention.submodules.core_attention = core_attention(attention)
-    return spec
-
-
 def build_model(recipe: Recipe, vocabulary_size: int) -> list[GPTModel]:
-    """This rank's part of the model, with initial weights: a chunk for each virtual stage.
+    """This rank's part of the model: a chunk for each virtual stage.
 
-    The weights are a function of the recipe's seed and of each parameter's name, whatever the layout; Megatron's
-    parallel state must have been set up with that.
+    Initial weights are a function of the recipe's seed and of each parameter's name, whatever the layout; where the
+    recipe names a base, they are left undefined. Megatron's parallel state must have been set up with the layout.
 
     Args:
         recipe: Architecture, layout, row length and seed.
@@ -164,7 +151,8 @@ def build_model(recipe: Recipe, vocabulary_size: int) -> list[GPTModel]:
     for chunk in chunks:
         if torch.cuda.is_available():
             chunk.cuda()
-        initialize(chunk, recipe.model, recipe.seed)
+        if recipe.base is None:
+            initialize(chunk, recipe.model, recipe.seed)
     return chunks
 
 
@@ -172,23 +160,32 @@ def _build_chunk(
     recipe: Recipe, config: TransformerConfig, vocabulary_size: int, stage: int
 ) -> GPTModel:
     """The layers of virtual stage `stage`, from 0, with the embedding or the output where they belong."""
+    architecture = recipe.model
     vp_stage = stage if recipe.parallel.virtual_stages > 1 else None
-    layers = [layer_spec(recipe.attention_backend)] * get_num_layers_to_build(config, vp_stage)
-    norm = LayerNormImpl if uses_transformer_engine() else Norm
-    model = GPTModelWithLogZ if recipe.optimizer.z_loss else GPTModel
-    return model(
+    spec = layer_spec(architecture, recipe.attention_backend)
+    layers = TransformerBlockSubmodules(
+        layer_specs=[spec] * get_num_layers_to_build(config, vp_stage),
+        layer_norm=final_norm(architecture),
+    )
+    model = (DecoderWithLogZ if recipe.optimizer.z_loss else Decoder)(
+        architecture,
         config=config,
-        transformer_layer_spec=TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm),
-        vocab_size=padded_vocabulary(vocabulary_size),
-        max_sequence_length=recipe.objective.sequence_length,
+        transformer_layer_spec=layers,
+        vocab_size=padded_vocabulary(architecture.rows(vocabulary_size)),
+        max_sequence_length=architecture.positions or recipe.objective.sequence_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         parallel_output=True,
-        share_embeddings_and_output_weights=True,
-        position_embedding_type="rope",
-        rotary_base=recipe.model.rope_base,
+        share_embeddings_and_output_weights=architecture.tied,
+        position_embedding_type={"rope": "rope", "learned": "learned_absolute"}[
+            architecture.position_embedding
+        ],
+        rotary_percent=architecture.rope_share,
+        rotary_base=architecture.rope_base,
         vp_stage=vp_stage,
     )
+    _mark_shards(model)
+    return model
 
 
 def sharded_model(chunks: list[GPTModel]) -> dict[str, Any]:
@@ -216,6 +213,16 @@ def load_model(chunks: list[GPTModel], loaded: Mapping[str, Any]) -> None:
         assert all(name.endswith("_extra_state") for name in missing), missing
 
 
+def _mark_shards(model: GPTModel) -> None:
+    """Say which weights tensor ranks share out, as Megatron's own initialization would: the gradient norm asks."""
+    axes = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
+    for module in model.modules():
+        axis = axes.get(type(module))
+        weight = getattr(module, "weight", None)  # a tied output layer has none
+        if axis is not None and weight is not None and not hasattr(weight, "partition_dim"):
+            set_tensor_model_parallel_attributes(weight, True, axis, 1)
+
+
 def sharding_metadata() -> dict[str, Any]:
     """What Megatron must know to describe shards: the optimizer's format survives any change of layout."""
     return {
@@ -226,23 +233,38 @@ def sharding_metadata() -> dict[str, Any]:
 
 @torch.no_grad()
 def initialize(model: GPTModel, architecture: Architecture, seed: int) -> None:
-    """Fill the weights: N(0, init_std), residual outputs scaled by 1/sqrt(2 layers) (GPT-2); norms 1.
+    """Fill the weights: N(0, init_std), residual outputs scaled by 1/sqrt(2 layers) (GPT-2); norms 1, biases 0.
 
-    Each shard is cut from the whole matrix, which is drawn from (seed, name), so that any tensor and
-    pipeline layout starts from the same model.
+    With init_std=fan_in (PaLM, arXiv 2204.02311, section 2) nothing is scaled. Each shard is cut from the whole
+    matrix, which is drawn from (seed, name), so that any tensor and pipeline layout starts from the same model.
     """
+    for shard in shards(model):
+        if len(shard.global_shape) - shard.prepend_axis_num < 2:
+            shard.data.fill_(0.0 if shard.key.endswith("bias") else 1.0)
+        else:
+            shard.data.copy_(_cut(_whole(shard, seed), shard) * _std(shard, architecture))
+
+
+def shards(model: GPTModel) -> Iterator[ShardedTensor]:
+    """This rank's part of each tensor: its name, where it lies in the whole, and its data, to be written to."""
     state = model.sharded_state_dict(metadata=sharding_metadata())
     apply_factories(state)
     for shard in nested_values(state):
-        if not isinstance(shard, ShardedTensor) or shard.data is None:
-            continue
-        if shard.data.dim() < 2:
-            shard.data.fill_(1.0)
-            continue
-        std = architecture.init_std
-        if shard.key.endswith(RESIDUAL_OUTPUTS):
-            std /= (2 * architecture.layers) ** 0.5
-        shard.data.copy_(_cut(_whole(shard, seed), shard) * std)
+        if isinstance(shard, ShardedTensor) and shard.data is not None:
+            yield shard
+
+
+def _std(shard: ShardedTensor, architecture: Architecture) -> float:
+    if shard.key == EMBEDDING and architecture.embedding_std is not None:
+        return architecture.embedding_std
+    if architecture.init_std == "fan_in":
+        return float(shard.global_shape[-1] ** -0.5)
+    scaled = shard.key.endswith(RESIDUAL_OUTPUTS)
+    return (
+        architecture.init_std / (2 * architecture.layers) ** 0.5
+        if scaled
+        else architecture.init_std
+    )
 
 
 def _whole(shard: ShardedTensor, seed: int) -> torch.Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from ul2r.config import Architecture
+from ul2r.model.tensors import elements, layer_tensors, outer_tensors
 
 
 def parameters(architecture: Architecture, vocabulary_size: int) -> int:
-    """Parameters of the model, the tied embedding counted once and unpadded."""
-    width, norms = architecture.hidden_size, 2 * architecture.layers + 1
-    return matrix_weights(architecture) + vocabulary_size * width + norms * width
+    """Parameters of the model, a tied embedding counted once and unpadded."""
+    outer = outer_tensors(architecture, architecture.rows(vocabulary_size))
+    return architecture.layers * elements(layer_tensors(architecture)) + elements(outer)
 
 
 def training_flops(
@@ -17,8 +18,8 @@ def training_flops(
     """FLOPs of one forward and backward pass.
 
     Six per matrix weight and position (2 forward, 4 backward; PaLM, arXiv 2204.02311, appendix B), the
-    output projection among the matrices, and 12 x hidden size per layer and (query, key) pair that the
-    mask lets through.
+    output projection among the matrices, and 12 x heads x head dimension per layer and (query, key) pair that
+    the mask lets through.
 
     Args:
         architecture: Sizes.
@@ -26,13 +27,14 @@ def training_flops(
         positions: Row positions passed through the model, padding included.
         seen_keys: Sum of hi - lo over those positions.
     """
-    weights = matrix_weights(architecture) + vocabulary_size * architecture.hidden_size
-    attention = 12 * architecture.layers * architecture.hidden_size
+    output = architecture.rows(vocabulary_size) * architecture.hidden_size
+    weights = matrix_weights(architecture) + output
+    attention = 12 * architecture.layers * architecture.heads * architecture.head_dim
     return 6.0 * weights * positions + attention * seen_keys
 
 
 def matrix_weights(architecture: Architecture) -> int:
-    """Weights of every layer's matrices, without embedding and norms."""
-    width, head = architecture.hidden_size, architecture.head_dim
-    attention = 2 * width * width + 2 * width * architecture.kv_heads * head
-    return architecture.layers * (attention + 3 * width * architecture.ffn_hidden_size)
+    """Weights of every layer's matrices, without embedding, norms and biases."""
+    tensors = layer_tensors(architecture)
+    matrices = {name: shape for name, shape in tensors.items() if len(shape) > 1}
+    return architecture.layers * elements(matrices)

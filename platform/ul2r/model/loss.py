@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 
+from ul2r.model.layers import Decoder
 
-class GPTModelWithLogZ(GPTModel):  # type: ignore[misc]  # Megatron has no types
+
+class DecoderWithLogZ(Decoder):
     """A model whose loss comes with log Z, the logarithm of the softmax's denominator."""
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:

@@ -21,7 +21,20 @@ class Norm:
             "RMSNorm": torch.nn.RMSNorm,
             "LayerNorm": torch.nn.LayerNorm,
         }
-        norm = kinds[config.normalization](hidden_size, eps=eps)
-        for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        return norm
+        return _marked(kinds[config.normalization](hidden_size, eps=eps), config)
+
+
+class ScaleOnlyNorm:
+    """LayerNorm without a bias (PaLM, arXiv 2204.02311, section 2; Cohere), in the place of a `Norm`."""
+
+    def __new__(  # type: ignore[misc]  # as above
+        cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5
+    ) -> torch.nn.Module:
+        """A norm over the last axis, of `hidden_size`."""
+        return _marked(torch.nn.LayerNorm(hidden_size, eps=eps, bias=False), config)
+
+
+def _marked(norm: torch.nn.Module, config: TransformerConfig) -> torch.nn.Module:
+    for parameter in norm.parameters():
+        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    return norm

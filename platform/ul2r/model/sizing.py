@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from ul2r.config import Parallel, Recipe
+from ul2r.config import Architecture, Parallel, Recipe
 from ul2r.errors import RecipeError
-from ul2r.model.flops import matrix_weights, parameters
+from ul2r.model.flops import parameters
+from ul2r.model.tensors import EMBEDDING, Shape, elements, is_cut, layer_tensors, outer_tensors
 
 GIB = 2**30
 VOCABULARY_MULTIPLE = 128
@@ -76,7 +77,8 @@ def size_run(recipe: Recipe, vocabulary_size: int) -> Sizing:
         RecipeError: If the embedding cannot be cut into `parallel.tensor` parts, or a rank needs more memory than
             `launch.device_memory_gib`.
     """
-    parallel, padded = recipe.parallel, padded_vocabulary(vocabulary_size)
+    parallel = recipe.parallel
+    padded = padded_vocabulary(recipe.model.rows(vocabulary_size))
     if padded % parallel.tensor:
         raise RecipeError(
             f"parallel.tensor={parallel.tensor} does not divide the embedding's {padded} rows "
@@ -162,11 +164,24 @@ def _stage_parameters(recipe: Recipe, padded: int, *, is_first: bool, is_last: b
     """Parameters of one rank: matrices are cut over tensor ranks, norms are not."""
     model, parallel = recipe.model, recipe.parallel
     layers = model.layers // parallel.pipeline
-    # One stage has the tied embedding once; with several, the last holds a copy of the first's.
-    embedding = padded * model.hidden_size if is_first or is_last else 0
-    matrices = matrix_weights(model) // parallel.pipeline
-    norms = (2 * layers + is_last) * model.hidden_size
-    return (matrices + embedding) // parallel.tensor + norms
+    outer = outer_tensors(model, padded)
+    first = {name: shape for name, shape in outer.items() if name.startswith("embedding.")}
+    last = {name: shape for name, shape in outer.items() if name not in first}
+    if (
+        model.tied and parallel.pipeline > 1
+    ):  # with several stages, the last holds a copy of the first's
+        last |= {EMBEDDING: outer[EMBEDDING]}
+    return (
+        layers * _of_rank(model, layer_tensors(model), parallel.tensor)
+        + is_first * _of_rank(model, first, parallel.tensor)
+        + is_last * _of_rank(model, last, parallel.tensor)
+    )
+
+
+def _of_rank(model: Architecture, tensors: dict[str, Shape], tensor: int) -> int:
+    """Numbers that a tensor rank has of them."""
+    cut = {name: shape for name, shape in tensors.items() if is_cut(model, name)}
+    return elements(tensors) - elements(cut) + elements(cut) // tensor
 
 
 def _element_bytes(recipe: Recipe) -> int:
@@ -247,11 +262,12 @@ def _layer_elements(recipe: Recipe) -> int:
     """
     model, tensor = recipe.model, recipe.parallel.tensor
     width, keys = model.hidden_size, model.kv_heads * model.head_dim
-    projection = width + 2 * keys
+    queries = model.heads * model.head_dim
+    projection = queries + 2 * keys
     if model.kv_heads < tensor:
-        attention = 2 * width // tensor + model.head_dim + projection
+        attention = 2 * queries // tensor + model.head_dim + projection
     else:
-        attention = (2 * width + keys + projection) // tensor
+        attention = (2 * queries + keys + projection) // tensor
     return 6 * width // _row_parts(recipe) + attention + 5 * model.ffn_hidden_size // tensor
 
 

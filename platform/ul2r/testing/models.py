@@ -14,7 +14,7 @@ from torch import Tensor
 from ul2r.config import Architecture
 from ul2r.data.tokenizer import train_tokenizer, vocabulary_of
 from ul2r.inference import LanguageModel
-from ul2r.model.huggingface import Card, write_folder
+from ul2r.model.huggingface.exporting import Card, write_folder
 
 TEXTS = (
     "def area(width, height):\n    return width * height\n",
@@ -62,7 +62,7 @@ def tiny_export(
         tokenizer.save(str(tokenizer_file))
         write_folder(
             folder,
-            dict(_random_weights(architecture, vocabulary.size, seed)),
+            _random_weights(architecture, vocabulary.size, seed),
             architecture=architecture,
             positions=positions,
             vocabulary=vocabulary,
@@ -77,6 +77,7 @@ def tiny_export(
                 flops=3e9,
                 checkpoint="none",
             ),
+            shard_bytes=2**30,
         )
     return folder
 

@@ -30,7 +30,7 @@ def start_run(
     Raises:
         ServiceError: If the server fails.
     """
-    parent = {"ul2r.parent": recipe.base} if recipe.base else {}
+    parent = {"ul2r.parent": str(recipe.base)} if recipe.base else {}
     colour = {COLOUR_TAG: COLOURS[recipe.role]} if recipe.role else {}
     own = {"ul2r.role": recipe.role or "none", **parent, **colour}
     run_id = continue_run(

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from ul2r.config import Recipe
+from ul2r.config import Architecture, Recipe
 from ul2r.config.recipe import Change
 from ul2r.data.prepared import Corpus
 from ul2r.errors import CheckpointError
@@ -121,7 +121,7 @@ class CheckpointInfo:
         wanted = CheckpointInfo.of(recipe, corpus)
         self._check(
             {
-                "model": (self.recipe["model"], wanted.recipe["model"]),
+                "model": (_described(self.recipe["model"]), _described(wanted.recipe["model"])),
                 "tokenizer": (self.tokenizer, wanted.tokenizer),
             }
         )
@@ -137,6 +137,7 @@ class CheckpointInfo:
             "tokenizer": (self.tokenizer, wanted.tokenizer),
             "data": (self.data, wanted.data),
             **{part: (self.recipe[part], wanted.recipe[part]) for part in sorted(RECIPE_PARTS)},
+            "model": (_described(self.recipe["model"]), _described(wanted.recipe["model"])),
         }
         accepted = recipe.checkpoints.accept_changes
         self._check({name: both for name, both in fields.items() if name not in accepted})
@@ -150,6 +151,11 @@ class CheckpointInfo:
                     f"checkpoint of run {self.run!r} differs from the recipe in {difference}: give the recipe the "
                     f"checkpoint's value{accept if name in get_args(Change) else ''}, or another name or storage"
                 )
+
+
+def _described(model: dict[str, Any]) -> dict[str, Any]:
+    """A model's settings, with the defaults of those that came to be after its checkpoint."""
+    return Architecture.model_validate(model).model_dump(mode="json")
 
 
 def _difference(path: str, saved: object, wanted: object) -> str | None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from enum import IntEnum
 
-from ul2r.config import Causal, Recipe
+from ul2r.config import Causal, HuggingFace, Recipe
 from ul2r.data.batches import Batches
 from ul2r.data.prepared import Corpus
 from ul2r.errors import DivergedError
@@ -21,6 +21,7 @@ from ul2r.train.guards import Alarm, GuardState, Seen, StepGuards
 from ul2r.train.machine import Machines
 from ul2r.train.mesh import Mesh
 from ul2r.train.pace import Pace, SourceTokens
+from ul2r.train.pretrained import load_pretrained
 from ul2r.train.profiler import profiled
 from ul2r.train.progress import Progress
 from ul2r.train.saving import Saver
@@ -254,6 +255,9 @@ class TrainLoop:
         """Resume this run's last sound checkpoint, else start from the base's weights, else from none."""
         began = time.perf_counter()
         own = self.saver.last_sound(self.checkpoints)
+        if own is None and isinstance(self.recipe.base, HuggingFace):
+            self.base = load_pretrained(self.recipe, self.recipe.base, self.train_step)
+            return Progress()
         base = None if own else base_checkpoint(self.recipe, self.saver.last_sound)
         path = own or base
         if path is None:

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from ul2r.config import Recipe
+from ul2r.config import HuggingFace, Recipe
 from ul2r.errors import CheckpointError
 from ul2r.train.checkpoint import CheckpointInfo
 from ul2r.train.integrity import find_damage
@@ -224,7 +224,7 @@ def last_sound(
 def base_checkpoint(
     recipe: Recipe, find: Callable[[CheckpointStore], Path | None] = last_sound
 ) -> Path | None:
-    """The checkpoint that a run starts from, None if it starts from initial weights.
+    """The checkpoint that a run starts from, None if it starts from initial weights or from a Hugging Face base.
 
     Args:
         recipe: The run.
@@ -233,7 +233,7 @@ def base_checkpoint(
     Raises:
         CheckpointError: If the recipe names a base that has no sound checkpoint, or is not finished.
     """
-    if recipe.base is None:
+    if recipe.base is None or isinstance(recipe.base, HuggingFace):
         return None
     store = CheckpointStore.of(recipe, recipe.base)
     path = find(store)

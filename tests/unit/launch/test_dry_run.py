@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import ray
 
-from ul2r.config import Recipe
+from ul2r.config import Recipe, load
 from ul2r.data.batches import Batches
 from ul2r.data.prepared import open_corpus
 from ul2r.errors import CheckpointError, CorpusError, RecipeError
 from ul2r.launch.dry_run import dry_run, seen_keys_per_row
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.recipes import tiny_recipe
+
+RECIPES = Path(__file__).parents[3] / "jobs/recipes"
 
 
 @pytest.fixture
@@ -145,3 +147,14 @@ def test_a_damaged_store_is_no_unprepared_one(tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
     with pytest.raises(CorpusError, match="is in the way of a token store"):
         dry_run(tiny_recipe(tmp_path))
+
+
+@pytest.mark.parametrize("size", ["8b", "62b", "540b"])
+def test_palm_recipes_fit_their_devices(size: str) -> None:
+    """The dry run refuses what does not; the paper's tokens for 540B (arXiv 2210.11399, 3.2) are 1.3 billion."""
+    recipe = load(RECIPES / f"u-palm-{size}.yaml", (), Recipe)
+    assert recipe.launch.memory_gib == 80
+    text = dry_run(recipe)
+    assert f"starts from      weights of palm-{size}" in text
+    if size == "540b":
+        assert "1.31 B in 20,000 steps" in text

@@ -1,0 +1,218 @@
+"""One table for each family. Adding one: a table here, its name in `FamilyName`, a line in the tests' list."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ul2r.config.architecture import FamilyName
+from ul2r.model.huggingface.family import Family, Settings
+
+# Megatron's names of a layer's tensors, the end ("weight", "bias") left off.
+NORM_1, NORM_2 = "self_attention.linear_qkv.layer_norm_", "mlp.linear_fc1.layer_norm_"
+QKV, PROJECTION = "self_attention.linear_qkv.", "self_attention.linear_proj."
+QUERY_NORM, KEY_NORM = "self_attention.q_layernorm.", "self_attention.k_layernorm."
+UP, DOWN = "mlp.linear_fc1.", "mlp.linear_fc2."
+
+NO: tuple[tuple[Any, Settings], ...] = ((False, {}),)
+
+LLAMA = Family(
+    model_class="LlamaForCausalLM",
+    sizes={
+        "layers": "num_hidden_layers",
+        "hidden_size": "hidden_size",
+        "ffn_hidden_size": "intermediate_size",
+        "heads": "num_attention_heads",
+        "kv_heads": "num_key_value_heads",
+        "head_size": "head_dim",
+        "embedding_rows": "vocab_size",
+        "positions": "max_position_embeddings",
+        "norm_epsilon": "rms_norm_eps",
+        "init_std": "initializer_range",
+        "tied": "tie_word_embeddings",
+    },
+    choices={
+        "hidden_act": (("silu", {}),),
+        "attention_bias": NO,
+        "mlp_bias": NO,
+        "pretraining_tp": ((1, {}),),
+    },
+    always={},
+    outer={
+        "embedding.word_embeddings.weight": "embed_tokens.weight",
+        "decoder.final_layernorm.weight": "norm.weight",
+    },
+    inner={
+        NORM_1: "input_layernorm.",
+        QKV: ("self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj."),
+        PROJECTION: "self_attn.o_proj.",
+        NORM_2: "post_attention_layernorm.",
+        UP: ("mlp.gate_proj.", "mlp.up_proj."),
+        DOWN: "mlp.down_proj.",
+    },
+)
+
+MISTRAL = replace(
+    LLAMA,
+    model_class="MistralForCausalLM",
+    sizes={**LLAMA.sizes, "sliding_window": "sliding_window"},
+    choices={"hidden_act": (("silu", {}),)},
+)
+
+QWEN2 = replace(
+    LLAMA,
+    model_class="Qwen2ForCausalLM",
+    choices={
+        "hidden_act": (("silu", {}),),
+        "use_sliding_window": NO,
+        "sliding_window": ((None, {}),),
+    },
+    always={"bias": "qkv"},
+)
+
+QWEN3 = replace(
+    LLAMA,
+    model_class="Qwen3ForCausalLM",
+    choices={**QWEN2.choices, "attention_bias": NO},
+    always={"query_key_norm": "head"},
+    inner={
+        **LLAMA.inner,
+        QUERY_NORM: "self_attn.q_norm.",
+        KEY_NORM: "self_attn.k_norm.",
+    },
+)
+
+OLMO2 = replace(
+    LLAMA,
+    model_class="Olmo2ForCausalLM",
+    choices={"hidden_act": (("silu", {}),), "attention_bias": NO},
+    always={"block": "post_norm", "query_key_norm": "whole"},
+    inner={
+        **{name: LLAMA.inner[name] for name in (QKV, PROJECTION, UP, DOWN)},
+        QUERY_NORM: "self_attn.q_norm.",
+        KEY_NORM: "self_attn.k_norm.",
+        "post_attention_layernorm.": "post_attention_layernorm.",
+        "post_mlp_layernorm.": "post_feedforward_layernorm.",
+    },
+)
+
+COHERE = replace(
+    LLAMA,
+    model_class="CohereForCausalLM",
+    sizes={
+        **LLAMA.sizes,
+        "norm_epsilon": "layer_norm_eps",
+        "logit_scale": "logit_scale",
+    },
+    choices={"hidden_act": (("silu", {}),), "attention_bias": NO, "use_qk_norm": NO},
+    always={"block": "parallel", "norm": "layer", "rope_interleaved": True},
+    inner={name: parts for name, parts in LLAMA.inner.items() if name != NORM_2},
+)
+
+GPT_NEOX = Family(
+    model_class="GPTNeoXForCausalLM",
+    sizes={
+        **{name: key for name, key in LLAMA.sizes.items() if name not in ("kv_heads", "head_size")},
+        "norm_epsilon": "layer_norm_eps",
+    },
+    choices={
+        "hidden_act": (
+            ("gelu", {"activation": "gelu"}),
+            ("gelu_new", {"activation": "gelu_tanh"}),
+            ("gelu_pytorch_tanh", {"activation": "gelu_tanh"}),
+        ),
+        "use_parallel_residual": (
+            (True, {"block": "parallel_two_norms"}),
+            (False, {"block": "sequential"}),
+        ),
+        "attention_bias": ((True, {}),),
+        "is_decoder": NO,
+    },
+    always={"norm": "layer", "norm_bias": True, "bias": "all"},
+    outer={
+        "embedding.word_embeddings.weight": "embed_in.weight",
+        "decoder.final_layernorm.weight": "final_layer_norm.weight",
+        "decoder.final_layernorm.bias": "final_layer_norm.bias",
+    },
+    inner={
+        NORM_1: "input_layernorm.",
+        QKV: "attention.query_key_value.",
+        PROJECTION: "attention.dense.",
+        NORM_2: "post_attention_layernorm.",
+        UP: "mlp.dense_h_to_4h.",
+        DOWN: "mlp.dense_4h_to_h.",
+    },
+    base="gpt_neox.",
+    output="embed_out.weight",
+    qkv="by head",
+    left_over=("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias"),
+)
+
+GPT2 = Family(
+    model_class="GPT2LMHeadModel",
+    sizes={
+        "layers": "n_layer",
+        "hidden_size": "n_embd",
+        "ffn_hidden_size": "n_inner",
+        "heads": "n_head",
+        "embedding_rows": "vocab_size",
+        "positions": "n_positions",
+        "norm_epsilon": "layer_norm_epsilon",
+        "init_std": "initializer_range",
+        "tied": "tie_word_embeddings",
+    },
+    choices={
+        "activation_function": (
+            ("gelu_new", {"activation": "gelu_tanh"}),
+            ("gelu_pytorch_tanh", {"activation": "gelu_tanh"}),
+            ("gelu", {"activation": "gelu"}),
+        ),
+        "scale_attn_weights": ((True, {}),),
+        "scale_attn_by_inverse_layer_idx": NO,
+        "reorder_and_upcast_attn": NO,
+        "add_cross_attention": NO,
+    },
+    always={
+        "norm": "layer",
+        "norm_bias": True,
+        "bias": "all",
+        "position_embedding": "learned",
+    },
+    outer={
+        "embedding.word_embeddings.weight": "wte.weight",
+        "embedding.position_embeddings.weight": "wpe.weight",
+        "decoder.final_layernorm.weight": "ln_f.weight",
+        "decoder.final_layernorm.bias": "ln_f.bias",
+    },
+    inner={
+        NORM_1: "ln_1.",
+        QKV: "attn.c_attn.",
+        PROJECTION: "attn.c_proj.",
+        NORM_2: "ln_2.",
+        UP: "mlp.c_fc.",
+        DOWN: "mlp.c_proj.",
+    },
+    layer="h.{}.",
+    base="transformer.",
+    qkv="one after the other",
+    transposed=True,
+    left_over=("attn.bias", "attn.masked_bias"),
+)
+
+FAMILIES: dict[FamilyName, Family] = {
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "gpt_neox": GPT_NEOX,
+    "gpt2": GPT2,
+    "olmo2": OLMO2,
+    "cohere": COHERE,
+}
+
+NOT_CARRIED = {
+    "gemma2": "its attention scores are capped by a tanh",
+    "gemma3_text": "five of six layers attend within a window, with rotary positions of their own",
+    "mixtral": "experts are not carried yet",
+}
+"""Families that people ask for, and what stands in the way."""

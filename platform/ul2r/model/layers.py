@@ -1,0 +1,211 @@
+"""What Megatron-Core's own layer cannot be configured to: other norms, parallel blocks, scaled logits."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import LayerNormImpl
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+from torch.nn import functional
+
+from ul2r.config import Architecture, AttentionBackend
+from ul2r.model.attention import core_attention
+from ul2r.model.norm import Norm, ScaleOnlyNorm
+
+
+def gelu_tanh(values: Tensor) -> Tensor:
+    """GELU by the tanh formula (arXiv 1606.08415, section 2), as GPT-2 has it."""
+    return functional.gelu(values, approximate="tanh")
+
+
+ACTIVATIONS = {"swiglu": functional.silu, "gelu": functional.gelu, "gelu_tanh": gelu_tanh}
+
+
+class WholeNorm(torch.nn.Module):
+    """RMSNorm over all heads together (OLMo 2, arXiv 2501.00656, 2.1), of which each tensor rank has its own.
+
+    Args:
+        config: Megatron's.
+        hidden_size: Width D of one head.
+        eps: Added to the mean square.
+        heads: Heads of all ranks.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, heads: int) -> None:
+        super().__init__()
+        self.width, self.eps = heads * hidden_size, eps
+        self.ranks = config.tensor_model_parallel_size
+        own = torch.ones(self.width // self.ranks, dtype=config.params_dtype)
+        self.weight = torch.nn.Parameter(own)
+        set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
+
+    def forward(self, heads: Tensor) -> Tensor:
+        """Normalise (S, B, H, D), H this rank's heads."""
+        wide = heads.flatten(-2).float()
+        squares = wide.square().sum(-1, keepdim=True)
+        if self.ranks > 1:  # summed over ranks, and so is its gradient
+            squares = copy_to_tensor_model_parallel_region(
+                reduce_from_tensor_model_parallel_region(squares)
+            )
+        normed = wide * torch.rsqrt(squares / self.width + self.eps)
+        return (self.weight * normed.type_as(heads)).view_as(heads)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,  # noqa: ARG002  Megatron's signature
+    ) -> dict[str, Any]:
+        """Megatron's description of the shard."""
+        state: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            self.state_dict(keep_vars=True), prefix, {"weight": 0}, sharded_offsets
+        )
+        return state
+
+
+class ParallelLayer(TransformerLayer):  # type: ignore[misc]  # Megatron has no types
+    """x + attention(norm(x)) + mlp(norm(x)), with one norm for both or one for each."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        context: Tensor | None = None,
+        **given: Any,  # noqa: ANN401  Megatron's
+    ) -> tuple[Tensor, Tensor | None]:
+        """What Megatron's layer takes and gives."""
+        normed = self.input_layernorm(hidden_states)
+        attended = self.self_attention(normed, **_of_attention(given))
+        one_norm = isinstance(self.pre_mlp_layernorm, IdentityOp)
+        changed = self.mlp(normed if one_norm else self.pre_mlp_layernorm(hidden_states))
+        return hidden_states + _with_bias(attended) + _with_bias(changed), context
+
+
+class PostNormLayer(TransformerLayer):  # type: ignore[misc]  # as above
+    """x + norm(attention(x)), then x + norm(mlp(x)) (OLMo 2, arXiv 2501.00656, 2.1)."""
+
+    def __init__(self, norm: type[torch.nn.Module], **given: Any) -> None:  # noqa: ANN401  Megatron's
+        super().__init__(**given)
+        sizes = {"hidden_size": self.config.hidden_size, "eps": self.config.layernorm_epsilon}
+        self.post_attention_layernorm = norm(config=self.config, **sizes)
+        self.post_mlp_layernorm = norm(config=self.config, **sizes)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        context: Tensor | None = None,
+        **given: Any,  # noqa: ANN401  Megatron's
+    ) -> tuple[Tensor, Tensor | None]:
+        """What Megatron's layer takes and gives."""
+        attended = self.self_attention(hidden_states, **_of_attention(given))
+        hidden_states = hidden_states + self.post_attention_layernorm(_with_bias(attended))
+        changed = self.post_mlp_layernorm(_with_bias(self.mlp(hidden_states)))
+        return hidden_states + changed, context
+
+
+class Decoder(GPTModel):  # type: ignore[misc]  # as above
+    """GPTModel with what its constructor has no argument for.
+
+    Args:
+        architecture: What the model is.
+        given: Of `GPTModel`.
+    """
+
+    def __init__(self, architecture: Architecture, **given: Any) -> None:  # noqa: ANN401  Megatron's
+        super().__init__(**given)
+        self.logit_scale = architecture.logit_scale
+        scaling = architecture.rope_scaling
+        if scaling is not None:
+            rotary = self.rotary_pos_emb
+            rotary.inv_freq = rotary._apply_scaling(
+                rotary.inv_freq,
+                scaling.factor,
+                scaling.low_frequency,
+                scaling.high_frequency,
+                scaling.original_positions,
+            )
+
+    def _postprocess(self, hidden_states: Tensor, **given: Any) -> Tensor:  # noqa: ANN401  Megatron's
+        """Scale the hidden states and thereby the logits."""
+        if self.post_process and self.logit_scale != 1:
+            hidden_states = hidden_states * self.logit_scale
+        output: Tensor = super()._postprocess(hidden_states=hidden_states, **given)
+        return output
+
+
+def uses_transformer_engine(architecture: Architecture) -> bool:
+    """Whether layers are TransformerEngine's: on GPUs where it is installed, for blocks that it has."""
+    has_block = (
+        architecture.block == "sequential"
+        and architecture.query_key_norm != "whole"
+        and not _scale_only(architecture)
+    )
+    return has_block and torch.cuda.is_available() and find_spec("transformer_engine") is not None
+
+
+def layer_spec(architecture: Architecture, attention: AttentionBackend) -> ModuleSpec:
+    """A layer of TransformerEngine's or Megatron's modules, as far as there are some, with attention by intervals."""
+    by_head = architecture.query_key_norm == "head"
+    if uses_transformer_engine(architecture):
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=by_head)
+        spec.submodules.self_attention.submodules.core_attention = core_attention(attention)
+        return spec
+    norm = _norm(architecture)
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=by_head)
+    parts, self_attention = spec.submodules, spec.submodules.self_attention.submodules
+    self_attention.core_attention = core_attention(attention)
+    parts.input_layernorm = parts.pre_mlp_layernorm = norm
+    if by_head:
+        self_attention.q_layernorm = self_attention.k_layernorm = Norm
+    if architecture.query_key_norm == "whole":
+        for name, heads in (("q", architecture.heads), ("k", architecture.kv_heads)):
+            whole = ModuleSpec(module=WholeNorm, params={"heads": heads})
+            setattr(self_attention, f"{name}_layernorm", whole)
+    if architecture.block == "post_norm":
+        spec.module, spec.params = PostNormLayer, {"norm": norm}
+        parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp
+    elif architecture.block != "sequential":
+        spec.module = ParallelLayer
+    if architecture.block == "parallel":
+        parts.pre_mlp_layernorm = IdentityOp
+    return spec
+
+
+def final_norm(architecture: Architecture) -> type[Any]:
+    """The norm behind the last layer."""
+    return LayerNormImpl if uses_transformer_engine(architecture) else _norm(architecture)
+
+
+def _norm(architecture: Architecture) -> type[Any]:
+    return ScaleOnlyNorm if _scale_only(architecture) else Norm
+
+
+def _scale_only(architecture: Architecture) -> bool:
+    return architecture.norm == "layer" and not architecture.norm_bias
+
+
+def _of_attention(given: dict[str, Any]) -> dict[str, Any]:
+    names = ("attention_mask", "rotary_pos_emb", "attention_bias", "packed_seq_params")
+    return {name: given.get(name) for name in names}
+
+
+def _with_bias(output: tuple[Tensor, Tensor | None]) -> Tensor:
+    """Megatron's projections give their bias beside their output."""
+    value, bias = output
+    return value if bias is None else value + bias

@@ -1,0 +1,82 @@
+"""Every tensor of a model: its name in Megatron-Core's checkpoints and its whole shape. Pure arithmetic."""
+
+from __future__ import annotations
+
+from math import prod
+
+from ul2r.config import Architecture
+
+Shape = tuple[int, ...]
+LAYERS = "decoder.layers."
+EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT = "output_layer.weight"
+CUT = (
+    EMBEDDING,
+    OUTPUT,
+    *(f"linear_{matrix}.weight" for matrix in ("qkv", "proj", "fc1", "fc2")),
+    *(f"linear_{matrix}.bias" for matrix in ("qkv", "fc1")),
+)
+
+
+def outer_tensors(architecture: Architecture, rows: int) -> dict[str, Shape]:
+    """Tensors outside of the layers, for an embedding of `rows` rows."""
+    width = architecture.hidden_size
+    found: dict[str, Shape] = {EMBEDDING: (rows, width)}
+    if architecture.position_embedding == "learned":
+        assert architecture.positions is not None
+        found["embedding.position_embeddings.weight"] = (architecture.positions, width)
+    found |= _norm(architecture, "decoder.final_layernorm.")
+    if not architecture.tied:
+        found[OUTPUT] = (rows, width)
+    return found
+
+
+def layer_tensors(architecture: Architecture) -> dict[str, Shape]:
+    """Tensors of one layer, without the prefix `LAYERS`; in a checkpoint all layers' are stacked."""
+    a = architecture
+    width, head, attended = a.hidden_size, a.head_dim, a.heads * a.head_dim
+    gated = 2 if a.activation == "swiglu" else 1
+    projected = attended + 2 * a.kv_heads * head
+    found: dict[str, Shape] = {}
+    if a.block != "post_norm":
+        found |= _norm(a, "self_attention.linear_qkv.layer_norm_")
+    found["self_attention.linear_qkv.weight"] = (projected, width)
+    if a.bias is not None:
+        found["self_attention.linear_qkv.bias"] = (projected,)
+    if a.query_key_norm is not None:
+        whole = a.query_key_norm == "whole"
+        found["self_attention.q_layernorm.weight"] = (attended if whole else head,)
+        found["self_attention.k_layernorm.weight"] = (a.kv_heads * head if whole else head,)
+    found["self_attention.linear_proj.weight"] = (width, attended)
+    if a.bias == "all":
+        found["self_attention.linear_proj.bias"] = (width,)
+    if a.block == "post_norm":
+        found |= _norm(a, "post_attention_layernorm.")
+    elif a.block != "parallel":
+        found |= _norm(a, "mlp.linear_fc1.layer_norm_")
+    found["mlp.linear_fc1.weight"] = (gated * a.ffn_hidden_size, width)
+    if a.bias == "all":
+        found["mlp.linear_fc1.bias"] = (gated * a.ffn_hidden_size,)
+    found["mlp.linear_fc2.weight"] = (width, a.ffn_hidden_size)
+    if a.bias == "all":
+        found["mlp.linear_fc2.bias"] = (width,)
+    if a.block == "post_norm":
+        found |= _norm(a, "post_mlp_layernorm.")
+    return found
+
+
+def is_cut(architecture: Architecture, name: str) -> bool:
+    """Whether each tensor-parallel rank has its own part of a tensor, rather than all of it."""
+    if name.endswith(("q_layernorm.weight", "k_layernorm.weight")):
+        return architecture.query_key_norm == "whole"
+    return name.endswith(CUT)
+
+
+def elements(tensors: dict[str, Shape]) -> int:
+    """Numbers in all of them."""
+    return sum(prod(shape) for shape in tensors.values())
+
+
+def _norm(architecture: Architecture, prefix: str) -> dict[str, Shape]:
+    parts = ("weight", "bias") if architecture.norm_bias else ("weight",)
+    return {prefix + part: (architecture.hidden_size,) for part in parts}

@@ -1,0 +1,100 @@
+"""Small random models of Hugging Face's own classes, one or more for each family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SMALL = {
+    "vocab_size": 500,  # no multiple of 128: the padding must go
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+LLAMA_3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "Llama 2": {"model_type": "llama", **SMALL, "num_key_value_heads": 4},
+    "Llama 3.2": {
+        "model_type": "llama",
+        **SMALL,
+        "tie_word_embeddings": True,
+        "rope_parameters": LLAMA_3_ROPE,
+    },
+    "Mistral": {"model_type": "mistral", **SMALL, "head_dim": 16, "sliding_window": 64},
+    "Qwen2.5": {"model_type": "qwen2", **SMALL, "tie_word_embeddings": True},
+    "Qwen3": {"model_type": "qwen3", **SMALL, "head_dim": 16},
+    "GPT-NeoX": {
+        "model_type": "gpt_neox",
+        **SMALL,
+        "num_key_value_heads": 4,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10_000.0,
+            "partial_rotary_factor": 0.5,
+        },
+    },
+    "GPT-NeoX, sequential": {
+        "model_type": "gpt_neox",
+        **SMALL,
+        "num_key_value_heads": 4,
+        "use_parallel_residual": False,
+    },
+    "GPT-2": {
+        "model_type": "gpt2",
+        "vocab_size": 500,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 128,
+    },
+    "OLMo 2": {"model_type": "olmo2", **SMALL},
+    "Cohere": {"model_type": "cohere", **SMALL},
+}
+
+
+def random_model(name: str, seed: int = 0) -> PreTrainedModel:
+    """One of `MODELS`, its weights so large, norms and biases too, that each of them moves every logit."""
+    special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    settings = dict(MODELS[name])
+    if settings["model_type"] == "gpt_neox":
+        del settings["num_key_value_heads"]
+    config = AutoConfig.for_model(**settings, **special)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape), alpha=0.1)
+    return model
+
+
+def write_model(name: str, folder: Path, shard_size: str = "5GB") -> PreTrainedModel:
+    """Write a `random_model` as transformers does."""
+    model = random_model(name)
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    return model
+
+
+@torch.no_grad()
+def reference_logits(model: PreTrainedModel, tokens: Tensor, prefix: int) -> Tensor:
+    """What transformers computes where the first `prefix` tokens of each row are seen by all."""
+    position = torch.arange(tokens.shape[1])
+    seen = position[None] < torch.clamp(position + 1, min=prefix)[:, None]
+    logits: Tensor = model(tokens, attention_mask=seen.expand(len(tokens), 1, -1, -1)).logits
+    return logits

@@ -1,0 +1,56 @@
+"""A model of any layout seen as a whole: its logits, and its weights on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from torch import Tensor
+
+from ul2r.model.attention import intervals
+from ul2r.model.build import sharded_model
+from ul2r.train.background import BackgroundWrite
+
+
+@torch.no_grad()
+def whole_logits(model: GPTModel, tokens: Tensor, prefix: int) -> Tensor:
+    """Logits of the whole vocabulary, on the last of at most two pipeline stages; elsewhere something else.
+
+    Args:
+        model: This rank's part.
+        tokens: int64 (B, S).
+        prefix: Tokens of each row that are seen by all.
+    """
+    length = tokens.shape[1]
+    position = torch.arange(length).expand(len(tokens), -1)
+    hi = np.maximum(position.numpy() + 1, prefix)
+    if not parallel_state.is_pipeline_first_stage():
+        hidden = torch.empty(length, len(tokens), model.config.hidden_size)
+        dist.recv(hidden, src=0)
+        model.set_input_tensor(hidden)
+    output: Tensor = model(tokens, position, intervals(0 * hi, hi))
+    if not parallel_state.is_pipeline_last_stage():
+        dist.send(output, dst=1)
+        return output
+    gathered: Tensor = gather_from_tensor_model_parallel_region(output)
+    return gathered.clone()
+
+
+def save_weights(chunks: Sequence[GPTModel], folder: Path) -> None:
+    """The weights alone, as a checkpoint of all ranks has them."""
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True)
+    dist.barrier()
+    replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    write = BackgroundWrite({"model": sharded_model(list(chunks))}, folder, replicas)
+    error = write.wait()
+    if error is not None:
+        raise error
+    write.describe()
+    dist.barrier()

@@ -1,0 +1,185 @@
+"""Every family: imported, trained and exported in every layout, it is the function that `transformers` computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ul2r.config import Architecture, HuggingFace, Recipe
+from ul2r.model.huggingface.configuration import read_config
+from ul2r.model.huggingface.exporting import Card, Stored, exported_tensors, write_folder
+from ul2r.testing.corpus import tiny_store
+from ul2r.testing.distributed import run_distributed
+from ul2r.testing.families import MODELS, reference_logits, write_model
+from ul2r.testing.recipes import tiny_recipe
+
+pytestmark = pytest.mark.distributed
+
+LAYOUTS = {
+    "single": {},
+    "TP 2": {"workers": 2, "tensor": 2},
+    "PP 2": {"workers": 2, "pipeline": 2},
+}
+LENGTH, PREFIX, VOCABULARY = 48, 20, 500
+CARD = Card("tiny", None, "prefix", True, step=2, tokens=1, flops=1.0, checkpoint="none")
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Logits of the last stage before and after training, (B, S, V)."""
+
+    imported: Tensor
+    trained: Tensor
+    losses: list[float]
+    gradient_norms: list[float]
+
+
+def carry(recipes: list[Recipe], tokens: Tensor) -> list[Carried | None]:
+    """Import, save, take two steps and save again, each recipe in turn; None on ranks without logits."""
+    from ul2r.data.batches import Batches
+    from ul2r.data.prepared import open_corpus
+    from ul2r.testing.layouts import save_weights, whole_logits
+    from ul2r.train.mesh import Mesh
+    from ul2r.train.pretrained import load_pretrained
+    from ul2r.train.step import TrainStep
+
+    mesh = Mesh.join(recipes[0].parallel)
+    found = []
+    for recipe in recipes:
+        corpus = open_corpus(recipe.store_folder)
+        step = TrainStep(recipe, mesh, corpus.vocabulary.size)
+        assert isinstance(recipe.base, HuggingFace)
+        load_pretrained(recipe, recipe.base, step)
+        imported = whole_logits(step.chunks[0], tokens, PREFIX)
+        save_weights(step.chunks, recipe.run_folder() / "imported")
+        batches = Batches(recipe, corpus)
+        taken = [
+            step.train(number, batches.rows(number, mesh.data_rank, recipe.parallel.data))
+            for number in range(2)
+        ]
+        trained = whole_logits(step.chunks[0], tokens, PREFIX)
+        save_weights(step.chunks, recipe.run_folder() / "trained")
+        losses = [result.losses.mean for result in taken]
+        norms = [result.gradient_norm for result in taken]
+        found.append(Carried(imported, trained, losses, norms) if mesh.is_last_stage else None)
+    return found
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("families")
+    tiny_store(folder / "store", vocabulary_size=VOCABULARY)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(storage: Path) -> dict[str, torch.nn.Module]:
+    return {name: write_model(name, storage / name) for name in MODELS}
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Tensor:
+    return torch.from_numpy(np.random.default_rng(0).integers(0, VOCABULARY, (3, LENGTH)))
+
+
+def recipe_of(storage: Path, name: str, layout: str) -> Recipe:
+    architecture = read_config(storage / name)
+    return tiny_recipe(
+        storage,
+        name=f"{name} {layout}".replace(" ", "-").replace(",", ""),
+        base={"hf": str(storage / name)},
+        model=architecture.model_dump(),
+        parallel=LAYOUTS[layout],
+        optimizer={"learning_rate": 3e-2},
+    )
+
+
+@pytest.fixture(scope="module")
+def carried(
+    storage: Path, models: dict[str, torch.nn.Module], tokens: Tensor
+) -> dict[tuple[str, str], Carried]:
+    """Every family in every layout, by one set of processes for each layout."""
+    found: dict[tuple[str, str], Carried] = {}
+    for layout, parallel in LAYOUTS.items():
+        recipes = [recipe_of(storage, name, layout) for name in models]
+        *_, last = run_distributed(carry, parallel.get("workers", 1), recipes, tokens)
+        found |= {(name, layout): one for name, one in zip(models, last, strict=True)}
+    return found
+
+
+def exported(storage: Path, name: str, layout: str, what: str) -> Path:
+    """The checkpoint of a run as a Hugging Face folder."""
+    recipe = recipe_of(storage, name, layout)
+    architecture: Architecture = recipe.model
+    corpus = tiny_store(storage / "vocabulary", vocabulary_size=VOCABULARY)
+    folder = recipe.run_folder() / f"{what}-export"
+    write_folder(
+        folder,
+        exported_tensors(Stored(recipe.run_folder() / what), architecture, VOCABULARY),
+        architecture=architecture,
+        positions=LENGTH,
+        vocabulary=corpus.vocabulary,
+        tokenizer=corpus.tokenizer_file,
+        card=CARD,
+        shard_bytes=2**30,
+    )
+    return folder
+
+
+EVERY = [(name, layout) for layout in LAYOUTS for name in MODELS]
+
+
+@pytest.mark.parametrize(("name", "layout"), EVERY)
+def test_imported_logits_are_those_of_transformers(
+    models: dict[str, torch.nn.Module],
+    carried: dict[tuple[str, str], Carried],
+    tokens: Tensor,
+    name: str,
+    layout: str,
+) -> None:
+    ours = carried[name, layout].imported
+    assert ours.shape[-1] == 512
+    expected = reference_logits(models[name], tokens, PREFIX)
+    torch.testing.assert_close(ours[..., :VOCABULARY], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "layout"), EVERY)
+def test_every_layout_takes_the_same_steps(
+    carried: dict[tuple[str, str], Carried], name: str, layout: str
+) -> None:
+    ours, single = carried[name, layout], carried[name, "single"]
+    assert ours.losses == pytest.approx(single.losses, rel=1e-4)
+    assert ours.gradient_norms == pytest.approx(single.gradient_norms, rel=1e-3)
+
+
+@pytest.mark.parametrize(("name", "layout"), EVERY)
+def test_export_of_an_import_has_the_same_tensors_bit_for_bit(
+    storage: Path, carried: dict[tuple[str, str], Carried], name: str, layout: str
+) -> None:
+    assert (name, layout) in carried
+    folder = exported(storage, name, layout, "imported")
+    before, after = (load_file(place / "model.safetensors") for place in (storage / name, folder))
+    assert before.keys() == after.keys()
+    for tensor, value in before.items():
+        assert torch.equal(value, after[tensor]), tensor
+    assert read_config(folder) == read_config(storage / name)
+
+
+@pytest.mark.parametrize(("name", "layout"), EVERY)
+def test_exported_logits_are_the_trained_models(
+    storage: Path, carried: dict[tuple[str, str], Carried], tokens: Tensor, name: str, layout: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    trained = carried[name, layout].trained[..., :VOCABULARY]
+    assert (trained - carried[name, layout].imported[..., :VOCABULARY]).abs().max() > 0.1
+    model = AutoModelForCausalLM.from_pretrained(exported(storage, name, layout, "trained")).eval()
+    torch.testing.assert_close(
+        reference_logits(model, tokens, PREFIX), trained, atol=1e-4, rtol=1e-4
+    )

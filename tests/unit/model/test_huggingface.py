@@ -1,0 +1,220 @@
+"""Folders that are no base: each is refused in one line that says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from ul2r.config import Architecture, Recipe, load
+from ul2r.data.tokenizer import add_special_tokens, load_tokenizer, train_tokenizer
+from ul2r.errors import CheckpointError, RecipeError
+from ul2r.launch.base import check_base, describe, described_by_base
+from ul2r.model.huggingface.configuration import architecture_of, check_family, config_of
+from ul2r.testing.families import random_model, write_model
+from ul2r.testing.recipes import tiny_recipe
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole Llama in three files and more, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("base") / "llama"
+    write_model("Llama 2", folder, shard_size="40KB")
+    train_tokenizer(["some text of no importance"], size=300, sentinels=2).save(
+        str(folder / "tokenizer.json")
+    )
+    return folder
+
+
+@pytest.fixture
+def broken(llama: Path, tmp_path: Path) -> Path:
+    """A copy to be broken."""
+    return Path(shutil.copytree(llama, tmp_path / "llama"))
+
+
+def change_config(folder: Path, **changes: Any) -> None:  # noqa: ANN401  any JSON value
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def change_index(folder: Path, change: Callable[[dict[str, str]], object]) -> None:
+    file = folder / "model.safetensors.index.json"
+    tree = json.loads(file.read_text())
+    change(tree["weight_map"])
+    file.write_text(json.dumps(tree))
+
+
+def one_shard(folder: Path) -> Path:
+    return sorted(folder.glob("*.safetensors"))[0]
+
+
+def test_a_whole_model_is_described(llama: Path) -> None:
+    text = describe(str(llama))
+    assert f"parameters ({random_model('Llama 2').num_parameters():,})" in text
+    assert "#   embedding_rows: 500" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: (f / "config.json").unlink(), "is no Hugging Face model: config.json"),
+        (lambda f: (f / "config.json").write_text("{"), "is no Hugging Face model: config.json"),
+        (lambda f: change_config(f, model_type="bert"), "models of type 'bert' cannot be imported"),
+        (lambda f: change_config(f, model_type="gemma2"), "scores are capped by a tanh"),
+        (lambda f: change_config(f, hidden_act="relu"), 'hidden_act="relu": only .silu.'),
+        (lambda f: change_config(f, mlp_bias=True), "mlp_bias=true: only False"),
+        (lambda f: change_config(f, new_feature=3), "new_feature=3: this key is not known"),
+        (
+            lambda f: change_config(f, rope_scaling={"rope_type": "yarn", "factor": 4.0}),
+            'rope_type="yarn": only',
+        ),
+        (lambda f: one_shard(f).unlink(), "names model-00001-of-.* which is not there"),
+        (lambda f: one_shard(f).write_bytes(b"no tensors"), "cannot be read"),
+        (
+            lambda f: change_index(f, lambda m: m.update({"model.extra": one_shard(f).name})),
+            "model.extra is not in model-00001",
+        ),
+        (
+            lambda f: change_index(f, lambda m: m.pop("model.norm.weight")),
+            "1 tensors that config.json asks for are not there, the first model.norm.weight",
+        ),
+        (lambda f: change_config(f, num_hidden_layers=1), "9 tensors are not what config.json"),
+        (lambda f: change_config(f, intermediate_size=50), "has shape .48, 32., config.json .*50"),
+        (lambda f: change_config(f, vocab_size=256), "shape .500, 32., config.json .*256, 32"),
+        (
+            lambda f: [path.unlink() for path in f.glob("model*")],
+            "holds neither model.safetensors nor",
+        ),
+    ],
+)
+def test_a_folder_that_is_no_base_is_refused_by_name(
+    broken: Path, change: Callable[[Path], object], message: str
+) -> None:
+    change(broken)
+    with pytest.raises(CheckpointError, match=message) as refused:
+        describe(str(broken))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(broken: Path) -> None:
+    tokenizer = load_tokenizer(broken / "tokenizer.json")
+    add_special_tokens(tokenizer, sentinels=400)
+    tokenizer.save(str(broken / "tokenizer.json"))
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer.json has 6\d\d entries, the embedding 500"
+    ):
+        describe(str(broken))
+
+
+def test_tensors_that_old_files_hold_and_nobody_reads_are_no_matter(broken: Path) -> None:
+    shard = one_shard(broken)
+    tensors = load_file(shard)
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    save_file({**tensors, name: tensors[next(iter(tensors))][0].clone()}, shard)
+    change_index(broken, lambda places: places.update({name: shard.name}))
+    assert "llama" in describe(str(broken))
+
+
+def recipe_file(folder: Path, base: Path, text: str = "") -> Path:
+    file = folder / "recipe.yaml"
+    file.write_text(
+        f"name: continued\nstorage: {folder}\nbase: {{hf: {base}}}\n"
+        "training: {steps: 2, global_batch_rows: 2}\nvalidation: {rows: 2}\n"
+        f"objective: {{sequence_length: 64}}\n{text}"
+    )
+    return file
+
+
+def test_a_recipe_takes_model_and_tokenizer_from_its_base(llama: Path, tmp_path: Path) -> None:
+    recipe = load(recipe_file(tmp_path, llama), (), Recipe, described_by_base)
+    assert (recipe.model.layers, recipe.model.embedding_rows, recipe.model.tied) == (2, 500, False)
+    assert recipe.data.tokenizer == llama / "tokenizer.json"
+    again = load(
+        recipe_file(tmp_path, llama, "model: {layers: 2, heads: 4}"), (), Recipe, described_by_base
+    )
+    assert again == recipe
+
+
+def test_a_recipe_whose_model_is_another_than_its_bases_is_refused(
+    llama: Path, tmp_path: Path
+) -> None:
+    file = recipe_file(tmp_path, llama, "model: {layers: 3}")
+    with pytest.raises(RecipeError, match=r"model.layers=3: base.hf=.* has 2"):
+        load(file, (), Recipe, described_by_base)
+
+
+def test_a_token_store_of_another_tokenizer_is_refused(llama: Path, tmp_path: Path) -> None:
+    recipe = load(recipe_file(tmp_path, llama), (), Recipe, described_by_base)
+    other = train_tokenizer(["letters in quite another order"], size=300, sentinels=3)
+    other.save(str(tmp_path / "other.json"))
+    assert not isinstance(recipe.base, str)
+    assert recipe.base is not None
+    with pytest.raises(RecipeError, match=r"tokenizer gives .* tokens another number"):
+        check_base(recipe, recipe.base, tmp_path / "other.json")
+    extended = load_tokenizer(llama / "tokenizer.json")
+    add_special_tokens(extended, sentinels=4)
+    extended.save(str(tmp_path / "extended.json"))
+    check_base(recipe, recipe.base, tmp_path / "extended.json")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"activation": "gelu"}, r"model.activation=gelu: LlamaForCausalLM.* has swiglu"),
+        ({"family": "qwen2"}, r"model.bias=None: Qwen2ForCausalLM.* has qkv"),
+        ({"family": "mistral", "logit_scale": 0.5}, r"model.logit_scale=0.5: Mistral"),
+        ({"family": "gpt2", "positions": 64}, r"model\.\w+=.*GPT2LMHeadModel"),
+    ],
+)
+def test_a_model_that_its_family_does_not_compute_is_refused(
+    model: dict[str, Any], message: str
+) -> None:
+    architecture = tiny_recipe(Path("runs"), model=model).model
+    with pytest.raises(RecipeError, match=message):
+        check_family(architecture)
+
+
+def test_a_written_configuration_is_read_back() -> None:
+    from transformers import AutoConfig
+
+    scaling = {"factor": 8, "original_positions": 64}
+    sizes = {"layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "heads": 4, "kv_heads": 2}
+    written = Architecture.model_validate(
+        {**sizes, "head_size": 12, "rope_scaling": scaling, "embedding_rows": 99, "positions": 7}
+    )
+    config = AutoConfig.for_model(**config_of(written, positions=5, rows=99))
+    assert architecture_of(config.to_dict()) == written
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("{missing}/nothing", "there is no such folder"),
+        ("somebody/a-model", "could not be had from the Hugging Face Hub"),
+    ],
+)
+def test_a_job_ends_with_one_line_and_leaves_nothing(
+    tmp_path: Path, model: str, message: str
+) -> None:
+    ran = subprocess.run(
+        [sys.executable, "jobs/import_hf.py", model.format(missing=tmp_path)],
+        cwd=ROOT,
+        env={"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 2
+    assert message in ran.stderr
+    assert ran.stderr.count("\n") == 1
+    assert ran.stdout == ""
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
