@@ -88,7 +88,8 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Recipe]:
 
 
 def replaced_model(recipe: Recipe) -> Recipe:
-    return Recipe.model_validate(recipe.model_dump() | {"model": SMALL})
+    decayed = {**recipe.optimizer.model_dump(), "decay_embeddings": True}
+    return Recipe.model_validate(recipe.model_dump() | {"model": SMALL, "optimizer": decayed})
 
 
 @pytest.fixture(scope="module")

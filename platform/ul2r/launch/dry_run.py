@@ -57,9 +57,12 @@ def dry_run(recipe: Recipe) -> str:
         "",
         *_aligned([*_stages(sizing)], "<" + ">" * 9),
         "",
-        "Left out: the device's own context, communication buffers, fragmentation, temporary tensors; and attention",
-        "scores, which grow with the square of the row, should torch not take a fused kernel (not measured on a GPU).",
+        "Left out: the device's own context, communication buffers, fragmentation, temporary tensors.",
     ]
+    if recipe.attention_backend == "sdpa":
+        lines += [
+            "And attention scores, which grow with the square of the row, should torch not take a fused kernel.",
+        ]
     return "\n".join(lines)
 
 

@@ -193,8 +193,8 @@ def _pass_bytes(recipe: Recipe, *, is_last: bool) -> int:
     """Bytes that a microbatch's pass through a chunk leaves on a rank for the backward pass, logits apart."""
     length, layers = recipe.objective.sequence_length, recipe.model.layers // recipe.parallel.chunks
     recomputes = recipe.training.recompute != "none"
-    mask = recipe.training.microbatch_rows * length * length if recomputes else 0
-    return layers * _layer_bytes(recipe)[0] + _end_bytes(recipe, is_last=is_last) + mask
+    intervals = recipe.training.microbatch_rows * 2 * 4 * length if recomputes else 0
+    return layers * _layer_bytes(recipe)[0] + _end_bytes(recipe, is_last=is_last) + intervals
 
 
 def _end_bytes(recipe: Recipe, *, is_last: bool) -> int:
@@ -212,8 +212,9 @@ def _layer_bytes(recipe: Recipe) -> tuple[int, int]:
         recipe.objective.sequence_length,
         _row_parts(recipe),
     )
-    # The mask, made a bias in each layer, and a statistic of the softmax in fp32.
-    attention = positions * (element * length + 4 * model.heads // parallel.tensor)
+    # A dense mask, made a bias in each layer, and a statistic of the softmax in fp32.
+    bias = element * length if recipe.attention_backend == "sdpa" else 0
+    attention = positions * (bias + 4 * model.heads // parallel.tensor)
     rotations = 4 * length * model.head_dim  # cosines and sines of queries and keys
     norms = 4 * 2 // parts  # a statistic of each in fp32
     whole = positions * (element * _layer_elements(recipe) + norms) + element * rotations
@@ -255,8 +256,8 @@ def _layer_elements(recipe: Recipe) -> int:
       unless sequence parallelism cuts them, 6 h/t (a fused kernel keeps a third less);
     - attention keeps rotated queries h/t and keys g/t, the projection that values are a part of (h + 2 g)/t, and its
       output h/t; with fewer key/value heads than tensor ranks, the projection is gathered whole;
-    - the fused attention kernel keeps no scores (their 5 a s), but the mask: see `_layer_bytes`. Should torch
-      take its unfused one, the scores come on top;
+    - a fused attention kernel keeps no scores (their 5 a s), but torch's SDPA the mask: see `_layer_bytes`. Should
+      torch take its unfused one, the scores come on top;
     - SwiGLU keeps its two inputs 2 f/t, the shifted linear one, the activated one and their product: 5 f/t;
     - there is no dropout, hence no dropout mask.
     """
