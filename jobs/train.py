@@ -4,9 +4,10 @@
     torchrun --nproc-per-node 8 jobs/train.py RECIPE
 
 Trains the recipe's model on its objective with Ray Train, from initial weights or from `base`. Stopped and
-run again, it goes on from the last checkpoint; a finished run is left as it is. With --dry-run nothing is started:
-the run is checked, and its parameters, memory, FLOPs and expected time are printed. Started by torchrun it needs no
-Ray, and is the same run.
+run again, it goes on from the last sound checkpoint; a finished run is left as it is. SIGTERM lets it save after the
+running step and end with exit code 130 (torchrun's own is 1); a second one stops it at once, as Ctrl-C does. With
+--dry-run nothing is started: the run is checked, and its parameters, memory, FLOPs and expected time are printed.
+Started by torchrun it needs no Ray, and is the same run.
 """
 
 from __future__ import annotations

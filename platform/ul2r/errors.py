@@ -5,7 +5,7 @@ Ul2rError
     ├── RecipeError        a recipe's key, type or value
     ├── CorpusError        the text given to `prepare`, or a token store
     ├── LayoutError        worker counts and parallel sizes that do not fit each other or the cluster
-    ├── CheckpointError    a checkpoint or export that is missing, damaged or does not match the recipe
+    ├── CheckpointError    a checkpoint or export that is missing, damaged, not of the recipe, or cannot be written
     ├── ServiceError       MLflow, Ray or a port that is not there, or is taken
     ├── DivergedError      a run whose loss or gradient is no longer a number
     └── RequestError       a request to a served model (HTTP 4xx)
@@ -37,7 +37,7 @@ class LayoutError(UserError):
 
 
 class CheckpointError(UserError):
-    """A checkpoint or export that is missing, damaged, or differs from the recipe."""
+    """A checkpoint or export that is missing, damaged, differs from the recipe, or cannot be written."""
 
 
 class ServiceError(UserError):

@@ -107,7 +107,7 @@ def fill_transformer_engine_spec() -> None:
             return RMSNorm
 
     gpt_layer_specs.TESpecProvider = Provider
-    layers.uses_transformer_engine = bool
+    layers.uses_transformer_engine = lambda architecture: architecture.tied
     setattr(layers, "LayerNormImpl", RMSNorm)  # noqa: B010  mypy knows it as imported there
 
 

@@ -181,6 +181,8 @@ class Launch(Section):
     every CPU is taken. They need little: one core makes over a million tokens a second."""
     max_failures: int = Field(default=3, ge=0)
     """Worker-group restarts before the run is given up."""
+    min_workers: PositiveInt | None = None
+    """Fewest workers that a run goes on with where a machine is lost; without it the run waits for another one."""
     device_memory_gib: float | None = Field(default=None, gt=0)
     """Memory of one worker's device, which a run must fit in; without it 80 for a GPU, and no limit on CPUs."""
     device_peak_tflops: float | None = Field(default=None, gt=0)
@@ -271,6 +273,15 @@ class Recipe(Section):
             raise ValueError(
                 f"objective.mixture needs {needed} sentinels in slots of {self.objective.slot_length} tokens, "
                 f"data.sentinels={self.data.sentinels}: raise data.sentinels to {needed} or shorten the slots"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _shrinks(self) -> Self:
+        least, workers = self.launch.min_workers, self.parallel.workers
+        if least is not None and least > workers:
+            raise ValueError(
+                f"launch.min_workers={least} is more than parallel.workers={workers}: lower the first"
             )
         return self
 

@@ -39,7 +39,7 @@ def run_job(
         dry_run: What `--dry-run` does instead; without it the job has no such option.
 
     Returns:
-        0; 2 after a mistake of the user's; 130 where Ctrl-C or SIGTERM stopped the work.
+        0; 2 after a mistake of the user's; 130 where Ctrl-C or SIGTERM stopped the work, training after a checkpoint.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter

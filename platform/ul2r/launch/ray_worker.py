@@ -21,6 +21,9 @@ from ul2r.train.feed import Reader
 from ul2r.train.loop import Wish
 from ul2r.train.mesh import Mesh
 
+PREEMPTION_STEPS = 10
+"""Steps between two looks whether a machine is about to be taken away, each of which costs some 10 ms."""
+
 
 def train_worker(
     *,
@@ -56,7 +59,7 @@ def train_worker(
             owner=owner,
             fingerprint=fingerprint,
             say=report.say,
-            wish=lambda: Wish.STOP if report.stop_asked() else Wish.GO_ON,
+            wish=_Wishes(report),
         )
         tracker.close("FINISHED" if reached.step == recipe.training.steps else "KILLED")
 
@@ -65,6 +68,31 @@ def train_worker(
         return
     with MlflowTracker(uri, run_id, recipe.run_folder()) as tracker:
         run(PrometheusTracker(tracker, recipe.name))
+
+
+class _Wishes:
+    """What a worker wants at the end of a step: a checkpoint before a machine is taken away, or the end.
+
+    Ray Train starts the workers again when it has been taken. All of them ask it at the same steps.
+    """
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._steps = 0
+        self._leaving = set[str]()
+
+    def __call__(self) -> Wish:
+        self._steps += 1
+        noticed = self._steps % PREEMPTION_STEPS == 0 and self._is_noticed()
+        if self._report.stop_asked():
+            return Wish.STOP
+        return Wish.SAVE if noticed else Wish.GO_ON
+
+    def _is_noticed(self) -> bool:
+        """Whether machines are to leave that were not before."""
+        notice = ray.train.get_preemption_info()
+        before, self._leaving = self._leaving, set(notice.preempted_node_ids) if notice else set()
+        return bool(self._leaving - before)
 
 
 def _reader(recipe: Recipe) -> Reader:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from contextlib import nullcontext
 from typing import Any
 
+import ray
 from ray._private.worker import get_dashboard_url
 from ray.train import FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -19,9 +21,10 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from ul2r.config import Recipe
 from ul2r.data.prepare import begun
-from ul2r.data.prepared import open_corpus
+from ul2r.data.prepared import Corpus, open_corpus
 from ul2r.errors import UserError
 from ul2r.launch.cluster import connected
+from ul2r.launch.elastic import cpus_needed, has_room, resources_per_worker, shrunk
 from ul2r.launch.growing import growing
 from ul2r.launch.progress import shown_progress
 from ul2r.launch.run import (
@@ -74,28 +77,38 @@ def train(recipe: Recipe) -> CheckpointInfo:
         if grows:
             check_run(recipe, corpus, silent)
         with sigterm_noted() as stopped, recorded(recipe, corpus, uri) as run_id:
-            _fit(recipe, corpus.manifest.fingerprint, uri, run_id, stopped)
+            _fit_and_shrink(recipe, corpus, uri, run_id, stopped)
             reached = reached_by(recipe)
             if not reached.finished:
                 raise KeyboardInterrupt
     return reached
 
 
-def cpus_needed(recipe: Recipe) -> float:
-    """Logical CPUs of the workers and of the data tasks that feed them."""
-    launch = recipe.launch
-    parallel = recipe.parallel
-    return parallel.workers * launch.cpus_per_worker + parallel.data * launch.cpus_per_data_task
-
-
 class FailurePolicy(DefaultFailurePolicy):  # type: ignore[misc]  # Ray has no types here
-    """Restarts workers, unless one of them met a mistake of the user's: it would meet it again."""
+    """Restarts workers, unless that cannot help.
+
+    One of them met a mistake of the user's: it would meet it again. Or the cluster has lost what they need, and the
+    driver may start fewer.
+
+    Args:
+        failure_config: Ray's.
+        recipe: The run.
+    """
+
+    def __init__(self, failure_config: FailureConfig, recipe: Recipe) -> None:
+        super().__init__(failure_config)
+        self._recipe = recipe
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         """What Ray Train does about a failure."""
-        if isinstance(_cause(training_failed_error), UserError):
+        if isinstance(_cause(training_failed_error), UserError) or self._may_shrink():
             return FailureDecision.RAISE
         return super().make_decision(training_failed_error)
+
+    def _may_shrink(self) -> bool:
+        if self._recipe.launch.min_workers is None:
+            return False
+        return not has_room(self._recipe, ray.cluster_resources())
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types here
@@ -103,7 +116,8 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types here
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Result:  # noqa: ANN401  Ray's
         """Give up at once where starting again cannot help."""
-        policy = FailurePolicy(self.run_config.failure_config)
+        recipe: Recipe = self.train_loop_config["recipe"]
+        policy = FailurePolicy(self.run_config.failure_config, recipe)
         return super()._initialize_and_run_controller(**{**arguments, "failure_policy": policy})
 
     def _register_sigint_handler(self, _: object) -> None:
@@ -118,6 +132,27 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types here
         if get_dashboard_url():
             return callbacks
         return [one for one in callbacks if not isinstance(one, PlacementGroupCleanerCallback)]
+
+
+def _fit_and_shrink(
+    recipe: Recipe, corpus: Corpus, uri: str, run_id: str, stopped: threading.Event
+) -> None:
+    """Train; where machines are lost, go on with fewer replicas as far as the recipe lets it."""
+    while True:
+        try:
+            return _fit(recipe, corpus.manifest.fingerprint, uri, run_id, stopped)
+        except TrainingFailedError:
+            left = ray.cluster_resources()
+            if has_room(recipe, left):
+                raise
+            smaller = shrunk(recipe, left, corpus.vocabulary.size)
+            if smaller is None:
+                raise
+            sys.stderr.write(
+                f"{recipe.name}: the cluster has {left.get('CPU', 0):g} CPUs and {left.get('GPU', 0):g} GPUs left: "
+                f"going on with parallel.workers={smaller.parallel.workers} of {recipe.parallel.workers}\n"
+            )
+            recipe = smaller
 
 
 def _fit(recipe: Recipe, fingerprint: str, uri: str, run_id: str, stopped: threading.Event) -> None:
@@ -140,7 +175,7 @@ def _fit(recipe: Recipe, fingerprint: str, uri: str, run_id: str, stopped: threa
             scaling_config=ScalingConfig(
                 num_workers=recipe.parallel.workers,
                 use_gpu=bool(launch.gpus_per_worker),
-                resources_per_worker=_resources(recipe),
+                resources_per_worker=resources_per_worker(recipe),
             ),
             run_config=RunConfig(
                 worker_runtime_env=None if launch.gpus_per_worker else {"env_vars": NO_GPU},
@@ -152,13 +187,6 @@ def _fit(recipe: Recipe, fingerprint: str, uri: str, run_id: str, stopped: threa
             trainer.fit()
         except TrainingFailedError as error:
             raise _cause(error) from error
-
-
-def _resources(recipe: Recipe) -> dict[str, float]:
-    resources: dict[str, float] = {"CPU": recipe.launch.cpus_per_worker}
-    if recipe.launch.gpus_per_worker:
-        resources["GPU"] = recipe.launch.gpus_per_worker
-    return resources
 
 
 def _cause(error: TrainingFailedError) -> Exception:

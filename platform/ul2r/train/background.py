@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelSaveStrategyWrapper,
 )
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ul2r.train.integrity import Digest
@@ -50,12 +52,15 @@ class BackgroundWrite:
     ) -> None:
         if filesystem_async._results_queue is None:  # else Megatron-Core starts a server process
             filesystem_async._results_queue = queue.Queue()
+        live = {_place(part.data) for part in nested_values(state) if _is_tensor(part)}
         planned = _Planned("torch_dist", 1, thread_count=FILES_PER_RANK)
         shared = FullyParallelSaveStrategyWrapper(planned, replicas)
         dist_checkpointing.save(state, str(folder), sharded_strategy=shared)
         self._request, self._last = planned.request, last
         self._pool = ThreadPoolExecutor(FILES_PER_RANK + 1, thread_name_prefix="checkpoint")
-        self._writing: Future[dict[str, Digest]] = self._pool.submit(self._write, self._copied())
+        self._writing: Future[dict[str, Digest]] = self._pool.submit(
+            self._write, self._copied(live)
+        )
 
     @property
     def done(self) -> bool:
@@ -77,21 +82,24 @@ class BackgroundWrite:
         self._pool.shutdown()
         return self._writing.result()
 
-    def _copied(self) -> list[tuple[str, str, Any]]:
-        """What each file will hold: its path, its key, and its items of bytes and of tensors, all copied."""
+    def _copied(self, live: set[int]) -> list[tuple[str, str, Any]]:
+        """What each file will hold: its path, its key, and its items of bytes and of tensors.
+
+        Megatron-Core has copied what comes from a GPU or is a part of something larger.
+
+        Args:
+            live: Places of the tensors that training changes.
+        """
         if self._request.preload_fn is None:
             return []
-        _, live, _ = self._request.async_fn_args
-        files = []
-        for (_, _, (_, before)), (path, key, (objects, after)) in zip(
-            live, self._request.preload_fn(), strict=True
-        ):
-            pairs = zip(before, after, strict=True)
-            tensors = [
-                (item, new.clone() if new is old else new) for (_, old), (item, new) in pairs
-            ]
-            files.append((path, key, (objects, tensors)))
-        return files
+
+        def own(tensor: Tensor) -> Tensor:
+            return tensor.clone() if _place(tensor) in live else tensor
+
+        return [
+            (path, key, (objects, [(item, own(tensor)) for item, tensor in tensors]))
+            for path, key, (objects, tensors) in self._request.preload_fn()
+        ]
 
     def _write(self, files: list[tuple[str, str, Any]]) -> dict[str, Digest]:
         written = list(self._pool.map(self._write_file, range(len(files)), files))
@@ -128,3 +136,12 @@ class _Planned(TorchDistSaveShardedStrategy):  # type: ignore[misc]  # Megatron-
         known = inspect.signature(self.async_save).parameters
         chosen = {name: value for name, value in ours.items() if name in known}
         self.request = self.async_save(sharded_state_dict, checkpoint_dir, **chosen)
+
+
+def _is_tensor(part: object) -> bool:
+    return isinstance(getattr(part, "data", None), Tensor)
+
+
+def _place(tensor: Tensor) -> int:
+    """Where its memory begins."""
+    return tensor.untyped_storage().data_ptr()

@@ -205,7 +205,11 @@ def first_sound(
 
 
 def last_sound(
-    store: CheckpointStore, *, thorough: bool = True, say: Say = to_stderr
+    store: CheckpointStore,
+    *,
+    thorough: bool = True,
+    say: Say = to_stderr,
+    say_restored: Say = to_stderr,
 ) -> Path | None:
     """The newest sound checkpoint of a run, fetched from its mirror where none is on disk; None before the first.
 
@@ -213,12 +217,13 @@ def last_sound(
         store: The run's checkpoints.
         thorough: Whether to read all files of a checkpoint; without, of large ones only the sizes are looked at.
         say: Takes a line if the newest is not sound.
+        say_restored: Takes lines about what is fetched.
 
     Raises:
         CheckpointError: If there are some, and none is sound.
     """
     damage_of = partial(find_damage, thorough=thorough)
-    return first_sound(store.candidates(), damage_of, partial(store.restore, say), say)
+    return first_sound(store.candidates(), damage_of, partial(store.restore, say_restored), say)
 
 
 def base_checkpoint(

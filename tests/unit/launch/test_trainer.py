@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from ray.train import FailureConfig
 from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
@@ -9,6 +11,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 
 from ul2r.errors import CorpusError
 from ul2r.launch.trainer import FailurePolicy
+from ul2r.testing.recipes import tiny_recipe
 
 
 @pytest.mark.parametrize(
@@ -22,5 +25,5 @@ from ul2r.launch.trainer import FailurePolicy
 def test_a_mistake_of_the_users_is_not_tried_again(
     failures: dict[int, Exception], decision: FailureDecision
 ) -> None:
-    policy = FailurePolicy(FailureConfig(max_failures=3))
+    policy = FailurePolicy(FailureConfig(max_failures=3), tiny_recipe(Path("/nowhere")))
     assert policy.make_decision(WorkerGroupError("failed", failures)) is decision

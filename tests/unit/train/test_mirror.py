@@ -54,7 +54,7 @@ def test_a_run_whose_disk_is_gone_goes_on_from_the_copy(tmp_path: Path, url: str
     write(run_in(tmp_path / "old", url), 2, 4)
     said: list[str] = []
     store = CheckpointStore(tmp_path / "new", mirror=Mirror(url, "tiny"))
-    path = last_sound(store, say=said.append)
+    path = last_sound(store, say=said.append, say_restored=said.append)
     assert path == tmp_path / "new" / "step_00000004"
     assert find_damage(path) is None
     assert (path / "weights").read_text() == "of step 4"
@@ -67,9 +67,12 @@ def test_what_is_on_disk_is_taken_before_a_copy(tmp_path: Path, url: str) -> Non
     write(store, 2, 4)
     (tmp_path / "run" / "step_00000004" / "weights").write_text("torn")
     said: list[str] = []
-    assert last_sound(store, say=said.append) == tmp_path / "run" / "step_00000002"
+    assert (
+        last_sound(store, say=said.append, say_restored=said.append)
+        == tmp_path / "run" / "step_00000002"
+    )
     shutil.rmtree(tmp_path / "run" / "step_00000002")
-    path = last_sound(store, say=said.append)
+    path = last_sound(store, say=said.append, say_restored=said.append)
     assert path == tmp_path / "run" / "step_00000004"
     assert (path / "weights").read_text() == "of step 4"
 
@@ -95,7 +98,7 @@ def test_a_copy_that_was_cut_off_does_not_count(tmp_path: Path, url: str) -> Non
     files.pipe_file(f"{root}/step_00000006/weights", b"of step 6")
     said: list[str] = []
     store = CheckpointStore(tmp_path / "new", mirror=Mirror(url, "tiny"))
-    path = last_sound(store, say=said.append)
+    path = last_sound(store, say=said.append, say_restored=said.append)
     assert path is not None
     assert path.name == "step_00000002"
     assert said[0].startswith(
@@ -117,7 +120,11 @@ def test_ranks_that_restore_at_the_same_time_fetch_once(tmp_path: Path, url: str
     said: list[str] = []
 
     def restore() -> None:
-        last_sound(CheckpointStore(tmp_path / "new", mirror=Mirror(url, "tiny")), say=said.append)
+        last_sound(
+            CheckpointStore(tmp_path / "new", mirror=Mirror(url, "tiny")),
+            say=said.append,
+            say_restored=said.append,
+        )
 
     threads = [threading.Thread(target=restore) for _ in range(4)]
     for thread in threads:
