@@ -182,7 +182,7 @@ def test_a_spent_budget_stops_the_run_with_its_evidence(runs: list[Result]) -> N
     assert helpless.read == [0, 1, 2, 3, 4, 5]
     assert "\n" not in helpless.error
     assert "step 4, batch 5: loss nan and gradient norm nan" in helpless.error
-    assert "2 of guards.max_skips=2" in helpless.error
+    assert "of guards.max_skips=2 among 8 batches 2 are spent" in helpless.error
     decisions = [json.loads(file.read_text())["decision"] for file in helpless.kept]
     assert decisions == ["skip", "skip", "stop"]
 

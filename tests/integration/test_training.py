@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 ACTIVATED = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
-STEPS, SAVED_EVERY = 24, 4
+STEPS, SAVED_EVERY, SKIPPED = 24, 4, 3
 WAIT_S = 240
 
 
@@ -107,12 +107,15 @@ def environment(cluster: Cluster, tracking_uri: str) -> dict[str, str]:
 
 
 def recipe_named(storage: Path, name: str) -> tuple[Recipe, Path]:
+    """A run that skips batches 21, 24 and 25, on which its gradients explode: it reads 27 to take 24 steps."""
     recipe = tiny_recipe(
         storage,
         name=name,
         parallel={"workers": 2},
         training={"steps": STEPS},
         checkpoints={"every": SAVED_EVERY, "keep": STEPS},
+        guards={"window": 8, "deviations": 4},
+        profile={"steps": [2]},
     )
     path = storage / f"{name}.yaml"
     path.write_text(dump(recipe))
@@ -203,7 +206,10 @@ def test_submitted_job_trains_and_is_tracked(
     assert dict(tokens)[STEPS] == STEPS * 8 * 64
     record = json.loads((recipe.run_folder() / "tracking.json").read_text())
     artifacts = MlflowClient(tracking_uri).list_artifacts(record["run_id"])
-    assert {"recipe.yaml", "data.html"} <= {artifact.path for artifact in artifacts}
+    assert {"recipe.yaml", "data.html", "guards", "profiles"} <= {one.path for one in artifacts}
+    assert history(tracking_uri, recipe, "train/skipped_batches")[-1] == (STEPS, SKIPPED)
+    for metric in ("train/memory_gib", f"system/{socket.gethostname()}/cpu_utilization_percentage"):
+        assert len(history(tracking_uri, recipe, metric)) == STEPS
     for name in ("causal", "S", "R", "X-long", "X-dense"):
         points = history(tracking_uri, recipe, f"held_out/loss/{name}")
         assert [step for step, _ in points] == [0, *range(3, STEPS + 1, 3)]

@@ -29,9 +29,9 @@ class Guards(Section):
     """Robust standard deviations above the median that make a spike; see `ul2r.train.guards`."""
     window: int = Field(default=128, ge=8, le=2048)
     """Steps that the median is of; before as many were taken, nothing is a spike."""
-    max_skips: int = Field(default=20, ge=0)
-    """Batches that the run may skip in all."""
-    max_rewinds: int = Field(default=5, ge=0)
+    max_skips: int = Field(default=16, ge=0)
+    """Batches that may be skipped one by one among any `window` successive ones."""
+    max_rewinds: int = Field(default=8, ge=0)
     """Times that the run may go back in all."""
     hang_timeout_s: float = Field(default=1800, gt=0)
     """A worker that stands still for this long says who is behind, and ends, so that all are started again."""

@@ -112,7 +112,7 @@ def evidence(
         "learning_rate": result.learning_rate,
         "window": {"steps": len(state.window), **alarm.statistics},
         "skipped_before": state.skipped,
-        "skips_before": state.skips,
+        "last_skips_before": state.skips,
         "rewinds_before": state.rewinds,
     }
 

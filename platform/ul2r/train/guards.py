@@ -7,7 +7,8 @@ Rousseeuw and Croux 1993, JASA 88).
 
 The loss of a batch depends on which denoisers it drew, so it is compared with what they let expect: each denoiser's
 median loss of the window, weighted by the batch's own targets. What is judged is the difference. Gradient norms are
-judged by their logarithms, since they vary by factors.
+judged by their logarithms, since they vary by factors. (OLMo-core skips steps of which either is six ordinary standard
+deviations from the mean of the last 128.)
 """
 
 from __future__ import annotations
@@ -60,13 +61,13 @@ class GuardState:
 
     Attributes:
         skipped: Batches left out, as (first, one past the last), rising.
-        skips: How often one batch was skipped.
+        skips: The last batches that were skipped one by one, as far as the budget must know of them.
         rewinds: How often the run went back.
         window: The last applied steps, the latest last.
     """
 
     skipped: tuple[tuple[int, int], ...] = ()
-    skips: int = 0
+    skips: tuple[int, ...] = ()
     rewinds: int = 0
     window: tuple[Seen, ...] = ()
 
@@ -82,7 +83,8 @@ class GuardState:
             for sums, targets, norm in tree.get("window", ())
         )
         skipped = tuple((first, end) for first, end in tree.get("skipped", ()))
-        return cls(skipped, tree.get("skips", 0), tree.get("rewinds", 0), tuple(window))
+        skips = tuple(tree.get("skips", ()))
+        return cls(skipped, skips, tree.get("rewinds", 0), tuple(window))
 
     @property
     def skipped_batches(self) -> int:
@@ -91,7 +93,10 @@ class GuardState:
 
     def without(self, batches: range) -> Self:
         """Leave out `batches`, those that come next."""
-        return replace(self, skipped=(*self.skipped, (batches.start, batches.stop)))
+        before, first = self.skipped, batches.start
+        if before and before[-1][1] == first:
+            first, before = before[-1][0], before[:-1]
+        return replace(self, skipped=(*before, (first, batches.stop)))
 
 
 class StepGuards:
@@ -115,23 +120,33 @@ class StepGuards:
                 return found
         return None
 
-    def decide(self, alarm: Alarm, *, can_rewind: bool) -> Decision:
-        """What is done about an alarm, as far as the budget allows."""
+    def decide(self, alarm: Alarm, batch: int, *, can_rewind: bool) -> Decision:
+        """What is done about an alarm, as far as the budget allows.
+
+        Args:
+            alarm: What is wrong.
+            batch: With which batch.
+            can_rewind: Whether there is a checkpoint to go back to.
+        """
         wanted = getattr(self.settings, alarm.kind)
         if wanted == "rewind" and can_rewind:
             return "rewind" if self.state.rewinds < self.settings.max_rewinds else "stop"
         if wanted in ("skip", "rewind"):
-            return "skip" if self.state.skips < self.settings.max_skips else "stop"
+            return "skip" if len(self._recent(batch)) < self.settings.max_skips else "stop"
         return "stop"
 
-    def spent(self, alarm: Alarm) -> str:
+    def spent(self, alarm: Alarm, batch: int) -> str:
         """Why the run stops at an alarm and what to change, for one line."""
-        settings, state = self.settings, self.state
+        settings, skips, rewinds = self.settings, len(self._recent(batch)), self.state.rewinds
         return (
-            f"guards.{alarm.kind}={getattr(settings, alarm.kind)}, {state.skips} of guards.max_skips="
-            f"{settings.max_skips} and {state.rewinds} of guards.max_rewinds={settings.max_rewinds} are spent: raise "
-            "them to go on, or train under another name with a lower optimizer.learning_rate"
+            f"guards.{alarm.kind}={getattr(settings, alarm.kind)}, and of guards.max_skips={settings.max_skips} among "
+            f"{settings.window} batches {skips} are spent, of guards.max_rewinds={settings.max_rewinds} {rewinds}: "
+            "raise them to go on, or train under another name with a lower optimizer.learning_rate"
         )
+
+    def _recent(self, batch: int) -> tuple[int, ...]:
+        """Skips among the last `window` batches."""
+        return tuple(one for one in self.state.skips if one > batch - self.settings.window)
 
     def applied(self, step: Seen) -> None:
         """Let an applied step count for those after it."""
@@ -141,7 +156,7 @@ class StepGuards:
     def skip(self, batch: int) -> None:
         """Leave out the batch that was just seen."""
         left_out = self.state.without(range(batch, batch + 1))
-        self.state = replace(left_out, skips=self.state.skips + 1)
+        self.state = replace(left_out, skips=(*self._recent(batch), batch))
 
     def rewind(self, before: GuardState, batches: range) -> None:
         """Leave out `batches`, all seen since the checkpoint whose state this now is; what was spent stays spent.

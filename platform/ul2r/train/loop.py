@@ -179,7 +179,7 @@ class TrainLoop:
         batch = step + before.skipped_batches
         self.saver.wait()
         saved = bool(self.mesh.from_first(self.checkpoints.candidates))
-        decision = self.guards.decide(alarm, can_rewind=saved)
+        decision = self.guards.decide(alarm, batch, can_rewind=saved)
         norms = layer_norms(self.train_step.optimizer)
         said = f"{self.recipe.name}: step {step + 1}, batch {batch}: {alarm.what}"
         if self.mesh.is_first:
@@ -189,7 +189,7 @@ class TrainLoop:
             logger.warning("%s: %s; see %s", said, decision, file)
         if decision == "stop":
             raise DivergedError(
-                f"{said}; {self.guards.spent(alarm)}; the evidence is in its folder guards/"
+                f"{said}; {self.guards.spent(alarm, batch)}; the evidence is in its folder guards/"
             )
         if decision == "skip":
             self.guards.skip(batch)

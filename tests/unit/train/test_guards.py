@@ -145,18 +145,21 @@ def test_state_through_json_decides_on_all_that_follows_as_if_nothing_had_happen
     assert watch(spiked, before.state)[1] == watch(spiked, again)[1]
 
 
-def decision(kind: str, *, can_rewind: bool = True, **spent: int) -> str:
+def decision(
+    kind: str, *, can_rewind: bool = True, rewinds: int = 0, skips: tuple[int, ...] = ()
+) -> str:
     budget = SETTINGS.model_copy(
         update={"max_skips": 2, "max_rewinds": 1, "gradient_spike": "stop"}
     )
-    guards = StepGuards(budget, GuardState(**spent))  # type: ignore[arg-type]
-    return guards.decide(Alarm(kind, ""), can_rewind=can_rewind)  # type: ignore[arg-type]
+    guards = StepGuards(budget, GuardState(skips=skips, rewinds=rewinds))
+    return guards.decide(Alarm(kind, ""), 100, can_rewind=can_rewind)  # type: ignore[arg-type]
 
 
 def test_decisions_follow_the_recipe_within_the_budget() -> None:
     assert decision("non_finite") == "skip"
-    assert decision("non_finite", skips=1) == "skip"
-    assert decision("non_finite", skips=2) == "stop"
+    assert decision("non_finite", skips=(99,)) == "skip"
+    assert decision("non_finite", skips=(69, 99)) == "stop"
+    assert decision("non_finite", skips=(68, 99)) == "skip", "batches 69 to 100 are a window of 32"
     assert decision("loss_spike") == "rewind"
     assert decision("loss_spike", rewinds=1) == "stop"
     assert decision("gradient_spike") == "stop"
@@ -177,5 +180,14 @@ def test_going_back_restores_the_window_and_spends_for_good() -> None:
     before = guards.state
     guards.state = checkpoint
     guards.rewind(before, range(2, 6))
-    assert guards.state == replace(checkpoint, skipped=((2, 6),), skips=1, rewinds=1)
+    assert guards.state == replace(checkpoint, skipped=((2, 6),), skips=(3,), rewinds=1)
     assert guards.state.skipped_batches == 4
+
+
+def test_batches_skipped_in_a_row_are_one_range() -> None:
+    guards = StepGuards(SETTINGS, GuardState())
+    for batch in (3, 4, 5, 9):
+        guards.skip(batch)
+    guards.skip(36)
+    assert guards.state.skipped == ((3, 6), (9, 10), (36, 37))
+    assert guards.state.skips == (5, 9, 36), "the others are too long ago to count"
