@@ -10,9 +10,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -105,11 +106,13 @@ def environment(cluster: Cluster, tracking_uri: str) -> dict[str, str]:
     return ACTIVATED | {"RAY_ADDRESS": cluster.gcs, "MLFLOW_TRACKING_URI": tracking_uri}
 
 
-def recipe_named(storage: Path, name: str) -> tuple[Recipe, Path]:
+def recipe_named(
+    storage: Path, name: str, parallel: Mapping[str, int] = MappingProxyType({"workers": 2})
+) -> tuple[Recipe, Path]:
     recipe = tiny_recipe(
         storage,
         name=name,
-        parallel={"workers": 2},
+        parallel=parallel,
         training={"steps": STEPS},
         checkpoints={"every": SAVED_EVERY, "keep": STEPS},
     )
@@ -266,38 +269,47 @@ def test_damaged_token_store_ends_the_run_in_one_line(
     assert status(tracking_uri, recipe) == "FAILED"
 
 
-def test_torchrun_without_ray_gives_the_same_losses_and_weights(
-    storage: Path, tracking_uri: str, undisturbed: tuple[Recipe, list[tuple[int, float]]]
-) -> None:
-    recipe, path = recipe_named(storage, "torchrun")
-    command = [f"{BIN}/torchrun", "--standalone", "--nproc-per-node=2", "jobs/train.py", str(path)]
-    environment = ACTIVATED | {"MLFLOW_TRACKING_URI": tracking_uri}
-    done = subprocess.run(
-        command,
+def torchrun(processes: int, path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """jobs/train.py in processes that torchrun starts."""
+    start = [f"{BIN}/torchrun", "--standalone", f"--nproc-per-node={processes}"]
+    return subprocess.run(
+        [*start, "jobs/train.py", str(path)],
         cwd=ROOT,
-        env=environment,
+        env=ACTIVATED | environment,
         capture_output=True,
         text=True,
         timeout=WAIT_S,
         check=False,
     )
+
+
+def test_torchrun_without_ray_gives_the_same_losses_and_weights(
+    storage: Path, tracking_uri: str, undisturbed: tuple[Recipe, list[tuple[int, float]]]
+) -> None:
+    recipe, path = recipe_named(storage, "torchrun")
+    done = torchrun(2, path, MLFLOW_TRACKING_URI=tracking_uri)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("torchrun: 24 steps, ") == 1, "one rank speaks"
     check_equal(tracking_uri, recipe, undisturbed)
 
 
+def test_torchrun_in_another_layout_gives_the_losses_of_ray(
+    storage: Path, tracking_uri: str, undisturbed: tuple[Recipe, list[tuple[int, float]]]
+) -> None:
+    """Tensor and sequence parallel, pipeline with interleaved stages, against two replicas."""
+    layout = {"tensor": 2, "sequence_parallel": True, "pipeline": 2, "virtual_stages": 2}
+    recipe, path = recipe_named(storage, "torchrun-layout", {"workers": 4, **layout})
+    done = torchrun(4, path, MLFLOW_TRACKING_URI=tracking_uri)
+    assert done.returncode == 0, done.stderr
+    for found, expected in zip(
+        history(tracking_uri, recipe, "train/loss"), undisturbed[1], strict=True
+    ):
+        assert found == pytest.approx(expected, rel=1e-3)
+
+
 def test_torchrun_with_another_number_of_processes_is_refused(storage: Path) -> None:
     recipe, path = recipe_named(storage, "too-few")
-    command = [f"{BIN}/torchrun", "--standalone", "--nproc-per-node=1", "jobs/train.py", str(path)]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=ACTIVATED,
-        capture_output=True,
-        text=True,
-        timeout=WAIT_S,
-        check=False,
-    )
+    done = torchrun(1, path)
     assert done.returncode
     assert "error: torchrun started 1 processes, parallel.workers=2: set torchrun's" in done.stderr
     assert not recipe.run_folder().exists()
