@@ -10,9 +10,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -106,12 +107,14 @@ def environment(cluster: Cluster, tracking_uri: str) -> dict[str, str]:
     return ACTIVATED | {"RAY_ADDRESS": cluster.gcs, "MLFLOW_TRACKING_URI": tracking_uri}
 
 
-def recipe_named(storage: Path, name: str) -> tuple[Recipe, Path]:
+def recipe_named(
+    storage: Path, name: str, parallel: Mapping[str, int] = MappingProxyType({"workers": 2})
+) -> tuple[Recipe, Path]:
     """A run that skips batches 21, 24 and 25, on which its gradients explode: it reads 27 to take 24 steps."""
     recipe = tiny_recipe(
         storage,
         name=name,
-        parallel={"workers": 2},
+        parallel=parallel,
         training={"steps": STEPS},
         checkpoints={"every": SAVED_EVERY, "keep": STEPS},
         guards={"window": 8, "deviations": 4},
@@ -300,11 +303,17 @@ def test_damaged_token_store_ends_the_run_in_one_line(
     assert status(tracking_uri, recipe) == "FAILED"
 
 
-def torchrun(path: Path, tracking_uri: str) -> subprocess.Popen[bytes]:
-    command = [f"{BIN}/torchrun", "--standalone", "--nproc-per-node=2", "jobs/train.py", str(path)]
-    environment = ACTIVATED | {"MLFLOW_TRACKING_URI": tracking_uri}
+def torchrun(path: Path, processes: int = 2, **environment: str) -> subprocess.Popen[bytes]:
+    """jobs/train.py in processes that torchrun starts; what they say goes to the recipe's log."""
+    start = [f"{BIN}/torchrun", "--standalone", f"--nproc-per-node={processes}"]
     with path.with_suffix(".log").open("ab") as log:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        return subprocess.Popen(
+            [*start, "jobs/train.py", str(path)],
+            cwd=ROOT,
+            env=ACTIVATED | environment,
+            stdout=log,
+            stderr=log,
+        )
 
 
 def test_torchrun_told_to_stop_saves_and_run_again_gives_the_same_losses_and_weights(
@@ -312,30 +321,35 @@ def test_torchrun_told_to_stop_saves_and_run_again_gives_the_same_losses_and_wei
 ) -> None:
     recipe, path = recipe_named(storage, "torchrun")
     log = path.with_suffix(".log")
-    process = torchrun(path, tracking_uri)
+    process = torchrun(path, MLFLOW_TRACKING_URI=tracking_uri)
     wait_for(lambda: latest(recipe), process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(WAIT_S), "torchrun has an exit code of its own"
     assert "stopped; the same command goes on from here" in log.read_text()
     assert status(tracking_uri, recipe) == "KILLED"
     assert SAVED_EVERY <= reached(recipe) < STEPS
-    assert torchrun(path, tracking_uri).wait(WAIT_S) == 0, log.read_text()
+    assert torchrun(path, MLFLOW_TRACKING_URI=tracking_uri).wait(WAIT_S) == 0, log.read_text()
     assert log.read_text().count("torchrun: 24 steps, ") == 1, "one rank speaks"
     check_equal(tracking_uri, recipe, undisturbed)
 
 
+def test_torchrun_in_another_layout_gives_the_losses_of_ray(
+    storage: Path, tracking_uri: str, undisturbed: tuple[Recipe, list[tuple[int, float]]]
+) -> None:
+    """Tensor and sequence parallel, pipeline with interleaved stages, against two replicas."""
+    layout = {"tensor": 2, "sequence_parallel": True, "pipeline": 2, "virtual_stages": 2}
+    recipe, path = recipe_named(storage, "torchrun-layout", {"workers": 4, **layout})
+    ended = torchrun(path, 4, MLFLOW_TRACKING_URI=tracking_uri).wait(WAIT_S)
+    assert ended == 0, path.with_suffix(".log").read_text()
+    for found, expected in zip(
+        history(tracking_uri, recipe, "train/loss"), undisturbed[1], strict=True
+    ):
+        assert found == pytest.approx(expected, rel=1e-3)
+
+
 def test_torchrun_with_another_number_of_processes_is_refused(storage: Path) -> None:
     recipe, path = recipe_named(storage, "too-few")
-    command = [f"{BIN}/torchrun", "--standalone", "--nproc-per-node=1", "jobs/train.py", str(path)]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=ACTIVATED,
-        capture_output=True,
-        text=True,
-        timeout=WAIT_S,
-        check=False,
-    )
-    assert done.returncode
-    assert "error: torchrun started 1 processes, parallel.workers=2: set torchrun's" in done.stderr
+    assert torchrun(path, 1).wait(WAIT_S)
+    said = path.with_suffix(".log").read_text()
+    assert "error: torchrun started 1 processes, parallel.workers=2: set torchrun's" in said
     assert not recipe.run_folder().exists()

@@ -59,7 +59,7 @@ class Parallel(Section):
         """Chunks that the layers are cut into."""
         return self.pipeline * self.virtual_stages
 
-    def check_rows(self, *, layers: int, sequence_length: int, **microbatches: int) -> None:
+    def check_fit(self, *, layers: int, sequence_length: int, **microbatches: int) -> None:
         """Refuse a layout that the layers, the rows or the number of microbatches do not fit.
 
         Args:

@@ -288,7 +288,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _fits_layout_and_devices(self) -> Self:
         training, optimizer = self.training, self.optimizer
-        self.parallel.check_rows(
+        self.parallel.check_fit(
             layers=self.model.layers,
             sequence_length=self.objective.sequence_length,
             training=self.microbatches,

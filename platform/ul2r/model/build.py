@@ -31,8 +31,6 @@ from ul2r.model.sizing import padded_vocabulary
 from ul2r.model.tensors import EMBEDDING
 
 RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
-
-
 RECOMPUTE: dict[Recompute, dict[str, Any]] = {
     "none": {},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
@@ -132,6 +130,9 @@ def build_model(recipe: Recipe, vocabulary_size: int) -> list[GPTModel]:
     Args:
         recipe: Architecture, layout, row length and seed.
         vocabulary_size: Entries of the tokenizer.
+
+    Returns:
+        The chunks in the order of their layers; Megatron-Core's schedules take turns among them.
 
     Raises:
         LayoutError: If this worker's device has not the recipe's precision.

@@ -291,8 +291,9 @@ def _check_memory(recipe: Recipe, sizing: Sizing) -> None:
     if memory.weights + memory.gradients + memory.optimizer > available * GIB:
         remedy = "raise parallel.tensor, parallel.pipeline or parallel.workers"
     else:  # more stages keep more microbatches, each of fewer layers
+        recompute = "" if recipe.training.recompute == "full" else "set training.recompute=full, "
         remedy = (
-            f"raise parallel.tensor, or lower training.microbatch_rows={recipe.training.microbatch_rows} or "
+            f"{recompute}raise parallel.tensor, or lower training.microbatch_rows={recipe.training.microbatch_rows} or "
             f"objective.sequence_length={recipe.objective.sequence_length}"
         )
     raise RecipeError(

@@ -1,0 +1,65 @@
+"""TransformerEngine's layers, fp8 and recomputation on one CUDA device. Has not been run yet: no GPU was at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from ul2r.config import Recipe
+from ul2r.launch.worker import run_worker
+from ul2r.model import build
+from ul2r.testing.corpus import tiny_store
+from ul2r.testing.recipes import tiny_recipe
+from ul2r.tracking.tracker import MemoryTracker
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Iterator[Path]:
+    """A token store, and a process group of this process alone."""
+    tiny_store(tmp_path / "store")
+    rendezvous = f"file://{tmp_path / 'rendezvous'}"
+    dist.init_process_group("nccl", init_method=rendezvous, rank=0, world_size=1)
+    yield tmp_path
+    dist.destroy_process_group()
+
+
+def recipe(storage: Path, name: str, **training: Any) -> Recipe:  # noqa: ANN401  values of a recipe
+    return tiny_recipe(storage, name=name, launch={"gpus_per_worker": 1}, training=training)
+
+
+def losses(run: Recipe) -> list[float]:
+    tracker = MemoryTracker()
+    run_worker(run, tracker, lambda *_: None)
+    return [value for _, value in tracker.series("train/loss")]
+
+
+@pytest.mark.parametrize("kind", ["selective", "full"])
+def test_recomputed_activations_change_nothing_but_rounding(storage: Path, kind: str) -> None:
+    again = losses(recipe(storage, kind, recompute=kind))
+    assert again == pytest.approx(losses(recipe(storage, "kept")), rel=1e-2)
+
+
+def test_layers_of_both_kinds_learn_the_same_and_go_on_from_each_others_checkpoints(
+    storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformer_engine", reason="TransformerEngine is not installed")
+    for first, second in ((True, False), (False, True)):
+        run = recipe(storage, f"engine-{first}")
+        monkeypatch.setattr(build, "uses_transformer_engine", partial(bool, first))
+        whole = losses(run)
+        (run.run_folder() / "checkpoints/latest").write_text("step_00000003")
+        monkeypatch.setattr(build, "uses_transformer_engine", partial(bool, second))
+        assert losses(run) == pytest.approx(whole[3:], rel=2e-2)
+
+
+def test_fp8_learns_nearly_what_bf16_does(storage: Path) -> None:
+    pytest.importorskip("transformer_engine", reason="TransformerEngine is not installed")
+    in_fp8 = losses(recipe(storage, "fp8", precision="fp8"))
+    assert in_fp8 == pytest.approx(losses(recipe(storage, "bf16")), rel=5e-2)
