@@ -24,9 +24,9 @@ NOTES = (
     "Every arm is measured on the same held-out text. ± is one standard error over rows or examples; marked * is the "
     "best, and whatever lies within its and their standard errors combined: a cautious rule for the same text.",
     "What each arm sees: plain text, all arms causally; second half, base and control causally, UL2R with [S2S] and "
-    "the first half in both directions; denoisers, all arms the same rows, masks, modes and sentinels, which base and "
-    "control were never trained on; infilling, base and control the left side alone and the span's length, UL2R both "
-    "sides, and it ends the span itself.",
+    "the first half in both directions, unless its attention is causal; denoisers, all arms the same rows, masks, "
+    "modes and sentinels, which base and control were never trained on; infilling, base and control the left side "
+    "alone and the span's length, UL2R both sides, and it ends the span itself.",
     "Losses of different denoisers are not comparable with each other, since their targets differ.",
 )
 

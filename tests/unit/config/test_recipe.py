@@ -271,3 +271,19 @@ def test_flex_attention_of_narrow_heads_is_refused() -> None:
         "attention=flex needs heads of 16 dimensions or more, the model's have hidden_size/heads=8: "
         "set attention to auto or sdpa, or lower model.heads"
     )
+
+
+@pytest.mark.parametrize(
+    ("objective", "causal", "denoising"),
+    [
+        ({}, False, True),
+        ({"attention": "causal"}, True, True),
+        ({"mixture": "causal"}, True, False),
+        ({"mixture": "fim"}, True, False),
+    ],
+)
+def test_how_inputs_are_read_and_whether_there_are_any_are_two_things(
+    objective: dict[str, str], causal: bool, denoising: bool
+) -> None:
+    made = recipe(objective=objective).objective
+    assert (made.is_causal, made.is_denoising) == (causal, denoising)
