@@ -40,6 +40,17 @@ class HuggingFace(Section):
         return self.hf
 
 
+class Megatron(Section):
+    """A base that Megatron-LM, Megatron-Bridge or Megatron-Core wrote."""
+
+    megatron: Storage
+    """Folder of a `torch_dist` checkpoint, or of several and latest_checkpointed_iteration.txt."""
+
+    def __str__(self) -> str:
+        """As people name it."""
+        return str(self.megatron)
+
+
 class Data(Section):
     """Text and its token store."""
 
@@ -57,6 +68,9 @@ class Data(Section):
     """Modes as tokens of their own, or as the pieces of "[S2S]", "[NLU]" and "[NLG]" (the papers are silent)."""
     sentinels: PositiveInt = 256
     """Sentinel tokens that the tokenizer holds."""
+    special_tokens: Literal["reserved", "last_subwords"] = "reserved"
+    """What modes and sentinels take in a given tokenizer: its reserved tokens and then new entries, or its last
+    subwords (arXiv 2210.11399). `jobs/vocabulary.py` shows what that comes to."""
 
     @model_validator(mode="after")
     def _bytes_fit(self) -> Self:
@@ -207,8 +221,9 @@ class Recipe(Section):
     """What the run is in a comparison."""
     storage: Storage
     """Folder that holds the token store and every run of one family."""
-    base: RunName | HuggingFace | None = None
-    """What this run continues: the last checkpoint of a run in the same storage, or `{hf: FOLDER_OR_HUB_ID}`."""
+    base: RunName | HuggingFace | Megatron | None = None
+    """What this run continues: the last checkpoint of a run in the same storage, `{hf: FOLDER_OR_HUB_ID}`, or
+    `{megatron: FOLDER}`."""
     seed: int = Field(default=1, ge=0, lt=2**63)
     data: Data = Data()
     model: Annotated[Architecture, BeforeValidator(described)]

@@ -24,10 +24,10 @@ from ul2r.console import progress
 from ul2r.data.corpus import SourceFile, find_files
 from ul2r.data.documents import read_documents
 from ul2r.data.manifest import Manifest, digest
+from ul2r.data.placement import place_special_tokens
 from ul2r.data.prepared import BLEND, blend_inputs, open_corpus, write_blend
 from ul2r.data.shards import Group, group_files, join_shards, shard_is_done, write_shard
 from ul2r.data.tokenizer import (
-    add_special_tokens,
     load_tokenizer,
     special_tokens,
     train_tokenizer,
@@ -37,6 +37,7 @@ from ul2r.errors import CorpusError, RecipeError, UserError
 from ul2r.objective import Vocabulary
 
 TOKENIZER_FILE = "tokenizer.json"
+TAKEN = "data.special_tokens"
 SAMPLE_SIZE = 2**25
 """Characters that a tokenizer is trained on, at most."""
 SAMPLE_FILES = 2**12
@@ -99,8 +100,12 @@ def _make(
                 _sample(files), data.vocabulary_size, data.sentinels, data.mode_tokens
             )
         else:
-            tokenizer = load_tokenizer(data.tokenizer)
-            add_special_tokens(tokenizer, data.sentinels, data.mode_tokens)
+            tokenizer = place_special_tokens(
+                load_tokenizer(data.tokenizer),
+                data.sentinels,
+                data.mode_tokens,
+                data.special_tokens,
+            )
         beside = work / f"{TOKENIZER_FILE}.part"
         tokenizer.save(str(beside))
         beside.replace(tokenizer_file)
@@ -178,6 +183,12 @@ def _inputs(data: Data) -> dict[str, Any]:
         raise CorpusError(
             "data.corpus holds tokens (.bin, .idx): set data.tokenizer to the one they were made with"
         )
+    taken = {} if data.special_tokens == "reserved" else {TAKEN: data.special_tokens}
+    if taken and any(file.holds_tokens for file in files):
+        raise CorpusError(
+            f"{TAKEN}={data.special_tokens}: data.corpus holds tokens (.bin, .idx), and among them those that would "
+            f"be taken: set {TAKEN} to reserved"
+        )
     if data.tokenizer is None:
         special_tokens(data.sentinels, data.vocabulary_size, data.mode_tokens)
     else:
@@ -193,6 +204,7 @@ def _inputs(data: Data) -> dict[str, Any]:
         "files": len(files),
         "bytes": sum(file.size for file in files),
         "listing": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
+        **taken,
     }
 
 
@@ -200,10 +212,17 @@ def _difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What of a store's inputs is not as the recipe has it, in words; nothing if that cannot matter."""
     if BLEND in then or BLEND in now:
         return "" if then == now else f"was made with {_blend(then)}, the recipe says {_blend(now)}"
-    settings = ("held_out", "mode_tokens", "sentinels", "tokenizer", "vocabulary_size")
+    settings = (
+        "held_out",
+        "mode_tokens",
+        "sentinels",
+        "special_tokens",
+        "tokenizer",
+        "vocabulary_size",
+    )
     for key in (f"data.{setting}" for setting in settings):
-        if then.get(key) != now[key]:
-            return f"was made with {key}={then.get(key)}, the recipe says {now[key]}"
+        if then.get(key) != now.get(key):
+            return f"was made with {key}={then.get(key)}, the recipe says {now.get(key)}"
     if then.get("listing") == now["listing"]:
         return ""
     if then.get("data.corpus") != now["data.corpus"]:

@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ul2r.config import Recipe
+from ul2r.data.placement import place_special_tokens
 from ul2r.data.prepared import open_corpus
-from ul2r.data.tokenizer import add_special_tokens, load_tokenizer, vocabulary_of
+from ul2r.data.tokenizer import load_tokenizer, vocabulary_of
 from ul2r.launch.run import check_run
 from ul2r.model.flops import training_flops
 from ul2r.model.sizing import GIB, Sizing, expected_seconds, padded_vocabulary, size_run
@@ -104,8 +105,9 @@ def _planned_vocabulary(recipe: Recipe) -> tuple[int, str]:
     data = recipe.data
     if data.tokenizer is None:
         return data.vocabulary_size, "as data.vocabulary_size says"
-    tokenizer = load_tokenizer(data.tokenizer)
-    add_special_tokens(tokenizer, data.sentinels, data.mode_tokens)
+    tokenizer = place_special_tokens(
+        load_tokenizer(data.tokenizer), data.sentinels, data.mode_tokens, data.special_tokens
+    )
     return vocabulary_of(tokenizer, data.mode_tokens).size, f"of {data.tokenizer}"
 
 

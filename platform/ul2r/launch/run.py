@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ul2r.config import HuggingFace, Recipe
+from ul2r.config import Recipe
 from ul2r.data.batches import Batches
 from ul2r.data.inspection import write_page
 from ul2r.data.prepared import Corpus
@@ -48,8 +48,7 @@ def check_checkpoints(recipe: Recipe, corpus: Corpus) -> CheckpointInfo | None:
         info = CheckpointInfo.read(own)
         info.check_same_run(recipe, corpus)
         return info
-    if isinstance(recipe.base, HuggingFace):
-        check_base(recipe, recipe.base, corpus.tokenizer_file)
+    check_base(recipe, corpus)
     base = base_checkpoint(recipe)
     if base is not None:
         CheckpointInfo.read(base).check_same_model(recipe, corpus)

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ul2r.config import Architecture, HuggingFace, Recipe
+from ul2r.config import Architecture, Recipe
 from ul2r.data.prepared import Corpus
 from ul2r.errors import CheckpointError
 
@@ -263,12 +263,12 @@ def _replace_text(path: Path, text: str) -> None:
 
 
 def base_checkpoint(recipe: Recipe) -> Path | None:
-    """The checkpoint that a run starts from, None if it starts from initial weights or from a Hugging Face base.
+    """The checkpoint that a run starts from, None if it starts from initial weights or from a foreign base.
 
     Raises:
         CheckpointError: If the recipe names a base that has no checkpoint, or is not finished.
     """
-    if recipe.base is None or isinstance(recipe.base, HuggingFace):
+    if not isinstance(recipe.base, str):
         return None
     folder = recipe.run_folder(recipe.base) / "checkpoints"
     path = CheckpointStore(folder).latest()

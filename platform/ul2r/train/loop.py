@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 
-from ul2r.config import Causal, HuggingFace, Recipe
+from ul2r.config import Causal, Recipe
 from ul2r.data.batches import Batches
 from ul2r.data.prepared import Corpus
 from ul2r.errors import DivergedError
@@ -160,7 +160,7 @@ class TrainLoop:
             load_checkpoint(own, self.train_step, optimizer=True)
             self.base = info.base
             return Progress(info.step, info.tokens, info.flops)
-        if isinstance(self.recipe.base, HuggingFace):
+        if self.recipe.base is not None and not isinstance(self.recipe.base, str):
             self.base = load_pretrained(self.recipe, self.recipe.base, self.train_step)
             return Progress()
         base = self.mesh.from_first(lambda: base_checkpoint(self.recipe))
