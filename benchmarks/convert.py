@@ -35,10 +35,11 @@ from safetensors.torch import save_file
 
 from ul2r.config import Architecture, Causal, HuggingFace, Objective, Parallel, Recipe
 from ul2r.config.recipe import Training
-from ul2r.model.huggingface.exporting import Stored, _write_weights, exported_tensors
+from ul2r.model.huggingface.exporting import _write_weights, exported_tensors
 from ul2r.model.huggingface.families import FAMILIES
 from ul2r.model.huggingface.family import tensor_shapes
 from ul2r.model.huggingface.source import Source
+from ul2r.model.huggingface.stored import Stored
 from ul2r.testing.distributed import run_distributed
 
 ROWS, TURNS, SHARD = 32_768, 5, 128 * 2**20

@@ -114,7 +114,7 @@ def test_a_run_goes_on_from_an_export_as_from_the_checkpoint(recipe: Recipe) -> 
     described_by_base(tree)
     follower = Recipe.model_validate(tree)
     assert isinstance(follower.base, HuggingFace)
-    check_base(follower, follower.base, folder / "tokenizer.json")
+    check_base(follower, open_corpus(recipe.store_folder))
     after, _ = run_distributed(held_out, 2, follower)
     assert after[0] == pytest.approx(before[-1], rel=5e-4)
     assert after[-1] != pytest.approx(after[0], rel=1e-2)

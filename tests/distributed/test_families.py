@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -13,11 +14,15 @@ from torch import Tensor
 
 from ul2r.config import Architecture, HuggingFace, Recipe
 from ul2r.model.huggingface.configuration import read_config
-from ul2r.model.huggingface.exporting import Card, Stored, exported_tensors, write_folder
+from ul2r.model.huggingface.exporting import Card, exported_tensors, write_folder
+from ul2r.model.huggingface.stored import Stored
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.families import MODELS, reference_logits, write_model
 from ul2r.testing.recipes import tiny_recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 pytestmark = pytest.mark.distributed
 
@@ -71,6 +76,22 @@ def carry(recipes: list[Recipe], tokens: Tensor) -> list[Carried | None]:
     return found
 
 
+def embedding_of(recipe: Recipe, vocabulary_size: int) -> Tensor:
+    """This rank's rows of an imported embedding, for a tokenizer of so many entries."""
+    from ul2r.model.build import build_model
+    from ul2r.model.huggingface.importing import load_weights
+    from ul2r.model.huggingface.source import Source
+    from ul2r.train.mesh import Mesh
+
+    Mesh.join(recipe.parallel)
+    (model,) = build_model(recipe, vocabulary_size)
+    assert isinstance(recipe.base, HuggingFace)
+    with Source(Path(recipe.base.hf), recipe.model) as source:
+        load_weights(model, source, recipe.model)
+    rows: Tensor = model.embedding.word_embeddings.weight.detach().clone()
+    return rows
+
+
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("families")
@@ -79,7 +100,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def models(storage: Path) -> dict[str, torch.nn.Module]:
+def models(storage: Path) -> dict[str, PreTrainedModel]:
     return {name: write_model(name, storage / name) for name in MODELS}
 
 
@@ -102,7 +123,7 @@ def recipe_of(storage: Path, name: str, layout: str) -> Recipe:
 
 @pytest.fixture(scope="module")
 def carried(
-    storage: Path, models: dict[str, torch.nn.Module], tokens: Tensor
+    storage: Path, models: dict[str, PreTrainedModel], tokens: Tensor
 ) -> dict[tuple[str, str], Carried]:
     """Every family in every layout, by one set of processes for each layout."""
     found: dict[tuple[str, str], Carried] = {}
@@ -132,12 +153,23 @@ def exported(storage: Path, name: str, layout: str, what: str) -> Path:
     return folder
 
 
+def test_new_rows_of_the_embedding_are_the_mean_of_the_others(
+    storage: Path, models: dict[str, PreTrainedModel]
+) -> None:
+    """On two ranks, of which the first has old rows alone and the second both."""
+    parts = run_distributed(embedding_of, 2, recipe_of(storage, "Llama 3.2", "TP 2"), 600)
+    rows, old = torch.cat(parts), models["Llama 3.2"].get_input_embeddings().weight
+    assert rows.shape == (640, 32)
+    assert torch.equal(rows[:VOCABULARY], old)
+    torch.testing.assert_close(rows[VOCABULARY:], old.mean(0).expand(140, -1))
+
+
 EVERY = [(name, layout) for layout in LAYOUTS for name in MODELS]
 
 
 @pytest.mark.parametrize(("name", "layout"), EVERY)
 def test_imported_logits_are_those_of_transformers(
-    models: dict[str, torch.nn.Module],
+    models: dict[str, PreTrainedModel],
     carried: dict[tuple[str, str], Carried],
     tokens: Tensor,
     name: str,

@@ -16,7 +16,8 @@ from ul2r.config.architecture import MODELS, Architecture
 from ul2r.data.batches import Batches
 from ul2r.data.prepared import open_corpus
 from ul2r.model.flops import parameters
-from ul2r.model.huggingface.exporting import Card, Stored, exported_tensors, write_folder
+from ul2r.model.huggingface.exporting import Card, exported_tensors, write_folder
+from ul2r.model.huggingface.stored import Stored
 from ul2r.objective.rows import Rows
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.distributed import run_distributed

@@ -1,6 +1,7 @@
 """Recipes: what a run is made of, read from YAML and checked before anything starts."""
 
 from ul2r.config.architecture import Architecture
+from ul2r.config.data import Data, WeightedStore
 from ul2r.config.denoisers import PRESETS, Causal, Denoiser, Fim, Prefix, SpanCorruption, fit
 from ul2r.config.guards import Guards, Profile
 from ul2r.config.load import dump, load
@@ -9,13 +10,12 @@ from ul2r.config.parallel import Parallel
 from ul2r.config.recipe import (
     AttentionBackend,
     Comparison,
-    Data,
     Evaluation,
     HuggingFace,
+    Megatron,
     Precision,
     Recipe,
     Recompute,
-    WeightedStore,
 )
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Fim",
     "Guards",
     "HuggingFace",
+    "Megatron",
     "Objective",
     "Parallel",
     "Precision",

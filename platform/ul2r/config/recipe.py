@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
 from ul2r.config.architecture import Architecture, described
+from ul2r.config.data import Data, folder_or_url
 from ul2r.config.denoisers import PRESETS
 from ul2r.config.guards import Guards, Profile
 from ul2r.config.objective import Mixture, Objective
@@ -26,19 +27,6 @@ FLEX_HEAD_DIM = 16
 """Narrowest attention head that FlexAttention's CUDA kernels take."""
 
 
-def _folder_or_url(store: str) -> str:
-    return store if "://" in store else str(Path(store).expanduser().absolute())
-
-
-class WeightedStore(Section):
-    """A token store in a blend."""
-
-    store: Annotated[str, AfterValidator(_folder_or_url)]
-    """Its folder, made before by another recipe's prepare, or a URL that fsspec knows (s3://, gs://, https://)."""
-    weight: float = Field(gt=0)
-    """Its share of the samples is its weight among those of the blend."""
-
-
 class HuggingFace(Section):
     """A base in Hugging Face form."""
 
@@ -50,44 +38,15 @@ class HuggingFace(Section):
         return self.hf
 
 
-class Data(Section):
-    """Text and its token store."""
+class Megatron(Section):
+    """A base that Megatron-LM, Megatron-Bridge or Megatron-Core wrote."""
 
-    corpus: tuple[str, ...] = Field(default=("stdlib",), min_length=1)
-    """Files or folders of .txt .md .py .jsonl .parquet (plain, .gz or .zst); "stdlib" is Python's own library."""
-    order: Literal["shuffled", "streamed"] = "shuffled"
-    """Shuffled text is read in an order of all its windows, and so has to be prepared before. Streamed text is
-    tokenised while training already runs on its first part, and shuffled within parts that double in size."""
-    blend: tuple[WeightedStore, ...] = ()
-    """Token stores of one tokenizer to train on instead of `corpus`, in shares by weight."""
-    held_out: float = Field(default=0.03, gt=0, lt=0.5)
-    """Share of the documents kept out of training."""
-    tokenizer: Path | None = None
-    """An existing Hugging Face tokenizer.json; without one a byte-level BPE is trained on the corpus."""
-    vocabulary_size: PositiveInt = 4096
-    """Entries of a trained tokenizer, special tokens included."""
-    mode_tokens: Literal["special", "text"] = "special"
-    """Modes as tokens of their own, or as the pieces of "[S2S]", "[NLU]" and "[NLG]" (the papers are silent)."""
-    sentinels: PositiveInt = 256
-    """Sentinel tokens that the tokenizer holds."""
+    megatron: Storage
+    """Folder of a `torch_dist` checkpoint, or of several and latest_checkpointed_iteration.txt."""
 
-    @model_validator(mode="after")
-    def _blend_is_prepared(self) -> Self:
-        if self.blend and self.order == "streamed":
-            raise ValueError(
-                "order=streamed is for text, the stores of blend are prepared: leave out one of them"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _bytes_fit(self) -> Self:
-        least = 256 + self.sentinels + 4  # every byte, the sentinels, eos and three modes
-        if self.tokenizer is None and self.vocabulary_size < least:
-            raise ValueError(
-                f"vocabulary_size={self.vocabulary_size} is too small for 256 bytes, sentinels={self.sentinels}, eos "
-                f"and three modes: raise vocabulary_size to {least} or more, or lower sentinels"
-            )
-        return self
+    def __str__(self) -> str:
+        """As people name it."""
+        return str(self.megatron)
 
 
 class Training(Section):
@@ -123,7 +82,7 @@ class Checkpoints(Section):
     """Besides them, each at a multiple of so many steps; itself a multiple of `every`."""
     asynchronous: bool = True
     """Whether training goes on while files are written. Weights and optimizer state are then twice in memory."""
-    copy_to: Annotated[str, AfterValidator(_folder_or_url)] | None = None
+    copy_to: Annotated[str, AfterValidator(folder_or_url)] | None = None
     """Folder or URL that fsspec knows (s3://, gs://) for copies of finished checkpoints; a run whose own are gone
     goes on from there."""
     accept_changes: tuple[Change, ...] = ()
@@ -209,8 +168,9 @@ class Recipe(Section):
     """What the run is in a comparison."""
     storage: Storage
     """Folder that holds the token store and every run of one family."""
-    base: RunName | HuggingFace | None = None
-    """What this run continues: the last checkpoint of a run in the same storage, or `{hf: FOLDER_OR_HUB_ID}`."""
+    base: RunName | HuggingFace | Megatron | None = None
+    """What this run continues: the last checkpoint of a run in the same storage, `{hf: FOLDER_OR_HUB_ID}`, or
+    `{megatron: FOLDER}`."""
     seed: int = Field(default=1, ge=0, lt=2**63)
     data: Data = Data()
     model: Annotated[Architecture, BeforeValidator(described)]
@@ -307,9 +267,10 @@ class Recipe(Section):
             )
         if self.precision == "fp8":
             self._check_fp8_sizes()
-        if optimizer.state_from_base == "kept" and self.base is None:
+        if optimizer.state_from_base == "kept" and not isinstance(self.base, str):
             raise ValueError(
-                "optimizer.state_from_base=kept needs a base: name one or leave the setting out"
+                "optimizer.state_from_base=kept needs a base that is a run of this storage: name one or leave the "
+                "setting out"
             )
         return self
 
@@ -348,6 +309,11 @@ class Recipe(Section):
                 f"hidden_size/heads={self.model.head_dim}: set attention to auto or sdpa, or lower model.heads"
             )
         return self
+
+    @property
+    def foreign_base(self) -> HuggingFace | Megatron | None:
+        """The base, if this platform did not write it."""
+        return None if isinstance(self.base, str) else self.base
 
     @property
     def attention_backend(self) -> AttentionBackend:

@@ -23,12 +23,12 @@ from ul2r.data.documents import read_documents
 from ul2r.data.joining import join_shards
 from ul2r.data.locks import locked
 from ul2r.data.manifest import ORDER, Manifest, digest
+from ul2r.data.placement import place_special_tokens
 from ul2r.data.prepared import BLEND, blend_inputs, open_corpus, write_blend
 from ul2r.data.shards import group_files, shard_is_done
 from ul2r.data.streaming import StreamedStore, stream_groups
 from ul2r.data.tokenising import TOKENIZER_FILE, made_shards
 from ul2r.data.tokenizer import (
-    add_special_tokens,
     load_tokenizer,
     special_tokens,
     train_tokenizer,
@@ -37,6 +37,7 @@ from ul2r.data.tokenizer import (
 from ul2r.errors import CorpusError, RecipeError, UserError
 from ul2r.objective import Vocabulary
 
+TAKEN = "data.special_tokens"
 SAMPLE_SIZE = 2**25
 """Characters that a tokenizer is trained on, at most."""
 SAMPLE_FILES = 2**12
@@ -161,8 +162,12 @@ def _tokenizer(work: Path, data: Data, files: Sequence[SourceFile]) -> Vocabular
                 _sample(files), data.vocabulary_size, data.sentinels, data.mode_tokens
             )
         else:
-            tokenizer = load_tokenizer(data.tokenizer)
-            add_special_tokens(tokenizer, data.sentinels, data.mode_tokens)
+            tokenizer = place_special_tokens(
+                load_tokenizer(data.tokenizer),
+                data.sentinels,
+                data.mode_tokens,
+                data.special_tokens,
+            )
         beside = work / f"{TOKENIZER_FILE}.part"
         tokenizer.save(str(beside))
         beside.replace(tokenizer_file)
@@ -201,6 +206,12 @@ def _inputs(data: Data) -> dict[str, Any]:
         raise CorpusError(
             "data.corpus holds tokens (.bin, .idx): set data.tokenizer to the one they were made with"
         )
+    taken = {} if data.special_tokens == "reserved" else {TAKEN: data.special_tokens}
+    if taken and any(file.holds_tokens for file in files):
+        raise CorpusError(
+            f"{TAKEN}={data.special_tokens}: data.corpus holds tokens (.bin, .idx), and among them those that would "
+            f"be taken: set {TAKEN} to reserved"
+        )
     if data.tokenizer is None:
         special_tokens(data.sentinels, data.vocabulary_size, data.mode_tokens)
     else:
@@ -217,6 +228,7 @@ def _inputs(data: Data) -> dict[str, Any]:
         "files": len(files),
         "bytes": sum(file.size for file in files),
         "listing": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
+        **taken,
     }
 
 
@@ -224,10 +236,18 @@ def _difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What of a store's inputs is not as the recipe has it, in words; nothing if that cannot matter."""
     if BLEND in then or BLEND in now:
         return "" if then == now else f"was made with {_blend(then)}, the recipe says {_blend(now)}"
-    settings = ("held_out", "mode_tokens", "sentinels", "tokenizer", "vocabulary_size")
-    for key in (*(f"data.{setting}" for setting in settings), ORDER):
+    settings = (
+        "held_out",
+        "mode_tokens",
+        "sentinels",
+        "special_tokens",
+        "tokenizer",
+        "vocabulary_size",
+        "order",
+    )
+    for key in (f"data.{setting}" for setting in settings):
         if then.get(key) != now.get(key):
-            unset = "shuffled" if key == ORDER else None
+            unset = {ORDER: "shuffled", TAKEN: "reserved"}.get(key)
             return (
                 f"was made with {key}={then.get(key, unset)}, the recipe says {now.get(key, unset)}"
             )

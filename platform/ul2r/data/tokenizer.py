@@ -53,7 +53,7 @@ def train_tokenizer(
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return _for_plain_text(tokenizer)
+    return for_plain_text(tokenizer)
 
 
 def special_tokens(sentinels: int, size: int, modes: ModeTokens = "special") -> list[str]:
@@ -81,7 +81,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if path.is_dir():
         raise CorpusError(f"{path}: is a folder; give the tokenizer.json in it")
     try:
-        return _for_plain_text(Tokenizer.from_str(path.read_text(encoding="utf-8")))
+        return for_plain_text(Tokenizer.from_str(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise CorpusError(f"{path}: tokenizer cannot be read: {reason}") from None
@@ -96,8 +96,7 @@ def add_special_tokens(tokenizer: Tokenizer, sentinels: int, modes: ModeTokens =
         CorpusError: If it makes one of them out of plain text, or has gaps in its ids, which the new ones would fill
             up to ids that are taken.
     """
-    names = MODES.values() if modes == "special" else ()
-    needed = [_eos(tokenizer) or EOS, *names, *map(sentinel, range(sentinels))]
+    needed = objective_tokens(tokenizer, sentinels, modes)
     tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in needed])
     ids = tokenizer.get_vocab().values()
     if len(set(ids)) < len(ids):
@@ -112,6 +111,14 @@ def add_special_tokens(tokenizer: Tokenizer, sentinels: int, modes: ModeTokens =
                 f"the tokenizer makes the special token {text} out of plain text, so a document could hold it; "
                 "use another tokenizer, or let one be trained"
             )
+
+
+def objective_tokens(
+    tokenizer: Tokenizer, sentinels: int, modes: ModeTokens = "special"
+) -> list[str]:
+    """Texts of the eos, modes and sentinels that a tokenizer has or must be given."""
+    names = MODES.values() if modes == "special" else ()
+    return [_eos(tokenizer) or EOS, *names, *map(sentinel, range(sentinels))]
 
 
 def vocabulary_of(tokenizer: Tokenizer, modes: ModeTokens = "special") -> Vocabulary:
@@ -156,7 +163,7 @@ def _eos(tokenizer: Tokenizer) -> str | None:
     return next((text for text in EXISTING_EOS if tokenizer.token_to_id(text) is not None), None)
 
 
-def _for_plain_text(tokenizer: Tokenizer) -> Tokenizer:
+def for_plain_text(tokenizer: Tokenizer) -> Tokenizer:
     """Set what tokenizer.json does not keep, or keeps for other uses: texts are whole and hold no commands."""
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()

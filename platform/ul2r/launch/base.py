@@ -8,9 +8,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ul2r.config import Architecture, HuggingFace, Recipe
+from ul2r.config import Architecture, HuggingFace, Megatron, Recipe
 from ul2r.config.architecture import described
-from ul2r.data.tokenizer import load_tokenizer
+from ul2r.data.prepared import Corpus
+from ul2r.data.tokenizer import load_tokenizer, objective_tokens
 from ul2r.errors import CheckpointError, RecipeError
 from ul2r.model.flops import parameters
 
@@ -47,24 +48,32 @@ def described_by_base(tree: dict[str, Any]) -> None:
         data["tokenizer"] = str(folder / TOKENIZER)
 
 
-def check_base(recipe: Recipe, base: HuggingFace, tokenizer: Path) -> None:
-    """Refuse a base whose files do not hold the recipe's model, or whose tokens mean something else here.
-
-    Args:
-        recipe: The run.
-        base: Its base.
-        tokenizer: The token store's tokenizer.json.
+def check_base(recipe: Recipe, corpus: Corpus) -> None:
+    """Refuse a foreign base whose files do not hold the recipe's model, or whose tokens mean something else here.
 
     Raises:
         CheckpointError: If files or tensors are missing, shapes differ, or the base's tokenizer has entries that its
             embedding has no row for.
         RecipeError: If the token store was made with a tokenizer that is not the base's with tokens added.
     """
+    base = recipe.base
+    if isinstance(base, Megatron):
+        from ul2r.model.huggingface.stored import Stored
+        from ul2r.train.pretrained import latest_iteration
+
+        Stored(latest_iteration(base.megatron)).check(recipe.model)
+    if not isinstance(base, HuggingFace):
+        return
     folder = _check_folder(base.hf, recipe.model)
     if not (folder / TOKENIZER).is_file():
         return  # nothing to compare with
-    theirs, ours = (load_tokenizer(path).get_vocab() for path in (folder / TOKENIZER, tokenizer))
-    other = [token for token, number in theirs.items() if ours.get(token) != number]
+    theirs, ours = map(load_tokenizer, (folder / TOKENIZER, corpus.tokenizer_file))
+    placed = set(objective_tokens(ours, recipe.data.sentinels, recipe.data.mode_tokens))
+    other = [
+        token
+        for token, number in theirs.get_vocab().items()
+        if ours.id_to_token(number) != token and ours.id_to_token(number) not in placed
+    ]
     if other:
         raise RecipeError(
             f"data.tokenizer: the token store's tokenizer gives {len(other)} tokens another number than base.hf="

@@ -9,7 +9,8 @@ from ul2r.config import HuggingFace, Recipe, dump
 from ul2r.data.prepared import Corpus, open_corpus
 from ul2r.errors import CheckpointError
 from ul2r.evaluation.evaluate import stored_scores
-from ul2r.model.huggingface.exporting import Card, Stored, exported_tensors, write_folder
+from ul2r.model.huggingface.exporting import Card, exported_tensors, write_folder
+from ul2r.model.huggingface.stored import Stored
 from ul2r.model.sizing import GIB
 from ul2r.tracking.mlflow import check_server, find_run, register
 from ul2r.train.checkpoint import CheckpointInfo

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from ul2r.config import HuggingFace, Recipe
+from ul2r.config import Recipe
 from ul2r.data.batches import Batches
 from ul2r.data.inspection import write_page
+from ul2r.data.placement import place_special_tokens
 from ul2r.data.prepared import Corpus
-from ul2r.data.tokenizer import add_special_tokens, load_tokenizer, vocabulary_of
+from ul2r.data.tokenizer import load_tokenizer, vocabulary_of
 from ul2r.launch.base import check_base
 from ul2r.model.flops import parameters
 from ul2r.model.huggingface.configuration import check_family
@@ -59,8 +60,9 @@ def planned_vocabulary(recipe: Recipe) -> int:
     data = recipe.data
     if data.tokenizer is None:
         return data.vocabulary_size
-    tokenizer = load_tokenizer(data.tokenizer)
-    add_special_tokens(tokenizer, data.sentinels, data.mode_tokens)
+    tokenizer = place_special_tokens(
+        load_tokenizer(data.tokenizer), data.sentinels, data.mode_tokens, data.special_tokens
+    )
     return vocabulary_of(tokenizer, data.mode_tokens).size
 
 
@@ -83,8 +85,7 @@ def check_checkpoints(
         info = CheckpointInfo.read(own)
         info.check_same_run(recipe, corpus)
         return info
-    if isinstance(recipe.base, HuggingFace):
-        check_base(recipe, recipe.base, corpus.tokenizer_file)
+    check_base(recipe, corpus)
     base = base_checkpoint(recipe, partial(last_sound, thorough=False, say=say))
     if base is not None:
         CheckpointInfo.read(base).check_same_model(recipe, corpus)

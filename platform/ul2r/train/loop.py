@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from enum import IntEnum
 
-from ul2r.config import Causal, HuggingFace, Recipe
+from ul2r.config import Causal, Recipe
 from ul2r.data.batches import Batches
 from ul2r.data.prepared import Corpus
 from ul2r.errors import DivergedError
@@ -255,8 +255,9 @@ class TrainLoop:
         """Resume this run's last sound checkpoint, else start from the base's weights, else from none."""
         began = time.perf_counter()
         own = self.saver.last_sound(self.checkpoints)
-        if own is None and isinstance(self.recipe.base, HuggingFace):
-            self.base = load_pretrained(self.recipe, self.recipe.base, self.train_step)
+        foreign = self.recipe.foreign_base
+        if own is None and foreign is not None:
+            self.base = load_pretrained(self.recipe, foreign, self.train_step)
             return Progress()
         base = None if own else base_checkpoint(self.recipe, self.saver.last_sound)
         path = own or base

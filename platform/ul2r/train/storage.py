@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from ul2r.config import HuggingFace, Recipe
+from ul2r.config import Recipe
 from ul2r.errors import CheckpointError
 from ul2r.train.checkpoint import CheckpointInfo
 from ul2r.train.integrity import find_damage
@@ -229,7 +229,7 @@ def last_sound(
 def base_checkpoint(
     recipe: Recipe, find: Callable[[CheckpointStore], Path | None] = last_sound
 ) -> Path | None:
-    """The checkpoint that a run starts from, None if it starts from initial weights or from a Hugging Face base.
+    """The checkpoint that a run starts from, None if it starts from initial weights or from a foreign base.
 
     Args:
         recipe: The run.
@@ -238,7 +238,7 @@ def base_checkpoint(
     Raises:
         CheckpointError: If the recipe names a base that has no sound checkpoint, or is not finished.
     """
-    if recipe.base is None or isinstance(recipe.base, HuggingFace):
+    if not isinstance(recipe.base, str):
         return None
     store = CheckpointStore.of(recipe, recipe.base)
     path = find(store)

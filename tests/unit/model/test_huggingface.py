@@ -18,6 +18,7 @@ from ul2r.data.tokenizer import add_special_tokens, load_tokenizer, train_tokeni
 from ul2r.errors import CheckpointError, RecipeError
 from ul2r.launch.base import check_base, describe, described_by_base
 from ul2r.model.huggingface.configuration import architecture_of, check_family, config_of
+from ul2r.testing.corpus import tiny_store
 from ul2r.testing.families import random_model, write_model
 from ul2r.testing.recipes import tiny_recipe
 
@@ -154,16 +155,15 @@ def test_a_recipe_whose_model_is_another_than_its_bases_is_refused(
 
 def test_a_token_store_of_another_tokenizer_is_refused(llama: Path, tmp_path: Path) -> None:
     recipe = load(recipe_file(tmp_path, llama), (), Recipe, described_by_base)
-    other = train_tokenizer(["letters in quite another order"], size=300, sentinels=3)
-    other.save(str(tmp_path / "other.json"))
-    assert not isinstance(recipe.base, str)
-    assert recipe.base is not None
+    other = tiny_store(tmp_path / "other", documents=12)
     with pytest.raises(RecipeError, match=r"tokenizer gives .* tokens another number"):
-        check_base(recipe, recipe.base, tmp_path / "other.json")
+        check_base(recipe, other)
     extended = load_tokenizer(llama / "tokenizer.json")
     add_special_tokens(extended, sentinels=4)
     extended.save(str(tmp_path / "extended.json"))
-    check_base(recipe, recipe.base, tmp_path / "extended.json")
+    check_base(
+        recipe, tiny_store(tmp_path / "store", documents=12, tokenizer=tmp_path / "extended.json")
+    )
 
 
 @pytest.mark.parametrize(

@@ -13,23 +13,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import LoadPlan
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from transformers import AutoConfig, GenerationConfig
 
 from ul2r.config import Architecture
-from ul2r.errors import CheckpointError
 from ul2r.model.huggingface.configuration import config_of
 from ul2r.model.huggingface.families import FAMILIES
 from ul2r.model.huggingface.family import Part, parts_of
 from ul2r.model.huggingface.source import INDEX, SINGLE
+from ul2r.model.huggingface.stored import Stored
 from ul2r.model.tensors import LAYERS, layer_tensors, outer_tensors
 from ul2r.objective.vocabulary import Vocabulary
 
@@ -60,53 +51,6 @@ class Card:
     tokens: int
     flops: float
     checkpoint: str
-
-
-class Stored:
-    """The model's tensors in a distributed checkpoint of any layout; optimizer state is not looked at.
-
-    Megatron-Core's `torch_dist` format is torch's own distributed checkpoint, which needs no process group.
-
-    Args:
-        checkpoint: Folder that `save_checkpoint` wrote.
-
-    Raises:
-        CheckpointError: If it holds no such checkpoint.
-    """
-
-    def __init__(self, checkpoint: Path) -> None:
-        self.folder = checkpoint
-        self._reader = FileSystemReader(checkpoint)
-        try:
-            metadata = self._reader.read_metadata()
-        except OSError as error:
-            raise CheckpointError(f"{checkpoint}: is no distributed checkpoint: {error}") from None
-        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
-        self._tensors = metadata.state_dict_metadata
-
-    def read(self, key: str, layer: int | None) -> Tensor:
-        """One tensor; `layer` picks from those of all layers, which are stored as one."""
-        found = self._tensors.get(key)
-        if not isinstance(found, TensorStorageMetadata):
-            raise CheckpointError(f"{self.folder}: has no tensor {key}, which its model has")
-        offsets, sizes = torch.Size([0] * len(found.size)), found.size
-        if layer is not None:
-            offsets, sizes = torch.Size([layer, *offsets[1:]]), torch.Size([1, *sizes[1:]])
-        tensor = torch.empty(sizes, dtype=found.properties.dtype)
-        items = create_read_items_for_chunk_list(key, found, [ChunkStorageMetadata(offsets, sizes)])
-        self._reader.read_data(LoadPlan(items), _Into(tensor)).wait()
-        return tensor if layer is None else tensor[0]
-
-
-class _Into(DefaultLoadPlanner):
-    """Reads into one tensor, whatever it is called."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        super().__init__()
-        self._tensor = tensor
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:  # noqa: ARG002  there is but one
-        return self._tensor
 
 
 def exported_tensors(

@@ -1,0 +1,160 @@
+"""A checkpoint that Megatron-Core alone wrote, of its own model, as a run's base."""
+
+from __future__ import annotations
+
+import queue
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ul2r.config import Recipe
+from ul2r.data.prepared import open_corpus
+from ul2r.errors import CheckpointError
+from ul2r.launch.base import check_base
+from ul2r.testing.corpus import tiny_store
+from ul2r.testing.distributed import run_distributed
+from ul2r.testing.recipes import tiny_recipe
+
+pytestmark = pytest.mark.distributed
+
+ROWS, LENGTH = 384, 32
+
+
+def write_with_megatron(folder: Path, tokens: Tensor) -> Tensor:
+    """Save a GPTModel of Megatron's, split in two, as Megatron-LM does; its logits with its own attention."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from torch.nn import functional
+
+    from ul2r.config import Parallel
+    from ul2r.train.mesh import Mesh
+
+    Mesh.join(Parallel(workers=2, tensor=2))
+    torch.manual_seed(7)
+    config = TransformerConfig(
+        num_layers=4,
+        hidden_size=32,
+        ffn_hidden_size=64,
+        num_attention_heads=4,
+        num_query_groups=2,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=0.3,
+        tensor_model_parallel_size=2,
+        use_cpu_initialization=True,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+    )
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
+        vocab_size=ROWS,
+        max_sequence_length=64,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+    )
+    iteration = folder / "iter_0000005"
+    if torch.distributed.get_rank() == 0:
+        iteration.mkdir(parents=True)
+        (folder / "latest_checkpointed_iteration.txt").write_text("5")
+    torch.distributed.barrier()
+    filesystem_async._results_queue = queue.Queue()  # else Megatron-Core starts a server process
+    state = {"model": model.sharded_state_dict(), "iteration": 5}
+    dist_checkpointing.save(state, str(iteration))
+    position = torch.arange(LENGTH)
+    hidden = (position[None] > position[:, None])[None, None]  # Megatron's masks say what is hidden
+    with torch.no_grad():
+        logits = model(tokens, position.expand(len(tokens), -1), hidden)
+    gathered: Tensor = gather_from_tensor_model_parallel_region(logits)
+    return gathered.clone()
+
+
+def start_from(recipe: Recipe, tokens: Tensor) -> tuple[Tensor, Tensor, float]:
+    """The run's logits and output matrix before its first step, and the loss of that step."""
+    from ul2r.data.batches import Batches
+    from ul2r.testing.layouts import whole_logits
+    from ul2r.train.mesh import Mesh
+    from ul2r.train.pretrained import load_pretrained
+    from ul2r.train.step import TrainStep
+
+    corpus, mesh = open_corpus(recipe.store_folder), Mesh.join(recipe.parallel)
+    step = TrainStep(recipe, mesh, corpus.vocabulary.size)
+    assert recipe.base is not None
+    assert not isinstance(recipe.base, str)
+    assert load_pretrained(recipe, recipe.base, step).startswith("megatron-")
+    logits = whole_logits(step.chunks[0], tokens, prefix=0)
+    output = step.chunks[0].output_layer.weight if mesh.is_last_stage else logits
+    result = step.train(0, Batches(recipe, corpus).rows(0, 0, 1))
+    return logits, output.detach().clone(), result.losses.mean
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    storage = tmp_path_factory.mktemp("megatron")
+    tiny_store(storage / "store", vocabulary_size=500)  # more than the base has rows for
+    return tiny_recipe(
+        storage,
+        base={"megatron": str(storage / "theirs")},
+        model={"tied": False},
+        parallel={"workers": 2, "pipeline": 2},
+        optimizer={"learning_rate": 1e-9, "final_learning_rate": 0.0},
+    )
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Tensor:
+    return torch.from_numpy(np.random.default_rng(0).integers(0, ROWS, (2, LENGTH)))
+
+
+@pytest.fixture(scope="module")
+def theirs(recipe: Recipe, tokens: Tensor) -> Tensor:
+    """Megatron's logits of the checkpoint that it wrote."""
+    written: list[Tensor] = run_distributed(
+        write_with_megatron, 2, recipe.storage / "theirs", tokens
+    )
+    return written[0]
+
+
+def test_a_run_begins_with_the_logits_of_megatrons_own_model(
+    recipe: Recipe, theirs: Tensor, tokens: Tensor
+) -> None:
+    check_base(recipe, open_corpus(recipe.store_folder))
+    _, (ours, output, loss) = run_distributed(start_from, 2, recipe, tokens)
+    assert ours.shape[-1] == 512
+    torch.testing.assert_close(ours[..., :ROWS], theirs, atol=1e-4, rtol=1e-4)
+    mean = output[:ROWS].mean(0).expand(512 - ROWS, -1)
+    torch.testing.assert_close(output[ROWS:], mean, atol=1e-6, rtol=1e-4)
+    assert 0 < loss < 20
+
+
+def test_another_model_than_the_recipes_is_refused(recipe: Recipe, theirs: Tensor) -> None:
+    assert len(theirs) == 2
+    corpus = open_corpus(recipe.store_folder)
+
+    def with_model(**changes: object) -> Recipe:
+        return recipe.model_copy(update={"model": recipe.model.model_copy(update=changes)})
+
+    with pytest.raises(CheckpointError, match=r"linear_fc1.weight has shape \(4, 128, 32\), .*196"):
+        check_base(with_model(ffn_hidden_size=98), corpus)
+    with pytest.raises(CheckpointError, match=r"has no tensor .*linear_qkv.bias"):
+        check_base(with_model(bias="qkv"), corpus)
+
+
+def test_a_folder_without_a_checkpoint_is_refused(recipe: Recipe) -> None:
+    lost = tiny_recipe(recipe.storage, base={"megatron": str(recipe.storage / "store")})
+    with pytest.raises(CheckpointError, match=r"holds no .metadata, so it is no torch_dist"):
+        check_base(lost, open_corpus(recipe.store_folder))
