@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
 from ul2r.config.architecture import Architecture, described
+from ul2r.config.base import HuggingFace, Megatron, Storage
 from ul2r.config.data import Data, folder_or_url
 from ul2r.config.denoisers import PRESETS
 from ul2r.config.guards import Guards, Profile
@@ -17,7 +18,6 @@ from ul2r.config.optimizer import Optimizer
 from ul2r.config.parallel import Parallel
 from ul2r.config.section import PositiveInt, Section
 
-Storage = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
 Change = Literal["data", "seed", "tokenizer"]
 Precision = Literal["bf16", "fp8", "fp32"]
 Recompute = Literal["none", "selective", "full"]
@@ -25,28 +25,6 @@ RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 AttentionBackend = Literal["sdpa", "flex", "te"]
 FLEX_HEAD_DIM = 16
 """Narrowest attention head that FlexAttention's CUDA kernels take."""
-
-
-class HuggingFace(Section):
-    """A base in Hugging Face form."""
-
-    hf: str = Field(min_length=1)
-    """Its folder, or its name on the Hub (owner/name)."""
-
-    def __str__(self) -> str:
-        """As people name it."""
-        return self.hf
-
-
-class Megatron(Section):
-    """A base that Megatron-LM, Megatron-Bridge or Megatron-Core wrote."""
-
-    megatron: Storage
-    """Folder of a `torch_dist` checkpoint, or of several and latest_checkpointed_iteration.txt."""
-
-    def __str__(self) -> str:
-        """As people name it."""
-        return str(self.megatron)
 
 
 class Training(Section):

@@ -142,7 +142,8 @@ def test_data_parallel_replicas_are_what_is_left_of_the_workers() -> None:
         ),
         (
             {"optimizer": {"state_from_base": "kept"}},
-            "optimizer.state_from_base=kept needs a base that is a run of this storage: name one or leave the setting out",
+            "optimizer.state_from_base=kept needs a base that is a run of this storage: name one or leave the "
+            "setting out",
         ),
         (
             {"parallel": {"workers": 2}, "training": {"microbatch_rows": 3}},
