@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import ray
 from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ul2r.console import progress
 from ul2r.train.progress import Progress, summary
@@ -46,12 +47,15 @@ class _Board:
 def shown_progress(what: str, total_tokens: int, stopped: threading.Event) -> Iterator[ActorHandle]:
     """Show a bar of a run's own tokens while the block runs; workers write to the yielded board.
 
+    The board stays on the driver's machine, so that no other one takes it along.
+
     Args:
         what: Name of the run.
         total_tokens: When it is finished.
         stopped: Workers are asked to stop as soon as this is set.
     """
-    board = ray.remote(num_cpus=0)(_Board).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(num_cpus=0, scheduling_strategy=here)(_Board).remote()
     ended = threading.Event()
     show = threading.Thread(target=_show, args=(what, total_tokens, board, ended), daemon=True)
     stop = threading.Thread(target=_stop, args=(board, stopped, ended), daemon=True)
