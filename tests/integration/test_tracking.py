@@ -17,6 +17,9 @@ import pytest
 from mlflow import MlflowClient
 
 from ul2r.errors import CheckpointError, ServiceError
+from ul2r.launch.run import recorded
+from ul2r.testing.corpus import tiny_store
+from ul2r.testing.recipes import tiny_recipe
 from ul2r.tracking import RunStatus
 from ul2r.tracking import mlflow as tracking
 from ul2r.tracking.mlflow import MlflowTracker
@@ -280,6 +283,45 @@ def test_a_step_taken_again_stands_for_the_step(uri: str, tmp_path: Path) -> Non
     assert tracking.history(uri, run_id, "train/loss") == [(1, 4.0), (2, 3.5), (3, 3.0)]
     assert sorted(stored_steps(uri, run_id, "train/loss")) == [1, 2, 2, 3, 3]
     assert MlflowClient(uri, uri).get_run(run_id).data.metrics["train/loss"] == 3.0
+
+
+@pytest.mark.parametrize(
+    ("error", "end"), [(None, "FINISHED"), (RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED")]
+)
+def test_a_recorded_run_ends_as_its_block_does_with_all_that_a_worker_left_behind(
+    uri: str, tmp_path: Path, error: type[BaseException] | None, end: str
+) -> None:
+    """The worker that trains is another process, which was killed after its last checkpoint."""
+    corpus, recipe = tiny_store(tmp_path / "store", documents=12), tiny_recipe(tmp_path)
+    with (
+        contextlib.suppress(RuntimeError, KeyboardInterrupt),
+        recorded(recipe, corpus, uri) as run_id,
+    ):
+        assert status(uri, run_id) == "RUNNING"
+        recipe.run_folder().joinpath("tracking_waiting.json").write_text(
+            json.dumps({"points": [["train/loss", 2.5, 3, 0]], "files": []})
+        )
+        if error is not None:
+            raise error("stopped")
+    assert status(uri, run_id) == end
+    assert tracking.history(uri, run_id, "train/loss") == [(3, 2.5)]
+
+
+def test_what_made_a_run_fail_is_not_hidden_by_a_server_that_is_gone(
+    storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr("ul2r.tracking.mlflow.CLOSE_TIMEOUT_S", 0.5)
+    corpus, recipe = tiny_store(tmp_path / "store", documents=12), tiny_recipe(tmp_path)
+    with contextlib.ExitStack() as server:
+        address = server.enter_context(running_server(storage))
+        with (  # noqa: PT012  # the server goes while the block runs
+            pytest.raises(RuntimeError, match="the real reason"),
+            recorded(recipe, corpus, address),
+        ):
+            server.close()
+            raise RuntimeError("the real reason")
+    assert f"MLflow at {address} failed" in caplog.text
 
 
 def wait_until(what: Callable[[], bool]) -> None:
