@@ -105,10 +105,15 @@ class TransformerEngineKernel:
             value,
             cu_seqlens_q=segments.query_bounds,
             cu_seqlens_kv=segments.key_bounds,
-            max_seqlen_q=segments.longest_query,
-            max_seqlen_kv=segments.longest_key,
+            max_seqlen_q=_power_of_two(segments.longest_query),
+            max_seqlen_kv=_power_of_two(segments.longest_key),
         )
         return context.view(query.shape)
+
+
+def _power_of_two(length: int) -> int:
+    """The least one from `length` on: cuDNN plans anew for each bound of the lengths, and so meets few of them."""
+    return 1 << (length - 1).bit_length()
 
 
 def _transformer_engine(query: Tensor, key: Tensor, *, causal: bool, scale: float) -> Any:  # noqa: ANN401  TransformerEngine is not there to be typed
