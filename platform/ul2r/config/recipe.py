@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
@@ -13,7 +14,8 @@ from ul2r.config.objective import Mixture, Objective
 from ul2r.config.section import PositiveInt, Section
 
 Storage = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
-RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+RunName = Annotated[str, Field(pattern=RUN_NAME)]
 
 
 def _folder_or_url(store: str) -> str:
@@ -49,6 +51,19 @@ class Megatron(Section):
     def __str__(self) -> str:
         """As people name it."""
         return str(self.megatron)
+
+
+def _base(value: Any) -> Any:  # noqa: ANN401  whatever stood in the YAML
+    """Refuse what is none of the three kinds of base in words of its own; pydantic would speak of all three."""
+    kinds = "a run's name, {hf: FOLDER_OR_HUB_ID} or {megatron: FOLDER}"
+    if isinstance(value, dict) and not (
+        value.keys() in ({"hf"}, {"megatron"})
+        and all(isinstance(v, str | Path) for v in value.values())
+    ):
+        raise ValueError(f"{kinds} is needed, got {value!r}")
+    if isinstance(value, str) and not re.fullmatch(RUN_NAME, value):
+        raise ValueError(f"{value!r} is no run's name: {kinds} is needed")
+    return value
 
 
 class Data(Section):
@@ -221,7 +236,7 @@ class Recipe(Section):
     """What the run is in a comparison."""
     storage: Storage
     """Folder that holds the token store and every run of one family."""
-    base: RunName | HuggingFace | Megatron | None = None
+    base: Annotated[RunName | HuggingFace | Megatron | None, BeforeValidator(_base)] = None
     """What this run continues: the last checkpoint of a run in the same storage, `{hf: FOLDER_OR_HUB_ID}`, or
     `{megatron: FOLDER}`."""
     seed: int = Field(default=1, ge=0, lt=2**63)
