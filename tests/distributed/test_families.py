@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ul2r.config import Architecture, HuggingFace, Recipe
+from ul2r.inference import LanguageModel
+from ul2r.inference.generation import Decoder
 from ul2r.model.huggingface.configuration import read_config
 from ul2r.model.huggingface.exporting import Card, exported_tensors, write_folder
 from ul2r.model.huggingface.stored import Stored
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.distributed
 
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, int]] = {
     "single": {},
     "TP 2": {"workers": 2, "tensor": 2},
     "PP 2": {"workers": 2, "pipeline": 2},
@@ -215,3 +217,16 @@ def test_exported_logits_are_the_trained_models(
     torch.testing.assert_close(
         reference_logits(model, tokens, PREFIX), trained, atol=1e-4, rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_export_is_served_token_by_token(
+    storage: Path, carried: dict[tuple[str, str], Carried], tokens: Tensor, name: str
+) -> None:
+    """Inputs in both directions, then one token at a time with keys and values kept: the trained model's logits."""
+    trained = carried[name, "single"].trained[0, :, :VOCABULARY]
+    model = LanguageModel.load(exported(storage, name, "single", "trained"))
+    decoder = Decoder(model, tokens[0, :PREFIX].tolist(), bidirectional=True)
+    for place in range(PREFIX, PREFIX + 4):
+        torch.testing.assert_close(decoder.logits, trained[place - 1], atol=1e-4, rtol=1e-4)
+        decoder.feed(int(tokens[0, place]))

@@ -1,15 +1,18 @@
-"""Bases that this platform did not write."""
+"""What a run continues: another run, or a model that this platform did not write."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from ul2r.config.section import Section
 
 Storage = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+RunName = Annotated[str, Field(pattern=RUN_NAME)]
 
 
 class HuggingFace(Section):
@@ -32,3 +35,19 @@ class Megatron(Section):
     def __str__(self) -> str:
         """As people name it."""
         return str(self.megatron)
+
+
+def _one_kind(value: Any) -> Any:  # noqa: ANN401  whatever stood in the YAML
+    """Refuse what is none of the three kinds of base in words of its own; pydantic would speak of all three."""
+    kinds = "a run's name, {hf: FOLDER_OR_HUB_ID} or {megatron: FOLDER}"
+    if isinstance(value, dict) and not (
+        value.keys() in ({"hf"}, {"megatron"})
+        and all(isinstance(v, str | Path) for v in value.values())
+    ):
+        raise ValueError(f"{kinds} is needed, got {value!r}")
+    if isinstance(value, str) and not re.fullmatch(RUN_NAME, value):
+        raise ValueError(f"{value!r} is no run's name: {kinds} is needed")
+    return value
+
+
+Base = Annotated[RunName | HuggingFace | Megatron, BeforeValidator(_one_kind)]

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
 from ul2r.config.architecture import Architecture, described
-from ul2r.config.base import HuggingFace, Megatron, Storage
+from ul2r.config.base import Base, HuggingFace, Megatron, RunName, Storage
 from ul2r.config.data import Data, folder_or_url
 from ul2r.config.denoisers import PRESETS
 from ul2r.config.guards import Guards, Profile
@@ -21,7 +21,6 @@ from ul2r.config.section import PositiveInt, Section
 Change = Literal["data", "seed", "tokenizer"]
 Precision = Literal["bf16", "fp8", "fp32"]
 Recompute = Literal["none", "selective", "full"]
-RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 AttentionBackend = Literal["sdpa", "flex", "te"]
 FLEX_HEAD_DIM = 16
 """Narrowest attention head that FlexAttention's CUDA kernels take."""
@@ -146,7 +145,7 @@ class Recipe(Section):
     """What the run is in a comparison."""
     storage: Storage
     """Folder that holds the token store and every run of one family."""
-    base: RunName | HuggingFace | Megatron | None = None
+    base: Base | None = None
     """What this run continues: the last checkpoint of a run in the same storage, `{hf: FOLDER_OR_HUB_ID}`, or
     `{megatron: FOLDER}`."""
     seed: int = Field(default=1, ge=0, lt=2**63)
