@@ -10,17 +10,16 @@ Nothing here needs torch or Megatron-Core, so that a driver looks at checkpoints
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import sys
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from ul2r.config import Recipe
+from ul2r.data.locks import locked
 from ul2r.errors import CheckpointError
 from ul2r.train.checkpoint import CheckpointInfo
 from ul2r.train.integrity import find_damage
@@ -92,7 +91,7 @@ class CheckpointStore:
         if self.mirror is None:
             return None
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _locked(self.folder / ".restoring"):
+        with locked(self.folder / ".restoring"):
             for path in self.candidates():
                 if find_damage(path) is None:
                     return path  # restored by another process while this one waited
@@ -273,11 +272,3 @@ def _replace_text(path: Path, text: str) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.write_text(text, encoding="utf-8")
     beside.replace(path)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Let one process at a time into the block."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

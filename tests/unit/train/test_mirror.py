@@ -108,7 +108,7 @@ def test_a_copy_that_was_cut_off_does_not_count(tmp_path: Path, url: str) -> Non
     shutil.rmtree(tmp_path / "new")
     with pytest.raises(CheckpointError, match=r"no whole copy is left \(step_00000004: holds 2"):
         last_sound(store)
-    assert [path.name for path in (tmp_path / "new").iterdir()] == [".restoring"]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [".restoring.lock"]
 
 
 def test_without_any_copy_there_is_no_checkpoint(tmp_path: Path, url: str) -> None:
