@@ -165,6 +165,7 @@ def taken(works: dict[str, Callable[[], object]], device: torch.device) -> dict[
 def main() -> None:
     """Measure and print."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(1)  # a CPU's figures are one core's
     setting = SETTINGS[device.type]
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     figures = {
