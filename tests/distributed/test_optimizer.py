@@ -31,8 +31,8 @@ class Shared:
     """Parameters that weight decay changed, by `optimizer.decay_embeddings`."""
     states: dict[str, State]
     """The base's optimizer, and that of runs that begin with it, by `optimizer.state_from_base`."""
-    recomputed: dict[str, list[tuple[float, float]]]
-    """Loss and gradient norm of each step, by `training.recompute`."""
+    runs: dict[str, list[tuple[float, float]]]
+    """Loss and gradient norm of each step: by `training.recompute`, and with z-loss by layout."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,13 @@ class State:
 def everything(
     decays: dict[bool, tuple[Recipe, Recipe]],
     continued: dict[str, Recipe],
-    recomputed: dict[str, Recipe],
+    runs: dict[str, Recipe],
 ) -> Shared:
     return Shared(
         z_loss=z_loss(),
         decayed={embeddings: decayed(*pair) for embeddings, pair in decays.items()},
         states={name: state(recipe) for name, recipe in continued.items()},
-        recomputed={kind: trained(recipe) for kind, recipe in recomputed.items()},
+        runs={name: trained(recipe) for name, recipe in runs.items()},
     )
 
 
@@ -189,10 +189,15 @@ def found(storage: Path) -> list[Shared]:
             storage, name=kind, base="base", parallel=workers, optimizer=settings, **quick
         )
 
+    cut_rows = TENSOR_2 | {"sequence_parallel": True}
+
+    def run(name: str, parallel: dict[str, Any], **changes: object) -> Recipe:
+        return tiny_recipe(storage, name=name, parallel=parallel, **quick | changes)
+
     def recompute(kind: str) -> Recipe:
-        layout = TENSOR_2 | {"sequence_parallel": True}
-        changes = quick | {"training": {"steps": 2, "recompute": kind}}
-        return tiny_recipe(storage, name=f"recompute-{kind}", parallel=layout, **changes)
+        return run(kind, cut_rows, training={"steps": 2, "recompute": kind})
+
+    with_z = {"z_loss": Z_WEIGHT}
 
     run_distributed(trained, 2, base)
     return run_distributed(
@@ -200,7 +205,11 @@ def found(storage: Path) -> list[Shared]:
         2,
         {one: (decay(0, embeddings=one), decay(0.5, embeddings=one)) for one in (False, True)},
         {"base": base, "kept": begun("kept"), "fresh": begun("fresh")},
-        {kind: recompute(kind) for kind in ("none", "selective", "full")},
+        {
+            **{kind: recompute(kind) for kind in ("none", "selective", "full")},
+            "z tensor": run("z-tensor", cut_rows, optimizer=with_z),
+            "z pipeline": run("z-pipeline", PIPELINE_2, optimizer=with_z),
+        },
     )
 
 
@@ -217,6 +226,14 @@ def test_z_loss_over_a_cut_vocabulary_is_that_of_the_whole_one(found: list[Share
         torch.testing.assert_close(own.log_z.double(), log_z.detach(), atol=1e-5, rtol=1e-5)
         gradient = logits.grad.chunk(2, dim=-1)[rank]
         torch.testing.assert_close(own.gradient.double(), gradient, atol=1e-5, rtol=1e-5)
+
+
+def test_z_loss_shows_in_gradients_and_not_in_the_losses_told(found: list[Shared]) -> None:
+    runs = found[0].runs
+    np.testing.assert_allclose(runs["z tensor"], runs["z pipeline"], rtol=1e-4)
+    (loss, norm), (loss_with_z, norm_with_z) = runs["none"][0], runs["z tensor"][0]
+    assert loss_with_z == pytest.approx(loss, rel=1e-5)
+    assert abs(norm_with_z - norm) > 1e-3 * norm
 
 
 @pytest.mark.parametrize("embeddings", [False, True])
@@ -261,4 +278,5 @@ def test_a_run_has_its_own_rates_whatever_state_it_begins_with(found: list[Share
 def test_recomputed_activations_change_no_loss_and_no_gradient(
     found: list[Shared], kind: str
 ) -> None:
-    np.testing.assert_array_equal(found[0].recomputed[kind], found[0].recomputed["none"])
+    assert len(found[0].runs[kind]) == 2
+    np.testing.assert_array_equal(found[0].runs[kind], found[0].runs["none"])
