@@ -204,6 +204,19 @@ def test_a_run_whose_disk_is_gone_goes_on_from_its_copy(whole: tuple[Recipe, Los
     assert (recipe.storage / "far" / "whole" / "latest").read_text() == "step_00000006"
 
 
+def test_a_last_copy_that_fails_is_an_error_and_the_checkpoint_itself_is_there(
+    storage: Path,
+) -> None:
+    (storage / "blocked").write_text("a file, where a folder is to be")
+    recipe = run_named(storage, "uncopied", copy_to=str(storage / "blocked"))
+    with pytest.raises(
+        ProcessRaisedException, match=r"CheckpointError: checkpoints cannot be copied to .*/blocked"
+    ):
+        run_distributed(train, 2, recipe)
+    assert find_damage(checkpoint(recipe, 6)) is None
+    assert (recipe.run_folder() / "checkpoints" / "latest").read_text() == "step_00000006"
+
+
 def test_one_rank_that_wishes_to_stop_stops_all_after_a_checkpoint(
     storage: Path, whole: tuple[Recipe, Losses]
 ) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from mlflow import MlflowClient
-from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled, and its types leave it out
+from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 

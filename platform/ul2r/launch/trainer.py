@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from contextlib import nullcontext
 from typing import Any
 
@@ -84,6 +85,10 @@ def train(recipe: Recipe) -> CheckpointInfo:
     return reached
 
 
+NODE_DEATH_S = 20.0
+"""A machine that is gone is known to be within this time, by Ray's health checks."""
+
+
 class FailurePolicy(DefaultFailurePolicy):  # type: ignore[misc]  # Ray has no types here
     """Restarts workers, unless that cannot help.
 
@@ -106,9 +111,15 @@ class FailurePolicy(DefaultFailurePolicy):  # type: ignore[misc]  # Ray has no t
         return super().make_decision(training_failed_error)
 
     def _may_shrink(self) -> bool:
+        """Whether the run may go on with fewer workers, and must."""
         if self._recipe.launch.min_workers is None:
             return False
-        return not has_room(self._recipe, ray.cluster_resources())
+        deadline = time.monotonic() + NODE_DEATH_S
+        while has_room(self._recipe, ray.cluster_resources()):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(1)
+        return True
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types here

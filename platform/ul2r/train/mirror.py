@@ -59,7 +59,16 @@ class Mirror:
                 if step_of(name) not in kept:
                     files.rm(f"{root}/{name}", recursive=True)
 
-    def fetch(self, into: Path, say: Callable[[str], None]) -> Path | None:
+    def holds_any(self) -> bool:
+        """Whether there is a copy.
+
+        Raises:
+            CheckpointError: If the place cannot be reached.
+        """
+        with self._opened("be fetched from") as (files, root):
+            return bool(files.exists(f"{root}/latest"))
+
+    def fetch(self, into: Path, say: Callable[[str], None]) -> Path:
         """Copy the last whole checkpoint back to a run's `checkpoints`.
 
         Args:
@@ -67,12 +76,12 @@ class Mirror:
             say: Takes a line about each copy that is damaged.
 
         Returns:
-            The checkpoint, None where there is no copy of any.
+            The checkpoint.
 
         Raises:
             CheckpointError: If the copies cannot be read, or none of them is whole.
         """
-        damaged = []
+        damaged: list[str] = []
         with self._opened("be fetched from") as (files, root):
             for name in self._candidates(files, root):
                 beside = into / f"{name}.{uuid.uuid4().hex}.writing"
@@ -87,14 +96,10 @@ class Mirror:
                     shutil.rmtree(beside, ignore_errors=True)
                 damaged.append(f"{name}: {damage}")
                 say(f"copy {self.url}/{name} is damaged ({damage}): trying an earlier one")
-        if damaged:
-            raise CheckpointError(f"{self.url}: no whole copy is left ({'; '.join(damaged)})")
-        return None
+        raise CheckpointError(f"{self.url}: no whole copy is left ({'; '.join(damaged)})")
 
     def _candidates(self, files: Any, root: str) -> list[str]:  # noqa: ANN401  fsspec has no types
         """Names of the copies that may be whole, newest first."""
-        if not files.exists(f"{root}/latest"):
-            return []
         pointer = files.cat_file(f"{root}/latest").decode(errors="replace")
         return finished_up_to(pointer, self._names(files, root))
 

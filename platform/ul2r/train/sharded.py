@@ -7,6 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+)
+from torch.distributed import ProcessGroup
 
 from ul2r.model.build import load_model, sharded_model, sharding_metadata
 from ul2r.train.background import BackgroundWrite
@@ -24,19 +29,30 @@ def begin_save(
         train_step: What to save.
         last: Called, in the background, when this rank has written its part.
     """
-    replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    return BackgroundWrite(_sharded_state(train_step), folder, replicas, last)
+    return BackgroundWrite(_sharded_state(train_step), folder, _replicas(), last)
 
 
 def load_checkpoint(folder: Path, train_step: TrainStep, *, optimizer: bool) -> None:
-    """Load weights, and optimizer state if asked, saved under any layout into this one."""
+    """Load weights, and optimizer state if asked, saved under any layout into this one.
+
+    Replicas read a part each, and give it to the others.
+    """
     state = _sharded_state(train_step, loading=True, optimizer=optimizer)
-    loaded = dist_checkpointing.load(state, str(folder))
+    strategy = FullyParallelLoadStrategyWrapper(
+        get_default_load_sharded_strategy(str(folder)), _replicas()
+    )
+    loaded = dist_checkpointing.load(state, str(folder), strategy)
     load_model(train_step.chunks, loaded["model"])
     if optimizer:
         load_optimizer(train_step.optimizer, loaded["optimizer"])
     else:
         train_step.optimizer.reload_model_params()
+
+
+def _replicas() -> ProcessGroup:
+    """The ranks that hold the same part of the model as this one."""
+    group: ProcessGroup = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return group
 
 
 def _sharded_state(

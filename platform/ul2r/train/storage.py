@@ -88,7 +88,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: If the mirror fails, or none of its copies is whole.
         """
-        if self.mirror is None:
+        if self.mirror is None or not self.mirror.holds_any():
             return None
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder / ".restoring"):
@@ -96,9 +96,8 @@ class CheckpointStore:
                 if find_damage(path) is None:
                     return path  # restored by another process while this one waited
             fetched = self.mirror.fetch(self.folder, say)
-            if fetched is not None:
-                _replace_text(self.folder / "latest", fetched.name)
-                say(f"{self.folder}: {fetched.name} was fetched from {self.mirror.url}")
+            _replace_text(self.folder / "latest", fetched.name)
+            say(f"{self.folder}: {fetched.name} was fetched from {self.mirror.url}")
         return fetched
 
     def begin(self, resumed: int = 0) -> None:

@@ -112,7 +112,8 @@ def test_a_copy_that_was_cut_off_does_not_count(tmp_path: Path, url: str) -> Non
 
 
 def test_without_any_copy_there_is_no_checkpoint(tmp_path: Path, url: str) -> None:
-    assert last_sound(CheckpointStore(tmp_path, mirror=Mirror(url, "tiny"))) is None
+    assert last_sound(CheckpointStore(tmp_path / "run", mirror=Mirror(url, "tiny"))) is None
+    assert not (tmp_path / "run").exists()
 
 
 def test_ranks_that_restore_at_the_same_time_fetch_once(tmp_path: Path, url: str) -> None:
