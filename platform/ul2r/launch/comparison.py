@@ -17,6 +17,7 @@ from ul2r.evaluation.curves import load_curve
 from ul2r.evaluation.evaluate import Metric, export_folder, metrics
 from ul2r.evaluation.picture import draw
 from ul2r.inference import read_origin
+from ul2r.launch.base import described_by_base
 from ul2r.launch.evaluation import evaluate_runs, log_scores
 from ul2r.tracking.mlflow import (
     check_server,
@@ -80,7 +81,7 @@ def compare(comparison: Comparison) -> Compared:
 def _recipes(comparison: Comparison) -> dict[Role, Recipe]:
     storage = f"storage={json.dumps(str(comparison.storage))}"
     return {
-        role: load(comparison.recipes[role], [storage], Recipe)
+        role: load(comparison.recipes[role], [storage], Recipe, described_by_base)
         for role in ROLES
         if role in comparison.recipes
     }

@@ -45,7 +45,10 @@ def dry_run(recipe: Recipe) -> str:
     facts = [
         ("checked", checked),
         ("starts from", start),
-        ("vocabulary", f"{size:,} {origin}, embedding padded to {padded_vocabulary(size):,}"),
+        (
+            "vocabulary",
+            f"{size:,} {origin}, embedding padded to {padded_vocabulary(recipe.model.rows(size)):,}",
+        ),
         *_facts(recipe, sizing, size),
     ]
     lines = [

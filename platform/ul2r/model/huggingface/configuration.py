@@ -92,7 +92,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     settings.setdefault("ffn_hidden_size", 4 * settings["hidden_size"])
     if settings.get("head_size") == settings["hidden_size"] / settings["heads"]:
         del settings["head_size"]
-    if not isinstance(settings["init_std"], float):
+    if "init_std" in settings:
         settings["init_std"] = float(settings["init_std"])
     settings |= _rope(left.pop("rope_parameters", None))
     for key, understood in family.choices.items():

@@ -26,6 +26,7 @@ from ul2r.objective.vocabulary import Vocabulary
 
 FORMAT = 3
 """Of ul2r.json."""
+READABLE = 0o644
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,7 @@ def _write_weights(
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
     for number, name in enumerate(names):
         (folder / f"part-{number}").rename(folder / name)
+        (folder / name).chmod(READABLE)  # safetensors lets nobody else read what it writes
     return dtype
 
 
