@@ -15,6 +15,7 @@ from ul2r.errors import UserError
 from ul2r.evaluation.evaluate import export_folder, measure, metrics, store_scores, stored_scores
 from ul2r.evaluation.scores import Scores
 from ul2r.inference import LanguageModel, read_origin
+from ul2r.launch.card import add_scores
 from ul2r.launch.cluster import connected
 from ul2r.tracking.mlflow import known_run, log_summary
 
@@ -35,7 +36,10 @@ def evaluate_runs(recipes: Sequence[Recipe], corpus: Corpus) -> list[Scores]:
         with connected(cpus=1, gpus=gpus):
             _measure_all(missing)
     found = [stored_scores(recipe, corpus) for recipe in recipes]
-    return [scores for scores in found if scores is not None]
+    known = [scores for scores in found if scores is not None]
+    for recipe, scores in zip(recipes, known, strict=True):
+        add_scores(export_folder(recipe, corpus), scores)
+    return known
 
 
 def log_scores(uri: str, recipe: Recipe, corpus: Corpus, scores: Scores) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ul2r.config import HuggingFace, Recipe, dump
-from ul2r.data.prepared import Corpus, open_corpus
+from ul2r.config import Recipe
+from ul2r.data.prepared import open_corpus
 from ul2r.errors import CheckpointError
-from ul2r.evaluation.evaluate import stored_scores
+from ul2r.launch.card import write_card
 from ul2r.model.huggingface.exporting import Card, exported_tensors, write_folder
 from ul2r.model.huggingface.stored import Stored
 from ul2r.model.sizing import GIB
@@ -61,36 +61,10 @@ def export(recipe: Recipe) -> Path:
             card=card,
             shard_bytes=int(recipe.export.shard_gib * GIB),
         )
-    _write_readme(folder, recipe, corpus, card)
+    write_card(folder, recipe, corpus, card)
     if uri is not None:
         _register(recipe, uri, folder)
     return folder
-
-
-def _write_readme(folder: Path, recipe: Recipe, corpus: Corpus, card: Card) -> None:
-    """The model card, with what jobs/evaluate.py measured if it has: recipe, data and metrics of the run."""
-    scores = stored_scores(recipe, corpus)
-    base = f"base_model: {recipe.base}\n" if isinstance(recipe.base, HuggingFace) else ""
-    lines = [
-        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{base}---",
-        f"# {recipe.name}",
-        f"Step {card.step:,} of a run on {card.tokens:,} row positions and {card.flops:.3g} training FLOPs, those of "
-        f"the runs that it continues included. Attention over inputs is {card.attention}; `ul2r.json` holds modes, "
-        "sentinels and the checkpoint's identity.",
-        f"Token store: fingerprint `{corpus.manifest.fingerprint}`, tokenizer `{corpus.manifest.tokenizer}`.",
-    ]
-    if scores is not None:
-        lines.append(
-            "| held-out metric | mean | standard error |\n|---|---|---|\n"
-            + "\n".join(
-                f"| {name} | {score.mean:.4f} | {score.error:.4f} |"
-                for name, score in scores.values.items()
-            )
-        )
-    lines.append(f"## Recipe\n\n```yaml\n{dump(recipe)}```")
-    beside = folder / ".README.md"
-    beside.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
-    beside.replace(folder / "README.md")
 
 
 def _is_current(folder: Path, card: Card) -> bool:
