@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from ul2r.objective.rows import Rows
 from ul2r.train.mesh import Mesh
+from ul2r.train.pace import Pace
 
 Reader = Callable[[Mesh, range], Iterator[Rows]]
 """From the mesh and successive batches' numbers to this replica's rows of each; the reader rank alone iterates."""
@@ -18,8 +19,8 @@ class Feed:
     `read` is called for those that are known of, and again for the rest.
     """
 
-    def __init__(self, read: Reader, mesh: Mesh) -> None:
-        self._read, self._mesh = read, mesh
+    def __init__(self, read: Reader, mesh: Mesh, pace: Pace) -> None:
+        self._read, self._mesh, self._pace = read, mesh, pace
         self._batches = range(0)
         self._rows: Iterator[Rows] = iter(())
 
@@ -30,13 +31,16 @@ class Feed:
             batch: Its number.
             end: One past the last batch that the run needs, as far as is known.
         """
-        if not self._batches:
-            self.check_end()
-            self._batches = range(batch, end)
-            self._rows = self._read(self._mesh, self._batches)
-        assert batch == self._batches[0], (batch, self._batches)
-        self._batches = self._batches[1:]
-        rows = self._mesh.share(next(self._rows, None) if self._mesh.is_reader else None)
+        with self._pace.waiting():
+            if not self._batches:
+                self.check_end()
+                self._batches = range(batch, end)
+                self._rows = self._read(self._mesh, self._batches)
+            assert batch == self._batches[0], (batch, self._batches)
+            self._batches = self._batches[1:]
+            read = next(self._rows, None) if self._mesh.is_reader else None
+        with self._pace.computing():
+            rows = self._mesh.share(read)
         if rows is None:
             raise RuntimeError(f"the data ended before batch {batch}")
         return rows

@@ -106,7 +106,7 @@ class TrainLoop:
             self._log(self._measure())
         if start < steps:
             self.mesh.from_first(lambda: self.checkpoints.begin(start))
-            feed = Feed(read, self.mesh)
+            feed = Feed(read, self.mesh, self.pace)
             try:
                 self._take_steps(feed)
             except DivergedError:  # on every rank, so that what was saved before can be finished
@@ -130,8 +130,7 @@ class TrainLoop:
     def _next(self, feed: Feed, step: int) -> Rows:
         self.beat(step + 1, "wait for data")
         skipped = self.guards.state.skipped_batches
-        with self.pace.waiting():
-            return feed.take(step + skipped, self.recipe.training.steps + skipped)
+        return feed.take(step + skipped, self.recipe.training.steps + skipped)
 
     def _take(self, step: int, rows: Rows) -> bool:
         """One optimizer step, and what is due after it; False where a guard did not let it be applied."""
