@@ -108,7 +108,10 @@ def environment(cluster: Cluster, tracking_uri: str) -> dict[str, str]:
 
 
 def recipe_named(
-    storage: Path, name: str, parallel: Mapping[str, int] = MappingProxyType({"workers": 2})
+    storage: Path,
+    name: str,
+    parallel: Mapping[str, int] = MappingProxyType({"workers": 2}),
+    **guards: float,
 ) -> tuple[Recipe, Path]:
     """A run that skips batches 21, 24 and 25, on which its gradients explode: it reads 27 to take 24 steps."""
     recipe = tiny_recipe(
@@ -117,7 +120,7 @@ def recipe_named(
         parallel=parallel,
         training={"steps": STEPS},
         checkpoints={"every": SAVED_EVERY, "keep": STEPS},
-        guards={"window": 8, "deviations": 4},
+        guards={"window": 8, "deviations": 4, **guards},
         profile={"steps": [2]},
     )
     path = storage / f"{name}.yaml"
@@ -228,18 +231,45 @@ def test_killed_worker_is_replaced_and_nothing_changes(
     recipe, path = recipe_named(storage, "killed-worker")
     driver = start(path, environment)
     wait_for(lambda: latest(recipe), driver)
+    workers_of(cluster)[-1].kill()
+    before = first_identity(recipe)
+    assert latest(recipe) != f"step_{STEPS:08d}", "killed too late to show anything"
+    assert driver.wait(WAIT_S) == 0, path.with_suffix(".log").read_text()
+    assert first_identity(recipe) == before, "it began anew instead of going on"
+    check_equal(tracking_uri, recipe, undisturbed)
+
+
+def test_hung_worker_is_noticed_and_all_are_started_again(
+    storage: Path,
+    cluster: Cluster,
+    environment: dict[str, str],
+    tracking_uri: str,
+    undisturbed: tuple[Recipe, list[tuple[int, float]]],
+) -> None:
+    """It is stopped as by a machine that stands still: nobody hears that it is gone."""
+    recipe, path = recipe_named(storage, "hung-worker", hang_timeout_s=25)
+    driver = start(path, environment)
+    wait_for(lambda: latest(recipe), driver)
+    hung = workers_of(cluster)[-1]
+    hung.suspend()
+    before = first_identity(recipe)
+    assert latest(recipe) != f"step_{STEPS:08d}", "stopped too late to show anything"
+    assert driver.wait(WAIT_S) == 0, path.with_suffix(".log").read_text()
+    assert first_identity(recipe) == before, "it began anew instead of going on"
+    assert list((recipe.run_folder() / "heartbeats").glob("*.stacks.txt"))
+    check_equal(tracking_uri, recipe, undisturbed)
+    assert not hung.is_running() or hung.status() == psutil.STATUS_ZOMBIE
+
+
+def workers_of(cluster: Cluster) -> list[psutil.Process]:
+    """The two workers of the run that the cluster trains."""
     workers = [
         process
         for process in psutil.Process(cluster.head).children(recursive=True)
         if any("RayTrainWorker" in word for word in process.cmdline())
     ]
     assert len(workers) == 2, workers
-    workers[-1].kill()
-    before = first_identity(recipe)
-    assert latest(recipe) != f"step_{STEPS:08d}", "killed too late to show anything"
-    assert driver.wait(WAIT_S) == 0, path.with_suffix(".log").read_text()
-    assert first_identity(recipe) == before, "it began anew instead of going on"
-    check_equal(tracking_uri, recipe, undisturbed)
+    return workers
 
 
 def test_killed_driver_run_again_goes_on(
