@@ -232,10 +232,7 @@ def test_killed_worker_is_replaced_and_nothing_changes(
     driver = start(path, environment)
     wait_for(lambda: latest(recipe), driver)
     workers_of(cluster)[-1].kill()
-    before = first_identity(recipe)
-    assert latest(recipe) != f"step_{STEPS:08d}", "killed too late to show anything"
-    assert driver.wait(WAIT_S) == 0, path.with_suffix(".log").read_text()
-    assert first_identity(recipe) == before, "it began anew instead of going on"
+    check_goes_on(recipe, driver)
     check_equal(tracking_uri, recipe, undisturbed)
 
 
@@ -252,13 +249,18 @@ def test_hung_worker_is_noticed_and_all_are_started_again(
     wait_for(lambda: latest(recipe), driver)
     hung = workers_of(cluster)[-1]
     hung.suspend()
-    before = first_identity(recipe)
-    assert latest(recipe) != f"step_{STEPS:08d}", "stopped too late to show anything"
-    assert driver.wait(WAIT_S) == 0, path.with_suffix(".log").read_text()
-    assert first_identity(recipe) == before, "it began anew instead of going on"
+    check_goes_on(recipe, driver)
     assert list((recipe.run_folder() / "heartbeats").glob("*.stacks.txt"))
     check_equal(tracking_uri, recipe, undisturbed)
     assert not hung.is_running() or hung.status() == psutil.STATUS_ZOMBIE
+
+
+def check_goes_on(recipe: Recipe, driver: subprocess.Popen[bytes]) -> None:
+    """A run that was just disturbed ends well, from its last checkpoint on."""
+    before = first_identity(recipe)
+    assert latest(recipe) != f"step_{STEPS:08d}", "disturbed too late to show anything"
+    assert driver.wait(WAIT_S) == 0, (recipe.storage / f"{recipe.name}.log").read_text()
+    assert first_identity(recipe) == before, "it began anew instead of going on"
 
 
 def workers_of(cluster: Cluster) -> list[psutil.Process]:

@@ -49,7 +49,7 @@ class MemoryTracker:
         self.kept: list[Path] = []
         self.status: RunStatus | None = None
 
-    def log(self, step: int, metrics: Mapping[str, float], rewinds: int = 0) -> None:  # noqa: ARG002
+    def log(self, step: int, metrics: Mapping[str, float], rewinds: int = 0) -> None:  # noqa: ARG002  all records are kept
         """Keep a copy of `metrics`."""
         assert self.status is None, "logged after close"
         self.records.append((step, dict(metrics)))

@@ -135,17 +135,20 @@ class TrainLoop:
     def _take(self, step: int, rows: Rows) -> bool:
         """One optimizer step, and what is due after it; False where a guard did not let it be applied."""
         self.beat(step + 1, "train")
+        alarm: Alarm | None = None
+
+        def admit(result: StepResult) -> bool:
+            nonlocal alarm
+            alarm = self.guards.alarm(_seen(result))
+            return alarm is None
+
         with self.pace.computing(), profiled(self.recipe, step + 1, self.mesh, self.tracker):
-            result = self.train_step.train(step, rows, lambda seen: self._alarm(seen) is None)
-        alarm = self._alarm(result)
+            result = self.train_step.train(step, rows, admit)
         if alarm is None:
             self._applied(step, rows, result)
         else:
             self._answer(alarm, step, result)
         return alarm is None
-
-    def _alarm(self, result: StepResult) -> Alarm | None:
-        return self.guards.alarm(_seen(result))
 
     def _applied(self, step: int, rows: Rows, result: StepResult) -> None:
         training, losses = self.recipe.training, result.losses
