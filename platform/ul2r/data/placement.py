@@ -94,12 +94,13 @@ def _remove_subwords(tree: dict[str, Any], count: int) -> list[str]:
     pairs = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     made = {"".join(pair) for pair in pairs}
     added = {entry["content"] for entry in tree["added_tokens"]}
-    last = sorted((made & vocabulary.keys()) - added, key=vocabulary.__getitem__)[-count:]
-    if len(last) < count:
+    subwords = sorted((made & vocabulary.keys()) - added, key=vocabulary.__getitem__)
+    if len(subwords) < count:
         raise CorpusError(
-            f"data.special_tokens=last_subwords: the tokenizer has {len(last)} subwords, {count} are needed: "
+            f"data.special_tokens=last_subwords: the tokenizer has {len(subwords)} subwords, {count} are needed: "
             "lower data.sentinels"
         )
+    last = subwords[len(subwords) - count :]  # none, where none is needed
     gone = set(last)
     model["merges"] = [
         merge

@@ -96,6 +96,7 @@ def test_a_placed_tokenizer_survives_its_file_and_a_second_placing(
     assert vocabulary_of(loaded) == vocabulary_of(placed)
     again = place_special_tokens(loaded, sentinels=5, taken=taken)  # type: ignore[arg-type]
     assert again.get_vocab() == placed.get_vocab()
+    assert encode(again, TEXTS[0]).tolist() == encode(placed, TEXTS[0]).tolist()
 
 
 def test_too_few_subwords_and_other_tokenizers_are_refused() -> None:
