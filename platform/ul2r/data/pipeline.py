@@ -1,4 +1,4 @@
-"""Rows made by Ray Data tasks while training runs: the only file here that knows Ray besides `prepare.py`.
+"""Rows made by Ray Data tasks while training runs: the only file here that knows Ray besides `tokenising.py`.
 
 A data set is a list of blocks; block (chunk, replica) holds one replica's rows of a chunk of successive batches:
 
