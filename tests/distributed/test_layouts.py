@@ -21,6 +21,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "TP 2 x SP": {"workers": 2, "tensor": 2, "sequence_parallel": True},
     "PP 2": {"workers": 2, "pipeline": 2},
     "PP 2 x VP 2": {"workers": 2, "pipeline": 2, "virtual_stages": 2},
+    "PP 3 x VP 2 x ends": {
+        "workers": 3,
+        "pipeline": 3,
+        "virtual_stages": 2,
+        "ends_as_layers": True,  # chunks of 0, 1, 1, 1, 1 and 0 layers
+    },
     "DP 2": {"workers": 2},
     "TP 2 x PP 2 x SP": {"workers": 4, "tensor": 2, "pipeline": 2, "sequence_parallel": True},
     "PP 2 x VP 2 x DP 2": {"workers": 4, "pipeline": 2, "virtual_stages": 2},

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.distributed
 
 SP = {"workers": 2, "tensor": 2, "sequence_parallel": True}
 VP = {"workers": 2, "pipeline": 2, "virtual_stages": 2}
+ENDS = {"workers": 3, "pipeline": 3, "virtual_stages": 2, "ends_as_layers": True}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "single": {},
     "TP 2": {"parallel": {"workers": 2, "tensor": 2}},
@@ -35,6 +36,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "PP 2 x VP 2": {"parallel": VP},
     "PP 2 x VP 2, selective": {"parallel": VP, "training": {"recompute": "selective"}},
     "PP 2 x VP 2, full": {"parallel": VP, "training": {"recompute": "full"}},
+    "PP 3 x VP 2 x ends": {"parallel": ENDS},
+    "PP 3 x VP 2 x ends, full": {"parallel": ENDS, "training": {"recompute": "full"}},
 }
 
 

@@ -18,6 +18,9 @@ class Parallel(Section):
     virtual_stages: PositiveInt = 1
     """Chunks of layers on each pipeline rank, which takes turns among them: the interleaved schedule of Narayanan
     et al. 2021, arXiv 2104.04473, 2.2.2."""
+    ends_as_layers: bool = False
+    """Whether embedding and output count as a layer each when layers are shared out, so that the first and the last
+    chunk have one fewer (Llama 3, arXiv 2407.21783, 3.3.2)."""
     sequence_parallel: bool = False
     """Norms and residuals cut along the row over tensor ranks (Korthikanti et al. 2022, arXiv 2205.05198, 4.2.2)."""
     context: PositiveInt = 1
@@ -47,6 +50,11 @@ class Parallel(Section):
                 f"virtual_stages={self.virtual_stages} interleaves pipeline stages, and pipeline=1: raise "
                 "parallel.pipeline or leave parallel.virtual_stages out"
             )
+        if self.ends_as_layers and self.pipeline == 1:
+            raise ValueError(
+                "ends_as_layers=true is about pipeline stages, and pipeline=1: raise parallel.pipeline or leave "
+                "parallel.ends_as_layers out"
+            )
         return self
 
     @property
@@ -59,6 +67,24 @@ class Parallel(Section):
         """Chunks that the layers are cut into."""
         return self.pipeline * self.virtual_stages
 
+    def chunk_layers(self, layers: int) -> tuple[tuple[int, ...], ...]:
+        """Layers of each pipeline stage's chunks, of a model that has `layers`, which must fit."""
+        ends = 1 if self.ends_as_layers else 0
+        each = (layers + 2 * ends) // self.chunks
+        shares = [[each] * self.virtual_stages for _ in range(self.pipeline)]
+        shares[0][0] -= ends
+        shares[-1][-1] -= ends
+        return tuple(map(tuple, shares))
+
+    def microbatch_group(self, microbatches: int) -> int:
+        """Microbatches that pass through a chunk before the next chunk's turn, in the interleaved schedule.
+
+        As few as keep every stage busy: no fewer than stages, in the last group neither.
+        """
+        sizes = range(self.pipeline, microbatches)
+        fits = (size for size in sizes if not 0 < microbatches % size < self.pipeline)
+        return next(fits, microbatches)
+
     def check_fit(self, *, layers: int, sequence_length: int, **microbatches: int) -> None:
         """Refuse a layout that the layers, the rows or the number of microbatches do not fit.
 
@@ -70,10 +96,12 @@ class Parallel(Section):
         Raises:
             ValueError: With what does not fit.
         """
-        if layers % self.chunks:
+        shared_out = layers + 2 if self.ends_as_layers else layers
+        if shared_out % self.chunks:
             raise ValueError(
-                f"parallel.pipeline x parallel.virtual_stages = {self.pipeline} x {self.virtual_stages} "
-                f"does not divide model.layers={layers}: change either"
+                f"parallel.pipeline x parallel.virtual_stages = {self.pipeline} x {self.virtual_stages} does not "
+                f"divide model.layers={layers}{' + 2 (parallel.ends_as_layers)' if self.ends_as_layers else ''}: "
+                "change either"
             )
         if self.sequence_parallel and sequence_length % self.tensor:
             raise ValueError(
@@ -81,10 +109,10 @@ class Parallel(Section):
                 "parallel.sequence_parallel needs: change either"
             )
         for what, count in microbatches.items():
-            if self.virtual_stages > 1 and count % self.pipeline:
+            if self.virtual_stages > 1 and count < self.pipeline:
                 raise ValueError(
-                    f"{count} microbatches of {what} on each replica are no multiple of "
-                    f"parallel.pipeline={self.pipeline}, as the interleaved schedule of "
-                    f"parallel.virtual_stages={self.virtual_stages} needs: change the rows of {what}, "
-                    "training.microbatch_rows or the layout"
+                    f"{count} microbatches of {what} on each replica are fewer than "
+                    f"parallel.pipeline={self.pipeline}, which the interleaved schedule of "
+                    f"parallel.virtual_stages={self.virtual_stages} needs: raise the rows of {what}, "
+                    "lower training.microbatch_rows or change the layout"
                 )

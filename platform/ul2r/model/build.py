@@ -74,6 +74,8 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_stages if interleaved else None,
+        account_for_embedding_in_pipeline_split=parallel.ends_as_layers,
+        account_for_loss_in_pipeline_split=parallel.ends_as_layers,
         sequence_parallel=parallel.sequence_parallel,
         # Two ranks that are each other's next and previous one must not mix up what they send: one by one, then.
         overlap_p2p_comm=interleaved,

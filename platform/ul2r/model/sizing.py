@@ -107,15 +107,21 @@ def kept_passes(parallel: Parallel, microbatches: int, stage: int) -> tuple[int,
     """Forward passes through each chunk of a stage whose activations are kept when there are the most.
 
     That is once the pipeline is warm. Megatron-Core's interleaved schedule (arXiv 2104.04473, 2.2.2) lets groups of
-    p microbatches pass through one chunk, then the next; stage s begins backward passes after
-    2 (p - s - 1) + (v - 1) p forward ones, where 1F1B without chunks does so after p - s - 1.
+    g microbatches pass through one chunk, then the next; stage s begins backward passes after
+    2 (p - s - 1) + (v - 1) g forward ones, where 1F1B without chunks does so after p - s - 1.
     """
     stages, chunks = parallel.pipeline, parallel.virtual_stages
     if chunks == 1:
         return (min(microbatches, stages - stage),)
-    ahead = 2 * (stages - stage - 1) + (chunks - 1) * stages + 1
-    order = [number // stages % chunks for number in range(min(ahead, chunks * microbatches))]
-    return tuple(order.count(chunk) for chunk in range(chunks))
+    group = parallel.microbatch_group(microbatches)
+    ahead = 2 * (stages - stage - 1) + (chunks - 1) * group + 1
+    order = [
+        chunk
+        for first in range(0, microbatches, group)
+        for chunk in range(chunks)
+        for _ in range(first, min(first + group, microbatches))
+    ]
+    return tuple(order[:ahead].count(chunk) for chunk in range(chunks))
 
 
 def expected_seconds(recipe: Recipe, flops: float) -> float | None:
@@ -138,12 +144,13 @@ def _stage(recipe: Recipe, padded: int, number: int) -> Stage:
     """Pipeline stage `number`, from 0; an embedding of `padded` rows."""
     parallel, is_last = recipe.parallel, number == recipe.parallel.pipeline - 1
     kept = kept_passes(parallel, recipe.microbatches, number)
-    weights = _stage_parameters(recipe, padded, is_first=number == 0, is_last=is_last)
+    layers = parallel.chunk_layers(recipe.model.layers)[number]
+    weights = _stage_parameters(recipe, padded, sum(layers), is_first=number == 0, is_last=is_last)
     element = _element_bytes(recipe)
     main_weights = 4 if element < 4 else 0  # the optimizer's own, where the model's are not fp32
     logits = _logit_bytes(recipe, padded) if is_last else 0
     passes = [
-        count * _pass_bytes(recipe, is_last=is_last and chunk == len(kept) - 1)
+        count * _pass_bytes(recipe, layers[chunk], is_last=is_last and chunk == len(kept) - 1)
         for chunk, count in enumerate(kept)
     ]
     again = _layer_bytes(recipe)[1]
@@ -156,14 +163,14 @@ def _stage(recipe: Recipe, padded: int, number: int) -> Stage:
         activations=sum(passes) + max(again, 0) + _rotary_bytes(recipe),
         logits=logits,
     )
-    layers = recipe.model.layers // parallel.pipeline
-    return Stage(layers, weights, sum(kept) / len(kept), memory)
+    return Stage(sum(layers), weights, sum(kept) / len(kept), memory)
 
 
-def _stage_parameters(recipe: Recipe, padded: int, *, is_first: bool, is_last: bool) -> int:
+def _stage_parameters(
+    recipe: Recipe, padded: int, layers: int, *, is_first: bool, is_last: bool
+) -> int:
     """Parameters of one rank: matrices are cut over tensor ranks, norms are not."""
     model, parallel = recipe.model, recipe.parallel
-    layers = model.layers // parallel.pipeline
     outer = outer_tensors(model, padded)
     first = {name: shape for name, shape in outer.items() if name.startswith("embedding.")}
     last = {name: shape for name, shape in outer.items() if name not in first}
@@ -189,9 +196,9 @@ def _element_bytes(recipe: Recipe) -> int:
     return 4 if recipe.precision == "fp32" else 2
 
 
-def _pass_bytes(recipe: Recipe, *, is_last: bool) -> int:
+def _pass_bytes(recipe: Recipe, layers: int, *, is_last: bool) -> int:
     """Bytes that a microbatch's pass through a chunk leaves on a rank for the backward pass, logits apart."""
-    length, layers = recipe.objective.sequence_length, recipe.model.layers // recipe.parallel.chunks
+    length = recipe.objective.sequence_length
     recomputes = recipe.training.recompute != "none"
     intervals = recipe.training.microbatch_rows * 2 * 4 * length if recomputes else 0
     return layers * _layer_bytes(recipe)[0] + _end_bytes(recipe, is_last=is_last) + intervals

@@ -130,6 +130,9 @@ class TrainStep:
         size = self.recipe.training.microbatch_rows
         assert len(rows) % size == 0
         microbatches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        self.config.microbatch_group_size_per_vp_stage = self.recipe.parallel.microbatch_group(
+            len(microbatches)
+        )
         results = get_forward_backward_func()(
             forward_step_func=partial(self._forward, denoisers=denoisers),
             data_iterator=[iter(microbatches) for _ in self.model],  # each chunk reads them all

