@@ -20,8 +20,9 @@ from ul2r.errors import CorpusError
 Taken = Literal["reserved", "last_subwords"]
 RESERVED = re.compile(
     r"<\|reserved_special_token_\d+\|>|<\|extra_\d+\|>|<unused\d+>|\[unused\d+\]|<SPECIAL_\d+>"
+    r"|<｜place▁holder▁no▁\d+｜>"  # noqa: RUF001  DeepSeek's
 )
-"""What Llama 3, Qwen's first, Gemma, BERT's descendants and Mistral NeMo call tokens that stand for nothing."""
+"""What Llama 3, Qwen's first, Gemma, BERT's descendants, Mistral NeMo and DeepSeek call tokens that mean nothing."""
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,11 @@ from ul2r.errors import CorpusError, RecipeError
 from ul2r.objective.vocabulary import Vocabulary
 
 EOS = "<eos>"
-EXISTING_EOS = ("</s>", "<|endoftext|>", "<|end_of_text|>", EOS)
-"""What a given tokenizer may already call the end of a text, in order of preference."""
+EXISTING_EOS = (
+    *("</s>", "<|endoftext|>", "<|end_of_text|>", "<EOS_TOKEN>", "<｜end▁of▁sentence｜>"),  # noqa: RUF001  DeepSeek's
+    EOS,
+)
+"""What a special token of a given tokenizer that ends a text may be called, in order of preference."""
 ModeTokens = Literal["special", "text"]
 MODES = {"S2S": "[S2S]", "NLU": "[NLU]", "NLG": "[NLG]"}
 BYTES = 256
@@ -160,7 +163,11 @@ def sentinel(number: int) -> str:
 
 
 def _eos(tokenizer: Tokenizer) -> str | None:
-    return next((text for text in EXISTING_EOS if tokenizer.token_to_id(text) is not None), None)
+    """The special token that ends a text; Qwen's vocabulary has a subword "</s>", which is none."""
+    special = {
+        token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special
+    }
+    return next((text for text in EXISTING_EOS if text in special), None)
 
 
 def for_plain_text(tokenizer: Tokenizer) -> Tokenizer:

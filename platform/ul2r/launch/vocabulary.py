@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from ul2r.data.placement import Place, Taken, place_special_tokens, places
 from ul2r.data.tokenizer import ModeTokens, load_tokenizer, objective_tokens, vocabulary_of
 from ul2r.errors import RecipeError
@@ -37,17 +39,21 @@ def placements(
     size = vocabulary_of(after, modes).size
     lines = [f"{path}: {max(before.get_vocab().values()) + 1:,} entries, {size:,} afterwards"]
     for kind, run in groupby(found, key=lambda place: place.kind):
-        lines.append(f"  {_named(list(run))}: {kind}")
+        lines.append(f"  {_named(list(run), before)}: {kind}")
     if path.is_dir():
         lines.append(_embedding(path, size))
     return "\n".join(lines)
 
 
-def _named(run: Sequence[Place]) -> str:
-    """First and last of a run with their numbers, and what was there."""
+def _named(run: Sequence[Place], before: Tokenizer) -> str:
+    """First and last of a run with their numbers, and the text that was there."""
+
+    def was(place: Place) -> str:
+        return before.decode([place.number], skip_special_tokens=False)
+
     ends = [
         f"{place.text} {place.number}"
-        + ("" if place.was in (None, place.text) else f" ({place.was})")
+        + ("" if place.was in (None, place.text) else f" ({was(place)})")
         for place in (run[0], run[-1])
     ]
     return ends[0] if len(run) == 1 else f"{ends[0]} .. {ends[1]}, {len(run)} in all"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,15 @@ def test_reserved_tokens_are_taken_and_the_tokenizer_does_not_grow() -> None:
     text = TEXTS[0] + "<extra_id_0> <|reserved_special_token_0|>"
     assert not set(encode(after, text).tolist()) & vocabulary.no_text
     assert after.decode(encode(after, text).tolist()) == text
+
+
+def test_a_subword_that_is_called_like_an_end_of_text_is_none() -> None:
+    """Qwen's vocabulary holds "</s>", which its texts may hold as well."""
+    before = plain()
+    tree = json.loads(before.to_str())
+    tree["model"]["vocab"]["</s>"] = before.get_vocab_size()
+    after = place_special_tokens(Tokenizer.from_str(json.dumps(tree)), sentinels=3)
+    assert after.id_to_token(vocabulary_of(after).eos) == "<eos>"
 
 
 def test_new_entries_follow_when_reserved_tokens_run_out() -> None:
