@@ -4,6 +4,7 @@
 
 Writes the run's last checkpoint as a Hugging Face folder (safetensors, tokenizer, ul2r.json) into the run's
 folder, and registers it in MLflow under `export.alias` where the recipe names `export.registered_model`.
+`--set export.checkpoint=FOLDER` takes an earlier checkpoint of the model, or one that Megatron-LM wrote (`torch_dist`).
 """
 
 from __future__ import annotations

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from ul2r.config import HuggingFace, Recipe
+from ul2r.config.recipe import Export
 from ul2r.data.prepared import open_corpus
 from ul2r.errors import CheckpointError
 from ul2r.launch.base import check_base, described_by_base
@@ -101,14 +104,22 @@ def held_out(recipe: Recipe) -> list[dict[str, float]]:
     return [losses for losses in measured if losses]
 
 
-def test_a_run_goes_on_from_an_export_as_from_the_checkpoint(recipe: Recipe) -> None:
+@pytest.fixture(scope="module")
+def first(recipe: Recipe) -> tuple[Recipe, list[dict[str, float]]]:
+    """A run that has been trained, and its held-out losses."""
+    trained = recipe.model_copy(update={"name": "first"})
+    return trained, run_distributed(held_out, 2, trained)[0]
+
+
+def test_a_run_goes_on_from_an_export_as_from_the_checkpoint(
+    recipe: Recipe, first: tuple[Recipe, list[dict[str, float]]]
+) -> None:
     """The export as a Hugging Face base in another layout: its first losses are the exported run's last.
 
     Not to the last digit: rows of padding, which an export has not, are among what training chooses from.
     """
-    first = recipe.model_copy(update={"name": "first"})
-    before, _ = run_distributed(held_out, 2, first)
-    folder = export(first)
+    trained, before = first
+    folder = export(trained)
     tree = recipe.model_dump(mode="json") | {"name": "next", "base": {"hf": str(folder)}}
     tree |= {"parallel": {"workers": 2, "pipeline": 2}, "model": {"layers": 4}}
     described_by_base(tree)
@@ -123,6 +134,27 @@ def test_a_run_goes_on_from_an_export_as_from_the_checkpoint(recipe: Recipe) -> 
     info = CheckpointInfo.read(latest)
     assert (info.base or "").startswith("hf-")
     assert info.tokens == 3 * 8 * 64
+
+
+def test_an_earlier_checkpoint_is_exported_beside_the_last(
+    first: tuple[Recipe, list[dict[str, float]]],
+) -> None:
+    """Here a copy elsewhere of the only one; a damaged one is refused, with nothing written."""
+    trained, _ = first
+    last, latest = export(trained), last_sound(CheckpointStore.of(trained))
+    assert latest is not None
+    copy = Path(shutil.copytree(latest, trained.storage / "copied"))
+    chosen = trained.model_copy(update={"export": Export(checkpoint=copy)})
+    folder = export(chosen)
+    assert folder.name == "export-copied"
+    for name in ("model.safetensors", "ul2r.json", "config.json"):
+        assert (folder / name).read_bytes() == (last / name).read_bytes()
+    shutil.rmtree(folder)
+    damaged = max(copy.glob("*.distcp"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=rf"{copy}: holds .* of {damaged.name}"):
+        export(chosen)
+    assert not folder.exists()
 
 
 def test_a_run_without_a_checkpoint_is_named(recipe: Recipe) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import queue
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor
 
 from ul2r.config import Recipe
+from ul2r.config.recipe import Export
 from ul2r.data.prepared import open_corpus
 from ul2r.errors import CheckpointError
 from ul2r.launch.base import check_base
+from ul2r.launch.export import export
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.recipes import tiny_recipe
@@ -152,6 +155,28 @@ def test_another_model_than_the_recipes_is_refused(recipe: Recipe, theirs: Tenso
         check_base(with_model(ffn_hidden_size=98), corpus)
     with pytest.raises(CheckpointError, match=r"has no tensor .*linear_qkv.bias"):
         check_base(with_model(bias="qkv"), corpus)
+
+
+def test_what_megatron_wrote_is_exported_as_the_same_function(
+    recipe: Recipe, theirs: Tensor, tokens: Tensor
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    tiny_store(recipe.storage / "smaller" / "store", vocabulary_size=ROWS)
+    chosen = Export(checkpoint=recipe.storage / "theirs")
+    changes = {"storage": recipe.storage / "smaller", "export": chosen, "base": None}
+    folder = export(recipe.model_copy(update=changes))
+    assert folder.name == "export-iter_0000005"
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, theirs, atol=1e-4, rtol=1e-4)
+    said = json.loads((folder / "ul2r.json").read_text())
+    assert (said["attention"], said["denoising"], said["step"]) == ("causal", False, 0)
+    assert "Converted from a checkpoint of Megatron-LM's" in (folder / "README.md").read_text()
+    with pytest.raises(
+        CheckpointError, match=r"word_embeddings.weight has shape \(384, 32\), .*500"
+    ):
+        export(recipe.model_copy(update={"export": chosen}))
 
 
 def test_a_folder_without_a_checkpoint_is_refused(recipe: Recipe) -> None:

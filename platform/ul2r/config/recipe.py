@@ -105,6 +105,8 @@ class Export(Section):
     alias: str = "champion"
     shard_gib: float = Field(default=4, gt=0)
     """Most bytes of a file of weights; about as much memory is needed to write it."""
+    checkpoint: Path | None = None
+    """Another checkpoint of the model than the run's last: an earlier one, or what Megatron-LM wrote (`torch_dist`)."""
 
 
 class Launch(Section):

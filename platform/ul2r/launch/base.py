@@ -58,8 +58,7 @@ def check_base(recipe: Recipe, corpus: Corpus) -> None:
     """
     base = recipe.base
     if isinstance(base, Megatron):
-        from ul2r.model.huggingface.stored import Stored
-        from ul2r.train.pretrained import latest_iteration
+        from ul2r.model.huggingface.stored import Stored, latest_iteration
 
         Stored(latest_iteration(base.megatron)).check(recipe.model)
     if not isinstance(base, HuggingFace):

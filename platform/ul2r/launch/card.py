@@ -20,13 +20,13 @@ def write_card(folder: Path, recipe: Recipe, corpus: Corpus, card: Card) -> None
     parts = [
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{base}---",
         f"# {recipe.name}",
-        f"Step {card.step:,} of a run on {card.tokens:,} row positions and {card.flops:.3g} training FLOPs, those of "
-        f"the runs that it continues included. Attention over inputs is {card.attention}; `ul2r.json` holds modes, "
-        "sentinels and the checkpoint's identity.",
+        f"{_origin(card)} Attention over inputs is {card.attention}; `ul2r.json` holds modes, sentinels and the "
+        "checkpoint's identity.",
         f"Token store: fingerprint `{corpus.manifest.fingerprint}`, tokenizer `{corpus.manifest.tokenizer}`.",
         f"{RECIPE}\n\n```yaml\n{dump(recipe)}```\n",
     ]
-    text, scores = "\n\n".join(parts), stored_scores(recipe, corpus)
+    text = "\n\n".join(parts)
+    scores = None if recipe.export.checkpoint else stored_scores(recipe, corpus)
     _put(folder / CARD, text if scores is None else _with_scores(text, scores))
 
 
@@ -35,6 +35,15 @@ def add_scores(folder: Path, scores: Scores) -> None:
     path = folder / CARD
     if path.is_file():
         _put(path, _with_scores(path.read_text(encoding="utf-8"), scores))
+
+
+def _origin(card: Card) -> str:
+    if not card.step:
+        return "Converted from a checkpoint of Megatron-LM's and not trained further."
+    return (
+        f"Step {card.step:,} of a run on {card.tokens:,} row positions and {card.flops:.3g} training FLOPs, those of "
+        "the runs that it continues included."
+    )
 
 
 def _with_scores(text: str, scores: Scores) -> str:

@@ -6,54 +6,42 @@ import json
 from pathlib import Path
 
 from ul2r.config import Recipe
-from ul2r.data.prepared import open_corpus
+from ul2r.data.prepared import Corpus, open_corpus
 from ul2r.errors import CheckpointError
 from ul2r.launch.card import write_card
 from ul2r.model.huggingface.exporting import Card, exported_tensors, write_folder
-from ul2r.model.huggingface.stored import Stored
+from ul2r.model.huggingface.stored import Stored, foreign_identity, latest_iteration
 from ul2r.model.sizing import GIB
 from ul2r.tracking.mlflow import check_server, find_run, register
-from ul2r.train.checkpoint import CheckpointInfo
+from ul2r.train.checkpoint import INFO, CheckpointInfo
+from ul2r.train.integrity import find_damage
 from ul2r.train.storage import CheckpointStore, last_sound
 
 
 def export(recipe: Recipe) -> Path:
-    """Write the run's last sound checkpoint as a Hugging Face folder, and register it if the recipe says so.
+    """Write a checkpoint as a Hugging Face folder, and register it if the recipe says so.
 
-    An export of the same checkpoint that is there already is kept.
+    It is the run's last sound one, and the folder "export", unless `export.checkpoint` names another, whose folder is
+    named after it. An export of the same checkpoint that is there already is kept.
 
     Returns:
         The folder.
 
     Raises:
-        CheckpointError: If the run has no checkpoint, or one of another model.
+        CheckpointError: If there is no such checkpoint, or it is damaged or one of another model.
         ServiceError: If it is to be registered and the tracking server fails.
     """
     corpus = open_corpus(recipe.store_folder)
-    checkpoint = last_sound(CheckpointStore.of(recipe))
-    if checkpoint is None:
-        raise CheckpointError(
-            f"run {recipe.name!r} has no checkpoint in {recipe.run_folder()}: train it first with jobs/train.py"
-        )
+    rows = recipe.model.rows(corpus.vocabulary.size)
+    checkpoint, folder = _named(recipe)
     uri = check_server(recipe.tracking.uri) if recipe.export.registered_model else None
-    info = CheckpointInfo.read(checkpoint)
-    info.check_same_model(recipe, corpus)
-    card = Card(
-        run=recipe.name,
-        role=recipe.role,
-        attention="causal" if recipe.objective.is_causal else "prefix",
-        denoising=recipe.objective.is_denoising,
-        step=info.step,
-        tokens=info.tokens,
-        flops=info.flops,
-        checkpoint=info.identity,
-    )
-    folder = recipe.run_folder() / "export"
+    stored = Stored(checkpoint)
+    stored.check(recipe.model, rows)
+    card = _card(recipe, corpus, checkpoint)
     if not _is_current(folder, card):
-        rows = recipe.model.rows(corpus.vocabulary.size)
         write_folder(
             folder,
-            exported_tensors(Stored(checkpoint), recipe.model, rows),
+            exported_tensors(stored, recipe.model, rows),
             architecture=recipe.model,
             positions=recipe.objective.sequence_length,
             vocabulary=corpus.vocabulary,
@@ -65,6 +53,42 @@ def export(recipe: Recipe) -> Path:
     if uri is not None:
         _register(recipe, uri, folder)
     return folder
+
+
+def _named(recipe: Recipe) -> tuple[Path, Path]:
+    """The checkpoint to export, and where to."""
+    exports, chosen = recipe.run_folder() / "export", recipe.export.checkpoint
+    if chosen is None:
+        last = last_sound(CheckpointStore.of(recipe))
+        if last is None:
+            raise CheckpointError(
+                f"run {recipe.name!r} has no checkpoint in {recipe.run_folder()}: train it first with jobs/train.py"
+            )
+        return last, exports
+    if not (chosen / INFO).is_file():
+        chosen = latest_iteration(chosen, "export.checkpoint")
+    elif damage := find_damage(chosen):
+        raise CheckpointError(f"export.checkpoint={chosen}: {damage}: name another one")
+    return chosen, exports.with_name(f"{exports.name}-{chosen.name}")
+
+
+def _card(recipe: Recipe, corpus: Corpus, checkpoint: Path) -> Card:
+    """What is known of a checkpoint; one of Megatron-LM's knows nothing of denoising."""
+    if not (checkpoint / INFO).is_file():
+        identity = foreign_identity(checkpoint)
+        return Card(recipe.name, None, "causal", False, 0, 0, 0.0, identity)
+    info = CheckpointInfo.read(checkpoint)
+    info.check_same_model(recipe, corpus)
+    return Card(
+        run=recipe.name,
+        role=recipe.role,
+        attention="causal" if recipe.objective.is_causal else "prefix",
+        denoising=recipe.objective.is_denoising,
+        step=info.step,
+        tokens=info.tokens,
+        flops=info.flops,
+        checkpoint=info.identity,
+    )
 
 
 def _is_current(folder: Path, card: Card) -> bool:

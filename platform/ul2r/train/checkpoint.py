@@ -14,6 +14,7 @@ from ul2r.config.recipe import Change
 from ul2r.data.prepared import Corpus
 from ul2r.errors import CheckpointError
 
+INFO = "checkpoint.json"
 FORMAT = 1
 RECIPE_PARTS: dict[str, Any] = {
     "base": True,
@@ -97,20 +98,20 @@ class CheckpointInfo:
         Raises:
             CheckpointError: If the folder is no checkpoint of this project.
         """
-        file = folder / "checkpoint.json"
+        file = folder / INFO
         try:
             fields = dict(json.loads(file.read_text(encoding="utf-8")))
             found = fields.pop("format", None)
             if found == FORMAT:
                 return cls(**fields)
         except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{folder}: not a checkpoint: checkpoint.json: {error}") from None
+            raise CheckpointError(f"{folder}: not a checkpoint: {INFO}: {error}") from None
         raise CheckpointError(f"{file}: format {found} is not {FORMAT}, which this version reads")
 
     def write(self, folder: Path) -> None:
         """Write the description into the checkpoint's folder."""
         text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2)
-        (folder / "checkpoint.json").write_text(text, encoding="utf-8")
+        (folder / INFO).write_text(text, encoding="utf-8")
 
     def check_same_model(self, recipe: Recipe, corpus: Corpus) -> None:
         """Refuse to load into another model or tokenizer.

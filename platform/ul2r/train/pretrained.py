@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
@@ -11,17 +10,13 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from ul2r.config import HuggingFace, Megatron, Recipe
-from ul2r.errors import CheckpointError
 from ul2r.model.build import shards
 from ul2r.model.huggingface.family import is_embedding
 from ul2r.model.huggingface.importing import load_weights
 from ul2r.model.huggingface.source import Source, local_folder
-from ul2r.model.huggingface.stored import Stored
+from ul2r.model.huggingface.stored import Stored, foreign_identity, latest_iteration
 from ul2r.train.sharded import load_checkpoint
 from ul2r.train.step import TrainStep
-
-METADATA = ".metadata"
-"""What every `torch_dist` checkpoint has: torch's own description of it."""
 
 
 def load_pretrained(recipe: Recipe, base: HuggingFace | Megatron, train_step: TrainStep) -> str:
@@ -38,7 +33,7 @@ def load_pretrained(recipe: Recipe, base: HuggingFace | Megatron, train_step: Tr
         load_checkpoint(folder, train_step, optimizer=False)
         _fill_new_rows(train_step.chunks, folder)
         train_step.optimizer.reload_model_params()
-        return "megatron-" + hashlib.sha256((folder / METADATA).read_bytes()).hexdigest()[:23]
+        return foreign_identity(folder)
     with Source(local_folder(base.hf), recipe.model) as source:
         for chunk in train_step.chunks:
             load_weights(chunk, source, recipe.model)
@@ -56,22 +51,3 @@ def _fill_new_rows(chunks: Iterable[GPTModel], folder: Path) -> None:
         old = max(stored.rows(shard.key) - shard.global_offset[0], 0)
         if old < len(shard.data):
             shard.data[old:] = stored.read(shard.key, None).float().mean(0)
-
-
-def latest_iteration(folder: Path) -> Path:
-    """The checkpoint in a folder of Megatron-LM's, or the folder itself if it is one.
-
-    Raises:
-        CheckpointError: If there is none, or it is of another format than `torch_dist`.
-    """
-    pointer = folder / "latest_checkpointed_iteration.txt"
-    if pointer.is_file():
-        iteration = pointer.read_text(encoding="utf-8").strip()
-        named = f"iter_{int(iteration):07d}" if iteration.isdecimal() else iteration
-        folder = folder / named
-    if not (folder / METADATA).is_file():
-        raise CheckpointError(
-            f"base.megatron={folder}: holds no {METADATA}, so it is no torch_dist checkpoint: name the folder of one, "
-            "or convert it with Megatron-LM's tools"
-        )
-    return folder

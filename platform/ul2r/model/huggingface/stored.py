@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -20,6 +21,9 @@ from ul2r.config import Architecture
 from ul2r.errors import CheckpointError
 from ul2r.model.huggingface.family import is_embedding
 from ul2r.model.tensors import LAYERS, layer_tensors, outer_tensors
+
+METADATA = ".metadata"
+"""What every `torch_dist` checkpoint has: torch's own description of it."""
 
 
 class Stored:
@@ -48,13 +52,17 @@ class Stored:
             if isinstance(found, TensorStorageMetadata)
         }
 
-    def check(self, architecture: Architecture) -> None:
+    def check(self, architecture: Architecture, rows: int = 0) -> None:
         """Refuse a checkpoint of another model; its embedding may be padded to any number of rows.
+
+        Args:
+            architecture: The model's.
+            rows: Fewest rows of the embedding.
 
         Raises:
             CheckpointError: Naming the first tensor that is missing or has another shape.
         """
-        wanted = outer_tensors(architecture, 0)
+        wanted = outer_tensors(architecture, rows)
         stacked = layer_tensors(architecture).items()
         wanted |= {LAYERS + key: (architecture.layers, *shape) for key, shape in stacked}
         for key, shape in wanted.items():
@@ -64,7 +72,8 @@ class Stored:
                     f"{self.folder}: has no tensor {key}, which the recipe's model has"
                 )
             size = tuple(found.size)
-            if size != shape and not (is_embedding(key) and size[1:] == shape[1:]):
+            padded = is_embedding(key) and size[0] >= rows and size[1:] == shape[1:]
+            if size != shape and not padded:
                 raise CheckpointError(
                     f"{self.folder}: {key} has shape {size}, the recipe's model makes it {shape}: change model"
                 )
@@ -96,3 +105,31 @@ class _Into(DefaultLoadPlanner):
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:  # noqa: ARG002  there is but one
         return self._tensor
+
+
+def foreign_identity(checkpoint: Path) -> str:
+    """Digest of what a checkpoint that is not this project's says of its tensors."""
+    return "megatron-" + hashlib.sha256((checkpoint / METADATA).read_bytes()).hexdigest()[:23]
+
+
+def latest_iteration(folder: Path, setting: str = "base.megatron") -> Path:
+    """The checkpoint in a folder of Megatron-LM's, or the folder itself if it is one.
+
+    Args:
+        folder: The folder.
+        setting: What names it.
+
+    Raises:
+        CheckpointError: If there is none, or it is of another format than `torch_dist`.
+    """
+    pointer = folder / "latest_checkpointed_iteration.txt"
+    if pointer.is_file():
+        iteration = pointer.read_text(encoding="utf-8").strip()
+        named = f"iter_{int(iteration):07d}" if iteration.isdecimal() else iteration
+        folder = folder / named
+    if not (folder / METADATA).is_file():
+        raise CheckpointError(
+            f"{setting}={folder}: holds no {METADATA}, so it is no torch_dist checkpoint: name the folder of one, "
+            "or convert it with Megatron-LM's tools"
+        )
+    return folder
