@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
     set_tensor_model_parallel_attributes,
 )
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import LayerNormImpl
@@ -80,7 +81,20 @@ class WholeNorm(torch.nn.Module):
         return state
 
 
-class ParallelLayer(TransformerLayer):  # type: ignore[misc]  # Megatron has no types
+class WholeNormAttention(SelfAttention):  # type: ignore[misc]  # Megatron has no types
+    """Self-attention with a norm over all queries and one over all keys.
+
+    Megatron's own settings for such norms take them for whole on every tensor rank, and would add up their gradients.
+    """
+
+    def __init__(self, config: TransformerConfig, **given: Any) -> None:  # noqa: ANN401  Megatron's
+        super().__init__(config=config, **given)
+        width, eps = config.kv_channels, config.layernorm_epsilon
+        self.q_layernorm = WholeNorm(config, width, eps, config.num_attention_heads)
+        self.k_layernorm = WholeNorm(config, width, eps, config.num_query_groups)
+
+
+class ParallelLayer(TransformerLayer):  # type: ignore[misc]  # as above
     """x + attention(norm(x)) + mlp(norm(x)), with one norm for both or one for each."""
 
     def forward(
@@ -174,9 +188,7 @@ def layer_spec(architecture: Architecture, attention: AttentionBackend) -> Modul
     if by_head:
         self_attention.q_layernorm = self_attention.k_layernorm = Norm
     if architecture.query_key_norm == "whole":
-        for name, heads in (("q", architecture.heads), ("k", architecture.kv_heads)):
-            whole = ModuleSpec(module=WholeNorm, params={"heads": heads})
-            setattr(self_attention, f"{name}_layernorm", whole)
+        parts.self_attention.module = WholeNormAttention
     if architecture.block == "post_norm":
         spec.module, spec.params = PostNormLayer, {"norm": norm}
         parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp
