@@ -19,6 +19,7 @@ from ul2r.model.flops import parameters
 from ul2r.model.huggingface.configuration import check_family
 from ul2r.model.huggingface.exporting import Card, exported_tensors, write_folder
 from ul2r.model.huggingface.stored import Stored
+from ul2r.model.huggingface.writing import StreamedTensor
 from ul2r.objective.rows import Rows
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.distributed import run_distributed
@@ -105,7 +106,8 @@ def trained(recipes: dict[str, Recipe]) -> dict[str, tuple[list[float], list[flo
 
 def weights(recipe: Recipe, when: str) -> dict[str, Tensor]:
     stored = Stored(recipe.run_folder() / when)
-    return dict(exported_tensors(stored, recipe.model, VOCABULARY))
+    tensors = exported_tensors(stored, recipe.model, VOCABULARY)
+    return {name: torch.cat(list(tensor.blocks())) for name, tensor in tensors.items()}
 
 
 def rotate(heads: Tensor) -> Tensor:
@@ -224,7 +226,7 @@ def test_palm_is_exported_as_a_class_of_transformers_that_computes_the_same(
     w = weights(recipe, "after")
     write_folder(
         tmp_path / "export",
-        w.items(),
+        {name: StreamedTensor.of(tensor) for name, tensor in w.items()},
         architecture=recipe.model,
         positions=64,
         vocabulary=corpus.vocabulary,

@@ -15,6 +15,7 @@ from ul2r.config import Architecture
 from ul2r.data.tokenizer import train_tokenizer, vocabulary_of
 from ul2r.inference import LanguageModel
 from ul2r.model.huggingface.exporting import Card, write_folder
+from ul2r.model.huggingface.writing import StreamedTensor
 
 TEXTS = (
     "def area(width, height):\n    return width * height\n",
@@ -62,7 +63,7 @@ def tiny_export(
         tokenizer.save(str(tokenizer_file))
         write_folder(
             folder,
-            _random_weights(architecture, vocabulary.size, seed),
+            dict(_random_weights(architecture, vocabulary.size, seed)),
             architecture=architecture,
             positions=positions,
             vocabulary=vocabulary,
@@ -84,7 +85,7 @@ def tiny_export(
 
 def _random_weights(
     architecture: Architecture, vocabulary_size: int, seed: int
-) -> Iterator[tuple[str, Tensor]]:
+) -> Iterator[tuple[str, StreamedTensor]]:
     """Llama's tensors by name, large enough that every token seen changes every logit."""
     generator = torch.Generator().manual_seed(seed)
     hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
@@ -106,7 +107,8 @@ def _random_weights(
     for name, shape in named.items():
         noise = torch.randn(shape, generator=generator)
         is_norm = len(shape) == 1
-        yield f"model.{name}.weight", 1 + noise / 10 if is_norm else noise / shape[-1] ** 0.5
+        tensor = 1 + noise / 10 if is_norm else noise / shape[-1] ** 0.5
+        yield f"model.{name}.weight", StreamedTensor.of(tensor)
 
 
 class ScriptedModel(LanguageModel):

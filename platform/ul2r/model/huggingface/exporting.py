@@ -1,32 +1,30 @@
-"""A distributed checkpoint as a Hugging Face folder, written a tensor at a time without building the model."""
+"""A distributed checkpoint as a Hugging Face folder, written without building the model."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
 from ul2r.config import Architecture
 from ul2r.model.huggingface.configuration import config_of
 from ul2r.model.huggingface.families import FAMILIES
-from ul2r.model.huggingface.family import Part, parts_of
-from ul2r.model.huggingface.source import INDEX, SINGLE
-from ul2r.model.huggingface.stored import Stored
+from ul2r.model.huggingface.family import Part, parts_of, tensor_shapes
+from ul2r.model.huggingface.stored import Stored, joined
+from ul2r.model.huggingface.writing import StreamedTensor, write_weights
 from ul2r.model.tensors import LAYERS, layer_tensors, outer_tensors
 from ul2r.objective.vocabulary import Vocabulary
 
 FORMAT = 3
 """Of ul2r.json."""
-READABLE = 0o644
 
 
 @dataclass(frozen=True)
@@ -56,8 +54,8 @@ class Card:
 
 def exported_tensors(
     stored: Stored, architecture: Architecture, rows: int
-) -> Iterator[tuple[str, Tensor]]:
-    """The family's tensors by name, each made as it is asked for.
+) -> dict[str, StreamedTensor]:
+    """The family's tensors by name; none is read before its blocks are asked for.
 
     Args:
         stored: The checkpoint.
@@ -65,32 +63,46 @@ def exported_tensors(
         rows: Rows of the embedding to keep; padding is cut.
     """
     family = FAMILIES[architecture.family]
+    shapes = tensor_shapes(family, architecture, rows)
     inner = layer_tensors(architecture)
     keys = chain(
         ((key, None) for key in outer_tensors(architecture, rows)),
         ((LAYERS + key, layer) for layer in range(architecture.layers) for key in inner),
     )
+    tensors = {}
     for key, layer in keys:
-        yield from _split(stored.read(key, layer), parts_of(family, architecture, key, layer, rows))
+        dtype = stored.dtype(key)
+        for name, places in _places(parts_of(family, architecture, key, layer, rows)).items():
+            blocks = partial(_blocks, stored, key, layer, places)
+            tensors[name] = StreamedTensor(shapes[name], dtype, blocks)
+    return tensors
 
 
-def _split(tensor: Tensor, parts: tuple[Part, ...]) -> Iterator[tuple[str, Tensor]]:
-    """The family's tensors that Megatron keeps in one; rows beyond the parts are padding."""
-    pieces: dict[str, list[tuple[int, Tensor]]] = {}
+def _places(parts: tuple[Part, ...]) -> dict[str, list[tuple[Part, int]]]:
+    """For each of the family's tensors its parts in order, each with the row of Megatron's where it begins."""
+    places: dict[str, list[tuple[Part, int]]] = {}
     begin = 0
     for part in parts:
-        pieces.setdefault(part.name, []).append((part.start, tensor[begin : begin + len(part)]))
+        places.setdefault(part.name, []).append((part, begin))
         begin += len(part)
-    for name, found in pieces.items():
-        rows = [piece for _, piece in sorted(found, key=lambda one: one[0])]
-        whole = rows[0] if len(rows) == 1 else torch.cat(rows)
-        whole = whole.t() if parts[0].transposed else whole
-        yield name, whole.clone(memory_format=torch.contiguous_format)
+    return {name: sorted(found, key=lambda one: one[0].start) for name, found in places.items()}
+
+
+def _blocks(
+    stored: Stored, key: str, layer: int | None, places: list[tuple[Part, int]]
+) -> Iterator[Tensor]:
+    """Rows of a family's tensor, as far as possible where they lie in the checkpoint."""
+    tensor = stored.open(key, layer)
+    blocks = chain.from_iterable(tensor.rows(begin, begin + len(part)) for part, begin in places)
+    if places[0][0].transposed:
+        yield joined(list(blocks)).t()
+    else:
+        yield from blocks
 
 
 def write_folder(
     folder: Path,
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Mapping[str, StreamedTensor],
     *,
     architecture: Architecture,
     positions: int,
@@ -103,23 +115,24 @@ def write_folder(
 
     Args:
         folder: Where the export goes.
-        tensors: Under the family's names, from `exported_tensors`.
+        tensors: Under the family's names, such as `exported_tensors` gives.
         architecture: What it is a model of.
         positions: Longest sequence, where the architecture names none.
         vocabulary: Tokenizer size and special ids.
         tokenizer: The tokenizer.json to copy.
         card: What the export says of itself.
-        shard_bytes: Bytes of a file of weights, and so about what is held in memory.
+        shard_bytes: Bytes of a file of weights.
     """
     writing = folder.with_name(folder.name + ".writing")
     if writing.exists():
         shutil.rmtree(writing)
     writing.mkdir(parents=True)
-    dtype = _write_weights(writing, tensors, shard_bytes)
+    write_weights(writing, tensors, shard_bytes)
     rows = architecture.rows(vocabulary.size)
     special = {"eos_token_id": vocabulary.eos, "pad_token_id": vocabulary.eos}
     keys = config_of(architecture, positions, rows) | special | {"bos_token_id": None}
-    AutoConfig.for_model(**keys, dtype=dtype).save_pretrained(writing)
+    *_, last = tensors.values()
+    AutoConfig.for_model(**keys, dtype=last.dtype).save_pretrained(writing)
     GenerationConfig(**special).save_pretrained(writing)
     shutil.copyfile(tokenizer, writing / "tokenizer.json")
     longest = architecture.positions or positions
@@ -133,37 +146,6 @@ def write_folder(
     if folder.exists():
         shutil.rmtree(folder)
     writing.rename(folder)
-
-
-def _write_weights(
-    folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int
-) -> torch.dtype:
-    """Write one file, or several and their index; the weights' type."""
-    files: list[dict[str, int]] = []
-    held: dict[str, Tensor] = {}
-    dtype = torch.float32
-
-    def write() -> None:
-        save_file(held, folder / f"part-{len(files)}", metadata={"format": "pt"})
-        files.append({name: tensor.nbytes for name, tensor in held.items()})
-        held.clear()
-
-    for name, tensor in tensors:
-        size = sum(one.nbytes for one in held.values())
-        if held and size + tensor.nbytes > shard_bytes:
-            write()
-        held[name], dtype = tensor, tensor.dtype
-    write()
-    names = [SINGLE]
-    if len(files) > 1:
-        names = [f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)]
-        total = sum(sum(sizes.values()) for sizes in files)
-        places = {name: file for file, sizes in zip(names, files, strict=True) for name in sizes}
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
-    for number, name in enumerate(names):
-        (folder / f"part-{number}").rename(folder / name)
-        (folder / name).chmod(READABLE)  # safetensors lets nobody else read what it writes
-    return dtype
 
 
 def _tokenizer_config(tokenizer: Path, vocabulary: Vocabulary, positions: int) -> dict[str, Any]:

@@ -1,20 +1,25 @@
-"""A distributed checkpoint read without Megatron-Core, a tensor at a time."""
+"""A distributed checkpoint read without Megatron-Core, where it lies."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterator
+from ctypes import CDLL, c_size_t, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from mmap import ACCESS_COPY, ALLOCATIONGRANULARITY, mmap
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
-    MetadataIndex,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from ul2r.config import Architecture
@@ -24,6 +29,68 @@ from ul2r.model.tensors import LAYERS, layer_tensors, outer_tensors
 
 METADATA = ".metadata"
 """What every `torch_dist` checkpoint has: torch's own description of it."""
+BLOCK_BYTES = 8 * 2**20
+"""What is put together at once of rows that lie in several pieces."""
+LIBC = CDLL(None)
+MADV_POPULATE_READ = 22
+"""Of Linux, which Python has no name for."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a tensor that is stored as one.
+
+    Attributes:
+        row: Where it begins in the tensor.
+        column: Likewise.
+        length: Its rows.
+        view: Gives its numbers where they lie.
+    """
+
+    row: int
+    column: int
+    length: int
+    view: Callable[[], Tensor]
+
+    def holds(self, first: int, last: int) -> bool:
+        """Whether it has these rows of the tensor, or some columns of them."""
+        return self.row <= first and last <= self.row + self.length
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as it lies in a checkpoint.
+
+    Attributes:
+        shape: Of the whole.
+        pieces: In any order.
+    """
+
+    shape: tuple[int, ...]
+    pieces: list[Piece]
+
+    def rows(self, start: int, stop: int) -> Iterator[Tensor]:
+        """Rows `start` to `stop`, some at a time: views where a piece has whole rows, else copies of few."""
+        pieces = sorted(self.pieces, key=lambda piece: piece.column)
+        edges = {edge for piece in pieces for edge in (piece.row, piece.row + piece.length)}
+        cuts = [start, *sorted(edge for edge in edges if start < edge < stop), stop]
+        for first, last in pairwise(cuts):
+            beside = [
+                piece.view()[first - piece.row : last - piece.row]
+                for piece in pieces
+                if piece.holds(first, last)
+            ]
+            if len(beside) == 1:
+                yield beside[0]
+                continue
+            at_once = max(BLOCK_BYTES // sum(view[0].nbytes for view in beside), 1)
+            for begin in range(0, last - first, at_once):
+                yield torch.cat([view[begin : begin + at_once] for view in beside], dim=1)
+
+
+def joined(blocks: list[Tensor]) -> Tensor:
+    """Rows below each other; a copy if there are several blocks."""
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
 class Stored:
@@ -82,29 +149,60 @@ class Stored:
         """Length of a tensor's first axis."""
         return int(self._tensors[key].size[0])
 
-    def read(self, key: str, layer: int | None) -> Tensor:
+    def dtype(self, key: str) -> torch.dtype:
+        """Type of a tensor's numbers."""
+        dtype: torch.dtype = self._find(key).properties.dtype
+        return dtype
+
+    def open(self, key: str, layer: int | None) -> StoredTensor:
         """One tensor; `layer` picks from those of all layers, which are stored as one."""
-        found = self._tensors.get(key)
-        if found is None:
-            raise CheckpointError(f"{self.folder}: has no tensor {key}, which its model has")
+        found = self._find(key)
         offsets, sizes = torch.Size([0] * len(found.size)), found.size
         if layer is not None:
             offsets, sizes = torch.Size([layer, *offsets[1:]]), torch.Size([1, *sizes[1:]])
-        tensor = torch.empty(sizes, dtype=found.properties.dtype)
         items = create_read_items_for_chunk_list(key, found, [ChunkStorageMetadata(offsets, sizes)])
-        self._reader.read_data(LoadPlan(items), _Into(tensor)).wait()
-        return tensor if layer is None else tensor[0]
+        axes = 0 if layer is None else 1
+        return StoredTensor(sizes[axes:], [self._piece(item, axes) for item in items])
 
+    def read(self, key: str, layer: int | None) -> Tensor:
+        """All of one tensor, as `open` has it."""
+        tensor = self.open(key, layer)
+        return joined(list(tensor.rows(0, tensor.shape[0])))
 
-class _Into(DefaultLoadPlanner):
-    """Reads into one tensor, whatever it is called."""
+    def _find(self, key: str) -> TensorStorageMetadata:
+        found = self._tensors.get(key)
+        if found is None:
+            raise CheckpointError(f"{self.folder}: has no tensor {key}, which its model has")
+        return found
 
-    def __init__(self, tensor: Tensor) -> None:
-        super().__init__()
-        self._tensor = tensor
+    def _piece(self, item: ReadItem, axes: int) -> Piece:
+        """What is asked for of something stored.
 
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:  # noqa: ARG002  there is but one
-        return self._tensor
+        Args:
+            item: Names it.
+            axes: Axes before the rows, all of length one.
+        """
+        row, column, *_ = *item.dest_offsets[axes:], 0
+        view = cache(lambda: self._view(item).flatten(0, axes))
+        return Piece(row, column, item.lengths[axes], view)
+
+    def _view(self, item: ReadItem) -> Tensor:
+        """Numbers somewhere in what torch.save wrote somewhere into a file; pages of it, no memory of the process."""
+        place = self._reader.storage_data[item.storage_index]
+        with (self.folder / place.relative_path).open("rb") as file:
+            saved = self._reader._slice_file(file, place)
+            outline = torch.load(saved, map_location="meta", weights_only=True)
+            saved.seek(0)
+            archive: Any = torch._C.PyTorchFileReader(saved)
+            begin = place.offset + archive.get_record_offset("data/0")
+            size = outline.untyped_storage().nbytes()
+            numbers = _mapped(file, begin, size)
+        storage = numbers.untyped_storage()[numbers.nbytes - size :]
+        whole = torch.empty(0, dtype=outline.dtype).set_(
+            storage, outline.storage_offset(), outline.shape, outline.stride()
+        )
+        bounds = zip(item.storage_offsets, item.lengths, strict=True)
+        return whole[tuple(slice(start, start + length) for start, length in bounds)]
 
 
 def foreign_identity(checkpoint: Path) -> str:
@@ -133,3 +231,13 @@ def latest_iteration(folder: Path, setting: str = "base.megatron") -> Path:
             "or convert it with Megatron-LM's tools"
         )
     return folder
+
+
+def _mapped(file: BinaryIO, begin: int, size: int) -> Tensor:
+    """Pages of a file up to the end of some bytes, as uint8; unmapped with the last view of them."""
+    before = begin % ALLOCATIONGRANULARITY
+    pages = mmap(file.fileno(), before + size, access=ACCESS_COPY, offset=begin - before)
+    numbers = torch.frombuffer(pages, dtype=torch.uint8)
+    # All at once, and without Python's lock, unlike mmap.madvise. Kernels before 5.14 refuse: they map page by page.
+    LIBC.madvise(c_void_p(numbers.data_ptr()), c_size_t(numbers.nbytes), MADV_POPULATE_READ)
+    return numbers
