@@ -13,7 +13,6 @@ A random Llama of 155 million fp32 parameters in several files, in FOLDER (a tem
     peak_bytes_over_shard           most memory taken while a rank of TP 2 builds its model and imports, over its shard
     allowed_bytes_over_shard        the same for the shard and the largest tensor, which is the limit
     export_peak_bytes_over_largest  most memory taken by an export of TP 2's checkpoint, over the largest tensor
-    export_peak_bytes_over_file     the same, over a file of weights
 
 Files that are read are in the page cache, those that are written are new and not synced. The parts of a ratio take
 turns in one process; each rate is the median of its turns. Memory is what the process has of its own (RssAnon); pages
@@ -234,7 +233,6 @@ def main() -> None:
         "peak_bytes_over_shard": round(taken / shard, 3),
         "allowed_bytes_over_shard": round((shard + largest) / shard, 3),
         "export_peak_bytes_over_largest": round(exporting / largest, 3),
-        "export_peak_bytes_over_file": round(exporting / SHARD, 3),
     }
     print(json.dumps(figures))
 

@@ -212,7 +212,7 @@ FAMILIES: dict[FamilyName, Family] = {
 
 NOT_CARRIED = {
     "gemma2": "its attention scores are capped by a tanh",
-    "gemma3_text": "five of six layers attend within a window, with rotary positions of their own",
+    "gemma3_text": "layers that attend within a window are not carried yet",
     "mixtral": "experts are not carried yet",
 }
 """Families that people ask for, and what stands in the way."""
