@@ -8,12 +8,16 @@ from pydantic import Field, model_validator
 
 from ul2r.config.section import PositiveInt, Section
 
-FamilyName = Literal["llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2", "olmo2", "cohere"]
+FamilyName = Literal[
+    "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2", "olmo2", "cohere", "gemma3_text"
+]
 
 
 class RopeScaling(Section):
-    """Rotary positions stretched to longer texts as Llama 3.1 does it: slow frequencies are divided by `factor`."""
+    """Rotary positions stretched to longer texts: frequencies are divided by `factor`."""
 
+    kind: Literal["llama3", "linear"] = "llama3"
+    """Whether only slow frequencies are, as in Llama 3.1, or all of them (arXiv 2306.15595, Gemma 3)."""
     factor: float = Field(ge=1)
     low_frequency: float = Field(default=1.0, gt=0)
     """Frequencies of fewer turns than this in `original_positions` are divided whole."""
@@ -56,18 +60,32 @@ class Architecture(Section):
     """Whether neighbours are rotated as pairs, rather than the first half with the second."""
     rope_scaling: RopeScaling | None = None
     sliding_window: PositiveInt | None = None
-    """Keys that a query sees at the most, which only rows no longer than it are trained with."""
+    """A query sees keys less than this far from its own position, before it and, among inputs, behind it. In all
+    layers, unless `global_every` says otherwise; only rows no longer than it are trained with then."""
+    global_every: PositiveInt = 1
+    """Of so many layers the last sees all keys, those before it only what `sliding_window` leaves (Gemma 3: 6)."""
+    local_rope_base: PositiveInt | None = None
+    """`rope_base` of the layers with a window; what `rope_scaling` says is for the others."""
+    query_pre_attn_scalar: PositiveInt | None = None
+    """Scores are divided by its square root, where it is not the width of a head (Gemma)."""
     norm: Literal["rms", "layer"] = "rms"
     norm_bias: bool = False
+    norm_zero_centered: bool = False
+    """Whether norms multiply by 1 + weight, in fp32 (Gemma)."""
     norm_epsilon: float = Field(default=1e-5, gt=0)
-    block: Literal["sequential", "parallel", "parallel_two_norms", "post_norm"] = "sequential"
+    block: Literal["sequential", "parallel", "parallel_two_norms", "post_norm", "sandwich"] = (
+        "sequential"
+    )
     """x + attention(norm(x)), then the same of the MLP; both at once of one norm (PaLM, Cohere) or of one each
-    (GPT-NeoX); or the norm after each of the two, before it is added (OLMo 2)."""
+    (GPT-NeoX); the norm after each of the two, before it is added (OLMo 2); or norms before and after (Gemma 3)."""
     query_key_norm: Literal["head", "whole"] | None = None
     """RMSNorm of queries and keys, of each head (Qwen3) or of all heads at once (OLMo 2)."""
     bias: Literal["qkv", "all"] | None = None
     """Which projections have biases."""
-    activation: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
+    activation: Literal["swiglu", "geglu", "gelu", "gelu_tanh"] = "swiglu"
+    """Gated (arXiv 2002.05202), geglu by the tanh formula, or not."""
+    scale_embedding: bool = False
+    """Whether embeddings are multiplied by sqrt(hidden_size), rounded to their dtype (Gemma)."""
     logit_scale: float = Field(default=1.0, gt=0)
     """What logits are multiplied by."""
     init_std: float | Literal["fan_in"] = 0.02
@@ -99,6 +117,22 @@ class Architecture(Section):
             raise ValueError("position_embedding=learned needs positions, the rows of its table")
         if self.norm_bias and self.norm == "rms":
             raise ValueError("norm_bias=true needs norm=layer: RMSNorm has no bias")
+        if self.norm_zero_centered and (self.norm != "rms" or self.query_key_norm == "whole"):
+            raise ValueError(
+                "norm_zero_centered=true needs norm=rms and no query_key_norm=whole: there is none of those"
+            )
+        if (self.global_every > 1) != (self.local_rope_base is not None):
+            raise ValueError(
+                f"global_every={self.global_every} with local_rope_base={self.local_rope_base}: give both or neither"
+            )
+        if self.global_every > 1 and (
+            self.sliding_window is None
+            or self.position_embedding != "rope"
+            or self.rope_interleaved
+        ):
+            raise ValueError(
+                f"global_every={self.global_every} needs sliding_window, and rotary positions that are not interleaved"
+            )
         if self.init_std == "fan_in" and self.embedding_std is None:
             raise ValueError(
                 "init_std=fan_in needs embedding_std, since an embedding has no inputs"
@@ -111,6 +145,22 @@ class Architecture(Section):
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.head_size or self.hidden_size // self.heads
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP multiplies two projections."""
+        return self.activation in {"swiglu", "geglu"}
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The window of each layer, None for one that sees all keys.
+
+        A `sliding_window` of all layers is none, since rows are no longer than it.
+        """
+        return tuple(
+            self.sliding_window if number % self.global_every else None
+            for number in range(1, self.layers + 1)
+        )
 
     def rows(self, vocabulary_size: int) -> int:
         """Rows of the embedding that have a meaning, for a tokenizer of `vocabulary_size` entries."""

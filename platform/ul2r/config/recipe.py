@@ -311,7 +311,8 @@ class Recipe(Section):
                 "model.query_key_norm=whole needs: change either"
             )
         learned = model.positions if model.position_embedding == "learned" else None
-        for what, most in (("positions", learned), ("sliding_window", model.sliding_window)):
+        window = model.sliding_window if model.global_every == 1 else None
+        for what, most in (("positions", learned), ("sliding_window", window)):
             if most is not None and objective.sequence_length > most:
                 raise ValueError(
                     f"objective.sequence_length={objective.sequence_length} is more than model.{what}={most}, "

@@ -111,8 +111,9 @@ class LanguageModel:
 
         Args:
             tokens: int64 (B, S).
-            mask: bool (B, 1, S, K), True where a query sees a key; None is causal.
-            cache: Keys and values of K - S earlier tokens, to which these are added.
+            mask: bool (B, 1, S, S), True where a query sees a key, in layers with a window if it is within that; None
+                is causal, and the only one after earlier tokens.
+            cache: Keys and values of earlier tokens, to which these are added.
             last_only: Return (B, 1, V).
 
         Returns:
@@ -120,13 +121,26 @@ class LanguageModel:
         """
         output = self.network(
             input_ids=tokens.to(self.device),
-            attention_mask=None if mask is None else mask.to(self.device),
+            attention_mask=None if mask is None else self._windowed(mask.to(self.device)),
             past_key_values=cache,
             use_cache=cache is not None,
             logits_to_keep=1 if last_only else 0,
         )
         logits: Tensor = output.logits
         return logits.float()
+
+    def _windowed(self, mask: Tensor) -> Tensor | dict[str, Tensor]:
+        """A mask as transformers wants it, which cuts none that it is given to the model's window.
+
+        The window is that of `ul2r.model.window`. Where not all layers have it, there is a mask for each kind of them.
+        """
+        config = self.network.config
+        window, kinds = (getattr(config, key, None) for key in ("sliding_window", "layer_types"))
+        if window is None:
+            return mask
+        place = torch.arange(mask.shape[-1], device=mask.device)
+        near = mask & ((place[:, None] - place).abs() < window)
+        return near if kinds is None else {"full_attention": mask, "sliding_attention": near}
 
     def logits(self, tokens: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
         """Logits under interval attention: query i of a row sees the keys [lo[i], hi[i]) of that row.

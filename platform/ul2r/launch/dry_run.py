@@ -10,7 +10,7 @@ import numpy.typing as npt
 from ul2r.config import Recipe
 from ul2r.data.prepared import open_corpus
 from ul2r.launch.run import check_run, planned_vocabulary
-from ul2r.model.flops import training_flops
+from ul2r.model.flops import seen_keys, training_flops
 from ul2r.model.sizing import GIB, Sizing, expected_seconds, padded_vocabulary, size_run
 from ul2r.objective import Vocabulary, make_rows
 
@@ -70,7 +70,7 @@ def dry_run(recipe: Recipe) -> str:
 
 
 def seen_keys_per_row(recipe: Recipe) -> float:
-    """Keys that the queries of a row see, summed, as `training_flops` wants them; the mean of the run's first rows.
+    """Keys that the queries of a row see, as `training_flops` wants them; the mean of the run's first rows.
 
     Their text is left blank: lengths and spans do not depend on it. Where examples keep within their documents it
     is the most they can see.
@@ -82,7 +82,7 @@ def seen_keys_per_row(recipe: Recipe) -> float:
         seed=recipe.seed,
         windows=_BlankWindows(),
     )
-    return float((rows.hi - rows.lo).sum(dtype=np.int64)) / len(rows)
+    return seen_keys(recipe.model, rows.lo, rows.hi) / len(rows)
 
 
 class _BlankWindows:

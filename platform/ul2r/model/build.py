@@ -52,7 +52,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's configuration: no dropout; losses summed over tokens."""
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    interleaved = parallel.virtual_stages > 1
+    interleaved, scalar = parallel.virtual_stages > 1, architecture.query_pre_attn_scalar
     return TransformerConfig(
         num_layers=architecture.layers,
         hidden_size=architecture.hidden_size,
@@ -62,11 +62,13 @@ def transformer_config(
         kv_channels=architecture.head_dim,
         normalization={"rms": "RMSNorm", "layer": "LayerNorm"}[architecture.norm],
         layernorm_epsilon=architecture.norm_epsilon,
+        layernorm_zero_centered_gamma=architecture.norm_zero_centered,
         qk_layernorm=architecture.query_key_norm == "head",
-        gated_linear_unit=architecture.activation == "swiglu",
+        gated_linear_unit=architecture.gated,
         activation_func=ACTIVATIONS[architecture.activation],
         add_bias_linear=architecture.bias == "all",
         add_qkv_bias=architecture.bias is not None,
+        softmax_scale=None if scalar is None else scalar**-0.5,
         rotary_interleaved=architecture.rope_interleaved,
         perform_initialization=False,  # weights are drawn here, or loaded: see `initialize`
         hidden_dropout=0.0,
@@ -238,12 +240,15 @@ def sharding_metadata() -> dict[str, Any]:
 def initialize(model: GPTModel, architecture: Architecture, seed: int) -> None:
     """Fill the weights: N(0, init_std), residual outputs scaled by 1/sqrt(2 layers) (GPT-2); norms 1, biases 0.
 
+    Zero-centered norms are 0.
+
     With init_std=fan_in (PaLM, arXiv 2204.02311, section 2) nothing is scaled. Each shard is cut from the whole
     matrix, which is drawn from (seed, name), so that any tensor and pipeline layout starts from the same model.
     """
     for shard in shards(model):
         if len(shard.global_shape) - shard.prepend_axis_num < 2:
-            shard.data.fill_(0.0 if shard.key.endswith("bias") else 1.0)
+            zero = architecture.norm_zero_centered or shard.key.endswith("bias")
+            shard.data.fill_(0.0 if zero else 1.0)
         else:
             shard.data.copy_(_cut(_whole(shard, seed), shard) * _std(shard, architecture))
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
+import numpy as np
+
 from ul2r.config import Architecture
 from ul2r.model.tensors import elements, layer_tensors, outer_tensors
+from ul2r.model.window import Ints, within
 
 
 def parameters(architecture: Architecture, vocabulary_size: int) -> int:
@@ -18,19 +23,34 @@ def training_flops(
     """FLOPs of one forward and backward pass.
 
     Six per matrix weight and position (2 forward, 4 backward; PaLM, arXiv 2204.02311, appendix B), the
-    output projection among the matrices, and 12 x heads x head dimension per layer and (query, key) pair that
-    the mask lets through.
+    output projection among the matrices, and 12 x heads x head dimension for each (query, key) pair that a layer's
+    mask lets through.
 
     Args:
         architecture: Sizes.
         vocabulary_size: Entries of the tokenizer.
         positions: Row positions passed through the model, padding included.
-        seen_keys: Sum of hi - lo over those positions.
+        seen_keys: Keys that those positions see, summed over layers.
     """
     output = architecture.rows(vocabulary_size) * architecture.hidden_size
     weights = matrix_weights(architecture) + output
-    attention = 12 * architecture.layers * architecture.heads * architecture.head_dim
+    attention = 12 * architecture.heads * architecture.head_dim
     return 6.0 * weights * positions + attention * seen_keys
+
+
+def seen_keys(architecture: Architecture, lo: Ints, hi: Ints) -> int:
+    """Keys that rows' queries see, summed over positions and layers, as `training_flops` wants them.
+
+    Args:
+        architecture: Its layers' windows.
+        lo: First key that each query sees, int32 (B, S).
+        hi: One past the last, int32 (B, S).
+    """
+    found = 0
+    for window, layers in Counter(architecture.windows).items():
+        first, end = within(lo, hi, window)
+        found += layers * int((end - first).sum(dtype=np.int64))
+    return found
 
 
 def matrix_weights(architecture: Architecture) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -36,7 +38,12 @@ def gelu_tanh(values: Tensor) -> Tensor:
     return functional.gelu(values, approximate="tanh")
 
 
-ACTIVATIONS = {"swiglu": functional.silu, "gelu": functional.gelu, "gelu_tanh": gelu_tanh}
+ACTIVATIONS = {
+    "swiglu": functional.silu,
+    "geglu": gelu_tanh,
+    "gelu": functional.gelu,
+    "gelu_tanh": gelu_tanh,
+}
 
 
 class WholeNorm(torch.nn.Module):
@@ -94,6 +101,30 @@ class WholeNormAttention(SelfAttention):  # type: ignore[misc]  # Megatron has n
         self.k_layernorm = WholeNorm(config, width, eps, config.num_query_groups)
 
 
+class LocalOrGlobalAttention(SelfAttention):  # type: ignore[misc]  # as above
+    """Self-attention that takes its layer's rotary angles from those of both kinds (see `Decoder`)."""
+
+    def __init__(self, local: Sequence[bool], **given: Any) -> None:  # noqa: ANN401  Megatron's
+        super().__init__(**given)
+        self.kind = int(local[self.layer_number - 1])
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor,
+        *,
+        rotary_pos_emb: Tensor,
+        **given: Any,  # noqa: ANN401  Megatron's
+    ) -> tuple[Tensor, Tensor | None]:
+        """What Megatron's attention takes and gives; angles are (S, 1, 1, 2 * D), each half of each kind in turn."""
+        halves = rotary_pos_emb.view(*rotary_pos_emb.shape[:-1], 2, 2, -1)
+        angles = halves[..., self.kind, :].flatten(-2)
+        attended: tuple[Tensor, Tensor | None] = super().forward(
+            hidden_states, attention_mask, rotary_pos_emb=angles, **given
+        )
+        return attended
+
+
 class ParallelLayer(TransformerLayer):  # type: ignore[misc]  # as above
     """x + attention(norm(x)) + mlp(norm(x)), with one norm for both or one for each."""
 
@@ -112,7 +143,10 @@ class ParallelLayer(TransformerLayer):  # type: ignore[misc]  # as above
 
 
 class PostNormLayer(TransformerLayer):  # type: ignore[misc]  # as above
-    """x + norm(attention(x)), then x + norm(mlp(x)) (OLMo 2, arXiv 2501.00656, 2.1)."""
+    """x + norm(attention(x)), then x + norm(mlp(x)) (OLMo 2, arXiv 2501.00656, 2.1).
+
+    Where there are norms before attention and MLP as well, it is a sandwich (arXiv 2105.13290, 2.4; Gemma 3).
+    """
 
     def __init__(self, norm: type[torch.nn.Module], **given: Any) -> None:  # noqa: ANN401  Megatron's
         super().__init__(**given)
@@ -127,10 +161,10 @@ class PostNormLayer(TransformerLayer):  # type: ignore[misc]  # as above
         **given: Any,  # noqa: ANN401  Megatron's
     ) -> tuple[Tensor, Tensor | None]:
         """What Megatron's layer takes and gives."""
-        attended = self.self_attention(hidden_states, **_of_attention(given))
+        attended = self.self_attention(self.input_layernorm(hidden_states), **_of_attention(given))
         hidden_states = hidden_states + self.post_attention_layernorm(_with_bias(attended))
-        changed = self.post_mlp_layernorm(_with_bias(self.mlp(hidden_states)))
-        return hidden_states + changed, context
+        changed = self.mlp(self.pre_mlp_layernorm(hidden_states))
+        return hidden_states + self.post_mlp_layernorm(_with_bias(changed)), context
 
 
 class Decoder(GPTModel):  # type: ignore[misc]  # as above
@@ -144,16 +178,16 @@ class Decoder(GPTModel):  # type: ignore[misc]  # as above
     def __init__(self, architecture: Architecture, **given: Any) -> None:  # noqa: ANN401  Megatron's
         super().__init__(**given)
         self.logit_scale = architecture.logit_scale
-        scaling = architecture.rope_scaling
-        if scaling is not None:
-            rotary = self.rotary_pos_emb
-            rotary.inv_freq = rotary._apply_scaling(
-                rotary.inv_freq,
-                scaling.factor,
-                scaling.low_frequency,
-                scaling.high_frequency,
-                scaling.original_positions,
-            )
+        self.embedding_scale = _embedding_scale(architecture, self.config.params_dtype)
+        if architecture.position_embedding == "rope":
+            self.rotary_pos_emb.inv_freq = _frequencies(architecture, self.rotary_pos_emb)
+
+    def _preprocess(self, **given: Any) -> tuple[Any, ...]:  # noqa: ANN401  Megatron's
+        """Scale the embeddings."""
+        hidden_states, *rest = super()._preprocess(**given)
+        if self.pre_process and self.embedding_scale != 1:
+            hidden_states = hidden_states * self.embedding_scale
+        return hidden_states, *rest
 
     def _postprocess(self, hidden_states: Tensor, **given: Any) -> Tensor:  # noqa: ANN401  Megatron's
         """Scale the hidden states and thereby the logits."""
@@ -163,10 +197,42 @@ class Decoder(GPTModel):  # type: ignore[misc]  # as above
         return output
 
 
+def _embedding_scale(architecture: Architecture, dtype: torch.dtype) -> float:
+    """sqrt(hidden_size) as `dtype` has it: in bfloat16 that of 2560 is 50.5."""
+    exact = architecture.hidden_size**0.5 if architecture.scale_embedding else 1.0
+    return float(torch.tensor(exact, dtype=dtype))
+
+
+def _frequencies(architecture: Architecture, rotary: RotaryEmbedding) -> Tensor:
+    """Frequencies of rotary positions, fp32 (D / 2,), stretched; or of layers that see all keys and of others, (D,)."""
+    frequencies: Tensor = rotary.inv_freq
+    scaling = architecture.rope_scaling
+    if scaling is not None and scaling.kind == "linear":
+        frequencies = frequencies / scaling.factor
+    elif scaling is not None:
+        frequencies = rotary._apply_scaling(
+            frequencies,
+            scaling.factor,
+            scaling.low_frequency,
+            scaling.high_frequency,
+            scaling.original_positions,
+        )
+    if architecture.local_rope_base is None:
+        return frequencies
+    local = RotaryEmbedding(
+        kv_channels=architecture.head_dim,
+        rotary_percent=architecture.rope_share,
+        rotary_base=architecture.local_rope_base,
+        use_cpu_initialization=frequencies.device.type == "cpu",
+    )
+    return torch.cat((frequencies, local.inv_freq))
+
+
 def uses_transformer_engine(architecture: Architecture) -> bool:
     """Whether layers are TransformerEngine's: on GPUs where it is installed, for blocks that it has."""
     has_block = (
         architecture.block == "sequential"
+        and not any(architecture.windows)
         and architecture.query_key_norm != "whole"
         and not _scale_only(architecture)
     )
@@ -176,24 +242,29 @@ def uses_transformer_engine(architecture: Architecture) -> bool:
 def layer_spec(architecture: Architecture, attention: AttentionBackend) -> ModuleSpec:
     """A layer of TransformerEngine's or Megatron's modules, as far as there are some, with attention by intervals."""
     by_head = architecture.query_key_norm == "head"
+    core = core_attention(attention, architecture.windows)
     if uses_transformer_engine(architecture):
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=by_head)
-        spec.submodules.self_attention.submodules.core_attention = core_attention(attention)
+        spec.submodules.self_attention.submodules.core_attention = core
         return spec
     norm = _norm(architecture)
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=by_head)
     parts, self_attention = spec.submodules, spec.submodules.self_attention.submodules
-    self_attention.core_attention = core_attention(attention)
+    self_attention.core_attention = core
     parts.input_layernorm = parts.pre_mlp_layernorm = norm
     if by_head:
         self_attention.q_layernorm = self_attention.k_layernorm = Norm
     if architecture.query_key_norm == "whole":
         parts.self_attention.module = WholeNormAttention
-    if architecture.block == "post_norm":
+    if any(architecture.windows):
+        parts.self_attention.module = LocalOrGlobalAttention
+        parts.self_attention.params["local"] = [one is not None for one in architecture.windows]
+    if architecture.block in {"post_norm", "sandwich"}:
         spec.module, spec.params = PostNormLayer, {"norm": norm}
-        parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp
     elif architecture.block != "sequential":
         spec.module = ParallelLayer
+    if architecture.block == "post_norm":
+        parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp
     if architecture.block == "parallel":
         parts.pre_mlp_layernorm = IdentityOp
     return spec

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn import functional
 
 
 class Norm:
-    """torch's norm as `config.normalization` names it, fit for sequence parallelism, which Megatron's wrapper is not.
+    """The norm that Megatron's configuration names, fit for sequence parallelism, which Megatron's wrapper is not.
 
     A tensor rank then normalises its own part of each row, so that its gradients of the parameters are parts of a
     sum. They are marked `sequence_parallel`, and Megatron-Core's `finalize_model_grads` adds them up.
@@ -21,7 +23,23 @@ class Norm:
             "RMSNorm": torch.nn.RMSNorm,
             "LayerNorm": torch.nn.LayerNorm,
         }
-        return _marked(kinds[config.normalization](hidden_size, eps=eps), config)
+        centered = config.layernorm_zero_centered_gamma
+        kind = ZeroCenteredNorm if centered else kinds[config.normalization]
+        return _marked(kind(hidden_size, eps=eps), config)
+
+
+class ZeroCenteredNorm(torch.nn.Module):
+    """RMSNorm that multiplies by 1 + weight, all in fp32 (Gemma, whose checkpoints hold weights around 0)."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Normalise the last axis."""
+        gain = 1 + self.weight.float()
+        return functional.rms_norm(hidden.float(), gain.shape, gain, self.eps).type_as(hidden)
 
 
 class ScaleOnlyNorm:

@@ -35,7 +35,7 @@ def layer_tensors(architecture: Architecture) -> dict[str, Shape]:
     """Tensors of one layer, without the prefix `LAYERS`; in a checkpoint all layers' are stacked."""
     a = architecture
     width, head, attended = a.hidden_size, a.head_dim, a.heads * a.head_dim
-    gated = 2 if a.activation == "swiglu" else 1
+    gated = 2 if a.gated else 1
     projected = attended + 2 * a.kv_heads * head
     found: dict[str, Shape] = {}
     if a.block != "post_norm":
@@ -50,9 +50,9 @@ def layer_tensors(architecture: Architecture) -> dict[str, Shape]:
     found["self_attention.linear_proj.weight"] = (width, attended)
     if a.bias == "all":
         found["self_attention.linear_proj.bias"] = (width,)
-    if a.block == "post_norm":
+    if a.block in {"post_norm", "sandwich"}:
         found |= _norm(a, "post_attention_layernorm.")
-    elif a.block != "parallel":
+    if a.block not in {"post_norm", "parallel"}:
         found |= _norm(a, "mlp.linear_fc1.layer_norm_")
     found["mlp.linear_fc1.weight"] = (gated * a.ffn_hidden_size, width)
     if a.bias == "all":
@@ -60,7 +60,7 @@ def layer_tensors(architecture: Architecture) -> dict[str, Shape]:
     found["mlp.linear_fc2.weight"] = (width, a.ffn_hidden_size)
     if a.bias == "all":
         found["mlp.linear_fc2.bias"] = (width,)
-    if a.block == "post_norm":
+    if a.block in {"post_norm", "sandwich"}:
         found |= _norm(a, "post_mlp_layernorm.")
     return found
 

@@ -29,6 +29,15 @@ LLAMA_3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+GEMMA_3 = {
+    "model_type": "gemma3_text",
+    **SMALL,
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 12,  # less than the rows of the tests, and than their inputs
+    "layer_types": 2 * ["sliding_attention", "full_attention"],
+}
 MODELS: dict[str, dict[str, Any]] = {
     "Llama 2": {"model_type": "llama", **SMALL, "num_key_value_heads": 4},
     "Llama 3.2": {
@@ -66,6 +75,17 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "OLMo 2": {"model_type": "olmo2", **SMALL},
     "Cohere": {"model_type": "cohere", **SMALL},
+    "Gemma 3": GEMMA_3,
+    "Gemma 3, stretched": {
+        **GEMMA_3,
+        "num_key_value_heads": 1,
+        "query_pre_attn_scalar": 16,
+        "layer_types": [*3 * ["sliding_attention"], "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 10_000.0},
+        },
+    },
 }
 
 
@@ -93,8 +113,16 @@ def write_model(name: str, folder: Path, shard_size: str = "5GB") -> PreTrainedM
 
 @torch.no_grad()
 def reference_logits(model: PreTrainedModel, tokens: Tensor, prefix: int) -> Tensor:
-    """What transformers computes where the first `prefix` tokens of each row are seen by all."""
+    """What transformers computes where the first `prefix` tokens of each row are seen by all, or all within a window.
+
+    Transformers cuts no mask that it is given to a window.
+    """
     position = torch.arange(tokens.shape[1])
     seen = position[None] < torch.clamp(position + 1, min=prefix)[:, None]
-    logits: Tensor = model(tokens, attention_mask=seen.expand(len(tokens), 1, -1, -1)).logits
+    seen = seen.expand(len(tokens), 1, -1, -1)
+    mask: Tensor | dict[str, Tensor] = seen
+    if model.config.model_type == "gemma3_text":
+        near = (position[None] - position[:, None]).abs() < model.config.sliding_window
+        mask = {"full_attention": seen, "sliding_attention": seen & near}
+    logits: Tensor = model(tokens, attention_mask=mask).logits
     return logits

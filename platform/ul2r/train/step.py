@@ -21,6 +21,7 @@ from torch import Tensor
 from ul2r.config import Recipe
 from ul2r.model.attention import intervals
 from ul2r.model.build import build_model
+from ul2r.model.flops import seen_keys
 from ul2r.objective.rows import Rows
 from ul2r.train.mesh import Mesh
 from ul2r.train.optimizer import Schedule, build_optimizer
@@ -36,7 +37,7 @@ class Losses:
         sums: (denoisers,) float64, nats summed over target tokens.
         targets: (denoisers,) float64, target tokens.
         positions: Row positions computed.
-        seen_keys: Sum of hi - lo over those positions.
+        seen_keys: Keys that those positions see, summed over layers.
     """
 
     sums: np.ndarray
@@ -146,7 +147,7 @@ class TrainStep:
         for result in results:
             values[:-2] += result["losses"]
         values[-2] = rows.tokens.size
-        values[-1] = int((rows.hi - rows.lo).sum())
+        values[-1] = seen_keys(self.recipe.model, rows.lo, rows.hi)
         total = self.mesh.sum_over_replicas(values).cpu().numpy()
         return Losses(
             sums=total[:denoisers],

@@ -206,7 +206,7 @@ def test_flex_attention_equals_dense_float64_and_compiles_once() -> None:
 
 def test_transformer_engine_is_asked_for_where_it_is_missing() -> None:
     with pytest.raises(RecipeError, match="attention=te needs TransformerEngine"):
-        core_attention("te")
+        core_attention("te", ())
 
 
 class Counting(DenseMask):

@@ -10,6 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ul2r.model.window import within
+
 Prepared = TypeVar("Prepared")
 
 
@@ -33,7 +35,8 @@ class Backend(ABC, Generic[Prepared]):
     """One way to compute interval attention, shared by all layers of a model."""
 
     def __init__(self) -> None:
-        self._last: tuple[Tensor, Prepared] | None = None
+        self._last: Tensor | None = None
+        self._made: dict[int | None, Prepared] = {}
 
     @abstractmethod
     def prepare(self, lo: Tensor, hi: Tensor, device: torch.device) -> Prepared:
@@ -51,8 +54,14 @@ class Backend(ABC, Generic[Prepared]):
     ) -> Tensor:
         """Attend; arguments and result are those of a call, with what `prepare` made of the intervals."""
 
-    def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: float
+    def __call__(  # noqa: PLR0917  as the kernels have it
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bounds: Tensor,
+        scale: float,
+        window: int | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -62,21 +71,26 @@ class Backend(ABC, Generic[Prepared]):
             value: (S, B, G, D).
             bounds: int32 (B, 2, S) from `intervals`.
             scale: What scores are multiplied by before the softmax.
+            window: What each query sees of its interval, see `within`; None is all of it.
 
         Returns:
             (S, B, H, D).
         """
-        return self.attend(query, key, value, self._prepared(bounds, query.device), scale)
+        prepared = self._prepared(bounds, window, query.device)
+        return self.attend(query, key, value, prepared, scale)
 
-    def _prepared(self, bounds: Tensor, device: torch.device) -> Prepared:
-        """What was made of these intervals for the layer before, or made now.
+    def _prepared(self, bounds: Tensor, window: int | None, device: torch.device) -> Prepared:
+        """What was made of these intervals for a layer before, or made now, for each window that layers have.
 
         Recomputation passes another tensor over the same memory. The last intervals are held, so that no others can
         have their memory; of older ones nothing is kept.
         """
-        if self._last is None or not _is_same_memory(self._last[0], bounds):
-            self._last = bounds, self.prepare(bounds[:, 0], bounds[:, 1], device)
-        return self._last[1]
+        if self._last is None or not _is_same_memory(self._last, bounds):
+            self._last, self._made = bounds, {}
+        if window not in self._made:
+            lo, hi = within(bounds[:, 0].numpy(), bounds[:, 1].numpy(), window)
+            self._made[window] = self.prepare(torch.from_numpy(lo), torch.from_numpy(hi), device)
+        return self._made[window]
 
 
 def _is_same_memory(one: Tensor, other: Tensor) -> bool:

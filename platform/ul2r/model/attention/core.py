@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
@@ -21,6 +22,8 @@ class IntervalAttention(DotProductAttention):  # type: ignore[misc]  # Megatron 
     """Core attention of a layer: its mask is the microbatch's `intervals`, and its backend computes it."""
 
     backend: ClassVar[Backend[Any]]
+    windows: ClassVar[Sequence[int | None]] = ()
+    """Of each layer of the model."""
 
     def forward(  # noqa: PLR0917  Megatron's signature
         self,
@@ -50,16 +53,25 @@ class IntervalAttention(DotProductAttention):  # type: ignore[misc]  # Megatron 
         assert attention_bias is None
         assert packed_seq_params is None
         assert attention_mask.shape == (query.shape[1], 2, query.shape[0]), "no intervals"
-        return self.backend(query, key, value, attention_mask, self.softmax_scale).flatten(2)
+        window = self.windows[self.layer_number - 1]
+        context = self.backend(query, key, value, attention_mask, self.softmax_scale, window)
+        return context.flatten(2)
 
 
-def core_attention(name: AttentionBackend) -> type[IntervalAttention]:
+def core_attention(
+    name: AttentionBackend, windows: Sequence[int | None]
+) -> type[IntervalAttention]:
     """`IntervalAttention` with a backend that the layers of one model share.
+
+    Args:
+        name: Of the backend.
+        windows: Of each layer of the model, None for one that sees all of its interval.
 
     Raises:
         RecipeError: If what the backend needs is not installed.
     """
-    return type("IntervalAttention", (IntervalAttention,), {"backend": _backend(name)})
+    shared = {"backend": _backend(name), "windows": windows}
+    return type("IntervalAttention", (IntervalAttention,), shared)
 
 
 def _backend(name: AttentionBackend) -> Backend[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,9 +37,13 @@ OTHER_HEADS = (
     *("classifier_dropout", "id2label", "label2id", "problem_type", "summary_activation"),
     *("summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj"),
 )
-UNUSED = ("max_window_layers",)
-"""Only read where use_sliding_window is true, which is refused."""
+UNUSED = (
+    "max_window_layers",  # only read where use_sliding_window is true, which is refused
+    *("_sliding_window_pattern", "sliding_window_pattern"),  # layer_types says what they meant
+    "cache_implementation",
+)
 NO_MATTER = frozenset((*HOUSEKEEPING, *SPECIAL_TOKENS, *DROPOUTS, *OTHER_HEADS, *UNUSED))
+FULL, SLIDING = "full_attention", "sliding_attention"
 ROPE_SCALING = {
     "factor": "factor",
     "low_frequency": "low_freq_factor",
@@ -94,7 +98,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
         del settings["head_size"]
     if "init_std" in settings:
         settings["init_std"] = float(settings["init_std"])
-    settings |= _rope(left.pop("rope_parameters", None))
+    settings |= _layers(family, left.pop("layer_types", None), left.pop("rope_parameters", None))
     for key, understood in family.choices.items():
         value = left.pop(key, understood[0][0])
         meant = [fields for one, fields in understood if one == value]
@@ -105,8 +109,6 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
                 f"only {' or '.join(repr(one) for one, _ in understood)} is carried over",
             )
         settings |= meant[0]
-    if any(kind != "full_attention" for kind in left.pop("layer_types", None) or ()):
-        _refuse("layer_types", config["layer_types"], "only full_attention is carried over")
     for key, value in left.items():
         if key not in NO_MATTER:
             _refuse(key, value, "this key is not known, so what it does cannot be carried over")
@@ -124,12 +126,12 @@ def config_of(architecture: Architecture, positions: int, rows: int) -> Config:
     family = FAMILIES[architecture.family]
     own = architecture.model_dump()
     own |= {"positions": architecture.positions or positions, "embedding_rows": rows}
+    own["head_size"] = architecture.head_dim
+    own["query_pre_attn_scalar"] = architecture.query_pre_attn_scalar or architecture.head_dim
     if architecture.init_std == "fan_in":
         del own["init_std"]
     config: Config = {"model_type": architecture.family, "architectures": [family.model_class]}
     config |= {key: own[setting] for setting, key in family.sizes.items() if setting in own}
-    if architecture.head_size is None:
-        config.pop("head_dim", None)
     for key, understood in family.choices.items():
         for value, fields in understood:
             if all(own[setting] == meant for setting, meant in fields.items()):
@@ -137,6 +139,13 @@ def config_of(architecture: Architecture, positions: int, rows: int) -> Config:
                 break
     if architecture.position_embedding == "rope":
         config["rope_parameters"] = _rope_parameters(architecture)
+    if family.local_layers:
+        local = architecture.local_rope_base or architecture.rope_base
+        config["rope_parameters"] = {
+            FULL: config["rope_parameters"],
+            SLIDING: {"rope_type": "default", "rope_theta": float(local)},
+        }
+        config["layer_types"] = [SLIDING if window else FULL for window in architecture.windows]
     return config
 
 
@@ -167,6 +176,27 @@ def _complete(config: Config, family: Family) -> Config:
     return {**first, **config}
 
 
+def _layers(
+    family: Family, types: Sequence[str] | None, parameters: Mapping[str, Any] | None
+) -> Config:
+    """Which layers have a window, and the rotary positions of either kind."""
+    if not family.local_layers or types is None or parameters is None:
+        if any(kind != FULL for kind in types or ()):
+            _refuse("layer_types", types, f"only {FULL} is carried over")
+        return _rope(parameters)
+    settings = _rope(parameters[FULL])
+    every = [*types, FULL].index(FULL) + 1
+    if types != [SLIDING if number % every else FULL for number in range(1, len(types) + 1)]:
+        _refuse("layer_types", types, f"only {FULL} of every so many layers is carried over")
+    local = _rope(parameters[SLIDING])
+    if local != {"rope_base": local["rope_base"], "rope_share": settings["rope_share"]}:
+        what = f"rope_parameters.{SLIDING}"
+        _refuse(what, parameters[SLIDING], "only a rope_theta of its own is carried over")
+    if every > 1:
+        settings |= {"global_every": every, "local_rope_base": local["rope_base"]}
+    return settings
+
+
 def _rope(parameters: Mapping[str, Any] | None) -> Config:
     if parameters is None:
         return {}
@@ -178,11 +208,13 @@ def _rope(parameters: Mapping[str, Any] | None) -> Config:
         "rope_base": int(base),
         "rope_share": left.pop("partial_rotary_factor", 1.0),
     }
-    if kind == "llama3":
+    if kind == "linear":
+        settings["rope_scaling"] = {"kind": "linear", "factor": left.pop("factor")}
+    elif kind == "llama3":
         scaling = {name: left.pop(key) for name, key in ROPE_SCALING.items() if key in left}
         settings["rope_scaling"] = scaling
     elif kind != "default":
-        _refuse("rope_type", kind, "only 'default' and 'llama3' are carried over")
+        _refuse("rope_type", kind, "only 'default', 'linear' and 'llama3' are carried over")
     left.pop("type", None)
     for key, value in left.items():
         if value is not None:
@@ -196,7 +228,8 @@ def _rope_parameters(architecture: Architecture) -> Config:
         parameters["partial_rotary_factor"] = architecture.rope_share
     if architecture.rope_scaling is not None:
         own = architecture.rope_scaling.model_dump()
-        parameters |= {"rope_type": "llama3", **{key: own[k] for k, key in ROPE_SCALING.items()}}
+        names = ROPE_SCALING if own["kind"] == "llama3" else {"factor": "factor"}
+        parameters |= {"rope_type": own["kind"], **{key: own[k] for k, key in names.items()}}
     return parameters
 
 

@@ -109,6 +109,37 @@ COHERE = replace(
     inner={name: parts for name, parts in LLAMA.inner.items() if name != NORM_2},
 )
 
+GEMMA3 = replace(
+    LLAMA,
+    model_class="Gemma3ForCausalLM",
+    sizes={
+        **LLAMA.sizes,
+        "sliding_window": "sliding_window",
+        "query_pre_attn_scalar": "query_pre_attn_scalar",
+    },
+    choices={
+        "hidden_activation": (("gelu_pytorch_tanh", {}),),
+        "attention_bias": NO,
+        "use_bidirectional_attention": ((False, {}), (None, {})),
+        "attn_logit_softcapping": ((None, {}),),
+        "final_logit_softcapping": ((None, {}),),
+    },
+    always={
+        "block": "sandwich",
+        "norm_zero_centered": True,
+        "query_key_norm": "head",
+        "activation": "geglu",
+        "scale_embedding": True,
+    },
+    inner={
+        **QWEN3.inner,
+        "post_attention_layernorm.": "post_attention_layernorm.",
+        NORM_2: "pre_feedforward_layernorm.",
+        "post_mlp_layernorm.": "post_feedforward_layernorm.",
+    },
+    local_layers=True,
+)
+
 GPT_NEOX = Family(
     model_class="GPTNeoXForCausalLM",
     sizes={
@@ -208,11 +239,12 @@ FAMILIES: dict[FamilyName, Family] = {
     "gpt2": GPT2,
     "olmo2": OLMO2,
     "cohere": COHERE,
+    "gemma3_text": GEMMA3,
 }
 
 NOT_CARRIED = {
     "gemma2": "its attention scores are capped by a tanh",
-    "gemma3_text": "layers that attend within a window are not carried yet",
+    "gemma3": "it reads images; its text alone is gemma3_text",
     "mixtral": "experts are not carried yet",
 }
 """Families that people ask for, and what stands in the way."""

@@ -31,6 +31,7 @@ class Family:
         qkv: Whether queries, keys and values are tensors of their own; one with all queries, then all keys, then all
             values; or one as Megatron has it, by key/value head.
         transposed: Whether matrices of layers are stored as (inputs, outputs).
+        local_layers: Whether layers are of two kinds, named in `layer_types`, with rotary positions for each.
         left_over: Ends of names that old files hold and nobody reads.
     """
 
@@ -45,6 +46,7 @@ class Family:
     output: str = "lm_head.weight"
     qkv: Literal["apart", "one after the other", "by head"] = "apart"
     transposed: bool = False
+    local_layers: bool = False
     left_over: tuple[str, ...] = field(default=("rotary_emb.inv_freq",))
 
 
