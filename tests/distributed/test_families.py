@@ -21,7 +21,7 @@ from ul2r.model.huggingface.stored import Stored
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.families import MODELS, reference_logits, write_model
-from ul2r.testing.recipes import tiny_recipe
+from ul2r.testing.recipes import GEMMA_3, tiny_recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -164,6 +164,23 @@ def test_new_rows_of_the_embedding_are_the_mean_of_the_others(
     assert rows.shape == (640, 32)
     assert torch.equal(rows[:VOCABULARY], old)
     torch.testing.assert_close(rows[VOCABULARY:], old.mean(0).expand(140, -1))
+
+
+def norms_of(recipe: Recipe) -> list[Tensor]:
+    """Weights of a new model that are no matrices."""
+    from ul2r.model.build import build_model
+    from ul2r.train.mesh import Mesh
+
+    Mesh.join(recipe.parallel)
+    (model,) = build_model(recipe, VOCABULARY)
+    return [one.detach().clone() for one in model.parameters() if one.dim() == 1]
+
+
+def test_a_new_model_begins_with_norms_that_change_nothing(storage: Path) -> None:
+    for changes, neutral in ((GEMMA_3, 0), ({}, 1)):
+        (norms,) = run_distributed(norms_of, 1, tiny_recipe(storage, model=changes))
+        assert len(norms) == 4 * (6 if changes else 2) + 1
+        assert all((norm == neutral).all() for norm in norms)
 
 
 EVERY = [(name, layout) for layout in LAYOUTS for name in MODELS]

@@ -12,7 +12,7 @@ import pytest
 from ul2r.config import Recipe
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.distributed import run_distributed
-from ul2r.testing.recipes import tiny_recipe
+from ul2r.testing.recipes import GEMMA_3, tiny_recipe
 
 pytestmark = pytest.mark.distributed
 
@@ -32,6 +32,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "PP 2 x VP 2 x DP 2": {"workers": 4, "pipeline": 2, "virtual_stages": 2},
 }
 CAUSAL_TOO = ("single", "TP 2 x SP", "PP 2")
+WINDOWS_TOO = ("single", "TP 2 x SP", "PP 2 x VP 2")
 CAUSAL = {"mixture": "causal"}
 Result = dict[str, Any]
 
@@ -66,7 +67,10 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipes(storage: Path, layout: str, parallel: Mapping[str, Any]) -> dict[str, Recipe]:
-    """A UL2R run, the same continued from the single process's step 3, and in some layouts a causal run."""
+    """A UL2R run, the same continued from the single process's step 3, and in some layouts a causal run.
+
+    And in some a run of a model whose layers are of two kinds, in layouts with its activations computed again.
+    """
 
     def recipe(kind: str, **changes: object) -> Recipe:
         name = f"{kind} {layout}".replace(" ", "-")
@@ -75,6 +79,11 @@ def recipes(storage: Path, layout: str, parallel: Mapping[str, Any]) -> dict[str
     made = {"new": recipe("new"), "continued": recipe("continued", evaluation=CAUSAL)}
     if layout in CAUSAL_TOO:
         made["causal"] = recipe("causal", objective=CAUSAL, evaluation=CAUSAL)
+    if layout in WINDOWS_TOO:
+        recompute = "full" if parallel else "none"
+        made["windows"] = recipe(
+            "windows", model=GEMMA_3, training={"recompute": recompute}, evaluation=CAUSAL
+        )
     return made
 
 
@@ -132,6 +141,15 @@ def test_layout_gives_the_single_process_losses_of_a_causal_run(
 ) -> None:
     found, expected = layouts[layout]["causal"]["loss"], single["causal"]["loss"]
     np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layout", WINDOWS_TOO[1:])
+def test_layout_gives_the_single_process_losses_of_a_model_with_windows(
+    single: dict[str, Result], layouts: dict[str, dict[str, Result]], layout: str
+) -> None:
+    found, expected = layouts[layout]["windows"], single["windows"]
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-4)
+    np.testing.assert_allclose(found["gradient_norm"], expected["gradient_norm"], rtol=1e-3)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -13,7 +13,7 @@ from ul2r.config import Recipe
 from ul2r.model.sizing import Memory, size_run
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.distributed import run_distributed
-from ul2r.testing.recipes import tiny_recipe
+from ul2r.testing.recipes import GEMMA_3, tiny_recipe
 
 pytestmark = pytest.mark.distributed
 
@@ -38,6 +38,32 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "PP 2 x VP 2, full": {"parallel": VP, "training": {"recompute": "full"}},
     "PP 3 x VP 2 x ends": {"parallel": ENDS},
     "PP 3 x VP 2 x ends, full": {"parallel": ENDS, "training": {"recompute": "full"}},
+    "no gate": {"model": {"activation": "gelu"}},
+    "TP 2, norms of heads": {
+        "parallel": {"workers": 2, "tensor": 2},
+        "model": {"query_key_norm": "head"},
+    },
+    "TP 2, norms of all heads": {
+        "parallel": {"workers": 2, "tensor": 2},
+        "model": {"query_key_norm": "whole"},
+    },
+    "Gemma 3": {"model": GEMMA_3},
+    "Gemma 3, TP 2": {"model": GEMMA_3, "parallel": {"workers": 2, "tensor": 2}},
+    "Gemma 3, TP 2 x SP, selective": {
+        "model": GEMMA_3,
+        "parallel": SP,
+        "training": {"recompute": "selective"},
+    },
+    "Gemma 3, TP 2 x SP, full": {
+        "model": GEMMA_3,
+        "parallel": SP,
+        "training": {"recompute": "full"},
+    },
+    "Gemma 3, PP 2 x VP 2, full": {
+        "model": GEMMA_3,
+        "parallel": VP,
+        "training": {"recompute": "full"},
+    },
 }
 
 

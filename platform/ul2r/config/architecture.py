@@ -129,9 +129,11 @@ class Architecture(Section):
             self.sliding_window is None
             or self.position_embedding != "rope"
             or self.rope_interleaved
+            or self.query_key_norm == "whole"
         ):
             raise ValueError(
-                f"global_every={self.global_every} needs sliding_window, and rotary positions that are not interleaved"
+                f"global_every={self.global_every} needs sliding_window, rotary positions that are not interleaved, "
+                "and no query_key_norm=whole"
             )
         if self.init_std == "fan_in" and self.embedding_std is None:
             raise ValueError(

@@ -282,6 +282,11 @@ class Recipe(Section):
                 f"attention={self.attention} does not train on a CPU ({why}) and launch.gpus_per_worker=0: "
                 "set attention to auto or sdpa, or launch.gpus_per_worker to 1"
             )
+        if self.attention == "te" and any(self.model.windows):
+            raise ValueError(
+                f"attention=te has no windows, and model.global_every={self.model.global_every} asks for them: "
+                "set attention to auto, flex or sdpa"
+            )
         if self.attention == "flex" and self.model.head_dim < FLEX_HEAD_DIM:
             raise ValueError(
                 f"attention=flex needs heads of {FLEX_HEAD_DIM} dimensions or more, the model's have "

@@ -7,7 +7,6 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -31,6 +30,7 @@ from torch.nn import functional
 from ul2r.config import Architecture, AttentionBackend
 from ul2r.model.attention import core_attention
 from ul2r.model.norm import Norm, ScaleOnlyNorm
+from ul2r.model.rotary import angles_of, frequencies
 
 
 def gelu_tanh(values: Tensor) -> Tensor:
@@ -102,11 +102,16 @@ class WholeNormAttention(SelfAttention):  # type: ignore[misc]  # Megatron has n
 
 
 class LocalOrGlobalAttention(SelfAttention):  # type: ignore[misc]  # as above
-    """Self-attention that takes its layer's rotary angles from those of both kinds (see `Decoder`)."""
+    """Self-attention with the rotary positions of layers that have a window, or of those that have none.
 
-    def __init__(self, local: Sequence[bool], **given: Any) -> None:  # noqa: ANN401  Megatron's
+    Args:
+        windows: Of each layer of the model.
+        given: Of `SelfAttention`.
+    """
+
+    def __init__(self, windows: Sequence[int | None], **given: Any) -> None:  # noqa: ANN401  Megatron's
         super().__init__(**given)
-        self.kind = int(local[self.layer_number - 1])
+        self.is_local = windows[self.layer_number - 1] is not None
 
     def forward(
         self,
@@ -116,9 +121,8 @@ class LocalOrGlobalAttention(SelfAttention):  # type: ignore[misc]  # as above
         rotary_pos_emb: Tensor,
         **given: Any,  # noqa: ANN401  Megatron's
     ) -> tuple[Tensor, Tensor | None]:
-        """What Megatron's attention takes and gives; angles are (S, 1, 1, 2 * D), each half of each kind in turn."""
-        halves = rotary_pos_emb.view(*rotary_pos_emb.shape[:-1], 2, 2, -1)
-        angles = halves[..., self.kind, :].flatten(-2)
+        """What Megatron's attention takes and gives; the angles are those of both kinds of layers."""
+        angles = angles_of(rotary_pos_emb, local=self.is_local)
         attended: tuple[Tensor, Tensor | None] = super().forward(
             hidden_states, attention_mask, rotary_pos_emb=angles, **given
         )
@@ -167,6 +171,12 @@ class PostNormLayer(TransformerLayer):  # type: ignore[misc]  # as above
         return hidden_states + self.post_mlp_layernorm(_with_bias(changed)), context
 
 
+def embedding_scale(architecture: Architecture, dtype: torch.dtype) -> float:
+    """sqrt(hidden_size) as `dtype` has it: in bfloat16 that of 2560 is 50.5."""
+    exact = architecture.hidden_size**0.5 if architecture.scale_embedding else 1.0
+    return float(torch.tensor(exact, dtype=dtype))
+
+
 class Decoder(GPTModel):  # type: ignore[misc]  # as above
     """GPTModel with what its constructor has no argument for.
 
@@ -178,9 +188,9 @@ class Decoder(GPTModel):  # type: ignore[misc]  # as above
     def __init__(self, architecture: Architecture, **given: Any) -> None:  # noqa: ANN401  Megatron's
         super().__init__(**given)
         self.logit_scale = architecture.logit_scale
-        self.embedding_scale = _embedding_scale(architecture, self.config.params_dtype)
+        self.embedding_scale = embedding_scale(architecture, self.config.params_dtype)
         if architecture.position_embedding == "rope":
-            self.rotary_pos_emb.inv_freq = _frequencies(architecture, self.rotary_pos_emb)
+            self.rotary_pos_emb.inv_freq = frequencies(architecture, self.rotary_pos_emb)
 
     def _preprocess(self, **given: Any) -> tuple[Any, ...]:  # noqa: ANN401  Megatron's
         """Scale the embeddings."""
@@ -195,37 +205,6 @@ class Decoder(GPTModel):  # type: ignore[misc]  # as above
             hidden_states = hidden_states * self.logit_scale
         output: Tensor = super()._postprocess(hidden_states=hidden_states, **given)
         return output
-
-
-def _embedding_scale(architecture: Architecture, dtype: torch.dtype) -> float:
-    """sqrt(hidden_size) as `dtype` has it: in bfloat16 that of 2560 is 50.5."""
-    exact = architecture.hidden_size**0.5 if architecture.scale_embedding else 1.0
-    return float(torch.tensor(exact, dtype=dtype))
-
-
-def _frequencies(architecture: Architecture, rotary: RotaryEmbedding) -> Tensor:
-    """Frequencies of rotary positions, fp32 (D / 2,), stretched; or of layers that see all keys and of others, (D,)."""
-    frequencies: Tensor = rotary.inv_freq
-    scaling = architecture.rope_scaling
-    if scaling is not None and scaling.kind == "linear":
-        frequencies = frequencies / scaling.factor
-    elif scaling is not None:
-        frequencies = rotary._apply_scaling(
-            frequencies,
-            scaling.factor,
-            scaling.low_frequency,
-            scaling.high_frequency,
-            scaling.original_positions,
-        )
-    if architecture.local_rope_base is None:
-        return frequencies
-    local = RotaryEmbedding(
-        kv_channels=architecture.head_dim,
-        rotary_percent=architecture.rope_share,
-        rotary_base=architecture.local_rope_base,
-        use_cpu_initialization=frequencies.device.type == "cpu",
-    )
-    return torch.cat((frequencies, local.inv_freq))
 
 
 def uses_transformer_engine(architecture: Architecture) -> bool:
@@ -258,7 +237,7 @@ def layer_spec(architecture: Architecture, attention: AttentionBackend) -> Modul
         parts.self_attention.module = WholeNormAttention
     if any(architecture.windows):
         parts.self_attention.module = LocalOrGlobalAttention
-        parts.self_attention.params["local"] = [one is not None for one in architecture.windows]
+        parts.self_attention.params["windows"] = architecture.windows
     if architecture.block in {"post_norm", "sandwich"}:
         spec.module, spec.params = PostNormLayer, {"norm": norm}
     elif architecture.block != "sequential":

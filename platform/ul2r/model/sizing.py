@@ -223,10 +223,10 @@ def _layer_bytes(recipe: Recipe) -> tuple[int, int]:
     bias = element * length if recipe.attention_backend == "sdpa" else 0
     attention = positions * (bias + 4 * model.heads // parallel.tensor)
     rotations = 4 * length * model.head_dim  # cosines and sines of queries and keys
-    norms = 4 * 2 // parts  # a statistic of each in fp32
-    whole = positions * (element * _layer_elements(recipe) + norms) + element * rotations
+    kept = element * _layer_elements(recipe) + 4 * _statistics(recipe)
+    whole = positions * kept + element * rotations
     if recipe.training.recompute == "selective":
-        mlp = 3 * model.hidden_size // parts + 5 * model.ffn_hidden_size // parallel.tensor
+        mlp = _norm_elements(recipe) + _mlp_elements(recipe)
         output = model.hidden_size // parallel.tensor
         # The layer's own MLP has gone when its attention is computed again.
         return whole, attention + positions * element * (output - mlp)
@@ -239,7 +239,8 @@ def _layer_bytes(recipe: Recipe) -> tuple[int, int]:
 
 def _rotary_bytes(recipe: Recipe) -> int:
     """The fp32 angles of rotary positions, which a layer that is computed again keeps; all share those of a chunk."""
-    angles = recipe.objective.sequence_length * recipe.model.head_dim
+    kinds = 1 if recipe.model.local_rope_base is None else 2
+    angles = kinds * recipe.objective.sequence_length * recipe.model.head_dim
     return 0 if recipe.training.recompute == "none" else 4 * angles * recipe.parallel.virtual_stages
 
 
@@ -260,23 +261,49 @@ def _layer_elements(recipe: Recipe) -> int:
     GPT layer at 16 bits. Here, with hidden size h, key/value width g, feed-forward width f and t tensor ranks:
 
     - two RMSNorms keep their input, the normalised input and their output, which every tensor rank has whole, 6 h,
-      unless sequence parallelism cuts them, 6 h/t (a fused kernel keeps a third less);
+      unless sequence parallelism cuts them, 6 h/t (a fused kernel keeps a third less); the two more of a sandwich keep
+      no output, 4 h (those that are zero-centered work in fp32, where a fused kernel then keeps as much in bf16);
     - attention keeps rotated queries h/t and keys g/t, the projection that values are a part of (h + 2 g)/t, and its
       output h/t; with fewer key/value heads than tensor ranks, the projection is gathered whole;
+    - norms of queries and keys keep these normalised, and a copy of queries where a rank has several key/value heads;
     - a fused attention kernel keeps no scores (their 5 a s), but torch's SDPA the mask: see `_layer_bytes`. Should
       torch take its unfused one, the scores come on top;
-    - SwiGLU keeps its two inputs 2 f/t, the shifted linear one, the activated one and their product: 5 f/t;
+    - SwiGLU keeps its two inputs 2 f/t, the shifted linear one, the activated one and their product: 5 f/t; an MLP
+      without a gate its input and its output, 2 f/t;
     - there is no dropout, hence no dropout mask.
     """
     model, tensor = recipe.model, recipe.parallel.tensor
-    width, keys = model.hidden_size, model.kv_heads * model.head_dim
-    queries = model.heads * model.head_dim
+    queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
     projection = queries + 2 * keys
     if model.kv_heads < tensor:
-        attention = 2 * queries // tensor + model.head_dim + projection
+        keys, attention = model.head_dim, projection
     else:
-        attention = (2 * queries + keys + projection) // tensor
-    return 6 * width // _row_parts(recipe) + attention + 5 * model.ffn_hidden_size // tensor
+        keys, attention = keys // tensor, projection // tensor
+    attention += 2 * queries // tensor + keys
+    if model.query_key_norm is not None:
+        copies = 2 if model.kv_heads > tensor else 1
+        attention += copies * queries // tensor + keys
+    return 2 * _norm_elements(recipe) + attention + _mlp_elements(recipe)
+
+
+def _norm_elements(recipe: Recipe) -> int:
+    """Activations that the norms of attention keep of each position, and those of the MLP."""
+    norms = 5 if recipe.model.block == "sandwich" else 3
+    return norms * recipe.model.hidden_size // _row_parts(recipe)
+
+
+def _statistics(recipe: Recipe) -> int:
+    """Numbers in fp32 that a layer's norms keep of each position, one each, or for queries and keys one a head."""
+    model, tensor = recipe.model, recipe.parallel.tensor
+    norms = (4 if model.block == "sandwich" else 2) // _row_parts(recipe)
+    heads = 0 if model.query_key_norm is None else model.heads + max(model.kv_heads, tensor)
+    return norms + heads // tensor
+
+
+def _mlp_elements(recipe: Recipe) -> int:
+    """Activations that the MLP keeps of each position between its projections."""
+    inner = 5 if recipe.model.gated else 2
+    return inner * recipe.model.ffn_hidden_size // recipe.parallel.tensor
 
 
 def _logit_bytes(recipe: Recipe, padded: int) -> int:

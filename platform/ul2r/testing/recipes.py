@@ -7,6 +7,20 @@ from typing import Any
 
 from ul2r.config import Recipe
 
+GEMMA_3 = {
+    "family": "gemma3_text",
+    "block": "sandwich",
+    "norm_zero_centered": True,
+    "query_key_norm": "head",
+    "query_pre_attn_scalar": 24,
+    "activation": "geglu",
+    "scale_embedding": True,
+    "sliding_window": 12,
+    "global_every": 2,
+    "local_rope_base": 500,
+}
+"""Changes that make the model of a `tiny_recipe` a Gemma 3."""
+
 
 def tiny_recipe(storage: Path, **changes: Any) -> Recipe:  # noqa: ANN401  values of a recipe
     """A 4-layer model on rows of 64 tokens for 6 steps, over a `tiny_store` in `storage`/store.

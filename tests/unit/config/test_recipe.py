@@ -64,6 +64,22 @@ def test_data_parallel_replicas_are_what_is_left_of_the_workers() -> None:
             "model: head dimension hidden_size/heads=3 is odd",
         ),
         (
+            {"model": {"global_every": 2, "sliding_window": 64}},
+            "model: global_every=2 with local_rope_base=None: give both or neither",
+        ),
+        (
+            {"model": {"global_every": 2, "local_rope_base": 100}},
+            "model: global_every=2 needs sliding_window, rotary positions that are not interleaved, and no",
+        ),
+        (
+            {"model": {"norm": "layer", "norm_zero_centered": True}},
+            "model: norm_zero_centered=true needs norm=rms and no query_key_norm=whole",
+        ),
+        (
+            {"model": {"sliding_window": 64}},
+            "objective.sequence_length=256 is more than model.sliding_window=64",
+        ),
+        (
             {"parallel": {"workers": 5, "tensor": 5}},
             "parallel.tensor=5 does not divide model.heads=12: set parallel.tensor to one of 1, 2, 3, 4, 6, 12",
         ),
@@ -276,6 +292,14 @@ def test_attention_that_does_not_train_on_a_cpu_is_refused_there(backend: str) -
     assert said.startswith(f"attention={backend} does not train on a CPU")
     assert said.endswith(
         "launch.gpus_per_worker=0: set attention to auto or sdpa, or launch.gpus_per_worker to 1"
+    )
+
+
+def test_windows_of_some_layers_are_for_longer_rows_and_not_for_transformer_engine() -> None:
+    windows = {"sliding_window": 64, "global_every": 3, "local_rope_base": 100}
+    assert recipe(model=windows).model.windows == (64, 64, None, 64)
+    assert refusal(model=windows, attention="te", launch={"gpus_per_worker": 1}) == (
+        "attention=te has no windows, and model.global_every=3 asks for them: set attention to auto, flex or sdpa"
     )
 
 

@@ -26,24 +26,28 @@ def plain(size: int = 320) -> Tokenizer:
     return Tokenizer.from_str(trained.to_str())
 
 
-def with_reserved(count: int) -> Tokenizer:
+LLAMA_3, GEMMA = "<|reserved_special_token_{}|>", "<unused{}>"
+
+
+def with_reserved(count: int, name: str = LLAMA_3) -> Tokenizer:
     """One that ends in reserved tokens, as Llama 3's does."""
     tokenizer = plain()
-    reserved = [f"<|reserved_special_token_{number}|>" for number in range(count)]
+    reserved = [name.format(number) for number in range(count)]
     tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in reserved])
     return tokenizer
 
 
-def test_reserved_tokens_are_taken_and_the_tokenizer_does_not_grow() -> None:
-    before = with_reserved(12)
+@pytest.mark.parametrize("name", [LLAMA_3, GEMMA])
+def test_reserved_tokens_are_taken_and_the_tokenizer_does_not_grow(name: str) -> None:
+    before = with_reserved(12, name)
     after = place_special_tokens(before, sentinels=9)
     vocabulary = vocabulary_of(after)
     assert vocabulary.size == before.get_vocab_size()
-    first = before.get_vocab()["<|reserved_special_token_0|>"]
+    first = before.get_vocab()[name.format(0)]
     taken = [*(vocabulary.modes[mode][0] for mode in ("S2S", "NLU", "NLG")), *vocabulary.sentinels]
     assert taken == list(range(first, first + 12))
     assert before.token_to_id("[S2S]") is None
-    text = TEXTS[0] + "<extra_id_0> <|reserved_special_token_0|>"
+    text = f"{TEXTS[0]}<extra_id_0> {name.format(0)}"
     assert not set(encode(after, text).tolist()) & vocabulary.no_text
     assert after.decode(encode(after, text).tolist()) == text
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def model(folder: Path) -> LanguageModel:
     return LanguageModel.load(folder)
+
+
+@pytest.fixture(scope="session")
+def windowed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export whose queries see keys less than 4 positions away: Mistral's class computes what Llama's does."""
+    folder = tiny_export(tmp_path_factory.mktemp("exports") / "windowed")
+    config = folder / "config.json"
+    changes = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes | {"sliding_window": 4}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def windowed_model(windowed_folder: Path) -> LanguageModel:
+    return LanguageModel.load(windowed_folder)
 
 
 @pytest.fixture(scope="session")

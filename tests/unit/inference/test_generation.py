@@ -19,10 +19,13 @@ def recomputed(model: LanguageModel, tokens: list[int], prefix: int) -> torch.Te
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize("kind", ["model", "windowed_model"])
 def test_the_cache_gives_what_recomputing_everything_gives(
-    model: LanguageModel, bidirectional: bool
+    request: pytest.FixtureRequest, kind: str, bidirectional: bool
 ) -> None:
+    model: LanguageModel = request.getfixturevalue(kind)
     inputs = model.encode("def area(width")
+    assert len(inputs) > 4  # the window
     prefix = len(inputs) if bidirectional else 1
     sequence = list(inputs)
     decoder = Decoder(model, inputs, bidirectional=bidirectional)

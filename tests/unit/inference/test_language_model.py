@@ -138,6 +138,17 @@ def test_any_intervals_give_the_logits_of_a_dense_float64_llama(
         np.testing.assert_allclose(got[row], expected, atol=1e-4)
 
 
+def test_a_window_holds_where_inputs_are_seen_in_both_directions(
+    windowed_folder: Path, windowed_model: LanguageModel
+) -> None:
+    tokens, place = random_tokens(windowed_model, 1, 20), np.arange(20)
+    hi = np.maximum(place + 1, 14)
+    got = windowed_model.logits(tokens, torch.zeros(1, 20), torch.from_numpy(hi)[None])[0].numpy()
+    lo, hi = np.maximum(place - 3, 0), np.minimum(hi, place + 4)
+    expected = Dense(windowed_folder).logits(tokens[0].numpy(), lo, hi, place)
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
 def test_a_token_outside_its_interval_never_changes_a_logit(tmp_path: Path) -> None:
     one_layer = LanguageModel.load(tiny_export(tmp_path / "one", layers=1))
     draw = np.random.default_rng(1)

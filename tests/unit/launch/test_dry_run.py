@@ -35,7 +35,7 @@ def facts(recipe: Recipe) -> dict[str, str]:
 
 def test_seen_keys_of_causal_rows_are_a_triangle() -> None:
     recipe = tiny_recipe(Path("runs"), objective={"mixture": "causal"})
-    assert seen_keys_per_row(recipe) == 64 * 65 / 2
+    assert seen_keys_per_row(recipe) == 4 * 64 * 65 / 2  # in 4 layers
 
 
 @pytest.mark.parametrize("slots", [1, 2])
@@ -48,7 +48,7 @@ def test_seen_keys_are_those_of_the_rows_that_are_trained_on(prepared: Path, slo
     )
     batches = Batches(recipe, open_corpus(recipe.store_folder))
     rows = [batches.rows(step) for step in range(recipe.training.steps)]
-    seen = [int((one.hi - one.lo).sum()) for one in rows]
+    seen = [4 * int((one.hi - one.lo).sum()) for one in rows]
     assert seen_keys_per_row(recipe) == pytest.approx(np.sum(seen) / (4 * 32))
 
 

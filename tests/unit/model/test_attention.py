@@ -20,6 +20,7 @@ from ul2r.model.attention import Backend, DenseMask, core_attention, interval_ma
 from ul2r.model.attention.flex import Flex, block_mask
 from ul2r.model.attention.segments import plan_segments
 from ul2r.model.attention.variable_length import VariableLength
+from ul2r.model.window import within
 from ul2r.objective import Rows, Vocabulary, make_rows
 from ul2r.testing.attention import attend_by_segment, dense_attention
 from ul2r.testing.corpus import counted_text
@@ -119,21 +120,31 @@ def test_mask_is_the_definition(batch: int, length: int, random: object) -> None
     rows=packed_rows(),
     kv_heads=st.sampled_from([1, 2, 4]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    window=st.sampled_from([None, 2, 6]),
 )
 @settings(max_examples=40)
 @pytest.mark.parametrize(
     "backend", [DenseMask(), VariableLength(attend_by_segment)], ids=["sdpa", "segments"]
 )
 def test_attention_and_gradients_equal_dense_float64(
-    backend: Backend[Any], rows: Rows, kv_heads: int, dtype: torch.dtype
+    backend: Backend[Any], rows: Rows, kv_heads: int, dtype: torch.dtype, window: int | None
 ) -> None:
     inputs = random_inputs(rows, 4, kv_heads, dtype)
-    lo, hi = torch.from_numpy(rows.lo), torch.from_numpy(rows.hi)
+    lo, hi = (torch.from_numpy(ends) for ends in within(rows.lo, rows.hi, window))
     expected = with_gradients(lambda q, k, v: dense_attention(q, k, v, lo, hi), inputs)
     bounds = intervals(rows.lo, rows.hi)
-    found = with_gradients(lambda q, k, v: backend(q, k, v, bounds, 8**-0.5), inputs)
+    found = with_gradients(lambda q, k, v: backend(q, k, v, bounds, 8**-0.5, window), inputs)
     for ours, reference in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, reference, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@given(packed_rows(), st.integers(1, 70))
+def test_a_window_leaves_the_keys_of_an_interval_that_are_near(rows: Rows, window: int) -> None:
+    lo, hi = within(rows.lo, rows.hi, window)
+    place = np.arange(rows.lo.shape[1])
+    seen = (place >= rows.lo[..., None]) & (place < rows.hi[..., None])
+    near = seen & (abs(place - place[:, None]) < window)
+    assert (near == ((place >= lo[..., None]) & (place < hi[..., None]))).all()
 
 
 @given(bounds=any_intervals())
@@ -191,17 +202,19 @@ def test_block_mask_is_the_one_that_torch_makes_of_every_pair(rows: Rows) -> Non
     shutil.which("g++") is None, reason="torch compiles FlexAttention with g++, which is not here"
 )
 def test_flex_attention_equals_dense_float64_and_compiles_once() -> None:
-    """Forward alone: torch's FlexAttention has no backward pass on a CPU."""
+    """Forward alone: torch's FlexAttention has no backward pass on a CPU. A window is no new kernel."""
     flex = Flex()
     mixture = Objective(mixture=DENOISERS, sequence_length=300, slots_per_row=2)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for seed in range(3):
             rows = rows_of(mixture, 3, seed)
             query, key, value, _ = random_inputs(rows, 4, 2, torch.float32, head=16)
-            ours = flex(query, key, value, intervals(rows.lo, rows.hi), 0.25)
-            lo, hi = torch.from_numpy(rows.lo), torch.from_numpy(rows.hi)
-            expected = dense_attention(query, key, value, lo, hi)
-            torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=1e-5)
+            bounds = intervals(rows.lo, rows.hi)
+            for window in (None, 40):
+                ours = flex(query, key, value, bounds, 0.25, window)
+                lo, hi = (torch.from_numpy(ends) for ends in within(rows.lo, rows.hi, window))
+                expected = dense_attention(query, key, value, lo, hi)
+                torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_transformer_engine_is_asked_for_where_it_is_missing() -> None:
@@ -228,10 +241,13 @@ def test_intervals_are_prepared_once_for_layers_and_recomputation_and_never_mixe
     for _ in range(3):  # where the memory of the one before is free again, the next may be given it
         causal, open_ = intervals(0 * hi, hi), intervals(0 * hi, 0 * hi + 4)
         first = backend(query, query, query, causal, 1.0)
+        near = backend(query, query, query, causal, 1.0, 2)
+        assert not torch.equal(near, first)
         assert torch.equal(backend(query, query, query, causal.detach(), 1.0), first)
+        assert torch.equal(backend(query, query, query, causal.detach(), 1.0, 2), near)
         assert not torch.equal(backend(query, query, query, open_, 1.0), first)
         del causal, open_
-    assert backend.made == 6
+    assert backend.made == 9
 
 
 def trained(storage: Path) -> list[list[float]]:

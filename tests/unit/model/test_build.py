@@ -1,4 +1,4 @@
-"""Which layers and which precision a worker's device has."""
+"""Which layers and which precision a worker's device has, and what precision Gemma wants."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 
 from ul2r.errors import LayoutError
 from ul2r.model.build import check_precision
-from ul2r.model.layers import uses_transformer_engine
-from ul2r.testing.recipes import tiny_recipe
+from ul2r.model.layers import embedding_scale, uses_transformer_engine
+from ul2r.model.norm import ZeroCenteredNorm
+from ul2r.testing.recipes import GEMMA_3, tiny_recipe
 
 GPU = {"gpus_per_worker": 1}
 
@@ -58,3 +59,26 @@ def test_fp8_is_refused_on_gpus_that_have_none(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     with pytest.raises(LayoutError, match=r"8\.9 or more \(Ada, Hopper\), this is 8\.0: set it to"):
         check_precision(recipe)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zero_centered_norms_and_scaled_embeddings_are_gemmas(dtype: torch.dtype) -> None:
+    """1 + weight is formed in fp32 and sqrt(hidden_size) rounded, as transformers has both."""
+    from transformers import Gemma3TextConfig
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm, Gemma3TextModel
+
+    ours, theirs = ZeroCenteredNorm(64, 1e-6), Gemma3RMSNorm(64, 1e-6)
+    assert not ours.weight.any()
+    weight = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    for norm in (ours.to(dtype), theirs.to(dtype)):
+        norm.weight.data.copy_(weight)
+    hidden = torch.randn(8, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    torch.testing.assert_close(ours(hidden), theirs(hidden))
+    assert ours(hidden).dtype is dtype
+
+    sizes = {"hidden_size": 72, "num_attention_heads": 4, "head_dim": 16, "vocab_size": 5}
+    config = Gemma3TextConfig(**sizes, num_hidden_layers=1, intermediate_size=8, pad_token_id=None)
+    embedding = Gemma3TextModel(config).to(dtype).embed_tokens
+    architecture = tiny_recipe(Path("runs"), model=GEMMA_3 | {"hidden_size": 72}).model
+    expected = embedding.weight * embedding_scale(architecture, dtype)
+    assert torch.equal(embedding(torch.arange(5)), expected)

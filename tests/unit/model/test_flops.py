@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ul2r.config import Architecture
-from ul2r.model.flops import parameters, training_flops
+from ul2r.model.flops import parameters, seen_keys, training_flops
 
 SMALL = Architecture(layers=3, hidden_size=48, ffn_hidden_size=80, heads=6, kv_heads=2)
 
@@ -39,5 +40,17 @@ def test_flops_are_what_torch_counts_for_full_attention() -> None:
     )
     with FlopCounterMode(display=False) as counted, torch.no_grad():
         model(torch.zeros(1, length, dtype=torch.long))
-    ours = training_flops(SMALL, 101, positions=length, seen_keys=length * length)
+    ours = training_flops(SMALL, 101, positions=length, seen_keys=3 * length * length)
     assert ours == pytest.approx(3 * counted.get_total_flops(), rel=1e-6)
+
+
+def test_a_layer_with_a_window_sees_fewer_keys() -> None:
+    """Five layers with a window to one without, over a prefix of 5 in rows of 9."""
+    model = Architecture.model_validate(
+        SMALL.model_dump()
+        | {"layers": 6, "sliding_window": 3, "global_every": 6, "local_rope_base": 100}
+    )
+    hi = np.maximum(np.arange(1, 10, dtype=np.int32), 5)[None].repeat(2, axis=0)
+    pairs = [(query, key) for query in range(9) for key in range(hi[0, query])]
+    near = [(query, key) for query, key in pairs if abs(query - key) < 3]
+    assert seen_keys(model, 0 * hi, hi) == 2 * (len(pairs) + 5 * len(near))

@@ -14,13 +14,19 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from ul2r.config import Architecture, Recipe, load
+from ul2r.config.architecture import RopeScaling
 from ul2r.data.tokenizer import add_special_tokens, load_tokenizer, train_tokenizer
 from ul2r.errors import CheckpointError, RecipeError
 from ul2r.launch.base import check_base, describe, described_by_base
-from ul2r.model.huggingface.configuration import architecture_of, check_family, config_of
+from ul2r.model.huggingface.configuration import (
+    architecture_of,
+    check_family,
+    config_of,
+    read_config,
+)
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.families import random_model, write_model
-from ul2r.testing.recipes import tiny_recipe
+from ul2r.testing.recipes import GEMMA_3, tiny_recipe
 
 ROOT = Path(__file__).parents[3]
 
@@ -71,6 +77,11 @@ def test_a_whole_model_is_described(llama: Path) -> None:
         (lambda f: (f / "config.json").write_text("{"), "is no Hugging Face model: config.json"),
         (lambda f: change_config(f, model_type="bert"), "models of type 'bert' cannot be imported"),
         (lambda f: change_config(f, model_type="gemma2"), "scores are capped by a tanh"),
+        (lambda f: change_config(f, model_type="gemma3"), "its text alone is gemma3_text"),
+        (
+            lambda f: change_config(f, layer_types=["sliding_attention", "full_attention"]),
+            "layer_types=.*only full_attention",
+        ),
         (lambda f: change_config(f, hidden_act="relu"), 'hidden_act="relu": only .silu.'),
         (lambda f: change_config(f, mlp_bias=True), "mlp_bias=true: only False"),
         (lambda f: change_config(f, new_feature=3), "new_feature=3: this key is not known"),
@@ -103,6 +114,80 @@ def test_a_folder_that_is_no_base_is_refused_by_name(
     change(broken)
     with pytest.raises(CheckpointError, match=message) as refused:
         describe(str(broken))
+    assert "\n" not in str(refused.value)
+
+
+GEMMA_3_1B = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attn_logit_softcapping": None,
+    "cache_implementation": "hybrid",
+    "eos_token_id": [1, 106],
+    "final_logit_softcapping": None,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 1152,
+    "initializer_range": 0.02,
+    "intermediate_size": 6912,
+    "max_position_embeddings": 32768,
+    "model_type": "gemma3_text",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 26,
+    "num_key_value_heads": 1,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06,
+    "rope_local_base_freq": 10000,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 262144,
+}
+"""Sizes and keys that Gemma 3 1B was published with, before transformers 5 nested its rotary positions."""
+
+
+def gemma_config(folder: Path, **changes: Any) -> Path:  # noqa: ANN401  any JSON value
+    (folder / "config.json").write_text(json.dumps(GEMMA_3_1B | changes))
+    return folder
+
+
+def test_the_published_keys_of_gemma_3_are_read(tmp_path: Path) -> None:
+    found = read_config(gemma_config(tmp_path))
+    assert found.windows == (*4 * (*5 * (512,), None), 512, 512)
+    assert (found.rope_base, found.local_rope_base) == (1_000_000, 10_000)
+    stretched = gemma_config(tmp_path, rope_scaling={"rope_type": "linear", "factor": 8.0})
+    assert read_config(stretched).rope_scaling == RopeScaling(kind="linear", factor=8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0: only None"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0: only None"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention=true: only False"),
+        ({"attention_bias": True}, "attention_bias=true: only False"),
+        (
+            {"layer_types": ["full_attention", *25 * ["sliding_attention"]]},
+            "only full_attention of every so many layers",
+        ),
+        (
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "default"},
+                    "sliding_attention": {"rope_type": "linear", "factor": 2.0},
+                }
+            },
+            "rope_parameters.sliding_attention=.*only a rope_theta of its own",
+        ),
+    ],
+)
+def test_what_is_not_carried_of_gemma_3_is_refused_by_name(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message) as refused:
+        read_config(gemma_config(tmp_path, **changes))
     assert "\n" not in str(refused.value)
 
 
@@ -178,6 +263,8 @@ def test_a_base_of_no_known_kind_is_refused(tmp_path: Path, base: object, messag
         ({"family": "qwen2"}, r"model.bias=None: Qwen2ForCausalLM.* has qkv"),
         ({"family": "mistral", "logit_scale": 0.5}, r"model.logit_scale=0.5: Mistral"),
         ({"family": "gpt2", "positions": 64}, r"model\.\w+=.*GPT2LMHeadModel"),
+        (GEMMA_3 | {"family": "mistral"}, r"model\.global_every=2: MistralForCausalLM.* has 1"),
+        (GEMMA_3 | {"query_pre_attn_scalar": None}, "model.query_pre_attn_scalar=None: Gemma3"),
     ],
 )
 def test_a_model_that_its_family_does_not_compute_is_refused(
@@ -188,14 +275,20 @@ def test_a_model_that_its_family_does_not_compute_is_refused(
         check_family(architecture)
 
 
-def test_a_written_configuration_is_read_back() -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"head_size": 12, "rope_scaling": {"factor": 8, "original_positions": 64}},
+        {"family": "qwen3", "query_key_norm": "head"},  # heads of hidden_size / heads, no default
+        GEMMA_3 | {"rope_scaling": {"kind": "linear", "factor": 8}},
+    ],
+)
+def test_a_written_configuration_is_read_back(settings: dict[str, Any]) -> None:
     from transformers import AutoConfig
 
-    scaling = {"factor": 8, "original_positions": 64}
-    sizes = {"layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "heads": 4, "kv_heads": 2}
-    written = Architecture.model_validate(
-        {**sizes, "head_size": 12, "rope_scaling": scaling, "embedding_rows": 99, "positions": 7}
-    )
+    sizes = {"layers": 5, "hidden_size": 32, "ffn_hidden_size": 48, "heads": 4, "kv_heads": 2}
+    sizes |= {"embedding_rows": 99, "positions": 7}
+    written = Architecture.model_validate(sizes | settings)
     config = AutoConfig.for_model(**config_of(written, positions=5, rows=99))
     assert architecture_of(config.to_dict()) == written
 

@@ -61,8 +61,8 @@ class Flex(Backend[BlockMask]):
         self._attention = torch.compile(flex_attention, dynamic=False)
 
     def prepare(self, lo: Tensor, hi: Tensor, device: torch.device) -> BlockMask:
-        """The block mask, on the device."""
-        return block_mask(lo.to(device), hi.to(device))
+        """The block mask, on the device, with ends laid out alike with and without a window: one compilation."""
+        return block_mask(lo.to(device).contiguous(), hi.to(device).contiguous())
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, prepared: BlockMask, scale: float

@@ -1,0 +1,63 @@
+"""Frequencies and angles of rotary positions (arXiv 2104.09864), where layers of one model may have two kinds."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from torch import Tensor
+
+from ul2r.config import Architecture
+
+
+def frequencies(architecture: Architecture, rotary: RotaryEmbedding) -> Tensor:
+    """Frequencies that make Megatron's angles those of the architecture.
+
+    Args:
+        architecture: What stretches them, and whether layers with a window have others.
+        rotary: Megatron's module, with frequencies of `rope_base`.
+
+    Returns:
+        float32 (D / 2,) for heads of which D dimensions are rotated; with `local_rope_base` (D,), those of layers that
+        see all keys first.
+    """
+    stretched = _stretched(architecture, rotary)
+    if architecture.local_rope_base is None:
+        return stretched
+    local = RotaryEmbedding(
+        kv_channels=architecture.head_dim,
+        rotary_percent=architecture.rope_share,
+        rotary_base=architecture.local_rope_base,
+        use_cpu_initialization=stretched.device.type == "cpu",
+    )
+    return torch.cat((stretched, local.inv_freq))
+
+
+def angles_of(both: Tensor, *, local: bool) -> Tensor:
+    """One kind of layer's angles.
+
+    Args:
+        both: float32 (S, 1, 1, 2 D), what Megatron makes of (D,) `frequencies`: all of them, and all once more.
+        local: Whether the layer has a window.
+
+    Returns:
+        float32 (S, 1, 1, D).
+    """
+    halves = both.view(*both.shape[:-1], 2, 2, -1)
+    return halves[..., int(local), :].flatten(-2)
+
+
+def _stretched(architecture: Architecture, rotary: RotaryEmbedding) -> Tensor:
+    found: Tensor = rotary.inv_freq
+    scaling = architecture.rope_scaling
+    if scaling is None:
+        return found
+    if scaling.kind == "linear":
+        return found / scaling.factor
+    found = rotary._apply_scaling(
+        found,
+        scaling.factor,
+        scaling.low_frequency,
+        scaling.high_frequency,
+        scaling.original_positions,
+    )
+    return found  # noqa: RET504  Megatron has no types
