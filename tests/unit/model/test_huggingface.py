@@ -170,7 +170,7 @@ def test_the_published_keys_of_gemma_3_are_read(tmp_path: Path) -> None:
         ({"attention_bias": True}, "attention_bias=true: only False"),
         (
             {"layer_types": ["full_attention", *25 * ["sliding_attention"]]},
-            "only full_attention of every so many layers",
+            "layer_types=.*only sliding_attention with full_attention in the last of every so many",
         ),
         (
             {
@@ -179,7 +179,16 @@ def test_the_published_keys_of_gemma_3_are_read(tmp_path: Path) -> None:
                     "sliding_attention": {"rope_type": "linear", "factor": 2.0},
                 }
             },
-            "rope_parameters.sliding_attention=.*only a rope_theta of its own",
+            "rope_parameters=.*of sliding_attention only a rope_theta",
+        ),
+        (
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "default", "partial_rotary_factor": 0.5},
+                    "sliding_attention": {"rope_type": "default"},
+                }
+            },
+            "rope_parameters=.*and no partial_rotary_factor",
         ),
     ],
 )
@@ -265,6 +274,11 @@ def test_a_base_of_no_known_kind_is_refused(tmp_path: Path, base: object, messag
         ({"family": "gpt2", "positions": 64}, r"model\.\w+=.*GPT2LMHeadModel"),
         (GEMMA_3 | {"family": "mistral"}, r"model\.global_every=2: MistralForCausalLM.* has 1"),
         (GEMMA_3 | {"query_pre_attn_scalar": None}, "model.query_pre_attn_scalar=None: Gemma3"),
+        (
+            GEMMA_3 | {"global_every": 1, "local_rope_base": None, "sliding_window": None},
+            "model.family=gemma3_text: Gemma3ForCausalLM is no such model: layer_types=",
+        ),
+        (GEMMA_3 | {"rope_share": 0.5}, "is no such model: .* no partial_rotary_factor"),
     ],
 )
 def test_a_model_that_its_family_does_not_compute_is_refused(

@@ -98,7 +98,8 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
         del settings["head_size"]
     if "init_std" in settings:
         settings["init_std"] = float(settings["init_std"])
-    settings |= _layers(family, left.pop("layer_types", None), left.pop("rope_parameters", None))
+    types, rope = left.pop("layer_types", None) or (), left.pop("rope_parameters", None) or {}
+    settings |= (_local_layers if family.local_layers else _alike_layers)(types, rope)
     for key, understood in family.choices.items():
         value = left.pop(key, understood[0][0])
         meant = [fields for one, fields in understood if one == value]
@@ -137,15 +138,15 @@ def config_of(architecture: Architecture, positions: int, rows: int) -> Config:
             if all(own[setting] == meant for setting, meant in fields.items()):
                 config[key] = value
                 break
-    if architecture.position_embedding == "rope":
-        config["rope_parameters"] = _rope_parameters(architecture)
     if family.local_layers:
         local = architecture.local_rope_base or architecture.rope_base
+        config["layer_types"] = [SLIDING if window else FULL for window in architecture.windows]
         config["rope_parameters"] = {
-            FULL: config["rope_parameters"],
+            FULL: _rope_parameters(architecture),
             SLIDING: {"rope_type": "default", "rope_theta": float(local)},
         }
-        config["layer_types"] = [SLIDING if window else FULL for window in architecture.windows]
+    elif architecture.position_embedding == "rope":
+        config["rope_parameters"] = _rope_parameters(architecture)
     return config
 
 
@@ -157,12 +158,19 @@ def check_family(architecture: Architecture) -> None:
     """
     family = FAMILIES[architecture.family]
     config = _complete(config_of(architecture, positions=1, rows=1), family)
-    said = architecture_of(config).model_dump()
+    try:
+        there = architecture_of(config)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(
+            f"model.family={architecture.family}: {family.model_class} is no such model: {reason}"
+        ) from None
+    said = there.model_dump()
     free = {"positions", "embedding_rows", "init_std", "embedding_std"}
     for setting, value in architecture.model_dump().items():
         kept = said[setting]
         if setting == "head_size":
-            value, kept = architecture.head_dim, architecture_of(config).head_dim  # noqa: PLW2901  the same, if None
+            value, kept = architecture.head_dim, there.head_dim  # noqa: PLW2901  the same, if None
         if setting not in free and kept != value:
             raise RecipeError(
                 f"model.{setting}={value}: {family.model_class}, which model.family={architecture.family} is "
@@ -176,30 +184,27 @@ def _complete(config: Config, family: Family) -> Config:
     return {**first, **config}
 
 
-def _layers(
-    family: Family, types: Sequence[str] | None, parameters: Mapping[str, Any] | None
-) -> Config:
+def _alike_layers(types: Sequence[str], rope: Mapping[str, Any]) -> Config:
+    """The rotary positions, if no layer has a window."""
+    if any(kind != FULL for kind in types):
+        _refuse("layer_types", types, f"only {FULL} is carried over")
+    return _rope(rope) if rope else {}
+
+
+def _local_layers(types: Sequence[str], rope: Mapping[str, Any]) -> Config:
     """Which layers have a window, and the rotary positions of either kind."""
-    if not family.local_layers or types is None or parameters is None:
-        if any(kind != FULL for kind in types or ()):
-            _refuse("layer_types", types, f"only {FULL} is carried over")
-        return _rope(parameters)
-    settings = _rope(parameters[FULL])
     every = [*types, FULL].index(FULL) + 1
-    if types != [SLIDING if number % every else FULL for number in range(1, len(types) + 1)]:
-        _refuse("layer_types", types, f"only {FULL} of every so many layers is carried over")
-    local = _rope(parameters[SLIDING])
-    if local != {"rope_base": local["rope_base"], "rope_share": settings["rope_share"]}:
-        what = f"rope_parameters.{SLIDING}"
-        _refuse(what, parameters[SLIDING], "only a rope_theta of its own is carried over")
-    if every > 1:
-        settings |= {"global_every": every, "local_rope_base": local["rope_base"]}
-    return settings
+    if every == 1 or types != [SLIDING if n % every else FULL for n in range(1, len(types) + 1)]:
+        why = f"only {SLIDING} with {FULL} in the last of every so many layers is carried over"
+        _refuse("layer_types", types, why)
+    settings, local = _rope(rope[FULL]), _rope(rope[SLIDING])
+    if settings["rope_share"] != 1 or local != {"rope_base": local["rope_base"], "rope_share": 1}:
+        why = f"of {SLIDING} only a rope_theta is carried over, and no partial_rotary_factor"
+        _refuse("rope_parameters", rope, why)
+    return settings | {"global_every": every, "local_rope_base": local["rope_base"]}
 
 
-def _rope(parameters: Mapping[str, Any] | None) -> Config:
-    if parameters is None:
-        return {}
+def _rope(parameters: Mapping[str, Any]) -> Config:
     left = dict(parameters)
     kind, base = left.pop("rope_type", "default"), left.pop("rope_theta")
     if base != int(base):
