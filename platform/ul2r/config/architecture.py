@@ -8,7 +8,9 @@ from pydantic import Field, model_validator
 
 from ul2r.config.section import PositiveInt, Section
 
-FamilyName = Literal["llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2", "olmo2", "cohere"]
+FamilyName = Literal[
+    "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2", "olmo2", "cohere", "mixtral"
+]
 
 
 class RopeScaling(Section):
@@ -68,6 +70,11 @@ class Architecture(Section):
     bias: Literal["qkv", "all"] | None = None
     """Which projections have biases."""
     activation: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
+    experts: PositiveInt | None = None
+    """Feed-forward networks of each layer, of `ffn_hidden_size` each, where a router picks among several (Mixtral,
+    arXiv 2401.04088, 2.1)."""
+    experts_per_token: PositiveInt | None = None
+    """Experts that each token passes through, weighted by a softmax over them."""
     logit_scale: float = Field(default=1.0, gt=0)
     """What logits are multiplied by."""
     init_std: float | Literal["fan_in"] = 0.02
@@ -105,6 +112,21 @@ class Architecture(Section):
             )
         if isinstance(self.init_std, float) and self.init_std <= 0:
             raise ValueError(f"init_std={self.init_std:g} is not above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _experts_suffice(self) -> Self:
+        experts, each = self.experts, self.experts_per_token
+        if (experts is None) != (each is None):
+            raise ValueError(
+                f"experts={experts} and experts_per_token={each} belong together: give both or neither"
+            )
+        if experts is not None and each is not None and each > experts:
+            raise ValueError(
+                f"experts_per_token={each} is more than experts={experts}: lower the first"
+            )
+        if self.family == "mixtral" and experts is None:
+            raise ValueError("family=mixtral has experts: set experts and experts_per_token")
         return self
 
     @property

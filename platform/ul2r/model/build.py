@@ -25,12 +25,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ul2r.config import Architecture, Parallel, Precision, Recipe, Recompute
 from ul2r.errors import LayoutError
+from ul2r.model.experts import expert_settings
 from ul2r.model.layers import ACTIVATIONS, Decoder, final_norm, layer_spec, uses_transformer_engine
 from ul2r.model.loss import DecoderWithLogZ
 from ul2r.model.sizing import padded_vocabulary
 from ul2r.model.tensors import EMBEDDING
 
-RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
+RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
 RECOMPUTE: dict[Recompute, dict[str, Any]] = {
     "none": {},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
@@ -49,6 +50,7 @@ def transformer_config(
     *,
     precision: Precision = "fp32",
     recompute: Recompute = "none",
+    expert_balance: float = 0.0,
 ) -> TransformerConfig:
     """Megatron's configuration: no dropout; losses summed over tokens."""
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
@@ -93,6 +95,7 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
         **RECOMPUTE[recompute],
+        **(expert_settings(architecture, expert_balance) if architecture.experts else {}),
     )
 
 
@@ -146,6 +149,7 @@ def build_model(recipe: Recipe, vocabulary_size: int) -> list[GPTModel]:
         recipe.parallel,
         precision=recipe.precision,
         recompute=recipe.training.recompute,
+        expert_balance=recipe.optimizer.expert_balance,
     )
     chunks = [
         _build_chunk(recipe, config, vocabulary_size, stage)

@@ -224,12 +224,12 @@ def _layer_bytes(recipe: Recipe) -> tuple[int, int]:
     attention = positions * (bias + 4 * model.heads // parallel.tensor)
     rotations = 4 * length * model.head_dim  # cosines and sines of queries and keys
     norms = 4 * 2 // parts  # a statistic of each in fp32
-    whole = positions * (element * _layer_elements(recipe) + norms) + element * rotations
+    mlp = _mlp_bytes(recipe)
+    whole = positions * (element * _layer_elements(recipe) + norms + mlp) + element * rotations
     if recipe.training.recompute == "selective":
-        mlp = 3 * model.hidden_size // parts + 5 * model.ffn_hidden_size // parallel.tensor
-        output = model.hidden_size // parallel.tensor
+        output, norm = model.hidden_size // parallel.tensor, 3 * model.hidden_size // parts
         # The layer's own MLP has gone when its attention is computed again.
-        return whole, attention + positions * element * (output - mlp)
+        return whole, attention + positions * (element * (output - norm) - mlp)
     whole += attention
     if recipe.training.recompute == "full":
         read = positions * element * model.hidden_size // parts
@@ -254,10 +254,10 @@ def _row_parts(recipe: Recipe) -> int:
 
 
 def _layer_elements(recipe: Recipe) -> int:
-    """Activations that a layer keeps of each position.
+    """Activations that a layer keeps of each position, its MLP's apart.
 
     Korthikanti et al. 2022, arXiv 2205.05198, 4.1 and 4.2, count 10 h + 24 h / t + 5 a s / t bytes a position of a
-    GPT layer at 16 bits. Here, with hidden size h, key/value width g, feed-forward width f and t tensor ranks:
+    GPT layer at 16 bits. Here, with hidden size h, key/value width g and t tensor ranks:
 
     - two RMSNorms keep their input, the normalised input and their output, which every tensor rank has whole, 6 h,
       unless sequence parallelism cuts them, 6 h/t (a fused kernel keeps a third less);
@@ -265,7 +265,6 @@ def _layer_elements(recipe: Recipe) -> int:
       output h/t; with fewer key/value heads than tensor ranks, the projection is gathered whole;
     - a fused attention kernel keeps no scores (their 5 a s), but torch's SDPA the mask: see `_layer_bytes`. Should
       torch take its unfused one, the scores come on top;
-    - SwiGLU keeps its two inputs 2 f/t, the shifted linear one, the activated one and their product: 5 f/t;
     - there is no dropout, hence no dropout mask.
     """
     model, tensor = recipe.model, recipe.parallel.tensor
@@ -276,7 +275,25 @@ def _layer_elements(recipe: Recipe) -> int:
         attention = 2 * queries // tensor + model.head_dim + projection
     else:
         attention = (2 * queries + keys + projection) // tensor
-    return 6 * width // _row_parts(recipe) + attention + 5 * model.ffn_hidden_size // tensor
+    return 6 * width // _row_parts(recipe) + attention
+
+
+def _mlp_bytes(recipe: Recipe) -> int:
+    """What a layer's MLP keeps of each position.
+
+    With feed-forward width f and t tensor ranks, SwiGLU keeps its two inputs 2 f/t, the shifted linear one, the
+    activated one and their product: 5 f/t. An expert's product is kept weighted as well, and the expert's own copy of
+    the token: h + 6 f/t for each of the k that a token is sent to. The router keeps fp32 probabilities and the int64
+    places of what it picked.
+    """
+    model, element, tensor = recipe.model, _element_bytes(recipe), recipe.parallel.tensor
+    width, inner, parts = model.hidden_size, model.ffn_hidden_size, _row_parts(recipe)
+    if model.experts is None or model.experts_per_token is None:
+        return element * 5 * inner // tensor
+    picked = model.experts_per_token
+    own = 4 * model.experts + 12 * picked + (4 * width if element < 4 else 0)
+    gathered = 5 * model.experts + 12 * picked
+    return element * picked * (width + 6 * inner // tensor) + own // parts + gathered
 
 
 def _logit_bytes(recipe: Recipe, padded: int) -> int:

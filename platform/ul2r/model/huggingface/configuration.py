@@ -37,9 +37,13 @@ OTHER_HEADS = (
     *("classifier_dropout", "id2label", "label2id", "problem_type", "summary_activation"),
     *("summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj"),
 )
+BALANCING = ("router_aux_loss_coef", "output_router_logits")
+"""Likewise: this one's balancing loss is `optimizer.expert_balance`."""
 UNUSED = ("max_window_layers",)
 """Only read where use_sliding_window is true, which is refused."""
-NO_MATTER = frozenset((*HOUSEKEEPING, *SPECIAL_TOKENS, *DROPOUTS, *OTHER_HEADS, *UNUSED))
+NO_MATTER = frozenset(
+    (*HOUSEKEEPING, *SPECIAL_TOKENS, *DROPOUTS, *OTHER_HEADS, *BALANCING, *UNUSED)
+)
 ROPE_SCALING = {
     "factor": "factor",
     "low_frequency": "low_freq_factor",
