@@ -73,7 +73,8 @@ def exchange(recipe: Recipe, folder: Path) -> None:
     from ul2r.train.step import TrainStep
 
     def theirs(step: TrainStep, *, loading: bool) -> dict[str, Any]:
-        model, metadata = sharded_model(step.chunks), sharding_metadata()
+        model = sharded_model(step.chunks)
+        metadata = {**sharding_metadata(), "distrib_optim_sharding_type": "fully_reshardable"}
         state = step.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
         return {"model": model, "optimizer": state}
 

@@ -231,11 +231,8 @@ def _mark_shards(model: GPTModel) -> None:
 
 
 def sharding_metadata() -> dict[str, Any]:
-    """What Megatron must know to describe shards: the optimizer's format survives any change of layout."""
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
+    """What Megatron must know to describe shards: who has the same ones."""
+    return {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
 
 
 @torch.no_grad()
