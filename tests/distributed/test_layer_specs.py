@@ -123,9 +123,9 @@ def fill_transformer_engine_spec() -> None:
         def layer_norm(self, **_: object) -> type:
             return RMSNorm
 
-        def grouped_mlp_modules(self, grouped: bool, legacy: bool) -> Any:  # noqa: ANN401
+        def grouped_mlp_modules(self, grouped: bool, *legacy: bool) -> Any:  # noqa: ANN401
             assert grouped
-            return super().grouped_mlp_modules(False, legacy)
+            return super().grouped_mlp_modules(False, *legacy)
 
     gpt_layer_specs.TESpecProvider = Provider
     layers.uses_transformer_engine = lambda architecture: architecture.tied

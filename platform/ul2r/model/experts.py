@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from megatron.core.models.gpt import GPTModel
@@ -67,8 +68,10 @@ def expert_settings(architecture: Architecture, balance: float) -> dict[str, Any
 
 def route(spec: ModuleSpec) -> None:
     """Give a layer of experts its `Router`, and its norm the name that both kinds of layers know it by."""
-    parts = spec.submodules
-    parts.mlp.submodules.router = Router
+    parts, mlp = spec.submodules, spec.submodules.mlp
+    # A ModuleSpec in Megatron-Core 0.16, where later ones have a function.
+    experts = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
+    experts.router = Router
     parts.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
 
 
