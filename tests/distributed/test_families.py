@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -113,12 +113,15 @@ def tokens() -> Tensor:
 
 def recipe_of(storage: Path, name: str, layout: str) -> Recipe:
     architecture = read_config(storage / name)
+    parallel: dict[str, Any] = dict(LAYOUTS[layout])
+    if architecture.experts is not None and "tensor" in parallel:
+        parallel["sequence_parallel"] = True
     return tiny_recipe(
         storage,
         name=f"{name} {layout}".replace(" ", "-").replace(",", ""),
         base={"hf": str(storage / name)},
         model=architecture.model_dump(),
-        parallel=LAYOUTS[layout],
+        parallel=parallel,
         optimizer={"learning_rate": 3e-2},
     )
 

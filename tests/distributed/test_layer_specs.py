@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -19,7 +19,12 @@ from ul2r.testing.corpus import tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.recipes import tiny_recipe
 
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
 pytestmark = pytest.mark.distributed
+
+EXPERTS = {"family": "mixtral", "experts": 3, "experts_per_token": 2}
 
 
 @dataclass(frozen=True)
@@ -30,17 +35,16 @@ class Found:
     """As the module calls them."""
     tensors: dict[str, tuple[int, ...]]
     """Names and shapes in a checkpoint."""
+    of_experts: dict[str, tuple[int, ...]]
+    """Likewise, where the model has experts."""
     losses: dict[str, list[float]]
     """Of each run."""
 
 
 def found(kind: str, *recipes: Recipe) -> Found:
     """What checkpoints call the parameters, and the losses of runs, with layers of a kind."""
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
-
     from ul2r.launch.worker import run_worker
-    from ul2r.model.build import build_model, sharded_model
+    from ul2r.model.build import build_model
     from ul2r.tracking.tracker import MemoryTracker
     from ul2r.train.mesh import Mesh
 
@@ -48,10 +52,8 @@ def found(kind: str, *recipes: Recipe) -> Found:
         fill_transformer_engine_spec()
     mesh = Mesh.join(Parallel())
     chunks = build_model(tiny_recipe(Path("none")), 300)
-    state = sharded_model(chunks)
-    apply_factories(state)
-    shards = list(nested_values(state))
-    assert all(isinstance(shard, ShardedTensor) for shard in shards)
+    of_dense = tensors(chunks)
+    of_experts = tensors(build_model(tiny_recipe(Path("none"), model=EXPERTS), 300))
     mesh.leave()
     losses = {}
     for recipe in recipes:
@@ -60,9 +62,24 @@ def found(kind: str, *recipes: Recipe) -> Found:
         losses[recipe.name] = [loss for _, loss in tracker.series("train/loss")]
     return Found(
         parameters={name for name, _ in chunks[0].named_parameters()},
-        tensors={shard.key: shard.global_shape for shard in shards},
+        tensors=of_dense,
+        of_experts=of_experts,
         losses=losses,
     )
+
+
+def tensors(chunks: list[GPTModel]) -> dict[str, tuple[int, ...]]:
+    """Names and whole shapes in a checkpoint."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+    from ul2r.model.build import sharded_model
+
+    state = sharded_model(chunks)
+    apply_factories(state)
+    shards = list(nested_values(state))
+    assert all(isinstance(shard, ShardedTensor) for shard in shards)
+    return {shard.key: shard.global_shape for shard in shards}
 
 
 def fill_transformer_engine_spec() -> None:
@@ -106,6 +123,10 @@ def fill_transformer_engine_spec() -> None:
         def layer_norm(self, **_: object) -> type:
             return RMSNorm
 
+        def grouped_mlp_modules(self, grouped: bool, *legacy: bool) -> Any:  # noqa: ANN401
+            assert grouped
+            return super().grouped_mlp_modules(False, *legacy)
+
     gpt_layer_specs.TESpecProvider = Provider
     layers.uses_transformer_engine = lambda architecture: architecture.tied
     setattr(layers, "LayerNormImpl", RMSNorm)  # noqa: B010  mypy knows it as imported there
@@ -146,6 +167,13 @@ def test_layers_differ_and_their_checkpoints_do_not(kinds: dict[str, Found]) -> 
     assert norms.keys() <= local.parameters - engine.parameters
     assert set(norms.values()) <= engine.parameters - local.parameters
     assert local.tensors == engine.tensors
+
+
+def test_experts_have_the_same_names_in_both(kinds: dict[str, Found]) -> None:
+    local, engine = kinds["local"].of_experts, kinds["transformer_engine"].of_experts
+    assert local == engine
+    assert local["decoder.layers.pre_mlp_layernorm.weight"] == (4, 32)
+    assert local["decoder.layers.mlp.experts.experts.linear_fc1.weight"] == (4, 3, 128, 32)
 
 
 def test_a_run_goes_on_with_layers_of_the_other_kind(kinds: dict[str, Found]) -> None:

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.distributed
 SP = {"workers": 2, "tensor": 2, "sequence_parallel": True}
 VP = {"workers": 2, "pipeline": 2, "virtual_stages": 2}
 ENDS = {"workers": 3, "pipeline": 3, "virtual_stages": 2, "ends_as_layers": True}
+EXPERTS = {"family": "mixtral", "experts": 4, "experts_per_token": 2}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "single": {},
     "TP 2": {"parallel": {"workers": 2, "tensor": 2}},
@@ -36,6 +37,18 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "PP 2 x VP 2": {"parallel": VP},
     "PP 2 x VP 2, selective": {"parallel": VP, "training": {"recompute": "selective"}},
     "PP 2 x VP 2, full": {"parallel": VP, "training": {"recompute": "full"}},
+    "experts": {"model": EXPERTS},
+    "experts, TP 2 x SP": {"model": EXPERTS, "parallel": SP},
+    "experts, TP 2 x SP, selective": {
+        "model": EXPERTS,
+        "parallel": SP,
+        "training": {"recompute": "selective"},
+    },
+    "experts, PP 2, full": {
+        "model": EXPERTS,
+        "parallel": {"workers": 2, "pipeline": 2},
+        "training": {"recompute": "full"},
+    },
     "PP 3 x VP 2 x ends": {"parallel": ENDS},
     "PP 3 x VP 2 x ends, full": {"parallel": ENDS, "training": {"recompute": "full"}},
     "no gate": {"model": {"activation": "gelu"}},

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from ul2r.config import Recipe, dump
 from ul2r.data.batches import Batches
 from ul2r.data.chapters import Chapters
 from ul2r.data.corpus import find_files
+from ul2r.data.locks import locked
 from ul2r.data.manifest import Manifest
 from ul2r.data.pipeline import make_dataset, read, split
 from ul2r.data.prepare import finished, prepare, stream
@@ -65,6 +67,13 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def make_first_chapter(recipe: Recipe) -> None:
+    behind = stream(recipe)
+    while not recipe.store_folder.exists():
+        next(behind)
+    behind.close()
+
+
 @pytest.fixture(scope="module")
 def complete(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """A streamed store made by `prepare`."""
@@ -100,10 +109,7 @@ def test_store_whose_making_was_cut_off_goes_on_and_is_the_same(
     next(before)
     before.close()
     assert not recipe.store_folder.exists()
-    behind = stream(recipe)
-    while not recipe.store_folder.exists():
-        next(behind)
-    behind.close()
+    make_first_chapter(recipe)
     assert not Manifest.read(recipe.store_folder).complete
     assert finished(recipe) is None
     prepare(recipe)
@@ -118,12 +124,16 @@ def test_rows_read_while_the_store_grows_are_those_of_the_complete_one(
     recipe = recipe_in(tmp_path, texts, training=training, validation={"rows": 8})
     batches = range(24)
     expected = Batches(recipe, open_corpus(complete.store_folder))
-    with growing(recipe, cpus=1) as corpus:
-        assert len(corpus.manifest.chapters) < 3
-        (iterator,) = split(make_dataset(recipe, batches, 1), 1)
-        for step, rows in enumerate(read(iterator, recipe, batches, 0, 1)):
-            assert np.array_equal(rows.tokens, expected.rows(step).tokens)
-            assert np.array_equal(rows.labels, expected.rows(step).labels)
+    make_first_chapter(recipe)
+    with ExitStack() as held:
+        held.enter_context(locked(recipe.store_folder))  # it grows no further until it is read
+        with growing(recipe, cpus=1) as corpus:
+            assert len(corpus.manifest.chapters) == 1
+            (iterator,) = split(make_dataset(recipe, batches, 1), 1)
+            held.close()
+            for step, rows in enumerate(read(iterator, recipe, batches, 0, 1)):
+                assert np.array_equal(rows.tokens, expected.rows(step).tokens)
+                assert np.array_equal(rows.labels, expected.rows(step).labels)
     assert step == 23
     windows = len(open_corpus(complete.store_folder).train[0].store) // 65
     assert windows < 24_000, "a second epoch was begun"

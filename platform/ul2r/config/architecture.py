@@ -9,7 +9,16 @@ from pydantic import Field, model_validator
 from ul2r.config.section import PositiveInt, Section
 
 FamilyName = Literal[
-    "llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2", "olmo2", "cohere", "gemma3_text"
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gpt_neox",
+    "gpt2",
+    "olmo2",
+    "cohere",
+    "mixtral",
+    "gemma3_text",
 ]
 
 
@@ -84,6 +93,11 @@ class Architecture(Section):
     """Which projections have biases."""
     activation: Literal["swiglu", "geglu", "gelu", "gelu_tanh"] = "swiglu"
     """Gated (arXiv 2002.05202), geglu by the tanh formula, or not."""
+    experts: PositiveInt | None = None
+    """Feed-forward networks of each layer, of `ffn_hidden_size` each, where a router picks among several (Mixtral,
+    arXiv 2401.04088, 2.1)."""
+    experts_per_token: PositiveInt | None = None
+    """Experts that each token passes through, weighted by a softmax over them."""
     scale_embedding: bool = False
     """Whether embeddings are multiplied by sqrt(hidden_size), rounded to their dtype (Gemma)."""
     logit_scale: float = Field(default=1.0, gt=0)
@@ -141,6 +155,21 @@ class Architecture(Section):
             )
         if isinstance(self.init_std, float) and self.init_std <= 0:
             raise ValueError(f"init_std={self.init_std:g} is not above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _experts_suffice(self) -> Self:
+        experts, each = self.experts, self.experts_per_token
+        if (experts is None) != (each is None):
+            raise ValueError(
+                f"experts={experts} and experts_per_token={each} belong together: give both or neither"
+            )
+        if experts is not None and each is not None and each > experts:
+            raise ValueError(
+                f"experts_per_token={each} is more than experts={experts}: lower the first"
+            )
+        if self.family == "mixtral" and experts is None:
+            raise ValueError("family=mixtral has experts: set experts and experts_per_token")
         return self
 
     @property

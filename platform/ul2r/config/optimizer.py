@@ -30,6 +30,10 @@ class Optimizer(Section):
     z_loss: float = Field(default=0.0, ge=0)
     """Weight of log^2 Z, Z the softmax's denominator, added to each target's loss in training; PaLM (arXiv
     2204.02311, 5) took 1e-4. Losses that are told leave it out."""
+    expert_balance: float = Field(default=0.01, ge=0)
+    """Weight of the load-balancing loss that is added in training where the model has experts: over layers the sum,
+    over microbatches the mean of E sum_i f_i P_i, with f_i the share of the choices of expert i of E and P_i its mean
+    probability (Switch Transformer, arXiv 2101.03961, 2.2, and its weight). Losses that are told leave it out."""
     state_from_base: Literal["fresh", "kept"] = "fresh"
     """A run that continues another's weights begins with empty moments, or goes on with that run's."""
 

@@ -315,6 +315,11 @@ class Recipe(Section):
                 f"parallel.tensor={tensor} does not divide model.kv_heads={model.kv_heads}, which "
                 "model.query_key_norm=whole needs: change either"
             )
+        if model.experts is not None and tensor > 1 and not self.parallel.sequence_parallel:
+            raise ValueError(
+                f"parallel.tensor={tensor} with model.experts={model.experts}: Megatron-Core shares experts out by "
+                "parts of a row alone; set parallel.sequence_parallel to true"
+            )
         learned = model.positions if model.position_embedding == "learned" else None
         window = model.sliding_window if model.global_every == 1 else None
         for what, most in (("positions", learned), ("sliding_window", window)):

@@ -13,7 +13,7 @@ from ul2r.config.architecture import described
 from ul2r.data.prepared import Corpus
 from ul2r.data.tokenizer import load_tokenizer, objective_tokens
 from ul2r.errors import CheckpointError, RecipeError
-from ul2r.model.flops import parameters
+from ul2r.model.flops import active_parameters, parameters
 
 TOKENIZER = "tokenizer.json"
 
@@ -96,9 +96,10 @@ def describe(name: str) -> str:
     architecture = read_config(folder)
     _check_folder(name, architecture)
     told = architecture.model_dump(exclude_defaults=True)
-    count = parameters(architecture, 0)
+    count, active = parameters(architecture, 0), active_parameters(architecture, 0)
+    used = f", {active:,} for each token" if active < count else ""
     lines = [
-        f"{name}: {architecture.family}, {count / 1e9:.3f} B parameters ({count:,}), in {folder}",
+        f"{name}: {architecture.family}, {count / 1e9:.3f} B parameters ({count:,}{used}), in {folder}",
         "",
         "base:",
         f"  hf: {json.dumps(name)}",

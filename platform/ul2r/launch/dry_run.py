@@ -10,7 +10,7 @@ import numpy.typing as npt
 from ul2r.config import Recipe
 from ul2r.data.prepared import open_corpus
 from ul2r.launch.run import check_run, planned_vocabulary
-from ul2r.model.flops import seen_keys, training_flops
+from ul2r.model.flops import active_parameters, seen_keys, training_flops
 from ul2r.model.sizing import GIB, Sizing, expected_seconds, padded_vocabulary, size_run
 from ul2r.objective import Vocabulary, make_rows
 
@@ -114,6 +114,9 @@ def _facts(recipe: Recipe, sizing: Sizing, vocabulary_size: int) -> Iterator[tup
         recipe.model, vocabulary_size, rows * length, rows * seen_keys_per_row(recipe)
     )
     yield "parameters", f"{_short(sizing.parameters)} ({sizing.parameters:,})"
+    if recipe.model.experts is not None:
+        active = active_parameters(recipe.model, vocabulary_size)
+        yield "active parameters", f"{_short(active)} ({active:,}) for each token"
     yield (
         "workers",
         f"{parallel.workers} = tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {parallel.data}",

@@ -25,12 +25,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ul2r.config import Architecture, Parallel, Precision, Recipe, Recompute
 from ul2r.errors import LayoutError
+from ul2r.model.experts import expert_settings
 from ul2r.model.layers import ACTIVATIONS, Decoder, final_norm, layer_spec, uses_transformer_engine
 from ul2r.model.loss import DecoderWithLogZ
 from ul2r.model.sizing import padded_vocabulary
 from ul2r.model.tensors import EMBEDDING
 
-RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
+RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
 RECOMPUTE: dict[Recompute, dict[str, Any]] = {
     "none": {},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
@@ -49,6 +50,7 @@ def transformer_config(
     *,
     precision: Precision = "fp32",
     recompute: Recompute = "none",
+    expert_balance: float = 0.0,
 ) -> TransformerConfig:
     """Megatron's configuration: no dropout; losses summed over tokens."""
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
@@ -95,6 +97,7 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
         **RECOMPUTE[recompute],
+        **(expert_settings(architecture, expert_balance) if architecture.experts else {}),
     )
 
 
@@ -148,6 +151,7 @@ def build_model(recipe: Recipe, vocabulary_size: int) -> list[GPTModel]:
         recipe.parallel,
         precision=recipe.precision,
         recompute=recipe.training.recompute,
+        expert_balance=recipe.optimizer.expert_balance,
     )
     chunks = [
         _build_chunk(recipe, config, vocabulary_size, stage)
@@ -229,11 +233,8 @@ def _mark_shards(model: GPTModel) -> None:
 
 
 def sharding_metadata() -> dict[str, Any]:
-    """What Megatron must know to describe shards: the optimizer's format survives any change of layout."""
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
+    """What Megatron must know to describe shards: who has the same ones."""
+    return {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
 
 
 @torch.no_grad()

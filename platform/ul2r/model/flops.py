@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 
 from ul2r.config import Architecture
-from ul2r.model.tensors import elements, layer_tensors, outer_tensors
+from ul2r.model.tensors import EXPERTS, elements, layer_tensors, outer_tensors
 from ul2r.model.window import Ints, within
 
 
@@ -15,6 +15,11 @@ def parameters(architecture: Architecture, vocabulary_size: int) -> int:
     """Parameters of the model, a tied embedding counted once and unpadded."""
     outer = outer_tensors(architecture, architecture.rows(vocabulary_size))
     return architecture.layers * elements(layer_tensors(architecture)) + elements(outer)
+
+
+def active_parameters(architecture: Architecture, vocabulary_size: int) -> int:
+    """Those that one token passes through: of experts, as many as it is sent to."""
+    return parameters(architecture, vocabulary_size) - _idle(architecture)
 
 
 def training_flops(
@@ -54,7 +59,17 @@ def seen_keys(architecture: Architecture, lo: Ints, hi: Ints) -> int:
 
 
 def matrix_weights(architecture: Architecture) -> int:
-    """Weights of every layer's matrices, without embedding, norms and biases."""
+    """Weights of every layer's matrices that a token passes through, without embedding, norms and biases."""
     tensors = layer_tensors(architecture)
     matrices = {name: shape for name, shape in tensors.items() if len(shape) > 1}
-    return architecture.layers * elements(matrices)
+    return architecture.layers * elements(matrices) - _idle(architecture)
+
+
+def _idle(architecture: Architecture) -> int:
+    """Weights of the experts that a token is not sent to, in all layers."""
+    if architecture.experts is None or architecture.experts_per_token is None:
+        return 0
+    tensors = layer_tensors(architecture)
+    experts = {name: shape for name, shape in tensors.items() if name.startswith(EXPERTS)}
+    idle = architecture.experts - architecture.experts_per_token
+    return architecture.layers * elements(experts) // architecture.experts * idle

@@ -29,6 +29,7 @@ from torch.nn import functional
 
 from ul2r.config import Architecture, AttentionBackend
 from ul2r.model.attention import core_attention
+from ul2r.model.experts import route
 from ul2r.model.norm import Norm, ScaleOnlyNorm
 from ul2r.model.rotary import angles_of, frequencies
 
@@ -220,16 +221,28 @@ def uses_transformer_engine(architecture: Architecture) -> bool:
 
 def layer_spec(architecture: Architecture, attention: AttentionBackend) -> ModuleSpec:
     """A layer of TransformerEngine's or Megatron's modules, as far as there are some, with attention by intervals."""
-    by_head = architecture.query_key_norm == "head"
-    core = core_attention(attention, architecture.windows)
     if uses_transformer_engine(architecture):
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=by_head)
-        spec.submodules.self_attention.submodules.core_attention = core
-        return spec
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=architecture.experts,
+            moe_grouped_gemm=architecture.experts is not None,
+            qk_layernorm=architecture.query_key_norm == "head",
+        )
+    else:
+        spec = _local_spec(architecture)
+    core = core_attention(attention, architecture.windows)
+    spec.submodules.self_attention.submodules.core_attention = core
+    if architecture.experts is not None:
+        route(spec)
+    return spec
+
+
+def _local_spec(architecture: Architecture) -> ModuleSpec:
+    by_head = architecture.query_key_norm == "head"
     norm = _norm(architecture)
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=by_head)
+    spec = get_gpt_layer_local_spec(
+        architecture.experts, normalization="RMSNorm", qk_layernorm=by_head
+    )
     parts, self_attention = spec.submodules, spec.submodules.self_attention.submodules
-    self_attention.core_attention = core
     parts.input_layernorm = parts.pre_mlp_layernorm = norm
     if by_head:
         self_attention.q_layernorm = self_attention.k_layernorm = Norm

@@ -223,13 +223,13 @@ def _layer_bytes(recipe: Recipe) -> tuple[int, int]:
     bias = element * length if recipe.attention_backend == "sdpa" else 0
     attention = positions * (bias + 4 * model.heads // parallel.tensor)
     rotations = 4 * length * model.head_dim  # cosines and sines of queries and keys
-    kept = element * _layer_elements(recipe) + 4 * _statistics(recipe)
+    mlp = _mlp_bytes(recipe)
+    kept = element * _layer_elements(recipe) + 4 * _statistics(recipe) + mlp
     whole = positions * kept + element * rotations
     if recipe.training.recompute == "selective":
-        mlp = _norm_elements(recipe) + _mlp_elements(recipe)
-        output = model.hidden_size // parallel.tensor
+        output, norm = model.hidden_size // parallel.tensor, _norm_elements(recipe)
         # The layer's own MLP has gone when its attention is computed again.
-        return whole, attention + positions * element * (output - mlp)
+        return whole, attention + positions * (element * (output - norm) - mlp)
     whole += attention
     if recipe.training.recompute == "full":
         read = positions * element * model.hidden_size // parts
@@ -255,10 +255,10 @@ def _row_parts(recipe: Recipe) -> int:
 
 
 def _layer_elements(recipe: Recipe) -> int:
-    """Activations that a layer keeps of each position.
+    """Activations that a layer keeps of each position, its MLP's apart.
 
     Korthikanti et al. 2022, arXiv 2205.05198, 4.1 and 4.2, count 10 h + 24 h / t + 5 a s / t bytes a position of a
-    GPT layer at 16 bits. Here, with hidden size h, key/value width g, feed-forward width f and t tensor ranks:
+    GPT layer at 16 bits. Here, with hidden size h, key/value width g and t tensor ranks:
 
     - two RMSNorms keep their input, the normalised input and their output, which every tensor rank has whole, 6 h,
       unless sequence parallelism cuts them, 6 h/t (a fused kernel keeps a third less); the two more of a sandwich keep
@@ -268,8 +268,6 @@ def _layer_elements(recipe: Recipe) -> int:
     - norms of queries and keys keep these normalised, and a copy of queries where a rank has several key/value heads;
     - a fused attention kernel keeps no scores (their 5 a s), but torch's SDPA the mask: see `_layer_bytes`. Should
       torch take its unfused one, the scores come on top;
-    - SwiGLU keeps its two inputs 2 f/t, the shifted linear one, the activated one and their product: 5 f/t; an MLP
-      without a gate its input and its output, 2 f/t;
     - there is no dropout, hence no dropout mask.
     """
     model, tensor = recipe.model, recipe.parallel.tensor
@@ -283,7 +281,7 @@ def _layer_elements(recipe: Recipe) -> int:
     if model.query_key_norm is not None:
         copies = 2 if model.kv_heads > tensor else 1
         attention += copies * queries // tensor + keys
-    return 2 * _norm_elements(recipe) + attention + _mlp_elements(recipe)
+    return 2 * _norm_elements(recipe) + attention
 
 
 def _norm_elements(recipe: Recipe) -> int:
@@ -300,10 +298,22 @@ def _statistics(recipe: Recipe) -> int:
     return norms + heads // tensor
 
 
-def _mlp_elements(recipe: Recipe) -> int:
-    """Activations that the MLP keeps of each position between its projections."""
-    inner = 5 if recipe.model.gated else 2
-    return inner * recipe.model.ffn_hidden_size // recipe.parallel.tensor
+def _mlp_bytes(recipe: Recipe) -> int:
+    """What a layer's MLP keeps of each position.
+
+    With feed-forward width f and t tensor ranks, SwiGLU keeps its two inputs 2 f/t, the shifted linear one, the
+    activated one and their product: 5 f/t; an MLP without a gate its input and its output, 2 f/t. An expert's product
+    is kept weighted as well, and the expert's own copy of the token: h + 6 f/t for each of the k that a token is sent
+    to. The router keeps fp32 probabilities and the int64 places of what it picked.
+    """
+    model, element, tensor = recipe.model, _element_bytes(recipe), recipe.parallel.tensor
+    width, inner, parts = model.hidden_size, model.ffn_hidden_size, _row_parts(recipe)
+    if model.experts is None or model.experts_per_token is None:
+        return element * (5 if model.gated else 2) * inner // tensor
+    picked = model.experts_per_token
+    own = 4 * model.experts + 12 * picked + (4 * width if element < 4 else 0)
+    gathered = 5 * model.experts + 12 * picked
+    return element * picked * (width + 6 * inner // tensor) + own // parts + gathered
 
 
 def _logit_bytes(recipe: Recipe, padded: int) -> int:

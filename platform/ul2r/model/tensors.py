@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import prod
 
 from ul2r.config import Architecture
@@ -10,6 +11,7 @@ Shape = tuple[int, ...]
 LAYERS = "decoder.layers."
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
+EXPERTS = "mlp.experts.experts."
 CUT = (
     EMBEDDING,
     OUTPUT,
@@ -32,10 +34,12 @@ def outer_tensors(architecture: Architecture, rows: int) -> dict[str, Shape]:
 
 
 def layer_tensors(architecture: Architecture) -> dict[str, Shape]:
-    """Tensors of one layer, without the prefix `LAYERS`; in a checkpoint all layers' are stacked."""
+    """Tensors of one layer, without the prefix `LAYERS`; in a checkpoint all layers' are stacked.
+
+    Those of experts begin with `EXPERTS`, and are stacked by expert.
+    """
     a = architecture
     width, head, attended = a.hidden_size, a.head_dim, a.heads * a.head_dim
-    gated = 2 if a.gated else 1
     projected = attended + 2 * a.kv_heads * head
     found: dict[str, Shape] = {}
     if a.block != "post_norm":
@@ -52,17 +56,52 @@ def layer_tensors(architecture: Architecture) -> dict[str, Shape]:
         found["self_attention.linear_proj.bias"] = (width,)
     if a.block in {"post_norm", "sandwich"}:
         found |= _norm(a, "post_attention_layernorm.")
-    if a.block not in {"post_norm", "parallel"}:
-        found |= _norm(a, "mlp.linear_fc1.layer_norm_")
-    found["mlp.linear_fc1.weight"] = (gated * a.ffn_hidden_size, width)
-    if a.bias == "all":
-        found["mlp.linear_fc1.bias"] = (gated * a.ffn_hidden_size,)
-    found["mlp.linear_fc2.weight"] = (width, a.ffn_hidden_size)
-    if a.bias == "all":
-        found["mlp.linear_fc2.bias"] = (width,)
+    found |= _mlp_tensors(a)
     if a.block in {"post_norm", "sandwich"}:
         found |= _norm(a, "post_mlp_layernorm.")
     return found
+
+
+def _mlp_tensors(a: Architecture) -> dict[str, Shape]:
+    """The second half of a layer, with the norm before it."""
+    width, inner = a.hidden_size, a.ffn_hidden_size
+    outputs = 2 * inner if a.gated else inner
+    if a.experts is not None:
+        return {
+            **_norm(a, "pre_mlp_layernorm."),
+            "mlp.router.weight": (a.experts, width),
+            EXPERTS + "linear_fc1.weight": (a.experts, outputs, width),
+            EXPERTS + "linear_fc2.weight": (a.experts, width, inner),
+        }
+    has_norm = a.block in {"sequential", "parallel_two_norms", "sandwich"}
+    found = _norm(a, "mlp.linear_fc1.layer_norm_") if has_norm else {}
+    found["mlp.linear_fc1.weight"] = (outputs, width)
+    if a.bias == "all":
+        found["mlp.linear_fc1.bias"] = (outputs,)
+    found["mlp.linear_fc2.weight"] = (width, inner)
+    if a.bias == "all":
+        found["mlp.linear_fc2.bias"] = (width,)
+    return found
+
+
+def single_tensors(
+    architecture: Architecture, rows: int
+) -> Iterator[tuple[str, tuple[int, ...], Shape]]:
+    """What checkpoints stack, one by one and layer by layer: name, then layer and expert if it has them, shape.
+
+    Args:
+        architecture: The model's.
+        rows: Rows of the embedding.
+    """
+    for key, shape in outer_tensors(architecture, rows).items():
+        yield key, (), shape
+    for layer in range(architecture.layers):
+        for key, shape in layer_tensors(architecture).items():
+            if key.startswith(EXPERTS):
+                for expert in range(shape[0]):
+                    yield LAYERS + key, (layer, expert), shape[1:]
+            else:
+                yield LAYERS + key, (layer,), shape
 
 
 def is_cut(architecture: Architecture, name: str) -> bool:

@@ -75,6 +75,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "OLMo 2": {"model_type": "olmo2", **SMALL},
     "Cohere": {"model_type": "cohere", **SMALL},
+    "Mixtral": {"model_type": "mixtral", **SMALL, "num_local_experts": 4},
     "Gemma 3": GEMMA_3,
     "Gemma 3, stretched": {
         **GEMMA_3,

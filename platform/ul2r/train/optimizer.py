@@ -12,11 +12,11 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
 from ul2r.config import Recipe
+from ul2r.train.optimizer_state import only_part
 
 
 def build_optimizer(recipe: Recipe, model: list[DistributedDataParallel]) -> MegatronOptimizer:
@@ -47,7 +47,6 @@ def build_optimizer(recipe: Recipe, model: list[DistributedDataParallel]) -> Meg
             part.optimizer, torch.optim.AdamW
         ):  # else Transformer Engine's, which needs no help
             _allocate_state(part.optimizer)
-            _restore_steps(part)
     return optimizer
 
 
@@ -56,16 +55,26 @@ def _is_embedding(parameter: torch.nn.Parameter, name: str) -> bool:
     return "embedding" in name or getattr(parameter, "shared_embedding", False)
 
 
-def load_optimizer(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
-    """Take moments and step counts that were read from a checkpoint, and none of its settings.
+def load_settings(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
+    """Take step counts from a checkpoint whose moments were loaded, and none of its other settings.
 
     Megatron-Core would take rates and decay from there as well, or refuse where they differ.
+
+    Args:
+        optimizer: The distributed one.
+        loaded: Of `optimizer_state.sharded_optimizer`.
     """
     own = {group["wd_mult"]: group for group in optimizer.param_groups}
     for group in loaded["optimizer"]["param_groups"]:
         settings = own[group["wd_mult"]]
         group.update({key: settings[key] for key in settings.keys() - {"params", "step"}})
-    optimizer.load_state_dict(loaded)
+    part = only_part(optimizer)
+    part.load_state_dict({"optimizer": loaded["optimizer"]})
+    for state in part.optimizer.state.values():
+        if (
+            "step" in state
+        ):  # torch's AdamW was given one count for all, and would advance it for each
+            state["step"] = state["step"].clone()
 
 
 def _allocate_state(optimizer: torch.optim.AdamW) -> None:
@@ -77,23 +86,6 @@ def _allocate_state(optimizer: torch.optim.AdamW) -> None:
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
-
-
-def _restore_steps(part: DistributedOptimizer) -> None:
-    """Mend how Megatron-Core 0.16 loads torch's AdamW from a fully reshardable checkpoint.
-
-    It gives one `step` tensor to all parameters, which AdamW would then advance once for each of them, and
-    afterwards asks the checkpoint for a `step` that it did not save. Here each parameter keeps its own copy.
-    """
-    set_states = part._set_main_param_and_optimizer_states
-
-    def set_states_and_step(model_parameter: torch.nn.Parameter, tensors: dict[str, Any]) -> None:
-        group, order = part.model_param_group_index_map[model_parameter]
-        state = part.optimizer.state[part.optimizer.param_groups[group]["params"][order]]
-        state["step"] = state["step"].clone()
-        set_states(model_parameter, {**tensors, "step": state["step"]})
-
-    part._set_main_param_and_optimizer_states = set_states_and_step
 
 
 class Schedule:

@@ -50,4 +50,4 @@ def _fill_new_rows(chunks: Iterable[GPTModel], folder: Path) -> None:
             continue
         old = max(stored.rows(shard.key) - shard.global_offset[0], 0)
         if old < len(shard.data):
-            shard.data[old:] = stored.read(shard.key, None).float().mean(0)
+            shard.data[old:] = stored.read(shard.key).float().mean(0)

@@ -13,9 +13,10 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 from torch.distributed import ProcessGroup
 
-from ul2r.model.build import load_model, sharded_model, sharding_metadata
+from ul2r.model.build import load_model, sharded_model
 from ul2r.train.background import BackgroundWrite
-from ul2r.train.optimizer import load_optimizer
+from ul2r.train.optimizer import load_settings
+from ul2r.train.optimizer_state import sharded_optimizer
 from ul2r.train.step import TrainStep
 
 
@@ -37,14 +38,14 @@ def load_checkpoint(folder: Path, train_step: TrainStep, *, optimizer: bool) -> 
 
     Replicas read a part each, and give it to the others.
     """
-    state = _sharded_state(train_step, loading=True, optimizer=optimizer)
+    state = _sharded_state(train_step, optimizer=optimizer)
     strategy = FullyParallelLoadStrategyWrapper(
         get_default_load_sharded_strategy(str(folder)), _replicas()
     )
     loaded = dist_checkpointing.load(state, str(folder), strategy)
     load_model(train_step.chunks, loaded["model"])
     if optimizer:
-        load_optimizer(train_step.optimizer, loaded["optimizer"])
+        load_settings(train_step.optimizer, loaded["optimizer"])
     else:
         train_step.optimizer.reload_model_params()
 
@@ -55,13 +56,8 @@ def _replicas() -> ProcessGroup:
     return group
 
 
-def _sharded_state(
-    train_step: TrainStep, *, loading: bool = False, optimizer: bool = True
-) -> dict[str, Any]:
+def _sharded_state(train_step: TrainStep, *, optimizer: bool = True) -> dict[str, Any]:
     model = sharded_model(train_step.chunks)
     if not optimizer:
         return {"model": model}
-    state = train_step.optimizer.sharded_state_dict(
-        model, is_loading=loading, metadata=sharding_metadata()
-    )
-    return {"model": model, "optimizer": state}
+    return {"model": model, "optimizer": sharded_optimizer(train_step.optimizer, model)}

@@ -21,6 +21,7 @@ from torch import Tensor
 from ul2r.config import Recipe
 from ul2r.model.attention import intervals
 from ul2r.model.build import build_model
+from ul2r.model.experts import count_targets
 from ul2r.model.flops import seen_keys
 from ul2r.objective.rows import Rows
 from ul2r.train.mesh import Mesh
@@ -112,6 +113,8 @@ class TrainStep:
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        if self.recipe.model.experts is not None:
+            count_targets(self.chunks, self._mean_targets(rows))
         losses = self._run(rows, len(self.recipe.objective.mixture), forward_only=False)
         # `step` does both again and then applies what it finds, nan too; both leave the gradients as they are.
         self.optimizer.prepare_grads()
@@ -120,6 +123,12 @@ class TrainStep:
         if admit(result):
             self.optimizer.step()
         return result
+
+    def _mean_targets(self, rows: Rows) -> float:
+        """Target tokens of a microbatch, on average over the step's on all replicas."""
+        here = torch.tensor([rows.loss_mask.sum()], dtype=torch.float64, device=self.mesh.device)
+        microbatches = self.recipe.microbatches * self.recipe.parallel.data
+        return float(self.mesh.sum_over_replicas(here)) / microbatches
 
     @torch.no_grad()
     def measure(self, rows: Rows) -> Losses:

@@ -11,6 +11,8 @@ from pydantic import ValidationError
 from ul2r.config import Recipe
 from ul2r.config.mistakes import explain
 
+EXPERTS = {"family": "mixtral", "experts": 4, "experts_per_token": 2}
+
 
 def recipe(**changes: object) -> Recipe:
     tree: dict[str, Any] = {
@@ -134,6 +136,23 @@ def test_data_parallel_replicas_are_what_is_left_of_the_workers() -> None:
         (
             {"parallel": {"sequence_parallel": True}},
             "parallel: sequence_parallel=true cuts rows over tensor ranks, and tensor=1: raise parallel.tensor",
+        ),
+        (
+            {"parallel": {"workers": 2, "tensor": 2}, "model": EXPERTS},
+            "parallel.tensor=2 with model.experts=4: Megatron-Core shares experts out by parts of a row alone; set "
+            "parallel.sequence_parallel to true",
+        ),
+        (
+            {"model": {**EXPERTS, "experts_per_token": 5}},
+            "model: experts_per_token=5 is more than experts=4: lower the first",
+        ),
+        (
+            {"model": {"experts": 4}},
+            "model: experts=4 and experts_per_token=None belong together: give both or neither",
+        ),
+        (
+            {"model": {"family": "mixtral"}},
+            "model: family=mixtral has experts: set experts and experts_per_token",
         ),
         (
             {

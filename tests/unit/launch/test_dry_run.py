@@ -70,6 +70,17 @@ def test_flops_and_time_are_those_of_hand_arithmetic() -> None:
     assert said["expected time"].startswith(f"{seconds / 60:.1f} minutes at 50% of 1e-06 TFLOP/s")
 
 
+def test_parameters_in_use_are_told_of_a_model_with_experts() -> None:
+    experts = {"family": "mixtral", "experts": 8, "experts_per_token": 2}
+    said = facts(tiny_recipe(Path("runs/unprepared"), model=experts))
+    assert "active parameters" not in facts(tiny_recipe(Path("runs/unprepared")))
+    every, active = (
+        int(said[kind].split("(")[1].split(")")[0].replace(",", ""))
+        for kind in ("parameters", "active parameters")
+    )
+    assert every - active == 4 * 6 * 3 * 32 * 64  # layers x experts not in use x their matrices
+
+
 def test_a_prepared_store_is_checked_and_gives_the_vocabulary(prepared: Path) -> None:
     said = facts(tiny_recipe(prepared, data={"vocabulary_size": 9999}))
     size = open_corpus(prepared / "store").vocabulary.size

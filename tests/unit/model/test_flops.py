@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from ul2r.config import Architecture
-from ul2r.model.flops import parameters, seen_keys, training_flops
+from ul2r.model.flops import active_parameters, parameters, seen_keys, training_flops
+from ul2r.model.huggingface.configuration import architecture_of
 
 SMALL = Architecture(layers=3, hidden_size=48, ffn_hidden_size=80, heads=6, kv_heads=2)
 
@@ -41,6 +42,32 @@ def test_flops_are_what_torch_counts_for_full_attention() -> None:
     with FlopCounterMode(display=False) as counted, torch.no_grad():
         model(torch.zeros(1, length, dtype=torch.long))
     ours = training_flops(SMALL, 101, positions=length, seen_keys=3 * length * length)
+    assert ours == pytest.approx(3 * counted.get_total_flops(), rel=1e-6)
+
+
+def test_parameters_are_those_of_a_mixtral() -> None:
+    """Those in use are what the model's authors give: 12.9 B of 46.7 B."""
+    config = MixtralConfig()
+    with torch.device("meta"):
+        model = MixtralForCausalLM(config)
+    architecture = architecture_of(config.to_dict())
+    assert parameters(architecture, 32_000) == model.num_parameters() == 46_702_792_704
+    assert active_parameters(architecture, 32_000) == pytest.approx(12.9e9, rel=2e-3)
+
+
+def test_flops_of_experts_are_what_torch_counts() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    sizes = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2}
+    config = MixtralConfig(vocab_size=101, num_local_experts=4, **sizes, **heads)
+    config._attn_implementation = "eager"  # as above
+    config._experts_implementation = "eager"
+    model, length = MixtralForCausalLM(config), 32
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        model(torch.arange(length)[None])
+    architecture = architecture_of(config.to_dict())
+    ours = training_flops(architecture, 101, positions=length, seen_keys=3 * length * length)
     assert ours == pytest.approx(3 * counted.get_total_flops(), rel=1e-6)
 
 

@@ -360,6 +360,26 @@ def test_a_name_on_the_hub_without_a_network_ends_a_job_in_one_line(tmp_path: Pa
     assert "could not be had from the Hugging Face Hub" in told
 
 
+def test_a_name_on_the_hub_that_was_fetched_before_needs_no_network(
+    llama: Path, tmp_path: Path
+) -> None:
+    """From the cache as huggingface_hub lays it out: a branch names a commit, whose files are a snapshot."""
+    repository, commit = tmp_path / "hub" / "models--somebody--a-model", "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(llama, repository / "snapshots" / commit)
+    ran = subprocess.run(
+        [sys.executable, "jobs/import_hf.py", "somebody/a-model"],
+        cwd=ROOT,
+        env={"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert 'base:\n  hf: "somebody/a-model"\n' in ran.stdout
+
+
 def test_training_from_a_broken_base_ends_in_one_line_before_anything_starts(
     broken: Path, tmp_path: Path
 ) -> None:

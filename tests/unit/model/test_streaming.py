@@ -76,13 +76,13 @@ def test_a_checkpoint_is_read_as_torch_wrote_it(saved: tuple[Path, dict[str, Ten
     stored = Stored(folder)
     for name, tensor in tensors.items():
         assert stored.dtype(name) == tensor.dtype
-        assert torch.equal(stored.read(name, None), tensor), name
+        assert torch.equal(stored.read(name), tensor), name
     for layer in range(3):
         assert torch.equal(
-            stored.read("layers.torch.float32", layer), tensors["layers.torch.float32"][layer]
+            stored.read("layers.torch.float32", (layer,)), tensors["layers.torch.float32"][layer]
         )
     with pytest.raises(CheckpointError, match="has no tensor absent, which its model has"):
-        stored.read("absent", None)
+        stored.read("absent")
 
 
 def test_files_are_what_safetensors_reads(

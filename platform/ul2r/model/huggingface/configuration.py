@@ -37,12 +37,16 @@ OTHER_HEADS = (
     *("classifier_dropout", "id2label", "label2id", "problem_type", "summary_activation"),
     *("summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj"),
 )
+BALANCING = ("router_aux_loss_coef", "output_router_logits")
+"""Likewise: this one's balancing loss is `optimizer.expert_balance`."""
 UNUSED = (
     "max_window_layers",  # only read where use_sliding_window is true, which is refused
     *("_sliding_window_pattern", "sliding_window_pattern"),  # layer_types says what they meant
     "cache_implementation",
 )
-NO_MATTER = frozenset((*HOUSEKEEPING, *SPECIAL_TOKENS, *DROPOUTS, *OTHER_HEADS, *UNUSED))
+NO_MATTER = frozenset(
+    (*HOUSEKEEPING, *SPECIAL_TOKENS, *DROPOUTS, *OTHER_HEADS, *BALANCING, *UNUSED)
+)
 FULL, SLIDING = "full_attention", "sliding_attention"
 ROPE_SCALING = {
     "factor": "factor",

@@ -20,7 +20,7 @@ from ul2r.model.huggingface.families import FAMILIES
 from ul2r.model.huggingface.family import Part, parts_of, tensor_shapes
 from ul2r.model.huggingface.stored import Stored, joined
 from ul2r.model.huggingface.writing import StreamedTensor, write_weights
-from ul2r.model.tensors import LAYERS, layer_tensors, outer_tensors
+from ul2r.model.tensors import single_tensors
 from ul2r.objective.vocabulary import Vocabulary
 
 FORMAT = 3
@@ -64,37 +64,32 @@ def exported_tensors(
     """
     family = FAMILIES[architecture.family]
     shapes = tensor_shapes(family, architecture, rows)
-    inner = layer_tensors(architecture)
-    keys = chain(
-        ((key, None) for key in outer_tensors(architecture, rows)),
-        ((LAYERS + key, layer) for layer in range(architecture.layers) for key in inner),
-    )
     tensors = {}
-    for key, layer in keys:
+    for key, place, _ in single_tensors(architecture, rows):
         dtype = stored.dtype(key)
-        for name, places in _places(parts_of(family, architecture, key, layer, rows)).items():
-            blocks = partial(_blocks, stored, key, layer, places)
+        for name, parts in _by_name(parts_of(family, architecture, key, place, rows)).items():
+            blocks = partial(_blocks, stored, key, place, parts)
             tensors[name] = StreamedTensor(shapes[name], dtype, blocks)
     return tensors
 
 
-def _places(parts: tuple[Part, ...]) -> dict[str, list[tuple[Part, int]]]:
+def _by_name(parts: tuple[Part, ...]) -> dict[str, list[tuple[Part, int]]]:
     """For each of the family's tensors its parts in order, each with the row of Megatron's where it begins."""
-    places: dict[str, list[tuple[Part, int]]] = {}
+    named: dict[str, list[tuple[Part, int]]] = {}
     begin = 0
     for part in parts:
-        places.setdefault(part.name, []).append((part, begin))
+        named.setdefault(part.name, []).append((part, begin))
         begin += len(part)
-    return {name: sorted(found, key=lambda one: one[0].start) for name, found in places.items()}
+    return {name: sorted(found, key=lambda one: one[0].start) for name, found in named.items()}
 
 
 def _blocks(
-    stored: Stored, key: str, layer: int | None, places: list[tuple[Part, int]]
+    stored: Stored, key: str, place: tuple[int, ...], parts: list[tuple[Part, int]]
 ) -> Iterator[Tensor]:
     """Rows of a family's tensor, as far as possible where they lie in the checkpoint."""
-    tensor = stored.open(key, layer)
-    blocks = chain.from_iterable(tensor.rows(begin, begin + len(part)) for part, begin in places)
-    if places[0][0].transposed:
+    tensor = stored.open(key, place)
+    blocks = chain.from_iterable(tensor.rows(begin, begin + len(part)) for part, begin in parts)
+    if parts[0][0].transposed:
         yield joined(list(blocks)).t()
     else:
         yield from blocks

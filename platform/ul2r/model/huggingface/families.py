@@ -7,6 +7,7 @@ from typing import Any
 
 from ul2r.config.architecture import FamilyName
 from ul2r.model.huggingface.family import Family, Settings
+from ul2r.model.tensors import EXPERTS
 
 # Megatron's names of a layer's tensors, the end ("weight", "bias") left off.
 NORM_1, NORM_2 = "self_attention.linear_qkv.layer_norm_", "mlp.linear_fc1.layer_norm_"
@@ -93,6 +94,27 @@ OLMO2 = replace(
         KEY_NORM: "self_attn.k_norm.",
         "post_attention_layernorm.": "post_attention_layernorm.",
         "post_mlp_layernorm.": "post_feedforward_layernorm.",
+    },
+)
+
+MIXTRAL = replace(
+    MISTRAL,
+    model_class="MixtralForCausalLM",
+    sizes={
+        **MISTRAL.sizes,
+        "experts": "num_local_experts",
+        "experts_per_token": "num_experts_per_tok",
+    },
+    choices={**MISTRAL.choices, "router_jitter_noise": ((0.0, {}),)},
+    inner={
+        **{name: LLAMA.inner[name] for name in (NORM_1, QKV, PROJECTION)},
+        "pre_mlp_layernorm.": "post_attention_layernorm.",
+        "mlp.router.": "block_sparse_moe.gate.",
+        EXPERTS + "linear_fc1.": (
+            "block_sparse_moe.experts.{}.w1.",
+            "block_sparse_moe.experts.{}.w3.",
+        ),
+        EXPERTS + "linear_fc2.": "block_sparse_moe.experts.{}.w2.",
     },
 )
 
@@ -239,12 +261,12 @@ FAMILIES: dict[FamilyName, Family] = {
     "gpt2": GPT2,
     "olmo2": OLMO2,
     "cohere": COHERE,
+    "mixtral": MIXTRAL,
     "gemma3_text": GEMMA3,
 }
 
 NOT_CARRIED = {
     "gemma2": "its attention scores are capped by a tanh",
     "gemma3": "it reads images; its text alone is gemma3_text",
-    "mixtral": "experts are not carried yet",
 }
 """Families that people ask for, and what stands in the way."""

@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ul2r.config import Architecture
-from ul2r.model.tensors import EMBEDDING, LAYERS, OUTPUT, layer_tensors, outer_tensors
+from ul2r.model.tensors import (
+    EMBEDDING,
+    LAYERS,
+    OUTPUT,
+    layer_tensors,
+    outer_tensors,
+    single_tensors,
+)
 
 Settings = Mapping[str, Any]
 
@@ -24,7 +31,7 @@ class Family:
         always: Settings of `Architecture` that all models of the family have.
         outer: From Megatron's names of tensors outside of layers to the family's.
         inner: From Megatron's names of a layer's tensors, without "weight" or "bias", to the family's: one name, or
-            those of the tensors that Megatron keeps in one.
+            those of the tensors that Megatron keeps in one; `{}` for the number of the expert.
         layer: What stands before `inner` names, `{}` for the number of the layer.
         base: What stands before all names but that of the output matrix, and may be left out in a file.
         output: Name of the output matrix where it is not the embedding.
@@ -64,7 +71,7 @@ class Part:
 
 
 def parts_of(
-    family: Family, architecture: Architecture, key: str, layer: int | None, rows: int
+    family: Family, architecture: Architecture, key: str, place: tuple[int, ...], rows: int
 ) -> tuple[Part, ...]:
     """The parts that, one below the other, are one of Megatron's tensors.
 
@@ -72,19 +79,20 @@ def parts_of(
         family: The table.
         architecture: Sizes.
         key: Megatron's name.
-        layer: Number of the layer, from 0; None for a tensor outside of layers.
+        place: Numbers of the layer and of the expert, from 0, as far as there are any.
         rows: Rows of the embedding in the family's tensors; Megatron's may have more.
     """
-    if layer is None:
+    if not place:
         name = family.output if key == OUTPUT else family.base + family.outer[key]
         return (Part(name, 0, outer_tensors(architecture, rows)[key][0]),)
     inner = key.removeprefix(LAYERS)
-    shape = layer_tensors(architecture)[inner]
+    layer, *expert = place
+    shape = layer_tensors(architecture)[inner][len(expert) :]
     kind = "bias" if inner.endswith("bias") else "weight"
     stem = inner.removesuffix(kind)
     names = family.inner[stem]
     full = [
-        family.base + family.layer.format(layer) + name + kind
+        family.base + family.layer.format(layer) + name.format(*expert) + kind
         for name in ((names,) if isinstance(names, str) else names)
     ]
     transposed = family.transposed and len(shape) > 1
@@ -121,17 +129,8 @@ def tensor_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Every tensor that a file of the family must hold, and its shape."""
     shapes: dict[str, tuple[int, ...]] = {}
-    whole = outer_tensors(architecture, rows)
-    stacked = layer_tensors(architecture)
-    listed: list[tuple[str, int | None, tuple[int, ...]]]
-    listed = [(key, None, shape) for key, shape in whole.items()]
-    listed += [
-        (LAYERS + key, layer, shape)
-        for layer in range(architecture.layers)
-        for key, shape in stacked.items()
-    ]
-    for key, layer, shape in listed:
-        for part in parts_of(family, architecture, key, layer, rows):
+    for key, place, shape in single_tensors(architecture, rows):
+        for part in parts_of(family, architecture, key, place, rows):
             before = shapes.get(part.name, (0, 0))[1 if part.transposed else 0]
             stop = max(before, part.stop)
             shapes[part.name] = (shape[1], stop) if part.transposed else (stop, *shape[1:])

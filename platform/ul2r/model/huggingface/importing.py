@@ -31,8 +31,8 @@ def load_weights(model: GPTModel, source: Source, architecture: Architecture) ->
     assert rows is not None
     for shard in shards(model):
         axes = shard.prepend_axis_num
-        layer = int(shard.global_offset[0]) if axes else None
-        parts = parts_of(source.family, architecture, shard.key, layer, rows)
+        place = shard.global_offset[:axes]
+        parts = parts_of(source.family, architecture, shard.key, place, rows)
         start, *other = shard.global_offset[axes:]
         columns = slice(other[0], other[0] + shard.local_shape[1]) if other else None
         filled = _fill(shard.data, source, parts, start, columns)

@@ -154,19 +154,18 @@ class Stored:
         dtype: torch.dtype = self._find(key).properties.dtype
         return dtype
 
-    def open(self, key: str, layer: int | None) -> StoredTensor:
-        """One tensor; `layer` picks from those of all layers, which are stored as one."""
-        found = self._find(key)
-        offsets, sizes = torch.Size([0] * len(found.size)), found.size
-        if layer is not None:
-            offsets, sizes = torch.Size([layer, *offsets[1:]]), torch.Size([1, *sizes[1:]])
-        items = create_read_items_for_chunk_list(key, found, [ChunkStorageMetadata(offsets, sizes)])
-        axes = 0 if layer is None else 1
-        return StoredTensor(sizes[axes:], [self._piece(item, axes) for item in items])
+    def open(self, key: str, place: tuple[int, ...]) -> StoredTensor:
+        """One tensor; `place` picks a layer, or a layer's expert, from those that are stored as one."""
+        found, axes = self._find(key), len(place)
+        sizes = found.size[axes:]
+        offsets = torch.Size([*place, *[0] * len(sizes)])
+        chunk = ChunkStorageMetadata(offsets, torch.Size([*[1] * axes, *sizes]))
+        items = create_read_items_for_chunk_list(key, found, [chunk])
+        return StoredTensor(sizes, [self._piece(item, axes) for item in items])
 
-    def read(self, key: str, layer: int | None) -> Tensor:
+    def read(self, key: str, place: tuple[int, ...] = ()) -> Tensor:
         """All of one tensor, as `open` has it."""
-        tensor = self.open(key, layer)
+        tensor = self.open(key, place)
         return joined(list(tensor.rows(0, tensor.shape[0])))
 
     def _find(self, key: str) -> TensorStorageMetadata:

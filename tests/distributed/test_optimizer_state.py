@@ -1,0 +1,152 @@
+"""Optimizer state in boxes: what Megatron-Core writes and reads by gathering everything, without gathering anything."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ul2r.config import Recipe
+from ul2r.testing.corpus import tiny_store
+from ul2r.testing.distributed import run_distributed
+from ul2r.testing.recipes import tiny_recipe
+from ul2r.train.optimizer_state import boxes
+
+if TYPE_CHECKING:
+    from ul2r.train.step import TrainStep
+
+pytestmark = pytest.mark.distributed
+
+EXPERTS = {"family": "mixtral", "experts": 4, "experts_per_token": 2}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "DP 3": {
+        "parallel": {"workers": 3},
+        "training": {"global_batch_rows": 6},
+        "validation": {"rows": 6},
+    },
+    "DP 2 x TP 2 x SP, experts": {
+        "parallel": {"workers": 4, "tensor": 2, "sequence_parallel": True},
+        "model": {**EXPERTS, "tied": False},
+    },
+}
+STEPS = 2
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> tuple[tuple[int, ...], int, int]:
+    """The shape of a tensor, and where a run of its numbers begins and ends."""
+    shape = tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=4)))
+    size = math.prod(shape)
+    start = draw(st.integers(0, size - 1))
+    return shape, start, draw(st.integers(start + 1, size))
+
+
+@given(runs())
+def test_boxes_are_the_numbers_of_a_run_in_order(run: tuple[tuple[int, ...], int, int]) -> None:
+    shape, start, stop = run
+    whole = np.arange(math.prod(shape)).reshape(shape)
+    found = [
+        whole[tuple(slice(a, a + b) for a, b in zip(offset, size, strict=True))].ravel()
+        for offset, size in boxes(shape, start, stop)
+    ]
+    np.testing.assert_array_equal(np.concatenate(found), np.arange(start, stop))
+    assert len(found) <= 2 * len(shape) - 1
+
+
+def exchange(recipe: Recipe, folder: Path) -> None:
+    """Train, save by boxes and by Megatron-Core's own way, and let each be read the other way, on every rank."""
+    from megatron.core import dist_checkpointing, parallel_state
+    from torch import distributed
+
+    from ul2r.data.batches import Batches
+    from ul2r.data.prepared import open_corpus
+    from ul2r.model.build import sharded_model, sharding_metadata
+    from ul2r.train.background import BackgroundWrite
+    from ul2r.train.mesh import Mesh
+    from ul2r.train.sharded import begin_save, load_checkpoint
+    from ul2r.train.step import TrainStep
+
+    def theirs(step: TrainStep, *, loading: bool) -> dict[str, Any]:
+        model = sharded_model(step.chunks)
+        metadata = {**sharding_metadata(), "distrib_optim_sharding_type": "fully_reshardable"}
+        state = step.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
+        return {"model": model, "optimizer": state}
+
+    mesh, corpus = Mesh.join(recipe.parallel), open_corpus(recipe.store_folder)
+    step, other = (TrainStep(recipe, mesh, corpus.vocabulary.size) for _ in range(2))
+    batches = Batches(recipe, corpus)
+    for number in range(STEPS):
+        step.train(number, batches.rows(number, mesh.data_rank, recipe.parallel.data))
+    check_pieces(step)
+    gathered = theirs(step, loading=False)
+    whole = {
+        (number, kind): shard.data.clone()
+        for number, kinds in gathered["optimizer"]["param_state"].items()
+        for kind, shard in kinds.items()
+    }
+    if mesh.is_first:
+        (folder / "boxes").mkdir(parents=True)
+        (folder / "megatron").mkdir()
+    distributed.barrier()
+    replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    for write in (
+        begin_save(folder / "boxes", step),
+        BackgroundWrite(gathered, folder / "megatron", replicas),
+    ):
+        assert write.wait() is None
+        write.describe()
+    distributed.barrier()
+
+    loaded = dist_checkpointing.load(theirs(other, loading=True), str(folder / "boxes"))
+    for (number, kind), expected in whole.items():
+        assert torch.equal(loaded["optimizer"]["param_state"][number][kind], expected), kind
+
+    load_checkpoint(folder / "megatron", other, optimizer=True)
+    for ours, expected in zip(states(other), states(step), strict=True):
+        assert ours.keys() == expected.keys()
+        assert all(torch.equal(ours[kind], expected[kind]) for kind in ours)
+    assert {float(state["step"]) for state in states(other)} == {STEPS}
+    other.train(STEPS, batches.rows(STEPS, mesh.data_rank, recipe.parallel.data))
+    assert {float(state["step"]) for state in states(other)} == {STEPS + 1}
+
+
+def check_pieces(step: TrainStep) -> None:
+    """They are the optimizer's own numbers, each once, where they lie."""
+    from ul2r.model.build import sharded_model
+    from ul2r.train.optimizer_state import sharded_optimizer
+
+    def numbers(tensors: list[torch.Tensor]) -> list[int]:
+        each = ((tensor.data_ptr(), tensor.nbytes) for tensor in tensors)
+        return sorted(byte for place, size in each for byte in range(place, place + size, 4))
+
+    pieces = [
+        piece.data
+        for piece in sharded_optimizer(step.optimizer, sharded_model(step.chunks))["pieces"]
+    ]
+    own = [tensor for state in states(step) for kind, tensor in state.items() if kind != "step"]
+    assert numbers(pieces) == numbers(own)
+
+
+def states(step: TrainStep) -> list[dict[str, torch.Tensor]]:
+    """What this rank updates and remembers, parameter by parameter."""
+    (part,) = step.optimizer.chained_optimizers
+    return [
+        {"param": parameter.detach(), **part.optimizer.state[parameter]}
+        for group in part.optimizer.param_groups
+        for parameter in group["params"]
+    ]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_boxes_are_what_megatron_gathers_and_either_way_reads_the_other(
+    tmp_path: Path, layout: str
+) -> None:
+    tiny_store(tmp_path / "store")
+    recipe = tiny_recipe(tmp_path, **LAYOUTS[layout])
+    run_distributed(exchange, recipe.parallel.workers, recipe, tmp_path / "checkpoints")
