@@ -13,6 +13,7 @@ figures by model and row length:
     prefix_seconds       time for a step over causal attention's, which sees fewer pairs
     fp8_speedup          time for a step over that with matrix products in fp8, where TransformerEngine is installed
     peak_memory_gib      most memory that torch had allocated
+    left_out             instead of these, why a model was not tried: the device is too small
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ import torch
 import torch.distributed as dist
 
 from ul2r.config import Objective, Parallel, Recipe
+from ul2r.errors import RecipeError
 from ul2r.model.flops import training_flops
+from ul2r.model.sizing import size_run
 from ul2r.objective import Rows, Vocabulary, make_rows
 from ul2r.testing.corpus import MadeText
 from ul2r.train.mesh import Mesh
@@ -96,9 +99,14 @@ def recipe_of(shape: Shape, length: int, changes: Mapping[str, Any]) -> Recipe:
             "attention": changes["attention"],
             "training": training,
             "validation": {"rows": rows},
-            "launch": {"gpus_per_worker": int(ON_CUDA)},
+            "launch": {"gpus_per_worker": int(ON_CUDA), "device_memory_gib": device_memory_gib()},
         }
     )
+
+
+def device_memory_gib() -> float | None:
+    """What is free on the device; None on a CPU."""
+    return torch.cuda.mem_get_info()[0] / 2**30 if ON_CUDA else None
 
 
 def rows_of(recipe: Recipe, step: int) -> Rows:
@@ -147,8 +155,14 @@ def trained(recipe: Recipe, mesh: Mesh, peak: float) -> dict[str, float]:
     }
 
 
-def measure(shape: Shape, length: int, mesh: Mesh, attention: str, peak: float) -> dict[str, float]:
+def measure(
+    shape: Shape, length: int, mesh: Mesh, attention: str, peak: float
+) -> dict[str, float | str]:
     """Figures of one model at one row length."""
+    try:
+        size_run(recipe_of(shape, length, {"attention": attention}), shape.vocabulary)
+    except RecipeError as error:
+        return {"left_out": str(error)}
     arms: dict[str, Mapping[str, Any]] = {
         "prefix": {},
         "causal": {"objective": {"attention": "causal"}},
@@ -160,7 +174,7 @@ def measure(shape: Shape, length: int, mesh: Mesh, attention: str, peak: float) 
         for arm, changes in arms.items()
     }
     prefix, causal = found["prefix"], found["causal"]
-    figures = {
+    figures: dict[str, float | str] = {
         "mfu": prefix["mfu"],
         "tokens_per_second": prefix["tokens_per_second"],
         "prefix_penalty": 1 - prefix["mfu"] / causal["mfu"],
@@ -188,13 +202,17 @@ def main() -> None:
             init_method=f"file://{Path(folder) / 'rendezvous'}",
             rank=0,
             world_size=1,
+            device_id=torch.device("cuda", 0) if ON_CUDA else None,
         )
         for name, shape in (SHAPES if ON_CUDA else TINY).items():
             for length in LENGTHS:
                 mesh = Mesh.join(Parallel())
                 found = measure(shape, length, mesh, arguments.attention, peak)
                 mesh.leave()
-                figures[f"{name}/{length}"] = {k: float(f"{v:.4g}") for k, v in found.items()}
+                figures[f"{name}/{length}"] = {
+                    key: value if isinstance(value, str) else float(f"{value:.4g}")
+                    for key, value in found.items()
+                }
         dist.destroy_process_group()
     device = torch.cuda.get_device_name() if ON_CUDA else "cpu"
     print(json.dumps({"benchmark": "mfu", "device": device, "peak_tflops": peak, **figures}))

@@ -21,6 +21,7 @@ Times are compared step by step, as they were taken one behind the other; figure
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -39,7 +40,7 @@ from ul2r.data.prepare import prepare
 from ul2r.data.prepared import Corpus, open_corpus
 from ul2r.data.windows import DocumentWindows
 from ul2r.launch.cluster import connected
-from ul2r.launch.run import recorded
+from ul2r.launch.run import NO_GPU, recorded
 from ul2r.launch.worker import run_worker
 from ul2r.objective import Rows, make_rows
 from ul2r.testing.plain_model import PlainModel
@@ -224,6 +225,7 @@ def measure(folder: Path) -> dict[str, float]:
 
 def main() -> None:
     """Measure and print."""
+    os.environ.update(NO_GPU)
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(Path(folder))
     print(json.dumps({"benchmark": "step", **{k: round(v, 3) for k, v in figures.items()}}))

@@ -50,6 +50,7 @@ def found(kind: str, *recipes: Recipe) -> Found:
 
     if kind == "transformer_engine":
         fill_transformer_engine_spec()
+        number_states_of_experts()
     mesh = Mesh.join(Parallel())
     chunks = build_model(tiny_recipe(Path("none")), 300)
     of_dense = tensors(chunks)
@@ -130,6 +131,21 @@ def fill_transformer_engine_spec() -> None:
     gpt_layer_specs.TESpecProvider = Provider
     layers.uses_transformer_engine = lambda architecture: architecture.tied
     setattr(layers, "LayerNormImpl", RMSNorm)  # noqa: B010  mypy knows it as imported there
+
+
+def number_states_of_experts() -> None:
+    """Let experts have a state each in this process, by number, as those of TransformerEngine's grouped products."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from megatron.core.transformer.moe.experts import SequentialMLP
+
+    plain = SequentialMLP.sharded_state_dict
+
+    def with_states(self: Any, prefix: str = "", *rest: Any, **named: Any) -> dict[str, Any]:  # noqa: ANN401
+        names = [f"{prefix}linear_fc1._extra_state{number or ''}" for number in range(3)]
+        states = {name: ShardedObject(name, None, (1,), (0,)) for name in names}
+        return {**plain(self, prefix, *rest, **named), **states}
+
+    SequentialMLP.sharded_state_dict = with_states
 
 
 def hand_over(source: Recipe, target: Recipe) -> None:

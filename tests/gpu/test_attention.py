@@ -29,6 +29,12 @@ BACKENDS = ["sdpa", "segments", "flex", pytest.param("te", marks=needs_engine)]
 HEADS, HEAD_DIM = 8, 64
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> None:
+    """What torch compiled for one test counts for the next: after 8 variants it compiles no more."""
+    torch._dynamo.reset()
+
+
 def backend_of(name: str) -> Backend[Any]:
     if name == "sdpa":
         return DenseMask()
@@ -102,7 +108,13 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
             objective={"sequence_length": 128, "slots_per_row": 2},
             launch={"gpus_per_worker": 1},
         )
-        dist.init_process_group("nccl", init_method=f"file://{folder / name}", rank=0, world_size=1)
+        dist.init_process_group(
+            "nccl",
+            init_method=f"file://{folder / name}",
+            rank=0,
+            world_size=1,
+            device_id=torch.device("cuda", 0),
+        )
         tracker = MemoryTracker()
         run_worker(recipe, tracker, lambda *_: None)
         dist.destroy_process_group()

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from ul2r.config import Recipe
 from ul2r.launch.worker import run_worker
-from ul2r.model import build
+from ul2r.model import layers
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.tracking.tracker import MemoryTracker
@@ -25,7 +25,8 @@ def storage(tmp_path: Path) -> Iterator[Path]:
     """A token store, and a process group of this process alone."""
     tiny_store(tmp_path / "store")
     rendezvous = f"file://{tmp_path / 'rendezvous'}"
-    dist.init_process_group("nccl", init_method=rendezvous, rank=0, world_size=1)
+    device = torch.device("cuda", 0)
+    dist.init_process_group("nccl", init_method=rendezvous, rank=0, world_size=1, device_id=device)
     yield tmp_path
     dist.destroy_process_group()
 
@@ -52,10 +53,10 @@ def test_layers_of_both_kinds_learn_the_same_and_go_on_from_each_others_checkpoi
     pytest.importorskip("transformer_engine", reason="TransformerEngine is not installed")
     for first, second in ((True, False), (False, True)):
         run = recipe(storage, f"engine-{first}")
-        monkeypatch.setattr(build, "uses_transformer_engine", partial(bool, first))
+        monkeypatch.setattr(layers, "uses_transformer_engine", lambda _: first)  # noqa: B023
         whole = losses(run)
         (run.run_folder() / "checkpoints/latest").write_text("step_00000003")
-        monkeypatch.setattr(build, "uses_transformer_engine", partial(bool, second))
+        monkeypatch.setattr(layers, "uses_transformer_engine", lambda _: second)  # noqa: B023
         assert losses(run) == pytest.approx(whole[3:], rel=2e-2)
 
 

@@ -20,7 +20,11 @@ def test_a_run_learns_in_bf16_and_goes_on_from_its_checkpoint(tmp_path: Path) ->
     tiny_store(tmp_path / "store")
     recipe = tiny_recipe(tmp_path, launch={"gpus_per_worker": 1})
     dist.init_process_group(
-        "nccl", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1
+        "nccl",
+        init_method=f"file://{tmp_path / 'rendezvous'}",
+        rank=0,
+        world_size=1,
+        device_id=torch.device("cuda", 0),
     )
     try:
         whole = MemoryTracker()

@@ -33,7 +33,7 @@ class Guards(Section):
     """Batches that may be skipped one by one among any `window` successive ones."""
     max_rewinds: int = Field(default=8, ge=0)
     """Times that the run may go back in all."""
-    hang_timeout_s: float = Field(default=1200, gt=0)
+    hang_timeout_s: float = Field(default=1200, gt=0, lt=1800)
     """A worker that stands still for this long says who is behind, and ends, so that all are started again. Longer
     than any step, measurement or checkpoint takes, and shorter than the 1800 after which torch gives up by itself."""
 

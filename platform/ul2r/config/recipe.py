@@ -13,6 +13,7 @@ from ul2r.config.base import Base, HuggingFace, Megatron, RunName, Storage
 from ul2r.config.data import Data, folder_or_url
 from ul2r.config.denoisers import PRESETS
 from ul2r.config.guards import Guards, Profile
+from ul2r.config.launch import Launch
 from ul2r.config.objective import Mixture, Objective
 from ul2r.config.optimizer import Optimizer
 from ul2r.config.parallel import Parallel
@@ -107,36 +108,6 @@ class Export(Section):
     """Most bytes of a file of weights; about as much memory is needed to write it."""
     checkpoint: Path | None = None
     """Another checkpoint of the model than the run's last: an earlier one, or what Megatron-LM wrote (`torch_dist`)."""
-
-
-class Launch(Section):
-    """What Ray is asked for."""
-
-    cpus_per_worker: float = Field(default=1, gt=0)
-    gpus_per_worker: int = Field(default=0, ge=0, le=1)
-    cpus_per_data_task: float = Field(default=0.5, ge=0)
-    """CPUs reserved by each task that makes batches, of which there is one for each replica; 0 lets them run where
-    every CPU is taken. They need little: one core makes over a million tokens a second."""
-    max_failures: int = Field(default=3, ge=0)
-    """Worker-group restarts before the run is given up."""
-    min_workers: PositiveInt | None = None
-    """Fewest workers that a run goes on with where a machine is lost; without it the run waits for another one."""
-    device_memory_gib: float | None = Field(default=None, gt=0)
-    """Memory of one worker's device, which a run must fit in; without it 80 for a GPU, and no limit on CPUs."""
-    device_peak_tflops: float | None = Field(default=None, gt=0)
-    """Its dense bf16 peak, for the time that --dry-run expects; without it an H100's 989 for a GPU."""
-    assumed_mfu: float = Field(default=0.4, gt=0, le=1)
-    """Share of the peak that --dry-run assumes is reached."""
-
-    @property
-    def memory_gib(self) -> float | None:
-        """Memory of one worker's device, None where it is not limited."""
-        return self.device_memory_gib or (80.0 if self.gpus_per_worker else None)
-
-    @property
-    def peak_tflops(self) -> float | None:
-        """Peak of one worker's device, None where it is not known."""
-        return self.device_peak_tflops or (989.0 if self.gpus_per_worker else None)
 
 
 class Recipe(Section):
@@ -256,10 +227,17 @@ class Recipe(Section):
     def _check_fp8_sizes(self) -> None:
         """Matrix products in fp8 take sizes that are multiples of 16 (TransformerEngine's documentation, FP8)."""
         model, tensor = self.model, self.parallel.tensor
+        if model.experts is not None:
+            raise ValueError(
+                f"training.precision=fp8 with model.experts={model.experts}: Megatron-Core 0.16 cannot save what "
+                "TransformerEngine's layers then are; set it to bf16"
+            )
         sizes = {
             "model.hidden_size": model.hidden_size,
             "model.ffn_hidden_size / parallel.tensor": model.ffn_hidden_size // tensor,
-            "model.hidden_size / parallel.tensor": model.hidden_size // tensor,
+            "model.heads x head dimension / parallel.tensor": model.heads
+            * model.head_dim
+            // tensor,
             "training.microbatch_rows x objective.sequence_length / parallel.tensor": (
                 self.training.microbatch_rows * self.objective.sequence_length // tensor
             ),
@@ -281,6 +259,11 @@ class Recipe(Section):
             raise ValueError(
                 f"attention={self.attention} does not train on a CPU ({why}) and launch.gpus_per_worker=0: "
                 "set attention to auto or sdpa, or launch.gpus_per_worker to 1"
+            )
+        if self.attention == "te" and self.precision == "fp32":
+            raise ValueError(
+                "attention=te has kernels for bf16 alone, and training.precision=fp32: set attention to auto, flex or "
+                "sdpa, or the precision to bf16"
             )
         if self.attention == "te" and any(self.model.windows):
             raise ValueError(

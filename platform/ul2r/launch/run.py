@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from ul2r.config import Recipe
+from ul2r.config import Parallel, Recipe
 from ul2r.data.batches import Batches
 from ul2r.data.inspection import write_page
 from ul2r.data.placement import place_special_tokens
@@ -23,6 +23,15 @@ from ul2r.train.storage import CheckpointStore, Say, base_checkpoint, last_sound
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 """For workers that asked for no GPU, on a machine that has some."""
+
+
+def gpu_settings(parallel: Parallel) -> dict[str, str]:
+    """Environment of a worker with a GPU, set before CUDA starts.
+
+    Megatron-Core's tensor-parallel layers ask for one connection: what they send is then queued before the product
+    that it overlaps with.
+    """
+    return {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if parallel.tensor > 1 else {}
 
 
 def check_run(recipe: Recipe, corpus: Corpus, say: Say = to_stderr) -> CheckpointInfo | None:

@@ -8,12 +8,13 @@ from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
 
 from ul2r.config import Recipe
 from ul2r.console import progress
 from ul2r.data.prepared import Corpus, open_corpus
 from ul2r.errors import CorpusError, LayoutError
-from ul2r.launch.run import NO_GPU, check_run, end_finished, reached_by, recorded
+from ul2r.launch.run import NO_GPU, check_run, end_finished, gpu_settings, reached_by, recorded
 from ul2r.launch.stopping import sigterm_noted
 from ul2r.launch.worker import run_worker
 from ul2r.tracking.mlflow import MlflowTracker, check_server
@@ -72,8 +73,10 @@ def _join_group(recipe: Recipe) -> None:
     launch = recipe.launch
     torch.set_num_threads(max(int(launch.cpus_per_worker), 1))
     if launch.gpus_per_worker:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl")
+        os.environ.update(gpu_settings(recipe.parallel))
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device, timeout=default_pg_timeout)
     else:
         os.environ.update(NO_GPU)
         dist.init_process_group("gloo")

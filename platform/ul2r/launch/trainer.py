@@ -33,6 +33,7 @@ from ul2r.launch.run import (
     check_run,
     check_unprepared,
     end_finished,
+    gpu_settings,
     reached_by,
     recorded,
 )
@@ -189,7 +190,9 @@ def _fit(recipe: Recipe, fingerprint: str, uri: str, run_id: str, stopped: threa
                 resources_per_worker=resources_per_worker(recipe),
             ),
             run_config=RunConfig(
-                worker_runtime_env=None if launch.gpus_per_worker else {"env_vars": NO_GPU},
+                worker_runtime_env={
+                    "env_vars": gpu_settings(recipe.parallel) if launch.gpus_per_worker else NO_GPU
+                },
                 storage_path=str(recipe.run_folder() / "ray"),
                 failure_config=FailureConfig(max_failures=launch.max_failures),
             ),

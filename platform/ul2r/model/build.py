@@ -208,7 +208,7 @@ def sharded_model(chunks: list[GPTModel]) -> dict[str, Any]:
         f"chunk_{number}": {
             name: shard
             for name, shard in chunk.sharded_state_dict(metadata=metadata).items()
-            if not name.endswith("_extra_state")
+            if not _is_extra_state(name)
         }
         for number, chunk in enumerate(chunks)
     }
@@ -219,7 +219,12 @@ def load_model(chunks: list[GPTModel], loaded: Mapping[str, Any]) -> None:
     for number, chunk in enumerate(chunks):
         missing, unexpected = chunk.load_state_dict(loaded[f"chunk_{number}"], strict=False)
         assert not unexpected
-        assert all(name.endswith("_extra_state") for name in missing), missing
+        assert all(map(_is_extra_state, missing)), missing
+
+
+def _is_extra_state(name: str) -> bool:
+    """Whether a tensor is TransformerEngine's own; of several experts the names have numbers."""
+    return name.rpartition(".")[2].startswith("_extra_state")
 
 
 def _mark_shards(model: GPTModel) -> None:

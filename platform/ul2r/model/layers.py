@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
+    HAVE_TE,
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
@@ -216,7 +216,7 @@ def uses_transformer_engine(architecture: Architecture) -> bool:
         and architecture.query_key_norm != "whole"
         and not _scale_only(architecture)
     )
-    return has_block and torch.cuda.is_available() and find_spec("transformer_engine") is not None
+    return has_block and torch.cuda.is_available() and HAVE_TE
 
 
 def layer_spec(architecture: Architecture, attention: AttentionBackend) -> ModuleSpec:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
@@ -62,13 +63,19 @@ class Machines:
             "cpu_utilization_percentage": psutil.cpu_percent(),
             "memory_used_gib": psutil.virtual_memory().used / GIB,
         }
-        if (
-            find_spec("pynvml") is not None
-        ):  # torch asks it; to ask CUDA would take memory on each device
+        if find_spec("pynvml") is not None:  # to ask CUDA itself would take memory on each device
             for device in range(torch.cuda.device_count()):
-                found[f"gpu_{device}_memory_used_gib"] = torch.cuda.device_memory_used(device) / GIB
-                found[f"gpu_{device}_utilization_percentage"] = torch.cuda.utilization(device)
+                found |= _gpu_load(device)
         return {f"system/{self._name}/{name}": value for name, value in found.items()}
+
+
+def _gpu_load(device: int) -> dict[str, float]:
+    from pynvml import NVMLError_NotSupported  # which torch asks
+
+    found = {f"gpu_{device}_memory_used_gib": torch.cuda.device_memory_used(device) / GIB}
+    with suppress(NVMLError_NotSupported):  # of a part of a GPU, as MIG makes them
+        found[f"gpu_{device}_utilization_percentage"] = torch.cuda.utilization(device)
+    return found
 
 
 def _worker_memory() -> int:

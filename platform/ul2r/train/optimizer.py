@@ -12,6 +12,7 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
@@ -42,11 +43,7 @@ def build_optimizer(recipe: Recipe, model: list[DistributedDataParallel]) -> Meg
         )
         overrides[embeddings] = ParamGroupOverride(wd_mult=0.0)
     optimizer = get_megatron_optimizer(config, model, config_overrides=overrides)
-    for part in optimizer.chained_optimizers:
-        if isinstance(
-            part.optimizer, torch.optim.AdamW
-        ):  # else Transformer Engine's, which needs no help
-            _allocate_state(part.optimizer)
+    _allocate_state(only_part(optimizer))
     return optimizer
 
 
@@ -77,15 +74,12 @@ def load_settings(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
             state["step"] = state["step"].clone()
 
 
-def _allocate_state(optimizer: torch.optim.AdamW) -> None:
-    """Give torch's AdamW its zero state now; Megatron expects it to be there when a checkpoint is loaded."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+def _allocate_state(part: DistributedOptimizer) -> None:
+    """Give it zero moments now, which are saved and loaded into before the first step too."""
+    part.init_state_fn(part.optimizer, part.config)
+    if isinstance(part.optimizer, torch.optim.AdamW):  # TransformerEngine's counts by group
+        for state in part.optimizer.state.values():
+            state["step"] = torch.zeros((), dtype=torch.float32)
 
 
 class Schedule:

@@ -39,8 +39,6 @@ def sharded_optimizer(optimizer: MegatronOptimizer, model: dict[str, Any]) -> di
         Megatron-Core's `fully_reshardable` checkpoints.
     """
     part = only_part(optimizer)
-    if not part.optimizer.state:  # TransformerEngine's has none before its first step
-        part.load_state_dict(part.state_dict())
     described = {shard.data: shard for shard in nested_values(model)}
     pieces = [
         piece

@@ -178,6 +178,14 @@ def test_data_parallel_replicas_are_what_is_left_of_the_workers() -> None:
             {
                 "training": {"precision": "fp8"},
                 "launch": {"gpus_per_worker": 1},
+                "model": EXPERTS,
+            },
+            "training.precision=fp8 with model.experts=4: Megatron-Core 0.16 cannot save what TransformerEngine's",
+        ),
+        (
+            {
+                "training": {"precision": "fp8"},
+                "launch": {"gpus_per_worker": 1},
                 "model": {"ffn_hidden_size": 100},
             },
             "model.ffn_hidden_size / parallel.tensor = 100 is not a multiple of 16, as training.precision=fp8 needs",
@@ -248,7 +256,7 @@ def test_precision_is_what_the_devices_train_in_unless_the_recipe_says_otherwise
 def test_the_device_of_a_gpu_worker_is_an_h100_unless_the_recipe_says_otherwise() -> None:
     assert (recipe().launch.memory_gib, recipe().launch.peak_tflops) == (None, None)
     on_gpu = recipe(launch={"gpus_per_worker": 1}).launch
-    assert (on_gpu.memory_gib, on_gpu.peak_tflops) == (80, 989)
+    assert (on_gpu.memory_gib, on_gpu.peak_tflops) == (76, 989)
     named = {"device_memory_gib": 141, "device_peak_tflops": 312}
     other = recipe(launch={"gpus_per_worker": 1, **named}).launch
     assert (other.memory_gib, other.peak_tflops) == (141, 312)
@@ -319,6 +327,14 @@ def test_windows_of_some_layers_are_for_longer_rows_and_not_for_transformer_engi
     assert recipe(model=windows).model.windows == (64, 64, None, 64)
     assert refusal(model=windows, attention="te", launch={"gpus_per_worker": 1}) == (
         "attention=te has no windows, and model.global_every=3 asks for them: set attention to auto, flex or sdpa"
+    )
+
+
+def test_transformer_engines_attention_is_for_bf16_alone() -> None:
+    training = {"precision": "fp32"}
+    assert refusal(attention="te", training=training, launch={"gpus_per_worker": 1}) == (
+        "attention=te has kernels for bf16 alone, and training.precision=fp32: set attention to auto, flex or sdpa, "
+        "or the precision to bf16"
     )
 
 

@@ -9,7 +9,9 @@ from ray.train import FailureConfig
 from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
 from ray.train.v2.api.exceptions import WorkerGroupError
 
+from ul2r.config import Parallel
 from ul2r.errors import CorpusError
+from ul2r.launch.run import gpu_settings
 from ul2r.launch.trainer import FailurePolicy
 from ul2r.testing.recipes import tiny_recipe
 
@@ -27,3 +29,8 @@ def test_a_mistake_of_the_users_is_not_tried_again(
 ) -> None:
     policy = FailurePolicy(FailureConfig(max_failures=3), tiny_recipe(Path("/nowhere")))
     assert policy.make_decision(WorkerGroupError("failed", failures)) is decision
+
+
+def test_tensor_ranks_on_gpus_have_one_connection_to_them() -> None:
+    assert gpu_settings(Parallel(workers=2, tensor=2)) == {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    assert gpu_settings(Parallel(workers=2)) == {}

@@ -40,7 +40,7 @@ def test_a_worker_without_a_gpu_trains_in_fp32_alone() -> None:
 
 @pytest.mark.usefixtures("hopper")
 def test_fp8_without_transformer_engine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ul2r.model.layers.find_spec", lambda _: None)
+    monkeypatch.setattr("ul2r.model.layers.HAVE_TE", False)
     for precision in ("auto", "bf16", "fp32"):
         check_precision(tiny_recipe(Path("runs"), launch=GPU, training={"precision": precision}))
     with pytest.raises(LayoutError) as caught:
@@ -53,7 +53,7 @@ def test_fp8_without_transformer_engine_is_refused(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.usefixtures("hopper")
 def test_fp8_is_refused_on_gpus_that_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ul2r.model.layers.find_spec", lambda _: object())
+    monkeypatch.setattr("ul2r.model.layers.HAVE_TE", True)
     recipe = tiny_recipe(Path("runs"), launch=GPU, training={"precision": "fp8"})
     check_precision(recipe)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))

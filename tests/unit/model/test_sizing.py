@@ -196,7 +196,7 @@ def test_what_a_device_cannot_hold_is_refused_with_every_kind() -> None:
         in str(caught.value)
     )
     assert str(caught.value).endswith(
-        "its device has launch.device_memory_gib=80: raise parallel.tensor, parallel.pipeline or parallel.workers"
+        "its device has launch.device_memory_gib=76: raise parallel.tensor, parallel.pipeline or parallel.workers"
     )
 
 

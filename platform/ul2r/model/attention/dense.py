@@ -29,7 +29,8 @@ class DenseMask(Backend[Tensor]):
 
     def prepare(self, lo: Tensor, hi: Tensor, device: torch.device) -> Tensor:
         """The mask, bool (B, 1, S, S)."""
-        return interval_mask(lo.to(device), hi.to(device))
+        first, end = (bound.to(device, non_blocking=True) for bound in (lo, hi))
+        return interval_mask(first, end)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, prepared: Tensor, scale: float

@@ -62,7 +62,8 @@ class Flex(Backend[BlockMask]):
 
     def prepare(self, lo: Tensor, hi: Tensor, device: torch.device) -> BlockMask:
         """The block mask, on the device, with ends laid out alike with and without a window: one compilation."""
-        return block_mask(lo.to(device).contiguous(), hi.to(device).contiguous())
+        first, end = (bound.contiguous().to(device, non_blocking=True) for bound in (lo, hi))
+        return block_mask(first, end)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, prepared: BlockMask, scale: float
