@@ -92,7 +92,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     finally:
         # Told to stop, `ray start --block` waits half a minute for what is gone.
         for process in (*psutil.Process(head.pid).children(recursive=True), head):
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # some end when others are gone
+                process.kill()
         head.wait()
 
 
