@@ -50,8 +50,8 @@ class BackgroundWrite:
         replicas: ProcessGroup,
         last: Callable[[], None] = lambda: None,
     ) -> None:
-        if filesystem_async._results_queue is None:  # else Megatron-Core starts a server process
-            filesystem_async._results_queue = queue.Queue()
+        # Of this write alone; where there is none, Megatron-Core starts a server process.
+        filesystem_async._results_queue = queue.Queue()
         live = {_place(part.data) for part in nested_values(state) if _is_tensor(part)}
         planned = _Planned("torch_dist", 1, thread_count=FILES_PER_RANK)
         shared = FullyParallelSaveStrategyWrapper(planned, replicas)

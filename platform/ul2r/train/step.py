@@ -86,12 +86,17 @@ class TrainStep:
         self.schedule = Schedule(recipe, self.optimizer)
         self.config.finalize_model_grads_func = finalize_model_grads
         self.config.grad_scale_func = self.optimizer.scale_loss
+        # Replicas add gradients up while the last microbatch's backward pass goes on, and not before that.
+        unsynchronised = [chunk.no_sync for chunk in self.model]
+        self.config.no_sync_func = unsynchronised if len(self.model) > 1 else unsynchronised[0]
 
     def _wrap(self, chunk: GPTModel) -> DistributedDataParallel:
         return DistributedDataParallel(
             config=self.config,
             ddp_config=DistributedDataParallelConfig(
-                use_distributed_optimizer=True, grad_reduce_in_fp32=True
+                use_distributed_optimizer=True,
+                grad_reduce_in_fp32=True,
+                overlap_grad_reduce=True,
             ),
             module=Float16Module(self.config, chunk) if self.config.bf16 else chunk,
         )
