@@ -18,6 +18,7 @@ from ul2r.model.attention.variable_length import TransformerEngineKernel, Variab
 from ul2r.objective import Rows, Vocabulary, make_rows
 from ul2r.testing.attention import attend_by_segment, dense_attention
 from ul2r.testing.corpus import counted_text, tiny_store
+from ul2r.testing.distributed import join_alone
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.tracking.tracker import MemoryTracker
 
@@ -108,13 +109,7 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
             objective={"sequence_length": 128, "slots_per_row": 2},
             launch={"gpus_per_worker": 1},
         )
-        dist.init_process_group(
-            "nccl",
-            init_method=f"file://{folder / name}",
-            rank=0,
-            world_size=1,
-            device_id=torch.device("cuda", 0),
-        )
+        join_alone(folder / name)
         tracker = MemoryTracker()
         run_worker(recipe, tracker, lambda *_: None)
         dist.destroy_process_group()

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from ul2r.config import Recipe
 from ul2r.launch.worker import run_worker
 from ul2r.model import layers
 from ul2r.testing.corpus import tiny_store
+from ul2r.testing.distributed import join_alone
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.tracking.tracker import MemoryTracker
 
@@ -24,9 +24,7 @@ pytestmark = pytest.mark.gpu
 def storage(tmp_path: Path) -> Iterator[Path]:
     """A token store, and a process group of this process alone."""
     tiny_store(tmp_path / "store")
-    rendezvous = f"file://{tmp_path / 'rendezvous'}"
-    device = torch.device("cuda", 0)
-    dist.init_process_group("nccl", init_method=rendezvous, rank=0, world_size=1, device_id=device)
+    join_alone(tmp_path / "rendezvous")
     yield tmp_path
     dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""Run a function in several real gloo processes."""
+"""Real process groups: several processes over gloo, or this one over NCCL."""
 
 from __future__ import annotations
 
@@ -46,6 +46,21 @@ def run_distributed(function: Callable[..., Any], workers: int, *arguments: Any)
             start_method="forkserver",
         )
         return [pickle.loads(_result(Path(folder), rank).read_bytes()) for rank in range(workers)]
+
+
+def join_alone(rendezvous: Path) -> None:
+    """Make the default process group one of this process and its first GPU.
+
+    Args:
+        rendezvous: A file that is not there yet.
+    """
+    dist.init_process_group(
+        "nccl",
+        init_method=f"file://{rendezvous}",
+        rank=0,
+        world_size=1,
+        device_id=torch.device("cuda", 0),
+    )
 
 
 def _enter(

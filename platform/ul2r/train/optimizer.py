@@ -68,9 +68,8 @@ def load_settings(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
     part = only_part(optimizer)
     part.load_state_dict({"optimizer": loaded["optimizer"]})
     for state in part.optimizer.state.values():
-        if (
-            "step" in state
-        ):  # torch's AdamW was given one count for all, and would advance it for each
+        # Torch's AdamW was given one count for all, and would advance it for each.
+        if "step" in state:
             state["step"] = state["step"].clone()
 
 
