@@ -36,7 +36,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 Steps = tuple[list[float], list[float]]
 
 
-def recipe_of(storage: Path, name: str, balance: float = 1.0, **changes: Any) -> Recipe:  # noqa: ANN401
+def recipe_of(storage: Path, name: str, balance: float = 1.0, **changes: Any) -> Recipe:  # noqa: ANN401  values of a recipe
     """Balanced so strongly that it shows in the losses, unless told otherwise."""
     optimizer = {"expert_balance": balance, "learning_rate": 3e-3}
     name = name.replace(" ", "-").replace(",", "")

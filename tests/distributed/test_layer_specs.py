@@ -124,7 +124,7 @@ def fill_transformer_engine_spec() -> None:
         def layer_norm(self, **_: object) -> type:
             return RMSNorm
 
-        def grouped_mlp_modules(self, grouped: bool, *legacy: bool) -> Any:  # noqa: ANN401
+        def grouped_mlp_modules(self, grouped: bool, *legacy: bool) -> Any:  # noqa: ANN401  Megatron's
             assert grouped
             return super().grouped_mlp_modules(False, *legacy)
 
@@ -140,7 +140,7 @@ def number_states_of_experts() -> None:
 
     plain = SequentialMLP.sharded_state_dict
 
-    def with_states(self: Any, prefix: str = "", *rest: Any, **named: Any) -> dict[str, Any]:  # noqa: ANN401
+    def with_states(self: Any, prefix: str = "", *rest: Any, **named: Any) -> dict[str, Any]:  # noqa: ANN401  as above
         names = [f"{prefix}linear_fc1._extra_state{number or ''}" for number in range(3)]
         states = {name: ShardedObject(name, None, (1,), (0,)) for name in names}
         return {**plain(self, prefix, *rest, **named), **states}

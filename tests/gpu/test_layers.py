@@ -49,12 +49,16 @@ def test_layers_of_both_kinds_learn_the_same_and_go_on_from_each_others_checkpoi
     storage: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("transformer_engine", reason="TransformerEngine is not installed")
+
+    def choose(engine: bool) -> None:
+        monkeypatch.setattr(layers, "uses_transformer_engine", lambda _: engine)
+
     for first, second in ((True, False), (False, True)):
         run = recipe(storage, f"engine-{first}")
-        monkeypatch.setattr(layers, "uses_transformer_engine", lambda _: first)  # noqa: B023
+        choose(first)
         whole = losses(run)
         (run.run_folder() / "checkpoints/latest").write_text("step_00000003")
-        monkeypatch.setattr(layers, "uses_transformer_engine", lambda _: second)  # noqa: B023
+        choose(second)
         assert losses(run) == pytest.approx(whole[3:], rel=2e-2)
 
 

@@ -49,15 +49,14 @@ def angles_of(both: Tensor, *, local: bool) -> Tensor:
 def _stretched(architecture: Architecture, rotary: RotaryEmbedding) -> Tensor:
     found: Tensor = rotary.inv_freq
     scaling = architecture.rope_scaling
-    if scaling is None:
-        return found
-    if scaling.kind == "linear":
-        return found / scaling.factor
-    found = rotary._apply_scaling(
-        found,
-        scaling.factor,
-        scaling.low_frequency,
-        scaling.high_frequency,
-        scaling.original_positions,
-    )
-    return found  # noqa: RET504  Megatron has no types
+    if scaling is not None and scaling.kind == "linear":
+        found = found / scaling.factor
+    elif scaling is not None:
+        found = rotary._apply_scaling(
+            found,
+            scaling.factor,
+            scaling.low_frequency,
+            scaling.high_frequency,
+            scaling.original_positions,
+        )
+    return found

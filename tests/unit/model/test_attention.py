@@ -133,7 +133,7 @@ def test_attention_and_gradients_equal_dense_float64(
     lo, hi = (torch.from_numpy(ends) for ends in within(rows.lo, rows.hi, window))
     expected = with_gradients(lambda q, k, v: dense_attention(q, k, v, lo, hi), inputs)
     bounds = intervals(rows.lo, rows.hi)
-    found = with_gradients(lambda q, k, v: backend(q, k, v, bounds, 8**-0.5, window), inputs)
+    found = with_gradients(lambda q, k, v: backend(q, k, v, bounds, 8**-0.5, window=window), inputs)
     for ours, reference in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, reference, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
@@ -241,10 +241,10 @@ def test_intervals_are_prepared_once_for_layers_and_recomputation_and_never_mixe
     for _ in range(3):  # where the memory of the one before is free again, the next may be given it
         causal, open_ = intervals(0 * hi, hi), intervals(0 * hi, 0 * hi + 4)
         first = backend(query, query, query, causal, 1.0)
-        near = backend(query, query, query, causal, 1.0, 2)
+        near = backend(query, query, query, causal, 1.0, window=2)
         assert not torch.equal(near, first)
         assert torch.equal(backend(query, query, query, causal.detach(), 1.0), first)
-        assert torch.equal(backend(query, query, query, causal.detach(), 1.0, 2), near)
+        assert torch.equal(backend(query, query, query, causal.detach(), 1.0, window=2), near)
         assert not torch.equal(backend(query, query, query, open_, 1.0), first)
         del causal, open_
     assert backend.made == 9

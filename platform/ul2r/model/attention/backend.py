@@ -54,13 +54,14 @@ class Backend(ABC, Generic[Prepared]):
     ) -> Tensor:
         """Attend; arguments and result are those of a call, with what `prepare` made of the intervals."""
 
-    def __call__(  # noqa: PLR0917  as the kernels have it
+    def __call__(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         bounds: Tensor,
         scale: float,
+        *,
         window: int | None = None,
     ) -> Tensor:
         """Attend.

@@ -54,7 +54,7 @@ class IntervalAttention(DotProductAttention):  # type: ignore[misc]  # Megatron 
         assert packed_seq_params is None
         assert attention_mask.shape == (query.shape[1], 2, query.shape[0]), "no intervals"
         window = self.windows[self.layer_number - 1]
-        context = self.backend(query, key, value, attention_mask, self.softmax_scale, window)
+        context = self.backend(query, key, value, attention_mask, self.softmax_scale, window=window)
         return context.flatten(2)
 
 
