@@ -211,7 +211,7 @@ def test_flex_attention_equals_dense_float64_and_compiles_once() -> None:
             query, key, value, _ = random_inputs(rows, 4, 2, torch.float32, head=16)
             bounds = intervals(rows.lo, rows.hi)
             for window in (None, 40):
-                ours = flex(query, key, value, bounds, 0.25, window)
+                ours = flex(query, key, value, bounds, 0.25, window=window)
                 lo, hi = (torch.from_numpy(ends) for ends in within(rows.lo, rows.hi, window))
                 expected = dense_attention(query, key, value, lo, hi)
                 torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=1e-5)
