@@ -131,11 +131,12 @@ def exchange(recipe: Recipe, folder: Path) -> None:
         (folder / "megatron").mkdir()
     distributed.barrier()
     replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    for write in (
+    writes = (
         begin_save(folder / "boxes", step),
         BackgroundWrite(gathered, folder / "megatron", replicas),
-    ):
-        assert write.wait() is None
+    )
+    assert [write.wait() for write in writes] == [None, None]
+    for write in reversed(writes):  # each knows its own results, whichever was done first
         write.describe()
     distributed.barrier()
 
