@@ -32,8 +32,8 @@ from functools import partial
 from pathlib import Path
 
 from ul2r.config import Recipe
-from ul2r.data.batches import Batches
-from ul2r.data.prepared import open_corpus
+from ul2r.data.sampling.batches import Batches
+from ul2r.data.store.dataset import open_corpus
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.recipes import tiny_recipe
@@ -86,9 +86,9 @@ class SavedRun:
 
     def __init__(self, recipe: Recipe) -> None:
         from ul2r.train.mesh import Mesh
-        from ul2r.train.saving import Saver
+        from ul2r.train.checkpoint.checkpointer import Saver
         from ul2r.train.step import TrainStep
-        from ul2r.train.storage import CheckpointStore, claim, to_stderr
+        from ul2r.train.checkpoint.storage import CheckpointStore, claim, to_stderr
 
         self.recipe, self.corpus = recipe, open_corpus(recipe.store_folder)
         mesh = Mesh.join(recipe.parallel)
@@ -112,7 +112,7 @@ class SavedRun:
 
     def save(self) -> None:
         """Begin to save."""
-        from ul2r.train.checkpoint import CheckpointInfo
+        from ul2r.train.checkpoint.metadata import CheckpointInfo
 
         info = CheckpointInfo.of(self.recipe, self.corpus, step=len(self.logged) + 1)
         self.saver.save(self.train_step, info)
@@ -124,7 +124,7 @@ class SavedRun:
 
     def load(self) -> None:
         """Find the last checkpoint that is sound, and load it."""
-        from ul2r.train.sharded import load_checkpoint
+        from ul2r.train.checkpoint.sharded_state import load_checkpoint
 
         path = self.saver.last_sound(self.store)
         assert path is not None

@@ -45,8 +45,8 @@ from ul2r.config.recipe import Training
 from ul2r.model.huggingface.exporting import exported_tensors
 from ul2r.model.huggingface.families import FAMILIES
 from ul2r.model.huggingface.family import tensor_shapes
-from ul2r.model.huggingface.source import Source
-from ul2r.model.huggingface.stored import Stored
+from ul2r.model.huggingface.safetensors_reader import Source
+from ul2r.model.huggingface.checkpoint_reader import Stored
 from ul2r.model.huggingface.writing import FILES_AT_ONCE, StreamedTensor, write_weights
 from ul2r.testing.distributed import run_distributed
 

@@ -27,8 +27,8 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from ul2r.config import Objective
-from ul2r.data.store import TokenStore, TokenWriter
-from ul2r.data.windows import Windows
+from ul2r.data.store.token_store import TokenStore, TokenWriter
+from ul2r.data.sampling.text_windows import Windows
 from ul2r.objective import Rows, Vocabulary, make_rows
 from ul2r.testing.reference import reference_row
 

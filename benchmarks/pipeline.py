@@ -31,10 +31,10 @@ import ray
 from ray._private.internal_api import node_stats
 
 from ul2r.config import Recipe
-from ul2r.data import pipeline
-from ul2r.data.batches import Batches
-from ul2r.data.prepared import open_corpus
-from ul2r.launch.cluster import connected
+from ul2r.data import loader
+from ul2r.data.sampling.batches import Batches
+from ul2r.data.store.dataset import open_corpus
+from ul2r.launch.ray_train.cluster import connected
 from ul2r.objective import Rows
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.recipes import tiny_recipe
@@ -71,8 +71,8 @@ def ray_rows(recipe: Recipe, first_index: int) -> Iterator[Rows]:
     """Rows as a worker gets them."""
     step = first_index // BATCH_ROWS
     batches = range(step, recipe.training.steps)
-    (iterator,) = pipeline.split(pipeline.make_dataset(recipe, batches, 1), 1)
-    return pipeline.read(iterator, recipe, batches, 0, 1)
+    (iterator,) = loader.split(loader.make_dataset(recipe, batches, 1), 1)
+    return loader.read(iterator, recipe, batches, 0, 1)
 
 
 def own_rows(recipe: Recipe) -> Iterator[Rows]:

@@ -34,13 +34,13 @@ import torch
 import torch.distributed as dist
 
 from ul2r.config import Recipe
-from ul2r.data import pipeline
-from ul2r.data.batches import Batches
-from ul2r.data.prepare import prepare
-from ul2r.data.prepared import Corpus, open_corpus
-from ul2r.data.windows import DocumentWindows
-from ul2r.launch.cluster import connected
-from ul2r.launch.run import NO_GPU, recorded
+from ul2r.data import loader
+from ul2r.data.sampling.batches import Batches
+from ul2r.data.prepare.prepare import prepare
+from ul2r.data.store.dataset import Corpus, open_corpus
+from ul2r.data.sampling.text_windows import DocumentWindows
+from ul2r.launch.ray_train.cluster import connected
+from ul2r.launch.preflight import NO_GPU, recorded
 from ul2r.launch.worker import run_worker
 from ul2r.objective import Rows, make_rows
 from ul2r.testing.plain_model import PlainModel
@@ -48,7 +48,7 @@ from ul2r.testing.recipes import tiny_recipe
 from ul2r.tracking.mlflow import MlflowTracker, history
 from ul2r.tracking.server import running_server
 from ul2r.train.mesh import Mesh
-from ul2r.train.progress import Progress
+from ul2r.train.state import Progress
 from ul2r.train.step import TrainStep
 
 WARM_UP, STEPS = 3, 18
@@ -199,8 +199,8 @@ def initial_weights(recipe: Recipe, vocabulary_size: int) -> dict[str, torch.Ten
 
 def read_from_ray(recipe: Recipe, batches: range) -> Iterator[Rows]:
     """Rows as a worker under Ray Train gets them."""
-    (iterator,) = pipeline.split(pipeline.make_dataset(recipe, batches, 1), 1)
-    return pipeline.read(iterator, recipe, batches, 0, 1)
+    (iterator,) = loader.split(loader.make_dataset(recipe, batches, 1), 1)
+    return loader.read(iterator, recipe, batches, 0, 1)
 
 
 def measure(folder: Path) -> dict[str, float]:

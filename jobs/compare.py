@@ -14,8 +14,8 @@ from rich.console import Console
 
 from ul2r.config import Comparison
 from ul2r.evaluation.comparison import as_table
-from ul2r.launch.command import run_job
-from ul2r.launch.comparison import compare
+from ul2r.workflows.cli import run_job
+from ul2r.workflows.compare import compare
 
 
 def main(comparison: Comparison) -> None:

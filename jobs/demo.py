@@ -26,11 +26,11 @@ from rich.markdown import Markdown
 from serving.app import Arguments
 from serving.server import running
 from ul2r.config import Recipe, load
-from ul2r.data.corpus import find_files
+from ul2r.data.prepare.source_files import find_files
 from ul2r.errors import UserError
-from ul2r.launch.cluster import connected
-from ul2r.launch.command import exit_code
-from ul2r.launch.phases import Phases, run_command
+from ul2r.launch.ray_train.cluster import connected
+from ul2r.workflows.cli import exit_code
+from ul2r.workflows.phases import Phases, run_command
 from ul2r.tracking.server import free_port, running_server
 
 RECIPES = Path("jobs/recipes")

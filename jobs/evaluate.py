@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from ul2r.config import Recipe
-from ul2r.data.prepared import open_corpus
+from ul2r.data.store.dataset import open_corpus
 from ul2r.evaluation.evaluate import metrics
 from ul2r.evaluation.scores import Scores
-from ul2r.launch.command import run_job
-from ul2r.launch.evaluation import evaluate_runs, log_scores
+from ul2r.workflows.cli import run_job
+from ul2r.workflows.evaluate import evaluate_runs, log_scores
 from ul2r.tracking.mlflow import check_server, known_run
 
 

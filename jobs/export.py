@@ -12,8 +12,8 @@ from __future__ import annotations
 import sys
 
 from ul2r.config import Recipe
-from ul2r.launch.command import run_job
-from ul2r.launch.export import export
+from ul2r.workflows.cli import run_job
+from ul2r.workflows.export import export
 
 
 def main(recipe: Recipe) -> None:

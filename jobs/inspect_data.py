@@ -13,8 +13,8 @@ import sys
 
 from ul2r.config import Recipe
 from ul2r.data.inspection import write_page
-from ul2r.data.prepared import open_corpus
-from ul2r.launch.command import run_job
+from ul2r.data.store.dataset import open_corpus
+from ul2r.workflows.cli import run_job
 
 
 def main(recipe: Recipe) -> None:

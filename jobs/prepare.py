@@ -13,10 +13,10 @@ import sys
 from contextlib import nullcontext
 
 from ul2r.config import Recipe
-from ul2r.data.manifest import Manifest
-from ul2r.data.prepare import finished, prepare
-from ul2r.launch.cluster import connected
-from ul2r.launch.command import run_job
+from ul2r.data.store.manifest import Manifest
+from ul2r.data.prepare.prepare import finished, prepare
+from ul2r.launch.ray_train.cluster import connected
+from ul2r.workflows.cli import run_job
 
 
 def main(recipe: Recipe) -> None:

@@ -18,8 +18,8 @@ from pathlib import Path
 from serving.app import Arguments, is_registered, locate
 from serving.server import LOCALHOST, check_port, running
 from ul2r.errors import ServiceError
-from ul2r.launch.cluster import connected
-from ul2r.launch.command import exit_code
+from ul2r.launch.ray_train.cluster import connected
+from ul2r.workflows.cli import exit_code
 
 DEFAULT_PORT = 8000
 REGISTRY = "mlflow.db"

@@ -16,8 +16,8 @@ import os
 import sys
 
 from ul2r.config import Recipe
-from ul2r.launch.command import run_job
-from ul2r.launch.dry_run import dry_run
+from ul2r.workflows.cli import run_job
+from ul2r.workflows.dry_run import dry_run
 
 TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"
 """Set by torchrun in the processes that it starts."""
@@ -28,7 +28,7 @@ def main(recipe: Recipe) -> None:
     if TORCHRUN_VARIABLE in os.environ:
         from ul2r.launch.torchrun import train
     else:
-        from ul2r.launch.trainer import train
+        from ul2r.launch.ray_train.trainer import train
     info = train(recipe)
     if os.environ.get("RANK", "0") == "0":
         print(

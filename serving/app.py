@@ -16,7 +16,7 @@ from ray.serve.schema import LoggingConfig
 
 from serving.api import make_api
 from serving.service import Service
-from ul2r.config.section import Section
+from ul2r.config.strict_model import Section
 from ul2r.errors import CheckpointError
 from ul2r.inference import LanguageModel, read_origin
 

@@ -62,8 +62,8 @@ def steps(*recipes: Recipe) -> list[Steps]:
 
 def router_gradients(*recipes: Recipe) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Each recipe's gradient of its last layer's router; what that router read, by microbatch; and its weight."""
-    from ul2r.data.batches import Batches
-    from ul2r.data.prepared import open_corpus
+    from ul2r.data.sampling.batches import Batches
+    from ul2r.data.store.dataset import open_corpus
     from ul2r.train.mesh import Mesh
     from ul2r.train.step import TrainStep
 

@@ -12,15 +12,15 @@ import torch
 
 from ul2r.config import HuggingFace, Recipe
 from ul2r.config.recipe import Export
-from ul2r.data.prepared import open_corpus
+from ul2r.data.store.dataset import open_corpus
 from ul2r.errors import CheckpointError
-from ul2r.launch.base import check_base, described_by_base
-from ul2r.launch.export import export
+from ul2r.launch.pretrained import check_base, described_by_base
+from ul2r.workflows.export import export
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.recipes import tiny_recipe
-from ul2r.train.checkpoint import CheckpointInfo
-from ul2r.train.storage import CheckpointStore, last_sound
+from ul2r.train.checkpoint.metadata import CheckpointInfo
+from ul2r.train.checkpoint.storage import CheckpointStore, last_sound
 
 pytestmark = pytest.mark.distributed
 
@@ -31,12 +31,12 @@ def train_and_run(recipe: Recipe, tokens: torch.Tensor, prefix: int) -> torch.Te
     """Train, then this rank's logits of the trained Megatron model, gathered over tensor ranks."""
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-    from ul2r.data.prepared import open_corpus
+    from ul2r.data.store.dataset import open_corpus
     from ul2r.launch.worker import run_worker
     from ul2r.model.attention import intervals
     from ul2r.tracking.tracker import MemoryTracker
     from ul2r.train.mesh import Mesh
-    from ul2r.train.sharded import load_checkpoint
+    from ul2r.train.checkpoint.sharded_state import load_checkpoint
     from ul2r.train.step import TrainStep
 
     run_worker(recipe, MemoryTracker(), lambda *_: None)

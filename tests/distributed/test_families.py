@@ -15,9 +15,9 @@ from torch import Tensor
 from ul2r.config import Architecture, HuggingFace, Recipe
 from ul2r.inference import LanguageModel
 from ul2r.inference.generation import Decoder
-from ul2r.model.huggingface.configuration import read_config
+from ul2r.model.huggingface.config_json import read_config
 from ul2r.model.huggingface.exporting import Card, exported_tensors, write_folder
-from ul2r.model.huggingface.stored import Stored
+from ul2r.model.huggingface.checkpoint_reader import Stored
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.families import MODELS, reference_logits, write_model
@@ -49,11 +49,11 @@ class Carried:
 
 def carry(recipes: list[Recipe], tokens: Tensor) -> list[Carried | None]:
     """Import, save, take two steps and save again, each recipe in turn; None on ranks without logits."""
-    from ul2r.data.batches import Batches
-    from ul2r.data.prepared import open_corpus
+    from ul2r.data.sampling.batches import Batches
+    from ul2r.data.store.dataset import open_corpus
     from ul2r.testing.layouts import save_weights, whole_logits
     from ul2r.train.mesh import Mesh
-    from ul2r.train.pretrained import load_pretrained
+    from ul2r.train.checkpoint.pretrained import load_pretrained
     from ul2r.train.step import TrainStep
 
     mesh = Mesh.join(recipes[0].parallel)
@@ -82,7 +82,7 @@ def embedding_of(recipe: Recipe, vocabulary_size: int) -> Tensor:
     """This rank's rows of an imported embedding, for a tokenizer of so many entries."""
     from ul2r.model.build import build_model
     from ul2r.model.huggingface.importing import load_weights
-    from ul2r.model.huggingface.source import Source
+    from ul2r.model.huggingface.safetensors_reader import Source
     from ul2r.train.mesh import Mesh
 
     Mesh.join(recipe.parallel)

@@ -52,8 +52,8 @@ class Result:
 
 def train(recipe: Recipe, faults: Faults, order: list[int] | None = None) -> Result:
     """Train on this rank; `order` are the batches that it reads, in place of 0, 1, 2, ..."""
-    from ul2r.data.batches import Batches
-    from ul2r.data.prepared import open_corpus
+    from ul2r.data.sampling.batches import Batches
+    from ul2r.data.store.dataset import open_corpus
     from ul2r.launch.worker import run_worker
     from ul2r.tracking.tracker import MemoryTracker
     from ul2r.train.mesh import Mesh

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ul2r.config import Recipe
 from ul2r.config.recipe import Export
-from ul2r.data.prepared import open_corpus
+from ul2r.data.store.dataset import open_corpus
 from ul2r.errors import CheckpointError
-from ul2r.launch.base import check_base
-from ul2r.launch.export import export
+from ul2r.launch.pretrained import check_base
+from ul2r.workflows.export import export
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.recipes import tiny_recipe
@@ -88,10 +88,10 @@ def write_with_megatron(folder: Path, tokens: Tensor) -> Tensor:
 
 def start_from(recipe: Recipe, tokens: Tensor) -> tuple[Tensor, Tensor, float]:
     """The run's logits and output matrix before its first step, and the loss of that step."""
-    from ul2r.data.batches import Batches
+    from ul2r.data.sampling.batches import Batches
     from ul2r.testing.layouts import whole_logits
     from ul2r.train.mesh import Mesh
-    from ul2r.train.pretrained import load_pretrained
+    from ul2r.train.checkpoint.pretrained import load_pretrained
     from ul2r.train.step import TrainStep
 
     corpus, mesh = open_corpus(recipe.store_folder), Mesh.join(recipe.parallel)

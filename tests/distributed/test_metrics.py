@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from ul2r.config import Recipe
-from ul2r.data.batches import Batches
-from ul2r.data.prepared import open_corpus
+from ul2r.data.sampling.batches import Batches
+from ul2r.data.store.dataset import open_corpus
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.recipes import tiny_recipe
@@ -29,7 +29,7 @@ def train(recipe: Recipe) -> tuple[Records, list[str], list[Path]]:
 
     from ul2r.launch.worker import run_worker
     from ul2r.tracking.tracker import MemoryTracker
-    from ul2r.train.progress import summary
+    from ul2r.train.state import summary
 
     pytest.MonkeyPatch().setattr(socket, "gethostname", lambda: f"node-{dist.get_rank()}")
     tracker, said = MemoryTracker(), list[str]()

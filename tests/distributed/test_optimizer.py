@@ -104,8 +104,8 @@ def decayed(without: Recipe, with_decay: Recipe) -> set[str]:
 
 
 def step_of(recipe: Recipe, steps: int) -> Any:  # noqa: ANN401  a TrainStep, imported in the processes alone
-    from ul2r.data.batches import Batches
-    from ul2r.data.prepared import open_corpus
+    from ul2r.data.sampling.batches import Batches
+    from ul2r.data.store.dataset import open_corpus
     from ul2r.train.mesh import Mesh
     from ul2r.train.step import TrainStep
 
@@ -121,7 +121,7 @@ def step_of(recipe: Recipe, steps: int) -> Any:  # noqa: ANN401  a TrainStep, im
 
 def state(recipe: Recipe) -> State:
     """The optimizer as a run begins, with two replicas that have half of it each."""
-    from ul2r.data.prepared import open_corpus
+    from ul2r.data.store.dataset import open_corpus
     from ul2r.tracking.tracker import MemoryTracker
     from ul2r.train.loop import TrainLoop
     from ul2r.train.mesh import Mesh

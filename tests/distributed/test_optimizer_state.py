@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ul2r.config import Recipe
-from ul2r.model.huggingface.stored import Stored
+from ul2r.model.huggingface.checkpoint_reader import Stored
 from ul2r.model.tensors import single_tensors
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.recipes import tiny_recipe
-from ul2r.train.optimizer_state import boxes
+from ul2r.train.checkpoint.optimizer_state import boxes
 
 if TYPE_CHECKING:
     from ul2r.train.step import TrainStep
@@ -71,10 +71,10 @@ def save_from_small_buckets(recipe: Recipe, folder: Path) -> int:
     """
     from torch import distributed
 
-    from ul2r.data.batches import Batches
-    from ul2r.data.prepared import open_corpus
+    from ul2r.data.sampling.batches import Batches
+    from ul2r.data.store.dataset import open_corpus
     from ul2r.train.mesh import Mesh
-    from ul2r.train.sharded import begin_save, load_checkpoint
+    from ul2r.train.checkpoint.sharded_state import begin_save, load_checkpoint
 
     module: Any = import_module("ul2r.train.step")
     settings = module.DistributedDataParallelConfig
@@ -100,12 +100,12 @@ def exchange(recipe: Recipe, folder: Path) -> None:
     from megatron.core import dist_checkpointing, parallel_state
     from torch import distributed
 
-    from ul2r.data.batches import Batches
-    from ul2r.data.prepared import open_corpus
+    from ul2r.data.sampling.batches import Batches
+    from ul2r.data.store.dataset import open_corpus
     from ul2r.model.build import sharded_model, sharding_metadata
-    from ul2r.train.background import BackgroundWrite
+    from ul2r.train.checkpoint.async_write import BackgroundWrite
     from ul2r.train.mesh import Mesh
-    from ul2r.train.sharded import begin_save, load_checkpoint
+    from ul2r.train.checkpoint.sharded_state import begin_save, load_checkpoint
     from ul2r.train.step import TrainStep
 
     def theirs(step: TrainStep, *, loading: bool) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def exchange(recipe: Recipe, folder: Path) -> None:
 def check_pieces(step: TrainStep) -> None:
     """They are the optimizer's own numbers, each once, where they lie."""
     from ul2r.model.build import sharded_model
-    from ul2r.train.optimizer_state import sharded_optimizer
+    from ul2r.train.checkpoint.optimizer_state import sharded_optimizer
 
     def numbers(tensors: list[torch.Tensor]) -> list[int]:
         each = ((tensor.data_ptr(), tensor.nbytes) for tensor in tensors)

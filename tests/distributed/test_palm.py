@@ -13,14 +13,14 @@ from torch.nn import functional
 
 from ul2r.config import Recipe
 from ul2r.config.architecture import MODELS, Architecture
-from ul2r.data.batches import Batches
-from ul2r.data.prepared import open_corpus
+from ul2r.data.sampling.batches import Batches
+from ul2r.data.store.dataset import open_corpus
 from ul2r.model.flops import parameters
-from ul2r.model.huggingface.configuration import check_family
+from ul2r.model.huggingface.config_json import check_family
 from ul2r.model.huggingface.exporting import Card, exported_tensors, write_folder
-from ul2r.model.huggingface.stored import Stored
+from ul2r.model.huggingface.checkpoint_reader import Stored
 from ul2r.model.huggingface.writing import StreamedTensor
-from ul2r.objective.rows import Rows
+from ul2r.objective.batch import Rows
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.families import reference_logits

@@ -16,7 +16,7 @@ from ul2r.config import Recipe
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.recipes import tiny_recipe
-from ul2r.train.integrity import find_damage
+from ul2r.train.checkpoint.checksums import find_damage
 
 pytestmark = pytest.mark.distributed
 
@@ -67,7 +67,7 @@ def save_and_change(folder: Path) -> list[float]:
     from megatron.core.dist_checkpointing import ShardedTensor
 
     from ul2r.config import Parallel
-    from ul2r.train.background import BackgroundWrite
+    from ul2r.train.checkpoint.async_write import BackgroundWrite
     from ul2r.train.mesh import Mesh
 
     rank = Mesh.join(Parallel(workers=2)).rank

@@ -137,8 +137,8 @@ def measure(recipe: Recipe) -> tuple[int, Measured]:
     import torch
     from megatron.core import parallel_state
 
-    from ul2r.data.batches import Batches
-    from ul2r.data.prepared import open_corpus
+    from ul2r.data.sampling.batches import Batches
+    from ul2r.data.store.dataset import open_corpus
     from ul2r.train.mesh import Mesh
     from ul2r.train.step import TrainStep
 
@@ -193,7 +193,7 @@ def measured(storage: Path) -> dict[str, list[tuple[int, Measured]]]:
 def test_sizes_are_those_of_what_is_built(
     storage: Path, measured: dict[str, list[tuple[int, Measured]]], layout: str
 ) -> None:
-    from ul2r.data.prepared import open_corpus
+    from ul2r.data.store.dataset import open_corpus
 
     recipe = tiny_recipe(storage, **LAYOUTS[layout])
     parallel = recipe.parallel

@@ -13,7 +13,7 @@ import pytest
 from ul2r.config import dump
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.recipes import tiny_recipe
-from ul2r.train.watchdog import HUNG_EXIT
+from ul2r.train.monitor.watchdog import HUNG_EXIT
 
 pytestmark = pytest.mark.distributed
 
@@ -22,8 +22,8 @@ WORKER = """
     from pathlib import Path
     import torch.distributed as dist
     from ul2r.config import Recipe, load
-    from ul2r.data.batches import Batches
-    from ul2r.data.prepared import open_corpus
+    from ul2r.data.sampling.batches import Batches
+    from ul2r.data.store.dataset import open_corpus
     from ul2r.launch.worker import run_worker
     from ul2r.tracking.tracker import MemoryTracker
 

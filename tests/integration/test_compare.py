@@ -13,12 +13,12 @@ import yaml
 from mlflow import MlflowClient
 
 from ul2r.config import Comparison, Recipe, load
-from ul2r.data.prepared import open_corpus
+from ul2r.data.store.dataset import open_corpus
 from ul2r.errors import CheckpointError, RecipeError, ServiceError
 from ul2r.evaluation import evaluate
 from ul2r.evaluation.comparison import ROLES, Role
 from ul2r.inference import LanguageModel
-from ul2r.launch.comparison import compare
+from ul2r.workflows.compare import compare
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.models import tiny_export
 from ul2r.tracking.mlflow import MlflowTracker, start_run, view_pages

@@ -23,7 +23,7 @@ from ul2r.testing.distributed import run_distributed
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.tracking.mlflow import find_run, history
 from ul2r.tracking.server import running_server
-from ul2r.train.checkpoint import CheckpointInfo
+from ul2r.train.checkpoint.metadata import CheckpointInfo
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -13,13 +13,13 @@ import pytest
 from tokenizers import Tokenizer
 
 from ul2r.config import Recipe, dump
-from ul2r.data.corpus import find_files
-from ul2r.data.manifest import Manifest
-from ul2r.data.prepare import finished, prepare
-from ul2r.data.prepared import open_corpus
-from ul2r.data.store import TokenStore
+from ul2r.data.prepare.source_files import find_files
+from ul2r.data.store.manifest import Manifest
+from ul2r.data.prepare.prepare import finished, prepare
+from ul2r.data.store.dataset import open_corpus
+from ul2r.data.store.token_store import TokenStore
 from ul2r.errors import CorpusError, LayoutError, RecipeError
-from ul2r.launch.cluster import connected
+from ul2r.launch.ray_train.cluster import connected
 from ul2r.testing.corpus import write_texts
 from ul2r.testing.recipes import tiny_recipe
 

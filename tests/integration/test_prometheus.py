@@ -9,7 +9,7 @@ import httpx
 import pytest
 import ray
 
-from ul2r.launch.prometheus import PrometheusTracker
+from ul2r.launch.ray_train.prometheus import PrometheusTracker
 from ul2r.tracking import MemoryTracker
 from ul2r.tracking.server import free_port
 

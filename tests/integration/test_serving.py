@@ -21,7 +21,7 @@ from serving.app import Arguments
 from serving.server import check_port, running
 from ul2r.errors import ServiceError
 from ul2r.inference import LanguageModel, complete, infill
-from ul2r.launch.cluster import connected
+from ul2r.launch.ray_train.cluster import connected
 from ul2r.testing.models import tiny_export
 from ul2r.tracking.mlflow import register
 from ul2r.tracking.server import free_port, running_server

@@ -17,17 +17,17 @@ import pytest
 import ray
 
 from ul2r.config import Recipe, dump
-from ul2r.data.batches import Batches
-from ul2r.data.chapters import Chapters
-from ul2r.data.corpus import find_files
-from ul2r.data.locks import locked
-from ul2r.data.manifest import Manifest
-from ul2r.data.pipeline import make_dataset, read, split
-from ul2r.data.prepare import finished, prepare, stream
-from ul2r.data.prepared import open_corpus
-from ul2r.data.streaming import stream_groups
+from ul2r.data.sampling.batches import Batches
+from ul2r.data.store.segments import Chapters
+from ul2r.data.prepare.source_files import find_files
+from ul2r.filesystem import locked
+from ul2r.data.store.manifest import Manifest
+from ul2r.data.loader import make_dataset, read, split
+from ul2r.data.prepare.prepare import finished, prepare, stream
+from ul2r.data.store.dataset import open_corpus
+from ul2r.data.prepare.streaming import stream_groups
 from ul2r.errors import CorpusError
-from ul2r.launch.growing import growing
+from ul2r.launch.ray_train.streaming import growing
 from ul2r.testing.corpus import write_texts
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.tracking.server import running_server

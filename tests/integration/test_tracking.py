@@ -17,7 +17,7 @@ import pytest
 from mlflow import MlflowClient
 
 from ul2r.errors import CheckpointError, ServiceError
-from ul2r.launch.run import recorded
+from ul2r.launch.preflight import recorded
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.tracking import RunStatus

@@ -21,12 +21,12 @@ import pytest
 from mlflow import MlflowClient
 
 from ul2r.config import Recipe, dump
-from ul2r.launch.export import export
+from ul2r.workflows.export import export
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.tracking.server import free_port, running_server
-from ul2r.train.checkpoint import CheckpointInfo
-from ul2r.train.integrity import find_damage
+from ul2r.train.checkpoint.metadata import CheckpointInfo
+from ul2r.train.checkpoint.checksums import find_damage
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -34,7 +34,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
 """From the lowest up. Parts on one line do not know each other; only tests and benchmarks may know `testing`."""
 
 PLACES = {
-    "ray": ("data/pipeline", "data/tokenising", "launch/", "jobs/", "serving/", "benchmarks/"),
+    "ray": ("data/loader", "data/prepare/tokenize_shards", "launch/", "jobs/", "serving/", "benchmarks/"),
     "mlflow": ("tracking/",),
     "megatron": ("model/", "train/", "testing/"),
     "transformers": ("model/", "inference/", "testing/"),
@@ -56,7 +56,7 @@ def _sources() -> list[Path]:
 
 
 def _place(source: Path) -> str:
-    """`data/store` for platform/ul2r/data/store.py, `jobs/train` for jobs/train.py."""
+    """`data/store/token_store` for platform/ul2r/data/store/token_store.py, `jobs/train` for jobs/train.py."""
     relative = source.relative_to(ROOT).with_suffix("").as_posix()
     return relative.removeprefix("platform/ul2r/")
 
@@ -144,9 +144,9 @@ def test_light_part_imports_nothing_heavy(part: str) -> None:
     ("modules", "absent"),
     [
         ("ul2r.config ul2r.console", "numpy torch ray mlflow megatron transformers"),
-        ("ul2r.objective.rows", "torch ray mlflow megatron transformers"),
+        ("ul2r.objective.batch", "torch ray mlflow megatron transformers"),
         ("ul2r.tracking.tracker", "torch ray megatron transformers"),
-        ("ul2r.data.batches", "ray mlflow megatron transformers"),
+        ("ul2r.data.sampling.batches", "ray mlflow megatron transformers"),
         ("ul2r.train.loop", "ray mlflow transformers"),
         ("ul2r.inference.language_model", "ray mlflow megatron"),
     ],

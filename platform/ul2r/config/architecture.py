@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ul2r.config.section import PositiveInt, Section
+from ul2r.config.strict_model import PositiveInt, Section
 
 FamilyName = Literal[
     "llama",

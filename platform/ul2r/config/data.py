@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from ul2r.config.section import PositiveInt, Section
+from ul2r.config.strict_model import PositiveInt, Section
 
 
 def folder_or_url(store: str) -> str:
@@ -46,7 +46,7 @@ class Data(Section):
     """Sentinel tokens that the tokenizer holds."""
     special_tokens: Literal["reserved", "last_subwords"] = "reserved"
     """What modes and sentinels take in a given tokenizer: its reserved tokens and then new entries, or its last
-    subwords (arXiv 2210.11399). `jobs/vocabulary.py` shows what that comes to."""
+    subwords (arXiv 2210.11399). `jobs/inspect_tokenizer.py` shows what that comes to."""
 
     @model_validator(mode="after")
     def _blend_is_prepared(self) -> Self:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ul2r.config.section import Section
+from ul2r.config.strict_model import Section
 
 Mode = Literal["S2S", "NLU", "NLG"]
 Weight = Annotated[float, Field(gt=0)]

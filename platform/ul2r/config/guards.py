@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from ul2r.config.section import PositiveInt, Section
+from ul2r.config.strict_model import PositiveInt, Section
 
 Action = Literal["ignore", "stop", "skip", "rewind"]
 
@@ -26,7 +26,7 @@ class Guards(Section):
     gradient_spike: Action = "skip"
     """Where the gradient norm is above that of the last steps: the batch is bad."""
     deviations: float = Field(default=10, gt=3)
-    """Robust standard deviations above the median that make a spike; see `ul2r.train.guards`."""
+    """Robust standard deviations above the median that make a spike; see `ul2r.train.monitor.guards`."""
     window: int = Field(default=128, ge=8, le=2048)
     """Steps that the median is of; before as many were taken, nothing is a spike."""
     max_skips: int = Field(default=16, ge=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from ul2r.config.section import PositiveInt, Section
+from ul2r.config.strict_model import PositiveInt, Section
 
 
 class Launch(Section):

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from ul2r.config.mistakes import explain
-from ul2r.config.section import Section
+from ul2r.config.validation_errors import explain
+from ul2r.config.strict_model import Section
 from ul2r.errors import RecipeError
 
 SectionType = TypeVar("SectionType", bound=Section)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, model_validator
 
 from ul2r.config.denoisers import PRESETS, Denoiser, fit
-from ul2r.config.section import PositiveInt, Section
+from ul2r.config.strict_model import PositiveInt, Section
 
 
 def _mixture(value: Any) -> Any:  # noqa: ANN401  whatever stood in the YAML

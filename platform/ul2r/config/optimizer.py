@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from ul2r.config.section import Section
+from ul2r.config.strict_model import Section
 
 
 class Optimizer(Section):

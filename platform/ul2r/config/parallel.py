@@ -6,7 +6,7 @@ from typing import Self
 
 from pydantic import model_validator
 
-from ul2r.config.section import PositiveInt, Section
+from ul2r.config.strict_model import PositiveInt, Section
 
 
 class Parallel(Section):

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
 from ul2r.config.architecture import Architecture, described
-from ul2r.config.base import Base, HuggingFace, Megatron, RunName, Storage
+from ul2r.config.pretrained import Base, HuggingFace, Megatron, RunName, Storage
 from ul2r.config.data import Data, folder_or_url
 from ul2r.config.denoisers import PRESETS
 from ul2r.config.guards import Guards, Profile
@@ -17,7 +17,7 @@ from ul2r.config.launch import Launch
 from ul2r.config.objective import Mixture, Objective
 from ul2r.config.optimizer import Optimizer
 from ul2r.config.parallel import Parallel
-from ul2r.config.section import PositiveInt, Section
+from ul2r.config.strict_model import PositiveInt, Section
 
 Change = Literal["data", "seed", "tokenizer"]
 Precision = Literal["bf16", "fp8", "fp32"]

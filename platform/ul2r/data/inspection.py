@@ -15,11 +15,11 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from ul2r.config import Denoiser, Recipe
-from ul2r.data.batches import Batches
-from ul2r.data.prepared import Corpus
+from ul2r.data.sampling.batches import Batches
+from ul2r.data.store.dataset import Corpus
 from ul2r.data.tokenizer import load_tokenizer
 from ul2r.objective import Rows, Vocabulary
-from ul2r.objective.rows import mode_of
+from ul2r.objective.batch import mode_of
 
 PAGE = "data.html"
 """Name of the page in a run's folder and among its artifacts."""

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ul2r.config import Evaluation, Recipe
-from ul2r.data.manifest import digest
-from ul2r.data.prepared import Corpus
+from ul2r.data.store.manifest import digest
+from ul2r.data.store.dataset import Corpus
 from ul2r.errors import CheckpointError, RecipeError
 from ul2r.evaluation.infilling import Gaps, infill_loss, infill_text
 from ul2r.evaluation.losses import causal_loss, denoiser_loss, second_half_loss

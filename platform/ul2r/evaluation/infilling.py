@@ -8,7 +8,7 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from ul2r.config import Evaluation
-from ul2r.data.prepared import Corpus
+from ul2r.data.store.dataset import Corpus
 from ul2r.evaluation.prompts import Tokens, columns, scored_rows
 from ul2r.evaluation.scores import Score, mean_score, token_score
 from ul2r.evaluation.texts import spread_windows

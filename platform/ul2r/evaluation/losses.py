@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from ul2r.config import Causal, Denoiser, Prefix, Recipe
-from ul2r.data.batches import Batches
-from ul2r.data.prepared import Corpus
+from ul2r.data.sampling.batches import Batches
+from ul2r.data.store.dataset import Corpus
 from ul2r.errors import CorpusError
 from ul2r.evaluation.prompts import columns, scored_rows
 from ul2r.evaluation.scores import Score, token_score

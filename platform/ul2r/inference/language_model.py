@@ -14,13 +14,13 @@ from torch.nn import functional
 
 from ul2r.errors import RequestError
 from ul2r.inference.loading import eos_ids, read_network, read_tokenizer, text_ids
-from ul2r.inference.origin import Attention, Origin, read_origin
+from ul2r.inference.export_metadata import Attention, Origin, read_origin
 from ul2r.objective.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
-    from ul2r.objective.rows import Rows
+    from ul2r.objective.batch import Rows
 
 LOGITS_AT_ONCE = 2**26
 """Logits that `token_losses` holds at a time: 256 MiB in float32."""

@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ul2r.data.tokenizer import load_tokenizer
 from ul2r.errors import CheckpointError, CorpusError
-from ul2r.inference.origin import Origin
+from ul2r.inference.export_metadata import Origin
 from ul2r.objective.vocabulary import Vocabulary
 
 if TYPE_CHECKING:

@@ -12,17 +12,17 @@ from torch.distributed.constants import default_pg_timeout
 
 from ul2r.config import Recipe
 from ul2r.console import progress
-from ul2r.data.prepared import Corpus, open_corpus
+from ul2r.data.store.dataset import Corpus, open_corpus
 from ul2r.errors import CorpusError, LayoutError
-from ul2r.launch.run import NO_GPU, check_run, end_finished, gpu_settings, reached_by, recorded
-from ul2r.launch.stopping import sigterm_noted
+from ul2r.launch.preflight import NO_GPU, check_run, end_finished, gpu_settings, reached_by, recorded
+from ul2r.launch.stop_signal import sigterm_noted
 from ul2r.launch.worker import run_worker
 from ul2r.tracking.mlflow import MlflowTracker, check_server
 from ul2r.tracking.tracker import MemoryTracker
-from ul2r.train.checkpoint import CheckpointInfo
+from ul2r.train.checkpoint.metadata import CheckpointInfo
 from ul2r.train.loop import Wish
-from ul2r.train.progress import summary
-from ul2r.train.storage import silent
+from ul2r.train.state import summary
+from ul2r.train.checkpoint.storage import silent
 
 
 def train(recipe: Recipe) -> CheckpointInfo:

@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterator, Mapping
 import torch.distributed as dist
 
 from ul2r.config import Recipe
-from ul2r.data.batches import Batches
-from ul2r.data.prepared import open_corpus
-from ul2r.objective.rows import Rows
+from ul2r.data.sampling.batches import Batches
+from ul2r.data.store.dataset import open_corpus
+from ul2r.objective.batch import Rows
 from ul2r.tracking.tracker import Tracker
-from ul2r.train.feed import Reader
+from ul2r.train.batch_iterator import Reader
 from ul2r.train.loop import TrainLoop, Wish, go_on
 from ul2r.train.mesh import Mesh
-from ul2r.train.progress import Progress
-from ul2r.train.storage import Say, claim, to_stderr
-from ul2r.train.watchdog import Watchdog
+from ul2r.train.state import Progress
+from ul2r.train.checkpoint.storage import Say, claim, to_stderr
+from ul2r.train.monitor.watchdog import Watchdog
 
 
 def run_worker(

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ul2r.data.corpus import find_files
-from ul2r.data.joining import join_shards
-from ul2r.data.prepared import Corpus, open_corpus
-from ul2r.data.shards import group_files, write_shard
+from ul2r.data.prepare.source_files import find_files
+from ul2r.data.prepare.merge import join_shards
+from ul2r.data.store.dataset import Corpus, open_corpus
+from ul2r.data.prepare.shards import group_files, write_shard
 from ul2r.data.tokenizer import load_tokenizer, train_tokenizer, vocabulary_of
 
 SUBJECTS = [

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ul2r.model.attention import intervals
 from ul2r.model.build import sharded_model
-from ul2r.train.background import BackgroundWrite
+from ul2r.train.checkpoint.async_write import BackgroundWrite
 
 
 @torch.no_grad()

@@ -8,26 +8,26 @@ from collections.abc import Callable, Mapping
 from enum import IntEnum
 
 from ul2r.config import Causal, Recipe
-from ul2r.data.batches import Batches
-from ul2r.data.prepared import Corpus
+from ul2r.data.sampling.batches import Batches
+from ul2r.data.store.dataset import Corpus
 from ul2r.errors import DivergedError
 from ul2r.model.flops import training_flops
-from ul2r.objective.rows import Rows
+from ul2r.objective.batch import Rows
 from ul2r.tracking.tracker import Tracker
-from ul2r.train.checkpoint import CheckpointInfo
-from ul2r.train.evidence import evidence, layer_norms, write_evidence
-from ul2r.train.feed import Feed, Reader
-from ul2r.train.guards import Alarm, GuardState, Seen, StepGuards
-from ul2r.train.machine import Machines
+from ul2r.train.checkpoint.metadata import CheckpointInfo
+from ul2r.train.monitor.anomaly_report import evidence, layer_norms, write_evidence
+from ul2r.train.batch_iterator import Feed, Reader
+from ul2r.train.monitor.guards import Alarm, GuardState, Seen, StepGuards
+from ul2r.train.monitor.system import Machines
 from ul2r.train.mesh import Mesh
-from ul2r.train.pace import Pace, SourceTokens
-from ul2r.train.pretrained import load_pretrained
-from ul2r.train.profiler import profiled
-from ul2r.train.progress import Progress
-from ul2r.train.saving import Saver
-from ul2r.train.sharded import load_checkpoint
+from ul2r.train.monitor.throughput import Pace, SourceTokens
+from ul2r.train.checkpoint.pretrained import load_pretrained
+from ul2r.train.monitor.profiler import profiled
+from ul2r.train.state import Progress
+from ul2r.train.checkpoint.checkpointer import Saver
+from ul2r.train.checkpoint.sharded_state import load_checkpoint
 from ul2r.train.step import StepResult, TrainStep
-from ul2r.train.storage import CheckpointStore, Say, base_checkpoint, to_stderr
+from ul2r.train.checkpoint.storage import CheckpointStore, Say, base_checkpoint, to_stderr
 
 Beat = Callable[[int, str], None]
 """Told of each phase as it begins, with the number of the step from 1: the watchdog's."""

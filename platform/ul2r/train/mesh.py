@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from ul2r.config import Parallel
 from ul2r.errors import LayoutError, UserError
 from ul2r.model.cpu import use_cpu
-from ul2r.objective.rows import Rows
+from ul2r.objective.batch import Rows
 
 T = TypeVar("T")
 

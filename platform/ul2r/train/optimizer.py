@@ -17,7 +17,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePred
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
 from ul2r.config import Recipe
-from ul2r.train.optimizer_state import only_part
+from ul2r.train.checkpoint.optimizer_state import only_part
 
 
 def build_optimizer(recipe: Recipe, model: list[DistributedDataParallel]) -> MegatronOptimizer:

@@ -23,7 +23,7 @@ from ul2r.model.attention import intervals
 from ul2r.model.build import build_model
 from ul2r.model.experts import count_targets
 from ul2r.model.flops import seen_keys
-from ul2r.objective.rows import Rows
+from ul2r.objective.batch import Rows
 from ul2r.train.mesh import Mesh
 from ul2r.train.optimizer import Schedule, build_optimizer
 

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from ul2r.config import Recipe
-from ul2r.config.mistakes import explain
+from ul2r.config.validation_errors import explain
 
 EXPERTS = {"family": "mixtral", "experts": 4, "experts_per_token": 2}
 

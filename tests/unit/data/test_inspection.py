@@ -11,7 +11,7 @@ import pytest
 
 from ul2r.config import PRESETS, Causal, Prefix, Recipe, dump
 from ul2r.data.inspection import PICTURE, SHOWN_TOKENS, measure, outline, shown, write_page
-from ul2r.data.prepared import Corpus
+from ul2r.data.store.dataset import Corpus
 from ul2r.data.tokenizer import load_tokenizer
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.recipes import tiny_recipe

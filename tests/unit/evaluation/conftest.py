@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from ul2r.config import Architecture, Recipe
-from ul2r.data.prepared import Corpus, open_corpus
+from ul2r.data.store.dataset import Corpus, open_corpus
 from ul2r.inference import LanguageModel, read_origin
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.models import tiny_export

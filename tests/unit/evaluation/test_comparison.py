@@ -20,7 +20,7 @@ from ul2r.evaluation.comparison import (
 )
 from ul2r.evaluation.curves import Curve
 from ul2r.evaluation.evaluate import Metric
-from ul2r.evaluation.picture import draw
+from ul2r.evaluation.plot import draw
 from ul2r.evaluation.scores import Score, Scores
 from ul2r.inference import Origin
 

@@ -10,8 +10,8 @@ import torch
 from rapidfuzz.distance import Levenshtein
 
 from ul2r.config import Causal, Recipe
-from ul2r.data.batches import Batches
-from ul2r.data.prepared import Corpus
+from ul2r.data.sampling.batches import Batches
+from ul2r.data.store.dataset import Corpus
 from ul2r.errors import CheckpointError, CorpusError, RecipeError
 from ul2r.evaluation import evaluate, metrics
 from ul2r.evaluation.evaluate import store_scores, stored_scores

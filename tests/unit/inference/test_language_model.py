@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from ul2r.config import PRESETS, Objective
 from ul2r.errors import CheckpointError
 from ul2r.inference import LanguageModel, language_model
-from ul2r.objective.rows import Rows, make_rows
+from ul2r.objective.batch import Rows, make_rows
 from ul2r.objective.vocabulary import Vocabulary
 from ul2r.testing.corpus import MadeText
 from ul2r.testing.models import tiny_export

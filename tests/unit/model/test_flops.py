@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from ul2r.config import Architecture
 from ul2r.model.flops import active_parameters, parameters, seen_keys, training_flops
-from ul2r.model.huggingface.configuration import architecture_of
+from ul2r.model.huggingface.config_json import architecture_of
 
 SMALL = Architecture(layers=3, hidden_size=48, ffn_hidden_size=80, heads=6, kv_heads=2)
 

@@ -17,8 +17,8 @@ from ul2r.config import Architecture, Recipe, load
 from ul2r.config.architecture import RopeScaling
 from ul2r.data.tokenizer import add_special_tokens, load_tokenizer, train_tokenizer
 from ul2r.errors import CheckpointError, RecipeError
-from ul2r.launch.base import check_base, describe, described_by_base
-from ul2r.model.huggingface.configuration import (
+from ul2r.launch.pretrained import check_base, describe, described_by_base
+from ul2r.model.huggingface.config_json import (
     architecture_of,
     check_family,
     config_of,
@@ -352,11 +352,11 @@ def test_a_job_ends_with_one_line_and_leaves_nothing(
     broken: Path, tmp_path: Path, change: Callable[[Path], object], message: str
 ) -> None:
     change(broken)
-    assert message in of_job("jobs/import_hf.py", str(broken), folder=tmp_path)
+    assert message in of_job("jobs/check_base.py", str(broken), folder=tmp_path)
 
 
 def test_a_name_on_the_hub_without_a_network_ends_a_job_in_one_line(tmp_path: Path) -> None:
-    told = of_job("jobs/import_hf.py", "somebody/a-model", folder=tmp_path)
+    told = of_job("jobs/check_base.py", "somebody/a-model", folder=tmp_path)
     assert "could not be had from the Hugging Face Hub" in told
 
 
@@ -369,7 +369,7 @@ def test_a_name_on_the_hub_that_was_fetched_before_needs_no_network(
     (repository / "refs" / "main").write_text(commit)
     shutil.copytree(llama, repository / "snapshots" / commit)
     ran = subprocess.run(
-        [sys.executable, "jobs/import_hf.py", "somebody/a-model"],
+        [sys.executable, "jobs/check_base.py", "somebody/a-model"],
         cwd=ROOT,
         env={"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin"},
         capture_output=True,

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from ul2r.errors import CheckpointError
-from ul2r.model.huggingface import stored as stored_module
-from ul2r.model.huggingface.stored import Piece, Stored, StoredTensor
+from ul2r.model.huggingface import checkpoint_reader as stored_module
+from ul2r.model.huggingface.checkpoint_reader import Piece, Stored, StoredTensor
 from ul2r.model.huggingface.writing import StreamedTensor, write_weights
 
 

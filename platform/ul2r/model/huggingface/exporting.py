@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
 from ul2r.config import Architecture
-from ul2r.model.huggingface.configuration import config_of
+from ul2r.model.huggingface.config_json import config_of
 from ul2r.model.huggingface.families import FAMILIES
 from ul2r.model.huggingface.family import Part, parts_of, tensor_shapes
-from ul2r.model.huggingface.stored import Stored, joined
+from ul2r.model.huggingface.checkpoint_reader import Stored, joined
 from ul2r.model.huggingface.writing import StreamedTensor, write_weights
 from ul2r.model.tensors import single_tensors
 from ul2r.objective.vocabulary import Vocabulary

@@ -10,7 +10,7 @@ from torch import Tensor
 from ul2r.config import Architecture
 from ul2r.model.build import shards
 from ul2r.model.huggingface.family import Part, is_embedding, parts_of
-from ul2r.model.huggingface.source import Source
+from ul2r.model.huggingface.safetensors_reader import Source
 
 ROWS_AT_ONCE = 4096
 """Of an embedding, when its mean is taken."""

@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ul2r.model.huggingface.source import INDEX, SINGLE
+from ul2r.model.huggingface.safetensors_reader import INDEX, SINGLE
 
 DTYPES = {
     torch.float64: "F64",

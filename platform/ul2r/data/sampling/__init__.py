@@ -1,0 +1,1 @@
+"""From a sample index to a batch."""

@@ -1,0 +1,1 @@
+"""What lies on disk: token stores, their manifests, and data sets made of them."""

@@ -1,0 +1,70 @@
+"""A streamed store made by the cluster while a run trains on it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from ul2r.config import Recipe
+from ul2r.data.prepare.prepare import stream, total_size
+from ul2r.data.store.dataset import Corpus, open_corpus
+from ul2r.errors import CorpusError, UserError
+
+POLL_S = 0.5
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def growing(recipe: Recipe, cpus: float) -> Iterator[Corpus]:
+    """Have the recipe's streamed store made while the block runs, which begins when there is a first chapter.
+
+    What is not made when the block ends is left to the next run, or to `prepare`.
+
+    Args:
+        recipe: The run.
+        cpus: CPUs of the cluster that the run itself needs; the others make the store, one at least.
+
+    Yields:
+        The store as far as it is made.
+
+    Raises:
+        CorpusError: If the text cannot be read, before the block; within it, those who wait for the text are told.
+    """
+    spare = max(1.0, ray.cluster_resources()["CPU"] - cpus)
+    made = ray.remote(num_cpus=0)(_grow).remote(recipe, spare)
+    try:
+        if not recipe.store_folder.exists():
+            megabytes = total_size(recipe) / 1e6
+            sys.stderr.write(
+                f"{recipe.name}: tokenising the first of {megabytes:,.0f} MB of text, the rest while it trains\n"
+            )
+        while not recipe.store_folder.exists():
+            mistake = _mistake(made, POLL_S)
+            if mistake and not recipe.store_folder.exists():
+                raise CorpusError(mistake)
+        yield open_corpus(recipe.store_folder)
+        if mistake := _mistake(made, 0):
+            logger.warning("the store is not complete, this run did not need the rest: %s", mistake)
+    finally:
+        ray.cancel(made, force=True)
+
+
+def _mistake(made: ray.ObjectRef[str], wait_s: float) -> str:
+    """What ended the making, if something did."""
+    ended, _ = ray.wait([made], timeout=wait_s)
+    return str(ray.get(made)) if ended else ""
+
+
+def _grow(recipe: Recipe, cpus: float) -> str:
+    """Make the store, in a task; a user's mistake is an answer, since an exception would come back wrapped in Ray's."""
+    try:
+        for _ in stream(recipe, cpus):
+            pass
+    except UserError as error:
+        return str(error)
+    return ""

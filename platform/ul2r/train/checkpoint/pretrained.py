@@ -1,0 +1,53 @@
+"""Weights of a base that this platform did not write, into this rank's part of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
+
+import torch
+from megatron.core.models.gpt import GPTModel
+
+from ul2r.config import HuggingFace, Megatron, Recipe
+from ul2r.model.build import shards
+from ul2r.model.huggingface.family import is_embedding
+from ul2r.model.huggingface.importing import load_weights
+from ul2r.model.huggingface.safetensors_reader import Source, local_folder
+from ul2r.model.huggingface.checkpoint_reader import Stored, foreign_identity, latest_iteration
+from ul2r.train.checkpoint.sharded_state import load_checkpoint
+from ul2r.train.step import TrainStep
+
+
+def load_pretrained(recipe: Recipe, base: HuggingFace | Megatron, train_step: TrainStep) -> str:
+    """Load a base's weights, whatever this rank has of them; the optimizer starts afresh.
+
+    Returns:
+        The base's identity.
+
+    Raises:
+        CheckpointError: If the base is not what the recipe says.
+    """
+    if isinstance(base, Megatron):
+        folder = latest_iteration(base.megatron)
+        load_checkpoint(folder, train_step, optimizer=False)
+        _fill_new_rows(train_step.chunks, folder)
+        train_step.optimizer.reload_model_params()
+        return foreign_identity(folder)
+    with Source(local_folder(base.hf), recipe.model) as source:
+        for chunk in train_step.chunks:
+            load_weights(chunk, source, recipe.model)
+        train_step.optimizer.reload_model_params()
+        return source.identity
+
+
+@torch.no_grad()
+def _fill_new_rows(chunks: Iterable[GPTModel], folder: Path) -> None:
+    """Rows of the embedding that the checkpoint has none for become the mean of those that it has."""
+    stored = Stored(folder)
+    for shard in chain.from_iterable(map(shards, chunks)):
+        if not is_embedding(shard.key):
+            continue
+        old = max(stored.rows(shard.key) - shard.global_offset[0], 0)
+        if old < len(shard.data):
+            shard.data[old:] = stored.read(shard.key).float().mean(0)

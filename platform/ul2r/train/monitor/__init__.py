@@ -1,0 +1,1 @@
+"""Watches a run: anomalies, hangs, throughput, system load, profiles."""

@@ -1,0 +1,109 @@
+"""From a run's last checkpoint to a folder that others load, and to the registry."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ul2r.config import Recipe
+from ul2r.data.store.dataset import Corpus, open_corpus
+from ul2r.errors import CheckpointError
+from ul2r.workflows.model_card import write_card
+from ul2r.model.huggingface.exporting import Card, exported_tensors, write_folder
+from ul2r.model.huggingface.checkpoint_reader import Stored, foreign_identity, latest_iteration
+from ul2r.model.sizing import GIB
+from ul2r.tracking.mlflow import check_server, find_run, register
+from ul2r.train.checkpoint.metadata import INFO, CheckpointInfo
+from ul2r.train.checkpoint.checksums import find_damage
+from ul2r.train.checkpoint.storage import CheckpointStore, last_sound
+
+
+def export(recipe: Recipe) -> Path:
+    """Write a checkpoint as a Hugging Face folder, and register it if the recipe says so.
+
+    It is the run's last sound one, and the folder "export", unless `export.checkpoint` names another, whose folder is
+    named after it. An export of the same checkpoint that is there already is kept.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: If there is no such checkpoint, or it is damaged or one of another model.
+        ServiceError: If it is to be registered and the tracking server fails.
+    """
+    corpus = open_corpus(recipe.store_folder)
+    rows = recipe.model.rows(corpus.vocabulary.size)
+    checkpoint, folder = _named(recipe)
+    uri = check_server(recipe.tracking.uri) if recipe.export.registered_model else None
+    stored = Stored(checkpoint)
+    stored.check(recipe.model, rows)
+    card = _card(recipe, corpus, checkpoint)
+    if not _is_current(folder, card):
+        write_folder(
+            folder,
+            exported_tensors(stored, recipe.model, rows),
+            architecture=recipe.model,
+            positions=recipe.objective.sequence_length,
+            vocabulary=corpus.vocabulary,
+            tokenizer=corpus.tokenizer_file,
+            card=card,
+            shard_bytes=int(recipe.export.shard_gib * GIB),
+        )
+    write_card(folder, recipe, corpus, card)
+    if uri is not None:
+        _register(recipe, uri, folder)
+    return folder
+
+
+def _named(recipe: Recipe) -> tuple[Path, Path]:
+    """The checkpoint to export, and where to."""
+    exports, chosen = recipe.run_folder() / "export", recipe.export.checkpoint
+    if chosen is None:
+        last = last_sound(CheckpointStore.of(recipe))
+        if last is None:
+            raise CheckpointError(
+                f"run {recipe.name!r} has no checkpoint in {recipe.run_folder()}: train it first with jobs/train.py"
+            )
+        return last, exports
+    if not (chosen / INFO).is_file():
+        chosen = latest_iteration(chosen, "export.checkpoint")
+    elif damage := find_damage(chosen):
+        raise CheckpointError(f"export.checkpoint={chosen}: {damage}: name another one")
+    return chosen, exports.with_name(f"{exports.name}-{chosen.name}")
+
+
+def _card(recipe: Recipe, corpus: Corpus, checkpoint: Path) -> Card:
+    """What is known of a checkpoint; one of Megatron-LM's knows nothing of denoising."""
+    if not (checkpoint / INFO).is_file():
+        identity = foreign_identity(checkpoint)
+        return Card(recipe.name, None, "causal", False, 0, 0, 0.0, identity)
+    info = CheckpointInfo.read(checkpoint)
+    info.check_same_model(recipe, corpus)
+    return Card(
+        run=recipe.name,
+        role=recipe.role,
+        attention="causal" if recipe.objective.is_causal else "prefix",
+        denoising=recipe.objective.is_denoising,
+        step=info.step,
+        tokens=info.tokens,
+        flops=info.flops,
+        checkpoint=info.identity,
+    )
+
+
+def _is_current(folder: Path, card: Card) -> bool:
+    file = folder / "ul2r.json"
+    if not file.is_file():
+        return False
+    said = json.loads(file.read_text(encoding="utf-8"))
+    return all(said.get(name) == value for name, value in vars(card).items())
+
+
+def _register(recipe: Recipe, uri: str, folder: Path) -> None:
+    run_id = find_run(uri, recipe.run_folder())
+    if run_id is None:
+        raise CheckpointError(
+            f"run {recipe.name!r} is not known to MLflow at {uri}: set tracking.uri to the server it was trained with"
+        )
+    assert recipe.export.registered_model is not None
+    register(uri, recipe.export.registered_model, folder, run_id, recipe.export.alias)

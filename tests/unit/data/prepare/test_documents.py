@@ -1,0 +1,222 @@
+"""Reading documents: every kind of file gives the same text, and a mistake is named by its line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import deque
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ul2r.data.prepare.source_files import SourceFile, find_files
+from ul2r.data.prepare.documents import PIECE_SIZE, pieces, read_documents
+from ul2r.errors import CorpusError
+
+TEXTS = ["One\r\ntwo\n\n", "ünïcode 🙂 [S2S]", "long line " * 20_000, "many\n" * 50_000]
+
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".zst": lambda data: zstandard.ZstdCompressor().compress(data),
+}
+
+
+def _texts(path: Path) -> list[str]:
+    """The documents of a file, each in one."""
+    (file,) = find_files([str(path)])
+    return _texts_of(file)
+
+
+def _texts_of(file: SourceFile) -> list[str]:
+    texts, begun = [], ""
+    for text, ends_document in read_documents(file):
+        begun += text
+        if ends_document:
+            texts.append(begun)
+            begun = ""
+    assert not begun
+    return texts
+
+
+def _write(path: Path, data: bytes) -> Path:
+    path.write_bytes(COMPRESS[path.suffix if path.suffix in COMPRESS else ""](data))
+    return path
+
+
+def _json_lines(*records: object) -> bytes:
+    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
+
+
+def _parquet(folder: Path, **columns: Sequence[object]) -> bytes:
+    pyarrow.parquet.write_table(
+        pyarrow.table({name: list(column) for name, column in columns.items()}),
+        folder / "table",
+        row_group_size=3,
+    )
+    return (folder / "table").read_bytes()
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+@pytest.mark.parametrize("suffix", [".txt", ".md", ".py"])
+def test_a_text_file_is_one_document(tmp_path: Path, suffix: str, compression: str) -> None:
+    for number, text in enumerate(TEXTS):
+        path = _write(tmp_path / f"{number}{suffix}{compression}", text.encode())
+        assert _texts(path) == [text]
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+def test_a_json_line_is_a_document(tmp_path: Path, compression: str) -> None:
+    data = _json_lines(*({"id": n, "text": text} for n, text in enumerate(TEXTS))) + b"\n \n"
+    assert _texts(_write(tmp_path / f"a.jsonl{compression}", data)) == TEXTS
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+def test_a_parquet_row_is_a_document(tmp_path: Path, compression: str) -> None:
+    data = _parquet(tmp_path, id=list(range(400)), text=TEXTS * 100)
+    assert _texts(_write(tmp_path / f"a.parquet{compression}", data)) == TEXTS * 100
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_compressed_files_put_together_are_read_to_their_end(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.txt{suffix}"
+    path.write_bytes(COMPRESS[suffix](b"first ") + COMPRESS[suffix](b"second"))
+    assert _texts(path) == ["first second"]
+
+
+def test_documents_without_text_are_left_out(tmp_path: Path) -> None:
+    assert _texts(_write(tmp_path / "a.txt", b"")) == []
+    assert _texts(_write(tmp_path / "a.jsonl", _json_lines({"text": ""}, {"text": "b"}))) == ["b"]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    assert _texts(_write(tmp_path / "a.txt", b"\xef\xbb\xbfa")) == ["a"]
+    assert _texts(_write(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "a"}')) == ["a"]
+
+
+@given(
+    texts=st.lists(
+        st.sampled_from(["\n", "word ", "x" * 30_000, "y" * 200_000, "line\n" * 9_000]), max_size=9
+    )
+)
+def test_pieces_are_bounded_and_depend_on_the_text_alone(texts: list[str]) -> None:
+    cut = list(pieces(texts))
+    assert "".join(piece.text for piece in cut) == "".join(texts)
+    assert all(0 < len(piece.text) <= PIECE_SIZE for piece in cut)
+    assert [piece.ends_document for piece in cut] == [False] * (len(cut) - 1) + [True] * bool(cut)
+    assert cut == list(pieces(["".join(texts)]))
+
+
+def test_pieces_end_with_lines_where_lines_are_short_enough() -> None:
+    assert all(piece.text.endswith("\n") for piece in pieces(["a line of text\n" * 50_000]))
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+@pytest.mark.parametrize("lines", [0, 4, 100_000])
+def test_the_line_that_is_no_text_is_named(tmp_path: Path, compression: str, lines: int) -> None:
+    data = "zwölf\n".encode() * lines + b"caf\xe9\nmore\n"
+    path = _write(tmp_path / f"a.txt{compression}", data)
+    with pytest.raises(
+        CorpusError, match=rf"a\.txt{compression}: line {lines + 1}: not UTF-8.*0xe9"
+    ):
+        _texts(path)
+
+
+def test_a_character_cut_off_at_the_end_is_no_text(tmp_path: Path) -> None:
+    path = _write(tmp_path / "a.txt", b"one\ntwo \xc3")
+    with pytest.raises(CorpusError, match=r"line 2: not UTF-8 text: byte 0xc3"):
+        _texts(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": "a"', "not JSON: Expecting ',' delimiter"),
+        (b"plain words", "not JSON: Expecting value"),
+        (b'{"txt": "a"}', 'no text under "text"'),
+        (b'{"text": null}', 'no text under "text"'),
+        (b'["text"]', 'no text under "text"'),
+        (b'{"text": "caf\xe9"}', "not UTF-8 text: byte 0xe9"),
+        (rb'{"text": "half \ud83d pair"}', "surrogates not allowed at character 6"),
+    ],
+)
+@pytest.mark.parametrize("compression", COMPRESS)
+def test_a_broken_json_line_is_named(
+    tmp_path: Path, line: bytes, reason: str, compression: str
+) -> None:
+    path = _write(tmp_path / f"a.jsonl{compression}", b'{"text": "fine"}\n\n' + line + b"\n")
+    with pytest.raises(CorpusError) as caught:
+        _texts(path)
+    assert f"a.jsonl{compression}: line 3: {reason}" in str(caught.value)
+
+
+def test_a_parquet_row_without_text_is_named(tmp_path: Path) -> None:
+    path = _write(tmp_path / "a.parquet", _parquet(tmp_path, text=[*"abcde", None]))
+    with pytest.raises(CorpusError, match=r'a\.parquet: row 6: no text under "text"'):
+        _texts(path)
+
+
+def test_a_parquet_file_without_a_text_column_is_refused(tmp_path: Path) -> None:
+    path = _write(tmp_path / "a.parquet", _parquet(tmp_path, body=["a"], id=[1]))
+    with pytest.raises(CorpusError, match=r'a\.parquet: no column "text"; it has body, id'):
+        _texts(path)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.txt.gz", "a.txt.zst"])
+def test_a_file_that_is_not_what_it_is_called_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"neither of these formats" * 9)
+    with pytest.raises(CorpusError, match=name):
+        _texts(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_compressed_file_that_was_cut_is_refused(tmp_path: Path, suffix: str) -> None:
+    whole = COMPRESS[suffix](b"words and more words\n" * 1000)
+    (tmp_path / f"a.txt{suffix}").write_bytes(whole[:-5])
+    with pytest.raises(CorpusError, match=r"cannot be read: Truncated"):
+        _texts(tmp_path / f"a.txt{suffix}")
+
+
+def test_a_file_that_vanished_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match=r"a\.txt: cannot be read: No such file"):
+        _texts_of(SourceFile(tmp_path / "a.txt", "a.txt", 1, 0))
+
+
+lines = st.lists(st.text("aé \U0001f642", max_size=12), min_size=1, max_size=12)
+
+
+@given(lines, st.integers(1, 40), st.booleans())
+def test_parts_of_a_file_of_lines_have_each_of_them_once(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], size: int, ends: bool
+) -> None:
+    path = tmp_path_factory.mktemp("lines") / "a.jsonl"
+    data = _json_lines(*({"text": text} for text in texts))
+    path.write_bytes(data if ends else data[:-1])
+    (file,) = find_files([str(path)])
+    parts = file.parts(size)
+    assert [part.size for part in parts] == [
+        end.begin - part.begin for part, end in pairwise(parts)
+    ] + [file.size - parts[-1].begin]
+    assert [text for part in parts for text in _texts_of(part)] == [text for text in texts if text]
+
+
+@pytest.mark.parametrize("size", [10, 25, 60, 1000])
+def test_line_of_a_part_is_named_by_its_number_in_the_file(tmp_path: Path, size: int) -> None:
+    good = _json_lines(*({"text": f"line {number}"} for number in range(9)))
+    (tmp_path / "a.jsonl").write_bytes(good + b"{\n" + good)
+    (file,) = find_files([str(tmp_path / "a.jsonl")])
+    with pytest.raises(CorpusError, match=r"a\.jsonl: line 10: not JSON"):
+        deque(map(_texts_of, file.parts(size)))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl.gz", "a.parquet"])
+def test_what_is_not_read_line_by_line_stays_whole(name: str) -> None:
+    file = SourceFile(Path(name), name, 1000, 0)
+    assert file.parts(10) == [file]

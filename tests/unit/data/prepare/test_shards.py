@@ -1,0 +1,249 @@
+"""Shards and their joining: nothing lost, nothing twice, and the same store however it was cut."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from tokenizers import Tokenizer
+
+from ul2r.data.sampling.blend import Documents
+from ul2r.data.prepare.source_files import SourceFile, find_files
+from ul2r.data.prepare.merge import join_shards
+from ul2r.data.store.manifest import Manifest
+from ul2r.data.store.dataset import Corpus, open_corpus
+from ul2r.data.prepare.shards import (
+    LARGEST_SHARD,
+    SMALLEST_SHARD,
+    Group,
+    group_files,
+    shard_is_done,
+    write_shard,
+)
+from ul2r.data.tokenizer import train_tokenizer, vocabulary_of
+from ul2r.errors import CorpusError
+from ul2r.testing.corpus import write_texts
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(["The river sees the sea. Every child follows snow!\n"], 330, 8)
+
+
+def _store(
+    folder: Path, groups: list[Group], tokenizer: Tokenizer, held_out: float = 0.25
+) -> Corpus:
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    vocabulary = vocabulary_of(tokenizer)
+    for group in reversed(groups):
+        write_shard(group, folder, tokenizer, vocabulary)
+    join_shards(folder, len(groups), held_out, vocabulary, {"made": "here"})
+    return open_corpus(folder)
+
+
+def _texts(store: Documents, tokenizer: Tokenizer) -> list[str]:
+    documents = [store.document(n).tolist() for n in range(store.documents)]
+    return [tokenizer.decode(ids, skip_special_tokens=False) for ids in documents]
+
+
+def _file(size: int) -> SourceFile:
+    return SourceFile(Path("a.jsonl"), "a.jsonl", size, 0)
+
+
+def test_every_document_is_on_one_side_whole_and_closed(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    texts = write_texts(tmp_path / "texts", documents=40, sentences=3)
+    corpus = _store(
+        tmp_path / "store", group_files(find_files([str(tmp_path / "texts")])), tokenizer
+    )
+    train, held_out = _texts(corpus.train[0].store, tokenizer), _texts(corpus.held_out, tokenizer)
+    assert len(held_out) == 10
+    assert sorted(train + held_out) == sorted(f"{text}<eos>" for text in texts)
+    kept = [f"{text}<eos>" for text in texts if f"{text}<eos>" in set(train)]
+    assert train == kept, "training documents keep the order of the files"
+
+
+def test_counts_are_those_of_the_store(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    texts = write_texts(tmp_path / "texts", documents=12, sentences=3)
+    corpus = _store(
+        tmp_path / "store", group_files(find_files([str(tmp_path / "texts")])), tokenizer
+    )
+    train, held_out = corpus.manifest.train, corpus.manifest.held_out
+    assert (train.documents, held_out.documents) == (9, 3)
+    assert (train.tokens, held_out.tokens) == (len(corpus.train[0].store), len(corpus.held_out))
+    assert train.text_bytes + held_out.text_bytes == sum(len(text.encode()) for text in texts)
+
+
+def test_a_store_does_not_depend_on_how_the_files_were_grouped(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    write_texts(tmp_path / "texts", documents=10, sentences=3)
+    files = find_files([str(tmp_path / "texts")])
+    cuts = [[0, 10], [0, 1, 4, 10], list(range(11))]
+    manifests = [
+        _store(
+            tmp_path / f"store{len(cut)}",
+            [
+                Group(number, tuple(files[start:end]))
+                for number, (start, end) in enumerate(pairwise(cut))
+            ],
+            tokenizer,
+        ).manifest
+        for cut in cuts
+    ]
+    assert manifests[0] == manifests[1] == manifests[2]
+
+
+def test_the_split_of_other_documents_does_not_move_a_document(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    sides = []
+    for documents in (400, 440):
+        folder = tmp_path / str(documents)
+        write_texts(folder / "texts", documents, sentences=1)
+        corpus = _store(
+            folder / "store", group_files(find_files([str(folder / "texts")])), tokenizer
+        )
+        sides.append(set(_texts(corpus.held_out, tokenizer)))
+    assert len(sides[0] - sides[1]) <= 10, "only documents near the limit change sides"
+
+
+def test_equal_documents_are_on_one_side(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    texts = tmp_path / "texts"
+    write_texts(texts, documents=8, sentences=3)
+    for path in list(texts.iterdir()):
+        (texts / f"copy_{path.name}").write_bytes(path.read_bytes())
+    corpus = _store(tmp_path / "store", group_files(find_files([str(texts)])), tokenizer, 0.3)
+    train, held_out = _texts(corpus.train[0].store, tokenizer), _texts(corpus.held_out, tokenizer)
+    assert not set(train) & set(held_out)
+    assert len(train) + len(held_out) == 16
+
+
+@pytest.mark.parametrize("share", [0.001, 0.499])
+def test_two_documents_are_one_for_each_side(
+    tmp_path: Path, tokenizer: Tokenizer, share: float
+) -> None:
+    write_texts(tmp_path / "texts", documents=2)
+    corpus = _store(
+        tmp_path / "store", group_files(find_files([str(tmp_path / "texts")])), tokenizer, share
+    )
+    assert (corpus.train[0].store.documents, corpus.held_out.documents) == (1, 1)
+
+
+def test_a_corpus_of_one_long_text_is_cut_at_line_ends(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    text = "".join(f"line {number} of a long book\n" for number in range(12_000))
+    (tmp_path / "book.txt").write_text(text)
+    groups = group_files(find_files([str(tmp_path / "book.txt")]))
+    corpus = _store(tmp_path / "store", groups, tokenizer)
+    parts = _texts(corpus.train[0].store, tokenizer) + _texts(corpus.held_out, tokenizer)
+    assert corpus.held_out.documents == 1
+    assert len(parts) > 3
+    assert all(part.endswith("\n<eos>") for part in parts)
+    assert sorted("".join(parts).replace("<eos>", "").splitlines()) == sorted(text.splitlines())
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_corpus_of_one_document_is_refused(
+    tmp_path: Path, tokenizer: Tokenizer, count: int
+) -> None:
+    for number in range(count):
+        (tmp_path / f"{number}.txt").write_text("the same words")
+    with pytest.raises(CorpusError, match=rf"one document \(in {count} copies\)"):
+        _store(tmp_path / "store", group_files(find_files([str(tmp_path)])), tokenizer)
+
+
+def test_a_corpus_without_text_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.txt").touch()
+    with pytest.raises(CorpusError, match="the corpus holds no text"):
+        _store(tmp_path / "store", group_files(find_files([str(tmp_path)])), tokenizer)
+
+
+def test_a_shard_is_done_when_all_of_it_is_written(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "a.txt").write_text("words")
+    (tmp_path / "b.txt").write_bytes(b"\xff")
+    good, bad = find_files([str(tmp_path)])
+    folder = tmp_path / "store"
+    folder.mkdir()
+    with pytest.raises(CorpusError, match=r"b\.txt: line 1"):
+        write_shard(Group(0, (good, bad)), folder, tokenizer, vocabulary_of(tokenizer))
+    assert not shard_is_done(Group(0, (good, bad)), folder)
+    assert list(folder.iterdir()) == []
+    write_shard(Group(0, (good,)), folder, tokenizer, vocabulary_of(tokenizer))
+    assert shard_is_done(Group(0, (good,)), folder)
+
+
+def test_only_the_store_is_left(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_texts(tmp_path / "texts", documents=4)
+    _store(tmp_path / "store", group_files(find_files([str(tmp_path / "texts")])), tokenizer)
+    assert {path.name for path in (tmp_path / "store").iterdir()} == {
+        *Manifest.read(tmp_path / "store").files,
+        "manifest.json",
+    }
+
+
+def _megatron_corpus(prefix: Path, documents: list[list[int]]) -> None:
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+    for document in documents:
+        builder.add_item(torch.tensor(document, dtype=torch.int32))
+        builder.end_document()
+    builder.finalize(f"{prefix}.idx")
+
+
+def test_an_existing_token_store_is_split_as_it_is(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    eos = vocabulary_of(tokenizer).eos
+    documents = [[100, 101 + number, eos] for number in range(20)] + [[200, 201]]
+    _megatron_corpus(tmp_path / "theirs", documents)
+    files = find_files([str(tmp_path / "theirs.idx")])
+    corpus = _store(tmp_path / "store", group_files(files), tokenizer)
+    stores = (corpus.train[0].store, corpus.held_out)
+    got = [store.document(n).tolist() for store in stores for n in range(store.documents)]
+    assert sorted(got) == sorted([*documents[:20], [200, 201, eos]])
+    assert corpus.held_out.documents == 5
+    assert corpus.manifest.train.text_bytes == 0
+
+
+@pytest.mark.parametrize("token", [-1, 5, 330])
+def test_tokens_of_another_tokenizer_are_refused(
+    tmp_path: Path, tokenizer: Tokenizer, token: int
+) -> None:
+    _megatron_corpus(tmp_path / "theirs", [[100, 101], [100, token]])
+    files = find_files([str(tmp_path / "theirs.bin")])
+    with pytest.raises(CorpusError, match=r"theirs\.bin: document 1 .* set data\.tokenizer"):
+        _store(tmp_path / "store", group_files(files), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([10] * 100, 1),
+        ([SMALLEST_SHARD // 2] * 20, 10),
+        ([2**24] * 256, 64),
+        ([LARGEST_SHARD // 4] * 1024, 256),
+        ([LARGEST_SHARD * 9, 1, 1], 65),
+    ],
+)
+def test_groups_are_few_and_of_like_size(sizes: list[int], expected: int) -> None:
+    files = [_file(size) for size in sizes]
+    groups = group_files(files)
+    assert [group.number for group in groups] == list(range(expected))
+    parts = [part for group in groups for part in group.files]
+    assert [part for part in parts if not part.begin] == [
+        replace(file, size=part.size)
+        for file, part in zip(files, (part for part in parts if not part.begin), strict=True)
+    ]
+    assert sum(part.size for part in parts) == sum(sizes)
+
+
+def test_file_that_cannot_be_cut_is_a_group_of_any_size() -> None:
+    files = [SourceFile(Path("a.gz"), "a.gz", size, 0) for size in (LARGEST_SHARD * 9, 1, 1)]
+    assert [group.size for group in group_files(files)] == [LARGEST_SHARD * 9, 2]

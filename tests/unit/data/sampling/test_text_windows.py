@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ul2r.data.sampling.shuffle import ROUNDS, permute
+from ul2r.data.sampling.text_windows import DocumentWindows, Windows
+from ul2r.errors import CorpusError
+
+seeds = st.integers(0, 2**63 - 1)
+keys = st.lists(st.integers(0, 2**64 - 1), min_size=ROUNDS, max_size=ROUNDS)
+
+
+class Numbers:
+    """A store whose tokens are their own places, modulo 2**31."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def tokens(self, start: int, length: int) -> npt.NDArray[np.int32]:
+        places = [(start + place) % self.size % 2**31 for place in range(length)]
+        return np.array(places, np.int32)
+
+
+def permuted(place: int, size: int, round_keys: list[int]) -> int:
+    return int(permute(np.uint64(place), np.uint64(size), np.array(round_keys, np.uint64)))
+
+
+def read(windows: Windows, sample: int, length: int) -> list[int]:
+    out = np.full((1, length + 1), -1, np.int32)
+    windows.read(np.array([sample]), np.array([length]), out)
+    found: list[int] = out[0].tolist()
+    assert found.pop() == -1, "nothing is written beyond the length asked for"
+    return found
+
+
+@given(st.integers(1, 700), keys)
+def test_permutation_puts_every_place_somewhere_else(size: int, round_keys: list[int]) -> None:
+    assert sorted(permuted(place, size, round_keys) for place in range(size)) == list(range(size))
+
+
+@given(st.integers(1, 2**40), keys, st.data())
+def test_permutation_stays_inside_a_set_of_any_size(
+    size: int, round_keys: list[int], data: st.DataObject
+) -> None:
+    assert 0 <= permuted(data.draw(st.integers(0, size - 1)), size, round_keys) < size
+
+
+@given(st.integers(20, 3000), st.integers(1, 20), seeds, st.integers(0, 5))
+def test_epoch_reads_each_window_once_and_none_overlap(
+    size: int, length: int, seed: int, epoch: int
+) -> None:
+    windows = Windows(Numbers(size), length, seed)
+    count = size // length
+    assert len(windows) == count
+    samples = range(epoch * count, (epoch + 1) * count)
+    found = [token for sample in samples for token in read(windows, sample, length)]
+    assert len(found) == len(set(found)) == count * length
+
+
+@given(st.integers(20, 3000), st.integers(2, 20), seeds, st.integers(0, 10_000), st.data())
+def test_window_is_a_run_of_the_store_from_its_start(
+    size: int, length: int, seed: int, sample: int, data: st.DataObject
+) -> None:
+    windows = Windows(Numbers(size), length, seed)
+    asked = data.draw(st.integers(1, length))
+    (start,) = windows.starts(np.array([sample])).tolist()
+    expected = [(start + place) % size for place in range(asked)]
+    assert read(windows, sample, asked) == expected
+
+
+def test_tokens_left_over_are_others_in_other_epochs() -> None:
+    windows = Windows(Numbers(109), 10, seed=1)
+    left = set()
+    for epoch in range(12):
+        samples = range(epoch * 10, epoch * 10 + 10)
+        found = {token for sample in samples for token in read(windows, sample, 10)}
+        assert len(found) == 100
+        left.add(frozenset(range(109)) - found)
+    assert len(left) > 6
+
+
+def test_order_is_another_one_for_each_seed_and_epoch() -> None:
+    def order(seed: int, epoch: int) -> tuple[int, ...]:
+        windows = Windows(Numbers(640), 10, seed)
+        starts = windows.starts(np.arange(epoch * 64, epoch * 64 + 64))
+        return tuple(np.argsort(np.argsort((starts - starts[0]) % 640)))
+
+    orders = {order(seed, epoch) for seed in range(5) for epoch in range(5)}
+    assert len(orders) == 25
+    assert tuple(range(64)) not in orders
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 12])
+def test_each_place_is_equally_likely_for_a_window(size: int) -> None:
+    """Over 3,000 seeds; 99.9 % quantiles of chi-squared with size - 1 degrees of freedom."""
+    quantile = {2: 10.83, 3: 13.82, 5: 18.47, 12: 31.26}[size]
+    counts: Counter[int] = Counter()
+    for seed in range(3000):
+        draw = np.random.Generator(np.random.PCG64(seed))
+        counts[permuted(1, size, draw.integers(2**63, size=ROUNDS).tolist())] += 1
+    expected = 3000 / size
+    assert sum((counts[p] - expected) ** 2 / expected for p in range(size)) < quantile
+
+
+def test_shift_is_spread_over_the_store() -> None:
+    starts = [
+        int(Windows(Numbers(1000), 1000, seed).starts(np.zeros(1, np.int64))[0])
+        for seed in range(400)
+    ]
+    assert max(Counter(start // 100 for start in starts).values()) < 75, "40 expected in each tenth"
+    assert len({start // 100 for start in starts}) == 10
+
+
+def test_any_sample_of_an_enormous_store_is_read_without_a_table() -> None:
+    windows = Windows(Numbers(2**50), 2049, seed=1)
+    assert len(set(read(windows, 10**15, 2049))) == 2049
+
+
+def test_store_shorter_than_a_window_is_refused_with_both_numbers() -> None:
+    with pytest.raises(CorpusError) as caught:
+        Windows(Numbers(500), 1025, seed=1, split="held-out")
+    assert str(caught.value) == (
+        "the held-out split holds 500 tokens, one window needs 1025: give more text, "
+        "shorten objective.sequence_length or raise objective.slots_per_row"
+    )
+
+
+class Documents(Numbers):
+    """Numbers in documents of the given sizes."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        super().__init__(sum(sizes))
+        self.sizes = sizes
+
+    @property
+    def document_bounds(self) -> npt.NDArray[np.int64]:
+        return np.cumsum([0, *self.sizes])
+
+
+document_sizes = st.lists(st.integers(0, 90), min_size=1, max_size=30).filter(
+    lambda sizes: max(sizes) >= 4
+)
+
+
+def read_documents(windows: DocumentWindows, samples: range) -> list[list[int]]:
+    lengths = np.full(len(samples), windows.length)
+    out = np.full((len(samples), windows.length), -1, np.int32)
+    windows.read(np.array(samples), lengths, out)
+    return [line[:length].tolist() for line, length in zip(out, lengths, strict=True)]
+
+
+@given(document_sizes, st.integers(8, 40), seeds, st.integers(0, 3))
+def test_epoch_reads_every_token_of_the_documents_once(
+    sizes: list[int], length: int, seed: int, epoch: int
+) -> None:
+    windows = DocumentWindows(Documents(sizes), length, seed)
+    count = len(windows)
+    read = read_documents(windows, range(epoch * count, (epoch + 1) * count))
+    begins = np.cumsum([0, *sizes]).tolist()
+    expected = {
+        token
+        for begin, size in zip(begins, sizes, strict=False)
+        if size >= 4
+        for token in range(begin, begin + size)
+    }
+    assert sorted(token for window in read for token in window) == sorted(expected)
+
+
+@given(document_sizes, st.integers(8, 40), seeds)
+def test_windows_keep_within_a_document_and_are_as_equal_as_can_be(
+    sizes: list[int], length: int, seed: int
+) -> None:
+    windows = DocumentWindows(Documents(sizes), length, seed)
+    begins = np.cumsum([0, *sizes])
+    found: dict[int, list[int]] = {}
+    for window in read_documents(windows, range(len(windows))):
+        assert window == list(range(window[0], window[0] + len(window)))
+        (document,) = set((np.searchsorted(begins, window, side="right") - 1).tolist())
+        found.setdefault(document, []).append(len(window))
+    for document, lengths in found.items():
+        assert len(lengths) == -(-sizes[document] // length)
+        assert max(lengths) - min(lengths) <= 1
+        assert max(lengths) <= length
+
+
+def test_order_of_document_windows_is_another_one_in_each_epoch() -> None:
+    windows = DocumentWindows(Documents([50] * 40), 10, seed=1)
+    orders = {
+        tuple(window[0] for window in read_documents(windows, range(k * 200, k * 200 + 200)))
+        for k in range(5)
+    }
+    assert len(orders) == 5
+
+
+def test_length_asked_for_is_not_exceeded_and_no_sample_is_no_text() -> None:
+    windows = DocumentWindows(Documents([30, 6]), 10, seed=1)
+    lengths = np.array([4, 0, 4])
+    out = np.full((3, 10), -1, np.int32)
+    windows.read(np.array([0, -1, 1]), lengths, out)
+    assert lengths.tolist() == [4, 0, 4]
+    assert ((out >= 0).sum(axis=1) == lengths).all()
+
+
+def test_documents_that_are_all_too_short_are_refused() -> None:
+    with pytest.raises(CorpusError, match="the train split has no document of 4 tokens or more"):
+        DocumentWindows(Documents([3, 2, 0]), 10, seed=1)

@@ -1,0 +1,53 @@
+"""How far a run shrinks where its cluster has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ul2r.launch.ray_train.elastic import shrunk
+from ul2r.testing.recipes import tiny_recipe
+
+
+@pytest.mark.parametrize(
+    ("launch", "cpus", "workers"),
+    [
+        ({"min_workers": 2}, 12, 8),  # 8 workers and 4 data tasks of half a CPU
+        ({"min_workers": 2}, 9, 4),  # 6 workers would be 3 replicas, which do not divide 8 rows
+        ({"min_workers": 2}, 3, 2),
+        ({"min_workers": 2}, 2, None),  # a replica takes 2 workers and half a CPU
+        ({"min_workers": 4}, 4, None),
+        ({}, 9, None),
+        ({"min_workers": 2, "cpus_per_data_task": 0, "cpus_per_worker": 2}, 9, 4),
+        ({"min_workers": 2, "device_memory_gib": 1e-4}, 9, None),
+    ],
+)
+def test_whole_replicas_that_divide_the_rows_are_taken_as_far_as_allowed(
+    launch: dict[str, Any], cpus: float, workers: int | None
+) -> None:
+    recipe = tiny_recipe(
+        Path("/nowhere"),
+        parallel={"workers": 16, "tensor": 2},
+        training={"microbatch_rows": 1},
+        launch=launch,
+    )
+    smaller = shrunk(recipe, {"CPU": cpus}, vocabulary_size=512)
+    assert (smaller.parallel.workers if smaller else None) == workers
+    if smaller is not None:
+        assert smaller.model_copy(update={"parallel": recipe.parallel}) == recipe
+
+
+def test_gpus_that_are_gone_count() -> None:
+    recipe = tiny_recipe(
+        Path("/nowhere"), parallel={"workers": 4}, launch={"min_workers": 1, "gpus_per_worker": 1}
+    )
+    smaller = shrunk(recipe, {"CPU": 64, "GPU": 3}, vocabulary_size=512)
+    assert smaller is not None
+    assert smaller.parallel.workers == 2
+
+
+def test_more_workers_at_least_than_there_are_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"launch\.min_workers=3 is more than parallel\.workers=2"):
+        tiny_recipe(Path("/nowhere"), parallel={"workers": 2}, launch={"min_workers": 3})

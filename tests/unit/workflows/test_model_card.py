@@ -1,0 +1,79 @@
+"""The model card of an export says where it comes from, and what was measured of it as soon as that is known."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ul2r.config import Recipe
+from ul2r.data.store.dataset import Corpus
+from ul2r.evaluation.evaluate import store_scores
+from ul2r.evaluation.scores import Score, Scores
+from ul2r.workflows.model_card import add_scores, write_card
+from ul2r.model.huggingface.exporting import Card
+from ul2r.testing.corpus import tiny_store
+from ul2r.testing.models import tiny_export
+from ul2r.testing.recipes import tiny_recipe
+
+CARD = Card("tiny", None, "prefix", True, step=7, tokens=1234, flops=5e9, checkpoint="none")
+
+
+def scores(loss: float) -> Scores:
+    return Scores({"perplexity": Score(loss, 0.25, 64)})
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Corpus:
+    return tiny_store(tmp_path / "store", documents=12)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, corpus: Corpus) -> Recipe:
+    recipe = tiny_recipe(tmp_path)
+    tiny_export(folder_of(recipe))
+    shutil.copy(tmp_path / "store" / "tokenizer.json", folder_of(recipe))
+    return recipe
+
+
+def folder_of(recipe: Recipe) -> Path:
+    return recipe.run_folder() / "export"
+
+
+def test_card_says_where_the_model_comes_from(recipe: Recipe, corpus: Corpus) -> None:
+    write_card(folder_of(recipe), recipe, corpus, CARD)
+    text = (folder_of(recipe) / "README.md").read_text()
+    assert "Step 7 of a run on 1,234 row positions and 5e+09 training FLOPs" in text
+    assert f"fingerprint `{corpus.manifest.fingerprint}`" in text
+    assert "sequence_length: 64" in text
+    assert "perplexity" not in text
+
+
+def test_scores_come_into_the_card_and_take_the_place_of_older_ones(
+    recipe: Recipe, corpus: Corpus
+) -> None:
+    folder = folder_of(recipe)
+    write_card(folder, recipe, corpus, CARD)
+    bare = (folder / "README.md").read_text()
+    for loss in (9.5, 8.5):
+        add_scores(folder, scores(loss))
+    text = (folder / "README.md").read_text()
+    assert "| perplexity | 8.5000 | 0.2500 |" in text
+    assert "9.5" not in text
+    assert set(bare.splitlines()) < set(text.splitlines()), "nothing else is lost"
+
+
+def test_export_run_again_keeps_the_card_with_its_scores(recipe: Recipe, corpus: Corpus) -> None:
+    folder = folder_of(recipe)
+    write_card(folder, recipe, corpus, CARD)
+    add_scores(folder, scores(8.5))
+    before = (folder / "README.md").stat().st_mtime_ns
+    store_scores(recipe, corpus, scores(8.5))
+    write_card(folder, recipe, corpus, CARD)
+    assert (folder / "README.md").stat().st_mtime_ns == before
+
+
+def test_export_without_a_card_gets_none(tmp_path: Path) -> None:
+    add_scores(tmp_path, scores(8.5))
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,142 @@
+"""Phases' times survive interruptions, and no command outlives the process that runs it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ul2r.workflows.phases import Phases, run_command
+
+SLEEP = "import time; time.sleep(600)"
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time that `phases` sees, in seconds, as the one element of a list."""
+    now = [50.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_table_has_each_phase_and_their_sum(tmp_path: Path, clock: list[float]) -> None:
+    phases = Phases(tmp_path / "phases.json")
+    for name, seconds in (("prepare", 12), ("base", 100)):
+        with phases.timed(name):
+            clock[0] += seconds
+    assert [line.split() for line in phases.table().splitlines()] == [
+        ["prepare", "12", "s"],
+        ["base", "100", "s"],
+        ["together", "112", "s"],
+    ]
+
+
+def test_time_of_an_interrupted_phase_is_added_to_the_next_attempts(
+    tmp_path: Path, clock: list[float]
+) -> None:
+    phases = Phases(tmp_path / "phases.json")
+    with contextlib.suppress(KeyboardInterrupt), phases.timed("base"):
+        clock[0] += 30
+        raise KeyboardInterrupt
+    again = Phases(tmp_path / "phases.json")
+    with again.timed("base"):
+        clock[0] += 70
+    assert again.table().splitlines()[0].split() == ["base", "100", "s"]
+
+
+def test_finished_phase_keeps_its_first_time(tmp_path: Path, clock: list[float]) -> None:
+    for seconds in (100, 5):
+        phases = Phases(tmp_path / "phases.json")
+        with phases.timed("base"):
+            clock[0] += seconds
+    first, whole = phases.table().splitlines()
+    assert first.split() == ["base", "100", "s", "done", "before;", "5", "s", "now"]
+    assert whole.split() == ["together", "100", "s"]
+
+
+def test_times_are_kept_as_json_with_nothing_beside_it(tmp_path: Path, clock: list[float]) -> None:
+    with Phases(tmp_path / "new" / "phases.json").timed("base"):
+        clock[0] += 1.5
+    assert json.loads((tmp_path / "new" / "phases.json").read_text()) == {
+        "base": {"seconds": 1.5, "finished": True}
+    }
+    assert len(list((tmp_path / "new").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "exit_code"),
+    [
+        ("pass", 0),
+        ("raise SystemExit(2)", 2),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", 128 + signal.SIGKILL),
+    ],
+)
+def test_exit_code_is_as_a_shell_has_it(script: str, exit_code: int) -> None:
+    assert run_command([sys.executable, "-c", script], {}) == exit_code
+
+
+def test_command_gets_the_variables() -> None:
+    script = "import os, sys; sys.exit(int(os.environ['NUMBER']))"
+    assert run_command([sys.executable, "-c", script], {"NUMBER": "7"}) == 7
+
+
+def test_what_a_command_leaves_running_is_ended(tmp_path: Path) -> None:
+    parent = (
+        "import subprocess, sys; "
+        f"left = subprocess.Popen([sys.executable, '-c', {SLEEP!r}]); "
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(left.pid))"
+    )
+    assert run_command([sys.executable, "-c", parent], {}) == 0
+    assert _has_ended(int((tmp_path / "pid").read_text()))
+
+
+STUBBORN = (
+    "import os, pathlib, signal, sys, time\n"
+    "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    "pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))\n"
+    "time.sleep(600)\n"
+)
+POLITE = STUBBORN.replace("signal.SIG_IGN", "signal.default_int_handler")
+
+
+@pytest.mark.parametrize("child", [POLITE, STUBBORN], ids=["polite", "stubborn"])
+def test_interruption_ends_the_command_first(tmp_path: Path, child: str) -> None:
+    """The first time it asks the command to stop and waits; the second time it no longer waits."""
+    pid = tmp_path / "pid"
+    runner = (
+        "import sys\n"
+        "from ul2r.workflows.phases import run_command\n"
+        f"run_command([sys.executable, '-c', {child!r}, {str(pid)!r}], {{}})\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", runner], stderr=subprocess.DEVNULL) as process:
+        while not (pid.is_file() and pid.read_text()):
+            assert process.poll() is None
+            time.sleep(0.02)
+        for _ in range(
+            1 if child is POLITE else 20
+        ):  # the stubborn one's runner waits for it first
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1)
+                break
+        assert process.wait(60) in (-signal.SIGINT, 130)
+    assert _has_ended(int(pid.read_text()))
+
+
+def _has_ended(pid: int) -> bool:
+    """Wait until a process is gone, or only its parent's to be told of."""
+    for _ in range(600):
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        time.sleep(0.1)
+    return False

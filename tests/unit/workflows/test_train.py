@@ -1,0 +1,105 @@
+"""What a user got wrong is said in one line before anything starts, with exit code 2."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ul2r.config import dump
+from ul2r.data.store.manifest import Manifest
+from ul2r.errors import CheckpointError, CorpusError, RecipeError, ServiceError
+from ul2r.launch import torchrun
+from ul2r.launch.ray_train.trainer import train
+from ul2r.testing.corpus import tiny_store
+from ul2r.testing.recipes import tiny_recipe
+
+ROOT = Path(__file__).parents[3]
+NOBODY = "http://127.0.0.1:9"  # the discard port, where nothing listens
+
+
+def test_a_server_that_is_down_is_found_before_ray_starts(tmp_path: Path) -> None:
+    tiny_store(tmp_path / "store", documents=12)
+    recipe = tiny_recipe(tmp_path, tracking={"uri": NOBODY})
+    with pytest.raises(ServiceError, match=f"no MLflow server answers at {NOBODY}"):
+        train(recipe)
+    assert not recipe.run_folder().exists()
+
+
+def test_a_model_that_no_worker_can_hold_is_found_before_anything_starts(tmp_path: Path) -> None:
+    tiny_store(tmp_path / "store", documents=12)
+    recipe = tiny_recipe(tmp_path, tracking={"uri": NOBODY}, launch={"device_memory_gib": 0.001})
+    with pytest.raises(RecipeError, match=r"its device has launch\.device_memory_gib=0\.001"):
+        train(recipe)
+    assert not recipe.run_folder().exists()
+
+
+def test_text_that_is_not_prepared_is_checked_before_anything_starts(tmp_path: Path) -> None:
+    streamed = {"order": "streamed", "corpus": [str(tmp_path / "nowhere")]}
+    uri = {"uri": NOBODY}
+    large = tiny_recipe(tmp_path, data=streamed, launch={"device_memory_gib": 0.001})
+    with pytest.raises(RecipeError, match=r"its device has launch\.device_memory_gib=0\.001"):
+        train(large)
+    with pytest.raises(CheckpointError, match="base=other has no checkpoint"):
+        train(tiny_recipe(tmp_path, data=streamed, base="other"))
+    with pytest.raises(ServiceError, match="no MLflow server answers"):
+        train(tiny_recipe(tmp_path, data=streamed, tracking=uri))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_rest_of_a_store_that_torchrun_cannot_make_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_store(tmp_path / "store", documents=12)
+    folder = tmp_path / "store"
+    replace(Manifest.read(folder), complete=False).write(folder)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(CorpusError, match=r"is not complete, .* run jobs/prepare\.py RECIPE first"):
+        torchrun.train(tiny_recipe(tmp_path))
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "jobs/train.py", *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_the_job_ends_with_one_line_and_code_2(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(dump(tiny_recipe(tmp_path)))
+    done = run(str(path), "--set", "parallel.worker=2")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        f"error: {path}: parallel.worker: unknown key; the nearest known one is parallel.workers"
+    ]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_prints_sizes_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(dump(tiny_recipe(tmp_path / "family", tracking={"uri": NOBODY})))
+    done = run(str(path), "--dry-run", "--set", "training.steps=1000")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("tiny: dry run, nothing was started\n")
+    assert "512 k in 1,000 steps" in done.stdout  # 8 rows of 64 positions
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_dry_run_of_what_does_not_fit_ends_with_one_line_and_code_2(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(dump(tiny_recipe(tmp_path / "family")))
+    done = run(str(path), "--dry-run", "--set", "launch.device_memory_gib=0.001")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: a rank of pipeline stage 0 needs 0.01 GiB (weights 0.00, ")
