@@ -31,7 +31,7 @@ from torch.nn import functional
 from ul2r.config import Objective
 from ul2r.model.attention import Backend, DenseMask, intervals
 from ul2r.model.attention.variable_length import TransformerEngineKernel, VariableLength
-from ul2r.objective import Rows, Vocabulary, make_rows
+from ul2r.objective import Batch, Vocabulary, build_batch
 from ul2r.testing.attention import attend_by_segment
 from ul2r.testing.corpus import MadeText
 
@@ -46,7 +46,7 @@ class Setting:
     tokens: int
     """Of a microbatch, whatever the row length."""
     heads: int
-    kv_heads: int
+    num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
 
@@ -69,12 +69,12 @@ def backends(device: torch.device) -> dict[str, Backend[Any]]:
     return found
 
 
-def rows_of(length: int, count: int) -> Rows:
+def rows_of(length: int, count: int) -> Batch:
     """Rows of which the intervals matter alone."""
     objective = Objective(sequence_length=length)
     sentinels = tuple(range(4, 4 + objective.sentinels_needed))
     modes = {"S2S": (1,), "NLU": (2,), "NLG": (3,)}
-    return make_rows(
+    return build_batch(
         range(count),
         objective=objective,
         vocabulary=Vocabulary(4 + len(sentinels), 0, modes, sentinels),
@@ -113,14 +113,14 @@ def measure(setting: Setting, length: int, device: torch.device) -> dict[str, di
     """Figures of each backend at one row length."""
     count = setting.tokens // length
     rows = rows_of(length, count)
-    shapes = (setting.heads, setting.kv_heads, setting.kv_heads, setting.heads)
+    shapes = (setting.heads, setting.num_kv_heads, setting.num_kv_heads, setting.heads)
     *leaves, upstream = (
         torch.randn(length, count, heads, setting.head_dim, device=device, dtype=setting.dtype)
         for heads in shapes
     )
     for leaf in leaves:
         leaf.requires_grad_()
-    scale, bounds = setting.head_dim**-0.5, intervals(rows.lo, rows.hi)
+    scale, bounds = setting.head_dim**-0.5, intervals(rows.kv_start, rows.kv_end)
 
     def both_ways(attend: Callable[..., Tensor]) -> Callable[[], object]:
         return lambda: torch.autograd.grad(attend(*leaves), leaves, upstream)
@@ -132,11 +132,15 @@ def measure(setting: Setting, length: int, device: torch.device) -> dict[str, di
     works = {name: both_ways(interval(backend)) for name, backend in found.items()}
     works["causal"] = both_ways(causal)
     times = taken(works, device)
-    lo, hi = bounds[:, 0], bounds[:, 1]
+    kv_start, kv_end = bounds[:, 0], bounds[:, 1]
     preparing = taken(
-        {name: _preparation(backend, lo, hi, device) for name, backend in found.items()}, device
+        {name: _preparation(backend, kv_start, kv_end, device) for name, backend in found.items()},
+        device,
     )
-    pairs = {"ours": int((rows.hi - rows.lo).sum()), "causal": count * length * (length + 1) // 2}
+    pairs = {
+        "ours": int((rows.kv_end - rows.kv_start).sum()),
+        "causal": count * length * (length + 1) // 2,
+    }
     return {
         name: {
             "seconds": times[name],
@@ -149,9 +153,9 @@ def measure(setting: Setting, length: int, device: torch.device) -> dict[str, di
 
 
 def _preparation(
-    backend: Backend[Any], lo: Tensor, hi: Tensor, device: torch.device
+    backend: Backend[Any], kv_start: Tensor, kv_end: Tensor, device: torch.device
 ) -> Callable[[], object]:
-    return lambda: backend.prepare(lo, hi, device)
+    return lambda: backend.prepare(kv_start, kv_end, device)
 
 
 def taken(works: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:

@@ -33,7 +33,7 @@ from pathlib import Path
 
 from ul2r.config import Recipe
 from ul2r.data.sampling.batches import Batches
-from ul2r.data.store.dataset import open_corpus
+from ul2r.data.store.dataset import open_dataset
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.recipes import tiny_recipe
@@ -85,17 +85,17 @@ class SavedRun:
     """A run of one process that takes the same step again and again, and saves."""
 
     def __init__(self, recipe: Recipe) -> None:
-        from ul2r.train.mesh import Mesh
         from ul2r.train.checkpoint.checkpointer import Saver
+        from ul2r.train.checkpoint.storage import CheckpointStore, acquire_writer_token, to_stderr
+        from ul2r.train.mesh import Mesh
         from ul2r.train.step import TrainStep
-        from ul2r.train.checkpoint.storage import CheckpointStore, claim, to_stderr
 
-        self.recipe, self.corpus = recipe, open_corpus(recipe.store_folder)
+        self.recipe, self.dataset = recipe, open_dataset(recipe.store_folder)
         mesh = Mesh.join(recipe.parallel)
-        self.train_step = TrainStep(recipe, mesh, self.corpus.vocabulary.size)
-        self.rows = Batches(recipe, self.corpus).rows(0, 0, 1)
+        self.train_step = TrainStep(recipe, mesh, self.dataset.vocabulary.size)
+        self.rows = Batches(recipe, self.dataset).rows(0, 0, 1)
         self.folder = recipe.run_folder() / "checkpoints"
-        self.store = CheckpointStore.of(recipe, owner=claim(self.folder))
+        self.store = CheckpointStore.of(recipe, owner=acquire_writer_token(self.folder))
         self.logged: list[dict[str, float]] = []
         self.saver = Saver(
             self.store,
@@ -114,7 +114,7 @@ class SavedRun:
         """Begin to save."""
         from ul2r.train.checkpoint.metadata import CheckpointInfo
 
-        info = CheckpointInfo.of(self.recipe, self.corpus, step=len(self.logged) + 1)
+        info = CheckpointInfo.of(self.recipe, self.dataset, step=len(self.logged) + 1)
         self.saver.save(self.train_step, info)
 
     def save_and_wait(self) -> None:
@@ -126,7 +126,7 @@ class SavedRun:
         """Find the last checkpoint that is sound, and load it."""
         from ul2r.train.checkpoint.sharded_state import load_checkpoint
 
-        path = self.saver.last_sound(self.store)
+        path = self.saver.latest_valid(self.store)
         assert path is not None
         load_checkpoint(path, self.train_step, optimizer=True)
 
@@ -187,11 +187,11 @@ def main() -> None:
         recipe = tiny_recipe(
             Path(folder),
             model={
-                "layers": 2,
+                "num_layers": 2,
                 "hidden_size": 1024,
                 "ffn_hidden_size": 2816,
-                "heads": 16,
-                "kv_heads": 16,
+                "num_heads": 16,
+                "num_kv_heads": 16,
             },
             training={"steps": 1000},
         )

@@ -42,23 +42,23 @@ from safetensors.torch import save_file
 
 from ul2r.config import Architecture, Causal, HuggingFace, Objective, Parallel, Recipe
 from ul2r.config.recipe import Training
+from ul2r.model.huggingface.checkpoint_reader import MegatronCheckpointReader
 from ul2r.model.huggingface.exporting import exported_tensors
 from ul2r.model.huggingface.families import FAMILIES
 from ul2r.model.huggingface.family import tensor_shapes
 from ul2r.model.huggingface.safetensors_reader import Source
-from ul2r.model.huggingface.checkpoint_reader import Stored
 from ul2r.model.huggingface.writing import FILES_AT_ONCE, StreamedTensor, write_weights
 from ul2r.testing.distributed import run_distributed
 
 ROWS, TURNS, SHARD = 32_768, 5, 128 * 2**20
 MODEL = Architecture(
-    layers=8,
+    num_layers=8,
     hidden_size=1024,
     ffn_hidden_size=3072,
-    heads=16,
-    kv_heads=4,
-    embedding_rows=ROWS,
-    tied=False,
+    num_heads=16,
+    num_kv_heads=4,
+    num_embeddings=ROWS,
+    tie_embeddings=False,
 )
 
 
@@ -134,7 +134,7 @@ def recipe_of(folder: Path, parallel: Parallel) -> Recipe:
         model=MODEL,
         objective=Objective(mixture=(Causal(),), sequence_length=64),
         parallel=parallel,
-        training=Training(steps=1, global_batch_rows=1),
+        training=Training(steps=1, global_batch_size=1),
     )
 
 
@@ -145,7 +145,7 @@ def import_peak(folder: Path) -> tuple[int, int]:
     from ul2r.testing.layouts import save_weights
     from ul2r.train.mesh import Mesh
 
-    recipe = recipe_of(folder, Parallel(workers=2, tensor=2))
+    recipe = recipe_of(folder, Parallel(num_workers=2, tensor=2))
     Mesh.join(recipe.parallel)
     with watched_memory() as most:
         (model,) = build_model(recipe, ROWS)
@@ -157,7 +157,7 @@ def import_peak(folder: Path) -> tuple[int, int]:
 
 def export(checkpoint: Path, out: Path) -> None:
     """What is measured."""
-    write_weights(out, exported_tensors(Stored(checkpoint), MODEL, ROWS), SHARD)
+    write_weights(out, exported_tensors(MegatronCheckpointReader(checkpoint), MODEL, ROWS), SHARD)
 
 
 def export_peak(folder: Path) -> int:

@@ -27,9 +27,9 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from ul2r.config import Objective
+from ul2r.data.sampling.text_windows import TextWindows
 from ul2r.data.store.token_store import TokenStore, TokenWriter
-from ul2r.data.sampling.text_windows import Windows
-from ul2r.objective import Rows, Vocabulary, make_rows
+from ul2r.objective import Batch, Vocabulary, build_batch
 from ul2r.testing.reference import reference_row
 
 SEED = 1
@@ -54,10 +54,10 @@ def store_of(count: int) -> Iterator[TokenStore]:
         yield TokenStore.open(Path(folder) / "train")
 
 
-def source_tokens(rows: Rows) -> int:
+def source_tokens(rows: Batch) -> int:
     """Raw tokens that rows were made of."""
     lengths = [OBJECTIVE.raw_length(denoiser) for denoiser in OBJECTIVE.mixture]
-    return int(np.take(lengths, rows.denoiser[:, 0]).sum())
+    return int(np.take(lengths, rows.denoiser_ids[:, 0]).sum())
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -69,10 +69,10 @@ def seconds(work: Callable[[], object]) -> float:
 
 def measure(store: TokenStore) -> dict[str, float]:
     """The figures of the line that is printed."""
-    windows = Windows(store, OBJECTIVE.longest_window, SEED)
+    windows = TextWindows(store, OBJECTIVE.longest_window, SEED)
 
-    def make(count: int) -> Rows:
-        return make_rows(
+    def make(count: int) -> Batch:
+        return build_batch(
             range(count), objective=OBJECTIVE, vocabulary=VOCABULARY, seed=SEED, windows=windows
         )
 
@@ -101,7 +101,7 @@ def measure(store: TokenStore) -> dict[str, float]:
         "source_tokens_per_second": round(ours),
         "reference_ratio": round(ours / plain, 1),
         "copy_ratio": round(ours / copied, 3),
-        "fill": round(float((rows.denoiser >= 0).mean()), 6),
+        "fill": round(float((rows.denoiser_ids >= 0).mean()), 6),
         "peak_bytes_ratio": round(peak / sum(array.nbytes for array in arrays), 2),
     }
 

@@ -38,7 +38,7 @@ from ul2r.config import Objective, Parallel, Recipe
 from ul2r.errors import RecipeError
 from ul2r.model.flops import training_flops
 from ul2r.model.sizing import size_run
-from ul2r.objective import Rows, Vocabulary, make_rows
+from ul2r.objective import Batch, Vocabulary, build_batch
 from ul2r.testing.corpus import MadeText
 from ul2r.train.mesh import Mesh
 from ul2r.train.step import TrainStep
@@ -55,7 +55,7 @@ class Shape:
     hidden_size: int
     ffn_hidden_size: int
     heads: int
-    kv_heads: int
+    num_kv_heads: int
     vocabulary: int
     microbatch_tokens: int
     microbatches: int
@@ -75,8 +75,8 @@ def recipe_of(shape: Shape, length: int, changes: Mapping[str, Any]) -> Recipe:
     objective = {"sequence_length": length, **changes.get("objective", {})}
     training = {
         "steps": WARM_UP + STEPS,
-        "microbatch_rows": rows,
-        "global_batch_rows": rows * shape.microbatches,
+        "micro_batch_size": rows,
+        "global_batch_size": rows * shape.microbatches,
         **changes.get("training", {}),
     }
     return Recipe.model_validate(
@@ -84,21 +84,21 @@ def recipe_of(shape: Shape, length: int, changes: Mapping[str, Any]) -> Recipe:
             "name": "mfu",
             "storage": tempfile.gettempdir(),
             "data": {
-                "sentinels": Objective(sequence_length=length).sentinels_needed,
+                "num_sentinels": Objective(sequence_length=length).sentinels_needed,
                 "vocabulary_size": shape.vocabulary,
             },
             "model": {
-                "layers": shape.layers,
+                "num_layers": shape.layers,
                 "hidden_size": shape.hidden_size,
                 "ffn_hidden_size": shape.ffn_hidden_size,
-                "heads": shape.heads,
-                "kv_heads": shape.kv_heads,
-                "rope_base": 500_000,
+                "num_heads": shape.heads,
+                "num_num_kv_heads": shape.num_kv_heads,
+                "rope_theta": 500_000,
             },
             "objective": objective,
             "attention": changes["attention"],
             "training": training,
-            "validation": {"rows": rows},
+            "validation": {"num_rows": rows},
             "launch": {"gpus_per_worker": int(ON_CUDA), "device_memory_gib": device_memory_gib()},
         }
     )
@@ -109,12 +109,12 @@ def device_memory_gib() -> float | None:
     return torch.cuda.mem_get_info()[0] / 2**30 if ON_CUDA else None
 
 
-def rows_of(recipe: Recipe, step: int) -> Rows:
+def rows_of(recipe: Recipe, step: int) -> Batch:
     """A step's rows of random text."""
-    sentinels, size = recipe.data.sentinels, recipe.data.vocabulary_size
+    sentinels, size = recipe.data.num_sentinels, recipe.data.vocabulary_size
     draw = np.random.default_rng(step)
-    batch = recipe.training.global_batch_rows
-    return make_rows(
+    batch = recipe.training.global_batch_size
+    return build_batch(
         range(step * batch, (step + 1) * batch),
         objective=recipe.objective,
         vocabulary=Vocabulary(
@@ -138,7 +138,7 @@ def trained(recipe: Recipe, mesh: Mesh, peak: float) -> dict[str, float]:
         seconds.append(time.perf_counter() - began)
         flops.append(
             training_flops(
-                recipe.model, recipe.data.vocabulary_size, losses.positions, losses.seen_keys
+                recipe.model, recipe.data.vocabulary_size, losses.positions, losses.num_visible_keys
             )
         )
         assert np.isfinite(losses.mean)

@@ -33,9 +33,9 @@ from ray._private.internal_api import node_stats
 from ul2r.config import Recipe
 from ul2r.data import loader
 from ul2r.data.sampling.batches import Batches
-from ul2r.data.store.dataset import open_corpus
-from ul2r.launch.ray_train.cluster import connected
-from ul2r.objective import Rows
+from ul2r.data.store.dataset import open_dataset
+from ul2r.launch.ray_train.cluster import connect_ray
+from ul2r.objective import Batch
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.recipes import tiny_recipe
 
@@ -51,23 +51,23 @@ def recipe_in(folder: Path, first_index: int, steps: int) -> Recipe:
     """Rows of the paper's length over a store that is far longer than a row."""
     return tiny_recipe(
         folder,
-        data={"sentinels": 256},
+        data={"num_sentinels": 256},
         objective={"sequence_length": 2048},
         training={
             "steps": first_index // BATCH_ROWS + steps,
-            "global_batch_rows": BATCH_ROWS,
-            "microbatch_rows": 1,
+            "global_batch_size": BATCH_ROWS,
+            "micro_batch_size": 1,
         },
     )
 
 
-def source_tokens(recipe: Recipe, rows: Rows) -> int:
+def source_tokens(recipe: Recipe, rows: Batch) -> int:
     """Raw tokens that rows were made of."""
     mixture = recipe.objective.mixture
-    return sum(recipe.objective.raw_length(mixture[d]) for d in rows.denoiser[:, 0].tolist())
+    return sum(recipe.objective.raw_length(mixture[d]) for d in rows.denoiser_ids[:, 0].tolist())
 
 
-def ray_rows(recipe: Recipe, first_index: int) -> Iterator[Rows]:
+def ray_rows(recipe: Recipe, first_index: int) -> Iterator[Batch]:
     """Rows as a worker gets them."""
     step = first_index // BATCH_ROWS
     batches = range(step, recipe.training.steps)
@@ -75,13 +75,13 @@ def ray_rows(recipe: Recipe, first_index: int) -> Iterator[Rows]:
     return loader.read(iterator, recipe, batches, 0, 1)
 
 
-def own_rows(recipe: Recipe) -> Iterator[Rows]:
+def own_rows(recipe: Recipe) -> Iterator[Batch]:
     """The same rows, made here."""
-    batches = Batches(recipe, open_corpus(recipe.store_folder))
+    batches = Batches(recipe, open_dataset(recipe.store_folder))
     return map(batches.rows, range(recipe.training.steps))
 
 
-def rate(recipe: Recipe, rows: Iterator[Rows]) -> tuple[float, int]:
+def rate(recipe: Recipe, rows: Iterator[Batch]) -> tuple[float, int]:
     """Raw tokens a second of a reader that does nothing else, from its second batch to its last, and how many."""
     next(rows)
     began = time.perf_counter()
@@ -99,7 +99,7 @@ def first_batch(recipe: Recipe, first_index: int) -> float:
     return seconds
 
 
-def read_to_the_end(rows: Iterator[Rows]) -> None:
+def read_to_the_end(rows: Iterator[Batch]) -> None:
     """Take what is left."""
     for _ in rows:
         pass
@@ -136,7 +136,7 @@ def coordinator() -> psutil.Process:
     return max(found, key=lambda process: process.create_time())
 
 
-def held_back_share(rows: Iterator[Rows]) -> float:
+def held_back_share(rows: Iterator[Batch]) -> float:
     """Share of a core that the coordinator takes while the reader is slow, which is the normal state of training."""
 
     def read_slowly(seconds: float) -> None:
@@ -182,7 +182,7 @@ def measure(folder: Path) -> dict[str, float]:
     tiny_store(folder / "store", documents=2000, sentinels=256, vocabulary_size=1024)
     few, many = (recipe_in(folder, 0, steps) for steps in (FEW_STEPS, MANY_STEPS))
     far = recipe_in(folder, FAR_INDEX, FEW_STEPS)
-    with connected(cpus=2), object_store() as store:
+    with connect_ray(cpus=2), object_store() as store:
         first = first_batch(few, 0)
         resumed, alone = first_batch(far, FAR_INDEX), ray_start()
         own, _ = rate(many, own_rows(many))

@@ -23,9 +23,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ul2r.data.prepare.source_files import find_files
 from ul2r.data.prepare.documents import read_documents
 from ul2r.data.prepare.shards import Group, write_shard
+from ul2r.data.prepare.source_files import find_files
 from ul2r.data.tokenizer import train_tokenizer, vocabulary_of
 
 VOCABULARY, SENTINELS = 4096, 256

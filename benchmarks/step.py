@@ -35,14 +35,14 @@ import torch.distributed as dist
 
 from ul2r.config import Recipe
 from ul2r.data import loader
-from ul2r.data.sampling.batches import Batches
 from ul2r.data.prepare.prepare import prepare
-from ul2r.data.store.dataset import Corpus, open_corpus
+from ul2r.data.sampling.batches import Batches
 from ul2r.data.sampling.text_windows import DocumentWindows
-from ul2r.launch.ray_train.cluster import connected
-from ul2r.launch.preflight import NO_GPU, recorded
+from ul2r.data.store.dataset import TokenDataset, open_dataset
+from ul2r.launch.preflight import NO_GPU, track_run
+from ul2r.launch.ray_train.cluster import connect_ray
 from ul2r.launch.worker import run_worker
-from ul2r.objective import Rows, make_rows
+from ul2r.objective import Batch, build_batch
 from ul2r.testing.plain_model import PlainModel
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.tracking.mlflow import MlflowTracker, history
@@ -60,23 +60,23 @@ def recipe_in(folder: Path) -> Recipe:
     return tiny_recipe(
         folder,
         name="step",
-        data={"corpus": ["stdlib"], "vocabulary_size": 4096, "sentinels": 256},
+        data={"corpus": ["stdlib"], "vocabulary_size": 4096, "num_sentinels": 256},
         model={
-            "layers": 6,
+            "num_layers": 6,
             "hidden_size": 256,
             "ffn_hidden_size": 704,
-            "heads": 8,
-            "kv_heads": 4,
+            "num_heads": 8,
+            "num_kv_heads": 4,
         },
         objective={"sequence_length": 512},
         training={
             "steps": WARM_UP + STEPS,
-            "global_batch_rows": BATCH_ROWS,
-            "microbatch_rows": MICROBATCH_ROWS,
+            "global_batch_size": BATCH_ROWS,
+            "micro_batch_size": MICROBATCH_ROWS,
         },
         optimizer={"learning_rate": 1e-3, "final_learning_rate": 1e-5, "weight_decay": 0.0},
         checkpoints={"every": WARM_UP + STEPS},
-        validation={"every": WARM_UP + STEPS, "rows": MICROBATCH_ROWS},
+        validation={"every": WARM_UP + STEPS, "num_rows": MICROBATCH_ROWS},
     )
 
 
@@ -85,13 +85,13 @@ class BareLoop:
 
     def __init__(self, recipe: Recipe, model: PlainModel) -> None:
         settings = recipe.optimizer
-        self.model, self.clip = model, settings.clip
+        self.model, self.clip = model, settings.max_grad_norm
         self.optimizer = torch.optim.AdamW(
             model.parameters(), betas=(settings.beta1, settings.beta2), weight_decay=0.0
         )
         self.seconds: list[float] = []
 
-    def step(self, rows: Rows, learning_rate: float) -> float:
+    def step(self, rows: Batch, learning_rate: float) -> float:
         """Take a step; returns the loss before it."""
         began = time.perf_counter()
         # What makes a CPU Megatron's device is left off here, so that it costs the platform alone.
@@ -100,7 +100,7 @@ class BareLoop:
         self.seconds.append(time.perf_counter() - began)
         return total
 
-    def _step(self, rows: Rows, learning_rate: float) -> float:
+    def _step(self, rows: Batch, learning_rate: float) -> float:
         self.optimizer.zero_grad()
         count, total = int(rows.loss_mask.sum()), 0.0
         for start in range(0, len(rows), MICROBATCH_ROWS):
@@ -117,10 +117,10 @@ class BareLoop:
 class SimpleWindows:
     """Documents' windows, all cut to the length whose example fits the row whatever the denoiser."""
 
-    def __init__(self, recipe: Recipe, corpus: Corpus) -> None:
+    def __init__(self, recipe: Recipe, dataset: TokenDataset) -> None:
         objective = recipe.objective
         self.length = min(objective.raw_length(denoiser) for denoiser in objective.mixture)
-        self._windows = DocumentWindows(corpus.train[0].store, self.length, recipe.seed)
+        self._windows = DocumentWindows(dataset.train[0].store, self.length, recipe.seed)
 
     def read(
         self,
@@ -133,24 +133,26 @@ class SimpleWindows:
         self._windows.read(samples, lengths, windows)
 
 
-def padded_rows(recipe: Recipe, corpus: Corpus, step: int) -> Rows:
+def padded_rows(recipe: Recipe, dataset: TokenDataset, step: int) -> Batch:
     """A step's rows as a simple implementation makes them."""
-    return make_rows(
+    return build_batch(
         range(step * BATCH_ROWS, (step + 1) * BATCH_ROWS),
         objective=recipe.objective,
-        vocabulary=corpus.vocabulary,
+        vocabulary=dataset.vocabulary,
         seed=recipe.seed,
-        windows=SimpleWindows(recipe, corpus),
+        windows=SimpleWindows(recipe, dataset),
     )
 
 
 class Turns:
     """What happens after each step of the platform: the two bare loops take theirs, off the platform's clock."""
 
-    def __init__(self, recipe: Recipe, corpus: Corpus, weights: Mapping[str, torch.Tensor]) -> None:
-        batches, steps = Batches(recipe, corpus), range(recipe.training.steps)
+    def __init__(
+        self, recipe: Recipe, dataset: TokenDataset, weights: Mapping[str, torch.Tensor]
+    ) -> None:
+        batches, steps = Batches(recipe, dataset), range(recipe.training.steps)
         self.rows = [batches.rows(step) for step in steps]
-        self.padded = [padded_rows(recipe, corpus, step) for step in steps]
+        self.padded = [padded_rows(recipe, dataset, step) for step in steps]
         self.loops, self.seconds = list[BareLoop](), list[float]()
         vocabulary = len(weights["embedding.word_embeddings.weight"])
         for _ in range(2):
@@ -197,7 +199,7 @@ def initial_weights(recipe: Recipe, vocabulary_size: int) -> dict[str, torch.Ten
     return weights
 
 
-def read_from_ray(recipe: Recipe, batches: range) -> Iterator[Rows]:
+def read_from_ray(recipe: Recipe, batches: range) -> Iterator[Batch]:
     """Rows as a worker under Ray Train gets them."""
     (iterator,) = loader.split(loader.make_dataset(recipe, batches, 1), 1)
     return loader.read(iterator, recipe, batches, 0, 1)
@@ -207,15 +209,15 @@ def measure(folder: Path) -> dict[str, float]:
     """The figures of the line that is printed."""
     recipe = recipe_in(folder)
     torch.set_num_threads(1)
-    with connected(cpus=2), running_server(folder / "mlflow") as uri:
+    with connect_ray(cpus=2), running_server(folder / "mlflow") as uri:
         prepare(recipe)
-        corpus = open_corpus(recipe.store_folder)
+        dataset = open_dataset(recipe.store_folder)
         dist.init_process_group(
             "gloo", init_method=f"file://{folder / 'rendezvous'}", rank=0, world_size=1
         )
-        with recorded(recipe, corpus, uri) as run_id:
+        with track_run(recipe, dataset, uri) as run_id:
             tracker = MlflowTracker(uri, run_id, recipe.run_folder())
-            turns = Turns(recipe, corpus, initial_weights(recipe, corpus.vocabulary.size))
+            turns = Turns(recipe, dataset, initial_weights(recipe, dataset.vocabulary.size))
             run_worker(recipe, tracker, turns, lambda _, batches: read_from_ray(recipe, batches))
             tracker.close()
         waits = [share for _, share in history(uri, run_id, "train/data_wait_share")]

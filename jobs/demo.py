@@ -28,10 +28,10 @@ from serving.server import running
 from ul2r.config import Recipe, load
 from ul2r.data.prepare.source_files import find_files
 from ul2r.errors import UserError
-from ul2r.launch.ray_train.cluster import connected
+from ul2r.launch.ray_train.cluster import connect_ray
+from ul2r.tracking.server import free_port, running_server
 from ul2r.workflows.cli import exit_code
 from ul2r.workflows.phases import Phases, run_command
-from ul2r.tracking.server import free_port, running_server
 
 RECIPES = Path("jobs/recipes")
 CPUS = 4
@@ -89,7 +89,7 @@ class Demo:
             CommandError: If a job fails; it has said why.
             UserError: If a server does not start.
         """
-        with connected(CPUS):
+        with connect_ray(CPUS):
             self.environment["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
             self._job("prepare", "prepare", "base")
             with running_server(self.storage) as uri:
@@ -182,7 +182,7 @@ def _ask(url: str, route: str, request: Mapping[str, object]) -> None:
 def _tokens(recipe: Recipe) -> int:
     """Positions that the run trains on."""
     training = recipe.training
-    return training.steps * training.global_batch_rows * recipe.objective.sequence_length
+    return training.steps * training.global_batch_size * recipe.objective.sequence_length
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,6 +1,6 @@
 """Measure a run on held-out text.
 
-    python jobs/evaluate.py RECIPE [--set evaluation.rows=128]
+    python jobs/evaluate.py RECIPE [--set evaluation.num_rows=128]
 
 Measures the run's export, prints the numbers, keeps them in the run's folder as evaluation.json and adds them
 to the run in MLflow. A run that was measured with these settings before is not measured again.
@@ -14,21 +14,21 @@ from rich.console import Console
 from rich.table import Table
 
 from ul2r.config import Recipe
-from ul2r.data.store.dataset import open_corpus
+from ul2r.data.store.dataset import open_dataset
 from ul2r.evaluation.evaluate import metrics
 from ul2r.evaluation.scores import Scores
+from ul2r.tracking.mlflow import check_server, known_run
 from ul2r.workflows.cli import run_job
 from ul2r.workflows.evaluate import evaluate_runs, log_scores
-from ul2r.tracking.mlflow import check_server, known_run
 
 
 def main(recipe: Recipe) -> None:
     """Measure, record and print."""
-    corpus = open_corpus(recipe.store_folder)
+    dataset = open_dataset(recipe.store_folder)
     uri = check_server(recipe.tracking.uri)
     known_run(uri, recipe)
-    (scores,) = evaluate_runs([recipe], corpus)
-    log_scores(uri, recipe, corpus, scores)
+    (scores,) = evaluate_runs([recipe], dataset)
+    log_scores(uri, recipe, dataset, scores)
     Console().print(_table(recipe, scores))
 
 

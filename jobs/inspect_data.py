@@ -13,13 +13,13 @@ import sys
 
 from ul2r.config import Recipe
 from ul2r.data.inspection import write_page
-from ul2r.data.store.dataset import open_corpus
+from ul2r.data.store.dataset import open_dataset
 from ul2r.workflows.cli import run_job
 
 
 def main(recipe: Recipe) -> None:
     """Write the page, then say where it lies."""
-    path = write_page(recipe, open_corpus(recipe.store_folder))
+    path = write_page(recipe, open_dataset(recipe.store_folder))
     print(f"{recipe.name}: open {path} in a browser")
 
 

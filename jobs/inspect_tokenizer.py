@@ -3,7 +3,7 @@
     python jobs/inspect_tokenizer.py TOKENIZER [--sentinels 256] [--mode-tokens text] [--special-tokens last_subwords]
 
 TOKENIZER is a tokenizer.json, or a model's folder, whose config.json then tells how many rows the embedding has.
-Nothing is written: jobs/prepare.py does what is shown here, with data.tokenizer, data.sentinels, data.mode_tokens and
+Nothing is written: jobs/prepare.py does what is shown here, with data.tokenizer, data.num_sentinels, data.mode_tokens and
 data.special_tokens of a recipe.
 """
 
@@ -28,7 +28,7 @@ def main() -> int:
     )
     default = Data()
     parser.add_argument("tokenizer", type=Path, metavar="TOKENIZER")
-    parser.add_argument("--sentinels", type=int, default=default.sentinels)
+    parser.add_argument("--sentinels", type=int, default=default.num_sentinels)
     parser.add_argument("--mode-tokens", choices=get_args(ModeTokens), default=default.mode_tokens)
     parser.add_argument("--special-tokens", choices=get_args(Taken), default=default.special_tokens)
     given = parser.parse_args()

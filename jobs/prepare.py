@@ -13,9 +13,9 @@ import sys
 from contextlib import nullcontext
 
 from ul2r.config import Recipe
-from ul2r.data.store.manifest import Manifest
 from ul2r.data.prepare.prepare import finished, prepare
-from ul2r.launch.ray_train.cluster import connected
+from ul2r.data.store.manifest import Manifest
+from ul2r.launch.ray_train.cluster import connect_ray
 from ul2r.workflows.cli import run_job
 
 
@@ -24,7 +24,7 @@ def main(recipe: Recipe) -> None:
     manifest = finished(recipe)
     state = "up to date"
     if manifest is None:
-        with nullcontext() if recipe.data.blend else connected(cpus=1):
+        with nullcontext() if recipe.data.blend else connect_ray(cpus=1):
             manifest = prepare(recipe)
         state = "made"
     print(f"token store {recipe.store_folder}: {state}")

@@ -18,7 +18,7 @@ from pathlib import Path
 from serving.app import Arguments, is_registered, locate
 from serving.server import LOCALHOST, check_port, running
 from ul2r.errors import ServiceError
-from ul2r.launch.ray_train.cluster import connected
+from ul2r.launch.ray_train.cluster import connect_ray
 from ul2r.workflows.cli import exit_code
 
 DEFAULT_PORT = 8000
@@ -32,7 +32,7 @@ def main(options: argparse.Namespace) -> None:
     try:
         folder = _find(options.model, options.tracking_uri, options.storage)
         served = Arguments(model=str(folder), cpus=options.cpus, gpus=options.gpus)
-        with connected(served.cpus, served.gpus):
+        with connect_ray(served.cpus, served.gpus):
             _stop_on_signals()  # Ray has set its own
             with running(served, options.port, options.host) as url:
                 print(_addresses(options.model, url), flush=True)

@@ -14,9 +14,9 @@ import sys
 import threading
 from pathlib import Path
 
-from ul2r.workflows.cli import exit_code
 from ul2r.tracking.mlflow import view_pages
 from ul2r.tracking.server import running_server
+from ul2r.workflows.cli import exit_code
 
 DEFAULT_PORT = 5000
 

@@ -16,14 +16,14 @@ from ray.serve.schema import LoggingConfig
 
 from serving.api import make_api
 from serving.service import Service
-from ul2r.config.strict_model import Section
+from ul2r.config.strict_model import StrictModel
 from ul2r.errors import CheckpointError
 from ul2r.inference import LanguageModel, read_origin
 
 REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)@(?P<alias>[^/@]+)")
 
 
-class Arguments(Section):
+class Arguments(StrictModel):
     """What `build` takes, from a deploy file or a command line."""
 
     model: str

@@ -48,7 +48,9 @@ class Service:
             tokens=origin.tokens,
             flops=origin.flops,
             limits=Limits(
-                positions=model.positions, slots=slots, default_max_tokens=DEFAULT_MAX_TOKENS
+                positions=model.max_position_embeddings,
+                slots=slots,
+                default_max_tokens=DEFAULT_MAX_TOKENS,
             ),
         )
 

@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.distributed
 
 EXPERTS, PICKED = 4, 2
-MODEL = {"family": "mixtral", "experts": EXPERTS, "experts_per_token": PICKED}
+MODEL = {"family": "mixtral", "num_experts": EXPERTS, "num_experts_per_token": PICKED}
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "DP 2": {"parallel": {"workers": 2}},
+    "DP 2": {"parallel": {"num_workers": 2}},
     "PP 2, full recomputation": {
-        "parallel": {"workers": 2, "pipeline": 2},
+        "parallel": {"num_workers": 2, "pipeline": 2},
         "training": {"recompute": "full"},
     },
-    "TP 2 x SP": {"parallel": {"workers": 2, "tensor": 2, "sequence_parallel": True}},
+    "TP 2 x SP": {"parallel": {"num_workers": 2, "tensor": 2, "sequence_parallel": True}},
     "TP 2 x PP 2 x SP": {
-        "parallel": {"workers": 4, "tensor": 2, "pipeline": 2, "sequence_parallel": True}
+        "parallel": {"num_workers": 4, "tensor": 2, "pipeline": 2, "sequence_parallel": True}
     },
 }
 Steps = tuple[list[float], list[float]]
@@ -38,7 +38,7 @@ Steps = tuple[list[float], list[float]]
 
 def recipe_of(storage: Path, name: str, balance: float = 1.0, **changes: Any) -> Recipe:  # noqa: ANN401  values of a recipe
     """Balanced so strongly that it shows in the losses, unless told otherwise."""
-    optimizer = {"expert_balance": balance, "learning_rate": 3e-3}
+    optimizer = {"moe_aux_loss_coeff": balance, "learning_rate": 3e-3}
     name = name.replace(" ", "-").replace(",", "")
     return tiny_recipe(storage, name=name, model=MODEL, optimizer=optimizer, **changes)
 
@@ -63,21 +63,21 @@ def steps(*recipes: Recipe) -> list[Steps]:
 def router_gradients(*recipes: Recipe) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Each recipe's gradient of its last layer's router; what that router read, by microbatch; and its weight."""
     from ul2r.data.sampling.batches import Batches
-    from ul2r.data.store.dataset import open_corpus
+    from ul2r.data.store.dataset import open_dataset
     from ul2r.train.mesh import Mesh
     from ul2r.train.step import TrainStep
 
     mesh = Mesh.join(recipes[0].parallel)
     gradients = []
     for recipe in recipes:
-        corpus = open_corpus(recipe.store_folder)
-        step = TrainStep(recipe, mesh, corpus.vocabulary.size)
+        dataset = open_dataset(recipe.store_folder)
+        step = TrainStep(recipe, mesh, dataset.vocabulary.size)
         router = step.chunks[0].decoder.layers[-1].mlp.router
         read: list[Tensor] = []
         router.register_forward_hook(
             lambda _, given, __, read=read: read.append(given[0].detach().flatten(0, 1))
         )
-        step.train(0, Batches(recipe, corpus).rows(0, 0, 1), admit=lambda _: False)
+        step.train(0, Batches(recipe, dataset).rows(0, 0, 1), admit=lambda _: False)
         gradients.append(router.weight.main_grad.clone())
         weight = router.weight.detach().clone()
     mesh.leave()
@@ -134,7 +134,7 @@ def test_every_layout_takes_the_same_steps_and_goes_on_from_a_checkpoint(
     of_single = recipe_of(storage, "single").run_folder() / "checkpoints"
     (folder / "step_00000003").symlink_to(of_single / "step_00000003")
     (folder / "latest").write_text("step_00000003")
-    found, later = run_distributed(steps, new.parallel.workers, new, continued)[0]
+    found, later = run_distributed(steps, new.parallel.num_workers, new, continued)[0]
     for (losses, norms), first in ((found, 0), (later, 3)):
         np.testing.assert_allclose(losses, single[0][first:], rtol=1e-4)
         np.testing.assert_allclose(norms, single[1][first:], rtol=1e-3)

@@ -12,15 +12,15 @@ import torch
 
 from ul2r.config import HuggingFace, Recipe
 from ul2r.config.recipe import Export
-from ul2r.data.store.dataset import open_corpus
+from ul2r.data.store.dataset import open_dataset
 from ul2r.errors import CheckpointError
 from ul2r.launch.pretrained import check_base, described_by_base
-from ul2r.workflows.export import export
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.train.checkpoint.metadata import CheckpointInfo
-from ul2r.train.checkpoint.storage import CheckpointStore, last_sound
+from ul2r.train.checkpoint.storage import CheckpointStore, latest_valid
+from ul2r.workflows.export import export
 
 pytestmark = pytest.mark.distributed
 
@@ -31,23 +31,23 @@ def train_and_run(recipe: Recipe, tokens: torch.Tensor, prefix: int) -> torch.Te
     """Train, then this rank's logits of the trained Megatron model, gathered over tensor ranks."""
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-    from ul2r.data.store.dataset import open_corpus
+    from ul2r.data.store.dataset import open_dataset
     from ul2r.launch.worker import run_worker
     from ul2r.model.attention import intervals
     from ul2r.tracking.tracker import MemoryTracker
-    from ul2r.train.mesh import Mesh
     from ul2r.train.checkpoint.sharded_state import load_checkpoint
+    from ul2r.train.mesh import Mesh
     from ul2r.train.step import TrainStep
 
     run_worker(recipe, MemoryTracker(), lambda *_: None)
     mesh = Mesh.join(recipe.parallel)
-    step = TrainStep(recipe, mesh, open_corpus(recipe.store_folder).vocabulary.size)
-    latest = last_sound(CheckpointStore.of(recipe))
+    step = TrainStep(recipe, mesh, open_dataset(recipe.store_folder).vocabulary.size)
+    latest = latest_valid(CheckpointStore.of(recipe))
     assert latest is not None
     load_checkpoint(latest, step, optimizer=False)
     position = torch.arange(LENGTH).expand(len(tokens), -1)
-    hi = np.maximum(position.numpy() + 1, prefix)
-    logits = step.chunks[0](tokens, position, intervals(0 * hi, hi))
+    kv_end = np.maximum(position.numpy() + 1, prefix)
+    logits = step.chunks[0](tokens, position, intervals(0 * kv_end, kv_end))
     gathered: torch.Tensor = gather_from_tensor_model_parallel_region(logits).detach()
     return gathered
 
@@ -59,7 +59,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     return tiny_recipe(
         folder,
         training={"steps": 3},
-        parallel={"workers": 2, "tensor": 2},
+        parallel={"num_workers": 2, "tensor": 2},
         optimizer={"learning_rate": 5e-2},
     )
 
@@ -85,7 +85,7 @@ def test_exported_logits_are_the_trained_models(recipe: Recipe) -> None:
     assert tokenizer.decode(tokenizer(text).input_ids) == text
     assert tokenizer.eos_token_id == said["vocabulary"]["eos"]
     readme = (folder / "README.md").read_text()
-    store = open_corpus(recipe.store_folder)
+    store = open_dataset(recipe.store_folder)
     assert f"fingerprint `{store.manifest.fingerprint}`" in readme
     assert "learning_rate: 0.05" in readme
 
@@ -121,15 +121,15 @@ def test_a_run_goes_on_from_an_export_as_from_the_checkpoint(
     trained, before = first
     folder = export(trained)
     tree = recipe.model_dump(mode="json") | {"name": "next", "base": {"hf": str(folder)}}
-    tree |= {"parallel": {"workers": 2, "pipeline": 2}, "model": {"layers": 4}}
+    tree |= {"parallel": {"num_workers": 2, "pipeline": 2}, "model": {"num_layers": 4}}
     described_by_base(tree)
     follower = Recipe.model_validate(tree)
     assert isinstance(follower.base, HuggingFace)
-    check_base(follower, open_corpus(recipe.store_folder))
+    check_base(follower, open_dataset(recipe.store_folder))
     after, _ = run_distributed(held_out, 2, follower)
     assert after[0] == pytest.approx(before[-1], rel=5e-4)
     assert after[-1] != pytest.approx(after[0], rel=1e-2)
-    latest = last_sound(CheckpointStore.of(follower))
+    latest = latest_valid(CheckpointStore.of(follower))
     assert latest is not None
     info = CheckpointInfo.read(latest)
     assert (info.base or "").startswith("hf-")
@@ -141,7 +141,7 @@ def test_an_earlier_checkpoint_is_exported_beside_the_last(
 ) -> None:
     """Here a copy elsewhere of the only one; a damaged one is refused, with nothing written."""
     trained, _ = first
-    last, latest = export(trained), last_sound(CheckpointStore.of(trained))
+    last, latest = export(trained), latest_valid(CheckpointStore.of(trained))
     assert latest is not None
     copy = Path(shutil.copytree(latest, trained.storage / "copied"))
     chosen = trained.model_copy(update={"export": Export(checkpoint=copy)})

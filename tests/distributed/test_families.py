@@ -15,9 +15,9 @@ from torch import Tensor
 from ul2r.config import Architecture, HuggingFace, Recipe
 from ul2r.inference import LanguageModel
 from ul2r.inference.generation import Decoder
+from ul2r.model.huggingface.checkpoint_reader import MegatronCheckpointReader
 from ul2r.model.huggingface.config_json import read_config
 from ul2r.model.huggingface.exporting import Card, exported_tensors, write_folder
-from ul2r.model.huggingface.checkpoint_reader import Stored
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.families import MODELS, reference_logits, write_model
@@ -30,8 +30,8 @@ pytestmark = pytest.mark.distributed
 
 LAYOUTS: dict[str, dict[str, int]] = {
     "single": {},
-    "TP 2": {"workers": 2, "tensor": 2},
-    "PP 2": {"workers": 2, "pipeline": 2},
+    "TP 2": {"num_workers": 2, "tensor": 2},
+    "PP 2": {"num_workers": 2, "pipeline": 2},
 }
 LENGTH, PREFIX, VOCABULARY = 48, 20, 500
 CARD = Card("tiny", None, "prefix", True, step=2, tokens=1, flops=1.0, checkpoint="none")
@@ -50,22 +50,22 @@ class Carried:
 def carry(recipes: list[Recipe], tokens: Tensor) -> list[Carried | None]:
     """Import, save, take two steps and save again, each recipe in turn; None on ranks without logits."""
     from ul2r.data.sampling.batches import Batches
-    from ul2r.data.store.dataset import open_corpus
+    from ul2r.data.store.dataset import open_dataset
     from ul2r.testing.layouts import save_weights, whole_logits
-    from ul2r.train.mesh import Mesh
     from ul2r.train.checkpoint.pretrained import load_pretrained
+    from ul2r.train.mesh import Mesh
     from ul2r.train.step import TrainStep
 
     mesh = Mesh.join(recipes[0].parallel)
     found = []
     for recipe in recipes:
-        corpus = open_corpus(recipe.store_folder)
-        step = TrainStep(recipe, mesh, corpus.vocabulary.size)
+        dataset = open_dataset(recipe.store_folder)
+        step = TrainStep(recipe, mesh, dataset.vocabulary.size)
         assert isinstance(recipe.base, HuggingFace)
         load_pretrained(recipe, recipe.base, step)
         imported = whole_logits(step.chunks[0], tokens, PREFIX)
         save_weights(step.chunks, recipe.run_folder() / "imported")
-        batches = Batches(recipe, corpus)
+        batches = Batches(recipe, dataset)
         taken = [
             step.train(number, batches.rows(number, mesh.data_rank, recipe.parallel.data))
             for number in range(2)
@@ -114,7 +114,7 @@ def tokens() -> Tensor:
 def recipe_of(storage: Path, name: str, layout: str) -> Recipe:
     architecture = read_config(storage / name)
     parallel: dict[str, Any] = dict(LAYOUTS[layout])
-    if architecture.experts is not None and "tensor" in parallel:
+    if architecture.num_experts is not None and "tensor" in parallel:
         parallel["sequence_parallel"] = True
     return tiny_recipe(
         storage,
@@ -134,7 +134,7 @@ def carried(
     found: dict[tuple[str, str], Carried] = {}
     for layout, parallel in LAYOUTS.items():
         recipes = [recipe_of(storage, name, layout) for name in models]
-        *_, last = run_distributed(carry, parallel.get("workers", 1), recipes, tokens)
+        *_, last = run_distributed(carry, parallel.get("num_workers", 1), recipes, tokens)
         found |= {(name, layout): one for name, one in zip(models, last, strict=True)}
     return found
 
@@ -143,15 +143,17 @@ def exported(storage: Path, name: str, layout: str, what: str) -> Path:
     """The checkpoint of a run as a Hugging Face folder."""
     recipe = recipe_of(storage, name, layout)
     architecture: Architecture = recipe.model
-    corpus = tiny_store(storage / "vocabulary", vocabulary_size=VOCABULARY)
+    dataset = tiny_store(storage / "vocabulary", vocabulary_size=VOCABULARY)
     folder = recipe.run_folder() / f"{what}-export"
     write_folder(
         folder,
-        exported_tensors(Stored(recipe.run_folder() / what), architecture, VOCABULARY),
+        exported_tensors(
+            MegatronCheckpointReader(recipe.run_folder() / what), architecture, VOCABULARY
+        ),
         architecture=architecture,
         positions=LENGTH,
-        vocabulary=corpus.vocabulary,
-        tokenizer=corpus.tokenizer_file,
+        vocabulary=dataset.vocabulary,
+        tokenizer=dataset.tokenizer_file,
         card=CARD,
         shard_bytes=2**30,
     )

@@ -15,14 +15,14 @@ from torch.multiprocessing.spawn import ProcessExitedException
 
 from ul2r.config import Recipe
 from ul2r.errors import DivergedError
-from ul2r.objective import Rows
+from ul2r.objective import Batch
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.recipes import tiny_recipe
 
 pytestmark = pytest.mark.distributed
 
-LAYOUTS = {"DP 2": {"workers": 2}, "PP 2": {"workers": 2, "pipeline": 2}}
+LAYOUTS = {"DP 2": {"num_workers": 2}, "PP 2": {"num_workers": 2, "pipeline": 2}}
 STEPS, SAVED_EVERY, WINDOW = 16, 4, 8
 NOT_A_NUMBER, DAMAGE, KILL = 5, 15, 18
 """Batches on which activations become nan, the weights are damaged, and every rank is killed."""
@@ -53,20 +53,20 @@ class Result:
 def train(recipe: Recipe, faults: Faults, order: list[int] | None = None) -> Result:
     """Train on this rank; `order` are the batches that it reads, in place of 0, 1, 2, ..."""
     from ul2r.data.sampling.batches import Batches
-    from ul2r.data.store.dataset import open_corpus
+    from ul2r.data.store.dataset import open_dataset
     from ul2r.launch.worker import run_worker
     from ul2r.tracking.tracker import MemoryTracker
     from ul2r.train.mesh import Mesh
     from ul2r.train.step import StepResult, TrainStep
 
     was_read: list[int] = []
-    samples_per_batch = recipe.training.global_batch_rows * recipe.objective.slots_per_row
+    samples_per_batch = recipe.training.global_batch_size * recipe.objective.slots_per_row
 
     class FaultyStep(TrainStep):
         """The real step on a machine that is out of order."""
 
-        def train(self, step: int, rows: Rows, *admit: Callable[..., bool]) -> StepResult:
-            batch = int(rows.sample.max()) // samples_per_batch
+        def train(self, step: int, rows: Batch, *admit: Callable[..., bool]) -> StepResult:
+            batch = int(rows.sample_ids.max()) // samples_per_batch
             if batch == faults.damage:
                 for parameter in self.chunks[0].parameters():
                     parameter.data.mul_(10)
@@ -81,8 +81,8 @@ def train(recipe: Recipe, faults: Faults, order: list[int] | None = None) -> Res
             finally:
                 hook.remove()
 
-    def read(mesh: Mesh, batches: range) -> Iterator[Rows]:
-        made = Batches(recipe, open_corpus(recipe.store_folder))
+    def read(mesh: Mesh, batches: range) -> Iterator[Batch]:
+        made = Batches(recipe, open_dataset(recipe.store_folder))
         for batch in batches:
             if batch == faults.kill:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.distributed
 
-EXPERTS = {"family": "mixtral", "experts": 3, "experts_per_token": 2}
+EXPERTS = {"family": "mixtral", "num_experts": 3, "num_experts_per_token": 2}
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def fill_transformer_engine_spec() -> None:
             return super().grouped_mlp_modules(False, *legacy)
 
     gpt_layer_specs.TESpecProvider = Provider
-    layers.uses_transformer_engine = lambda architecture: architecture.tied
+    layers.uses_transformer_engine = lambda architecture: architecture.tie_embeddings
     setattr(layers, "LayerNormImpl", RMSNorm)  # noqa: B010  mypy knows it as imported there
 
 

@@ -17,19 +17,19 @@ from ul2r.testing.recipes import GEMMA_3, tiny_recipe
 pytestmark = pytest.mark.distributed
 
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "TP 2": {"workers": 2, "tensor": 2},
-    "TP 2 x SP": {"workers": 2, "tensor": 2, "sequence_parallel": True},
-    "PP 2": {"workers": 2, "pipeline": 2},
-    "PP 2 x VP 2": {"workers": 2, "pipeline": 2, "virtual_stages": 2},
+    "TP 2": {"num_workers": 2, "tensor": 2},
+    "TP 2 x SP": {"num_workers": 2, "tensor": 2, "sequence_parallel": True},
+    "PP 2": {"num_workers": 2, "pipeline": 2},
+    "PP 2 x VP 2": {"num_workers": 2, "pipeline": 2, "virtual_stages": 2},
     "PP 3 x VP 2 x ends": {
-        "workers": 3,
+        "num_workers": 3,
         "pipeline": 3,
         "virtual_stages": 2,
-        "ends_as_layers": True,  # chunks of 0, 1, 1, 1, 1 and 0 layers
+        "account_for_embedding_and_loss": True,  # chunks of 0, 1, 1, 1, 1 and 0 layers
     },
-    "DP 2": {"workers": 2},
-    "TP 2 x PP 2 x SP": {"workers": 4, "tensor": 2, "pipeline": 2, "sequence_parallel": True},
-    "PP 2 x VP 2 x DP 2": {"workers": 4, "pipeline": 2, "virtual_stages": 2},
+    "DP 2": {"num_workers": 2},
+    "TP 2 x PP 2 x SP": {"num_workers": 4, "tensor": 2, "pipeline": 2, "sequence_parallel": True},
+    "PP 2 x VP 2 x DP 2": {"num_workers": 4, "pipeline": 2, "virtual_stages": 2},
 }
 CAUSAL_TOO = ("single", "TP 2 x SP", "PP 2")
 WINDOWS_TOO = ("single", "TP 2 x SP", "PP 2 x VP 2")
@@ -108,11 +108,11 @@ def layouts(storage: Path, single: dict[str, Result]) -> dict[str, dict[str, Res
     """What each layout gave for its `recipes`; those of as many workers share their processes."""
     source = recipes(storage, "single", {})["new"]
     results: dict[str, dict[str, Result]] = {}
-    for workers in sorted({parallel["workers"] for parallel in LAYOUTS.values()}):
+    for workers in sorted({parallel["num_workers"] for parallel in LAYOUTS.values()}):
         planned = [
             (layout, kind, recipe)
             for layout, parallel in LAYOUTS.items()
-            if parallel["workers"] == workers
+            if parallel["num_workers"] == workers
             for kind, recipe in recipes(storage, layout, parallel).items()
         ]
         for _, kind, recipe in planned:

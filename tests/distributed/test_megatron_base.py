@@ -13,13 +13,13 @@ from torch import Tensor
 
 from ul2r.config import Recipe
 from ul2r.config.recipe import Export
-from ul2r.data.store.dataset import open_corpus
+from ul2r.data.store.dataset import open_dataset
 from ul2r.errors import CheckpointError
 from ul2r.launch.pretrained import check_base
-from ul2r.workflows.export import export
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.recipes import tiny_recipe
+from ul2r.workflows.export import export
 
 pytestmark = pytest.mark.distributed
 
@@ -39,7 +39,7 @@ def write_with_megatron(folder: Path, tokens: Tensor) -> Tensor:
     from ul2r.config import Parallel
     from ul2r.train.mesh import Mesh
 
-    Mesh.join(Parallel(workers=2, tensor=2))
+    Mesh.join(Parallel(num_workers=2, tensor=2))
     torch.manual_seed(7)
     config = TransformerConfig(
         num_layers=4,
@@ -90,18 +90,18 @@ def start_from(recipe: Recipe, tokens: Tensor) -> tuple[Tensor, Tensor, float]:
     """The run's logits and output matrix before its first step, and the loss of that step."""
     from ul2r.data.sampling.batches import Batches
     from ul2r.testing.layouts import whole_logits
-    from ul2r.train.mesh import Mesh
     from ul2r.train.checkpoint.pretrained import load_pretrained
+    from ul2r.train.mesh import Mesh
     from ul2r.train.step import TrainStep
 
-    corpus, mesh = open_corpus(recipe.store_folder), Mesh.join(recipe.parallel)
-    step = TrainStep(recipe, mesh, corpus.vocabulary.size)
+    dataset, mesh = open_dataset(recipe.store_folder), Mesh.join(recipe.parallel)
+    step = TrainStep(recipe, mesh, dataset.vocabulary.size)
     assert recipe.base is not None
     assert not isinstance(recipe.base, str)
     assert load_pretrained(recipe, recipe.base, step).startswith("megatron-")
     logits = whole_logits(step.chunks[0], tokens, prefix=0)
     output = step.chunks[0].output_layer.weight if mesh.is_last_stage else logits
-    result = step.train(0, Batches(recipe, corpus).rows(0, 0, 1))
+    result = step.train(0, Batches(recipe, dataset).rows(0, 0, 1))
     return logits, output.detach().clone(), result.losses.mean
 
 
@@ -112,8 +112,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     return tiny_recipe(
         storage,
         base={"megatron": str(storage / "theirs")},
-        model={"tied": False},
-        parallel={"workers": 2, "pipeline": 2},
+        model={"tie_embeddings": False},
+        parallel={"num_workers": 2, "pipeline": 2},
         optimizer={"learning_rate": 1e-9, "final_learning_rate": 0.0},
     )
 
@@ -135,7 +135,7 @@ def theirs(recipe: Recipe, tokens: Tensor) -> Tensor:
 def test_a_run_begins_with_the_logits_of_megatrons_own_model(
     recipe: Recipe, theirs: Tensor, tokens: Tensor
 ) -> None:
-    check_base(recipe, open_corpus(recipe.store_folder))
+    check_base(recipe, open_dataset(recipe.store_folder))
     _, (ours, output, loss) = run_distributed(start_from, 2, recipe, tokens)
     assert ours.shape[-1] == 512
     torch.testing.assert_close(ours[..., :ROWS], theirs, atol=1e-4, rtol=1e-4)
@@ -146,15 +146,15 @@ def test_a_run_begins_with_the_logits_of_megatrons_own_model(
 
 def test_another_model_than_the_recipes_is_refused(recipe: Recipe, theirs: Tensor) -> None:
     assert len(theirs) == 2
-    corpus = open_corpus(recipe.store_folder)
+    dataset = open_dataset(recipe.store_folder)
 
     def with_model(**changes: object) -> Recipe:
         return recipe.model_copy(update={"model": recipe.model.model_copy(update=changes)})
 
     with pytest.raises(CheckpointError, match=r"linear_fc1.weight has shape \(4, 128, 32\), .*196"):
-        check_base(with_model(ffn_hidden_size=98), corpus)
+        check_base(with_model(ffn_hidden_size=98), dataset)
     with pytest.raises(CheckpointError, match=r"has no tensor .*linear_qkv.bias"):
-        check_base(with_model(bias="qkv"), corpus)
+        check_base(with_model(bias="qkv"), dataset)
 
 
 def test_what_megatron_wrote_is_exported_as_the_same_function(
@@ -182,4 +182,4 @@ def test_what_megatron_wrote_is_exported_as_the_same_function(
 def test_a_folder_without_a_checkpoint_is_refused(recipe: Recipe) -> None:
     lost = tiny_recipe(recipe.storage, base={"megatron": str(recipe.storage / "store")})
     with pytest.raises(CheckpointError, match=r"holds no .metadata, so it is no torch_dist"):
-        check_base(lost, open_corpus(recipe.store_folder))
+        check_base(lost, open_dataset(recipe.store_folder))

@@ -12,7 +12,7 @@ import pytest
 
 from ul2r.config import Recipe
 from ul2r.data.sampling.batches import Batches
-from ul2r.data.store.dataset import open_corpus
+from ul2r.data.store.dataset import open_dataset
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.recipes import tiny_recipe
@@ -43,7 +43,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     tiny_store(folder / "store")
     return tiny_recipe(
         folder,
-        parallel={"workers": 2},
+        parallel={"num_workers": 2},
         training={"log_every": EVERY},
         profile={"steps": [3]},
         launch={"device_peak_tflops": 0.01},
@@ -59,9 +59,9 @@ def test_rates_agree_with_what_was_trained_on(
     recipe: Recipe, seen: list[tuple[Records, list[str], list[Path]]]
 ) -> None:
     """Their ratios do not depend on the time: source tokens and FLOPs for each row position, MFU for each TFLOP."""
-    corpus = open_corpus(recipe.store_folder)
-    batches, positions = Batches(recipe, corpus), 8 * 64
-    special = [corpus.vocabulary.eos, *corpus.vocabulary.no_text]
+    dataset = open_dataset(recipe.store_folder)
+    batches, positions = Batches(recipe, dataset), 8 * 64
+    special = [dataset.vocabulary.eos, *dataset.vocabulary.no_text]
     eflops = 0.0
     (records, _, _), _ = seen
     rated = [(step, metrics) for step, metrics in records if "train/mfu" in metrics]
@@ -70,7 +70,7 @@ def test_rates_agree_with_what_was_trained_on(
     for step, metrics in rated:
         read = [batches.rows(number) for number in range(before, step)]
         text = sum(
-            int(np.isin(rows.tokens[rows.denoiser >= 0], special, invert=True).sum())
+            int(np.isin(rows.tokens[rows.denoiser_ids >= 0], special, invert=True).sum())
             for rows in read
         )
         taken = (step - before) * positions

@@ -17,8 +17,8 @@ from ul2r.testing.recipes import tiny_recipe
 
 pytestmark = pytest.mark.distributed
 
-TENSOR_2 = {"workers": 2, "tensor": 2}
-PIPELINE_2 = {"workers": 2, "pipeline": 2}
+TENSOR_2 = {"num_workers": 2, "tensor": 2}
+PIPELINE_2 = {"num_workers": 2, "pipeline": 2}
 Z_WEIGHT = 0.1
 
 
@@ -30,7 +30,7 @@ class Shared:
     decayed: dict[bool, set[str]]
     """Parameters that weight decay changed, by `optimizer.decay_embeddings`."""
     states: dict[str, State]
-    """The base's optimizer, and that of runs that begin with it, by `optimizer.state_from_base`."""
+    """The base's optimizer, and that of runs that begin with it, by `optimizer.load_optimizer_state`."""
     runs: dict[str, list[tuple[float, float]]]
     """Loss and gradient norm of each step: by `training.recompute`, and with z-loss by layout."""
 
@@ -105,15 +105,15 @@ def decayed(without: Recipe, with_decay: Recipe) -> set[str]:
 
 def step_of(recipe: Recipe, steps: int) -> Any:  # noqa: ANN401  a TrainStep, imported in the processes alone
     from ul2r.data.sampling.batches import Batches
-    from ul2r.data.store.dataset import open_corpus
+    from ul2r.data.store.dataset import open_dataset
     from ul2r.train.mesh import Mesh
     from ul2r.train.step import TrainStep
 
-    corpus = open_corpus(recipe.store_folder)
+    dataset = open_dataset(recipe.store_folder)
     mesh = Mesh.join(recipe.parallel)
-    step = TrainStep(recipe, mesh, corpus.vocabulary.size)
+    step = TrainStep(recipe, mesh, dataset.vocabulary.size)
     for number in range(steps):
-        rows = Batches(recipe, corpus).rows(number, mesh.data_rank, recipe.parallel.data)
+        rows = Batches(recipe, dataset).rows(number, mesh.data_rank, recipe.parallel.data)
         step.train(number, rows)
     mesh.leave()
     return step
@@ -121,15 +121,15 @@ def step_of(recipe: Recipe, steps: int) -> Any:  # noqa: ANN401  a TrainStep, im
 
 def state(recipe: Recipe) -> State:
     """The optimizer as a run begins, with two replicas that have half of it each."""
-    from ul2r.data.store.dataset import open_corpus
+    from ul2r.data.store.dataset import open_dataset
     from ul2r.tracking.tracker import MemoryTracker
-    from ul2r.train.loop import TrainLoop
+    from ul2r.train.loop import Trainer
     from ul2r.train.mesh import Mesh
 
     mesh = Mesh.join(recipe.parallel)
-    loop = TrainLoop(
+    loop = Trainer(
         recipe,
-        open_corpus(recipe.store_folder),
+        open_dataset(recipe.store_folder),
         mesh,
         MemoryTracker(),
         on_step=lambda *_: None,
@@ -179,12 +179,12 @@ def found(storage: Path) -> list[Shared]:
         "validation": {"every": 9},
         "evaluation": {"mixture": "causal"},
     }
-    base = tiny_recipe(storage, name="base", parallel={"workers": 2}, **quick)
+    base = tiny_recipe(storage, name="base", parallel={"num_workers": 2}, **quick)
     other = {"learning_rate": 3e-3, "weight_decay": 0.3, "beta2": 0.8}
 
     def begun(kind: str) -> Recipe:
-        settings = {**other, "state_from_base": kind}
-        workers = {"workers": 2}
+        settings = {**other, "load_optimizer_state": kind}
+        workers = {"num_workers": 2}
         return tiny_recipe(
             storage, name=kind, base="base", parallel=workers, optimizer=settings, **quick
         )

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ul2r.config import Recipe
-from ul2r.model.huggingface.checkpoint_reader import Stored
+from ul2r.model.huggingface.checkpoint_reader import MegatronCheckpointReader
 from ul2r.model.tensors import single_tensors
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.distributed import run_distributed
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.distributed
 
-EXPERTS = {"family": "mixtral", "experts": 4, "experts_per_token": 2}
+EXPERTS = {"family": "mixtral", "num_experts": 4, "num_experts_per_token": 2}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "DP 3": {
-        "parallel": {"workers": 3},
-        "training": {"global_batch_rows": 6},
-        "validation": {"rows": 6},
+        "parallel": {"num_workers": 3},
+        "training": {"global_batch_size": 6},
+        "validation": {"num_rows": 6},
     },
     "DP 2 x TP 2 x SP, experts": {
-        "parallel": {"workers": 4, "tensor": 2, "sequence_parallel": True},
-        "model": {**EXPERTS, "tied": False},
+        "parallel": {"num_workers": 4, "tensor": 2, "sequence_parallel": True},
+        "model": {**EXPERTS, "tie_embeddings": False},
     },
 }
 STEPS = 2
@@ -72,16 +72,16 @@ def save_from_small_buckets(recipe: Recipe, folder: Path) -> int:
     from torch import distributed
 
     from ul2r.data.sampling.batches import Batches
-    from ul2r.data.store.dataset import open_corpus
-    from ul2r.train.mesh import Mesh
+    from ul2r.data.store.dataset import open_dataset
     from ul2r.train.checkpoint.sharded_state import begin_save, load_checkpoint
+    from ul2r.train.mesh import Mesh
 
     module: Any = import_module("ul2r.train.step")
     settings = module.DistributedDataParallelConfig
     module.DistributedDataParallelConfig = partial(settings, bucket_size=5000)
-    mesh, corpus = Mesh.join(recipe.parallel), open_corpus(recipe.store_folder)
-    step, other = (module.TrainStep(recipe, mesh, corpus.vocabulary.size) for _ in range(2))
-    step.train(0, Batches(recipe, corpus).rows(0, mesh.data_rank, recipe.parallel.data))
+    mesh, dataset = Mesh.join(recipe.parallel), open_dataset(recipe.store_folder)
+    step, other = (module.TrainStep(recipe, mesh, dataset.vocabulary.size) for _ in range(2))
+    step.train(0, Batches(recipe, dataset).rows(0, mesh.data_rank, recipe.parallel.data))
     check_pieces(step)
     if mesh.is_first:
         folder.mkdir()
@@ -101,11 +101,11 @@ def exchange(recipe: Recipe, folder: Path) -> None:
     from torch import distributed
 
     from ul2r.data.sampling.batches import Batches
-    from ul2r.data.store.dataset import open_corpus
+    from ul2r.data.store.dataset import open_dataset
     from ul2r.model.build import sharded_model, sharding_metadata
     from ul2r.train.checkpoint.async_write import BackgroundWrite
-    from ul2r.train.mesh import Mesh
     from ul2r.train.checkpoint.sharded_state import begin_save, load_checkpoint
+    from ul2r.train.mesh import Mesh
     from ul2r.train.step import TrainStep
 
     def theirs(step: TrainStep, *, loading: bool) -> dict[str, Any]:
@@ -114,9 +114,9 @@ def exchange(recipe: Recipe, folder: Path) -> None:
         state = step.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
         return {"model": model, "optimizer": state}
 
-    mesh, corpus = Mesh.join(recipe.parallel), open_corpus(recipe.store_folder)
-    step, other = (TrainStep(recipe, mesh, corpus.vocabulary.size) for _ in range(2))
-    batches = Batches(recipe, corpus)
+    mesh, dataset = Mesh.join(recipe.parallel), open_dataset(recipe.store_folder)
+    step, other = (TrainStep(recipe, mesh, dataset.vocabulary.size) for _ in range(2))
+    batches = Batches(recipe, dataset)
     for number in range(STEPS):
         step.train(number, batches.rows(number, mesh.data_rank, recipe.parallel.data))
     check_pieces(step)
@@ -191,16 +191,16 @@ def test_boxes_are_what_megatron_gathers_and_either_way_reads_the_other(
 ) -> None:
     tiny_store(tmp_path / "store")
     recipe = tiny_recipe(tmp_path, **LAYOUTS[layout])
-    run_distributed(exchange, recipe.parallel.workers, recipe, tmp_path / "checkpoints")
+    run_distributed(exchange, recipe.parallel.num_workers, recipe, tmp_path / "checkpoints")
 
 
 def test_boxes_of_several_buckets_are_where_the_weights_are(tmp_path: Path) -> None:
     """In fp32 weights are saved twice. (Megatron-Core's own gathering overlooks the padding between buckets.)"""
     tiny_store(tmp_path / "store")
-    recipe, folder = tiny_recipe(tmp_path, parallel={"workers": 2}), tmp_path / "checkpoint"
+    recipe, folder = tiny_recipe(tmp_path, parallel={"num_workers": 2}), tmp_path / "checkpoint"
     buckets = run_distributed(save_from_small_buckets, 2, recipe, folder)
     assert buckets[0] > 1
-    stored = Stored(folder)
+    stored = MegatronCheckpointReader(folder)
     rows = stored.rows("embedding.word_embeddings.weight")
     for key, place, _ in single_tensors(recipe.model, rows):
         weights = stored.read(key, place)

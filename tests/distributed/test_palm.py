@@ -14,13 +14,13 @@ from torch.nn import functional
 from ul2r.config import Recipe
 from ul2r.config.architecture import MODELS, Architecture
 from ul2r.data.sampling.batches import Batches
-from ul2r.data.store.dataset import open_corpus
-from ul2r.model.flops import parameters
+from ul2r.data.store.dataset import open_dataset
+from ul2r.model.flops import num_parameters
+from ul2r.model.huggingface.checkpoint_reader import MegatronCheckpointReader
 from ul2r.model.huggingface.config_json import check_family
 from ul2r.model.huggingface.exporting import Card, exported_tensors, write_folder
-from ul2r.model.huggingface.checkpoint_reader import Stored
 from ul2r.model.huggingface.writing import StreamedTensor
-from ul2r.objective.batch import Rows
+from ul2r.objective.batch import Batch
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.families import reference_logits
@@ -28,16 +28,16 @@ from ul2r.testing.recipes import tiny_recipe
 
 LAYOUTS: dict[str, dict[str, int]] = {
     "single": {},
-    "TP 2": {"workers": 2, "tensor": 2},
-    "PP 2": {"workers": 2, "pipeline": 2},
+    "TP 2": {"num_workers": 2, "tensor": 2},
+    "PP 2": {"num_workers": 2, "pipeline": 2},
 }
 STEPS, HEADS, HEAD, WIDTH, LAYERS, VOCABULARY = 3, 4, 8, 32, 2, 512
 SMALL = {
     "like": "palm-8b",
-    "layers": LAYERS,
+    "num_layers": LAYERS,
     "hidden_size": WIDTH,
     "ffn_hidden_size": 4 * WIDTH,
-    "heads": HEADS,
+    "num_heads": HEADS,
     "head_size": HEAD,
     "logit_scale": WIDTH**-0.5,
 }
@@ -53,8 +53,8 @@ def test_parameters_are_the_papers(name: str, billions: float) -> None:
     """
     model = Architecture.model_validate(MODELS[name])
     check_family(model)
-    norms = (model.layers + 1) * model.hidden_size
-    assert round((parameters(model, 256_000) - norms) / 1e9, 2) == billions
+    norms = (model.num_layers + 1) * model.hidden_size
+    assert round((num_parameters(model, 256_000) - norms) / 1e9, 2) == billions
 
 
 def train(recipe: Recipe) -> tuple[list[float], list[float], list[float]]:
@@ -63,10 +63,10 @@ def train(recipe: Recipe) -> tuple[list[float], list[float], list[float]]:
     from ul2r.train.mesh import Mesh
     from ul2r.train.step import TrainStep
 
-    corpus, mesh = open_corpus(recipe.store_folder), Mesh.join(recipe.parallel)
-    step = TrainStep(recipe, mesh, corpus.vocabulary.size)
+    dataset, mesh = open_dataset(recipe.store_folder), Mesh.join(recipe.parallel)
+    step = TrainStep(recipe, mesh, dataset.vocabulary.size)
     save_weights(step.chunks, recipe.run_folder() / "before")
-    batches = Batches(recipe, corpus)
+    batches = Batches(recipe, dataset)
     taken = [
         step.train(number, batches.rows(number, mesh.data_rank, recipe.parallel.data))
         for number in range(STEPS)
@@ -99,13 +99,13 @@ def replaced_model(recipe: Recipe) -> Recipe:
 @pytest.fixture(scope="module")
 def trained(recipes: dict[str, Recipe]) -> dict[str, tuple[list[float], list[float], list[float]]]:
     return {
-        layout: run_distributed(train, recipe.parallel.workers, recipe)[0]
+        layout: run_distributed(train, recipe.parallel.num_workers, recipe)[0]
         for layout, recipe in recipes.items()
     }
 
 
 def weights(recipe: Recipe, when: str) -> dict[str, Tensor]:
-    stored = Stored(recipe.run_folder() / when)
+    stored = MegatronCheckpointReader(recipe.run_folder() / when)
     tensors = exported_tensors(stored, recipe.model, VOCABULARY)
     return {name: torch.cat(list(tensor.blocks())) for name, tensor in tensors.items()}
 
@@ -146,14 +146,14 @@ def palm(w: dict[str, Tensor], tokens: Tensor, seen: Tensor) -> Tensor:
     return logits
 
 
-def loss(w: dict[str, Tensor], rows: Rows) -> Tensor:
+def loss(w: dict[str, Tensor], rows: Batch) -> Tensor:
     """Nats per target token."""
-    lo, hi, tokens, labels, mask = (
+    kv_start, kv_end, tokens, labels, mask = (
         torch.from_numpy(array.astype(np.int64))
-        for array in (rows.lo, rows.hi, rows.tokens, rows.labels, rows.loss_mask)
+        for array in (rows.kv_start, rows.kv_end, rows.tokens, rows.labels, rows.loss_mask)
     )
     key = torch.arange(tokens.shape[1])
-    seen = (lo[..., None] <= key) & (key < hi[..., None])
+    seen = (kv_start[..., None] <= key) & (key < kv_end[..., None])
     nats = -palm(w, tokens, seen).log_softmax(-1).gather(-1, labels[..., None])[..., 0]
     return (nats * mask).sum() / mask.sum()
 
@@ -171,13 +171,15 @@ def plain(
         {"params": [one for one in w.values() if one.dim() == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2))
-    batches = Batches(recipe, open_corpus(recipe.store_folder))
+    batches = Batches(recipe, open_dataset(recipe.store_folder))
     losses, norms = [], []
     for number, rate in enumerate(rates):
         found = loss(w, batches.rows(number, 0, 1))
         optimizer.zero_grad()
         found.backward()  # type: ignore[no-untyped-call]  # torch has no type for it
-        norms.append(float(torch.nn.utils.clip_grad_norm_(list(w.values()), settings.clip)))
+        norms.append(
+            float(torch.nn.utils.clip_grad_norm_(list(w.values()), settings.max_grad_norm))
+        )
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
@@ -222,15 +224,15 @@ def test_palm_is_exported_as_a_class_of_transformers_that_computes_the_same(
 
     assert trained
     recipe = recipes["TP 2"]
-    corpus = open_corpus(recipe.store_folder)
+    dataset = open_dataset(recipe.store_folder)
     w = weights(recipe, "after")
     write_folder(
         tmp_path / "export",
         {name: StreamedTensor.of(tensor) for name, tensor in w.items()},
         architecture=recipe.model,
         positions=64,
-        vocabulary=corpus.vocabulary,
-        tokenizer=corpus.tokenizer_file,
+        vocabulary=dataset.vocabulary,
+        tokenizer=dataset.tokenizer_file,
         card=Card("palm", None, "prefix", True, step=3, tokens=1, flops=1.0, checkpoint="none"),
         shard_bytes=20_000,
     )

@@ -21,7 +21,7 @@ from ul2r.train.checkpoint.checksums import find_damage
 pytestmark = pytest.mark.distributed
 
 Losses = dict[int, float]
-TWO = {"workers": 2}
+TWO = {"num_workers": 2}
 
 
 def train(recipe: Recipe, stop_after: int | None = None) -> tuple[Losses, list[str], list[str]]:
@@ -35,14 +35,14 @@ def train(recipe: Recipe, stop_after: int | None = None) -> tuple[Losses, list[s
 
     from ul2r.launch.worker import run_worker
     from ul2r.tracking.tracker import MemoryTracker
-    from ul2r.train.loop import Wish
+    from ul2r.train.loop import LoopAction
 
     tracker, said, asked = MemoryTracker(), list[str](), list[int]()
 
-    def wish() -> Wish:
+    def wish() -> LoopAction:
         asked.append(1)
         stops = dist.get_rank() == 1 and len(asked) == stop_after
-        return Wish.STOP if stops else Wish.GO_ON
+        return LoopAction.STOP if stops else LoopAction.CONTINUE
 
     run_worker(recipe, tracker, lambda *_: None, say=said.append, wish=wish)
     names = {name for _, metrics in tracker.records for name in metrics}
@@ -70,7 +70,7 @@ def save_and_change(folder: Path) -> list[float]:
     from ul2r.train.checkpoint.async_write import BackgroundWrite
     from ul2r.train.mesh import Mesh
 
-    rank = Mesh.join(Parallel(workers=2)).rank
+    rank = Mesh.join(Parallel(num_workers=2)).rank
     own, common = torch.full((2**21,), 1.0 + rank), torch.full((2**21,), 3.0)
     state = {
         "own": ShardedTensor.from_rank_offsets("own", own, (0, rank, 2)),
@@ -107,7 +107,7 @@ def checkpoint(recipe: Recipe, step: int) -> Path:
 @pytest.fixture(scope="module")
 def whole(storage: Path) -> tuple[Recipe, Losses]:
     """A run of which nothing disturbed, its checkpoints copied to a folder elsewhere."""
-    recipe = run_named(storage, "whole", copy_to=str(storage / "far"))
+    recipe = run_named(storage, "whole", remote_dir=str(storage / "far"))
     losses, said, metrics = run_distributed(train, 2, recipe)[0]
     assert said == []
     assert metrics == [
@@ -192,7 +192,7 @@ def test_a_damaged_base_is_refused_by_every_rank(whole: tuple[Recipe, Losses]) -
 
 
 def test_a_run_whose_disk_is_gone_goes_on_from_its_copy(whole: tuple[Recipe, Losses]) -> None:
-    recipe = run_named(whole[0].storage, "whole", copy_to=str(whole[0].storage / "far"))
+    recipe = run_named(whole[0].storage, "whole", remote_dir=str(whole[0].storage / "far"))
     moved = recipe.model_copy(update={"storage": whole[0].storage / "fresh"})
     shutil.copytree(recipe.store_folder, moved.store_folder)
     (recipe.storage / "far" / "whole" / "latest").write_text("step_00000004")
@@ -208,7 +208,7 @@ def test_a_last_copy_that_fails_is_an_error_and_the_checkpoint_itself_is_there(
     storage: Path,
 ) -> None:
     (storage / "blocked").write_text("a file, where a folder is to be")
-    recipe = run_named(storage, "uncopied", copy_to=str(storage / "blocked"))
+    recipe = run_named(storage, "uncopied", remote_dir=str(storage / "blocked"))
     with pytest.raises(
         ProcessRaisedException, match=r"CheckpointError: checkpoints cannot be copied to .*/blocked"
     ):

@@ -17,27 +17,32 @@ from ul2r.testing.recipes import GEMMA_3, tiny_recipe
 
 pytestmark = pytest.mark.distributed
 
-SP = {"workers": 2, "tensor": 2, "sequence_parallel": True}
-VP = {"workers": 2, "pipeline": 2, "virtual_stages": 2}
-ENDS = {"workers": 3, "pipeline": 3, "virtual_stages": 2, "ends_as_layers": True}
-EXPERTS = {"family": "mixtral", "experts": 4, "experts_per_token": 2}
+SP = {"num_workers": 2, "tensor": 2, "sequence_parallel": True}
+VP = {"num_workers": 2, "pipeline": 2, "virtual_stages": 2}
+ENDS = {
+    "num_workers": 3,
+    "pipeline": 3,
+    "virtual_stages": 2,
+    "account_for_embedding_and_loss": True,
+}
+EXPERTS = {"family": "mixtral", "num_experts": 4, "num_experts_per_token": 2}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "single": {},
-    "TP 2": {"parallel": {"workers": 2, "tensor": 2}},
+    "TP 2": {"parallel": {"num_workers": 2, "tensor": 2}},
     "TP 2 of one key/value head": {
-        "parallel": {"workers": 2, "tensor": 2},
-        "model": {"kv_heads": 1},
+        "parallel": {"num_workers": 2, "tensor": 2},
+        "model": {"num_kv_heads": 1},
     },
-    "PP 2": {"parallel": {"workers": 2, "pipeline": 2}},
-    "DP 2": {"parallel": {"workers": 2}},
-    "TP 2 x PP 2": {"parallel": {"workers": 4, "tensor": 2, "pipeline": 2}},
+    "PP 2": {"parallel": {"num_workers": 2, "pipeline": 2}},
+    "DP 2": {"parallel": {"num_workers": 2}},
+    "TP 2 x PP 2": {"parallel": {"num_workers": 4, "tensor": 2, "pipeline": 2}},
     "TP 2 x SP": {"parallel": SP},
     "TP 2 x SP, selective": {"parallel": SP, "training": {"recompute": "selective"}},
     "TP 2 x SP, full": {"parallel": SP, "training": {"recompute": "full"}},
     "PP 2 x VP 2": {"parallel": VP},
     "PP 2 x VP 2, selective": {"parallel": VP, "training": {"recompute": "selective"}},
     "PP 2 x VP 2, full": {"parallel": VP, "training": {"recompute": "full"}},
-    "experts": {"model": EXPERTS},
+    "num_experts": {"model": EXPERTS},
     "experts, TP 2 x SP": {"model": EXPERTS, "parallel": SP},
     "experts, TP 2 x SP, selective": {
         "model": EXPERTS,
@@ -46,22 +51,22 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     },
     "experts, PP 2, full": {
         "model": EXPERTS,
-        "parallel": {"workers": 2, "pipeline": 2},
+        "parallel": {"num_workers": 2, "pipeline": 2},
         "training": {"recompute": "full"},
     },
     "PP 3 x VP 2 x ends": {"parallel": ENDS},
     "PP 3 x VP 2 x ends, full": {"parallel": ENDS, "training": {"recompute": "full"}},
     "no gate": {"model": {"activation": "gelu"}},
     "TP 2, norms of heads": {
-        "parallel": {"workers": 2, "tensor": 2},
-        "model": {"query_key_norm": "head"},
+        "parallel": {"num_workers": 2, "tensor": 2},
+        "model": {"qk_norm": "head"},
     },
     "TP 2, norms of all heads": {
-        "parallel": {"workers": 2, "tensor": 2},
-        "model": {"query_key_norm": "whole"},
+        "parallel": {"num_workers": 2, "tensor": 2},
+        "model": {"qk_norm": "whole"},
     },
     "Gemma 3": {"model": GEMMA_3},
-    "Gemma 3, TP 2": {"model": GEMMA_3, "parallel": {"workers": 2, "tensor": 2}},
+    "Gemma 3, TP 2": {"model": GEMMA_3, "parallel": {"num_workers": 2, "tensor": 2}},
     "Gemma 3, TP 2 x SP, selective": {
         "model": GEMMA_3,
         "parallel": SP,
@@ -84,7 +89,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 class Measured:
     """What one rank really has."""
 
-    parameters: int
+    num_parameters: int
     tensors: int
     """Parameter tensors, each of which Megatron pads in its buffers."""
     weights: int
@@ -138,17 +143,17 @@ def measure(recipe: Recipe) -> tuple[int, Measured]:
     from megatron.core import parallel_state
 
     from ul2r.data.sampling.batches import Batches
-    from ul2r.data.store.dataset import open_corpus
+    from ul2r.data.store.dataset import open_dataset
     from ul2r.train.mesh import Mesh
     from ul2r.train.step import TrainStep
 
-    corpus = open_corpus(recipe.store_folder)
+    dataset = open_dataset(recipe.store_folder)
     mesh = Mesh.join(recipe.parallel)
-    step = TrainStep(recipe, mesh, corpus.vocabulary.size)
+    step = TrainStep(recipe, mesh, dataset.vocabulary.size)
     buffers = [buffer for chunk in step.model for buffer in chunk.buffers]
     weights = {_storage(buffer.param_data) for buffer in buffers}
     kept = Kept(weights)
-    rows = Batches(recipe, corpus).rows(0, mesh.data_rank, recipe.parallel.data)
+    rows = Batches(recipe, dataset).rows(0, mesh.data_rank, recipe.parallel.data)
     with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda held: held.tensor):
         step.train(0, rows)
     states = [
@@ -161,7 +166,7 @@ def measure(recipe: Recipe) -> tuple[int, Measured]:
     stage = parallel_state.get_pipeline_model_parallel_rank()
     mesh.leave()
     return stage, Measured(
-        parameters=sum(parameter.numel() for parameter in parameters),
+        num_parameters=sum(parameter.numel() for parameter in parameters),
         tensors=len(parameters),
         weights=sum(buffer.param_data.nbytes for buffer in buffers),
         gradients=sum(buffer.grad_data.nbytes for buffer in buffers),
@@ -182,8 +187,8 @@ def measured(storage: Path) -> dict[str, list[tuple[int, Measured]]]:
     """What every rank of each layout has; layouts of as many workers share their processes."""
     recipes = {layout: tiny_recipe(storage, **changes) for layout, changes in LAYOUTS.items()}
     results: dict[str, list[tuple[int, Measured]]] = {}
-    for workers in {recipe.parallel.workers for recipe in recipes.values()}:
-        here = {name: one for name, one in recipes.items() if one.parallel.workers == workers}
+    for workers in {recipe.parallel.num_workers for recipe in recipes.values()}:
+        here = {name: one for name, one in recipes.items() if one.parallel.num_workers == workers}
         ranks = run_distributed(measure_all, workers, *here.values())
         results |= dict(zip(here, map(list, zip(*ranks, strict=True)), strict=True))
     return results
@@ -193,19 +198,19 @@ def measured(storage: Path) -> dict[str, list[tuple[int, Measured]]]:
 def test_sizes_are_those_of_what_is_built(
     storage: Path, measured: dict[str, list[tuple[int, Measured]]], layout: str
 ) -> None:
-    from ul2r.data.store.dataset import open_corpus
+    from ul2r.data.store.dataset import open_dataset
 
     recipe = tiny_recipe(storage, **LAYOUTS[layout])
     parallel = recipe.parallel
-    stages = size_run(recipe, open_corpus(recipe.store_folder).vocabulary.size).stages
-    assert len(measured[layout]) == parallel.workers
+    stages = size_run(recipe, open_dataset(recipe.store_folder).vocabulary.size).stages
+    assert len(measured[layout]) == parallel.num_workers
     for number, rank in measured[layout]:
         stage = stages[number]
-        assert stage.parameters == rank.parameters
+        assert stage.num_parameters == rank.num_parameters
         check_state(stage.memory, rank, parallel.data)
         # A stage holds what it sends on as well, in Megatron's schedule and not in autograd.
         sends = stage.microbatches * parallel.virtual_stages - (number == parallel.pipeline - 1)
-        positions = recipe.training.microbatch_rows * recipe.objective.sequence_length
+        positions = recipe.training.micro_batch_size * recipe.objective.sequence_length
         sent = 4 * positions * recipe.model.hidden_size * sends
         told = stage.memory.activations + stage.memory.logits
         assert told == pytest.approx(rank.kept + sent, rel=0.01)

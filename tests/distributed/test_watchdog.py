@@ -44,7 +44,7 @@ WORKER = """
 
 def test_a_stopped_rank_is_named_and_the_others_end(tmp_path: Path) -> None:
     tiny_store(tmp_path / "store")
-    recipe = tiny_recipe(tmp_path, parallel={"workers": 2}, guards={"hang_timeout_s": 4})
+    recipe = tiny_recipe(tmp_path, parallel={"num_workers": 2}, guards={"hang_timeout_s": 4})
     (tmp_path / "recipe.yaml").write_text(dump(recipe))
     ranks = [
         subprocess.Popen(

@@ -15,7 +15,7 @@ from ul2r.launch.worker import run_worker
 from ul2r.model.attention import Backend, DenseMask, intervals
 from ul2r.model.attention.flex import Flex
 from ul2r.model.attention.variable_length import TransformerEngineKernel, VariableLength
-from ul2r.objective import Rows, Vocabulary, make_rows
+from ul2r.objective import Batch, Vocabulary, build_batch
 from ul2r.testing.attention import attend_by_segment, dense_attention
 from ul2r.testing.corpus import counted_text, tiny_store
 from ul2r.testing.distributed import join_alone
@@ -44,15 +44,24 @@ def backend_of(name: str) -> Backend[Any]:
     return VariableLength(attend_by_segment if name == "segments" else TransformerEngineKernel())
 
 
-def packed_rows(slots: int, length: int, seed: int) -> Rows:
+def packed_rows(slots: int, length: int, seed: int) -> Batch:
     """Inputs read in both directions, causal examples, rows of one example and of several, and padding."""
     mixture = (
-        SpanCorruption(name="R", mean_span=3, rate=0.15, mode="NLU", weight=1),
-        SpanCorruption(name="X", mean_span=8, rate=0.5, mode="NLG", weight=1, whole_row=True),
+        SpanCorruption(
+            name="R", mean_noise_span_length=3, noise_density=0.15, mode="NLU", weight=1
+        ),
+        SpanCorruption(
+            name="X",
+            mean_noise_span_length=8,
+            noise_density=0.5,
+            mode="NLG",
+            weight=1,
+            whole_row=True,
+        ),
         Prefix(weight=1),
         Causal(),
     )
-    return make_rows(
+    return build_batch(
         range(4),
         objective=Objective(mixture=mixture, sequence_length=slots * length, slots_per_row=slots),
         vocabulary=Vocabulary(
@@ -73,7 +82,7 @@ def test_attention_and_gradients_equal_dense_float64(
     backend = backend_of(name)
     for seed in range(3):
         rows = packed_rows(slots, length, seed)
-        batch, positions = rows.lo.shape
+        batch, positions = rows.kv_start.shape
         generator = torch.Generator().manual_seed(seed)
         query, key, value, upstream = (
             torch.randn(positions, batch, heads, HEAD_DIM, generator=generator).cuda().bfloat16()
@@ -82,9 +91,11 @@ def test_attention_and_gradients_equal_dense_float64(
         leaves = query, key, value
         for leaf in leaves:
             leaf.requires_grad_()
-        lo, hi = (torch.from_numpy(array).cuda() for array in (rows.lo, rows.hi))
-        ours = backend(query, key, value, intervals(rows.lo, rows.hi), HEAD_DIM**-0.5)
-        reference = dense_attention(query, key, value, lo, hi)
+        kv_start, kv_end = (
+            torch.from_numpy(array).cuda() for array in (rows.kv_start, rows.kv_end)
+        )
+        ours = backend(query, key, value, intervals(rows.kv_start, rows.kv_end), HEAD_DIM**-0.5)
+        reference = dense_attention(query, key, value, kv_start, kv_end)
         found = [ours, *torch.autograd.grad(ours, leaves, upstream)]
         expected = [reference, *torch.autograd.grad(reference, leaves, upstream.double())]
         for one, other in zip(found, expected, strict=True):
@@ -131,4 +142,4 @@ def test_a_backend_compiles_once_for_all_microbatches() -> None:
     with torch._dynamo.config.patch(error_on_recompile=True):
         for seed in range(3):
             rows = packed_rows(1, 512, seed)
-            flex(query, query, query, intervals(rows.lo, rows.hi), HEAD_DIM**-0.5)
+            flex(query, query, query, intervals(rows.kv_start, rows.kv_end), HEAD_DIM**-0.5)

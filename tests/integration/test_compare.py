@@ -13,16 +13,16 @@ import yaml
 from mlflow import MlflowClient
 
 from ul2r.config import Comparison, Recipe, load
-from ul2r.data.store.dataset import open_corpus
+from ul2r.data.store.dataset import open_dataset
 from ul2r.errors import CheckpointError, RecipeError, ServiceError
 from ul2r.evaluation import evaluate
 from ul2r.evaluation.comparison import ROLES, Role
 from ul2r.inference import LanguageModel
-from ul2r.workflows.compare import compare
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.models import tiny_export
 from ul2r.tracking.mlflow import MlflowTracker, start_run, view_pages
 from ul2r.tracking.server import running_server
+from ul2r.workflows.compare import compare
 
 pytestmark = pytest.mark.integration
 
@@ -69,11 +69,17 @@ def recipe_tree(role: Role, storage: Path) -> dict[str, object]:
         "role": role,
         "storage": str(storage),
         "base": None if role == "base" else "base",
-        "model": {"layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "heads": 4, "kv_heads": 2},
+        "model": {
+            "num_layers": 2,
+            "hidden_size": 32,
+            "ffn_hidden_size": 64,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+        },
         "objective": {"mixture": "ul2r" if role == "ul2r" else "causal", "sequence_length": 64},
-        "training": {"steps": 20, "global_batch_rows": 1},
-        "data": {"sentinels": SENTINELS},
-        "evaluation": {"rows": 6, "infill_examples": 6, "infill_context": 20},
+        "training": {"steps": 20, "global_batch_size": 1},
+        "data": {"num_sentinels": SENTINELS},
+        "evaluation": {"num_rows": 6, "num_infill_examples": 6, "infill_context_length": 20},
         "tracking": {"experiment": "three"},
     }
 
@@ -133,11 +139,11 @@ def test_a_comparison_measures_each_arm_once_and_keeps_table_and_picture(
     assert list(table["arms"]) == ["base", "control", "ul2r"]
     assert "+50.0% tokens" in "".join(table["notes"])
 
-    corpus = open_corpus(storage / "store")
+    dataset = open_dataset(storage / "store")
     for role in ROLES:
         recipe = load(folder / f"{role}.yaml", (), Recipe)
         model = LanguageModel.load(recipe.run_folder() / "export")
-        expected = evaluate(model, corpus, recipe)
+        expected = evaluate(model, dataset, recipe)
         for metric in table["metrics"]:
             mean = metric["scores"][role]["mean"]
             assert mean == pytest.approx(expected[metric["name"]].mean, abs=1e-5), metric["name"]
@@ -211,11 +217,14 @@ def test_arms_with_different_evaluation_settings_are_refused(
 ) -> None:
     storage = folder / "storage"
     tree = recipe_tree("control", storage)
-    write_yaml(tmp_path / "control.yaml", tree | {"evaluation": {"rows": 7, "infill_context": 20}})
+    write_yaml(
+        tmp_path / "control.yaml",
+        tree | {"evaluation": {"num_rows": 7, "infill_context_length": 20}},
+    )
     for name in ("base.yaml", "compare.yaml", "ul2r.yaml"):
         shutil.copy(folder / name, tmp_path)
     comparison = load(tmp_path / "compare.yaml", [f"storage={storage}"], Comparison)
-    with pytest.raises(RecipeError, match=r"evaluation.rows: base has 6, control has 7: make"):
+    with pytest.raises(RecipeError, match=r"evaluation.num_rows: base has 6, control has 7: make"):
         compare_with(comparison, uri)
 
 

@@ -30,14 +30,20 @@ PHASES += ["compare", "serve"]
 WAIT_S = 600
 STOP_TIMEOUT_S = 120
 TINY: dict[str, Any] = {
-    "data": {"vocabulary_size": 400, "sentinels": 64, "held_out": 0.1},
-    "model": {"layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "heads": 4, "kv_heads": 2},
+    "data": {"vocabulary_size": 400, "num_sentinels": 64, "held_out_fraction": 0.1},
+    "model": {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "ffn_hidden_size": 64,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+    },
     "objective": {"sequence_length": 128},
-    "validation": {"every": 2, "rows": 4},
+    "validation": {"every": 2, "num_rows": 4},
     "checkpoints": {"every": 2},
-    "evaluation": {"rows": 4, "infill_examples": 4, "infill_context": 16},
+    "evaluation": {"num_rows": 4, "num_infill_examples": 4, "infill_context_length": 16},
 }
-SHORT = {"training": {"steps": 4, "global_batch_rows": 4, "microbatch_rows": 4, "log_every": 1}}
+SHORT = {"training": {"steps": 4, "global_batch_size": 4, "micro_batch_size": 4, "log_every": 1}}
 
 
 @dataclass(frozen=True)

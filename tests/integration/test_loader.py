@@ -17,11 +17,11 @@ from ray._private.internal_api import node_stats
 
 from ul2r.config import PRESETS, Recipe
 from ul2r.data import loader
-from ul2r.data.sampling.batches import Batches
 from ul2r.data.loader import BLOCK_BYTES, chunks, in_order, make_dataset, read, split
-from ul2r.data.store.dataset import Corpus, open_corpus
+from ul2r.data.sampling.batches import Batches
+from ul2r.data.store.dataset import TokenDataset, open_dataset
 from ul2r.errors import CorpusError
-from ul2r.objective import Rows
+from ul2r.objective import Batch
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.recipes import tiny_recipe
 
@@ -36,7 +36,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def corpus(storage: Path) -> Corpus:
+def dataset(storage: Path) -> TokenDataset:
     return tiny_store(storage / "store")
 
 
@@ -67,7 +67,7 @@ def recipe(storage: Path) -> Recipe:
     return tiny_recipe(storage, objective=objective, training={"steps": STEPS})
 
 
-def read_all(recipe: Recipe, batches: range, replicas: int) -> list[list[Rows]]:
+def read_all(recipe: Recipe, batches: range, replicas: int) -> list[list[Batch]]:
     """The rows of each replica by batch, all replicas reading at once as in training."""
     iterators = split(make_dataset(recipe, batches, replicas), replicas)
     with ThreadPoolExecutor(replicas) as pool:
@@ -85,10 +85,10 @@ def read_all(recipe: Recipe, batches: range, replicas: int) -> list[list[Rows]]:
     [(range(STEPS), 1), (range(STEPS), 2), (range(5, 14), 2), (range(STEPS - 1, STEPS + 3), 4)],
 )
 def test_rows_through_ray_are_those_made_in_process(
-    recipe: Recipe, corpus: Corpus, numbers: range, replicas: int
+    recipe: Recipe, dataset: TokenDataset, numbers: range, replicas: int
 ) -> None:
     """Bit for bit, whichever batches they are and however many replicas share them."""
-    batches = Batches(recipe, corpus)
+    batches = Batches(recipe, dataset)
     for replica, found in enumerate(read_all(recipe, numbers, replicas)):
         for number, rows in zip(numbers, found, strict=True):
             expected = batches.rows(number, replica, replicas).arrays()
@@ -100,13 +100,13 @@ def test_rows_through_ray_are_those_made_in_process(
 
 @pytest.mark.usefixtures("local_ray")
 def test_run_stopped_in_the_middle_goes_on_with_the_next_samples(
-    recipe: Recipe, corpus: Corpus
+    recipe: Recipe, dataset: TokenDataset
 ) -> None:
     rows = read(split(make_dataset(recipe, range(STEPS), 1), 1)[0], recipe, range(STEPS), 0, 1)
-    before = [next(rows).sample for _ in range(9)]
+    before = [next(rows).sample_ids for _ in range(9)]
     del rows
     (after,) = read_all(recipe, range(9, STEPS), replicas=1)
-    samples = np.concatenate([*before, *(later.sample for later in after)])
+    samples = np.concatenate([*before, *(later.sample_ids for later in after)])
     assert samples.ravel().tolist() == list(range(STEPS * 8 * 2))
 
 
@@ -118,7 +118,7 @@ def test_killed_data_tasks_cost_no_sample_and_repeat_none(
     monkeypatch.setattr(loader, "BLOCK_BYTES", 2**20)
     long_run = long_recipe(long_storage, steps=150)
     rows = read(split(make_dataset(long_run, range(150), 1), 1)[0], long_run, range(150), 0, 1)
-    expected, killed = Batches(long_run, open_corpus(long_run.store_folder)), 0
+    expected, killed = Batches(long_run, open_dataset(long_run.store_folder)), 0
     for step in range(150):
         if step % 20 == 5:
             killed += kill_data_tasks()
@@ -142,8 +142,8 @@ def long_recipe(storage: Path, steps: int) -> Recipe:
     return tiny_recipe(
         storage,
         objective={"sequence_length": 2048},
-        training={"steps": steps, "global_batch_rows": 32},
-        data={"sentinels": 256},
+        training={"steps": steps, "global_batch_size": 32},
+        data={"num_sentinels": 256},
     )
 
 
@@ -191,7 +191,7 @@ def stored_bytes() -> int:
 
 def test_missing_cpu_for_the_tasks_is_said_aloud(
     storage: Path,
-    corpus: Corpus,
+    dataset: TokenDataset,
     local_ray: None,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -202,32 +202,34 @@ def test_missing_cpu_for_the_tasks_is_said_aloud(
     assert "launch.cpus_per_data_task=3" in caplog.text
 
 
-def arrays_of(recipe: Recipe, corpus: Corpus) -> list[Mapping[str, npt.NDArray[Any]]]:
-    batches = Batches(recipe, corpus)
+def arrays_of(recipe: Recipe, dataset: TokenDataset) -> list[Mapping[str, npt.NDArray[Any]]]:
+    batches = Batches(recipe, dataset)
     return [batches.rows(step, 1, 2).arrays() for step in range(STEPS)]
 
 
-def test_rows_in_order_pass_the_check(recipe: Recipe, corpus: Corpus) -> None:
-    arrays = arrays_of(recipe, corpus)
+def test_rows_in_order_pass_the_check(recipe: Recipe, dataset: TokenDataset) -> None:
+    arrays = arrays_of(recipe, dataset)
     assert len(list(in_order(arrays, recipe, range(STEPS), 1, 2))) == STEPS
     assert len(list(in_order(arrays[7:9], recipe, range(7, 9), 1, 2))) == 2
 
 
-def test_rows_that_one_example_has_whole_pass_the_check(recipe: Recipe, corpus: Corpus) -> None:
+def test_rows_that_one_example_has_whole_pass_the_check(
+    recipe: Recipe, dataset: TokenDataset
+) -> None:
     mixture = [one.model_copy(update={"whole_row": one.name == "S"}) for one in PRESETS["ul2r"]]
     objective = recipe.objective.model_copy(update={"mixture": tuple(mixture)})
     mixed = recipe.model_copy(update={"objective": objective})
-    arrays = arrays_of(mixed, corpus)
+    arrays = arrays_of(mixed, dataset)
     assert len(list(in_order(arrays, mixed, range(STEPS), 1, 2))) == STEPS
-    wrong = arrays[0]["sample"].copy()
+    wrong = arrays[0]["sample_ids"].copy()
     alone = np.flatnonzero(wrong[:, 1] < 0)[0]
     wrong[alone, 0] += 1
     with pytest.raises(RuntimeError, match="batch 0, replica 1"):
-        next(in_order([{**arrays[0], "sample": wrong}], mixed, range(1), 1, 2))
+        next(in_order([{**arrays[0], "sample_ids": wrong}], mixed, range(1), 1, 2))
 
 
-def test_two_steps_that_changed_places_are_noticed(recipe: Recipe, corpus: Corpus) -> None:
-    arrays = arrays_of(recipe, corpus)
+def test_two_steps_that_changed_places_are_noticed(recipe: Recipe, dataset: TokenDataset) -> None:
+    arrays = arrays_of(recipe, dataset)
     arrays[3], arrays[4] = arrays[4], arrays[3]
     checked = in_order(arrays, recipe, range(STEPS), 1, 2)
     assert len([next(checked) for _ in range(3)]) == 3
@@ -237,29 +239,29 @@ def test_two_steps_that_changed_places_are_noticed(recipe: Recipe, corpus: Corpu
         next(checked)
 
 
-def test_rows_of_another_replica_are_noticed(recipe: Recipe, corpus: Corpus) -> None:
+def test_rows_of_another_replica_are_noticed(recipe: Recipe, dataset: TokenDataset) -> None:
     with pytest.raises(RuntimeError, match="batch 0, replica 0"):
-        next(in_order(arrays_of(recipe, corpus), recipe, range(STEPS), 0, 2))
+        next(in_order(arrays_of(recipe, dataset), recipe, range(STEPS), 0, 2))
 
 
 def test_two_rows_that_changed_places_within_a_step_are_noticed(
-    recipe: Recipe, corpus: Corpus
+    recipe: Recipe, dataset: TokenDataset
 ) -> None:
-    first, *others = arrays_of(recipe, corpus)
+    first, *others = arrays_of(recipe, dataset)
     turned = {name: array[::-1] for name, array in first.items()}
     with pytest.raises(RuntimeError, match="batch 0, replica 1"):
         next(in_order([turned, *others], recipe, range(STEPS), 1, 2))
 
 
-def test_rows_that_end_early_are_noticed(recipe: Recipe, corpus: Corpus) -> None:
+def test_rows_that_end_early_are_noticed(recipe: Recipe, dataset: TokenDataset) -> None:
     with pytest.raises(
         RuntimeError, match=f"replica 1: Ray Data's rows end before batch {STEPS - 2}"
     ):
-        list(in_order(arrays_of(recipe, corpus)[:-2], recipe, range(STEPS), 1, 2))
+        list(in_order(arrays_of(recipe, dataset)[:-2], recipe, range(STEPS), 1, 2))
 
 
-def test_rows_beyond_the_last_step_are_noticed(recipe: Recipe, corpus: Corpus) -> None:
-    arrays = arrays_of(recipe, corpus)
+def test_rows_beyond_the_last_step_are_noticed(recipe: Recipe, dataset: TokenDataset) -> None:
+    arrays = arrays_of(recipe, dataset)
     with pytest.raises(RuntimeError, match="replica 1: Ray Data gave rows beyond the last batch"):
         list(in_order([*arrays, arrays[-1]], recipe, range(STEPS), 1, 2))
 
@@ -269,8 +271,10 @@ def test_rows_beyond_the_last_step_are_noticed(recipe: Recipe, corpus: Corpus) -
 def test_chunks_cover_each_step_once_and_stay_below_the_largest_block(
     storage: Path, first_step: int, replicas: int
 ) -> None:
-    objective, training = {"sequence_length": 2048}, {"steps": 5000, "global_batch_rows": 32}
-    long_run = tiny_recipe(storage, objective=objective, training=training, data={"sentinels": 256})
+    objective, training = {"sequence_length": 2048}, {"steps": 5000, "global_batch_size": 32}
+    long_run = tiny_recipe(
+        storage, objective=objective, training=training, data={"num_sentinels": 256}
+    )
     found = chunks(long_run, range(first_step, 5000), replicas)
     assert [step for steps in found for step in steps] == list(range(first_step, 5000))
     assert len(found[0]) == 1, "the first block is ready soon"
@@ -281,7 +285,7 @@ def test_chunks_cover_each_step_once_and_stay_below_the_largest_block(
 
 
 def test_one_step_larger_than_a_block_is_a_block_of_its_own(storage: Path) -> None:
-    training = {"steps": 3, "global_batch_rows": 32768}
+    training = {"steps": 3, "global_batch_size": 32768}
     huge = tiny_recipe(storage, training=training)
     assert chunks(huge, range(3), 1) == [range(1), range(1, 2), range(2, 3)]
     assert np.prod((32768, 64)) * 22 > BLOCK_BYTES

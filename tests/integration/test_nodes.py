@@ -80,7 +80,7 @@ def test_a_run_saves_before_a_machine_is_taken_and_goes_on_with_fewer_replicas(
     tiny_store(tmp_path / "store")
     recipe = tiny_recipe(
         tmp_path,
-        parallel={"workers": 2},
+        parallel={"num_workers": 2},
         training={"steps": STEPS},
         optimizer={"learning_rate": 1e-3},
         validation={"every": STEPS},
@@ -117,7 +117,7 @@ def test_a_run_saves_before_a_machine_is_taken_and_goes_on_with_fewer_replicas(
         status = MlflowClient(uri).get_run(run_id).info.status
     said = (tmp_path / "log").read_text()
     assert saved < STEPS, "no checkpoint but the last one is due"
-    assert "going on with parallel.workers=1 of 2" in said
+    assert "going on with parallel.num_workers=1 of 2" in said
     assert "Traceback" not in said
     assert status == "FINISHED"
     assert [step for step, _ in found] == list(range(1, STEPS + 1)), "none lost, none twice"

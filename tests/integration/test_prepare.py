@@ -13,13 +13,13 @@ import pytest
 from tokenizers import Tokenizer
 
 from ul2r.config import Recipe, dump
-from ul2r.data.prepare.source_files import find_files
-from ul2r.data.store.manifest import Manifest
 from ul2r.data.prepare.prepare import finished, prepare
-from ul2r.data.store.dataset import open_corpus
+from ul2r.data.prepare.source_files import find_files
+from ul2r.data.store.dataset import open_dataset
+from ul2r.data.store.manifest import Manifest
 from ul2r.data.store.token_store import TokenStore
 from ul2r.errors import CorpusError, LayoutError, RecipeError
-from ul2r.launch.ray_train.cluster import connected
+from ul2r.launch.ray_train.cluster import connect_ray
 from ul2r.testing.corpus import write_texts
 from ul2r.testing.recipes import tiny_recipe
 
@@ -55,7 +55,7 @@ def one_cpu() -> Iterator[str]:
 def three_cpus(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """A recipe whose store of the standard library was made by three tasks at a time."""
     recipe = tiny_recipe(tmp_path_factory.mktemp("three") / "storage")
-    with connected(cpus=3):
+    with connect_ray(cpus=3):
         prepare(recipe)
     return recipe
 
@@ -64,7 +64,7 @@ def three_cpus(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 def connection(one_cpu: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The cluster of one CPU, used by this process."""
     monkeypatch.setenv("RAY_ADDRESS", one_cpu)
-    with connected(cpus=1):
+    with connect_ray(cpus=1):
         yield
 
 
@@ -134,20 +134,20 @@ def _share_at_start(stderr: str) -> int:
 
 
 def test_the_standard_library_becomes_a_store(three_cpus: Recipe) -> None:
-    corpus = open_corpus(three_cpus.store_folder)
-    manifest = corpus.manifest
+    dataset = open_dataset(three_cpus.store_folder)
+    manifest = dataset.manifest
     with_text = [file for file in find_files(["stdlib"]) if file.size]
     assert manifest.train.documents + manifest.held_out.documents == len(with_text)
     assert manifest.held_out.documents == round(0.03 * len(with_text))
     assert manifest.train.text_bytes + manifest.held_out.text_bytes == sum(
         file.size for file in with_text
     )
-    assert corpus.vocabulary.size == 4096
-    tokenizer = Tokenizer.from_file(str(corpus.tokenizer_file))
+    assert dataset.vocabulary.size == 4096
+    tokenizer = Tokenizer.from_file(str(dataset.tokenizer_file))
     texts = {file.path.read_text(encoding="utf-8") for file in with_text}
-    for number in range(corpus.held_out.documents):
-        ids = corpus.held_out.document(number)
-        assert ids[-1] == corpus.vocabulary.eos
+    for number in range(dataset.held_out.documents):
+        ids = dataset.held_out.document(number)
+        assert ids[-1] == dataset.vocabulary.eos
         assert tokenizer.decode(ids[:-1].tolist()) in texts
 
 
@@ -180,9 +180,12 @@ def test_a_finished_store_is_not_made_again(three_cpus: Recipe, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        ({"held_out": 0.1}, "was made with data.held_out=0.03, the recipe says 0.1"),
+        (
+            {"held_out_fraction": 0.1},
+            "was made with data.held_out_fraction=0.03, the recipe says 0.1",
+        ),
         ({"vocabulary_size": 512}, "data.vocabulary_size=4096, the recipe says 512"),
-        ({"sentinels": 65}, "data.sentinels=64, the recipe says 65"),
+        ({"num_sentinels": 65}, "data.num_sentinels=64, the recipe says 65"),
         ({"corpus": [str(ROOT / "README.md")]}, "was made of data.corpus=['stdlib'], the recipe"),
     ],
 )
@@ -248,7 +251,7 @@ def test_a_cluster_that_is_too_small_is_named(
         pytest.raises(
             LayoutError, match=r"the cluster has 1 CPUs, this job needs 2\.5: ask for fewer"
         ),
-        connected(cpus=2.5),
+        connect_ray(cpus=2.5),
     ):
         pytest.fail("connected to a cluster that is too small")
 

@@ -21,7 +21,7 @@ from serving.app import Arguments
 from serving.server import check_port, running
 from ul2r.errors import ServiceError
 from ul2r.inference import LanguageModel, complete, infill
-from ul2r.launch.ray_train.cluster import connected
+from ul2r.launch.ray_train.cluster import connect_ray
 from ul2r.testing.models import tiny_export
 from ul2r.tracking.mlflow import register
 from ul2r.tracking.server import free_port, running_server
@@ -185,7 +185,7 @@ def test_a_model_that_does_not_load_says_why_and_leaves_nothing_behind(tmp_path:
     weights.write_bytes(weights.read_bytes()[:-8])
     port = free_port()
     arguments = Arguments(model=str(tmp_path / "export"))
-    with connected(cpus=1):
+    with connect_ray(cpus=1):
         with (
             pytest.raises(ServiceError, match=r"does not start: .*cannot be loaded: Error while"),
             running(arguments, port),

@@ -17,17 +17,17 @@ import pytest
 import ray
 
 from ul2r.config import Recipe, dump
-from ul2r.data.sampling.batches import Batches
-from ul2r.data.store.segments import Chapters
-from ul2r.data.prepare.source_files import find_files
-from ul2r.filesystem import locked
-from ul2r.data.store.manifest import Manifest
 from ul2r.data.loader import make_dataset, read, split
 from ul2r.data.prepare.prepare import finished, prepare, stream
-from ul2r.data.store.dataset import open_corpus
+from ul2r.data.prepare.source_files import find_files
 from ul2r.data.prepare.streaming import stream_groups
+from ul2r.data.sampling.batches import Batches
+from ul2r.data.store.dataset import open_dataset
+from ul2r.data.store.manifest import Manifest
+from ul2r.data.store.segments import SegmentedStore
 from ul2r.errors import CorpusError
-from ul2r.launch.ray_train.streaming import growing
+from ul2r.filesystem import locked
+from ul2r.launch.ray_train.streaming import build_store_in_background
 from ul2r.testing.corpus import write_texts
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.tracking.server import running_server
@@ -59,7 +59,12 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe_in(storage: Path, texts: Path, **changes: object) -> Recipe:
     # So much is held out that one shard is a first chapter.
-    data = {"corpus": [str(texts)], "vocabulary_size": 512, "order": "streamed", "held_out": 0.45}
+    data = {
+        "corpus": [str(texts)],
+        "vocabulary_size": 512,
+        "order": "streamed",
+        "held_out_fraction": 0.45,
+    }
     return tiny_recipe(storage, data=data, **changes)
 
 
@@ -85,19 +90,19 @@ def complete(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 def test_chapters_hold_every_document_once_but_those_equal_to_held_out_ones(
     complete: Recipe, texts: Path
 ) -> None:
-    corpus = open_corpus(complete.store_folder)
-    shards = [chapter.shards for chapter in corpus.manifest.chapters]
+    dataset = open_dataset(complete.store_folder)
+    shards = [chapter.shards for chapter in dataset.manifest.chapters]
     assert shards == [1, 1, 2], "each as long as all before it together"
-    (share,) = corpus.train
-    held_out = {corpus.held_out.document(n).tobytes() for n in range(corpus.held_out.documents)}
+    (share,) = dataset.train
+    held_out = {dataset.held_out.document(n).tobytes() for n in range(dataset.held_out.documents)}
     train = [share.store.document(n).tobytes() for n in range(share.store.documents)]
     assert not held_out & set(train)
     assert len(held_out | set(train)) == len(
         set("".join(map(Path.read_text, texts.iterdir())).splitlines())
     )
-    assert isinstance(share.store, Chapters)
-    assert corpus.manifest.train.tokens == len(share.store)
-    assert corpus.manifest.train.documents == share.store.documents
+    assert isinstance(share.store, SegmentedStore)
+    assert dataset.manifest.train.tokens == len(share.store)
+    assert dataset.manifest.train.documents == share.store.documents
     assert [path.name for path in complete.storage.iterdir() if path.is_dir()] == ["store"]
 
 
@@ -120,22 +125,22 @@ def test_rows_read_while_the_store_grows_are_those_of_the_complete_one(
     complete: Recipe, texts: Path, tmp_path: Path
 ) -> None:
     """Bit for bit, through Ray Data, from the first chapter into the second epoch."""
-    training = {"steps": 24, "global_batch_rows": 1000}
-    recipe = recipe_in(tmp_path, texts, training=training, validation={"rows": 8})
+    training = {"steps": 24, "global_batch_size": 1000}
+    recipe = recipe_in(tmp_path, texts, training=training, validation={"num_rows": 8})
     batches = range(24)
-    expected = Batches(recipe, open_corpus(complete.store_folder))
+    expected = Batches(recipe, open_dataset(complete.store_folder))
     make_first_chapter(recipe)
     with ExitStack() as held:
         held.enter_context(locked(recipe.store_folder))  # it grows no further until it is read
-        with growing(recipe, cpus=1) as corpus:
-            assert len(corpus.manifest.chapters) == 1
+        with build_store_in_background(recipe, cpus=1) as dataset:
+            assert len(dataset.manifest.chapters) == 1
             (iterator,) = split(make_dataset(recipe, batches, 1), 1)
             held.close()
             for step, rows in enumerate(read(iterator, recipe, batches, 0, 1)):
                 assert np.array_equal(rows.tokens, expected.rows(step).tokens)
                 assert np.array_equal(rows.labels, expected.rows(step).labels)
     assert step == 23
-    windows = len(open_corpus(complete.store_folder).train[0].store) // 65
+    windows = len(open_dataset(complete.store_folder).train[0].store) // 65
     assert windows < 24_000, "a second epoch was begun"
     assert files_of(recipe.store_folder) == files_of(complete.store_folder)
 
@@ -144,7 +149,7 @@ def test_file_that_cannot_be_read_is_told_to_those_who_wait_for_it(
     complete: Recipe, texts: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(texts, tmp_path / "texts")
-    training = {"steps": 100, "global_batch_rows": 1000}
+    training = {"steps": 100, "global_batch_size": 1000}
     recipe = recipe_in(tmp_path / "storage", tmp_path / "texts", training=training)
     # With a tokenizer given, nothing is read before the tasks read it.
     given = {"tokenizer": complete.store_folder / "tokenizer.json"}
@@ -152,7 +157,7 @@ def test_file_that_cannot_be_read_is_told_to_those_who_wait_for_it(
     last = stream_groups(find_files(recipe.data.corpus))[-1].files[-1].path
     last.write_bytes(b'{"text": "fine"}\n{"text": \n')
     batches = range(100)
-    with growing(recipe, cpus=1):
+    with build_store_in_background(recipe, cpus=1):
         (iterator,) = split(make_dataset(recipe, batches, 1), 1)
         with pytest.raises(CorpusError, match=rf"{last.name}: line 2: not JSON") as caught:
             deque(read(iterator, recipe, batches, 0, 1))
@@ -180,5 +185,5 @@ def test_job_trains_on_text_that_was_not_prepared(
     assert job.returncode == 0, job.stderr
     assert "tokenising the first of 4 MB of text, the rest while it trains" in job.stderr
     assert "tiny: 3 steps" in job.stdout
-    made, expected = (open_corpus(one.store_folder) for one in (recipe, complete))
+    made, expected = (open_dataset(one.store_folder) for one in (recipe, complete))
     assert made.manifest.fingerprint == expected.manifest.fingerprint

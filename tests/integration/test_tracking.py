@@ -17,7 +17,7 @@ import pytest
 from mlflow import MlflowClient
 
 from ul2r.errors import CheckpointError, ServiceError
-from ul2r.launch.preflight import recorded
+from ul2r.launch.preflight import track_run
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.tracking import RunStatus
@@ -134,12 +134,12 @@ def test_tags_are_brought_up_to_date_and_parameters_keep_their_first_value(
         uri, "tests", "run", tmp_path, tags={"digest": "a"}, params={"steps": 10}
     )
     again = tracking.continue_run(
-        uri, "tests", "run", tmp_path, tags={"digest": "b"}, params={"steps": 20, "rows": 4}
+        uri, "tests", "run", tmp_path, tags={"digest": "b"}, params={"steps": 20, "num_rows": 4}
     )
     data = MlflowClient(uri, uri).get_run(again).data
     assert first == again
     assert data.tags["digest"] == "b"
-    assert data.params == {"steps": "10", "rows": "4"}
+    assert data.params == {"steps": "10", "num_rows": "4"}
 
 
 def test_results_are_added_once_and_a_new_value_replaces_the_old_one(
@@ -292,10 +292,10 @@ def test_a_recorded_run_ends_as_its_block_does_with_all_that_a_worker_left_behin
     uri: str, tmp_path: Path, error: type[BaseException] | None, end: str
 ) -> None:
     """The worker that trains is another process, which was killed after its last checkpoint."""
-    corpus, recipe = tiny_store(tmp_path / "store", documents=12), tiny_recipe(tmp_path)
+    dataset, recipe = tiny_store(tmp_path / "store", documents=12), tiny_recipe(tmp_path)
     with (
         contextlib.suppress(RuntimeError, KeyboardInterrupt),
-        recorded(recipe, corpus, uri) as run_id,
+        track_run(recipe, dataset, uri) as run_id,
     ):
         assert status(uri, run_id) == "RUNNING"
         recipe.run_folder().joinpath("tracking_waiting.json").write_text(
@@ -312,12 +312,12 @@ def test_what_made_a_run_fail_is_not_hidden_by_a_server_that_is_gone(
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr("ul2r.tracking.mlflow.CLOSE_TIMEOUT_S", 0.5)
-    corpus, recipe = tiny_store(tmp_path / "store", documents=12), tiny_recipe(tmp_path)
+    dataset, recipe = tiny_store(tmp_path / "store", documents=12), tiny_recipe(tmp_path)
     with contextlib.ExitStack() as server:
         address = server.enter_context(running_server(storage))
         with (  # noqa: PT012  # the server goes while the block runs
             pytest.raises(RuntimeError, match="the real reason"),
-            recorded(recipe, corpus, address),
+            track_run(recipe, dataset, address),
         ):
             server.close()
             raise RuntimeError("the real reason")

@@ -21,12 +21,12 @@ import pytest
 from mlflow import MlflowClient
 
 from ul2r.config import Recipe, dump
-from ul2r.workflows.export import export
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.tracking.server import free_port, running_server
-from ul2r.train.checkpoint.metadata import CheckpointInfo
 from ul2r.train.checkpoint.checksums import find_damage
+from ul2r.train.checkpoint.metadata import CheckpointInfo
+from ul2r.workflows.export import export
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -111,7 +111,7 @@ def environment(cluster: Cluster, tracking_uri: str) -> dict[str, str]:
 def recipe_named(
     storage: Path,
     name: str,
-    parallel: Mapping[str, int] = MappingProxyType({"workers": 2}),
+    parallel: Mapping[str, int] = MappingProxyType({"num_workers": 2}),
     **guards: float,
 ) -> tuple[Recipe, Path]:
     """A run that skips batches 21, 24 and 25, on which its gradients explode: it reads 27 to take 24 steps."""
@@ -325,14 +325,14 @@ def test_damaged_token_store_ends_the_run_in_one_line(
     tmp_path: Path, environment: dict[str, str], tracking_uri: str
 ) -> None:
     """No check before the start reads all tokens, so a worker meets them."""
-    corpus = tiny_store(tmp_path / "store")
+    dataset = tiny_store(tmp_path / "store")
     recipe, path = recipe_named(tmp_path, "damaged")
     tokens = tmp_path / "store" / "train.bin"
     tokens.write_bytes(b"\xff" * tokens.stat().st_size)
     assert start(path, environment).wait(WAIT_S) == 2
     *_, last = path.with_suffix(".log").read_text().strip().splitlines()
     assert last.startswith(f"error: {tmp_path / 'store'}: holds tokens ")
-    assert f"its vocabulary has {corpus.vocabulary.size}" in last
+    assert f"its vocabulary has {dataset.vocabulary.size}" in last
     assert status(tracking_uri, recipe) == "FAILED"
 
 
@@ -371,7 +371,7 @@ def test_torchrun_in_another_layout_gives_the_losses_of_ray(
 ) -> None:
     """Tensor and sequence parallel, pipeline with interleaved stages, against two replicas."""
     layout = {"tensor": 2, "sequence_parallel": True, "pipeline": 2, "virtual_stages": 2}
-    recipe, path = recipe_named(storage, "torchrun-layout", {"workers": 4, **layout})
+    recipe, path = recipe_named(storage, "torchrun-layout", {"num_workers": 4, **layout})
     ended = torchrun(path, 4, MLFLOW_TRACKING_URI=tracking_uri).wait(WAIT_S)
     assert ended == 0, path.with_suffix(".log").read_text()
     for found, expected in zip(
@@ -384,5 +384,5 @@ def test_torchrun_with_another_number_of_processes_is_refused(storage: Path) -> 
     recipe, path = recipe_named(storage, "too-few")
     assert torchrun(path, 1).wait(WAIT_S)
     said = path.with_suffix(".log").read_text()
-    assert "error: torchrun started 1 processes, parallel.workers=2: set torchrun's" in said
+    assert "error: torchrun started 1 processes, parallel.num_workers=2: set torchrun's" in said
     assert not recipe.run_folder().exists()

@@ -151,7 +151,7 @@ def test_job_starts_all_its_workers_at_once(job: dict[str, Any]) -> None:
     gpus = sum(group["replicas"] * int(group["rayStartParams"]["num-gpus"]) for group in groups)
     assert all(group["minReplicas"] == group["maxReplicas"] for group in groups)
     assert recipe.launch.gpus_per_worker == 1
-    assert recipe.parallel.workers == gpus
+    assert recipe.parallel.num_workers == gpus
 
 
 def test_machines_that_talk_over_infiniband_may_lock_memory_and_share_it(
@@ -196,7 +196,9 @@ def test_slurm_script_is_bash_and_its_example_is_a_recipe() -> None:
     assert example is not None
     recipe = _recipe("jobs/train.py " + example[1].replace("\\\n#", " "))
     directives = dict(re.findall(r"#SBATCH --([\w-]+)=(\d+)", script.read_text()))
-    assert recipe.parallel.workers == int(directives["nodes"]) * int(directives["gpus-per-node"])
+    assert recipe.parallel.num_workers == int(directives["nodes"]) * int(
+        directives["gpus-per-node"]
+    )
 
 
 @pytest.mark.parametrize("name", ["Dockerfile", "kuberay-rayjob.yaml", "kuberay-rayservice.yaml"])

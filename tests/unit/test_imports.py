@@ -18,13 +18,14 @@ ROOT = Path(__file__).parents[2]
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(line.split())
     for line in (
-        "errors console",
+        "errors console filesystem",
         "config",
         "objective tracking",
         "data model",
         "train inference",
         "evaluation",
         "launch",
+        "workflows",
         "testing",
         "serving",
         "jobs",
@@ -34,7 +35,15 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
 """From the lowest up. Parts on one line do not know each other; only tests and benchmarks may know `testing`."""
 
 PLACES = {
-    "ray": ("data/loader", "data/prepare/tokenize_shards", "launch/", "jobs/", "serving/", "benchmarks/"),
+    "ray": (
+        "data/loader",
+        "data/prepare/tokenize_shards",
+        "launch/ray_train/",
+        "workflows/",
+        "jobs/",
+        "serving/",
+        "benchmarks/",
+    ),
     "mlflow": ("tracking/",),
     "megatron": ("model/", "train/", "testing/"),
     "transformers": ("model/", "inference/", "testing/"),

@@ -1,13 +1,13 @@
 """Recipes: what a run is made of, read from YAML and checked before anything starts."""
 
 from ul2r.config.architecture import Architecture
-from ul2r.config.pretrained import HuggingFace, Megatron
 from ul2r.config.data import Data, WeightedStore
 from ul2r.config.denoisers import PRESETS, Causal, Denoiser, Fim, Prefix, SpanCorruption, fit
 from ul2r.config.guards import Guards, Profile
 from ul2r.config.load import dump, load
 from ul2r.config.objective import Objective
 from ul2r.config.parallel import Parallel
+from ul2r.config.pretrained import HuggingFace, Megatron
 from ul2r.config.recipe import (
     AttentionBackend,
     Comparison,

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ul2r.config.strict_model import PositiveInt, Section
+from ul2r.config.strict_model import PositiveInt, StrictModel
 
 FamilyName = Literal[
     "llama",
@@ -22,59 +22,59 @@ FamilyName = Literal[
 ]
 
 
-class RopeScaling(Section):
+class RopeScaling(StrictModel):
     """Rotary positions stretched to longer texts: frequencies are divided by `factor`."""
 
     kind: Literal["llama3", "linear"] = "llama3"
     """Whether only slow frequencies are, as in Llama 3.1, or all of them (arXiv 2306.15595, Gemma 3)."""
     factor: float = Field(ge=1)
-    low_frequency: float = Field(default=1.0, gt=0)
-    """Frequencies of fewer turns than this in `original_positions` are divided whole."""
-    high_frequency: float = Field(default=4.0, gt=0)
+    low_freq_factor: float = Field(default=1.0, gt=0)
+    """Frequencies of fewer turns than this in `original_max_position_embeddings` are divided whole."""
+    high_freq_factor: float = Field(default=4.0, gt=0)
     """Those of more turns than this stay; between the two the change is gradual."""
-    original_positions: PositiveInt = 8192
+    original_max_position_embeddings: PositiveInt = 8192
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
-        if self.high_frequency <= self.low_frequency:
+        if self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(
-                f"high_frequency={self.high_frequency:g} is not above low_frequency={self.low_frequency:g}"
+                f"high_freq_factor={self.high_freq_factor:g} is not above low_freq_factor={self.low_freq_factor:g}"
             )
         return self
 
 
-class Architecture(Section):
+class Architecture(StrictModel):
     """A decoder. What is left out is a Llama's: RMSNorm, SwiGLU, rotary positions, no biases, tied embeddings."""
 
     family: FamilyName = "llama"
     """Hugging Face's `model_type` that the model is exported as."""
-    layers: PositiveInt
+    num_layers: PositiveInt
     hidden_size: PositiveInt
     ffn_hidden_size: PositiveInt
-    heads: PositiveInt
-    kv_heads: PositiveInt
+    num_heads: PositiveInt
+    num_kv_heads: PositiveInt
     head_size: PositiveInt | None = None
     """Width of a head where it is not hidden_size / heads."""
-    embedding_rows: PositiveInt | None = None
+    num_embeddings: PositiveInt | None = None
     """Rows of the embedding where it has more than the tokenizer has entries."""
-    tied: bool = True
+    tie_embeddings: bool = True
     """Whether the embedding is the output matrix as well."""
-    positions: PositiveInt | None = None
+    max_position_embeddings: PositiveInt | None = None
     """Longest sequence that an export names, and rows of learned positions; else objective.sequence_length."""
     position_embedding: Literal["rope", "learned"] = "rope"
-    rope_base: PositiveInt = 10_000
-    rope_share: float = Field(default=1.0, gt=0, le=1)
+    rope_theta: PositiveInt = 10_000
+    rotary_percent: float = Field(default=1.0, gt=0, le=1)
     """Share of each head's width that is rotated."""
     rope_interleaved: bool = False
     """Whether neighbours are rotated as pairs, rather than the first half with the second."""
     rope_scaling: RopeScaling | None = None
     sliding_window: PositiveInt | None = None
     """A query sees keys less than this far from its own position, before it and, among inputs, behind it. In all
-    layers, unless `global_every` says otherwise; only rows no longer than it are trained with then."""
-    global_every: PositiveInt = 1
+    layers, unless `sliding_window_pattern` says otherwise; only rows no longer than it are trained with then."""
+    sliding_window_pattern: PositiveInt = 1
     """Of so many layers the last sees all keys, those before it only what `sliding_window` leaves (Gemma 3: 6)."""
-    local_rope_base: PositiveInt | None = None
-    """`rope_base` of the layers with a window; what `rope_scaling` says is for the others."""
+    local_rope_theta: PositiveInt | None = None
+    """`rope_theta` of the layers with a window; what `rope_scaling` says is for the others."""
     query_pre_attn_scalar: PositiveInt | None = None
     """Scores are divided by its square root, where it is not the width of a head (Gemma)."""
     norm: Literal["rms", "layer"] = "rms"
@@ -87,16 +87,16 @@ class Architecture(Section):
     )
     """x + attention(norm(x)), then the same of the MLP; both at once of one norm (PaLM, Cohere) or of one each
     (GPT-NeoX); the norm after each of the two, before it is added (OLMo 2); or norms before and after (Gemma 3)."""
-    query_key_norm: Literal["head", "whole"] | None = None
+    qk_norm: Literal["head", "whole"] | None = None
     """RMSNorm of queries and keys, of each head (Qwen3) or of all heads at once (OLMo 2)."""
     bias: Literal["qkv", "all"] | None = None
     """Which projections have biases."""
     activation: Literal["swiglu", "geglu", "gelu", "gelu_tanh"] = "swiglu"
     """Gated (arXiv 2002.05202), geglu by the tanh formula, or not."""
-    experts: PositiveInt | None = None
+    num_experts: PositiveInt | None = None
     """Feed-forward networks of each layer, of `ffn_hidden_size` each, where a router picks among several (Mixtral,
     arXiv 2401.04088, 2.1)."""
-    experts_per_token: PositiveInt | None = None
+    num_experts_per_token: PositiveInt | None = None
     """Experts that each token passes through, weighted by a softmax over them."""
     scale_embedding: bool = False
     """Whether embeddings are multiplied by sqrt(hidden_size), rounded to their dtype (Gemma)."""
@@ -109,45 +109,45 @@ class Architecture(Section):
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
-        if self.head_size is None and self.hidden_size % self.heads:
+        if self.head_size is None and self.hidden_size % self.num_heads:
             raise ValueError(
-                f"heads={self.heads} does not divide hidden_size={self.hidden_size}: change either"
+                f"num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}: change either"
             )
-        if self.heads % self.kv_heads:
+        if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"kv_heads={self.kv_heads} does not divide heads={self.heads}: change either"
+                f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}: change either"
             )
-        if self.position_embedding == "rope" and int(self.head_dim * self.rope_share) % 2:
+        if self.position_embedding == "rope" and int(self.head_dim * self.rotary_percent) % 2:
             raise ValueError(
-                f"head dimension hidden_size/heads={self.head_dim} is odd; rotary positions need an even one"
-                if self.rope_share == 1
-                else f"rope_share={self.rope_share:g} of head dimension {self.head_dim} is odd; change either"
+                f"head dimension hidden_size/num_heads={self.head_dim} is odd; rotary positions need an even one"
+                if self.rotary_percent == 1
+                else f"rotary_percent={self.rotary_percent:g} of head dimension {self.head_dim} is odd; change either"
             )
         return self
 
     @model_validator(mode="after")
     def _features_agree(self) -> Self:
-        if self.position_embedding == "learned" and self.positions is None:
+        if self.position_embedding == "learned" and self.max_position_embeddings is None:
             raise ValueError("position_embedding=learned needs positions, the rows of its table")
         if self.norm_bias and self.norm == "rms":
             raise ValueError("norm_bias=true needs norm=layer: RMSNorm has no bias")
-        if self.norm_zero_centered and (self.norm != "rms" or self.query_key_norm == "whole"):
+        if self.norm_zero_centered and (self.norm != "rms" or self.qk_norm == "whole"):
             raise ValueError(
-                "norm_zero_centered=true needs norm=rms and no query_key_norm=whole: there is none of those"
+                "norm_zero_centered=true needs norm=rms and no qk_norm=whole: there is none of those"
             )
-        if (self.global_every > 1) != (self.local_rope_base is not None):
+        if (self.sliding_window_pattern > 1) != (self.local_rope_theta is not None):
             raise ValueError(
-                f"global_every={self.global_every} with local_rope_base={self.local_rope_base}: give both or neither"
+                f"sliding_window_pattern={self.sliding_window_pattern} with local_rope_theta={self.local_rope_theta}: give both or neither"
             )
-        if self.global_every > 1 and (
+        if self.sliding_window_pattern > 1 and (
             self.sliding_window is None
             or self.position_embedding != "rope"
             or self.rope_interleaved
-            or self.query_key_norm == "whole"
+            or self.qk_norm == "whole"
         ):
             raise ValueError(
-                f"global_every={self.global_every} needs sliding_window, rotary positions that are not interleaved, "
-                "and no query_key_norm=whole"
+                f"sliding_window_pattern={self.sliding_window_pattern} needs sliding_window, rotary positions that are not interleaved, "
+                "and no qk_norm=whole"
             )
         if self.init_std == "fan_in" and self.embedding_std is None:
             raise ValueError(
@@ -159,23 +159,23 @@ class Architecture(Section):
 
     @model_validator(mode="after")
     def _experts_suffice(self) -> Self:
-        experts, each = self.experts, self.experts_per_token
+        experts, each = self.num_experts, self.num_experts_per_token
         if (experts is None) != (each is None):
             raise ValueError(
-                f"experts={experts} and experts_per_token={each} belong together: give both or neither"
+                f"num_experts={experts} and num_experts_per_token={each} belong together: give both or neither"
             )
         if experts is not None and each is not None and each > experts:
             raise ValueError(
-                f"experts_per_token={each} is more than experts={experts}: lower the first"
+                f"num_experts_per_token={each} is more than num_experts={experts}: lower the first"
             )
         if self.family == "mixtral" and experts is None:
-            raise ValueError("family=mixtral has experts: set experts and experts_per_token")
+            raise ValueError("family=mixtral has experts: set experts and num_experts_per_token")
         return self
 
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
-        return self.head_size or self.hidden_size // self.heads
+        return self.head_size or self.hidden_size // self.num_heads
 
     @property
     def gated(self) -> bool:
@@ -189,24 +189,24 @@ class Architecture(Section):
         A `sliding_window` of all layers is none, since rows are no longer than it.
         """
         return tuple(
-            self.sliding_window if number % self.global_every else None
-            for number in range(1, self.layers + 1)
+            self.sliding_window if number % self.sliding_window_pattern else None
+            for number in range(1, self.num_layers + 1)
         )
 
     def rows(self, vocabulary_size: int) -> int:
         """Rows of the embedding that have a meaning, for a tokenizer of `vocabulary_size` entries."""
-        return max(self.embedding_rows or 0, vocabulary_size)
+        return max(self.num_embeddings or 0, vocabulary_size)
 
 
 def _palm(layers: int, heads: int, hidden_size: int) -> dict[str, Any]:
     """PaLM (arXiv 2204.02311, section 2): exported as Cohere's class, which computes the same function."""
     return {
         "family": "cohere",
-        "layers": layers,
+        "num_layers": layers,
         "hidden_size": hidden_size,
         "ffn_hidden_size": 4 * hidden_size,
-        "heads": heads,
-        "kv_heads": 1,
+        "num_heads": heads,
+        "num_kv_heads": 1,
         "head_size": 256,
         "rope_interleaved": True,
         "norm": "layer",
@@ -226,7 +226,7 @@ MODELS: dict[str, dict[str, Any]] = {
 """Models that a recipe can name instead of describing them."""
 
 
-def described(model: object) -> object:
+def resolve_preset(model: object) -> object:
     """What a recipe's `model` stands for: a name of `MODELS`, `{like: NAME, ...}` with changes, or its own settings.
 
     Raises:

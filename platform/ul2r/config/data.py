@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from ul2r.config.strict_model import PositiveInt, Section
+from ul2r.config.strict_model import PositiveInt, StrictModel
 
 
 def folder_or_url(store: str) -> str:
@@ -15,7 +15,7 @@ def folder_or_url(store: str) -> str:
     return store if "://" in store else str(Path(store).expanduser().absolute())
 
 
-class WeightedStore(Section):
+class WeightedStore(StrictModel):
     """A token store in a blend."""
 
     store: Annotated[str, AfterValidator(folder_or_url)]
@@ -24,7 +24,7 @@ class WeightedStore(Section):
     """Its share of the samples is its weight among those of the blend."""
 
 
-class Data(Section):
+class Data(StrictModel):
     """Text and its token store."""
 
     corpus: tuple[str, ...] = Field(default=("stdlib",), min_length=1)
@@ -34,7 +34,7 @@ class Data(Section):
     tokenised while training already runs on its first part, and shuffled within parts that double in size."""
     blend: tuple[WeightedStore, ...] = ()
     """Token stores of one tokenizer to train on instead of `corpus`, in shares by weight."""
-    held_out: float = Field(default=0.03, gt=0, lt=0.5)
+    held_out_fraction: float = Field(default=0.03, gt=0, lt=0.5)
     """Share of the documents kept out of training."""
     tokenizer: Path | None = None
     """An existing Hugging Face tokenizer.json; without one a byte-level BPE is trained on the corpus."""
@@ -42,7 +42,7 @@ class Data(Section):
     """Entries of a trained tokenizer, special tokens included."""
     mode_tokens: Literal["special", "text"] = "special"
     """Modes as tokens of their own, or as the pieces of "[S2S]", "[NLU]" and "[NLG]" (the papers are silent)."""
-    sentinels: PositiveInt = 256
+    num_sentinels: PositiveInt = 256
     """Sentinel tokens that the tokenizer holds."""
     special_tokens: Literal["reserved", "last_subwords"] = "reserved"
     """What modes and sentinels take in a given tokenizer: its reserved tokens and then new entries, or its last
@@ -58,10 +58,10 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _bytes_fit(self) -> Self:
-        least = 256 + self.sentinels + 4  # every byte, the sentinels, eos and three modes
+        least = 256 + self.num_sentinels + 4  # every byte, the sentinels, eos and three modes
         if self.tokenizer is None and self.vocabulary_size < least:
             raise ValueError(
-                f"vocabulary_size={self.vocabulary_size} is too small for 256 bytes, sentinels={self.sentinels}, eos "
+                f"vocabulary_size={self.vocabulary_size} is too small for 256 bytes, num_sentinels={self.num_sentinels}, eos "
                 f"and three modes: raise vocabulary_size to {least} or more, or lower sentinels"
             )
         return self

@@ -10,13 +10,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ul2r.config.strict_model import Section
+from ul2r.config.strict_model import StrictModel
 
 Mode = Literal["S2S", "NLU", "NLG"]
 Weight = Annotated[float, Field(gt=0)]
 
 
-class _Denoiser(Section):
+class _Denoiser(StrictModel):
     """What every denoiser has."""
 
     weight: Weight
@@ -26,28 +26,28 @@ class _Denoiser(Section):
 
 
 class SpanCorruption(_Denoiser):
-    """Masks spans of `mean_span` tokens on average, `rate` of all (UL2, arXiv 2205.05131, 3.1).
+    """Masks spans of `mean_noise_span_length` tokens on average, `noise_density` of all (UL2, arXiv 2205.05131, 3.1).
 
     Inputs are mode, kept runs each followed by its sentinel; targets are sentinel and span in turn, then eos.
     """
 
     kind: Literal["span_corruption"] = "span_corruption"
     name: str
-    mean_span: float = Field(ge=1)
-    rate: float = Field(gt=0, lt=1)
+    mean_noise_span_length: float = Field(ge=1)
+    noise_density: float = Field(gt=0, lt=1)
     mode: Mode
 
-    def noise_tokens(self, raw_length: int) -> int:
+    def num_noise_tokens(self, raw_length: int) -> int:
         """Masked tokens of a window of `raw_length` >= 2 tokens: round(L * rate), at least 1, at most L - 1."""
-        return min(max(round(raw_length * self.rate), 1), raw_length - 1)
+        return min(max(round(raw_length * self.noise_density), 1), raw_length - 1)
 
     def spans(self, raw_length: int) -> int:
         """Masked spans, hence sentinels, of a window: max(1, round(noise / mean_span)).
 
         Never more than the kept or the masked tokens, since each run of either holds one at least.
         """
-        noise = self.noise_tokens(raw_length)
-        return min(max(round(noise / self.mean_span), 1), noise, raw_length - noise)
+        noise = self.num_noise_tokens(raw_length)
+        return min(max(round(noise / self.mean_noise_span_length), 1), noise, raw_length - noise)
 
     def example_length(self, raw_length: int, marks: int = 1) -> int:
         """Tokens of mode + inputs + targets + eos: L + 2 * spans + marks + 1.
@@ -62,14 +62,14 @@ class SpanCorruption(_Denoiser):
 class Prefix(_Denoiser):
     """Splits a window in two: the first part is read, the second predicted (UL2's S).
 
-    The first part has 1 .. L - 1 tokens, each number equally likely (Google's t5, `random_prefix`), or with `rate` all
+    The first part has 1 .. L - 1 tokens, each number equally likely (Google's t5, `random_prefix`), or with `noise_density` all
     but that share of the window (UL2's own seven, arXiv 2205.05131, table 1).
     """
 
     kind: Literal["prefix"] = "prefix"
     name: str = "S"
     mode: Mode = "S2S"
-    rate: float | None = Field(default=None, gt=0, lt=1)
+    noise_density: float | None = Field(default=None, gt=0, lt=1)
     sentinel: bool = False
     """Whether a sentinel ends the inputs and begins the targets, as in span corruption (the papers are silent)."""
 
@@ -144,8 +144,16 @@ def fit(denoiser: Denoiser, example_length: int, marks: int = 1) -> int:
     )
 
 
-def _corruption(name: str, mean_span: float, rate: float, mode: Mode, weight: float) -> Denoiser:
-    return SpanCorruption(name=name, mean_span=mean_span, rate=rate, mode=mode, weight=weight)
+def _corruption(
+    name: str, mean_noise_span_length: float, rate: float, mode: Mode, weight: float
+) -> Denoiser:
+    return SpanCorruption(
+        name=name,
+        mean_noise_span_length=mean_noise_span_length,
+        noise_density=rate,
+        mode=mode,
+        weight=weight,
+    )
 
 
 PRESETS: dict[str, tuple[Denoiser, ...]] = {
@@ -160,7 +168,7 @@ PRESETS: dict[str, tuple[Denoiser, ...]] = {
     "ul2": (
         _corruption("R-3", 3, 0.15, "NLU", 1),
         _corruption("R-8", 8, 0.15, "NLU", 1),
-        Prefix(name="S", rate=0.25, weight=1),
+        Prefix(name="S", noise_density=0.25, weight=1),
         _corruption("X-3", 3, 0.5, "NLG", 1),
         _corruption("X-8", 8, 0.5, "NLG", 1),
         _corruption("X-64", 64, 0.15, "NLG", 1),
@@ -174,7 +182,7 @@ PRESETS: dict[str, tuple[Denoiser, ...]] = {
         _corruption("R-12-dense", 12, 0.5, "NLU", 1),
         _corruption("X-32", 32, 0.15, "NLG", 1),
         _corruption("X-32-dense", 32, 0.5, "NLG", 1),
-        Prefix(name="S", rate=0.75, weight=4),
+        Prefix(name="S", noise_density=0.75, weight=4),
     ),
     # T5's objective (arXiv 1910.10683, 3.3.4).
     "span_corruption": (_corruption("R", 3, 0.15, "NLU", 1),),

@@ -6,12 +6,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from ul2r.config.strict_model import PositiveInt, Section
+from ul2r.config.strict_model import PositiveInt, StrictModel
 
 Action = Literal["ignore", "stop", "skip", "rewind"]
 
 
-class Guards(Section):
+class Guards(StrictModel):
     """Checks of each step before its update is applied, by numbers that all ranks have alike.
 
     "skip" leaves the batch out and takes the same step on the next one. "rewind" goes back to the last checkpoint and
@@ -38,7 +38,7 @@ class Guards(Section):
     than any step, measurement or checkpoint takes, and shorter than the 1800 after which torch gives up by itself."""
 
 
-class Profile(Section):
+class Profile(StrictModel):
     """Steps that are recorded by torch's profiler."""
 
     steps: tuple[PositiveInt, ...] = Field(default=(), max_length=16)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from ul2r.config.strict_model import PositiveInt, Section
+from ul2r.config.strict_model import PositiveInt, StrictModel
 
 
-class Launch(Section):
+class Launch(StrictModel):
     """What Ray is asked for."""
 
     cpus_per_worker: float = Field(default=1, gt=0)

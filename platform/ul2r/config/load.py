@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
+from ul2r.config.strict_model import StrictModel
 from ul2r.config.validation_errors import explain
-from ul2r.config.strict_model import Section
 from ul2r.errors import RecipeError
 
-SectionType = TypeVar("SectionType", bound=Section)
+SectionType = TypeVar("SectionType", bound=StrictModel)
 
 
 def load(
@@ -47,7 +47,7 @@ def load(
         raise RecipeError(_one_line(f"{path}: {explain(error, kind)}")) from None
 
 
-def dump(section: Section) -> str:
+def dump(section: StrictModel) -> str:
     """The section as YAML that `load` reads back."""
     return yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False)
 

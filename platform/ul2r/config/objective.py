@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, model_validator
 
 from ul2r.config.denoisers import PRESETS, Denoiser, fit
-from ul2r.config.strict_model import PositiveInt, Section
+from ul2r.config.strict_model import PositiveInt, StrictModel
 
 
 def _mixture(value: Any) -> Any:  # noqa: ANN401  whatever stood in the YAML
@@ -29,7 +29,7 @@ Mixture = Annotated[tuple[Denoiser, ...], BeforeValidator(_mixture), AfterValida
 """A preset's name (ul2r, ul2, t5gemma2, span_corruption, fim, causal) or a list of denoisers with weights."""
 
 
-class Objective(Section):
+class Objective(StrictModel):
     """What is predicted, and how examples fill a row."""
 
     mixture: Mixture = PRESETS["ul2r"]

@@ -6,19 +6,19 @@ from typing import Self
 
 from pydantic import model_validator
 
-from ul2r.config.strict_model import PositiveInt, Section
+from ul2r.config.strict_model import PositiveInt, StrictModel
 
 
-class Parallel(Section):
-    """How the workers share one model. Data-parallel replicas are what is left of `workers`."""
+class Parallel(StrictModel):
+    """How the workers share one model. Data-parallel replicas are what is left of `num_workers`."""
 
-    workers: PositiveInt = 1
+    num_workers: PositiveInt = 1
     tensor: PositiveInt = 1
     pipeline: PositiveInt = 1
     virtual_stages: PositiveInt = 1
     """Chunks of layers on each pipeline rank, which takes turns among them: the interleaved schedule of Narayanan
     et al. 2021, arXiv 2104.04473, 2.2.2."""
-    ends_as_layers: bool = False
+    account_for_embedding_and_loss: bool = False
     """Whether embedding and output count as a layer each when layers are shared out, so that the first and the last
     chunk have one fewer (Llama 3, arXiv 2407.21783, 3.3.2)."""
     sequence_parallel: bool = False
@@ -29,10 +29,10 @@ class Parallel(Section):
     @model_validator(mode="after")
     def _factors(self) -> Self:
         replica = self.tensor * self.pipeline
-        if self.workers % replica:
+        if self.num_workers % replica:
             raise ValueError(
-                f"workers={self.workers} is not a multiple of tensor x pipeline = {self.tensor} x {self.pipeline} "
-                f"= {replica}: set parallel.workers to {replica}, {2 * replica}, {3 * replica}, ..."
+                f"num_workers={self.num_workers} is not a multiple of tensor x pipeline = {self.tensor} x {self.pipeline} "
+                f"= {replica}: set parallel.num_workers to {replica}, {2 * replica}, {3 * replica}, ..."
             )
         if self.context > 1:
             raise ValueError(
@@ -50,17 +50,17 @@ class Parallel(Section):
                 f"virtual_stages={self.virtual_stages} interleaves pipeline stages, and pipeline=1: raise "
                 "parallel.pipeline or leave parallel.virtual_stages out"
             )
-        if self.ends_as_layers and self.pipeline == 1:
+        if self.account_for_embedding_and_loss and self.pipeline == 1:
             raise ValueError(
-                "ends_as_layers=true is about pipeline stages, and pipeline=1: raise parallel.pipeline or leave "
-                "parallel.ends_as_layers out"
+                "account_for_embedding_and_loss=true is about pipeline stages, and pipeline=1: raise parallel.pipeline or leave "
+                "parallel.account_for_embedding_and_loss out"
             )
         return self
 
     @property
     def data(self) -> int:
         """Model replicas."""
-        return self.workers // (self.tensor * self.pipeline)
+        return self.num_workers // (self.tensor * self.pipeline)
 
     @property
     def chunks(self) -> int:
@@ -69,7 +69,7 @@ class Parallel(Section):
 
     def chunk_layers(self, layers: int) -> tuple[tuple[int, ...], ...]:
         """Layers of each pipeline stage's chunks, of a model that has `layers`, which must fit."""
-        ends = 1 if self.ends_as_layers else 0
+        ends = 1 if self.account_for_embedding_and_loss else 0
         each = (layers + 2 * ends) // self.chunks
         shares = [[each] * self.virtual_stages for _ in range(self.pipeline)]
         shares[0][0] -= ends
@@ -96,11 +96,11 @@ class Parallel(Section):
         Raises:
             ValueError: With what does not fit.
         """
-        shared_out = layers + 2 if self.ends_as_layers else layers
+        shared_out = layers + 2 if self.account_for_embedding_and_loss else layers
         if shared_out % self.chunks:
             raise ValueError(
                 f"parallel.pipeline x parallel.virtual_stages = {self.pipeline} x {self.virtual_stages} does not "
-                f"divide model.layers={layers}{' + 2 (parallel.ends_as_layers)' if self.ends_as_layers else ''}: "
+                f"divide model.num_layers={layers}{' + 2 (parallel.account_for_embedding_and_loss)' if self.account_for_embedding_and_loss else ''}: "
                 "change either"
             )
         if self.sequence_parallel and sequence_length % self.tensor:
@@ -114,5 +114,5 @@ class Parallel(Section):
                     f"{count} microbatches of {what} on each replica are fewer than "
                     f"parallel.pipeline={self.pipeline}, which the interleaved schedule of "
                     f"parallel.virtual_stages={self.virtual_stages} needs: raise the rows of {what}, "
-                    "lower training.microbatch_rows or change the layout"
+                    "lower training.micro_batch_size or change the layout"
                 )

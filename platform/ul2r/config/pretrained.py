@@ -8,14 +8,14 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from ul2r.config.strict_model import Section
+from ul2r.config.strict_model import StrictModel
 
 Storage = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 RunName = Annotated[str, Field(pattern=RUN_NAME)]
 
 
-class HuggingFace(Section):
+class HuggingFace(StrictModel):
     """A base in Hugging Face form."""
 
     hf: str = Field(min_length=1)
@@ -26,7 +26,7 @@ class HuggingFace(Section):
         return self.hf
 
 
-class Megatron(Section):
+class Megatron(StrictModel):
     """A base that Megatron-LM, Megatron-Bridge or Megatron-Core wrote."""
 
     megatron: Storage

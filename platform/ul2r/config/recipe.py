@@ -8,8 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
-from ul2r.config.architecture import Architecture, described
-from ul2r.config.pretrained import Base, HuggingFace, Megatron, RunName, Storage
+from ul2r.config.architecture import Architecture, resolve_preset
 from ul2r.config.data import Data, folder_or_url
 from ul2r.config.denoisers import PRESETS
 from ul2r.config.guards import Guards, Profile
@@ -17,7 +16,8 @@ from ul2r.config.launch import Launch
 from ul2r.config.objective import Mixture, Objective
 from ul2r.config.optimizer import Optimizer
 from ul2r.config.parallel import Parallel
-from ul2r.config.strict_model import PositiveInt, Section
+from ul2r.config.pretrained import Base, HuggingFace, Megatron, RunName, Storage
+from ul2r.config.strict_model import PositiveInt, StrictModel
 
 Change = Literal["data", "seed", "tokenizer"]
 Precision = Literal["bf16", "fp8", "fp32"]
@@ -27,12 +27,12 @@ FLEX_HEAD_DIM = 16
 """Narrowest attention head that FlexAttention's CUDA kernels take."""
 
 
-class Training(Section):
+class Training(StrictModel):
     """Length and batch of a run."""
 
     steps: PositiveInt
-    global_batch_rows: PositiveInt
-    microbatch_rows: PositiveInt = 1
+    global_batch_size: PositiveInt
+    micro_batch_size: PositiveInt = 1
     precision: Literal["auto", Precision] = "auto"
     """Of weights and activations; "auto" is bf16 on GPUs and fp32 on CPUs. "fp8" is bf16 with matrix products in
     fp8, by TransformerEngine. Gradients are summed, and the optimizer works, in fp32."""
@@ -42,15 +42,15 @@ class Training(Section):
     log_every: PositiveInt = 10
 
 
-class Validation(Section):
+class Validation(StrictModel):
     """Held-out losses during training, each of the named mixtures' denoisers on the same rows for every run."""
 
     every: PositiveInt = 100
-    rows: PositiveInt = 8
+    num_rows: PositiveInt = 8
     """Held-out rows for each denoiser."""
 
 
-class Checkpoints(Section):
+class Checkpoints(StrictModel):
     """When checkpoints are written, how many stay, and where copies of them go."""
 
     every: PositiveInt = 100
@@ -60,7 +60,7 @@ class Checkpoints(Section):
     """Besides them, each at a multiple of so many steps; itself a multiple of `every`."""
     asynchronous: bool = True
     """Whether training goes on while files are written. Weights and optimizer state are then twice in memory."""
-    copy_to: Annotated[str, AfterValidator(folder_or_url)] | None = None
+    remote_dir: Annotated[str, AfterValidator(folder_or_url)] | None = None
     """Folder or URL that fsspec knows (s3://, gs://) for copies of finished checkpoints; a run whose own are gone
     goes on from there."""
     accept_changes: tuple[Change, ...] = ()
@@ -75,7 +75,7 @@ class Checkpoints(Section):
         return self
 
 
-class Tracking(Section):
+class Tracking(StrictModel):
     """Where runs are recorded."""
 
     uri: str | None = None
@@ -83,34 +83,34 @@ class Tracking(Section):
     experiment: str = "ul2r"
 
 
-class Evaluation(Section):
+class Evaluation(StrictModel):
     """What is measured on held-out text, during training (loss of each denoiser) and after it."""
 
     mixture: Mixture = PRESETS["ul2r"]
     """Denoisers whose losses are measured, on the same rows for every run, whatever it trains on."""
 
-    rows: int = Field(default=64, ge=2)
+    num_rows: int = Field(default=64, ge=2)
     """Held-out rows for perplexity, for each denoiser's loss and for second-half loss; a standard error needs 2."""
-    infill_examples: int = Field(default=64, ge=2)
-    infill_span: PositiveInt = 3
+    num_infill_examples: int = Field(default=64, ge=2)
+    infill_span_length: PositiveInt = 3
     """Tokens of each held-out span."""
-    infill_context: PositiveInt = 64
+    infill_context_length: PositiveInt = 64
     """Tokens shown on each side of the span."""
 
 
-class Export(Section):
+class Export(StrictModel):
     """Where a finished run goes."""
 
     registered_model: str | None = None
     """Name in MLflow's registry; without it nothing is registered."""
     alias: str = "champion"
-    shard_gib: float = Field(default=4, gt=0)
+    max_shard_gib: float = Field(default=4, gt=0)
     """Most bytes of a file of weights; about as much memory is needed to write it."""
     checkpoint: Path | None = None
     """Another checkpoint of the model than the run's last: an earlier one, or what Megatron-LM wrote (`torch_dist`)."""
 
 
-class Recipe(Section):
+class Recipe(StrictModel):
     """One run: its data, model, objective, layout and schedule."""
 
     name: RunName
@@ -123,7 +123,7 @@ class Recipe(Section):
     `{megatron: FOLDER}`."""
     seed: int = Field(default=1, ge=0, lt=2**63)
     data: Data = Data()
-    model: Annotated[Architecture, BeforeValidator(described)]
+    model: Annotated[Architecture, BeforeValidator(resolve_preset)]
     """Its settings; a name such as palm-8b, or `{like: palm-8b}` and what is different; with a Hugging Face base it
     may be left out."""
     objective: Objective = Objective()
@@ -147,51 +147,54 @@ class Recipe(Section):
         if self.base == self.name:
             raise ValueError(f"base={self.base} is the run's own name: name the run to continue")
         model, parallel, training = self.model, self.parallel, self.training
-        for what, size in (("heads", model.heads), ("ffn_hidden_size", model.ffn_hidden_size)):
+        for what, size in (
+            ("num_heads", model.num_heads),
+            ("ffn_hidden_size", model.ffn_hidden_size),
+        ):
             if size % parallel.tensor:
                 divisors = [d for d in range(1, size + 1) if size % d == 0 and d <= 16]
                 raise ValueError(
                     f"parallel.tensor={parallel.tensor} does not divide model.{what}={size}: "
                     f"set parallel.tensor to one of {', '.join(map(str, divisors))}"
                 )
-        if model.kv_heads % parallel.tensor and parallel.tensor % model.kv_heads:
+        if model.num_kv_heads % parallel.tensor and parallel.tensor % model.num_kv_heads:
             raise ValueError(
-                f"parallel.tensor={parallel.tensor} neither divides model.kv_heads={model.kv_heads} "
+                f"parallel.tensor={parallel.tensor} neither divides model.num_kv_heads={model.num_kv_heads} "
                 "nor is a multiple of it: change either"
             )
         self._check_model()
-        rows = training.microbatch_rows * parallel.data
-        if self.validation.rows % rows:
+        rows = training.micro_batch_size * parallel.data
+        if self.validation.num_rows % rows:
             raise ValueError(
-                f"validation.rows={self.validation.rows} is not a multiple of "
-                f"training.microbatch_rows x data-parallel size = {training.microbatch_rows} x {parallel.data} "
+                f"validation.num_rows={self.validation.num_rows} is not a multiple of "
+                f"training.micro_batch_size x data-parallel size = {training.micro_batch_size} x {parallel.data} "
                 f"= {rows}: change either"
             )
-        if training.global_batch_rows % rows:
+        if training.global_batch_size % rows:
             raise ValueError(
-                f"training.global_batch_rows={training.global_batch_rows} is not a multiple of "
-                f"training.microbatch_rows x data-parallel size = {training.microbatch_rows} x {parallel.data} "
+                f"training.global_batch_size={training.global_batch_size} is not a multiple of "
+                f"training.micro_batch_size x data-parallel size = {training.micro_batch_size} x {parallel.data} "
                 f"= {rows}: change either"
             )
         if self.warmup_steps >= training.steps:
             raise ValueError(
-                f"optimizer.warmup_share={self.optimizer.warmup_share:g} makes {self.warmup_steps} steps of warm-up, "
+                f"optimizer.warmup_fraction={self.optimizer.warmup_fraction:g} makes {self.warmup_steps} steps of warm-up, "
                 f"training.steps={training.steps}: lower the first or raise the second"
             )
         needed = self.sentinels_needed
-        if needed > self.data.sentinels:
+        if needed > self.data.num_sentinels:
             raise ValueError(
                 f"objective.mixture needs {needed} sentinels in slots of {self.objective.slot_length} tokens, "
-                f"data.sentinels={self.data.sentinels}: raise data.sentinels to {needed} or shorten the slots"
+                f"data.num_sentinels={self.data.num_sentinels}: raise data.num_sentinels to {needed} or shorten the slots"
             )
         return self
 
     @model_validator(mode="after")
     def _shrinks(self) -> Self:
-        least, workers = self.launch.min_workers, self.parallel.workers
+        least, workers = self.launch.min_workers, self.parallel.num_workers
         if least is not None and least > workers:
             raise ValueError(
-                f"launch.min_workers={least} is more than parallel.workers={workers}: lower the first"
+                f"launch.min_workers={least} is more than parallel.num_workers={workers}: lower the first"
             )
         return self
 
@@ -199,15 +202,15 @@ class Recipe(Section):
     def _fits_layout_and_devices(self) -> Self:
         training, optimizer = self.training, self.optimizer
         self.parallel.check_fit(
-            layers=self.model.layers,
+            layers=self.model.num_layers,
             sequence_length=self.objective.sequence_length,
             training=self.microbatches,
-            validation=self.validation.rows // (training.microbatch_rows * self.parallel.data),
+            validation=self.validation.num_rows // (training.micro_batch_size * self.parallel.data),
         )
         if self.warmup_steps + self.decay_steps > training.steps:
             raise ValueError(
-                f"optimizer.warmup_share={optimizer.warmup_share:g} and optimizer.decay_share="
-                f"{optimizer.decay_share:g} make {self.warmup_steps} + {self.decay_steps} steps, "
+                f"optimizer.warmup_fraction={optimizer.warmup_fraction:g} and optimizer.decay_fraction="
+                f"{optimizer.decay_fraction:g} make {self.warmup_steps} + {self.decay_steps} steps, "
                 f"training.steps={training.steps}: lower either share"
             )
         if training.precision in {"bf16", "fp8"} and not self.launch.gpus_per_worker:
@@ -217,9 +220,9 @@ class Recipe(Section):
             )
         if self.precision == "fp8":
             self._check_fp8_sizes()
-        if optimizer.state_from_base == "kept" and not isinstance(self.base, str):
+        if optimizer.load_optimizer_state == "kept" and not isinstance(self.base, str):
             raise ValueError(
-                "optimizer.state_from_base=kept needs a base that is a run of this storage: name one or leave the "
+                "optimizer.load_optimizer_state=kept needs a base that is a run of this storage: name one or leave the "
                 "setting out"
             )
         return self
@@ -227,19 +230,19 @@ class Recipe(Section):
     def _check_fp8_sizes(self) -> None:
         """Matrix products in fp8 take sizes that are multiples of 16 (TransformerEngine's documentation, FP8)."""
         model, tensor = self.model, self.parallel.tensor
-        if model.experts is not None:
+        if model.num_experts is not None:
             raise ValueError(
-                f"training.precision=fp8 with model.experts={model.experts}: Megatron-Core 0.16 cannot save what "
+                f"training.precision=fp8 with model.num_experts={model.num_experts}: Megatron-Core 0.16 cannot save what "
                 "TransformerEngine's layers then are; set it to bf16"
             )
         sizes = {
             "model.hidden_size": model.hidden_size,
             "model.ffn_hidden_size / parallel.tensor": model.ffn_hidden_size // tensor,
-            "model.heads x head dimension / parallel.tensor": model.heads
+            "model.num_heads x head dimension / parallel.tensor": model.num_heads
             * model.head_dim
             // tensor,
-            "training.microbatch_rows x objective.sequence_length / parallel.tensor": (
-                self.training.microbatch_rows * self.objective.sequence_length // tensor
+            "training.micro_batch_size x objective.sequence_length / parallel.tensor": (
+                self.training.micro_batch_size * self.objective.sequence_length // tensor
             ),
         }
         for what, size in sizes.items():
@@ -267,13 +270,13 @@ class Recipe(Section):
             )
         if self.attention == "te" and any(self.model.windows):
             raise ValueError(
-                f"attention=te has no windows, and model.global_every={self.model.global_every} asks for them: "
+                f"attention=te has no windows, and model.sliding_window_pattern={self.model.sliding_window_pattern} asks for them: "
                 "set attention to auto, flex or sdpa"
             )
         if self.attention == "flex" and self.model.head_dim < FLEX_HEAD_DIM:
             raise ValueError(
                 f"attention=flex needs heads of {FLEX_HEAD_DIM} dimensions or more, the model's have "
-                f"hidden_size/heads={self.model.head_dim}: set attention to auto or sdpa, or lower model.heads"
+                f"hidden_size/num_heads={self.model.head_dim}: set attention to auto or sdpa, or lower model.num_heads"
             )
         return self
 
@@ -293,19 +296,19 @@ class Recipe(Section):
     def _check_model(self) -> None:
         """Refuse what the model's features allow in some layouts and rows only."""
         model, objective, tensor = self.model, self.objective, self.parallel.tensor
-        if model.query_key_norm == "whole" and model.kv_heads % tensor:
+        if model.qk_norm == "whole" and model.num_kv_heads % tensor:
             raise ValueError(
-                f"parallel.tensor={tensor} does not divide model.kv_heads={model.kv_heads}, which "
-                "model.query_key_norm=whole needs: change either"
+                f"parallel.tensor={tensor} does not divide model.num_kv_heads={model.num_kv_heads}, which "
+                "model.qk_norm=whole needs: change either"
             )
-        if model.experts is not None and tensor > 1 and not self.parallel.sequence_parallel:
+        if model.num_experts is not None and tensor > 1 and not self.parallel.sequence_parallel:
             raise ValueError(
-                f"parallel.tensor={tensor} with model.experts={model.experts}: Megatron-Core shares experts out by "
+                f"parallel.tensor={tensor} with model.num_experts={model.num_experts}: Megatron-Core shares experts out by "
                 "parts of a row alone; set parallel.sequence_parallel to true"
             )
-        learned = model.positions if model.position_embedding == "learned" else None
-        window = model.sliding_window if model.global_every == 1 else None
-        for what, most in (("positions", learned), ("sliding_window", window)):
+        learned = model.max_position_embeddings if model.position_embedding == "learned" else None
+        window = model.sliding_window if model.sliding_window_pattern == 1 else None
+        for what, most in (("max_position_embeddings", learned), ("sliding_window", window)):
             if most is not None and objective.sequence_length > most:
                 raise ValueError(
                     f"objective.sequence_length={objective.sequence_length} is more than model.{what}={most}, "
@@ -335,12 +338,12 @@ class Recipe(Section):
     @property
     def warmup_steps(self) -> int:
         """Steps in which the learning rate rises, fewer than all."""
-        return round(self.optimizer.warmup_share * self.training.steps)
+        return round(self.optimizer.warmup_fraction * self.training.steps)
 
     @property
     def decay_steps(self) -> int:
         """Last steps of the "wsd" schedule, in which the learning rate falls; 0 under others."""
-        share = self.optimizer.decay_share if self.optimizer.schedule == "wsd" else 0
+        share = self.optimizer.decay_fraction if self.optimizer.schedule == "wsd" else 0
         return math.ceil(share * self.training.steps)
 
     @property
@@ -354,8 +357,8 @@ class Recipe(Section):
     @property
     def microbatches(self) -> int:
         """Microbatches of one step on one replica."""
-        return self.training.global_batch_rows // (
-            self.training.microbatch_rows * self.parallel.data
+        return self.training.global_batch_size // (
+            self.training.micro_batch_size * self.parallel.data
         )
 
 
@@ -365,7 +368,7 @@ def _beside(path: Path, info: ValidationInfo) -> Path:
     return folder / path
 
 
-class Comparison(Section):
+class Comparison(StrictModel):
     """Runs set side by side: recipes by the role each plays."""
 
     name: RunName

@@ -9,12 +9,12 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from ul2r.config.denoisers import Denoiser
-from ul2r.config.strict_model import Section
+from ul2r.config.strict_model import StrictModel
 
 LONGEST_VALUE = 60
 """Characters of a wrong value that are shown."""
 
-DENOISERS: dict[str, type[Section]] = {
+DENOISERS: dict[str, type[StrictModel]] = {
     kind.model_fields["kind"].default: kind for kind in get_args(get_args(Denoiser)[0])
 }
 
@@ -31,7 +31,7 @@ PLAIN = {
 """Words for those of pydantic's errors that speak of Python."""
 
 
-def explain(error: ValidationError, kind: type[Section]) -> str:
+def explain(error: ValidationError, kind: type[StrictModel]) -> str:
     """The weightiest mistake, as "key.key: what is wrong, got value (and 2 more)".
 
     An unknown key comes first, since it is often what makes another one missing.
@@ -60,7 +60,7 @@ def _dotted(location: tuple[int | str, ...]) -> str:
     return ".".join(shown)
 
 
-def _nearest(location: tuple[int | str, ...], kind: type[Section]) -> str:
+def _nearest(location: tuple[int | str, ...], kind: type[StrictModel]) -> str:
     """The dotted key that was most likely meant by the unknown one at `location`.
 
     That is one of the same group if any is alike, else one of that very name elsewhere, else the most alike.
@@ -76,7 +76,7 @@ def _nearest(location: tuple[int | str, ...], kind: type[Section]) -> str:
     return _dotted((*group, alike[0]))
 
 
-def _keys(group: tuple[int | str, ...], kind: type[Section]) -> list[str]:
+def _keys(group: tuple[int | str, ...], kind: type[StrictModel]) -> list[str]:
     """Known keys of the group at a place."""
     for part in group:
         if part in DENOISERS:
@@ -86,7 +86,7 @@ def _keys(group: tuple[int | str, ...], kind: type[Section]) -> list[str]:
     return [*kind.model_fields, *([] if group else ["extends"])]
 
 
-def _all_keys(kind: type[Section]) -> Iterator[tuple[str, ...]]:
+def _all_keys(kind: type[StrictModel]) -> Iterator[tuple[str, ...]]:
     """Every key of a section and the sections in it."""
     for name, field in kind.model_fields.items():
         yield (name,)
@@ -94,8 +94,10 @@ def _all_keys(kind: type[Section]) -> Iterator[tuple[str, ...]]:
             yield from ((name, *path) for path in _all_keys(inner))
 
 
-def _section(annotation: Any) -> type[Section] | None:  # noqa: ANN401  whatever a field is annotated with
-    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+def _section(annotation: Any) -> type[StrictModel] | None:  # noqa: ANN401  whatever a field is annotated with
+    return (
+        annotation if isinstance(annotation, type) and issubclass(annotation, StrictModel) else None
+    )
 
 
 def _short(value: object) -> str:

@@ -16,9 +16,9 @@ from tokenizers import Tokenizer
 
 from ul2r.config import Denoiser, Recipe
 from ul2r.data.sampling.batches import Batches
-from ul2r.data.store.dataset import Corpus
+from ul2r.data.store.dataset import TokenDataset
 from ul2r.data.tokenizer import load_tokenizer
-from ul2r.objective import Rows, Vocabulary
+from ul2r.objective import Batch, Vocabulary
 from ul2r.objective.batch import mode_of
 
 PAGE = "data.html"
@@ -54,9 +54,9 @@ class Example:
     sample: int
     inputs: list[int]
     targets: list[int]
-    lo: npt.NDArray[np.int32]
+    kv_start: npt.NDArray[np.int32]
     """First key that each position sees, from the example's own first one, int32 (N - 1,)."""
-    hi: npt.NDArray[np.int32]
+    kv_end: npt.NDArray[np.int32]
     room: int
     """Positions of its slot."""
 
@@ -114,7 +114,7 @@ class Measured:
         return [(label, count / highest) for label, count in zip(labels, counts, strict=True)]
 
 
-def measure(recipe: Recipe, corpus: Corpus) -> list[Measured]:
+def measure(recipe: Recipe, dataset: TokenDataset) -> list[Measured]:
     """Measure the first rows of a run, and keep the first examples of each denoiser."""
     objective, mixture = recipe.objective, recipe.objective.mixture
     total = sum(denoiser.weight for denoiser in mixture)
@@ -122,18 +122,18 @@ def measure(recipe: Recipe, corpus: Corpus) -> list[Measured]:
         Measured(
             denoiser,
             denoiser.weight / total,
-            objective.raw_length(denoiser, len(mode_of(denoiser, corpus.vocabulary))),
+            objective.raw_length(denoiser, len(mode_of(denoiser, dataset.vocabulary))),
         )
         for denoiser in mixture
     ]
-    sentinels = frozenset(corpus.vocabulary.sentinels)
+    sentinels = frozenset(dataset.vocabulary.sentinels)
     positions, room, targets = ([0] * len(mixture) for _ in range(3))
-    for choice, example in _examples(recipe, corpus):
+    for choice, example in _examples(recipe, dataset):
         one = found[choice]
         one.count += 1
         if one.denoiser.kind == "span_corruption":
             spans = example.span_lengths(sentinels)
-            mode = mode_of(one.denoiser, corpus.vocabulary)
+            mode = mode_of(one.denoiser, dataset.vocabulary)
             marks = len(mode) + 1 + objective.eos_after_inputs + 2 * len(spans)
             one.spans.update(spans)
             one.raw_tokens += len(example.inputs) + len(example.targets) - marks
@@ -149,9 +149,9 @@ def measure(recipe: Recipe, corpus: Corpus) -> list[Measured]:
     return found
 
 
-def write_page(recipe: Recipe, corpus: Corpus) -> Path:
+def write_page(recipe: Recipe, dataset: TokenDataset) -> Path:
     """Write the page of a run into the run's folder, whole or not at all; returns its path."""
-    tokenizer, vocabulary = load_tokenizer(corpus.tokenizer_file), corpus.vocabulary
+    tokenizer, vocabulary = load_tokenizer(dataset.tokenizer_file), dataset.vocabulary
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -161,8 +161,8 @@ def write_page(recipe: Recipe, corpus: Corpus) -> Path:
     )
     page = environment.get_template("inspection.html").render(
         recipe=recipe,
-        manifest=corpus.manifest,
-        measured=measure(recipe, corpus),
+        manifest=dataset.manifest,
+        measured=measure(recipe, dataset),
         pieces=lambda tokens: shown(tokens, tokenizer, vocabulary),
         outline=outline,
         picture=PICTURE,
@@ -197,40 +197,46 @@ def shown(tokens: list[int], tokenizer: Tokenizer, vocabulary: Vocabulary) -> li
 def outline(example: Example) -> str:
     """The attention intervals as the points of an SVG polygon: across the keys seen, downwards the queries."""
     scale, size = PICTURE / example.positions, example.positions
-    left = [(lo, query + edge) for query, lo in enumerate(example.lo) for edge in (0, 1)]
-    right = [(hi, query + edge) for query, hi in enumerate(example.hi) for edge in (0, 1)]
+    left = [
+        (kv_start, query + edge)
+        for query, kv_start in enumerate(example.kv_start)
+        for edge in (0, 1)
+    ]
+    right = [
+        (kv_end, query + edge) for query, kv_end in enumerate(example.kv_end) for edge in (0, 1)
+    ]
     step = max(1, size // PICTURE)  # finer than a pixel is never seen
     points = [*left[:: 2 * step], left[-1], right[-1], *right[:: 2 * step][::-1]]
     return " ".join(f"{x * scale:.1f},{y * scale:.1f}" for x, y in points)
 
 
-def _examples(recipe: Recipe, corpus: Corpus) -> Iterator[tuple[int, Example]]:
+def _examples(recipe: Recipe, dataset: TokenDataset) -> Iterator[tuple[int, Example]]:
     """Denoiser and example, of the run's first rows."""
-    batches, batch = Batches(recipe, corpus), recipe.training.global_batch_rows
+    batches, batch = Batches(recipe, dataset), recipe.training.global_batch_size
     steps = min(-(-MEASURED_ROWS // batch), recipe.training.steps)
     for step in range(steps):
         rows = batches.rows(step)
         for line in range(len(rows)):
-            for slot in np.flatnonzero(rows.sample[line] >= 0).tolist():
+            for slot in np.flatnonzero(rows.sample_ids[line] >= 0).tolist():
                 yield _example(recipe, rows, line, slot, step * batch + line)
 
 
-def _example(recipe: Recipe, rows: Rows, line: int, slot: int, row: int) -> tuple[int, Example]:
+def _example(recipe: Recipe, rows: Batch, line: int, slot: int, row: int) -> tuple[int, Example]:
     objective = recipe.objective
     begin = slot * objective.slot_length
-    choice = int(rows.denoiser[line, begin])
+    choice = int(rows.denoiser_ids[line, begin])
     room = objective.room(objective.mixture[choice]) - 1
-    used = int((rows.denoiser[line, begin : begin + room] >= 0).sum())
+    used = int((rows.denoiser_ids[line, begin : begin + room] >= 0).sum())
     here = line, slice(begin, begin + used)
     tokens = [*rows.tokens[here].tolist(), int(rows.labels[here][-1])]
     first = int(rows.loss_mask[here].argmax())
-    inputs = first + 1 if first or rows.hi[here][0] > begin + 1 else 0
+    inputs = first + 1 if first or rows.kv_end[here][0] > begin + 1 else 0
     return choice, Example(
         row=row,
-        sample=int(rows.sample[line, slot]),
+        sample=int(rows.sample_ids[line, slot]),
         inputs=tokens[:inputs],
         targets=tokens[inputs:],
-        lo=rows.lo[here] - begin,
-        hi=rows.hi[here] - begin,
+        kv_start=rows.kv_start[here] - begin,
+        kv_end=rows.kv_end[here] - begin,
         room=room,
     )

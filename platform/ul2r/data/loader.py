@@ -30,9 +30,9 @@ from ray.exceptions import RayTaskError
 
 from ul2r.config import Recipe
 from ul2r.data.sampling.batches import Batches, replica_rows
-from ul2r.data.store.dataset import open_corpus
+from ul2r.data.store.dataset import open_dataset
 from ul2r.errors import UserError
-from ul2r.objective.batch import Rows, row_bytes
+from ul2r.objective.batch import Batch, row_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class RowBlocks(Datasource):  # type: ignore[misc]  # Ray is untyped here, so it
 
     def estimate_inmemory_data_size(self) -> int:
         """Bytes of all blocks."""
-        rows = len(self.batches) * self.recipe.training.global_batch_rows
+        rows = len(self.batches) * self.recipe.training.global_batch_size
         return rows * row_bytes(self.recipe.objective)
 
     def get_read_tasks(
@@ -81,7 +81,7 @@ class RowBlocks(Datasource):  # type: ignore[misc]  # Ray is untyped here, so it
         data_context: DataContext | None = None,  # noqa: ARG002  # Ray's signature
     ) -> list[ReadTask]:
         """One task for each block, in the order in which blocks are dealt out."""
-        share = self.recipe.training.global_batch_rows // self.replicas
+        share = self.recipe.training.global_batch_size // self.replicas
         one_row = row_bytes(self.recipe.objective)
         return [
             ReadTask(
@@ -126,7 +126,7 @@ def make_dataset(recipe: Recipe, batches: range, replicas: int) -> Dataset:
             "no CPU is free for the tasks that make batches (launch.cpus_per_data_task=%g): training waits for one",
             cpus,
         )
-    fingerprint = open_corpus(recipe.store_folder).manifest.fingerprint
+    fingerprint = open_dataset(recipe.store_folder).manifest.fingerprint
     blocks = RowBlocks(recipe, fingerprint, batches, replicas)
     with DataContext.current(context):
         return ray.data.read_datasource(
@@ -145,7 +145,7 @@ def split(dataset: Dataset, replicas: int) -> list[DataIterator]:
 
 def read(
     iterator: DataIterator, recipe: Recipe, batches: range, replica: int, replicas: int
-) -> Iterator[Rows]:
+) -> Iterator[Batch]:
     """The rows of one replica, batch by batch.
 
     Args:
@@ -156,13 +156,13 @@ def read(
         replicas: The number given to `make_dataset`.
 
     Yields:
-        B = global_batch_rows / replicas rows, equal to `Batches.rows(batch, replica, replicas)`.
+        B = global_batch_size / replicas rows, equal to `Batches.rows(batch, replica, replicas)`.
 
     Raises:
         CorpusError: If the token store is damaged, or another one than that of `make_dataset`.
         RuntimeError: If rows come out of place, are missing, or are too many.
     """
-    share = recipe.training.global_batch_rows // replicas
+    share = recipe.training.global_batch_size // replicas
     arrays = iterator.iter_batches(
         batch_size=share,
         batch_format="numpy",
@@ -183,7 +183,7 @@ def in_order(
     batches: range,
     replica: int,
     replicas: int,
-) -> Iterator[Rows]:
+) -> Iterator[Batch]:
     """Check that the arrays that come hold the samples of their batches; see `read`."""
     slots = recipe.objective.slots_per_row
     arrays_of_batches = iter(coming)
@@ -193,7 +193,7 @@ def in_order(
         expected = rows[:, None] * slots + np.arange(slots)  # (B, slots)
         if arrays is None:
             raise RuntimeError(f"replica {replica}: Ray Data's rows end before batch {batch}")
-        got = arrays["sample"]
+        got = arrays["sample_ids"]
         # A row that one example has whole holds its first sample and no other.
         whole = np.where(np.arange(slots) > 0, -1, expected)
         alone = (got == whole).all(axis=1, keepdims=True) if got.shape == expected.shape else False
@@ -204,14 +204,14 @@ def in_order(
                 f"the batch's are {expected[0, 0]} .. {expected[-1, -1]}"
             )
         # Ray's arrays are read-only views of its object store; a copy lets the block go.
-        yield Rows.from_arrays({name: array.copy() for name, array in arrays.items()})
+        yield Batch.from_arrays({name: array.copy() for name, array in arrays.items()})
     if next(arrays_of_batches, None) is not None:
         raise RuntimeError(f"replica {replica}: Ray Data gave rows beyond the last batch")
 
 
 def chunks(recipe: Recipe, batches: range, replicas: int) -> list[range]:
     """The batches of each block: 1 at first, then twice as many each time while a block stays small enough."""
-    batch_bytes = recipe.training.global_batch_rows // replicas * row_bytes(recipe.objective)
+    batch_bytes = recipe.training.global_batch_size // replicas * row_bytes(recipe.objective)
     largest = max(1, BLOCK_BYTES // batch_bytes)
     found, begin, size = [], batches.start, 1
     while begin < batches.stop:
@@ -224,7 +224,7 @@ def _read_block(
     recipe: Recipe, fingerprint: str, chunk: range, replica: int, replicas: int
 ) -> list[Any]:
     """Make one block, from nothing but its place in the run; runs in a Ray task."""
-    batches = Batches(recipe, open_corpus(recipe.store_folder, fingerprint))
+    batches = Batches(recipe, open_dataset(recipe.store_folder, fingerprint))
     parts = [batches.rows(batch, replica, replicas).arrays() for batch in chunk]
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return [BlockAccessor.batch_to_block(columns)]

@@ -49,7 +49,7 @@ class Place:
         return "a reserved token's" if RESERVED.fullmatch(self.was) else "a subword's"
 
 
-def place_special_tokens(
+def assign_special_tokens(
     tokenizer: Tokenizer, sentinels: int, modes: ModeTokens = "special", taken: Taken = "reserved"
 ) -> Tokenizer:
     """A tokenizer with the eos, modes and sentinels that `tokenizer` lacks.
@@ -99,7 +99,7 @@ def _remove_subwords(tree: dict[str, Any], count: int) -> list[str]:
     if len(subwords) < count:
         raise CorpusError(
             f"data.special_tokens=last_subwords: the tokenizer has {len(subwords)} subwords, {count} are needed: "
-            "lower data.sentinels"
+            "lower data.num_sentinels"
         )
     last = subwords[len(subwords) - count :]  # none, where none is needed
     gone = set(last)

@@ -70,7 +70,7 @@ def special_tokens(sentinels: int, size: int, modes: ModeTokens = "special") -> 
     if size < len(special) + BYTES:
         raise RecipeError(
             f"data.vocabulary_size={size} is too small: eos, {len(names)} modes, {sentinels} sentinels and "
-            f"{BYTES} bytes need {len(special) + BYTES}; raise it or lower data.sentinels"
+            f"{BYTES} bytes need {len(special) + BYTES}; raise it or lower data.num_sentinels"
         )
     return special
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ul2r.config import Evaluation, Recipe
+from ul2r.data.store.dataset import TokenDataset
 from ul2r.data.store.manifest import digest
-from ul2r.data.store.dataset import Corpus
 from ul2r.errors import CheckpointError, RecipeError
-from ul2r.evaluation.infilling import Gaps, infill_loss, infill_text
+from ul2r.evaluation.infilling import InfillExamples, infill_loss, infill_text
 from ul2r.evaluation.losses import causal_loss, denoiser_loss, second_half_loss
 from ul2r.evaluation.scores import Score, Scores, perplexity
 from ul2r.inference import LanguageModel
@@ -62,7 +62,9 @@ def metrics(settings: Evaluation) -> tuple[Metric, ...]:
     )
 
 
-def measure(model: LanguageModel, corpus: Corpus, recipe: Recipe) -> Iterator[tuple[str, Score]]:
+def measure(
+    model: LanguageModel, dataset: TokenDataset, recipe: Recipe
+) -> Iterator[tuple[str, Score]]:
     """Yield each metric's name and score as it is measured, in the order of `metrics`.
 
     Raises:
@@ -70,26 +72,26 @@ def measure(model: LanguageModel, corpus: Corpus, recipe: Recipe) -> Iterator[tu
         RecipeError: If an infilling example does not fit the row that models are trained on.
         CorpusError: If the held-out split is too short.
     """
-    _check(model, corpus, recipe)
-    plain = causal_loss(model, corpus, recipe)
+    _check(model, dataset, recipe)
+    plain = causal_loss(model, dataset, recipe)
     yield "causal_loss", plain
     yield "causal_perplexity", perplexity(plain)
-    yield "second_half_loss", second_half_loss(model, corpus, recipe)
+    yield "second_half_loss", second_half_loss(model, dataset, recipe)
     for denoiser in recipe.evaluation.mixture:
-        yield f"denoiser_loss/{denoiser.name}", denoiser_loss(model, corpus, recipe, denoiser)
-    gaps = Gaps.of(corpus, recipe.evaluation)
-    yield "infill_loss", infill_loss(model, gaps, corpus.vocabulary)
-    exact, similar = infill_text(model, gaps, corpus.vocabulary)
+        yield f"denoiser_loss/{denoiser.name}", denoiser_loss(model, dataset, recipe, denoiser)
+    gaps = InfillExamples.of(dataset, recipe.evaluation)
+    yield "infill_loss", infill_loss(model, gaps, dataset.vocabulary)
+    exact, similar = infill_text(model, gaps, dataset.vocabulary)
     yield "infill_exact_match", exact
     yield "infill_edit_similarity", similar
 
 
-def evaluate(model: LanguageModel, corpus: Corpus, recipe: Recipe) -> Scores:
+def evaluate(model: LanguageModel, dataset: TokenDataset, recipe: Recipe) -> Scores:
     """Measure everything; see `measure`."""
-    return Scores(dict(measure(model, corpus, recipe)))
+    return Scores(dict(measure(model, dataset, recipe)))
 
 
-def export_folder(recipe: Recipe, corpus: Corpus) -> Path:
+def export_folder(recipe: Recipe, dataset: TokenDataset) -> Path:
     """The run's export, made with the tokenizer of the token store.
 
     Raises:
@@ -101,7 +103,7 @@ def export_folder(recipe: Recipe, corpus: Corpus) -> Path:
         raise CheckpointError(
             f"run {recipe.name!r} has no export at {folder}: run jobs/export.py RECIPE first"
         )
-    if digest(tokenizer) != corpus.manifest.tokenizer:
+    if digest(tokenizer) != dataset.manifest.tokenizer:
         raise CheckpointError(
             f"{tokenizer} is not the tokenizer of {recipe.store_folder}: the run was trained on another token store; "
             "train and export it again, or bring that store back"
@@ -109,13 +111,13 @@ def export_folder(recipe: Recipe, corpus: Corpus) -> Path:
     return folder
 
 
-def stored_scores(recipe: Recipe, corpus: Corpus) -> Scores | None:
+def stored_scores(recipe: Recipe, dataset: TokenDataset) -> Scores | None:
     """Scores that `store_scores` kept, if they are of this very export, text and settings.
 
     Raises:
         CheckpointError: If the run has no export.
     """
-    current = _identity(recipe, corpus)
+    current = _identity(recipe, dataset)
     path = recipe.run_folder() / FILE
     if not path.is_file():
         return None
@@ -125,11 +127,11 @@ def stored_scores(recipe: Recipe, corpus: Corpus) -> Scores | None:
     return Scores.from_dict(kept["scores"])
 
 
-def store_scores(recipe: Recipe, corpus: Corpus, scores: Scores) -> Path:
+def store_scores(recipe: Recipe, dataset: TokenDataset, scores: Scores) -> Path:
     """Keep the scores in the run's evaluation.json, with all that they depend on; returns the file."""
     path = recipe.run_folder() / FILE
     beside = path.with_name(f".{FILE}.{os.getpid()}")
-    tree = {**_identity(recipe, corpus), "scores": scores.to_dict()}
+    tree = {**_identity(recipe, dataset), "scores": scores.to_dict()}
     beside.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
     beside.replace(path)
     return path
@@ -145,27 +147,32 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _identity(recipe: Recipe, corpus: Corpus) -> dict[str, Any]:
+def _identity(recipe: Recipe, dataset: TokenDataset) -> dict[str, Any]:
     """All that scores depend on, except the code."""
     return {
         "format": FORMAT,
-        "export": export_digest(export_folder(recipe, corpus)),
-        "corpus": corpus.manifest.fingerprint,
+        "export": export_digest(export_folder(recipe, dataset)),
+        "corpus": dataset.manifest.fingerprint,
         **{key: value for key, value in settings(recipe).items() if key != "storage"},
     }
 
 
-def _check(model: LanguageModel, corpus: Corpus, recipe: Recipe) -> None:
-    if model.vocabulary != corpus.vocabulary:
+def _check(model: LanguageModel, dataset: TokenDataset, recipe: Recipe) -> None:
+    if model.vocabulary != dataset.vocabulary:
         raise CheckpointError(
             f"run {recipe.name!r} was exported with another vocabulary than that of {recipe.store_folder}: "
             "evaluate it against the store that it was trained on"
         )
-    mode = max(map(len, corpus.vocabulary.modes.values()))
-    used = 2 * recipe.evaluation.infill_context + recipe.evaluation.infill_span + 3 + mode
+    mode = max(map(len, dataset.vocabulary.modes.values()))
+    used = (
+        2 * recipe.evaluation.infill_context_length
+        + recipe.evaluation.infill_span_length
+        + 3
+        + mode
+    )
     room = recipe.objective.slot_length + 1
     if used > room:
         raise RecipeError(
-            f"evaluation.infill_context={recipe.evaluation.infill_context} on both sides of infill_span="
-            f"{recipe.evaluation.infill_span} makes {used} tokens, a slot has {room}: lower evaluation.infill_context"
+            f"evaluation.infill_context_length={recipe.evaluation.infill_context_length} on both sides of infill_span_length="
+            f"{recipe.evaluation.infill_span_length} makes {used} tokens, a slot has {room}: lower evaluation.infill_context_length"
         )

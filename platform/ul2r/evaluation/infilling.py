@@ -8,8 +8,8 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from ul2r.config import Evaluation
-from ul2r.data.store.dataset import Corpus
-from ul2r.evaluation.prompts import Tokens, columns, scored_rows
+from ul2r.data.store.dataset import TokenDataset
+from ul2r.evaluation.prompts import Tokens, build_scoring_batch, columns
 from ul2r.evaluation.scores import Score, mean_score, token_score
 from ul2r.evaluation.texts import spread_windows
 from ul2r.inference import LanguageModel
@@ -22,7 +22,7 @@ of 12 and more (arXiv 2205.05131, 3.1)."""
 
 
 @dataclass(frozen=True)
-class Gaps:
+class InfillExamples:
     """B held-out spans with the text on both sides, all within one document.
 
     Attributes:
@@ -36,20 +36,23 @@ class Gaps:
     right: Tokens
 
     @classmethod
-    def of(cls, corpus: Corpus, settings: Evaluation) -> Gaps:
+    def of(cls, dataset: TokenDataset, settings: Evaluation) -> InfillExamples:
         """The gaps of a recipe's evaluation settings, the same for every arm.
 
         Raises:
             CorpusError: If the held-out split has not two of them.
         """
-        context, span = settings.infill_context, settings.infill_span
+        context, span = settings.infill_context_length, settings.infill_span_length
         windows = spread_windows(
-            corpus.held_out, settings.infill_examples, 2 * context + span, corpus.vocabulary.eos
+            dataset.held_out,
+            settings.num_infill_examples,
+            2 * context + span,
+            dataset.vocabulary.eos,
         )
         return cls(*(np.split(windows, [context, context + span], axis=1)))
 
 
-def infill_loss(model: LanguageModel, gaps: Gaps, vocabulary: Vocabulary) -> Score:
+def infill_loss(model: LanguageModel, gaps: InfillExamples, vocabulary: Vocabulary) -> Score:
     """Nats per token of the true span; its own tokens count, sentinels and what ends it do not.
 
     A causal arm sees the left side, then the span so far. A UL2R arm sees mode, left side, sentinel, right side and
@@ -59,19 +62,21 @@ def infill_loss(model: LanguageModel, gaps: Gaps, vocabulary: Vocabulary) -> Sco
     """
     count = np.ones(gaps.span.shape, bool)
     if not model.origin.denoising:
-        rows = scored_rows(gaps.left, gaps.span, count, bidirectional=False)
+        rows = build_scoring_batch(gaps.left, gaps.span, count, bidirectional=False)
     else:
         size, first = len(gaps.span), vocabulary.sentinels[0]
         targets = columns(size, first, gaps.span)
         count = np.concatenate((np.zeros((size, 1), bool), count), axis=1)
         bidirectional = model.attention == "prefix"
-        rows = scored_rows(
+        rows = build_scoring_batch(
             both_sides(gaps, vocabulary), targets, count, bidirectional=bidirectional
         )
     return token_score(model.token_losses(rows), rows.loss_mask)
 
 
-def infill_text(model: LanguageModel, gaps: Gaps, vocabulary: Vocabulary) -> tuple[Score, Score]:
+def infill_text(
+    model: LanguageModel, gaps: InfillExamples, vocabulary: Vocabulary
+) -> tuple[Score, Score]:
     """Exact match and edit similarity of what the arm writes greedily, as text against the true span's text.
 
     What each arm sees is as for `infill_loss`. A causal arm is told the span's length: it writes that many tokens. A
@@ -96,7 +101,7 @@ def infill_text(model: LanguageModel, gaps: Gaps, vocabulary: Vocabulary) -> tup
     return mean_score(exact), mean_score(similar)
 
 
-def both_sides(gaps: Gaps, vocabulary: Vocabulary) -> Tokens:
+def both_sides(gaps: InfillExamples, vocabulary: Vocabulary) -> Tokens:
     """What a UL2R arm reads: mode, left, first sentinel, right, second sentinel; int32 (B, 2 C + 3) or longer."""
     size, length = gaps.span.shape
     mode = vocabulary.modes["NLU" if length < LONG_SPAN else "NLG"]

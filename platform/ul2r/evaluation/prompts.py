@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ul2r.objective import Rows
+from ul2r.objective import Batch
 
 Tokens = npt.NDArray[np.int32]
 
 
-def scored_rows(
+def build_scoring_batch(
     inputs: Tokens, targets: Tokens, counts: npt.NDArray[np.bool_], *, bidirectional: bool
-) -> Rows:
+) -> Batch:
     """One example in each row: inputs, then targets whose losses are asked for.
 
     Args:
@@ -33,15 +33,15 @@ def scored_rows(
     place = np.broadcast_to(np.arange(length, dtype=np.int32), shape)
     mask = np.zeros(shape, np.uint8)
     mask[:, seen_inputs - 1 :] = counts
-    return Rows(
+    return Batch(
         tokens=tokens[:, :-1],
         labels=tokens[:, 1:],
         loss_mask=mask,
-        lo=np.zeros(shape, np.int32),
-        hi=np.maximum(place + 1, seen_inputs if bidirectional else 0).astype(np.int32),
-        position=place.copy(),
-        denoiser=np.zeros(shape, np.int8),
-        sample=np.arange(rows, dtype=np.int64)[:, None],
+        kv_start=np.zeros(shape, np.int32),
+        kv_end=np.maximum(place + 1, seen_inputs if bidirectional else 0).astype(np.int32),
+        position_ids=place.copy(),
+        denoiser_ids=np.zeros(shape, np.int8),
+        sample_ids=np.arange(rows, dtype=np.int64)[:, None],
     )
 
 

@@ -46,8 +46,8 @@ def spread_windows(store: Store, count: int, length: int, without: int | None = 
         within = " within one document" if without is not None else ""
         raise CorpusError(
             f"the held-out split of {len(store)} tokens has {len(windows)} windows of {length} tokens{within}, and 2 "
-            "are needed: raise data.held_out, give more text, or lower objective.sequence_length or "
-            "evaluation.infill_context"
+            "are needed: raise data.held_out_fraction, give more text, or lower objective.sequence_length or "
+            "evaluation.infill_context_length"
         )
     return np.stack(windows)  # (B, L)
 

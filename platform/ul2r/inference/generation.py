@@ -117,18 +117,18 @@ def token_limit(
     Raises:
         RequestError: If the inputs leave no room, or `asked` is out of range.
     """
-    room = (model.positions - inputs) // spans - marks
+    room = (model.max_position_embeddings - inputs) // spans - marks
     if room < 1:
-        most = model.positions - spans * (1 + marks)
+        most = model.max_position_embeddings - spans * (1 + marks)
         raise RequestError(
             f"the prompt is too long: it makes {inputs} tokens, {most} is the most that leaves room for an answer in "
-            f"{model.positions} positions; shorten it"
+            f"{model.max_position_embeddings} positions; shorten it"
         )
     if asked is None:
         return min(room, DEFAULT_MAX_TOKENS)
     if not 1 <= asked <= room:
         raise RequestError(
-            f"max_tokens={asked} is out of range: with {inputs} input tokens of {model.positions} positions it may be "
+            f"max_tokens={asked} is out of range: with {inputs} input tokens of {model.max_position_embeddings} positions it may be "
             f"1 to {room}"
         )
     return asked

@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from ul2r.errors import RequestError
-from ul2r.inference.loading import eos_ids, read_network, read_tokenizer, text_ids
 from ul2r.inference.export_metadata import Attention, Origin, read_origin
+from ul2r.inference.loading import eos_ids, read_network, read_tokenizer, text_ids
 from ul2r.objective.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
-    from ul2r.objective.batch import Rows
+    from ul2r.objective.batch import Batch
 
 LOGITS_AT_ONCE = 2**26
 """Logits that `token_losses` holds at a time: 256 MiB in float32."""
@@ -51,7 +51,7 @@ class LanguageModel:
         self.origin = origin
         self.eos = eos
         self.device: torch.device = network.device
-        self.positions: int = network.config.max_position_embeddings
+        self.max_position_embeddings: int = network.config.max_position_embeddings
         self.is_text = text_ids(tokenizer, origin.vocabulary, eos, network.config.vocab_size)
 
     @classmethod
@@ -142,25 +142,25 @@ class LanguageModel:
         near = mask & ((place[:, None] - place).abs() < window)
         return near if kinds is None else {"full_attention": mask, "sliding_attention": near}
 
-    def logits(self, tokens: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
-        """Logits under interval attention: query i of a row sees the keys [lo[i], hi[i]) of that row.
+    def logits(self, tokens: Tensor, kv_start: Tensor, kv_end: Tensor) -> Tensor:
+        """Logits under interval attention: query i of a row sees the keys [kv_start[i], kv_end[i]) of that row.
 
         Positions count from the row's start; rotary embeddings see only differences, so several examples in a row
         need no restart.
 
         Args:
             tokens: int64 (B, S).
-            lo: int32 (B, S), first key seen.
-            hi: int32 (B, S), one past the last key seen; lo < hi.
+            kv_start: int32 (B, S), first key seen.
+            kv_end: int32 (B, S), one past the last key seen; kv_start < kv_end.
 
         Returns:
             float32 (B, S, V).
         """
-        keys = torch.arange(tokens.shape[1], device=lo.device)
-        mask = (lo[..., None] <= keys) & (keys < hi[..., None])  # (B, S, S)
+        keys = torch.arange(tokens.shape[1], device=kv_start.device)
+        mask = (kv_start[..., None] <= keys) & (keys < kv_end[..., None])  # (B, S, S)
         return self.forward(tokens, mask[:, None])
 
-    def token_losses(self, rows: Rows) -> npt.NDArray[np.float32]:
+    def token_losses(self, rows: Batch) -> npt.NDArray[np.float32]:
         """Loss of each label in nats.
 
         Args:
@@ -174,7 +174,9 @@ class LanguageModel:
         losses = np.empty((batch, length), dtype=np.float32)
         for start in range(0, batch, at_once):
             part = slice(start, start + at_once)
-            logits = self.logits(*(_long(array[part]) for array in (rows.tokens, rows.lo, rows.hi)))
+            logits = self.logits(
+                *(_long(array[part]) for array in (rows.tokens, rows.kv_start, rows.kv_end))
+            )
             labels = _long(rows.labels[part]).to(self.device)
             loss = functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
             losses[part] = loss.cpu().numpy()

@@ -7,19 +7,25 @@ from contextlib import contextmanager
 from functools import partial
 
 from ul2r.config import Parallel, Recipe
-from ul2r.data.sampling.batches import Batches
 from ul2r.data.inspection import write_page
-from ul2r.data.special_tokens import place_special_tokens
-from ul2r.data.store.dataset import Corpus
+from ul2r.data.sampling.batches import Batches
+from ul2r.data.special_tokens import assign_special_tokens
+from ul2r.data.store.dataset import TokenDataset
 from ul2r.data.tokenizer import load_tokenizer, vocabulary_of
 from ul2r.launch.pretrained import check_base
-from ul2r.model.flops import parameters
+from ul2r.model.flops import num_parameters
 from ul2r.model.huggingface.config_json import check_family
 from ul2r.model.sizing import size_run
 from ul2r.tracking.mlflow import find_run, finish_run, log_artifact, start_run
 from ul2r.tracking.tracker import RunStatus
 from ul2r.train.checkpoint.metadata import CheckpointInfo
-from ul2r.train.checkpoint.storage import CheckpointStore, Say, base_checkpoint, last_sound, to_stderr
+from ul2r.train.checkpoint.storage import (
+    CheckpointStore,
+    Say,
+    base_checkpoint,
+    latest_valid,
+    to_stderr,
+)
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 """For workers that asked for no GPU, on a machine that has some."""
@@ -34,12 +40,12 @@ def gpu_settings(parallel: Parallel) -> dict[str, str]:
     return {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if parallel.tensor > 1 else {}
 
 
-def check_run(recipe: Recipe, corpus: Corpus, say: Say = to_stderr) -> CheckpointInfo | None:
+def check_run(recipe: Recipe, dataset: TokenDataset, say: Say = to_stderr) -> CheckpointInfo | None:
     """Check a recipe against its store, its checkpoints and its devices.
 
     Args:
         recipe: The run.
-        corpus: What it is trained on.
+        dataset: What it is trained on.
         say: Takes a line if the last checkpoint is damaged; workers say it too.
 
     Returns:
@@ -48,10 +54,10 @@ def check_run(recipe: Recipe, corpus: Corpus, say: Say = to_stderr) -> Checkpoin
     Raises:
         UserError: If one of the checks fails.
     """
-    Batches(recipe, corpus)  # refuses a store that is too short or has too few sentinels
+    Batches(recipe, dataset)  # refuses a store that is too short or has too few sentinels
     check_family(recipe.model)
-    size_run(recipe, corpus.vocabulary.size)  # refuses what its devices cannot hold
-    return check_checkpoints(recipe, corpus, say)
+    size_run(recipe, dataset.vocabulary.size)  # refuses what its devices cannot hold
+    return check_checkpoints(recipe, dataset, say)
 
 
 def check_unprepared(recipe: Recipe) -> None:
@@ -69,14 +75,14 @@ def planned_vocabulary(recipe: Recipe) -> int:
     data = recipe.data
     if data.tokenizer is None:
         return data.vocabulary_size
-    tokenizer = place_special_tokens(
-        load_tokenizer(data.tokenizer), data.sentinels, data.mode_tokens, data.special_tokens
+    tokenizer = assign_special_tokens(
+        load_tokenizer(data.tokenizer), data.num_sentinels, data.mode_tokens, data.special_tokens
     )
     return vocabulary_of(tokenizer, data.mode_tokens).size
 
 
 def check_checkpoints(
-    recipe: Recipe, corpus: Corpus, say: Say = to_stderr
+    recipe: Recipe, dataset: TokenDataset, say: Say = to_stderr
 ) -> CheckpointInfo | None:
     """What the run's last sound checkpoint says, None before the first.
 
@@ -87,23 +93,23 @@ def check_checkpoints(
         CheckpointError: If it, or before it the base's, is damaged or differs from the recipe.
     """
     store = CheckpointStore.of(recipe)
-    own = last_sound(store, thorough=False, say=say)
+    own = latest_valid(store, thorough=False, say=say)
     if own is not None and CheckpointInfo.read(own).finished:
-        own = last_sound(store, say=say)
+        own = latest_valid(store, say=say)
     if own is not None:
         info = CheckpointInfo.read(own)
-        info.check_same_run(recipe, corpus)
+        info.check_same_run(recipe, dataset)
         return info
-    check_base(recipe, corpus)
-    base = base_checkpoint(recipe, partial(last_sound, thorough=False, say=say))
+    check_base(recipe, dataset)
+    base = base_checkpoint(recipe, partial(latest_valid, thorough=False, say=say))
     if base is not None:
-        CheckpointInfo.read(base).check_same_model(recipe, corpus)
+        CheckpointInfo.read(base).check_same_model(recipe, dataset)
     return None
 
 
 def reached_by(recipe: Recipe) -> CheckpointInfo:
     """The last checkpoint of a run that was trained just now."""
-    path = last_sound(CheckpointStore.of(recipe), thorough=False)
+    path = latest_valid(CheckpointStore.of(recipe), thorough=False)
     assert path is not None
     return CheckpointInfo.read(path)
 
@@ -116,12 +122,12 @@ def end_finished(recipe: Recipe, uri: str) -> None:
 
 
 @contextmanager
-def recorded(recipe: Recipe, corpus: Corpus, uri: str) -> Iterator[str]:
+def track_run(recipe: Recipe, dataset: TokenDataset, uri: str) -> Iterator[str]:
     """The run in MLflow, begun or gone on with, while the block trains it; it ends as the block does.
 
     Args:
         recipe: The run.
-        corpus: What it is trained on.
+        dataset: What it is trained on.
         uri: MLflow's address.
 
     Yields:
@@ -130,12 +136,12 @@ def recorded(recipe: Recipe, corpus: Corpus, uri: str) -> Iterator[str]:
     run_id = start_run(
         recipe,
         uri,
-        tags={"ul2r.data": corpus.manifest.fingerprint},
-        params=_parameters(recipe, corpus),
+        tags={"ul2r.data": dataset.manifest.fingerprint},
+        params=_parameters(recipe, dataset),
     )
     status: RunStatus = "FAILED"
     try:
-        log_artifact(uri, run_id, write_page(recipe, corpus))
+        log_artifact(uri, run_id, write_page(recipe, dataset))
         yield run_id
         status = "FINISHED"
     except KeyboardInterrupt:
@@ -145,14 +151,14 @@ def recorded(recipe: Recipe, corpus: Corpus, uri: str) -> Iterator[str]:
         finish_run(uri, run_id, recipe.run_folder(), status)
 
 
-def _parameters(recipe: Recipe, corpus: Corpus) -> dict[str, str | int | float]:
+def _parameters(recipe: Recipe, dataset: TokenDataset) -> dict[str, str | int | float]:
     """What people sort and filter runs by."""
     return {
         "mixture": ", ".join(f"{d.name} {d.weight:g}" for d in recipe.objective.mixture),
         "sequence_length": recipe.objective.sequence_length,
-        "parameters": parameters(recipe.model, corpus.vocabulary.size),
+        "parameters": num_parameters(recipe.model, dataset.vocabulary.size),
         "steps": recipe.training.steps,
-        "global_batch_rows": recipe.training.global_batch_rows,
+        "global_batch_size": recipe.training.global_batch_size,
         "learning_rate": recipe.optimizer.learning_rate,
         "tensor": recipe.parallel.tensor,
         "pipeline": recipe.parallel.pipeline,

@@ -9,11 +9,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from ul2r.config import Architecture, HuggingFace, Megatron, Recipe
-from ul2r.config.architecture import described
-from ul2r.data.store.dataset import Corpus
+from ul2r.config.architecture import resolve_preset
+from ul2r.data.store.dataset import TokenDataset
 from ul2r.data.tokenizer import load_tokenizer, objective_tokens
 from ul2r.errors import CheckpointError, RecipeError
-from ul2r.model.flops import active_parameters, parameters
+from ul2r.model.flops import num_active_parameters, num_parameters
 
 TOKENIZER = "tokenizer.json"
 
@@ -33,7 +33,7 @@ def described_by_base(tree: dict[str, Any]) -> None:
 
     folder = local_folder(base["hf"])
     found = read_config(folder).model_dump()
-    own = described(tree.get("model") or {})
+    own = resolve_preset(tree.get("model") or {})
     if not isinstance(own, dict):
         return  # the recipe's validation says what is wrong with it
     for setting, value in own.items():
@@ -48,7 +48,7 @@ def described_by_base(tree: dict[str, Any]) -> None:
         data["tokenizer"] = str(folder / TOKENIZER)
 
 
-def check_base(recipe: Recipe, corpus: Corpus) -> None:
+def check_base(recipe: Recipe, dataset: TokenDataset) -> None:
     """Refuse a foreign base whose files do not hold the recipe's model, or whose tokens mean something else here.
 
     Raises:
@@ -58,16 +58,19 @@ def check_base(recipe: Recipe, corpus: Corpus) -> None:
     """
     base = recipe.base
     if isinstance(base, Megatron):
-        from ul2r.model.huggingface.checkpoint_reader import Stored, latest_iteration
+        from ul2r.model.huggingface.checkpoint_reader import (
+            MegatronCheckpointReader,
+            latest_iteration,
+        )
 
-        Stored(latest_iteration(base.megatron)).check(recipe.model)
+        MegatronCheckpointReader(latest_iteration(base.megatron)).check(recipe.model)
     if not isinstance(base, HuggingFace):
         return
     folder = _check_folder(base.hf, recipe.model)
     if not (folder / TOKENIZER).is_file():
         return  # nothing to compare with
-    theirs, ours = map(load_tokenizer, (folder / TOKENIZER, corpus.tokenizer_file))
-    placed = set(objective_tokens(ours, recipe.data.sentinels, recipe.data.mode_tokens))
+    theirs, ours = map(load_tokenizer, (folder / TOKENIZER, dataset.tokenizer_file))
+    placed = set(objective_tokens(ours, recipe.data.num_sentinels, recipe.data.mode_tokens))
     other = [
         token
         for token, number in theirs.get_vocab().items()
@@ -96,7 +99,7 @@ def describe(name: str) -> str:
     architecture = read_config(folder)
     _check_folder(name, architecture)
     told = architecture.model_dump(exclude_defaults=True)
-    count, active = parameters(architecture, 0), active_parameters(architecture, 0)
+    count, active = num_parameters(architecture, 0), num_active_parameters(architecture, 0)
     used = f", {active:,} for each token" if active < count else ""
     lines = [
         f"{name}: {architecture.family}, {count / 1e9:.3f} B parameters ({count:,}{used}), in {folder}",
@@ -118,7 +121,7 @@ def _check_folder(name: str, architecture: Architecture) -> Path:
         pass
     if (folder / TOKENIZER).is_file():
         size = max(load_tokenizer(folder / TOKENIZER).get_vocab().values()) + 1
-        rows = architecture.embedding_rows or 0
+        rows = architecture.num_embeddings or 0
         if size > rows:
             raise CheckpointError(
                 f"{folder}: tokenizer.json has {size} entries, the embedding {rows} rows: one of them belongs to "

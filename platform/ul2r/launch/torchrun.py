@@ -12,17 +12,24 @@ from torch.distributed.constants import default_pg_timeout
 
 from ul2r.config import Recipe
 from ul2r.console import progress
-from ul2r.data.store.dataset import Corpus, open_corpus
+from ul2r.data.store.dataset import TokenDataset, open_dataset
 from ul2r.errors import CorpusError, LayoutError
-from ul2r.launch.preflight import NO_GPU, check_run, end_finished, gpu_settings, reached_by, recorded
+from ul2r.launch.preflight import (
+    NO_GPU,
+    check_run,
+    end_finished,
+    gpu_settings,
+    reached_by,
+    track_run,
+)
 from ul2r.launch.stop_signal import sigterm_noted
 from ul2r.launch.worker import run_worker
 from ul2r.tracking.mlflow import MlflowTracker, check_server
 from ul2r.tracking.tracker import MemoryTracker
 from ul2r.train.checkpoint.metadata import CheckpointInfo
-from ul2r.train.loop import Wish
-from ul2r.train.state import summary
 from ul2r.train.checkpoint.storage import silent
+from ul2r.train.loop import LoopAction
+from ul2r.train.state import summary
 
 
 def train(recipe: Recipe) -> CheckpointInfo:
@@ -37,19 +44,19 @@ def train(recipe: Recipe) -> CheckpointInfo:
         UserError: If a check fails, or torchrun started another number of processes than the recipe has workers.
         KeyboardInterrupt: After a checkpoint, if any of the processes got SIGTERM.
     """
-    corpus = open_corpus(recipe.store_folder)
-    if not corpus.manifest.complete:
+    dataset = open_dataset(recipe.store_folder)
+    if not dataset.manifest.complete:
         raise CorpusError(
             f"{recipe.store_folder}: is not complete, and only Ray makes the rest while a run trains: run "
             "jobs/prepare.py RECIPE first, or train without torchrun"
         )
     started = int(os.environ["WORLD_SIZE"])
-    if started != recipe.parallel.workers:
+    if started != recipe.parallel.num_workers:
         raise LayoutError(
-            f"torchrun started {started} processes, parallel.workers={recipe.parallel.workers}: "
-            f"set torchrun's --nnodes x --nproc-per-node to {recipe.parallel.workers}"
+            f"torchrun started {started} processes, parallel.num_workers={recipe.parallel.num_workers}: "
+            f"set torchrun's --nnodes x --nproc-per-node to {recipe.parallel.num_workers}"
         )
-    reached = check_run(recipe, corpus, silent)
+    reached = check_run(recipe, dataset, silent)
     uri = check_server(recipe.tracking.uri)
     is_first = os.environ["RANK"] == "0"
     if reached is not None and reached.finished:
@@ -59,9 +66,15 @@ def train(recipe: Recipe) -> CheckpointInfo:
     _join_group(recipe)
     with (
         sigterm_noted() as stopped,
-        recorded(recipe, corpus, uri) if is_first else nullcontext(None) as run_id,
+        track_run(recipe, dataset, uri) if is_first else nullcontext(None) as run_id,
     ):
-        _train(recipe, corpus, uri, run_id, lambda: Wish.STOP if stopped.is_set() else Wish.GO_ON)
+        _train(
+            recipe,
+            dataset,
+            uri,
+            run_id,
+            lambda: LoopAction.STOP if stopped.is_set() else LoopAction.CONTINUE,
+        )
         dist.destroy_process_group()
         reached = reached_by(recipe)
         if not reached.finished:
@@ -83,14 +96,18 @@ def _join_group(recipe: Recipe) -> None:
 
 
 def _train(
-    recipe: Recipe, corpus: Corpus, uri: str, run_id: str | None, wish: Callable[[], Wish]
+    recipe: Recipe,
+    dataset: TokenDataset,
+    uri: str,
+    run_id: str | None,
+    wish: Callable[[], LoopAction],
 ) -> None:
     """Train this rank's part; the first rank, which alone has a `run_id`, logs and shows a bar."""
-    fingerprint = corpus.manifest.fingerprint
+    fingerprint = dataset.manifest.fingerprint
     if run_id is None:
         run_worker(recipe, MemoryTracker(), lambda *_: None, fingerprint=fingerprint, wish=wish)
         return
-    per_step = recipe.training.global_batch_rows * recipe.objective.sequence_length
+    per_step = recipe.training.global_batch_size * recipe.objective.sequence_length
     with (
         MlflowTracker(uri, run_id, recipe.run_folder()) as tracker,
         progress(recipe.name, recipe.training.steps * per_step, "tokens") as bar,

@@ -8,15 +8,15 @@ import torch.distributed as dist
 
 from ul2r.config import Recipe
 from ul2r.data.sampling.batches import Batches
-from ul2r.data.store.dataset import open_corpus
-from ul2r.objective.batch import Rows
+from ul2r.data.store.dataset import open_dataset
+from ul2r.objective.batch import Batch
 from ul2r.tracking.tracker import Tracker
 from ul2r.train.batch_iterator import Reader
-from ul2r.train.loop import TrainLoop, Wish, go_on
+from ul2r.train.checkpoint.storage import Say, acquire_writer_token, to_stderr
+from ul2r.train.loop import LoopAction, Trainer, go_on
 from ul2r.train.mesh import Mesh
-from ul2r.train.state import Progress
-from ul2r.train.checkpoint.storage import Say, claim, to_stderr
 from ul2r.train.monitor.watchdog import Watchdog
+from ul2r.train.state import Progress
 
 
 def run_worker(
@@ -28,7 +28,7 @@ def run_worker(
     owner: str | None = None,
     fingerprint: str | None = None,
     say: Say = to_stderr,
-    wish: Callable[[], Wish] = go_on,
+    wish: Callable[[], LoopAction] = go_on,
 ) -> Progress:
     """Train this rank's part to the end, or until a wish to stop; the default process group must be initialized.
 
@@ -37,7 +37,7 @@ def run_worker(
         tracker: Where rank 0 logs.
         on_step: Called on rank 0 after each step.
         read: Where batches come from; without it they are computed in this process.
-        owner: The attempt at the run, from `claim`; without it this is one of its own.
+        owner: The attempt at the run, from `acquire_writer_token`; without it this is one of its own.
         fingerprint: The token store's that the run was started on; without it any is taken.
         say: Takes lines for people, on rank 0.
         wish: Asked on every rank after each step; the strongest wish of all ranks counts.
@@ -45,21 +45,21 @@ def run_worker(
     Returns:
         Where the run stands after its last step.
     """
-    corpus = open_corpus(recipe.store_folder, fingerprint)
+    dataset = open_dataset(recipe.store_folder, fingerprint)
     mesh = Mesh.join(recipe.parallel)
 
-    def read_in_process(mesh: Mesh, batches: range) -> Iterator[Rows]:
-        made = Batches(recipe, corpus)
+    def read_in_process(mesh: Mesh, batches: range) -> Iterator[Batch]:
+        made = Batches(recipe, dataset)
         for batch in batches:
             yield made.rows(batch, mesh.data_rank, recipe.parallel.data)
 
     checkpoints = recipe.run_folder() / "checkpoints"
-    owner = owner or mesh.from_first(lambda: claim(checkpoints))
+    owner = owner or mesh.broadcast_from_rank0(lambda: acquire_writer_token(checkpoints))
     heartbeats, timeout_s = recipe.run_folder() / "heartbeats", recipe.guards.hang_timeout_s
     with Watchdog(heartbeats, dist.get_rank(), dist.get_world_size(), timeout_s) as watchdog:
-        loop = TrainLoop(
+        loop = Trainer(
             recipe,
-            corpus,
+            dataset,
             mesh,
             tracker,
             on_step=on_step,

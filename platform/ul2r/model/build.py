@@ -50,22 +50,22 @@ def transformer_config(
     *,
     precision: Precision = "fp32",
     recompute: Recompute = "none",
-    expert_balance: float = 0.0,
+    moe_aux_loss_coeff: float = 0.0,
 ) -> TransformerConfig:
     """Megatron's configuration: no dropout; losses summed over tokens."""
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     interleaved, scalar = parallel.virtual_stages > 1, architecture.query_pre_attn_scalar
     return TransformerConfig(
-        num_layers=architecture.layers,
+        num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
         ffn_hidden_size=architecture.ffn_hidden_size,
-        num_attention_heads=architecture.heads,
-        num_query_groups=architecture.kv_heads,
+        num_attention_heads=architecture.num_heads,
+        num_query_groups=architecture.num_kv_heads,
         kv_channels=architecture.head_dim,
         normalization={"rms": "RMSNorm", "layer": "LayerNorm"}[architecture.norm],
         layernorm_epsilon=architecture.norm_epsilon,
         layernorm_zero_centered_gamma=architecture.norm_zero_centered,
-        qk_layernorm=architecture.query_key_norm == "head",
+        qk_layernorm=architecture.qk_norm == "head",
         gated_linear_unit=architecture.gated,
         activation_func=ACTIVATIONS[architecture.activation],
         add_bias_linear=architecture.bias == "all",
@@ -78,8 +78,8 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_stages if interleaved else None,
-        account_for_embedding_in_pipeline_split=parallel.ends_as_layers,
-        account_for_loss_in_pipeline_split=parallel.ends_as_layers,
+        account_for_embedding_in_pipeline_split=parallel.account_for_embedding_and_loss,
+        account_for_loss_in_pipeline_split=parallel.account_for_embedding_and_loss,
         sequence_parallel=parallel.sequence_parallel,
         # Two ranks that are each other's next and previous one must not mix up what they send: one by one, then.
         overlap_p2p_comm=interleaved,
@@ -97,7 +97,7 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
         **RECOMPUTE[recompute],
-        **(expert_settings(architecture, expert_balance) if architecture.experts else {}),
+        **(expert_settings(architecture, moe_aux_loss_coeff) if architecture.num_experts else {}),
     )
 
 
@@ -151,7 +151,7 @@ def build_model(recipe: Recipe, vocabulary_size: int) -> list[GPTModel]:
         recipe.parallel,
         precision=recipe.precision,
         recompute=recipe.training.recompute,
-        expert_balance=recipe.optimizer.expert_balance,
+        moe_aux_loss_coeff=recipe.optimizer.moe_aux_loss_coeff,
     )
     chunks = [
         _build_chunk(recipe, config, vocabulary_size, stage)
@@ -181,16 +181,17 @@ def _build_chunk(
         config=config,
         transformer_layer_spec=layers,
         vocab_size=padded_vocabulary(architecture.rows(vocabulary_size)),
-        max_sequence_length=architecture.positions or recipe.objective.sequence_length,
+        max_sequence_length=architecture.max_position_embeddings
+        or recipe.objective.sequence_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
         parallel_output=True,
-        share_embeddings_and_output_weights=architecture.tied,
+        share_embeddings_and_output_weights=architecture.tie_embeddings,
         position_embedding_type={"rope": "rope", "learned": "learned_absolute"}[
             architecture.position_embedding
         ],
-        rotary_percent=architecture.rope_share,
-        rotary_base=architecture.rope_base,
+        rotary_percent=architecture.rotary_percent,
+        rotary_base=architecture.rope_theta,
         vp_stage=vp_stage,
     )
     _mark_shards(model)
@@ -275,7 +276,7 @@ def _std(shard: ShardedTensor, architecture: Architecture) -> float:
         return float(shard.global_shape[-1] ** -0.5)
     scaled = shard.key.endswith(RESIDUAL_OUTPUTS)
     return (
-        architecture.init_std / (2 * architecture.layers) ** 0.5
+        architecture.init_std / (2 * architecture.num_layers) ** 0.5
         if scaled
         else architecture.init_std
     )

@@ -58,8 +58,8 @@ def expert_settings(architecture: Architecture, balance: float) -> dict[str, Any
         balance: Weight of the balancing loss.
     """
     return {
-        "num_moe_experts": architecture.experts,
-        "moe_router_topk": architecture.experts_per_token,
+        "num_moe_experts": architecture.num_experts,
+        "moe_router_topk": architecture.num_experts_per_token,
         "moe_router_load_balancing_type": "aux_loss",
         "moe_aux_loss_coeff": balance,
         "moe_token_dispatcher_type": "allgather",

@@ -11,19 +11,19 @@ from ul2r.model.tensors import EXPERTS, elements, layer_tensors, outer_tensors
 from ul2r.model.window import Ints, within
 
 
-def parameters(architecture: Architecture, vocabulary_size: int) -> int:
+def num_parameters(architecture: Architecture, vocabulary_size: int) -> int:
     """Parameters of the model, a tied embedding counted once and unpadded."""
     outer = outer_tensors(architecture, architecture.rows(vocabulary_size))
-    return architecture.layers * elements(layer_tensors(architecture)) + elements(outer)
+    return architecture.num_layers * elements(layer_tensors(architecture)) + elements(outer)
 
 
-def active_parameters(architecture: Architecture, vocabulary_size: int) -> int:
+def num_active_parameters(architecture: Architecture, vocabulary_size: int) -> int:
     """Those that one token passes through: of experts, as many as it is sent to."""
-    return parameters(architecture, vocabulary_size) - _idle(architecture)
+    return num_parameters(architecture, vocabulary_size) - _idle(architecture)
 
 
 def training_flops(
-    architecture: Architecture, vocabulary_size: int, positions: float, seen_keys: float
+    architecture: Architecture, vocabulary_size: int, positions: float, num_visible_keys: float
 ) -> float:
     """FLOPs of one forward and backward pass.
 
@@ -35,25 +35,25 @@ def training_flops(
         architecture: Sizes.
         vocabulary_size: Entries of the tokenizer.
         positions: Row positions passed through the model, padding included.
-        seen_keys: Keys that those positions see, summed over layers.
+        num_visible_keys: Keys that those positions see, summed over layers.
     """
     output = architecture.rows(vocabulary_size) * architecture.hidden_size
     weights = matrix_weights(architecture) + output
-    attention = 12 * architecture.heads * architecture.head_dim
-    return 6.0 * weights * positions + attention * seen_keys
+    attention = 12 * architecture.num_heads * architecture.head_dim
+    return 6.0 * weights * positions + attention * num_visible_keys
 
 
-def seen_keys(architecture: Architecture, lo: Ints, hi: Ints) -> int:
+def num_visible_keys(architecture: Architecture, kv_start: Ints, kv_end: Ints) -> int:
     """Keys that rows' queries see, summed over positions and layers, as `training_flops` wants them.
 
     Args:
         architecture: Its layers' windows.
-        lo: First key that each query sees, int32 (B, S).
-        hi: One past the last, int32 (B, S).
+        kv_start: First key that each query sees, int32 (B, S).
+        kv_end: One past the last, int32 (B, S).
     """
     found = 0
     for window, layers in Counter(architecture.windows).items():
-        first, end = within(lo, hi, window)
+        first, end = within(kv_start, kv_end, window)
         found += layers * int((end - first).sum(dtype=np.int64))
     return found
 
@@ -62,14 +62,14 @@ def matrix_weights(architecture: Architecture) -> int:
     """Weights of every layer's matrices that a token passes through, without embedding, norms and biases."""
     tensors = layer_tensors(architecture)
     matrices = {name: shape for name, shape in tensors.items() if len(shape) > 1}
-    return architecture.layers * elements(matrices) - _idle(architecture)
+    return architecture.num_layers * elements(matrices) - _idle(architecture)
 
 
 def _idle(architecture: Architecture) -> int:
     """Weights of the experts that a token is not sent to, in all layers."""
-    if architecture.experts is None or architecture.experts_per_token is None:
+    if architecture.num_experts is None or architecture.num_experts_per_token is None:
         return 0
     tensors = layer_tensors(architecture)
     experts = {name: shape for name, shape in tensors.items() if name.startswith(EXPERTS)}
-    idle = architecture.experts - architecture.experts_per_token
-    return architecture.layers * elements(experts) // architecture.experts * idle
+    idle = architecture.num_experts - architecture.num_experts_per_token
+    return architecture.num_layers * elements(experts) // architecture.num_experts * idle

@@ -47,7 +47,7 @@ ACTIVATIONS = {
 }
 
 
-class WholeNorm(torch.nn.Module):
+class QKNormAcrossHeads(torch.nn.Module):
     """RMSNorm over all heads together (OLMo 2, arXiv 2501.00656, 2.1), of which each tensor rank has its own.
 
     Args:
@@ -98,8 +98,8 @@ class WholeNormAttention(SelfAttention):  # type: ignore[misc]  # Megatron has n
     def __init__(self, config: TransformerConfig, **given: Any) -> None:  # noqa: ANN401  Megatron's
         super().__init__(config=config, **given)
         width, eps = config.kv_channels, config.layernorm_epsilon
-        self.q_layernorm = WholeNorm(config, width, eps, config.num_attention_heads)
-        self.k_layernorm = WholeNorm(config, width, eps, config.num_query_groups)
+        self.q_layernorm = QKNormAcrossHeads(config, width, eps, config.num_attention_heads)
+        self.k_layernorm = QKNormAcrossHeads(config, width, eps, config.num_query_groups)
 
 
 class LocalOrGlobalAttention(SelfAttention):  # type: ignore[misc]  # as above
@@ -213,7 +213,7 @@ def uses_transformer_engine(architecture: Architecture) -> bool:
     has_block = (
         architecture.block == "sequential"
         and not any(architecture.windows)
-        and architecture.query_key_norm != "whole"
+        and architecture.qk_norm != "whole"
         and not _scale_only(architecture)
     )
     return has_block and torch.cuda.is_available() and HAVE_TE
@@ -223,30 +223,30 @@ def layer_spec(architecture: Architecture, attention: AttentionBackend) -> Modul
     """A layer of TransformerEngine's or Megatron's modules, as far as there are some, with attention by intervals."""
     if uses_transformer_engine(architecture):
         spec = get_gpt_layer_with_transformer_engine_spec(
-            num_experts=architecture.experts,
-            moe_grouped_gemm=architecture.experts is not None,
-            qk_layernorm=architecture.query_key_norm == "head",
+            num_experts=architecture.num_experts,
+            moe_grouped_gemm=architecture.num_experts is not None,
+            qk_layernorm=architecture.qk_norm == "head",
         )
     else:
         spec = _local_spec(architecture)
     core = core_attention(attention, architecture.windows)
     spec.submodules.self_attention.submodules.core_attention = core
-    if architecture.experts is not None:
+    if architecture.num_experts is not None:
         route(spec)
     return spec
 
 
 def _local_spec(architecture: Architecture) -> ModuleSpec:
-    by_head = architecture.query_key_norm == "head"
+    by_head = architecture.qk_norm == "head"
     norm = _norm(architecture)
     spec = get_gpt_layer_local_spec(
-        architecture.experts, normalization="RMSNorm", qk_layernorm=by_head
+        architecture.num_experts, normalization="RMSNorm", qk_layernorm=by_head
     )
     parts, self_attention = spec.submodules, spec.submodules.self_attention.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = norm
     if by_head:
         self_attention.q_layernorm = self_attention.k_layernorm = Norm
-    if architecture.query_key_norm == "whole":
+    if architecture.qk_norm == "whole":
         parts.self_attention.module = WholeNormAttention
     if any(architecture.windows):
         parts.self_attention.module = LocalOrGlobalAttention

@@ -14,19 +14,19 @@ def frequencies(architecture: Architecture, rotary: RotaryEmbedding) -> Tensor:
 
     Args:
         architecture: What stretches them, and whether layers with a window have others.
-        rotary: Megatron's module, with frequencies of `rope_base`.
+        rotary: Megatron's module, with frequencies of `rope_theta`.
 
     Returns:
-        float32 (D / 2,) for heads of which D dimensions are rotated; with `local_rope_base` (D,), those of layers that
+        float32 (D / 2,) for heads of which D dimensions are rotated; with `local_rope_theta` (D,), those of layers that
         see all keys first.
     """
     stretched = _stretched(architecture, rotary)
-    if architecture.local_rope_base is None:
+    if architecture.local_rope_theta is None:
         return stretched
     local = RotaryEmbedding(
         kv_channels=architecture.head_dim,
-        rotary_percent=architecture.rope_share,
-        rotary_base=architecture.local_rope_base,
+        rotary_percent=architecture.rotary_percent,
+        rotary_base=architecture.local_rope_theta,
         use_cpu_initialization=stretched.device.type == "cpu",
     )
     return torch.cat((stretched, local.inv_freq))
@@ -55,8 +55,8 @@ def _stretched(architecture: Architecture, rotary: RotaryEmbedding) -> Tensor:
         found = rotary._apply_scaling(
             found,
             scaling.factor,
-            scaling.low_frequency,
-            scaling.high_frequency,
-            scaling.original_positions,
+            scaling.low_freq_factor,
+            scaling.high_freq_factor,
+            scaling.original_max_position_embeddings,
         )
     return found

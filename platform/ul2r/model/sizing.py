@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 
 from ul2r.config import Architecture, Parallel, Recipe
 from ul2r.errors import RecipeError
-from ul2r.model.flops import parameters
+from ul2r.model.flops import num_parameters
 from ul2r.model.tensors import EMBEDDING, Shape, elements, is_cut, layer_tensors, outer_tensors
 
 GIB = 2**30
@@ -43,7 +43,7 @@ class Stage:
     """One pipeline stage, as any of its tensor ranks has it."""
 
     layers: int
-    parameters: int
+    num_parameters: int
     """Of one rank; the padded embedding is on the first stage and, as output projection, on the last."""
     microbatches: float
     """Microbatches whose activations are kept at the same time; one that only some chunks keep counts in part."""
@@ -54,7 +54,7 @@ class Stage:
 class Sizing:
     """Sizes of a run."""
 
-    parameters: int
+    num_parameters: int
     """Of the model, the tied embedding counted once and unpadded."""
     stages: tuple[Stage, ...]
     bubble: float
@@ -86,7 +86,7 @@ def size_run(recipe: Recipe, vocabulary_size: int) -> Sizing:
         )
     stages = tuple(_stage(recipe, padded, number) for number in range(parallel.pipeline))
     sizing = Sizing(
-        parameters=parameters(recipe.model, vocabulary_size),
+        num_parameters=num_parameters(recipe.model, vocabulary_size),
         stages=stages,
         bubble=pipeline_bubble(parallel.pipeline, recipe.microbatches, parallel.virtual_stages),
     )
@@ -137,14 +137,14 @@ def expected_seconds(recipe: Recipe, flops: float) -> float | None:
     peak = recipe.launch.peak_tflops
     if peak is None:
         return None
-    return flops / (recipe.parallel.workers * peak * 1e12 * recipe.launch.assumed_mfu)
+    return flops / (recipe.parallel.num_workers * peak * 1e12 * recipe.launch.assumed_mfu)
 
 
 def _stage(recipe: Recipe, padded: int, number: int) -> Stage:
     """Pipeline stage `number`, from 0; an embedding of `padded` rows."""
     parallel, is_last = recipe.parallel, number == recipe.parallel.pipeline - 1
     kept = kept_passes(parallel, recipe.microbatches, number)
-    layers = parallel.chunk_layers(recipe.model.layers)[number]
+    layers = parallel.chunk_layers(recipe.model.num_layers)[number]
     weights = _stage_parameters(recipe, padded, sum(layers), is_first=number == 0, is_last=is_last)
     element = _element_bytes(recipe)
     main_weights = 4 if element < 4 else 0  # the optimizer's own, where the model's are not fp32
@@ -175,7 +175,7 @@ def _stage_parameters(
     first = {name: shape for name, shape in outer.items() if name.startswith("embedding.")}
     last = {name: shape for name, shape in outer.items() if name not in first}
     if (
-        model.tied and parallel.pipeline > 1
+        model.tie_embeddings and parallel.pipeline > 1
     ):  # with several stages, the last holds a copy of the first's
         last |= {EMBEDDING: outer[EMBEDDING]}
     return (
@@ -200,7 +200,7 @@ def _pass_bytes(recipe: Recipe, layers: int, *, is_last: bool) -> int:
     """Bytes that a microbatch's pass through a chunk leaves on a rank for the backward pass, logits apart."""
     length = recipe.objective.sequence_length
     recomputes = recipe.training.recompute != "none"
-    intervals = recipe.training.microbatch_rows * 2 * 4 * length if recomputes else 0
+    intervals = recipe.training.micro_batch_size * 2 * 4 * length if recomputes else 0
     return layers * _layer_bytes(recipe)[0] + _end_bytes(recipe, is_last=is_last) + intervals
 
 
@@ -221,7 +221,7 @@ def _layer_bytes(recipe: Recipe) -> tuple[int, int]:
     )
     # A dense mask, made a bias in each layer, and a statistic of the softmax in fp32.
     bias = element * length if recipe.attention_backend == "sdpa" else 0
-    attention = positions * (bias + 4 * model.heads // parallel.tensor)
+    attention = positions * (bias + 4 * model.num_heads // parallel.tensor)
     rotations = 4 * length * model.head_dim  # cosines and sines of queries and keys
     mlp = _mlp_bytes(recipe)
     kept = element * _layer_elements(recipe) + 4 * _statistics(recipe) + mlp
@@ -239,14 +239,14 @@ def _layer_bytes(recipe: Recipe) -> tuple[int, int]:
 
 def _rotary_bytes(recipe: Recipe) -> int:
     """The fp32 angles of rotary positions, which a layer that is computed again keeps; all share those of a chunk."""
-    kinds = 1 if recipe.model.local_rope_base is None else 2
+    kinds = 1 if recipe.model.local_rope_theta is None else 2
     angles = kinds * recipe.objective.sequence_length * recipe.model.head_dim
     return 0 if recipe.training.recompute == "none" else 4 * angles * recipe.parallel.virtual_stages
 
 
 def _positions(recipe: Recipe) -> int:
     """Positions of a microbatch."""
-    return recipe.training.microbatch_rows * recipe.objective.sequence_length
+    return recipe.training.micro_batch_size * recipe.objective.sequence_length
 
 
 def _row_parts(recipe: Recipe) -> int:
@@ -271,15 +271,15 @@ def _layer_elements(recipe: Recipe) -> int:
     - there is no dropout, hence no dropout mask.
     """
     model, tensor = recipe.model, recipe.parallel.tensor
-    queries, keys = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     projection = queries + 2 * keys
-    if model.kv_heads < tensor:
+    if model.num_kv_heads < tensor:
         keys, attention = model.head_dim, projection
     else:
         keys, attention = keys // tensor, projection // tensor
     attention += 2 * queries // tensor + keys
-    if model.query_key_norm is not None:
-        copies = 2 if model.kv_heads > tensor else 1
+    if model.qk_norm is not None:
+        copies = 2 if model.num_kv_heads > tensor else 1
         attention += copies * queries // tensor + keys
     return 2 * _norm_elements(recipe) + attention
 
@@ -294,7 +294,7 @@ def _statistics(recipe: Recipe) -> int:
     """Numbers in fp32 that a layer's norms keep of each position, one each, or for queries and keys one a head."""
     model, tensor = recipe.model, recipe.parallel.tensor
     norms = (4 if model.block == "sandwich" else 2) // _row_parts(recipe)
-    heads = 0 if model.query_key_norm is None else model.heads + max(model.kv_heads, tensor)
+    heads = 0 if model.qk_norm is None else model.num_heads + max(model.num_kv_heads, tensor)
     return norms + heads // tensor
 
 
@@ -308,11 +308,11 @@ def _mlp_bytes(recipe: Recipe) -> int:
     """
     model, element, tensor = recipe.model, _element_bytes(recipe), recipe.parallel.tensor
     width, inner, parts = model.hidden_size, model.ffn_hidden_size, _row_parts(recipe)
-    if model.experts is None or model.experts_per_token is None:
+    if model.num_experts is None or model.num_experts_per_token is None:
         return element * (5 if model.gated else 2) * inner // tensor
-    picked = model.experts_per_token
-    own = 4 * model.experts + 12 * picked + (4 * width if element < 4 else 0)
-    gathered = 5 * model.experts + 12 * picked
+    picked = model.num_experts_per_token
+    own = 4 * model.num_experts + 12 * picked + (4 * width if element < 4 else 0)
+    gathered = 5 * model.num_experts + 12 * picked
     return element * picked * (width + 6 * inner // tensor) + own // parts + gathered
 
 
@@ -333,11 +333,11 @@ def _check_memory(recipe: Recipe, sizing: Sizing) -> None:
         return
     kinds = ", ".join(f"{kind} {count / GIB:.2f}" for kind, count in memory.by_kind.items())
     if memory.weights + memory.gradients + memory.optimizer > available * GIB:
-        remedy = "raise parallel.tensor, parallel.pipeline or parallel.workers"
+        remedy = "raise parallel.tensor, parallel.pipeline or parallel.num_workers"
     else:  # more stages keep more microbatches, each of fewer layers
         recompute = "" if recipe.training.recompute == "full" else "set training.recompute=full, "
         remedy = (
-            f"{recompute}raise parallel.tensor, or lower training.microbatch_rows={recipe.training.microbatch_rows} or "
+            f"{recompute}raise parallel.tensor, or lower training.micro_batch_size={recipe.training.micro_batch_size} or "
             f"objective.sequence_length={recipe.objective.sequence_length}"
         )
     raise RecipeError(

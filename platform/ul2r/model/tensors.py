@@ -25,10 +25,13 @@ def outer_tensors(architecture: Architecture, rows: int) -> dict[str, Shape]:
     width = architecture.hidden_size
     found: dict[str, Shape] = {EMBEDDING: (rows, width)}
     if architecture.position_embedding == "learned":
-        assert architecture.positions is not None
-        found["embedding.position_embeddings.weight"] = (architecture.positions, width)
+        assert architecture.max_position_embeddings is not None
+        found["embedding.position_embeddings.weight"] = (
+            architecture.max_position_embeddings,
+            width,
+        )
     found |= _norm(architecture, "decoder.final_layernorm.")
-    if not architecture.tied:
+    if not architecture.tie_embeddings:
         found[OUTPUT] = (rows, width)
     return found
 
@@ -39,18 +42,18 @@ def layer_tensors(architecture: Architecture) -> dict[str, Shape]:
     Those of experts begin with `EXPERTS`, and are stacked by expert.
     """
     a = architecture
-    width, head, attended = a.hidden_size, a.head_dim, a.heads * a.head_dim
-    projected = attended + 2 * a.kv_heads * head
+    width, head, attended = a.hidden_size, a.head_dim, a.num_heads * a.head_dim
+    projected = attended + 2 * a.num_kv_heads * head
     found: dict[str, Shape] = {}
     if a.block != "post_norm":
         found |= _norm(a, "self_attention.linear_qkv.layer_norm_")
     found["self_attention.linear_qkv.weight"] = (projected, width)
     if a.bias is not None:
         found["self_attention.linear_qkv.bias"] = (projected,)
-    if a.query_key_norm is not None:
-        whole = a.query_key_norm == "whole"
+    if a.qk_norm is not None:
+        whole = a.qk_norm == "whole"
         found["self_attention.q_layernorm.weight"] = (attended if whole else head,)
-        found["self_attention.k_layernorm.weight"] = (a.kv_heads * head if whole else head,)
+        found["self_attention.k_layernorm.weight"] = (a.num_kv_heads * head if whole else head,)
     found["self_attention.linear_proj.weight"] = (width, attended)
     if a.bias == "all":
         found["self_attention.linear_proj.bias"] = (width,)
@@ -66,12 +69,12 @@ def _mlp_tensors(a: Architecture) -> dict[str, Shape]:
     """The second half of a layer, with the norm before it."""
     width, inner = a.hidden_size, a.ffn_hidden_size
     outputs = 2 * inner if a.gated else inner
-    if a.experts is not None:
+    if a.num_experts is not None:
         return {
             **_norm(a, "pre_mlp_layernorm."),
-            "mlp.router.weight": (a.experts, width),
-            EXPERTS + "linear_fc1.weight": (a.experts, outputs, width),
-            EXPERTS + "linear_fc2.weight": (a.experts, width, inner),
+            "mlp.router.weight": (a.num_experts, width),
+            EXPERTS + "linear_fc1.weight": (a.num_experts, outputs, width),
+            EXPERTS + "linear_fc2.weight": (a.num_experts, width, inner),
         }
     has_norm = a.block in {"sequential", "parallel_two_norms", "sandwich"}
     found = _norm(a, "mlp.linear_fc1.layer_norm_") if has_norm else {}
@@ -95,7 +98,7 @@ def single_tensors(
     """
     for key, shape in outer_tensors(architecture, rows).items():
         yield key, (), shape
-    for layer in range(architecture.layers):
+    for layer in range(architecture.num_layers):
         for key, shape in layer_tensors(architecture).items():
             if key.startswith(EXPERTS):
                 for expert in range(shape[0]):
@@ -107,7 +110,7 @@ def single_tensors(
 def is_cut(architecture: Architecture, name: str) -> bool:
     """Whether each tensor-parallel rank has its own part of a tensor, rather than all of it."""
     if name.endswith(("q_layernorm.weight", "k_layernorm.weight")):
-        return architecture.query_key_norm == "whole"
+        return architecture.qk_norm == "whole"
     return name.endswith(CUT)
 
 

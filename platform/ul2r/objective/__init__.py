@@ -1,6 +1,6 @@
 """The UL2 objective: which denoiser a sample gets, where its spans fall, and the rows that come of it (numpy only)."""
 
-from ul2r.objective.batch import Rows, WindowSource, make_rows
+from ul2r.objective.batch import Batch, WindowSource, build_batch
 from ul2r.objective.vocabulary import Vocabulary
 
-__all__ = ["Rows", "Vocabulary", "WindowSource", "make_rows"]
+__all__ = ["Batch", "Vocabulary", "WindowSource", "build_batch"]

@@ -42,28 +42,28 @@ class WindowSource(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class Batch:
     """B rows of S positions; position i of a row predicts the token at i + 1 of the same slot.
 
     Attributes:
         tokens: Tokens read, int32 (B, S); eos on padding.
         labels: The token that follows each within its slot, int32 (B, S); 0 on padding.
         loss_mask: 1 where the label is a target, uint8 (B, S).
-        lo: First key that each query sees, int32 (B, S), as a position of the row.
-        hi: One past the last key that each query sees, int32 (B, S).
-        position: Position within the slot, int32 (B, S).
-        denoiser: Index into the objective's mixture, int8 (B, S); -1 on padding.
-        sample: Sample indices of the slots, int64 (B, slots_per_row); -1 for a slot that the one before it takes up.
+        kv_start: First key that each query sees, int32 (B, S), as a position of the row.
+        kv_end: One past the last key that each query sees, int32 (B, S).
+        position_ids: Position within the slot, int32 (B, S).
+        denoiser_ids: Index into the objective's mixture, int8 (B, S); -1 on padding.
+        sample_ids: Sample indices of the slots, int64 (B, slots_per_row); -1 for a slot that the one before it takes up.
     """
 
     tokens: npt.NDArray[np.int32]
     labels: npt.NDArray[np.int32]
     loss_mask: npt.NDArray[np.uint8]
-    lo: npt.NDArray[np.int32]
-    hi: npt.NDArray[np.int32]
-    position: npt.NDArray[np.int32]
-    denoiser: npt.NDArray[np.int8]
-    sample: npt.NDArray[np.int64]
+    kv_start: npt.NDArray[np.int32]
+    kv_end: npt.NDArray[np.int32]
+    position_ids: npt.NDArray[np.int32]
+    denoiser_ids: npt.NDArray[np.int8]
+    sample_ids: npt.NDArray[np.int64]
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
         """The arrays by name."""
@@ -77,18 +77,18 @@ class Rows:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def __getitem__(self, rows: slice) -> Rows:
-        return Rows(**{name: array[rows] for name, array in self.arrays().items()})
+    def __getitem__(self, rows: slice) -> Batch:
+        return Batch(**{name: array[rows] for name, array in self.arrays().items()})
 
 
 TYPES = {
     "tokens": np.int32,
     "labels": np.int32,
     "loss_mask": np.uint8,
-    "lo": np.int32,
-    "hi": np.int32,
-    "position": np.int32,
-    "denoiser": np.int8,
+    "kv_start": np.int32,
+    "kv_end": np.int32,
+    "position_ids": np.int32,
+    "denoiser_ids": np.int8,
 }
 """Of the arrays with a number for each position."""
 
@@ -99,14 +99,14 @@ def row_bytes(objective: Objective) -> int:
     return position * objective.sequence_length + 8 * objective.slots_per_row
 
 
-def make_rows(
+def build_batch(
     rows: Sequence[int],
     *,
     objective: Objective,
     vocabulary: Vocabulary,
     seed: int,
     windows: WindowSource,
-) -> Rows:
+) -> Batch:
     """Make rows by their numbers in the run; row r holds samples r * slots .. r * slots + slots - 1 or the first alone.
 
     A sample's denoiser, spans and split are drawn from (seed, sample index) alone, and its raw length is the
@@ -119,10 +119,10 @@ def make_rows(
         tokens    NLU   a   b <0>   d   e <1> <0>   c <1>   f eos S2S   g   h   i   j   k   l   m   n   o   p   q
         labels      a   b <0>   d   e <1> <0>   c <1>   f eos   0   g   h   i   j   k   l   m   n   o   p   q eos
         loss_mask   0   0   0   0   0   0   1   1   1   1   1   0   0   0   0   0   1   1   1   1   1   1   1   1
-        lo          0   0   0   0   0   0   0   0   0   0   0  11  12  12  12  12  12  12  12  12  12  12  12  12
-        hi          7   7   7   7   7   7   7   8   9  10  11  12  17  17  17  17  17  18  19  20  21  22  23  24
-        position    0   1   2   3   4   5   6   7   8   9  10  11   0   1   2   3   4   5   6   7   8   9  10  11
-        denoiser    0   0   0   0   0   0   0   0   0   0   0  -1   1   1   1   1   1   1   1   1   1   1   1   1
+        kv_start          0   0   0   0   0   0   0   0   0   0   0  11  12  12  12  12  12  12  12  12  12  12  12  12
+        kv_end          7   7   7   7   7   7   7   8   9  10  11  12  17  17  17  17  17  18  19  20  21  22  23  24
+        position_ids 0   1   2   3   4   5   6   7   8   9  10  11   0   1   2   3   4   5   6   7   8   9  10  11
+        denoiser_ids 0   0   0   0   0   0   0   0   0   0   0  -1   1   1   1   1   1   1   1   1   1   1   1   1
 
     Args:
         rows: Numbers of the B rows.
@@ -165,7 +165,7 @@ def make_rows(
         text,
         tuple(arrays.values()),
     )
-    return Rows(**arrays, sample=samples)
+    return Batch(**arrays, sample_ids=samples)
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,9 +194,12 @@ def _plan(objective: Objective, mode_tokens: tuple[int, ...]) -> _Plan:
         one["whole"] = denoiser.whole_row
         one["bound"] = weights[denoiser.whole_row]
         if denoiser.kind == "span_corruption":
-            one["mean_span"], one["rate"] = denoiser.mean_span, denoiser.rate
+            one["mean_noise_span_length"], one["rate"] = (
+                denoiser.mean_noise_span_length,
+                denoiser.noise_density,
+            )
         elif denoiser.kind == "prefix":
-            one["rate"], one["sentinels"] = denoiser.rate or 0.0, denoiser.sentinel
+            one["rate"], one["sentinels"] = denoiser.noise_density or 0.0, denoiser.sentinel
     rows_of_shared = weights[False] / objective.slots_per_row
     return _Plan(
         table, weights[True] / (weights[True] + rows_of_shared), objective.sentinels_needed

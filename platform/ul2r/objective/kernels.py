@@ -32,7 +32,7 @@ CORRUPTION, PREFIX, FIM, CAUSAL = 0, 1, 2, 3
 DENOISER = np.dtype(
     [
         ("kind", np.int64),
-        ("mean_span", np.float64),  # corruption
+        ("mean_noise_span_length", np.float64),  # corruption
         ("rate", np.float64),  # corruption; prefix: the share of targets, 0 for a uniform split
         ("sentinels", np.int64),  # prefix: 1 if one stands where text was cut off
         ("marks", np.int64),  # tokens of the mode
@@ -123,15 +123,15 @@ def cut(total: int, words: Words, taken: npt.NDArray[np.bool_], parts: Places) -
 
 
 @compiled
-def noise_tokens(length: int, rate: float) -> int:
+def num_noise_tokens(length: int, rate: float) -> int:
     """Masked tokens of a window: round(L * rate), a half to the even number, in 1 .. L - 1."""
     return min(max(int(np.rint(length * rate)), 1), length - 1)
 
 
 @compiled
-def number_of_spans(length: int, noise: int, mean_span: float) -> int:
+def num_noise_spans(length: int, noise: int, mean_noise_span_length: float) -> int:
     """Masked spans: max(1, round(noise / mean_span)), and never more than the kept or the masked tokens."""
-    return min(max(int(np.rint(noise / mean_span)), 1), noise, length - noise)
+    return min(max(int(np.rint(noise / mean_noise_span_length)), 1), noise, length - noise)
 
 
 @compiled
@@ -216,8 +216,8 @@ def corrupt(
         Place of the first target, and the place after the last.
     """
     taken, kept, masked = scratch
-    noise = noise_tokens(len(window), one.rate)
-    spans = number_of_spans(len(window), noise, one.mean_span)
+    noise = num_noise_tokens(len(window), one.rate)
+    spans = num_noise_spans(len(window), noise, one.mean_noise_span_length)
     cut(len(window) - noise, words[: spans - 1], taken, kept[:spans])
     cut(noise, words[spans - 1 : 2 * spans - 2], taken, masked[:spans])
     read, write = 0, one.marks
@@ -244,7 +244,7 @@ def split(
     Arguments and result are those of `corrupt`.
     """
     length = len(window)
-    kept = length - noise_tokens(length, one.rate)
+    kept = length - num_noise_tokens(length, one.rate)
     if one.rate == 0.0:
         kept = 1 + int(high_product(words[0], np.uint64(length - 1)))
     write = copy(window, 0, kept, example, one.marks)
@@ -279,7 +279,13 @@ def move_middle(
 def words_needed(one: Record, length: int) -> int:
     """Random words that an example of `length` raw tokens takes."""
     if one.kind == CORRUPTION:
-        return 2 * number_of_spans(length, noise_tokens(length, one.rate), one.mean_span) - 2
+        return (
+            2
+            * num_noise_spans(
+                length, num_noise_tokens(length, one.rate), one.mean_noise_span_length
+            )
+            - 2
+        )
     return 2 if one.kind == FIM else 1
 
 
@@ -334,24 +340,24 @@ def place(
         eos: Token on padding.
         line: Its row.
         slot: Its positions in the row.
-        arrays: tokens, labels, loss_mask, lo, hi, position and denoiser of the rows.
+        arrays: tokens, labels, loss_mask, kv_start, kv_end, position and denoiser of the rows.
     """
     begin = slot.start
     tokens, labels, loss_mask = arrays[0][line, slot], arrays[1][line, slot], arrays[2][line, slot]
-    lo, hi = arrays[3][line, slot], arrays[4][line, slot]
+    kv_start, kv_end = arrays[3][line, slot], arrays[4][line, slot]
     position, denoiser = arrays[5][line, slot], arrays[6][line, slot]
     used = len(example) - 1
     for i in range(used):
         tokens[i] = example[i]
         labels[i] = example[i + 1]
         loss_mask[i] = i + 1 >= inputs
-        lo[i] = begin
-        hi[i] = begin + max(i + 1, seen)
+        kv_start[i] = begin
+        kv_end[i] = begin + max(i + 1, seen)
         position[i] = i
         denoiser[i] = choice
     for i in range(used, len(tokens)):
         tokens[i], labels[i], loss_mask[i] = eos, 0, 0
-        lo[i], hi[i] = begin + i, begin + i + 1
+        kv_start[i], kv_end[i] = begin + i, begin + i + 1
         position[i], denoiser[i] = i, -1
 
 
@@ -374,7 +380,7 @@ def fill_rows(
         special: Modes, sentinels and eos.
         slots: Sample indices, numbers of denoisers and raw lengths from `choose_denoisers`, each int64 (B, slots).
         windows: Raw text of the samples, int32 (B * slots, longest).
-        arrays: tokens, labels, loss_mask, lo, hi, position and denoiser of the rows, each (B, S); all is written.
+        arrays: tokens, labels, loss_mask, kv_start, kv_end, position and denoiser of the rows, each (B, S); all is written.
     """
     (samples, choices, lengths), (modes, sentinels, eos) = slots, special
     longest, row_length = windows.shape[1], arrays[0].shape[1]

@@ -10,15 +10,17 @@ from torch.nn.attention.bias import causal_lower_right
 from ul2r.model.attention.segments import Segments
 
 
-def dense_attention(query: Tensor, key: Tensor, value: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
+def dense_attention(
+    query: Tensor, key: Tensor, value: Tensor, kv_start: Tensor, kv_end: Tensor
+) -> Tensor:
     """Softmax attention written out in float64, through which gradients flow.
 
     Args:
         query: (S, B, H, D).
         key: (S, B, G, D), G dividing H.
         value: (S, B, G, D).
-        lo: (B, S) int, first key each query sees.
-        hi: (B, S) int, one past the last.
+        kv_start: (B, S) int, first key each query sees.
+        kv_end: (B, S) int, one past the last.
 
     Returns:
         float64 (S, B, H, D).
@@ -27,7 +29,7 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, lo: Tensor, hi: T
     key, value = (part.double().repeat_interleave(shared, dim=2) for part in (key, value))
     scores = torch.einsum("qbhd,kbhd->bhqk", query.double(), key) / query.shape[-1] ** 0.5
     place = torch.arange(key.shape[0], device=key.device)
-    hidden = (place < lo[..., None]) | (place >= hi[..., None])  # (B, S, S)
+    hidden = (place < kv_start[..., None]) | (place >= kv_end[..., None])  # (B, S, S)
     weights = scores.masked_fill(hidden[:, None], -torch.inf).softmax(dim=-1)
     return torch.einsum("bhqk,kbhd->qbhd", weights, value)
 

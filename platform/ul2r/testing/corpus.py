@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ul2r.data.prepare.source_files import find_files
-from ul2r.data.prepare.merge import join_shards
-from ul2r.data.store.dataset import Corpus, open_corpus
+from ul2r.data.prepare.merge import merge_shards
 from ul2r.data.prepare.shards import group_files, write_shard
+from ul2r.data.prepare.source_files import find_files
+from ul2r.data.store.dataset import TokenDataset, open_dataset
 from ul2r.data.tokenizer import load_tokenizer, train_tokenizer, vocabulary_of
 
 SUBJECTS = [
@@ -64,7 +64,7 @@ def tiny_store(
     held_out: float = 0.1,
     seed: int = 0,
     tokenizer: Path | None = None,
-) -> Corpus:
+) -> TokenDataset:
     """Make a whole token store in `folder` (a recipe's `store_folder`) from `write_texts`, in this process.
 
     Args:
@@ -90,8 +90,8 @@ def tiny_store(
         groups = group_files(find_files([texts_folder]))
         for group in groups:
             write_shard(group, folder, trained, vocabulary)
-    join_shards(folder, len(groups), held_out, vocabulary, inputs={"corpus": "testing"})
-    return open_corpus(folder)
+    merge_shards(folder, len(groups), held_out, vocabulary, inputs={"corpus": "testing"})
+    return open_dataset(folder)
 
 
 class MadeText:

@@ -29,12 +29,12 @@ def whole_logits(model: GPTModel, tokens: Tensor, prefix: int) -> Tensor:
     """
     length = tokens.shape[1]
     position = torch.arange(length).expand(len(tokens), -1)
-    hi = np.maximum(position.numpy() + 1, prefix)
+    kv_end = np.maximum(position.numpy() + 1, prefix)
     if not parallel_state.is_pipeline_first_stage():
         hidden = torch.empty(length, len(tokens), model.config.hidden_size)
         dist.recv(hidden, src=0)
         model.set_input_tensor(hidden)
-    output: Tensor = model(tokens, position, intervals(0 * hi, hi))
+    output: Tensor = model(tokens, position, intervals(0 * kv_end, kv_end))
     if not parallel_state.is_pipeline_last_stage():
         dist.send(output, dst=1)
         return output

@@ -52,7 +52,7 @@ def tiny_export(
         `folder`.
     """
     architecture = Architecture(
-        layers=layers, hidden_size=32, ffn_hidden_size=64, heads=4, kv_heads=2
+        num_layers=layers, hidden_size=32, ffn_hidden_size=64, num_heads=4, num_kv_heads=2
     )
     tokenizer = train_tokenizer(texts, size=256 + 4 + sentinels + 32, sentinels=sentinels)
     vocabulary = vocabulary_of(tokenizer)
@@ -89,7 +89,7 @@ def _random_weights(
     """Llama's tensors by name, large enough that every token seen changes every logit."""
     generator = torch.Generator().manual_seed(seed)
     hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
-    keys = architecture.kv_heads * architecture.head_dim
+    keys = architecture.num_kv_heads * architecture.head_dim
     shapes = {
         "input_layernorm": (hidden,),
         "self_attn.q_proj": (hidden, hidden),
@@ -102,7 +102,7 @@ def _random_weights(
         "mlp.down_proj": (hidden, ffn),
     }
     named = {"embed_tokens": (vocabulary_size, hidden), "norm": (hidden,)}
-    for layer in range(architecture.layers):
+    for layer in range(architecture.num_layers):
         named |= {f"layers.{layer}.{name}": shape for name, shape in shapes.items()}
     for name, shape in named.items():
         noise = torch.randn(shape, generator=generator)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ul2r.config import Architecture
-from ul2r.objective import Rows
+from ul2r.objective import Batch
 
 
 class PlainModel(nn.Module):
@@ -20,11 +20,11 @@ class PlainModel(nn.Module):
         super().__init__()
         width = architecture.hidden_size
         self.embedding = nn.ModuleDict({"word_embeddings": nn.Embedding(vocabulary_size, width)})
-        layers = nn.ModuleList(_Layer(architecture) for _ in range(architecture.layers))
+        layers = nn.ModuleList(_Layer(architecture) for _ in range(architecture.num_layers))
         norm = nn.RMSNorm(width, architecture.norm_epsilon)
         self.decoder = nn.ModuleDict({"layers": layers, "final_layernorm": norm})
         head = architecture.head_dim
-        rates = architecture.rope_base ** -(torch.arange(0, head, 2) / head)
+        rates = architecture.rope_theta ** -(torch.arange(0, head, 2) / head)
         angles = torch.outer(torch.arange(length), rates)  # (S, D / 2)
         self.register_buffer(
             "rotation", torch.polar(torch.ones_like(angles), angles), persistent=False
@@ -50,14 +50,14 @@ class PlainModel(nn.Module):
             hidden = layer(hidden, mask, self.rotation)
         return functional.linear(self.decoder["final_layernorm"](hidden), words)
 
-    def loss_sum(self, rows: Rows) -> Tensor:
+    def loss_sum(self, rows: Batch) -> Tensor:
         """Loss summed over the rows' targets, in nats."""
-        tokens, labels, targets, lo, hi = (
+        tokens, labels, targets, kv_start, kv_end = (
             torch.from_numpy(array.astype(np.int64))
-            for array in (rows.tokens, rows.labels, rows.loss_mask, rows.lo, rows.hi)
+            for array in (rows.tokens, rows.labels, rows.loss_mask, rows.kv_start, rows.kv_end)
         )
         key = torch.arange(tokens.shape[1])
-        mask = (key >= lo[..., None]) & (key < hi[..., None])
+        mask = (key >= kv_start[..., None]) & (key < kv_end[..., None])
         logits = self(tokens, mask[:, None])
         losses = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
         return (losses * targets.flatten()).sum()
@@ -68,7 +68,7 @@ class _Layer(nn.Module):
         super().__init__()
         self.sizes = architecture
         width, head = architecture.hidden_size, architecture.head_dim
-        queries, groups = architecture.heads * head, architecture.kv_heads * head
+        queries, groups = architecture.num_heads * head, architecture.num_kv_heads * head
         ffn, epsilon = architecture.ffn_hidden_size, architecture.norm_epsilon
         self.input_layernorm = nn.RMSNorm(width, epsilon)
         self.self_attention = nn.ModuleDict(
@@ -94,9 +94,9 @@ class _Layer(nn.Module):
     def _attend(self, hidden: Tensor, mask: Tensor, rotation: Tensor) -> Tensor:
         batch, length, _ = hidden.shape
         sizes = self.sizes
-        shared, head = sizes.heads // sizes.kv_heads, sizes.head_dim
+        shared, head = sizes.num_heads // sizes.num_kv_heads, sizes.head_dim
         fused = self.self_attention["linear_qkv"](hidden)
-        grouped = fused.view(batch, length, sizes.kv_heads, shared + 2, head)
+        grouped = fused.view(batch, length, sizes.num_kv_heads, shared + 2, head)
         query, key, value = grouped.split([shared, 1, 1], dim=3)
         query, key = _rotate(query, rotation), _rotate(key, rotation)
         context = functional.scaled_dot_product_attention(

@@ -11,13 +11,13 @@ GEMMA_3 = {
     "family": "gemma3_text",
     "block": "sandwich",
     "norm_zero_centered": True,
-    "query_key_norm": "head",
+    "qk_norm": "head",
     "query_pre_attn_scalar": 24,
     "activation": "geglu",
     "scale_embedding": True,
     "sliding_window": 12,
-    "global_every": 2,
-    "local_rope_base": 500,
+    "sliding_window_pattern": 2,
+    "local_rope_theta": 500,
 }
 """Changes that make the model of a `tiny_recipe` a Gemma 3."""
 
@@ -32,20 +32,20 @@ def tiny_recipe(storage: Path, **changes: Any) -> Recipe:  # noqa: ANN401  value
     tree: dict[str, Any] = {
         "name": "tiny",
         "storage": storage,
-        "data": {"sentinels": 64},
+        "data": {"num_sentinels": 64},
         "model": {
-            "layers": 4,
+            "num_layers": 4,
             "hidden_size": 32,
             "ffn_hidden_size": 64,
-            "heads": 4,
-            "kv_heads": 2,
+            "num_heads": 4,
+            "num_kv_heads": 2,
         },
         "objective": {"sequence_length": 64},
-        "training": {"steps": 6, "global_batch_rows": 8, "microbatch_rows": 2, "log_every": 1},
+        "training": {"steps": 6, "global_batch_size": 8, "micro_batch_size": 2, "log_every": 1},
         "optimizer": {"learning_rate": 1e-2, "final_learning_rate": 1e-3},
-        "validation": {"every": 3, "rows": 8},
+        "validation": {"every": 3, "num_rows": 8},
         "checkpoints": {"every": 3},
-        "evaluation": {"rows": 4, "infill_examples": 4, "infill_context": 16},
+        "evaluation": {"num_rows": 4, "num_infill_examples": 4, "infill_context_length": 16},
     }
     for section, values in changes.items():
         old = tree.get(section)

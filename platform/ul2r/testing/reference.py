@@ -74,13 +74,13 @@ def example_of(
         case Prefix():
             (word,) = words(1)
             cut = 1 + (word * (length - 1) >> 64)
-            if denoiser.rate is not None:
-                cut = length - min(max(round(length * denoiser.rate), 1), length - 1)
+            if denoiser.noise_density is not None:
+                cut = length - min(max(round(length * denoiser.noise_density), 1), length - 1)
             mark = [sentinels[0]] if denoiser.sentinel else []
             inputs = [*vocabulary.modes[denoiser.mode], *window[:cut], *mark, *closing]
             return inputs, [*mark, *window[cut:], eos]
         case SpanCorruption():
-            spans, noise = denoiser.spans(length), denoiser.noise_tokens(length)
+            spans, noise = denoiser.spans(length), denoiser.num_noise_tokens(length)
             drawn = words(2 * spans - 2)
             kept = composition(length - noise, drawn[: spans - 1])
             masked = composition(noise, drawn[spans - 1 :])
@@ -121,8 +121,12 @@ def reference_row(
     (word,) = words_of(seed, Purpose.ROW, row, 1)
     is_whole = (word >> 11) * 2.0**-53 < rows_of_whole / (rows_of_whole + rows_of_shared)
     samples = [row * slots + slot for slot in range(1 if is_whole else slots)]
-    made: Row = {name: [] for name in ("tokens", "labels", "loss_mask", "lo", "hi")}
-    made |= {"position": [], "denoiser": [], "sample": samples + [-1] * (slots - len(samples))}
+    made: Row = {name: [] for name in ("tokens", "labels", "loss_mask", "kv_start", "kv_end")}
+    made |= {
+        "position_ids": [],
+        "denoiser_ids": [],
+        "sample_ids": samples + [-1] * (slots - len(samples)),
+    }
     for sample in samples:
         denoiser = choose(whole if is_whole else shared, seed, sample)
         inputs, targets = example_of(
@@ -140,8 +144,8 @@ def reference_row(
             made["tokens"].append(example[place] if used else vocabulary.eos)
             made["labels"].append(example[place + 1] if used else 0)
             made["loss_mask"].append(int(used and place + 1 >= len(inputs)))
-            made["lo"].append(begin if used else begin + place)
-            made["hi"].append(begin + (max(place + 1, open_inputs) if used else place + 1))
-            made["position"].append(place)
-            made["denoiser"].append(mixture.index(denoiser) if used else -1)
+            made["kv_start"].append(begin if used else begin + place)
+            made["kv_end"].append(begin + (max(place + 1, open_inputs) if used else place + 1))
+            made["position_ids"].append(place)
+            made["denoiser_ids"].append(mixture.index(denoiser) if used else -1)
     return made

@@ -72,7 +72,7 @@ def connect(uri: str) -> MlflowClient:
 
 
 @contextmanager
-def told(uri: str) -> Iterator[None]:
+def translate_errors(uri: str) -> Iterator[None]:
     """Turn a failure of the server inside the block into a one-line error.
 
     Raises:

@@ -15,7 +15,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from ul2r.errors import CheckpointError, ServiceError
-from ul2r.tracking.client import check_server, connect, told
+from ul2r.tracking.client import check_server, connect, translate_errors
 
 DESCRIPTION_FILE = "ul2r.json"
 """What makes a Hugging Face folder an export of this platform."""
@@ -59,7 +59,7 @@ def register(uri: str, name: str, folder: Path, run_id: str, alias: str) -> str:
     """
     client = connect(uri)
     tags = {"export_uri": folder.resolve().as_uri(), "digest": export_digest(folder)}
-    with told(uri):
+    with translate_errors(uri):
         _make_model(client, name)
         versions = client.search_model_versions(f"name='{name}'")
         same = [v for v in versions if v.run_id == run_id and tags.items() <= v.tags.items()]

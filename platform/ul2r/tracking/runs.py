@@ -14,7 +14,7 @@ from mlflow.exceptions import MlflowException
 
 from ul2r.config import Recipe, dump
 from ul2r.errors import ServiceError
-from ul2r.tracking.client import connect, told
+from ul2r.tracking.client import connect, translate_errors
 from ul2r.tracking.tracker import RunStatus
 from ul2r.tracking.view import COLOUR_TAG, COLOURS, install_view
 
@@ -41,7 +41,7 @@ def start_run(
         tags={**own, **tags},
         params=params,
     )
-    with told(uri):
+    with translate_errors(uri):
         connect(uri).log_text(run_id, dump(recipe), "recipe.yaml")
     install_view(uri, run_id, [denoiser.name for denoiser in recipe.evaluation.mixture])
     return run_id
@@ -67,7 +67,7 @@ def continue_run(
         ServiceError: If the server fails.
     """
     client = connect(uri)
-    with told(uri):
+    with translate_errors(uri):
         run = _recorded_run(uri, folder)
         if run is None:
             found = client.get_experiment_by_name(experiment)
@@ -87,7 +87,7 @@ def continue_run(
 
 def find_run(uri: str, folder: Path) -> str | None:
     """Id of the run that `folder` holds a record of, if the server at `uri` knows it."""
-    with told(uri):
+    with translate_errors(uri):
         run = _recorded_run(uri, folder)
     return run.info.run_id if run else None
 
@@ -113,7 +113,7 @@ def end_run(uri: str, run_id: str, status: RunStatus) -> None:
     Raises:
         ServiceError: If the server fails.
     """
-    with told(uri):
+    with translate_errors(uri):
         connect(uri).set_terminated(run_id, status)
 
 
@@ -131,7 +131,7 @@ def log_summary(
     """
     client = connect(uri)
     now_ms = time.time_ns() // 1_000_000
-    with told(uri):
+    with translate_errors(uri):
         stored = client.get_run(run_id).data.metrics
         new = [
             Metric(key, float(value), now_ms, step)
@@ -150,7 +150,7 @@ def log_artifact(uri: str, run_id: str, file: Path) -> None:
     Raises:
         ServiceError: If the server fails.
     """
-    with told(uri):
+    with translate_errors(uri):
         connect(uri).log_artifact(run_id, str(file))
 
 
@@ -160,7 +160,7 @@ def history(uri: str, run_id: str, metric: str) -> list[tuple[int, float]]:
     Raises:
         ServiceError: If the server fails.
     """
-    with told(uri):
+    with translate_errors(uri):
         points = connect(uri).get_metric_history(run_id, metric)
     last = {
         int(point.step): float(point.value)

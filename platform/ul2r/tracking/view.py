@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ul2r.tracking.client import connect, told
+from ul2r.tracking.client import connect, translate_errors
 
 KEY = "ul2r"
 TAG = f"mlflow.sharedViewState.{KEY}"
@@ -38,7 +38,7 @@ def install_view(uri: str, run_id: str, denoisers: Sequence[str]) -> None:
         ServiceError: If the server fails.
     """
     client = connect(uri)
-    with told(uri):
+    with translate_errors(uri):
         experiment = client.get_run(run_id).info.experiment_id
         client.set_experiment_tag(experiment, TAG, view_state(denoisers))
 
@@ -49,7 +49,7 @@ def view_pages(uri: str) -> dict[str, str]:
     Raises:
         ServiceError: If the server fails.
     """
-    with told(uri):
+    with translate_errors(uri):
         experiments = connect(uri).search_experiments()
     return {
         experiment.name: f"{uri}/#/experiments/{experiment.experiment_id}/runs"

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from ul2r.objective.batch import Rows
+from ul2r.objective.batch import Batch
 from ul2r.train.mesh import Mesh
-from ul2r.train.monitor.throughput import Pace
+from ul2r.train.monitor.throughput import ThroughputMonitor
 
-Reader = Callable[[Mesh, range], Iterator[Rows]]
+Reader = Callable[[Mesh, range], Iterator[Batch]]
 """From the mesh and successive batches' numbers to this replica's rows of each; the reader rank alone iterates."""
 
 
-class Feed:
+class BatchIterator:
     """Reads batches in order, and more of them where skipped ones make the run longer.
 
     A run of N steps that skips k batches reads N + k. How many they will be is known only when they were skipped, so
     `read` is called for those that are known of, and again for the rest.
     """
 
-    def __init__(self, read: Reader, mesh: Mesh, pace: Pace) -> None:
+    def __init__(self, read: Reader, mesh: Mesh, pace: ThroughputMonitor) -> None:
         self._read, self._mesh, self._pace = read, mesh, pace
         self._batches = range(0)
-        self._rows: Iterator[Rows] = iter(())
+        self._rows: Iterator[Batch] = iter(())
 
-    def take(self, batch: int, end: int) -> Rows:
+    def take(self, batch: int, end: int) -> Batch:
         """This replica's rows of a batch, the one after that of the call before.
 
         Args:

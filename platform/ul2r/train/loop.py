@@ -9,25 +9,25 @@ from enum import IntEnum
 
 from ul2r.config import Causal, Recipe
 from ul2r.data.sampling.batches import Batches
-from ul2r.data.store.dataset import Corpus
+from ul2r.data.store.dataset import TokenDataset
 from ul2r.errors import DivergedError
 from ul2r.model.flops import training_flops
-from ul2r.objective.batch import Rows
+from ul2r.objective.batch import Batch
 from ul2r.tracking.tracker import Tracker
-from ul2r.train.checkpoint.metadata import CheckpointInfo
-from ul2r.train.monitor.anomaly_report import evidence, layer_norms, write_evidence
-from ul2r.train.batch_iterator import Feed, Reader
-from ul2r.train.monitor.guards import Alarm, GuardState, Seen, StepGuards
-from ul2r.train.monitor.system import Machines
-from ul2r.train.mesh import Mesh
-from ul2r.train.monitor.throughput import Pace, SourceTokens
-from ul2r.train.checkpoint.pretrained import load_pretrained
-from ul2r.train.monitor.profiler import profiled
-from ul2r.train.state import Progress
+from ul2r.train.batch_iterator import BatchIterator, Reader
 from ul2r.train.checkpoint.checkpointer import Saver
+from ul2r.train.checkpoint.metadata import CheckpointInfo
+from ul2r.train.checkpoint.pretrained import load_pretrained
 from ul2r.train.checkpoint.sharded_state import load_checkpoint
-from ul2r.train.step import StepResult, TrainStep
 from ul2r.train.checkpoint.storage import CheckpointStore, Say, base_checkpoint, to_stderr
+from ul2r.train.mesh import Mesh
+from ul2r.train.monitor.anomaly_report import evidence, layer_norms, write_evidence
+from ul2r.train.monitor.guards import Anomaly, AnomalyGuard, GuardState, StepStats
+from ul2r.train.monitor.profiler import profiled
+from ul2r.train.monitor.system import SystemMonitor
+from ul2r.train.monitor.throughput import SourceTokens, ThroughputMonitor
+from ul2r.train.state import Progress
+from ul2r.train.step import StepResult, TrainStep
 
 Beat = Callable[[int, str], None]
 """Told of each phase as it begins, with the number of the step from 1: the watchdog's."""
@@ -35,30 +35,30 @@ Beat = Callable[[int, str], None]
 logger = logging.getLogger(__name__)
 
 
-class Wish(IntEnum):
+class LoopAction(IntEnum):
     """What somebody wants of a running loop at the end of a step."""
 
-    GO_ON = 0
+    CONTINUE = 0
     SAVE = 1
     STOP = 2
     """Save, and leave the other steps to another start."""
 
 
-def go_on() -> Wish:
+def go_on() -> LoopAction:
     """Want nothing."""
-    return Wish.GO_ON
+    return LoopAction.CONTINUE
 
 
-class TrainLoop:
+class Trainer:
     """One run, from its last checkpoint to its last step.
 
     Args:
         recipe: The run.
-        corpus: Its text.
+        dataset: Its text.
         mesh: This rank's place.
         tracker: Where rank 0 logs.
         on_step: Called on rank 0 after each step.
-        owner: The attempt at the run, from `claim`.
+        owner: The attempt at the run, from `acquire_writer_token`.
         say: Takes lines for people, on rank 0.
         wish: Asked on every rank after each step; the strongest wish of all ranks counts.
     """
@@ -66,7 +66,7 @@ class TrainLoop:
     def __init__(
         self,
         recipe: Recipe,
-        corpus: Corpus,
+        dataset: TokenDataset,
         mesh: Mesh,
         tracker: Tracker,
         *,
@@ -74,9 +74,9 @@ class TrainLoop:
         beat: Beat,
         owner: str,
         say: Say = to_stderr,
-        wish: Callable[[], Wish] = go_on,
+        wish: Callable[[], LoopAction] = go_on,
     ) -> None:
-        self.recipe, self.corpus, self.mesh = recipe, corpus, mesh
+        self.recipe, self.dataset, self.mesh = recipe, dataset, mesh
         self.tracker, self.on_step, self.beat, self.wish = tracker, on_step, beat, wish
         self.checkpoints = CheckpointStore.of(recipe, owner=owner)
         self.saver = Saver(
@@ -87,12 +87,12 @@ class TrainLoop:
             flush=tracker.flush,
             asynchronous=recipe.checkpoints.asynchronous,
         )
-        self.held_out = _held_out_rows(recipe, corpus, mesh)
-        self.train_step = TrainStep(recipe, mesh, corpus.vocabulary.size)
-        self.pace, self.machines = Pace(), Machines()
+        self.held_out = _held_out_rows(recipe, dataset, mesh)
+        self.train_step = TrainStep(recipe, mesh, dataset.vocabulary.size)
+        self.pace, self.machines = ThroughputMonitor(), SystemMonitor()
         self.rates: dict[str, float] = {}
-        self.source_tokens = SourceTokens(recipe.objective.mixture, corpus.vocabulary)
-        self.guards = StepGuards(recipe.guards, GuardState())
+        self.source_tokens = SourceTokens(recipe.objective.mixture, dataset.vocabulary)
+        self.guards = AnomalyGuard(recipe.guards, GuardState())
         self.base: str | None = None
         self.progress = self._load()
 
@@ -105,8 +105,8 @@ class TrainLoop:
         if start == 0:
             self._log(self._measure())
         if start < steps:
-            self.mesh.from_first(lambda: self.checkpoints.begin(start))
-            feed = Feed(read, self.mesh, self.pace)
+            self.mesh.broadcast_from_rank0(lambda: self.checkpoints.begin(start))
+            feed = BatchIterator(read, self.mesh, self.pace)
             try:
                 self._take_steps(feed)
             except DivergedError:  # on every rank, so that what was saved before can be finished
@@ -117,25 +117,25 @@ class TrainLoop:
                 feed.check_end()
         return self.progress
 
-    def _take_steps(self, feed: Feed) -> None:
+    def _take_steps(self, feed: BatchIterator) -> None:
         steps, every = self.recipe.training.steps, self.recipe.checkpoints.every
         while (step := self.progress.step) < steps:
             applied = self._take(step, self._next(feed, step))
             wish = self.saver.poll(self.wish())
             if wish or (applied and _due(step, every, steps)):
                 self._save()
-            if wish == Wish.STOP:
+            if wish == LoopAction.STOP:
                 break
 
-    def _next(self, feed: Feed, step: int) -> Rows:
+    def _next(self, feed: BatchIterator, step: int) -> Batch:
         self.beat(step + 1, "wait for data")
         skipped = self.guards.state.skipped_batches
         return feed.take(step + skipped, self.recipe.training.steps + skipped)
 
-    def _take(self, step: int, rows: Rows) -> bool:
+    def _take(self, step: int, rows: Batch) -> bool:
         """One optimizer step, and what is due after it; False where a guard did not let it be applied."""
         self.beat(step + 1, "train")
-        alarm: Alarm | None = None
+        alarm: Anomaly | None = None
 
         def admit(result: StepResult) -> bool:
             nonlocal alarm
@@ -150,11 +150,14 @@ class TrainLoop:
             self._answer(alarm, step, result)
         return alarm is None
 
-    def _applied(self, step: int, rows: Rows, result: StepResult) -> None:
+    def _applied(self, step: int, rows: Batch, result: StepResult) -> None:
         training, losses = self.recipe.training, result.losses
         self.guards.applied(_seen(result))
         flops = training_flops(
-            self.recipe.model, self.corpus.vocabulary.size, losses.positions, losses.seen_keys
+            self.recipe.model,
+            self.dataset.vocabulary.size,
+            losses.positions,
+            losses.num_visible_keys,
         )
         self.pace.applied(losses.positions, self.source_tokens.count(rows), flops)
         self.progress = Progress(
@@ -170,7 +173,7 @@ class TrainLoop:
             self.rates = self._measure_rates()
             self._log(metrics | self.rates)
 
-    def _answer(self, alarm: Alarm, step: int, result: StepResult) -> None:
+    def _answer(self, alarm: Anomaly, step: int, result: StepResult) -> None:
         """Do what the recipe wants done about a step that was not applied; every rank decides the same.
 
         Raises:
@@ -180,13 +183,13 @@ class TrainLoop:
         before = self.guards.state
         batch = step + before.skipped_batches
         self.saver.wait()
-        saved = bool(self.mesh.from_first(self.checkpoints.candidates))
+        saved = bool(self.mesh.broadcast_from_rank0(self.checkpoints.candidates))
         decision = self.guards.decide(alarm, batch, can_rewind=saved)
         norms = layer_norms(self.train_step.optimizer)
         said = f"{self.recipe.name}: step {step + 1}, batch {batch}: {alarm.what}"
         if self.mesh.is_first:
             content = evidence(self.recipe, alarm, decision, step=step, state=before, result=result)
-            file = write_evidence(self.recipe.run_folder(), content | {"layers": norms})
+            file = write_evidence(self.recipe.run_folder(), content | {"num_layers": norms})
             self.tracker.keep(file)
             logger.warning("%s: %s; see %s", said, decision, file)
         if decision == "stop":
@@ -218,7 +221,7 @@ class TrainLoop:
         """How fast the steps since the last time went, and what the machines were busy with."""
         counted = self.pace.source_tokens if self.mesh.is_reader else 0
         source_tokens, machines = self.machines.metrics(counted)
-        launch, workers = self.recipe.launch, self.recipe.parallel.workers
+        launch, workers = self.recipe.launch, self.recipe.parallel.num_workers
         return machines | self.pace.metrics(source_tokens, workers, launch.peak_tflops)
 
     def _measure(self) -> dict[str, float]:
@@ -244,7 +247,7 @@ class TrainLoop:
         progress = self.progress
         info = CheckpointInfo.of(
             self.recipe,
-            self.corpus,
+            self.dataset,
             step=progress.step,
             tokens=progress.tokens,
             flops=progress.flops,
@@ -256,22 +259,22 @@ class TrainLoop:
     def _load(self) -> Progress:
         """Resume this run's last sound checkpoint, else start from the base's weights, else from none."""
         began = time.perf_counter()
-        own = self.saver.last_sound(self.checkpoints)
+        own = self.saver.latest_valid(self.checkpoints)
         foreign = self.recipe.foreign_base
         if own is None and foreign is not None:
             self.base = load_pretrained(self.recipe, foreign, self.train_step)
             return Progress()
-        base = None if own else base_checkpoint(self.recipe, self.saver.last_sound)
+        base = None if own else base_checkpoint(self.recipe, self.saver.latest_valid)
         path = own or base
         if path is None:
             return Progress()
         info = CheckpointInfo.read(path)
         if own:
-            info.check_same_run(self.recipe, self.corpus)
+            info.check_same_run(self.recipe, self.dataset)
             self.guards.state = GuardState.from_json(info.guards)
         else:
-            info.check_same_model(self.recipe, self.corpus)
-        optimizer = bool(own) or self.recipe.optimizer.state_from_base == "kept"
+            info.check_same_model(self.recipe, self.dataset)
+        optimizer = bool(own) or self.recipe.optimizer.load_optimizer_state == "kept"
         load_checkpoint(path, self.train_step, optimizer=optimizer)
         self.base = info.base if own else info.identity
         progress = Progress(info.step if own else 0, info.tokens, info.flops)
@@ -281,9 +284,11 @@ class TrainLoop:
         return progress
 
 
-def _seen(result: StepResult) -> Seen:
+def _seen(result: StepResult) -> StepStats:
     losses = result.losses
-    return Seen(tuple(losses.sums.tolist()), tuple(losses.targets.tolist()), result.gradient_norm)
+    return StepStats(
+        tuple(losses.sums.tolist()), tuple(losses.targets.tolist()), result.gradient_norm
+    )
 
 
 def _due(step: int, every: int, steps: int) -> bool:
@@ -291,12 +296,12 @@ def _due(step: int, every: int, steps: int) -> bool:
     return (step + 1) % every == 0 or step + 1 == steps
 
 
-def _held_out_rows(recipe: Recipe, corpus: Corpus, mesh: Mesh) -> dict[str, Rows]:
+def _held_out_rows(recipe: Recipe, dataset: TokenDataset, mesh: Mesh) -> dict[str, Batch]:
     """This replica's share of each denoiser's held-out rows, plain causal ones among them."""
-    batches = Batches(recipe, corpus)
-    share = recipe.validation.rows // recipe.parallel.data
+    batches = Batches(recipe, dataset)
+    share = recipe.validation.num_rows // recipe.parallel.data
     start = mesh.data_rank * share
     return {
-        denoiser.name: batches.held_out(denoiser, recipe.validation.rows)[start : start + share]
+        denoiser.name: batches.held_out(denoiser, recipe.validation.num_rows)[start : start + share]
         for denoiser in (Causal(), *recipe.evaluation.mixture)
     }

@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from ul2r.config import Parallel
 from ul2r.errors import LayoutError, UserError
 from ul2r.model.cpu import use_cpu
-from ul2r.objective.batch import Rows
+from ul2r.objective.batch import Batch
 
 T = TypeVar("T")
 
@@ -33,13 +33,13 @@ class Mesh:
         """Set up Megatron's groups over the initialized default process group.
 
         Raises:
-            LayoutError: If the process group has another size than `parallel.workers`.
+            LayoutError: If the process group has another size than `parallel.num_workers`.
         """
         if not torch.cuda.is_available():
             use_cpu()
-        if dist.get_world_size() != parallel.workers:
+        if dist.get_world_size() != parallel.num_workers:
             raise LayoutError(
-                f"{dist.get_world_size()} workers were started for parallel.workers={parallel.workers} "
+                f"{dist.get_world_size()} workers were started for parallel.num_workers={parallel.num_workers} "
                 f"(tensor={parallel.tensor}, pipeline={parallel.pipeline}, data={parallel.data}): start as many"
             )
         parallel_state.initialize_model_parallel(
@@ -85,7 +85,7 @@ class Mesh:
     def _reader(self) -> int:
         return min(dist.get_process_group_ranks(parallel_state.get_model_parallel_group()))
 
-    def from_first(self, find: Callable[[], T]) -> T:
+    def broadcast_from_rank0(self, find: Callable[[], T]) -> T:
         """What `find` returns on rank 0, given to every rank, so that all act on the same.
 
         Args:
@@ -106,19 +106,19 @@ class Mesh:
         result: T = found[0]
         return result
 
-    def from_all(self, mine: T) -> list[T]:
+    def all_gather(self, mine: T) -> list[T]:
         """What every rank has, by rank; it must be picklable."""
         found: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(found, mine)
         return found
 
-    def highest(self, *numbers: int) -> list[int]:
+    def all_reduce_max(self, *numbers: int) -> list[int]:
         """The highest of each number over all ranks."""
         values = torch.tensor(numbers, dtype=torch.int32, device=self.device)
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return [int(number) for number in values.tolist()]
 
-    def share(self, rows: Rows | None) -> Rows | None:
+    def share(self, rows: Batch | None) -> Batch | None:
         """Hand the reader's rows to its model-parallel peers by one broadcast.
 
         Args:
@@ -132,7 +132,7 @@ class Mesh:
         group = parallel_state.get_model_parallel_group()
         shape = torch.zeros(3, dtype=torch.int64, device=self.device)
         if rows is not None:
-            shape = torch.tensor([*rows.tokens.shape, rows.sample.shape[1]], device=self.device)
+            shape = torch.tensor([*rows.tokens.shape, rows.sample_ids.shape[1]], device=self.device)
         dist.broadcast(shape, src=self._reader, group=group)
         size, length, slots = (int(number) for number in shape.tolist())
         if size == 0:
@@ -143,7 +143,7 @@ class Mesh:
         dist.broadcast(packed, src=self._reader, group=group)
         return rows if rows is not None else _unpack(packed.cpu().numpy(), size, length, slots)
 
-    def sum_over_replicas(self, values: torch.Tensor) -> torch.Tensor:
+    def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
         """Add the last stage's `values` over the data-parallel ranks and give the sum to every rank.
 
         Args:
@@ -160,21 +160,21 @@ class Mesh:
         return values
 
 
-ROW_FIELDS = ("tokens", "labels", "loss_mask", "lo", "hi", "position", "denoiser")
+ROW_FIELDS = ("tokens", "labels", "loss_mask", "kv_start", "kv_end", "position_ids", "denoiser_ids")
 
 
-def _pack(rows: Rows) -> np.ndarray:
+def _pack(rows: Batch) -> np.ndarray:
     arrays = rows.arrays()
-    parts = [arrays[name] for name in (*ROW_FIELDS, "sample")]
+    parts = [arrays[name] for name in (*ROW_FIELDS, "sample_ids")]
     return np.concatenate([part.astype(np.int64).ravel() for part in parts])
 
 
-def _unpack(packed: np.ndarray, size: int, length: int, slots: int) -> Rows:
+def _unpack(packed: np.ndarray, size: int, length: int, slots: int) -> Batch:
     fields, sample = np.split(packed, [size * length * len(ROW_FIELDS)])
     arrays: dict[str, np.ndarray] = {
         name: part.reshape(size, length).astype(np.int32)
         for name, part in zip(ROW_FIELDS, np.split(fields, len(ROW_FIELDS)), strict=True)
     }
     arrays["loss_mask"] = arrays["loss_mask"].astype(np.uint8)
-    arrays["denoiser"] = arrays["denoiser"].astype(np.int8)
-    return Rows.from_arrays(arrays | {"sample": sample.reshape(size, slots)})
+    arrays["denoiser_ids"] = arrays["denoiser_ids"].astype(np.int8)
+    return Batch.from_arrays(arrays | {"sample_ids": sample.reshape(size, slots)})

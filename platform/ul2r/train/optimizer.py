@@ -31,7 +31,7 @@ def build_optimizer(recipe: Recipe, model: list[DistributedDataParallel]) -> Meg
         weight_decay=settings.weight_decay,
         adam_beta1=settings.beta1,
         adam_beta2=settings.beta2,
-        clip_grad=settings.clip,
+        clip_grad=settings.max_grad_norm,
         use_distributed_optimizer=True,
         bf16=low,
         params_dtype=torch.bfloat16 if low else torch.float32,
@@ -81,7 +81,7 @@ def _allocate_state(part: DistributedOptimizer) -> None:
             state["step"] = torch.zeros((), dtype=torch.float32)
 
 
-class Schedule:
+class LearningRateSchedule:
     """Learning rate as a function of the step alone."""
 
     def __init__(self, recipe: Recipe, optimizer: MegatronOptimizer) -> None:

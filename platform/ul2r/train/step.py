@@ -22,10 +22,10 @@ from ul2r.config import Recipe
 from ul2r.model.attention import intervals
 from ul2r.model.build import build_model
 from ul2r.model.experts import count_targets
-from ul2r.model.flops import seen_keys
-from ul2r.objective.batch import Rows
+from ul2r.model.flops import num_visible_keys
+from ul2r.objective.batch import Batch
 from ul2r.train.mesh import Mesh
-from ul2r.train.optimizer import Schedule, build_optimizer
+from ul2r.train.optimizer import LearningRateSchedule, build_optimizer
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
@@ -38,13 +38,13 @@ class Losses:
         sums: (denoisers,) float64, nats summed over target tokens.
         targets: (denoisers,) float64, target tokens.
         positions: Row positions computed.
-        seen_keys: Keys that those positions see, summed over layers.
+        num_visible_keys: Keys that those positions see, summed over layers.
     """
 
     sums: np.ndarray
     targets: np.ndarray
     positions: float
-    seen_keys: float
+    num_visible_keys: float
 
     @property
     def mean(self) -> float:
@@ -83,7 +83,7 @@ class TrainStep:
         self.config = self.chunks[0].config
         self.model = [self._wrap(chunk) for chunk in self.chunks]
         self.optimizer = build_optimizer(recipe, self.model)
-        self.schedule = Schedule(recipe, self.optimizer)
+        self.schedule = LearningRateSchedule(recipe, self.optimizer)
         self.config.finalize_model_grads_func = finalize_model_grads
         self.config.grad_scale_func = self.optimizer.scale_loss
         # Replicas add gradients up while the last microbatch's backward pass goes on, and not before that.
@@ -102,7 +102,7 @@ class TrainStep:
         )
 
     def train(
-        self, step: int, rows: Rows, admit: Callable[[StepResult], bool] = lambda _: True
+        self, step: int, rows: Batch, admit: Callable[[StepResult], bool] = lambda _: True
     ) -> StepResult:
         """Take optimizer step `step` (from 0) on this replica's rows.
 
@@ -118,7 +118,7 @@ class TrainStep:
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        if self.recipe.model.experts is not None:
+        if self.recipe.model.num_experts is not None:
             count_targets(self.chunks, self._mean_targets(rows))
         losses = self._run(rows, len(self.recipe.objective.mixture), forward_only=False)
         # `step` does both again and then applies what it finds, nan too; both leave the gradients as they are.
@@ -129,20 +129,20 @@ class TrainStep:
             self.optimizer.step()
         return result
 
-    def _mean_targets(self, rows: Rows) -> float:
+    def _mean_targets(self, rows: Batch) -> float:
         """Target tokens of a microbatch, on average over the step's on all replicas."""
         here = torch.tensor([rows.loss_mask.sum()], dtype=torch.float64, device=self.mesh.device)
         microbatches = self.recipe.microbatches * self.recipe.parallel.data
-        return float(self.mesh.sum_over_replicas(here)) / microbatches
+        return float(self.mesh.all_reduce_sum(here)) / microbatches
 
     @torch.no_grad()
-    def measure(self, rows: Rows) -> Losses:
+    def measure(self, rows: Batch) -> Losses:
         """Losses on this replica's share of held-out rows of one denoiser; nothing is learned."""
         return self._run(rows, 1, forward_only=True)
 
-    def _run(self, rows: Rows, denoisers: int, *, forward_only: bool) -> Losses:
+    def _run(self, rows: Batch, denoisers: int, *, forward_only: bool) -> Losses:
         """Pass all rows through the pipeline, microbatch by microbatch."""
-        size = self.recipe.training.microbatch_rows
+        size = self.recipe.training.micro_batch_size
         assert len(rows) % size == 0
         microbatches = [rows[start : start + size] for start in range(0, len(rows), size)]
         self.config.microbatch_group_size_per_vp_stage = self.recipe.parallel.microbatch_group(
@@ -161,25 +161,25 @@ class TrainStep:
         for result in results:
             values[:-2] += result["losses"]
         values[-2] = rows.tokens.size
-        values[-1] = seen_keys(self.recipe.model, rows.lo, rows.hi)
-        total = self.mesh.sum_over_replicas(values).cpu().numpy()
+        values[-1] = num_visible_keys(self.recipe.model, rows.kv_start, rows.kv_end)
+        total = self.mesh.all_reduce_sum(values).cpu().numpy()
         return Losses(
             sums=total[:denoisers],
             targets=total[denoisers:-2],
             positions=float(total[-2]),
-            seen_keys=float(total[-1]),
+            num_visible_keys=float(total[-1]),
         )
 
     def _forward(
-        self, microbatches: Iterator[Rows], model: torch.nn.Module, *, denoisers: int
+        self, microbatches: Iterator[Batch], model: torch.nn.Module, *, denoisers: int
     ) -> tuple[Tensor, LossFunction]:
         """Megatron's forward step: this stage's output and how to make it a loss."""
         rows = next(microbatches)
         device = self.mesh.device
         output = model(
             _tensor(rows.tokens, device).long(),
-            _tensor(rows.position, device).long(),
-            intervals(rows.lo, rows.hi),
+            _tensor(rows.position_ids, device).long(),
+            intervals(rows.kv_start, rows.kv_end),
             labels=_tensor(rows.labels, device).long(),
         )
         z_loss = self.recipe.optimizer.z_loss
@@ -187,7 +187,7 @@ class TrainStep:
 
 
 def _loss(
-    output: Tensor, *, rows: Rows, denoisers: int, z_loss: float
+    output: Tensor, *, rows: Batch, denoisers: int, z_loss: float
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum a microbatch's losses over targets, in all and for each denoiser.
 
@@ -205,7 +205,7 @@ def _loss(
     targets = _tensor(rows.loss_mask, device).float()
     masked = token_losses.float() * targets
     which = torch.clamp(
-        _tensor(rows.denoiser, device).long(), min=0
+        _tensor(rows.denoiser_ids, device).long(), min=0
     ).ravel()  # padding has no target
     sums = torch.zeros(2, denoisers, dtype=torch.float64, device=device)
     sums[0].index_add_(0, which, masked.detach().double().ravel())

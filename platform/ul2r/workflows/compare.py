@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ul2r.config import Comparison, Recipe, load
-from ul2r.data.store.dataset import open_corpus
+from ul2r.data.store.dataset import open_dataset
 from ul2r.errors import RecipeError
 from ul2r.evaluation.comparison import ROLES, Arm, Role, as_markdown, as_tree, check_comparable
 from ul2r.evaluation.curves import load_curve
@@ -18,7 +18,6 @@ from ul2r.evaluation.evaluate import Metric, export_folder, metrics
 from ul2r.evaluation.plot import draw
 from ul2r.inference import read_origin
 from ul2r.launch.pretrained import described_by_base
-from ul2r.workflows.evaluate import evaluate_runs, log_scores
 from ul2r.tracking.mlflow import (
     check_server,
     continue_run,
@@ -27,6 +26,7 @@ from ul2r.tracking.mlflow import (
     known_run,
     log_summary,
 )
+from ul2r.workflows.evaluate import evaluate_runs, log_scores
 
 FILES = ("table.md", "table.json", "comparison.png")
 
@@ -60,12 +60,12 @@ def compare(comparison: Comparison) -> Compared:
     _check_experiment(comparison, recipes)
     uri = check_server(comparison.tracking.uri)
     first = next(iter(recipes.values()))
-    corpus = open_corpus(first.store_folder)
+    dataset = open_dataset(first.store_folder)
     runs = {role: known_run(uri, recipe) for role, recipe in recipes.items()}
-    exports = [export_folder(recipe, corpus) for recipe in recipes.values()]
-    scores = evaluate_runs(list(recipes.values()), corpus)
+    exports = [export_folder(recipe, dataset) for recipe in recipes.values()]
+    scores = evaluate_runs(list(recipes.values()), dataset)
     for recipe, measured in zip(recipes.values(), scores, strict=True):
-        log_scores(uri, recipe, corpus, measured)
+        log_scores(uri, recipe, dataset, measured)
     arms = tuple(
         Arm(role, read_origin(folder), measured)
         for role, folder, measured in zip(recipes, exports, scores, strict=True)

@@ -8,11 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ul2r.config import Recipe
-from ul2r.data.store.dataset import open_corpus
+from ul2r.data.store.dataset import open_dataset
 from ul2r.launch.preflight import check_run, planned_vocabulary
-from ul2r.model.flops import active_parameters, seen_keys, training_flops
+from ul2r.model.flops import num_active_parameters, num_visible_keys, training_flops
 from ul2r.model.sizing import GIB, Sizing, expected_seconds, padded_vocabulary, size_run
-from ul2r.objective import Vocabulary, make_rows
+from ul2r.objective import Vocabulary, build_batch
 
 SAMPLED_ROWS = 256
 """Rows made to see how many keys attention lets through."""
@@ -30,9 +30,9 @@ def dry_run(recipe: Recipe) -> str:
         UserError: If a check fails.
     """
     if recipe.store_folder.exists():
-        corpus = open_corpus(recipe.store_folder)
-        reached = check_run(recipe, corpus)
-        size, origin = corpus.vocabulary.size, "of the token store"
+        dataset = open_dataset(recipe.store_folder)
+        reached = check_run(recipe, dataset)
+        size, origin = dataset.vocabulary.size, "of the token store"
         start = f"step {reached.step:,}" if reached else _start(recipe)
         checked = "recipe, token store, checkpoints, memory"
     else:
@@ -75,14 +75,14 @@ def seen_keys_per_row(recipe: Recipe) -> float:
     Their text is left blank: lengths and spans do not depend on it. Where examples keep within their documents it
     is the most they can see.
     """
-    rows = make_rows(
-        range(min(SAMPLED_ROWS, recipe.training.steps * recipe.training.global_batch_rows)),
+    rows = build_batch(
+        range(min(SAMPLED_ROWS, recipe.training.steps * recipe.training.global_batch_size)),
         objective=recipe.objective,
         vocabulary=_stand_in(recipe.sentinels_needed),
         seed=recipe.seed,
         windows=_BlankWindows(),
     )
-    return seen_keys(recipe.model, rows.lo, rows.hi) / len(rows)
+    return num_visible_keys(recipe.model, rows.kv_start, rows.kv_end) / len(rows)
 
 
 class _BlankWindows:
@@ -108,18 +108,18 @@ def _start(recipe: Recipe) -> str:
 
 def _facts(recipe: Recipe, sizing: Sizing, vocabulary_size: int) -> Iterator[tuple[str, str]]:
     parallel, training = recipe.parallel, recipe.training
-    step_rows, length = training.global_batch_rows, recipe.objective.sequence_length
+    step_rows, length = training.global_batch_size, recipe.objective.sequence_length
     rows = training.steps * step_rows
     flops = training_flops(
         recipe.model, vocabulary_size, rows * length, rows * seen_keys_per_row(recipe)
     )
-    yield "parameters", f"{_short(sizing.parameters)} ({sizing.parameters:,})"
-    if recipe.model.experts is not None:
-        active = active_parameters(recipe.model, vocabulary_size)
+    yield "parameters", f"{_short(sizing.num_parameters)} ({sizing.num_parameters:,})"
+    if recipe.model.num_experts is not None:
+        active = num_active_parameters(recipe.model, vocabulary_size)
         yield "active parameters", f"{_short(active)} ({active:,}) for each token"
     yield (
         "workers",
-        f"{parallel.workers} = tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {parallel.data}",
+        f"{parallel.num_workers} = tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {parallel.data}",
     )
     yield "chunks of layers", f"{parallel.virtual_stages} on each pipeline rank"
     yield "sequence parallel", "yes" if parallel.sequence_parallel else "no"
@@ -127,7 +127,7 @@ def _facts(recipe: Recipe, sizing: Sizing, vocabulary_size: int) -> Iterator[tup
     yield "recomputation", training.recompute
     yield (
         "microbatches",
-        f"{recipe.microbatches} a step and replica, of {training.microbatch_rows} x {length:,} positions",
+        f"{recipe.microbatches} a step and replica, of {training.micro_batch_size} x {length:,} positions",
     )
     yield "pipeline bubble", f"{sizing.bubble:.1%} of a step"
     yield (
@@ -166,7 +166,7 @@ def _stages(sizing: Sizing) -> Iterator[tuple[str, ...]]:
         yield (
             str(number),
             str(stage.layers),
-            f"{stage.parameters:,}",
+            f"{stage.num_parameters:,}",
             f"{stage.microbatches:g}",
             *(f"{size / GIB:.2f}" for size in sizes),
         )

@@ -10,39 +10,39 @@ from ray.exceptions import RayTaskError
 
 from ul2r.config import Recipe
 from ul2r.console import progress
-from ul2r.data.store.dataset import Corpus, open_corpus
+from ul2r.data.store.dataset import TokenDataset, open_dataset
 from ul2r.errors import UserError
 from ul2r.evaluation.evaluate import export_folder, measure, metrics, store_scores, stored_scores
 from ul2r.evaluation.scores import Scores
 from ul2r.inference import LanguageModel, read_origin
-from ul2r.workflows.model_card import add_scores
-from ul2r.launch.ray_train.cluster import connected
+from ul2r.launch.ray_train.cluster import connect_ray
 from ul2r.tracking.mlflow import known_run, log_summary
+from ul2r.workflows.model_card import add_scores
 
 
-def evaluate_runs(recipes: Sequence[Recipe], corpus: Corpus) -> list[Scores]:
+def evaluate_runs(recipes: Sequence[Recipe], dataset: TokenDataset) -> list[Scores]:
     """Scores of each recipe's export, measured in parallel where they have not been before.
 
     Args:
         recipes: Runs of one storage.
-        corpus: Its token store.
+        dataset: Its token store.
 
     Raises:
         UserError: If an export is missing, or does not fit its recipe or the token store.
     """
-    missing = [recipe for recipe in recipes if stored_scores(recipe, corpus) is None]
+    missing = [recipe for recipe in recipes if stored_scores(recipe, dataset) is None]
     if missing:
         gpus = max(recipe.launch.gpus_per_worker for recipe in missing)
-        with connected(cpus=1, gpus=gpus):
+        with connect_ray(cpus=1, gpus=gpus):
             _measure_all(missing)
-    found = [stored_scores(recipe, corpus) for recipe in recipes]
+    found = [stored_scores(recipe, dataset) for recipe in recipes]
     known = [scores for scores in found if scores is not None]
     for recipe, scores in zip(recipes, known, strict=True):
-        add_scores(export_folder(recipe, corpus), scores)
+        add_scores(export_folder(recipe, dataset), scores)
     return known
 
 
-def log_scores(uri: str, recipe: Recipe, corpus: Corpus, scores: Scores) -> None:
+def log_scores(uri: str, recipe: Recipe, dataset: TokenDataset, scores: Scores) -> None:
     """Add scores to the run in MLflow: evaluation/<metric>, and evaluation_error/<metric> for standard errors.
 
     Raises:
@@ -51,7 +51,7 @@ def log_scores(uri: str, recipe: Recipe, corpus: Corpus, scores: Scores) -> None
     run_id = known_run(uri, recipe)
     means = {f"evaluation/{name}": score.mean for name, score in scores.values.items()}
     errors = {f"evaluation_error/{name}": score.error for name, score in scores.values.items()}
-    step = read_origin(export_folder(recipe, corpus)).step or 0
+    step = read_origin(export_folder(recipe, dataset)).step or 0
     log_summary(uri, run_id, {**means, **errors}, step=step)
 
 
@@ -85,11 +85,11 @@ def _measure_all(recipes: Sequence[Recipe]) -> None:
 def _measure(recipe: Recipe) -> Iterator[str]:
     """Measure one run and keep its scores; yields a line after each metric."""
     torch.set_num_threads(1)
-    corpus = open_corpus(recipe.store_folder)
+    dataset = open_dataset(recipe.store_folder)
     device = "cuda" if recipe.launch.gpus_per_worker else "cpu"
-    model = LanguageModel.load(export_folder(recipe, corpus), device)
+    model = LanguageModel.load(export_folder(recipe, dataset), device)
     scores = {}
-    for name, score in measure(model, corpus, recipe):
+    for name, score in measure(model, dataset, recipe):
         scores[name] = score
         yield f"{recipe.name} {name}"
-    store_scores(recipe, corpus, Scores(scores))
+    store_scores(recipe, dataset, Scores(scores))

@@ -6,16 +6,20 @@ import json
 from pathlib import Path
 
 from ul2r.config import Recipe
-from ul2r.data.store.dataset import Corpus, open_corpus
+from ul2r.data.store.dataset import TokenDataset, open_dataset
 from ul2r.errors import CheckpointError
-from ul2r.workflows.model_card import write_card
+from ul2r.model.huggingface.checkpoint_reader import (
+    MegatronCheckpointReader,
+    foreign_identity,
+    latest_iteration,
+)
 from ul2r.model.huggingface.exporting import Card, exported_tensors, write_folder
-from ul2r.model.huggingface.checkpoint_reader import Stored, foreign_identity, latest_iteration
 from ul2r.model.sizing import GIB
 from ul2r.tracking.mlflow import check_server, find_run, register
-from ul2r.train.checkpoint.metadata import INFO, CheckpointInfo
 from ul2r.train.checkpoint.checksums import find_damage
-from ul2r.train.checkpoint.storage import CheckpointStore, last_sound
+from ul2r.train.checkpoint.metadata import INFO, CheckpointInfo
+from ul2r.train.checkpoint.storage import CheckpointStore, latest_valid
+from ul2r.workflows.model_card import write_card
 
 
 def export(recipe: Recipe) -> Path:
@@ -31,25 +35,25 @@ def export(recipe: Recipe) -> Path:
         CheckpointError: If there is no such checkpoint, or it is damaged or one of another model.
         ServiceError: If it is to be registered and the tracking server fails.
     """
-    corpus = open_corpus(recipe.store_folder)
-    rows = recipe.model.rows(corpus.vocabulary.size)
+    dataset = open_dataset(recipe.store_folder)
+    rows = recipe.model.rows(dataset.vocabulary.size)
     checkpoint, folder = _named(recipe)
     uri = check_server(recipe.tracking.uri) if recipe.export.registered_model else None
-    stored = Stored(checkpoint)
+    stored = MegatronCheckpointReader(checkpoint)
     stored.check(recipe.model, rows)
-    card = _card(recipe, corpus, checkpoint)
+    card = _card(recipe, dataset, checkpoint)
     if not _is_current(folder, card):
         write_folder(
             folder,
             exported_tensors(stored, recipe.model, rows),
             architecture=recipe.model,
             positions=recipe.objective.sequence_length,
-            vocabulary=corpus.vocabulary,
-            tokenizer=corpus.tokenizer_file,
+            vocabulary=dataset.vocabulary,
+            tokenizer=dataset.tokenizer_file,
             card=card,
-            shard_bytes=int(recipe.export.shard_gib * GIB),
+            shard_bytes=int(recipe.export.max_shard_gib * GIB),
         )
-    write_card(folder, recipe, corpus, card)
+    write_card(folder, recipe, dataset, card)
     if uri is not None:
         _register(recipe, uri, folder)
     return folder
@@ -59,7 +63,7 @@ def _named(recipe: Recipe) -> tuple[Path, Path]:
     """The checkpoint to export, and where to."""
     exports, chosen = recipe.run_folder() / "export", recipe.export.checkpoint
     if chosen is None:
-        last = last_sound(CheckpointStore.of(recipe))
+        last = latest_valid(CheckpointStore.of(recipe))
         if last is None:
             raise CheckpointError(
                 f"run {recipe.name!r} has no checkpoint in {recipe.run_folder()}: train it first with jobs/train.py"
@@ -72,13 +76,13 @@ def _named(recipe: Recipe) -> tuple[Path, Path]:
     return chosen, exports.with_name(f"{exports.name}-{chosen.name}")
 
 
-def _card(recipe: Recipe, corpus: Corpus, checkpoint: Path) -> Card:
+def _card(recipe: Recipe, dataset: TokenDataset, checkpoint: Path) -> Card:
     """What is known of a checkpoint; one of Megatron-LM's knows nothing of denoising."""
     if not (checkpoint / INFO).is_file():
         identity = foreign_identity(checkpoint)
         return Card(recipe.name, None, "causal", False, 0, 0, 0.0, identity)
     info = CheckpointInfo.read(checkpoint)
-    info.check_same_model(recipe, corpus)
+    info.check_same_model(recipe, dataset)
     return Card(
         run=recipe.name,
         role=recipe.role,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from ul2r.data.special_tokens import Place, Taken, place_special_tokens, places
+from ul2r.data.special_tokens import Place, Taken, assign_special_tokens, places
 from ul2r.data.tokenizer import ModeTokens, load_tokenizer, objective_tokens, vocabulary_of
 from ul2r.errors import RecipeError
 from ul2r.model.sizing import padded_vocabulary
@@ -17,7 +17,7 @@ from ul2r.model.sizing import padded_vocabulary
 def placements(
     path: Path, sentinels: int, modes: ModeTokens = "special", taken: Taken = "reserved"
 ) -> str:
-    """What `place_special_tokens` makes of a tokenizer, and what that means for its model's embedding.
+    """What `assign_special_tokens` makes of a tokenizer, and what that means for its model's embedding.
 
     Args:
         path: A tokenizer.json, or a model's folder.
@@ -34,7 +34,7 @@ def placements(
     if sentinels < 1:
         raise RecipeError(f"--sentinels {sentinels}: one or more are needed")
     before = load_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
-    after = place_special_tokens(before, sentinels, modes, taken)
+    after = assign_special_tokens(before, sentinels, modes, taken)
     found = places(before, after, objective_tokens(after, sentinels, modes))
     size = vocabulary_of(after, modes).size
     lines = [f"{path}: {max(before.get_vocab().values()) + 1:,} entries, {size:,} afterwards"]
@@ -62,7 +62,7 @@ def _named(run: Sequence[Place], before: Tokenizer) -> str:
 def _embedding(folder: Path, size: int) -> str:
     from ul2r.model.huggingface.config_json import read_config
 
-    rows = read_config(folder).embedding_rows or 0
+    rows = read_config(folder).num_embeddings or 0
     padded = padded_vocabulary(max(rows, size))
     if size <= rows:
         return f"  the embedding's {rows:,} rows are enough; padded to {padded:,} in training"

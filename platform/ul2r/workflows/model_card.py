@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ul2r.config import HuggingFace, Recipe, dump
-from ul2r.data.store.dataset import Corpus
+from ul2r.data.store.dataset import TokenDataset
 from ul2r.evaluation.evaluate import stored_scores
 from ul2r.evaluation.scores import Scores
 from ul2r.model.huggingface.exporting import Card
@@ -14,7 +14,7 @@ CARD = "README.md"
 MEASURED, RECIPE = "## Held-out text", "## Recipe"
 
 
-def write_card(folder: Path, recipe: Recipe, corpus: Corpus, card: Card) -> None:
+def write_card(folder: Path, recipe: Recipe, dataset: TokenDataset, card: Card) -> None:
     """Write the card of an export, with the scores of its run if they are known by now."""
     base = f"base_model: {recipe.base}\n" if isinstance(recipe.base, HuggingFace) else ""
     parts = [
@@ -22,11 +22,11 @@ def write_card(folder: Path, recipe: Recipe, corpus: Corpus, card: Card) -> None
         f"# {recipe.name}",
         f"{_origin(card)} Attention over inputs is {card.attention}; `ul2r.json` holds modes, sentinels and the "
         "checkpoint's identity.",
-        f"Token store: fingerprint `{corpus.manifest.fingerprint}`, tokenizer `{corpus.manifest.tokenizer}`.",
+        f"Token store: fingerprint `{dataset.manifest.fingerprint}`, tokenizer `{dataset.manifest.tokenizer}`.",
         f"{RECIPE}\n\n```yaml\n{dump(recipe)}```\n",
     ]
     text = "\n\n".join(parts)
-    scores = None if recipe.export.checkpoint else stored_scores(recipe, corpus)
+    scores = None if recipe.export.checkpoint else stored_scores(recipe, dataset)
     _put(folder / CARD, text if scores is None else _with_scores(text, scores))
 
 

@@ -12,8 +12,8 @@ from ul2r.config.denoisers import MINIMUM_RAW_LENGTH
 corruptions = st.builds(
     SpanCorruption,
     name=st.just("R"),
-    mean_span=st.floats(1, 64),
-    rate=st.floats(0.01, 0.99),
+    mean_noise_span_length=st.floats(1, 64),
+    noise_density=st.floats(0.01, 0.99),
     mode=st.just("NLU"),
     weight=st.just(1),
 )
@@ -22,12 +22,18 @@ denoisers = st.one_of(
 )
 
 
-def corruption(mean_span: float, rate: float) -> SpanCorruption:
-    return SpanCorruption(name="R", mean_span=mean_span, rate=rate, mode="NLU", weight=1)
+def corruption(mean_noise_span_length: float, rate: float) -> SpanCorruption:
+    return SpanCorruption(
+        name="R",
+        mean_noise_span_length=mean_noise_span_length,
+        noise_density=rate,
+        mode="NLU",
+        weight=1,
+    )
 
 
 @pytest.mark.parametrize(
-    ("mean_span", "rate", "raw", "lengths"),
+    ("mean_noise_span_length", "rate", "raw", "lengths"),
     [
         # By hand: 512 * 0.15 = 76.8; 77 / 3 = 25.67; 512 + 2 * 26 + 2.
         (3, 0.15, 512, (77, 26, 566)),
@@ -39,10 +45,10 @@ def corruption(mean_span: float, rate: float) -> SpanCorruption:
     ],
 )
 def test_lengths_of_span_corruption(
-    mean_span: float, rate: float, raw: int, lengths: tuple[int, int, int]
+    mean_noise_span_length: float, rate: float, raw: int, lengths: tuple[int, int, int]
 ) -> None:
-    denoiser = corruption(mean_span, rate)
-    found = denoiser.noise_tokens(raw), denoiser.spans(raw), denoiser.example_length(raw)
+    denoiser = corruption(mean_noise_span_length, rate)
+    found = denoiser.num_noise_tokens(raw), denoiser.spans(raw), denoiser.example_length(raw)
     assert found == lengths
 
 
@@ -53,7 +59,7 @@ def test_lengths_of_prefix_and_causal() -> None:
 
 @given(corruptions, st.integers(2, 3000))
 def test_every_run_can_hold_a_token(denoiser: SpanCorruption, raw: int) -> None:
-    noise, spans = denoiser.noise_tokens(raw), denoiser.spans(raw)
+    noise, spans = denoiser.num_noise_tokens(raw), denoiser.spans(raw)
     assert 1 <= spans <= noise < raw
     assert spans <= raw - noise
 
@@ -97,9 +103,13 @@ def test_example_with_a_row_to_itself_has_the_room_of_all_slots() -> None:
 
 def test_ul2_mixture_is_the_papers_seven() -> None:
     """arXiv 2205.05131, table 1, by (mean span, rate); S has a quarter of the text as its target."""
-    corruptions = {(d.mean_span, d.rate) for d in PRESETS["ul2"] if d.kind == "span_corruption"}
+    corruptions = {
+        (d.mean_noise_span_length, d.noise_density)
+        for d in PRESETS["ul2"]
+        if d.kind == "span_corruption"
+    }
     assert corruptions == {(3, 0.15), (8, 0.15), (3, 0.5), (8, 0.5), (64, 0.15), (64, 0.5)}
-    assert [d.rate for d in PRESETS["ul2"] if d.kind == "prefix"] == [0.25]
+    assert [d.noise_density for d in PRESETS["ul2"] if d.kind == "prefix"] == [0.25]
     assert len({d.weight for d in PRESETS["ul2"]}) == 1
 
 

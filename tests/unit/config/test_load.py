@@ -12,15 +12,15 @@ from ul2r.errors import RecipeError
 RECIPE = """
 name: small
 storage: runs/small
-model: {layers: 2, hidden_size: 8, ffn_hidden_size: 16, heads: 2, kv_heads: 1}
+model: {num_layers: 2, hidden_size: 8, ffn_hidden_size: 16, num_heads: 2, num_kv_heads: 1}
 training:
   steps: 10
-  global_batch_rows: 8
+  global_batch_size: 8
 objective:
   sequence_length: 256
   mixture:
     - {kind: prefix, weight: 0.5}
-    - {kind: span_corruption, name: R, mean_span: 3, rate: 0.15, mode: NLU, weight: 0.5}
+    - {kind: span_corruption, name: R, mean_noise_span_length: 3, noise_density: 0.15, mode: NLU, weight: 0.5}
 """
 
 Write = Callable[..., Path]
@@ -49,7 +49,7 @@ def refusal(path: Path, *overrides: str) -> str:
 def test_file_becomes_a_recipe_with_defaults(write: Write) -> None:
     recipe = load(write(), [], Recipe)
     assert recipe.training.steps == 10
-    assert recipe.training.microbatch_rows == 1
+    assert recipe.training.micro_batch_size == 1
     assert [denoiser.name for denoiser in recipe.objective.mixture] == ["S", "R"]
 
 
@@ -65,7 +65,7 @@ def test_dump_reads_back_as_the_same_recipe(write: Write) -> None:
         ("training.steps= 12", 12),
         ("optimizer.learning_rate=3e-4", 3e-4),  # YAML 1.1 reads 3e-4 as text
         ("tracking.uri=http://host:5000", "http://host:5000"),
-        ("objective.mixture.1.rate=0.5", 0.5),
+        ("objective.mixture.1.noise_density=0.5", 0.5),
         ("objective.mixture=causal", "causal"),
         ("base=first", "first"),
         ("base=", None),
@@ -90,14 +90,14 @@ def test_later_override_wins(write: Write) -> None:
 
 def test_override_reaches_into_an_empty_group(write: Write) -> None:
     path = write(RECIPE + "optimizer:\n")
-    assert load(path, ["optimizer.clip=2"], Recipe).optimizer.clip == 2
+    assert load(path, ["optimizer.max_grad_norm=2"], Recipe).optimizer.max_grad_norm == 2
 
 
 def test_extending_file_lays_its_keys_over_the_other_one(write: Write) -> None:
     write()
     path = write("extends: recipe.yaml\nname: child\ntraining: {steps: 20}\n", "child.yaml")
     recipe = load(path, [], Recipe)
-    assert (recipe.name, recipe.training.steps, recipe.training.global_batch_rows) == (
+    assert (recipe.name, recipe.training.steps, recipe.training.global_batch_size) == (
         "child",
         20,
         8,
@@ -127,9 +127,9 @@ def test_comparison_finds_recipes_beside_its_own_file(write: Write, tmp_path: Pa
         ("extend=a", "extend: unknown key; the nearest known one is extends"),
         (
             "objective.mixture.1.rat=0.2",
-            "objective.mixture.1.rat: unknown key; the nearest known one is objective.mixture.1.rate",
+            "objective.mixture.1.rat: unknown key; the nearest known one is objective.mixture.1.noise_density",
         ),
-        ("model.head=2", "model.head: unknown key; the nearest known one is model.heads"),
+        ("model.head=2", "model.head: unknown key; the nearest known one is model.num_heads"),
     ],
 )
 def test_unknown_key_is_answered_with_the_nearest_known_one(
@@ -176,12 +176,21 @@ def test_wrong_type_is_named_with_its_place_and_value(
     ("override", "message"),
     [
         ("training.steps=0", "training.steps: input should be greater than 0, got 0"),
-        ("data.held_out=0.5", "data.held_out: input should be less than 0.5, got 0.5"),
+        (
+            "data.held_out_fraction=0.5",
+            "data.held_out_fraction: input should be less than 0.5, got 0.5",
+        ),
         ("seed=-1", "seed: input should be greater than or equal to 0, got -1"),
         ("optimizer.learning_rate=.nan", "optimizer.learning_rate: .* finite number, got nan"),
         ("objective.mixture.0.weight=.inf", "objective.mixture.0.weight: .* finite .*, got inf"),
-        ("objective.mixture.1.rate=1", "objective.mixture.1.rate: input should be less than 1"),
-        ("objective.mixture.1.mean_span=0.5", "objective.mixture.1.mean_span: .*, got 0.5"),
+        (
+            "objective.mixture.1.noise_density=1",
+            "objective.mixture.1.noise_density: input should be less than 1",
+        ),
+        (
+            "objective.mixture.1.mean_noise_span_length=0.5",
+            "objective.mixture.1.mean_noise_span_length: .*, got 0.5",
+        ),
         ("data.corpus=[]", "data.corpus: the list is empty, got ()"),
         ("objective.mixture=[]", "objective.mixture: one denoiser or more is needed"),
         ("evaluation.mixture=[]", "evaluation.mixture: one denoiser or more is needed"),
@@ -217,8 +226,8 @@ def test_override_of_another_form_is_refused(write: Write, override: str) -> Non
     ("override", "message"),
     [
         ("training.steps.more=3", "training.steps is 10, not a group of keys"),
-        ("objective.mixture.2.rate=3", "'2' is no item of a list of 2, numbered from 0"),
-        ("objective.mixture.R.rate=3", "'R' is no item of a list of 2, numbered from 0"),
+        ("objective.mixture.2.noise_density=3", "'2' is no item of a list of 2, numbered from 0"),
+        ("objective.mixture.R.noise_density=3", "'R' is no item of a list of 2, numbered from 0"),
         ("objective.mixture.-1=causal", "'-1' is no item of a list of 2, numbered from 0"),
         ("training={steps: 1", "is not YAML"),
         ("training={steps: 1, steps: 2}", "the key 'steps' stands twice"),

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from ul2r.config import Recipe
 from ul2r.config.validation_errors import explain
 
-EXPERTS = {"family": "mixtral", "experts": 4, "experts_per_token": 2}
+EXPERTS = {"family": "mixtral", "num_experts": 4, "num_experts_per_token": 2}
 
 
 def recipe(**changes: object) -> Recipe:
@@ -19,13 +19,13 @@ def recipe(**changes: object) -> Recipe:
         "name": "small",
         "storage": "runs",
         "model": {
-            "layers": 4,
+            "num_layers": 4,
             "hidden_size": 96,
             "ffn_hidden_size": 96,
-            "heads": 12,
-            "kv_heads": 4,
+            "num_heads": 12,
+            "num_kv_heads": 4,
         },
-        "training": {"steps": 10, "global_batch_rows": 8},
+        "training": {"steps": 10, "global_batch_size": 8},
         "objective": {"sequence_length": 256},
     }
     for section, values in changes.items():
@@ -44,14 +44,14 @@ def refusal(**changes: object) -> str:
 
 
 def test_workers_that_are_no_multiple_of_tensor_times_pipeline_are_refused() -> None:
-    assert refusal(parallel={"workers": 6, "tensor": 2, "pipeline": 2}) == (
-        "parallel: workers=6 is not a multiple of tensor x pipeline = 2 x 2 = 4: "
-        "set parallel.workers to 4, 8, 12, ..."
+    assert refusal(parallel={"num_workers": 6, "tensor": 2, "pipeline": 2}) == (
+        "parallel: num_workers=6 is not a multiple of tensor x pipeline = 2 x 2 = 4: "
+        "set parallel.num_workers to 4, 8, 12, ..."
     )
 
 
 def test_data_parallel_replicas_are_what_is_left_of_the_workers() -> None:
-    made = recipe(parallel={"workers": 8, "tensor": 2, "pipeline": 2})
+    made = recipe(parallel={"num_workers": 8, "tensor": 2, "pipeline": 2})
     assert made.parallel.data == 2
     assert made.microbatches == 4
 
@@ -59,47 +59,53 @@ def test_data_parallel_replicas_are_what_is_left_of_the_workers() -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"model": {"heads": 5}}, "model: heads=5 does not divide hidden_size=96: change either"),
-        ({"model": {"kv_heads": 5}}, "model: kv_heads=5 does not divide heads=12: change either"),
         (
-            {"model": {"heads": 32, "kv_heads": 4}},
-            "model: head dimension hidden_size/heads=3 is odd",
+            {"model": {"num_heads": 5}},
+            "model: num_heads=5 does not divide hidden_size=96: change either",
         ),
         (
-            {"model": {"global_every": 2, "sliding_window": 64}},
-            "model: global_every=2 with local_rope_base=None: give both or neither",
+            {"model": {"num_kv_heads": 5}},
+            "model: num_kv_heads=5 does not divide num_heads=12: change either",
         ),
         (
-            {"model": {"global_every": 2, "local_rope_base": 100}},
-            "model: global_every=2 needs sliding_window, rotary positions that are not interleaved, and no",
+            {"model": {"num_heads": 32, "num_kv_heads": 4}},
+            "model: head dimension hidden_size/num_heads=3 is odd",
+        ),
+        (
+            {"model": {"sliding_window_pattern": 2, "sliding_window": 64}},
+            "model: sliding_window_pattern=2 with local_rope_theta=None: give both or neither",
+        ),
+        (
+            {"model": {"sliding_window_pattern": 2, "local_rope_theta": 100}},
+            "model: sliding_window_pattern=2 needs sliding_window, rotary positions that are not interleaved, and no",
         ),
         (
             {"model": {"norm": "layer", "norm_zero_centered": True}},
-            "model: norm_zero_centered=true needs norm=rms and no query_key_norm=whole",
+            "model: norm_zero_centered=true needs norm=rms and no qk_norm=whole",
         ),
         (
             {"model": {"sliding_window": 64}},
             "objective.sequence_length=256 is more than model.sliding_window=64",
         ),
         (
-            {"parallel": {"workers": 5, "tensor": 5}},
-            "parallel.tensor=5 does not divide model.heads=12: set parallel.tensor to one of 1, 2, 3, 4, 6, 12",
+            {"parallel": {"num_workers": 5, "tensor": 5}},
+            "parallel.tensor=5 does not divide model.num_heads=12: set parallel.tensor to one of 1, 2, 3, 4, 6, 12",
         ),
         (
-            {"parallel": {"workers": 12, "tensor": 12}, "model": {"ffn_hidden_size": 100}},
+            {"parallel": {"num_workers": 12, "tensor": 12}, "model": {"ffn_hidden_size": 100}},
             "parallel.tensor=12 does not divide model.ffn_hidden_size=100",
         ),
         (
-            {"parallel": {"workers": 3, "tensor": 3}},
-            "parallel.tensor=3 neither divides model.kv_heads=4 nor is a multiple of it",
+            {"parallel": {"num_workers": 3, "tensor": 3}},
+            "parallel.tensor=3 neither divides model.num_kv_heads=4 nor is a multiple of it",
         ),
         (
-            {"parallel": {"workers": 3, "pipeline": 3}},
-            "parallel.pipeline x parallel.virtual_stages = 3 x 1 does not divide model.layers=4: change either",
+            {"parallel": {"num_workers": 3, "pipeline": 3}},
+            "parallel.pipeline x parallel.virtual_stages = 3 x 1 does not divide model.num_layers=4: change either",
         ),
         (
-            {"parallel": {"workers": 2, "pipeline": 2, "virtual_stages": 4}},
-            "parallel.pipeline x parallel.virtual_stages = 2 x 4 does not divide model.layers=4: change either",
+            {"parallel": {"num_workers": 2, "pipeline": 2, "virtual_stages": 4}},
+            "parallel.pipeline x parallel.virtual_stages = 2 x 4 does not divide model.num_layers=4: change either",
         ),
         (
             {"parallel": {"virtual_stages": 2}},
@@ -107,29 +113,33 @@ def test_data_parallel_replicas_are_what_is_left_of_the_workers() -> None:
         ),
         (
             {
-                "parallel": {"workers": 2, "pipeline": 2, "ends_as_layers": True},
-                "model": {"layers": 3},
+                "parallel": {
+                    "num_workers": 2,
+                    "pipeline": 2,
+                    "account_for_embedding_and_loss": True,
+                },
+                "model": {"num_layers": 3},
             },
-            "parallel.pipeline x parallel.virtual_stages = 2 x 1 does not divide model.layers=3 + 2 "
-            "(parallel.ends_as_layers): change either",
+            "parallel.pipeline x parallel.virtual_stages = 2 x 1 does not divide model.num_layers=3 + 2 "
+            "(parallel.account_for_embedding_and_loss): change either",
         ),
         (
-            {"parallel": {"ends_as_layers": True}},
-            "parallel: ends_as_layers=true is about pipeline stages, and pipeline=1: raise parallel.pipeline",
+            {"parallel": {"account_for_embedding_and_loss": True}},
+            "parallel: account_for_embedding_and_loss=true is about pipeline stages, and pipeline=1: raise parallel.pipeline",
         ),
         (
             {
-                "parallel": {"workers": 2, "pipeline": 2, "virtual_stages": 2},
-                "training": {"global_batch_rows": 1},
-                "validation": {"rows": 8},
+                "parallel": {"num_workers": 2, "pipeline": 2, "virtual_stages": 2},
+                "training": {"global_batch_size": 1},
+                "validation": {"num_rows": 8},
             },
             "1 microbatches of training on each replica are fewer than parallel.pipeline=2, which the interleaved "
-            "schedule of parallel.virtual_stages=2 needs: raise the rows of training, lower training.microbatch_rows",
+            "schedule of parallel.virtual_stages=2 needs: raise the rows of training, lower training.micro_batch_size",
         ),
         (
             {
-                "parallel": {"workers": 4, "pipeline": 2, "virtual_stages": 2},
-                "validation": {"rows": 2},
+                "parallel": {"num_workers": 4, "pipeline": 2, "virtual_stages": 2},
+                "validation": {"num_rows": 2},
             },
             "1 microbatches of validation on each replica are fewer than parallel.pipeline=2",
         ),
@@ -138,31 +148,31 @@ def test_data_parallel_replicas_are_what_is_left_of_the_workers() -> None:
             "parallel: sequence_parallel=true cuts rows over tensor ranks, and tensor=1: raise parallel.tensor",
         ),
         (
-            {"parallel": {"workers": 2, "tensor": 2}, "model": EXPERTS},
-            "parallel.tensor=2 with model.experts=4: Megatron-Core shares experts out by parts of a row alone; set "
+            {"parallel": {"num_workers": 2, "tensor": 2}, "model": EXPERTS},
+            "parallel.tensor=2 with model.num_experts=4: Megatron-Core shares experts out by parts of a row alone; set "
             "parallel.sequence_parallel to true",
         ),
         (
-            {"model": {**EXPERTS, "experts_per_token": 5}},
-            "model: experts_per_token=5 is more than experts=4: lower the first",
+            {"model": {**EXPERTS, "num_experts_per_token": 5}},
+            "model: num_experts_per_token=5 is more than num_experts=4: lower the first",
         ),
         (
-            {"model": {"experts": 4}},
-            "model: experts=4 and experts_per_token=None belong together: give both or neither",
+            {"model": {"num_experts": 4}},
+            "model: num_experts=4 and num_experts_per_token=None belong together: give both or neither",
         ),
         (
             {"model": {"family": "mixtral"}},
-            "model: family=mixtral has experts: set experts and experts_per_token",
+            "model: family=mixtral has experts: set experts and num_experts_per_token",
         ),
         (
             {
-                "parallel": {"workers": 4, "tensor": 4, "sequence_parallel": True},
+                "parallel": {"num_workers": 4, "tensor": 4, "sequence_parallel": True},
                 "objective": {"sequence_length": 254},
             },
             "parallel.tensor=4 does not divide objective.sequence_length=254, as parallel.sequence_parallel needs",
         ),
         (
-            {"parallel": {"workers": 2, "context": 2}},
+            {"parallel": {"num_workers": 2, "context": 2}},
             "parallel: context=2: attention by intervals, which prefix-LM needs, has no kernel that shares a row "
             "among ranks: set parallel.context to 1",
         ),
@@ -180,7 +190,7 @@ def test_data_parallel_replicas_are_what_is_left_of_the_workers() -> None:
                 "launch": {"gpus_per_worker": 1},
                 "model": EXPERTS,
             },
-            "training.precision=fp8 with model.experts=4: Megatron-Core 0.16 cannot save what TransformerEngine's",
+            "training.precision=fp8 with model.num_experts=4: Megatron-Core 0.16 cannot save what TransformerEngine's",
         ),
         (
             {
@@ -191,18 +201,18 @@ def test_data_parallel_replicas_are_what_is_left_of_the_workers() -> None:
             "model.ffn_hidden_size / parallel.tensor = 100 is not a multiple of 16, as training.precision=fp8 needs",
         ),
         (
-            {"optimizer": {"schedule": "wsd", "warmup_share": 0.5, "decay_share": 0.6}},
-            "optimizer.warmup_share=0.5 and optimizer.decay_share=0.6 make 5 + 6 steps, training.steps=10: "
+            {"optimizer": {"schedule": "wsd", "warmup_fraction": 0.5, "decay_fraction": 0.6}},
+            "optimizer.warmup_fraction=0.5 and optimizer.decay_fraction=0.6 make 5 + 6 steps, training.steps=10: "
             "lower either share",
         ),
         (
-            {"optimizer": {"state_from_base": "kept"}},
-            "optimizer.state_from_base=kept needs a base that is a run of this storage: name one or leave the "
+            {"optimizer": {"load_optimizer_state": "kept"}},
+            "optimizer.load_optimizer_state=kept needs a base that is a run of this storage: name one or leave the "
             "setting out",
         ),
         (
-            {"parallel": {"workers": 2}, "training": {"microbatch_rows": 3}},
-            "is not a multiple of training.microbatch_rows x data-parallel size = 3 x 2 = 6",
+            {"parallel": {"num_workers": 2}, "training": {"micro_batch_size": 3}},
+            "is not a multiple of training.micro_batch_size x data-parallel size = 3 x 2 = 6",
         ),
         (
             {"objective": {"slots_per_row": 3}},
@@ -219,17 +229,17 @@ def test_data_parallel_replicas_are_what_is_left_of_the_workers() -> None:
             "final_learning_rate=1e-06 is above learning_rate=1e-07",
         ),
         (
-            {"optimizer": {"warmup_share": 1}},
-            "optimizer.warmup_share=1 makes 10 steps of warm-up, training.steps=10: "
+            {"optimizer": {"warmup_fraction": 1}},
+            "optimizer.warmup_fraction=1 makes 10 steps of warm-up, training.steps=10: "
             "lower the first or raise the second",
         ),
         (  # round(9.6) steps
-            {"optimizer": {"warmup_share": 0.96, "schedule": "constant"}},
-            "optimizer.warmup_share=0.96 makes 10 steps of warm-up, training.steps=10",
+            {"optimizer": {"warmup_fraction": 0.96, "schedule": "constant"}},
+            "optimizer.warmup_fraction=0.96 makes 10 steps of warm-up, training.steps=10",
         ),
         (
             {"data": {"vocabulary_size": 515}},
-            "data: vocabulary_size=515 is too small for 256 bytes, sentinels=256, eos and three modes: "
+            "data: vocabulary_size=515 is too small for 256 bytes, num_sentinels=256, eos and three modes: "
             "raise vocabulary_size to 516 or more, or lower sentinels",
         ),
     ],
@@ -241,7 +251,7 @@ def test_parts_that_do_not_fit_each_other_are_refused(
 
 
 def test_warm_up_may_last_until_the_last_step() -> None:
-    assert recipe(optimizer={"warmup_share": 0.94}).warmup_steps == 9
+    assert recipe(optimizer={"warmup_fraction": 0.94}).warmup_steps == 9
     assert recipe(training={"steps": 1}).warmup_steps == 0
 
 
@@ -272,17 +282,17 @@ def test_denoisers_of_one_name_are_refused() -> None:
 @pytest.mark.parametrize(("row", "needed"), [(1024, 128), (2048, 256)])
 def test_too_few_sentinels_are_refused_saying_how_many_are_needed(row: int, needed: int) -> None:
     """The counts that other code bases ran out of: an eighth of the row for (3, 0.5)."""
-    assert refusal(objective={"sequence_length": row}, data={"sentinels": needed - 1}) == (
-        f"objective.mixture needs {needed} sentinels in slots of {row} tokens, data.sentinels={needed - 1}: "
-        f"raise data.sentinels to {needed} or shorten the slots"
+    assert refusal(objective={"sequence_length": row}, data={"num_sentinels": needed - 1}) == (
+        f"objective.mixture needs {needed} sentinels in slots of {row} tokens, data.num_sentinels={needed - 1}: "
+        f"raise data.num_sentinels to {needed} or shorten the slots"
     )
-    recipe(objective={"sequence_length": row}, data={"sentinels": needed})
+    recipe(objective={"sequence_length": row}, data={"num_sentinels": needed})
 
 
 def test_sentinels_of_the_evaluation_count_as_well() -> None:
     causal = {"sequence_length": 2048, "mixture": "causal"}
-    assert "needs 256 sentinels" in refusal(objective=causal, data={"sentinels": 255})
-    recipe(objective=causal, data={"sentinels": 1}, evaluation={"mixture": "causal"})
+    assert "needs 256 sentinels" in refusal(objective=causal, data={"num_sentinels": 255})
+    recipe(objective=causal, data={"num_sentinels": 1}, evaluation={"mixture": "causal"})
 
 
 def test_storage_does_not_depend_on_the_folder_a_worker_runs_in() -> None:
@@ -323,10 +333,10 @@ def test_attention_that_does_not_train_on_a_cpu_is_refused_there(backend: str) -
 
 
 def test_windows_of_some_layers_are_for_longer_rows_and_not_for_transformer_engine() -> None:
-    windows = {"sliding_window": 64, "global_every": 3, "local_rope_base": 100}
+    windows = {"sliding_window": 64, "sliding_window_pattern": 3, "local_rope_theta": 100}
     assert recipe(model=windows).model.windows == (64, 64, None, 64)
     assert refusal(model=windows, attention="te", launch={"gpus_per_worker": 1}) == (
-        "attention=te has no windows, and model.global_every=3 asks for them: set attention to auto, flex or sdpa"
+        "attention=te has no windows, and model.sliding_window_pattern=3 asks for them: set attention to auto, flex or sdpa"
     )
 
 
@@ -340,8 +350,8 @@ def test_transformer_engines_attention_is_for_bf16_alone() -> None:
 
 def test_flex_attention_of_narrow_heads_is_refused() -> None:
     assert refusal(attention="flex", launch={"gpus_per_worker": 1}) == (
-        "attention=flex needs heads of 16 dimensions or more, the model's have hidden_size/heads=8: "
-        "set attention to auto or sdpa, or lower model.heads"
+        "attention=flex needs heads of 16 dimensions or more, the model's have hidden_size/num_heads=8: "
+        "set attention to auto or sdpa, or lower model.num_heads"
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from ul2r.config import PRESETS, Causal, Prefix, Recipe, dump
 from ul2r.data.inspection import PICTURE, SHOWN_TOKENS, measure, outline, shown, write_page
-from ul2r.data.store.dataset import Corpus
+from ul2r.data.store.dataset import TokenDataset
 from ul2r.data.tokenizer import load_tokenizer
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.recipes import tiny_recipe
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
     return tiny_store(tmp_path_factory.mktemp("store"))
 
 
@@ -54,8 +54,8 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_numbers_found_are_those_that_were_set(recipe: Recipe, corpus: Corpus) -> None:
-    found = measure(recipe, corpus)
+def test_numbers_found_are_those_that_were_set(recipe: Recipe, dataset: TokenDataset) -> None:
+    found = measure(recipe, dataset)
     assert sum(one.count for one in found) == 512 * 2
     assert sum(one.share for one in found) == pytest.approx(1)
     for one in found:
@@ -64,37 +64,37 @@ def test_numbers_found_are_those_that_were_set(recipe: Recipe, corpus: Corpus) -
         assert one.fill >= 1 - 2 / 64
         if one.denoiser.kind == "span_corruption":
             assert one.span_count == one.denoiser.spans(one.raw_length)
-            masked = one.denoiser.noise_tokens(one.raw_length) / one.raw_length
+            masked = one.denoiser.num_noise_tokens(one.raw_length) / one.raw_length
             assert one.masked == pytest.approx(masked)
 
 
-def test_modes_that_are_text_are_counted_as_modes(recipe: Recipe, corpus: Corpus) -> None:
-    modes = dict.fromkeys(corpus.vocabulary.modes, (300, 301, 302))
-    vocabulary = replace(corpus.vocabulary, modes=modes, modes_are_text=True)
-    for one in measure(recipe, replace(corpus, vocabulary=vocabulary)):
+def test_modes_that_are_text_are_counted_as_modes(recipe: Recipe, dataset: TokenDataset) -> None:
+    modes = dict.fromkeys(dataset.vocabulary.modes, (300, 301, 302))
+    vocabulary = replace(dataset.vocabulary, modes=modes, modes_are_text=True)
+    for one in measure(recipe, replace(dataset, vocabulary=vocabulary)):
         if one.denoiser.kind == "span_corruption":
             assert one.raw_length == recipe.objective.raw_length(one.denoiser, 3)
-            masked = one.denoiser.noise_tokens(one.raw_length) / one.raw_length
+            masked = one.denoiser.num_noise_tokens(one.raw_length) / one.raw_length
             assert one.masked == pytest.approx(masked)
 
 
 def test_shares_of_targets_are_counted_from_the_examples_themselves(
-    recipe: Recipe, corpus: Corpus
+    recipe: Recipe, dataset: TokenDataset
 ) -> None:
-    by_name = {one.denoiser.name: one for one in measure(recipe, corpus)}
+    by_name = {one.denoiser.name: one for one in measure(recipe, dataset)}
     dense = by_name["X-dense"]
     assert dense.denoiser.kind == "span_corruption"
     spans = dense.denoiser.spans(dense.raw_length)
-    targets = dense.denoiser.noise_tokens(dense.raw_length) + spans + 1
+    targets = dense.denoiser.num_noise_tokens(dense.raw_length) + spans + 1
     positions = dense.denoiser.example_length(dense.raw_length) - 1
     assert dense.targets == pytest.approx(targets / positions)
     assert by_name["causal"].targets == by_name["FIM"].targets == 1
 
 
-def test_examples_shown_are_text_of_the_store(recipe: Recipe, corpus: Corpus) -> None:
-    store = corpus.train[0].store.tokens(0, len(corpus.train[0].store) + 200).tobytes()
-    special = corpus.vocabulary.no_text
-    for one in measure(recipe, corpus):
+def test_examples_shown_are_text_of_the_store(recipe: Recipe, dataset: TokenDataset) -> None:
+    store = dataset.train[0].store.tokens(0, len(dataset.train[0].store) + 200).tobytes()
+    special = dataset.vocabulary.no_text
+    for one in measure(recipe, dataset):
         assert len(one.examples) == 2
         for example in one.examples:
             assert (example.inputs == []) == (one.denoiser.kind in {"causal", "fim"})
@@ -104,32 +104,34 @@ def test_examples_shown_are_text_of_the_store(recipe: Recipe, corpus: Corpus) ->
                 assert np.array(text, np.int32).tobytes() in store
 
 
-def test_outline_holds_what_is_seen_and_nothing_else(recipe: Recipe, corpus: Corpus) -> None:
+def test_outline_holds_what_is_seen_and_nothing_else(recipe: Recipe, dataset: TokenDataset) -> None:
     """Its area is the share of (query, key) pairs that see each other; a sloped edge cuts half of a pair off."""
-    for one in measure(recipe, corpus):
+    for one in measure(recipe, dataset):
         for example in one.examples:
             points = [tuple(map(float, point.split(","))) for point in outline(example).split()]
             x, y = np.array(points).T
             area = abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2 / PICTURE**2
-            seen = (example.hi - example.lo).sum() / example.positions**2
+            seen = (example.kv_end - example.kv_start).sum() / example.positions**2
             assert area == pytest.approx(seen, abs=1.5 / example.positions)
 
 
-def test_long_runs_of_tokens_are_shown_by_their_ends(corpus: Corpus) -> None:
-    tokenizer = load_tokenizer(corpus.tokenizer_file)
-    tokens = corpus.train[0].store.tokens(0, SHOWN_TOKENS + 40).tolist()
-    pieces = shown(tokens, tokenizer, corpus.vocabulary)
+def test_long_runs_of_tokens_are_shown_by_their_ends(dataset: TokenDataset) -> None:
+    tokenizer = load_tokenizer(dataset.tokenizer_file)
+    tokens = dataset.train[0].store.tokens(0, SHOWN_TOKENS + 40).tolist()
+    pieces = shown(tokens, tokenizer, dataset.vocabulary)
     assert len(pieces) == SHOWN_TOKENS + 1
     (left_out,) = [piece for piece in pieces if piece.kind == "left out"]
     assert left_out.text.strip() == "… 40 tokens …"
     assert [piece.id for piece in pieces if piece != left_out] == tokens[:150] + tokens[-150:]
 
 
-def test_page_shows_every_token_of_its_examples_coloured(recipe: Recipe, corpus: Corpus) -> None:
-    page = Page(write_page(recipe, corpus))
-    examples = [example for one in measure(recipe, corpus) for example in one.examples]
+def test_page_shows_every_token_of_its_examples_coloured(
+    recipe: Recipe, dataset: TokenDataset
+) -> None:
+    page = Page(write_page(recipe, dataset))
+    examples = [example for one in measure(recipe, dataset) for example in one.examples]
     tokens = [token for example in examples for token in (*example.inputs, *example.targets)]
-    vocabulary = corpus.vocabulary
+    vocabulary = dataset.vocabulary
     in_legend = 1
     sentinels = set(vocabulary.sentinels)
     modes = vocabulary.no_text - sentinels
@@ -138,21 +140,21 @@ def test_page_shows_every_token_of_its_examples_coloured(recipe: Recipe, corpus:
     assert page.classes.count("eos") == tokens.count(vocabulary.eos) + in_legend
     assert page.classes.count("example") == len(examples)
     assert "<extra_id_0>" in page.text, "escaped, so that it is text and no element"
-    assert corpus.manifest.fingerprint[:12] in page.text
+    assert dataset.manifest.fingerprint[:12] in page.text
 
 
-def test_same_run_gives_the_same_page(recipe: Recipe, corpus: Corpus) -> None:
-    first = write_page(recipe, corpus).read_bytes()
-    assert write_page(recipe, corpus).read_bytes() == first
+def test_same_run_gives_the_same_page(recipe: Recipe, dataset: TokenDataset) -> None:
+    first = write_page(recipe, dataset).read_bytes()
+    assert write_page(recipe, dataset).read_bytes() == first
 
 
 def test_run_shorter_than_what_is_measured_shows_what_it_has(
-    corpus: Corpus, tmp_path: Path
+    dataset: TokenDataset, tmp_path: Path
 ) -> None:
     mixture = [Prefix(weight=1).model_dump(), Causal(weight=1e-9).model_dump()]
     short = tiny_recipe(tmp_path, training={"steps": 1}, objective={"mixture": mixture})
-    assert sum(one.count for one in measure(short, corpus)) == 8
-    assert "None among the first rows." in write_page(short, corpus).read_text()
+    assert sum(one.count for one in measure(short, dataset)) == 8
+    assert "None among the first rows." in write_page(short, dataset).read_text()
 
 
 def test_job_without_a_token_store_ends_in_one_line(tmp_path: Path) -> None:

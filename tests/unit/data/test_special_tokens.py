@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from ul2r.data.special_tokens import place_special_tokens, places
+from ul2r.data.special_tokens import assign_special_tokens, places
 from ul2r.data.tokenizer import encode, load_tokenizer, train_tokenizer, vocabulary_of
 from ul2r.errors import CorpusError
-from ul2r.workflows.inspect_tokenizer import placements
 from ul2r.testing.families import write_model
+from ul2r.workflows.inspect_tokenizer import placements
 
 ROOT = Path(__file__).parents[3]
 TEXTS = ["the river sees the sea and the sea sees the river\n", "a letter for the miller\n"] * 9
@@ -40,7 +40,7 @@ def with_reserved(count: int, name: str = LLAMA_3) -> Tokenizer:
 @pytest.mark.parametrize("name", [LLAMA_3, GEMMA])
 def test_reserved_tokens_are_taken_and_the_tokenizer_does_not_grow(name: str) -> None:
     before = with_reserved(12, name)
-    after = place_special_tokens(before, sentinels=9)
+    after = assign_special_tokens(before, sentinels=9)
     vocabulary = vocabulary_of(after)
     assert vocabulary.size == before.get_vocab_size()
     first = before.get_vocab()[name.format(0)]
@@ -57,13 +57,13 @@ def test_a_subword_that_is_called_like_an_end_of_text_is_none() -> None:
     before = plain()
     tree = json.loads(before.to_str())
     tree["model"]["vocab"]["</s>"] = before.get_vocab_size()
-    after = place_special_tokens(Tokenizer.from_str(json.dumps(tree)), sentinels=3)
+    after = assign_special_tokens(Tokenizer.from_str(json.dumps(tree)), sentinels=3)
     assert after.id_to_token(vocabulary_of(after).eos) == "<eos>"
 
 
 def test_new_entries_follow_when_reserved_tokens_run_out() -> None:
     before = with_reserved(4)
-    after = place_special_tokens(before, sentinels=3)
+    after = assign_special_tokens(before, sentinels=3)
     found = places(before, after, ["[S2S]", "<extra_id_0>", "<extra_id_1>", "<extra_id_2>"])
     assert [place.kind for place in found] == [
         "a reserved token's",
@@ -79,7 +79,7 @@ def test_special_tokens_that_are_there_keep_their_places() -> None:
     before = plain()
     names = [f"<extra_id_{number}>" for number in reversed(range(5))]
     before.add_special_tokens([AddedToken(text, normalized=False) for text in names])
-    vocabulary = vocabulary_of(place_special_tokens(before, sentinels=5))
+    vocabulary = vocabulary_of(assign_special_tokens(before, sentinels=5))
     assert vocabulary.sentinels == tuple(sorted(vocabulary.sentinels, reverse=True))
     assert vocabulary.size == before.get_vocab_size() + 3
 
@@ -87,7 +87,7 @@ def test_special_tokens_that_are_there_keep_their_places() -> None:
 def test_last_subwords_are_taken_and_text_does_without() -> None:
     before = plain()
     size = before.get_vocab_size()
-    after = place_special_tokens(before, sentinels=7, taken="last_subwords")
+    after = assign_special_tokens(before, sentinels=7, taken="last_subwords")
     vocabulary = vocabulary_of(after)
     assert vocabulary.size == size
     assert vocabulary.no_text == set(range(size - 10, size))
@@ -104,22 +104,22 @@ def test_last_subwords_are_taken_and_text_does_without() -> None:
 def test_a_placed_tokenizer_survives_its_file_and_a_second_placing(
     tmp_path: Path, taken: str
 ) -> None:
-    placed = place_special_tokens(with_reserved(6), sentinels=5, taken=taken)  # type: ignore[arg-type]
+    placed = assign_special_tokens(with_reserved(6), sentinels=5, taken=taken)  # type: ignore[arg-type]
     placed.save(str(tmp_path / "tokenizer.json"))
     loaded = load_tokenizer(tmp_path / "tokenizer.json")
     assert vocabulary_of(loaded) == vocabulary_of(placed)
-    again = place_special_tokens(loaded, sentinels=5, taken=taken)  # type: ignore[arg-type]
+    again = assign_special_tokens(loaded, sentinels=5, taken=taken)  # type: ignore[arg-type]
     assert again.get_vocab() == placed.get_vocab()
     assert encode(again, TEXTS[0]).tolist() == encode(placed, TEXTS[0]).tolist()
 
 
 def test_too_few_subwords_and_other_tokenizers_are_refused() -> None:
     with pytest.raises(CorpusError, match=r"has \d+ subwords, 903 are needed"):
-        place_special_tokens(plain(), sentinels=900, taken="last_subwords")
+        assign_special_tokens(plain(), sentinels=900, taken="last_subwords")
     words = Tokenizer(models.WordLevel({"a": 0, "<unk>": 1, "<eos>": 2}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     with pytest.raises(CorpusError, match="needs a BPE tokenizer, this is WordLevel"):
-        place_special_tokens(words, sentinels=1, taken="last_subwords")
+        assign_special_tokens(words, sentinels=1, taken="last_subwords")
 
 
 def test_the_choice_is_told_with_what_it_means_for_the_embedding(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from ul2r.config import Architecture, Recipe
-from ul2r.data.store.dataset import Corpus, open_corpus
+from ul2r.data.store.dataset import TokenDataset, open_dataset
 from ul2r.inference import LanguageModel, read_origin
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.models import tiny_export
@@ -31,19 +31,19 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
             "name": "arm",
             "storage": storage,
             "model": Architecture(
-                layers=2, hidden_size=32, ffn_hidden_size=64, heads=4, kv_heads=2
+                num_layers=2, hidden_size=32, ffn_hidden_size=64, num_heads=4, num_kv_heads=2
             ),
             "objective": {"sequence_length": 64},
-            "training": {"steps": 1, "global_batch_rows": 1},
-            "data": {"sentinels": SENTINELS},
-            "evaluation": {"rows": 6, "infill_examples": 5, "infill_context": 20},
+            "training": {"steps": 1, "global_batch_size": 1},
+            "data": {"num_sentinels": SENTINELS},
+            "evaluation": {"num_rows": 6, "num_infill_examples": 5, "infill_context_length": 20},
         }
     )
 
 
 @pytest.fixture(scope="session")
-def corpus(recipe: Recipe) -> Corpus:
-    return open_corpus(recipe.store_folder)
+def dataset(recipe: Recipe) -> TokenDataset:
+    return open_dataset(recipe.store_folder)
 
 
 @pytest.fixture(scope="session")

@@ -128,7 +128,7 @@ def test_each_difference_is_named_with_both_values(
     make: Callable[..., dict[Role, Recipe]], recipe: Recipe
 ) -> None:
     objective = recipe.objective.model_copy(update={"sequence_length": 32})
-    evaluation = recipe.evaluation.model_copy(update={"infill_span": 4})
+    evaluation = recipe.evaluation.model_copy(update={"infill_span_length": 4})
     elsewhere = {"storage": Path("/elsewhere")}
     for recipes, message in (
         (
@@ -137,7 +137,7 @@ def test_each_difference_is_named_with_both_values(
         ),
         (
             make("control", evaluation=evaluation),
-            "evaluation.infill_span: base has 3, control has 4",
+            "evaluation.infill_span_length: base has 3, control has 4",
         ),
         (
             make("ul2r", **elsewhere),

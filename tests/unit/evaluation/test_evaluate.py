@@ -11,11 +11,11 @@ from rapidfuzz.distance import Levenshtein
 
 from ul2r.config import Causal, Recipe
 from ul2r.data.sampling.batches import Batches
-from ul2r.data.store.dataset import Corpus
+from ul2r.data.store.dataset import TokenDataset
 from ul2r.errors import CheckpointError, CorpusError, RecipeError
 from ul2r.evaluation import evaluate, metrics
 from ul2r.evaluation.evaluate import store_scores, stored_scores
-from ul2r.evaluation.infilling import Gaps, infill_loss, infill_text
+from ul2r.evaluation.infilling import InfillExamples, infill_loss, infill_text
 from ul2r.evaluation.losses import causal_loss, denoiser_loss, second_half_loss
 from ul2r.evaluation.texts import spread_windows
 from ul2r.inference import LanguageModel, infill
@@ -29,8 +29,8 @@ def model(request: pytest.FixtureRequest) -> LanguageModel:
 
 
 @pytest.fixture(scope="session")
-def gaps(corpus: Corpus, recipe: Recipe) -> Gaps:
-    return Gaps.of(corpus, recipe.evaluation)
+def gaps(dataset: TokenDataset, recipe: Recipe) -> InfillExamples:
+    return InfillExamples.of(dataset, recipe.evaluation)
 
 
 def log_chances(model: LanguageModel, tokens: list[int], inputs: int) -> torch.Tensor:
@@ -56,32 +56,32 @@ def losses_of(
 
 
 def test_a_model_without_an_opinion_has_the_loss_of_a_uniform_guess_everywhere(
-    uniform_model: LanguageModel, corpus: Corpus, recipe: Recipe
+    uniform_model: LanguageModel, dataset: TokenDataset, recipe: Recipe
 ) -> None:
-    scores = evaluate(uniform_model, corpus, recipe)
+    scores = evaluate(uniform_model, dataset, recipe)
     assert list(scores.values) == [metric.name for metric in metrics(recipe.evaluation)]
     for name, score in scores.values.items():
         if name.endswith("loss") or name.startswith("denoiser_loss/"):
-            assert score.mean == pytest.approx(math.log(corpus.vocabulary.size), abs=1e-5), name
+            assert score.mean == pytest.approx(math.log(dataset.vocabulary.size), abs=1e-5), name
             assert score.error == pytest.approx(0.0, abs=1e-5), name
-    assert scores["causal_perplexity"].mean == pytest.approx(corpus.vocabulary.size, rel=1e-5)
+    assert scores["causal_perplexity"].mean == pytest.approx(dataset.vocabulary.size, rel=1e-5)
 
 
 def test_plain_text_is_read_causally_by_every_arm(
-    model: LanguageModel, corpus: Corpus, recipe: Recipe
+    model: LanguageModel, dataset: TokenDataset, recipe: Recipe
 ) -> None:
-    texts = causal_windows(corpus, recipe)
+    texts = causal_windows(dataset, recipe)
     losses = [
         loss for text in texts for loss in losses_of(model, text[:1], text[1:], bidirectional=False)
     ]
-    score = causal_loss(model, corpus, recipe)
+    score = causal_loss(model, dataset, recipe)
     assert score.mean == pytest.approx(np.mean(losses), abs=1e-5)
     assert score.count == len(texts) == 6
 
 
-def causal_windows(corpus: Corpus, recipe: Recipe) -> list[list[int]]:
+def causal_windows(dataset: TokenDataset, recipe: Recipe) -> list[list[int]]:
     """The text of the held-out rows: tokens, and the last one's label."""
-    rows = Batches(recipe, corpus).held_out(Causal(), recipe.evaluation.rows)
+    rows = Batches(recipe, dataset).held_out(Causal(), recipe.evaluation.num_rows)
     return [
         [*tokens, labels[-1]]
         for tokens, labels in zip(rows.tokens.tolist(), rows.labels.tolist(), strict=True)
@@ -89,27 +89,29 @@ def causal_windows(corpus: Corpus, recipe: Recipe) -> list[list[int]]:
 
 
 def test_second_half_loss_counts_the_same_text_for_each_arm_in_its_own_way(
-    model: LanguageModel, corpus: Corpus, recipe: Recipe
+    model: LanguageModel, dataset: TokenDataset, recipe: Recipe
 ) -> None:
     length = 63  # [S2S], text and eos make 65 tokens, which are 64 positions
     losses = []
-    for text in spread_windows(corpus.held_out, 6, length).tolist():
+    for text in spread_windows(dataset.held_out, 6, length).tolist():
         first, second = text[:31], text[31:]
         if model.origin.denoising:
-            first = [*corpus.vocabulary.modes["S2S"], *first]
+            first = [*dataset.vocabulary.modes["S2S"], *first]
         each = losses_of(model, first, second, bidirectional=model.attention == "prefix")
         losses += [
-            loss for loss, token in zip(each, second, strict=True) if token != corpus.vocabulary.eos
+            loss
+            for loss, token in zip(each, second, strict=True)
+            if token != dataset.vocabulary.eos
         ]
     assert len(losses) < 6 * 32  # one window at least crosses a document's end
-    assert second_half_loss(model, corpus, recipe).mean == pytest.approx(np.mean(losses), abs=1e-5)
+    assert second_half_loss(model, dataset, recipe).mean == pytest.approx(np.mean(losses), abs=1e-5)
 
 
 def test_every_arm_is_given_the_same_denoiser_rows(
-    model: LanguageModel, corpus: Corpus, recipe: Recipe
+    model: LanguageModel, dataset: TokenDataset, recipe: Recipe
 ) -> None:
     for denoiser in recipe.evaluation.mixture:
-        rows = Batches(recipe, corpus).held_out(denoiser, recipe.evaluation.rows)
+        rows = Batches(recipe, dataset).held_out(denoiser, recipe.evaluation.num_rows)
         losses = []
         for row in range(len(rows)):
             scored = np.flatnonzero(rows.loss_mask[row])
@@ -119,14 +121,14 @@ def test_every_arm_is_given_the_same_denoiser_rows(
                 int(rows.labels[row, scored[-1]]),
             ]
             losses += losses_of(model, tokens[:inputs], tokens[inputs:], bidirectional=True)
-        score = denoiser_loss(model, corpus, recipe, denoiser)
+        score = denoiser_loss(model, dataset, recipe, denoiser)
         assert score.mean == pytest.approx(np.mean(losses), abs=1e-5), denoiser.name
 
 
 def test_infill_loss_counts_the_span_alone(
-    model: LanguageModel, corpus: Corpus, gaps: Gaps
+    model: LanguageModel, dataset: TokenDataset, gaps: InfillExamples
 ) -> None:
-    modes, sentinels = corpus.vocabulary.modes, corpus.vocabulary.sentinels
+    modes, sentinels = dataset.vocabulary.modes, dataset.vocabulary.sentinels
     losses = []
     for left, span, right in zip(
         gaps.left.tolist(), gaps.span.tolist(), gaps.right.tolist(), strict=True
@@ -138,28 +140,30 @@ def test_infill_loss_counts_the_span_alone(
             both = model.attention == "prefix"
             losses += losses_of(model, inputs, [sentinels[0], *span], bidirectional=both)[1:]
     assert len(losses) == gaps.span.size
-    score = infill_loss(model, gaps, corpus.vocabulary)
+    score = infill_loss(model, gaps, dataset.vocabulary)
     assert score.mean == pytest.approx(np.mean(losses), abs=1e-5)
 
 
 def test_long_spans_get_the_mode_of_long_spans(
-    ul2r_model: LanguageModel, corpus: Corpus, recipe: Recipe
+    ul2r_model: LanguageModel, dataset: TokenDataset, recipe: Recipe
 ) -> None:
-    wide = Gaps.of(corpus, recipe.evaluation.model_copy(update={"infill_span": 12}))
-    modes, sentinels = corpus.vocabulary.modes, corpus.vocabulary.sentinels
+    wide = InfillExamples.of(
+        dataset, recipe.evaluation.model_copy(update={"infill_span_length": 12})
+    )
+    modes, sentinels = dataset.vocabulary.modes, dataset.vocabulary.sentinels
     losses = []
     for left, span, right in zip(
         wide.left.tolist(), wide.span.tolist(), wide.right.tolist(), strict=True
     ):
         inputs = [*modes["NLG"], *left, sentinels[0], *right, sentinels[1]]
         losses += losses_of(ul2r_model, inputs, [sentinels[0], *span], bidirectional=True)[1:]
-    score = infill_loss(ul2r_model, wide, corpus.vocabulary)
+    score = infill_loss(ul2r_model, wide, dataset.vocabulary)
     assert score.mean == pytest.approx(np.mean(losses), abs=1e-5)
 
 
-def greedy(model: LanguageModel, corpus: Corpus, left: list[int], right: list[int]) -> str:
+def greedy(model: LanguageModel, dataset: TokenDataset, left: list[int], right: list[int]) -> str:
     """What an arm writes into a gap of three tokens, each token from a whole new computation."""
-    modes, sentinels = corpus.vocabulary.modes, corpus.vocabulary.sentinels
+    modes, sentinels = dataset.vocabulary.modes, dataset.vocabulary.sentinels
     bidirectional = model.attention == "prefix"
     inputs, limit = left, 3
     tokens = list(inputs)
@@ -180,14 +184,14 @@ def greedy(model: LanguageModel, corpus: Corpus, left: list[int], right: list[in
 
 
 def test_infilled_text_is_what_the_arm_likes_best(
-    model: LanguageModel, corpus: Corpus, gaps: Gaps
+    model: LanguageModel, dataset: TokenDataset, gaps: InfillExamples
 ) -> None:
     texts = [
-        greedy(model, corpus, left, right)
+        greedy(model, dataset, left, right)
         for left, right in zip(gaps.left.tolist(), gaps.right.tolist(), strict=True)
     ]
     true = [model.decode(span) for span in gaps.span.tolist()]
-    exact, similar = infill_text(model, gaps, corpus.vocabulary)
+    exact, similar = infill_text(model, gaps, dataset.vocabulary)
     assert exact.mean == np.mean([a == b for a, b in zip(texts, true, strict=True)])
     expected = [
         1 - Levenshtein.distance(a, b) / max(len(a), len(b))
@@ -198,7 +202,7 @@ def test_infilled_text_is_what_the_arm_likes_best(
 
 
 def test_an_arm_that_writes_the_span_matches_it_exactly(
-    causal_model: LanguageModel, corpus: Corpus, gaps: Gaps
+    causal_model: LanguageModel, dataset: TokenDataset, gaps: InfillExamples
 ) -> None:
     """The gaps' spans are put in as what the arm writes, in all but one."""
     own = gaps.span.copy()
@@ -208,23 +212,26 @@ def test_an_arm_that_writes_the_span_matches_it_exactly(
             chances = log_chances(causal_model, tokens, 0)[-1]
             tokens.append(int(chances.masked_fill(~causal_model.is_text, -torch.inf).argmax()))
             own[row, place] = tokens[-1]
-    exact, similar = infill_text(causal_model, replace(gaps, span=own), corpus.vocabulary)
+    exact, similar = infill_text(causal_model, replace(gaps, span=own), dataset.vocabulary)
     assert exact.mean == pytest.approx(1 - 1 / len(own))
     assert similar.mean >= exact.mean
 
 
 def test_causal_arms_do_not_see_the_right_side_and_ul2r_does(
-    causal_model: LanguageModel, ul2r_model: LanguageModel, corpus: Corpus, gaps: Gaps
+    causal_model: LanguageModel,
+    ul2r_model: LanguageModel,
+    dataset: TokenDataset,
+    gaps: InfillExamples,
 ) -> None:
     other = replace(gaps, right=gaps.right[::-1].copy())
-    vocabulary = corpus.vocabulary
+    vocabulary = dataset.vocabulary
     for measured, sees in ((causal_model, False), (ul2r_model, True)):
         before, after = (infill_loss(measured, each, vocabulary) for each in (gaps, other))
         assert (before != after) == sees
 
 
 def test_a_ul2r_arm_is_measured_as_it_is_served(
-    ul2r_model: LanguageModel, corpus: Corpus, gaps: Gaps
+    ul2r_model: LanguageModel, dataset: TokenDataset, gaps: InfillExamples
 ) -> None:
     """Where text survives decoding and encoding, `infill` gives what is measured here."""
     compared = 0
@@ -234,61 +241,63 @@ def test_a_ul2r_arm_is_measured_as_it_is_served(
             continue
         compared += 1
         filled = infill(ul2r_model, parts, mode="NLU", max_tokens=6).fills[0]
-        one = Gaps(*(np.repeat(a[row : row + 1], 2, 0) for a in (gaps.left, gaps.span, gaps.right)))
-        _, similar = infill_text(ul2r_model, one, corpus.vocabulary)
+        one = InfillExamples(
+            *(np.repeat(a[row : row + 1], 2, 0) for a in (gaps.left, gaps.span, gaps.right))
+        )
+        _, similar = infill_text(ul2r_model, one, dataset.vocabulary)
         true = ul2r_model.decode(gaps.span[row].tolist())
         assert similar.mean == pytest.approx(Levenshtein.normalized_similarity(filled, true))
     assert compared
 
 
 def test_settings_that_do_not_fit_are_refused_before_anything_is_measured(
-    ul2r_model: LanguageModel, corpus: Corpus, recipe: Recipe
+    ul2r_model: LanguageModel, dataset: TokenDataset, recipe: Recipe
 ) -> None:
-    wide = recipe.evaluation.model_copy(update={"infill_context": 30})
+    wide = recipe.evaluation.model_copy(update={"infill_context_length": 30})
     with pytest.raises(
-        RecipeError, match="infill_context=30 on both sides of infill_span=3 makes 67"
+        RecipeError, match="infill_context_length=30 on both sides of infill_span_length=3 makes 67"
     ):
-        evaluate(ul2r_model, corpus, recipe.model_copy(update={"evaluation": wide}))
+        evaluate(ul2r_model, dataset, recipe.model_copy(update={"evaluation": wide}))
     plain = {"mixture": (Causal(),)}
     long = {
         "objective": recipe.objective.model_copy(update={"sequence_length": 2048, **plain}),
         "evaluation": recipe.evaluation.model_copy(update=plain),
     }
     with pytest.raises(CorpusError, match="has 1 rows of 2048 tokens, and 2 are needed"):
-        evaluate(ul2r_model, corpus, recipe.model_copy(update=long))
+        evaluate(ul2r_model, dataset, recipe.model_copy(update=long))
 
 
 def test_a_model_of_another_vocabulary_is_refused(
-    ul2r_model: LanguageModel, corpus: Corpus, recipe: Recipe
+    ul2r_model: LanguageModel, dataset: TokenDataset, recipe: Recipe
 ) -> None:
-    other = replace(corpus.vocabulary, size=corpus.vocabulary.size + 1)
+    other = replace(dataset.vocabulary, size=dataset.vocabulary.size + 1)
     with pytest.raises(CheckpointError, match="another vocabulary"):
-        evaluate(ul2r_model, replace(corpus, vocabulary=other), recipe)
+        evaluate(ul2r_model, replace(dataset, vocabulary=other), recipe)
 
 
 def test_stored_scores_are_those_of_this_export_and_these_settings(
-    ul2r_model: LanguageModel, corpus: Corpus, recipe: Recipe
+    ul2r_model: LanguageModel, dataset: TokenDataset, recipe: Recipe
 ) -> None:
-    assert stored_scores(recipe, corpus) is None
-    scores = evaluate(ul2r_model, corpus, recipe)
-    store_scores(recipe, corpus, scores)
-    assert stored_scores(recipe, corpus) == scores
-    fewer = recipe.evaluation.model_copy(update={"rows": 5})
-    assert stored_scores(recipe.model_copy(update={"evaluation": fewer}), corpus) is None
+    assert stored_scores(recipe, dataset) is None
+    scores = evaluate(ul2r_model, dataset, recipe)
+    store_scores(recipe, dataset, scores)
+    assert stored_scores(recipe, dataset) == scores
+    fewer = recipe.evaluation.model_copy(update={"num_rows": 5})
+    assert stored_scores(recipe.model_copy(update={"evaluation": fewer}), dataset) is None
 
     description = recipe.run_folder() / "export/ul2r.json"
     text = description.read_text()
     description.write_text(text.replace('"step": 3', '"step": 4'))
     assert description.read_text() != text
-    assert stored_scores(recipe, corpus) is None
+    assert stored_scores(recipe, dataset) is None
     description.write_text(text)
-    assert stored_scores(recipe, corpus) == scores
+    assert stored_scores(recipe, dataset) == scores
 
 
 def test_a_run_without_an_export_says_what_to_run(
-    corpus: Corpus, recipe: Recipe, tmp_path: Path
+    dataset: TokenDataset, recipe: Recipe, tmp_path: Path
 ) -> None:
     with pytest.raises(
         CheckpointError, match=r"has no export at .*: run jobs/export.py RECIPE first"
     ):
-        stored_scores(recipe.model_copy(update={"name": "other"}), corpus)
+        stored_scores(recipe.model_copy(update={"name": "other"}), dataset)

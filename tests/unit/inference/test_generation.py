@@ -14,8 +14,8 @@ from ul2r.objective.vocabulary import Vocabulary
 def recomputed(model: LanguageModel, tokens: list[int], prefix: int) -> torch.Tensor:
     """Logits (V,) after the last token: the whole sequence at once, its first `prefix` tokens open to each other."""
     length = len(tokens)
-    hi = torch.arange(1, length + 1, dtype=torch.int32).clamp(min=prefix)[None]
-    return model.logits(torch.tensor([tokens]), torch.zeros_like(hi), hi)[0, -1]
+    kv_end = torch.arange(1, length + 1, dtype=torch.int32).clamp(min=prefix)[None]
+    return model.logits(torch.tensor([tokens]), torch.zeros_like(kv_end), kv_end)[0, -1]
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
@@ -139,7 +139,7 @@ def test_an_impossible_temperature_is_refused(model: LanguageModel, temperature:
 def test_spans_share_the_positions_that_the_inputs_leave(
     model: LanguageModel, inputs: int, spans: int, marks: int, most: int
 ) -> None:
-    assert inputs + spans * (most + marks) <= model.positions
+    assert inputs + spans * (most + marks) <= model.max_position_embeddings
     assert token_limit(model, inputs, most, spans=spans, marks=marks) == most
     assert token_limit(model, inputs, None, spans=spans, marks=marks) == most
     with pytest.raises(RequestError, match=rf"max_tokens={most + 1} .* may be 1 to {most}$"):

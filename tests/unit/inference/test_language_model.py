@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from ul2r.config import PRESETS, Objective
 from ul2r.errors import CheckpointError
 from ul2r.inference import LanguageModel, language_model
-from ul2r.objective.batch import Rows, make_rows
+from ul2r.objective.batch import Batch, build_batch
 from ul2r.objective.vocabulary import Vocabulary
 from ul2r.testing.corpus import MadeText
 from ul2r.testing.models import tiny_export
@@ -35,12 +35,12 @@ class Dense:
         self.groups, self.size = config["num_key_value_heads"], config["head_dim"]
         self.epsilon, self.base = config["rms_norm_eps"], config["rope_parameters"]["rope_theta"]
 
-    def logits(self, tokens: Ints, lo: Ints, hi: Ints, position: Ints) -> Array:
-        """(S, V) of one row, tokens, lo, hi and position of shape (S,)."""
+    def logits(self, tokens: Ints, kv_start: Ints, kv_end: Ints, position: Ints) -> Array:
+        """(S, V) of one row, tokens, kv_start, kv_end and position of shape (S,)."""
         x = self.weights["embed_tokens"][tokens]
         for layer in range(self.layers):
             normed = self._norm(x, f"layers.{layer}.input_layernorm")
-            x = x + self._attention(normed, f"layers.{layer}.self_attn", lo, hi, position)
+            x = x + self._attention(normed, f"layers.{layer}.self_attn", kv_start, kv_end, position)
             normed = self._norm(x, f"layers.{layer}.post_attention_layernorm")
             gate = normed @ self.weights[f"layers.{layer}.mlp.gate_proj"].T
             up = normed @ self.weights[f"layers.{layer}.mlp.up_proj"].T
@@ -51,9 +51,11 @@ class Dense:
             )
         return self._norm(x, "norm") @ self.weights["embed_tokens"].T
 
-    def losses(self, tokens: Ints, labels: Ints, lo: Ints, hi: Ints, position: Ints) -> Array:
+    def losses(
+        self, tokens: Ints, labels: Ints, kv_start: Ints, kv_end: Ints, position: Ints
+    ) -> Array:
         """(S,) in nats."""
-        logits = self.logits(tokens, lo, hi, position)
+        logits = self.logits(tokens, kv_start, kv_end, position)
         chosen = logits[np.arange(len(labels)), labels]
         losses: Array = np.log(np.exp(logits).sum(1)) - chosen
         return losses
@@ -64,7 +66,9 @@ class Dense:
         )
         return normed
 
-    def _attention(self, x: Array, name: str, lo: Ints, hi: Ints, position: Ints) -> Array:
+    def _attention(
+        self, x: Array, name: str, kv_start: Ints, kv_end: Ints, position: Ints
+    ) -> Array:
         query, key, value = (
             (x @ self.weights[f"{name}.{part}_proj"].T).reshape(len(x), -1, self.size)
             for part in "qkv"
@@ -74,7 +78,7 @@ class Dense:
         for head in range(self.heads):
             group = head * self.groups // self.heads
             for i in range(len(x)):
-                seen = slice(lo[i], hi[i])
+                seen = slice(kv_start[i], kv_end[i])
                 scores = np.exp(key[seen, group] @ query[i, head] / np.sqrt(self.size))
                 out[i, head] = scores @ value[seen, group] / scores.sum()
         return out.reshape(len(x), -1) @ self.weights[f"{name}.o_proj"].T
@@ -93,10 +97,10 @@ def raw_text(model: LanguageModel) -> MadeText:
     return MadeText(lambda sample, length: np.random.default_rng(sample).choice(ids, length))
 
 
-def ul2r_rows(model: LanguageModel, count: int) -> Rows:
+def ul2r_rows(model: LanguageModel, count: int) -> Batch:
     assert model.vocabulary is not None
     objective = Objective(mixture=PRESETS["ul2r"], sequence_length=40, slots_per_row=2)
-    return make_rows(
+    return build_batch(
         range(count),
         objective=objective,
         vocabulary=model.vocabulary,
@@ -106,8 +110,8 @@ def ul2r_rows(model: LanguageModel, count: int) -> Rows:
 
 
 def causal_intervals(batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    lo = torch.zeros(batch, length, dtype=torch.int32)
-    return lo, torch.arange(1, length + 1, dtype=torch.int32).expand(batch, length)
+    kv_start = torch.zeros(batch, length, dtype=torch.int32)
+    return kv_start, torch.arange(1, length + 1, dtype=torch.int32).expand(batch, length)
 
 
 def random_tokens(model: LanguageModel, batch: int, length: int) -> torch.Tensor:
@@ -129,12 +133,12 @@ def test_any_intervals_give_the_logits_of_a_dense_float64_llama(
 ) -> None:
     draw = np.random.default_rng(0)
     tokens = random_tokens(model, 2, 20)
-    lo = draw.integers(0, 20, (2, 20))
-    hi = lo + 1 + draw.integers(0, 20 - lo)
-    got = model.logits(tokens, torch.from_numpy(lo), torch.from_numpy(hi)).numpy()
+    kv_start = draw.integers(0, 20, (2, 20))
+    kv_end = kv_start + 1 + draw.integers(0, 20 - kv_start)
+    got = model.logits(tokens, torch.from_numpy(kv_start), torch.from_numpy(kv_end)).numpy()
     dense = Dense(folder)
     for row in range(2):
-        expected = dense.logits(tokens[row].numpy(), lo[row], hi[row], np.arange(20))
+        expected = dense.logits(tokens[row].numpy(), kv_start[row], kv_end[row], np.arange(20))
         np.testing.assert_allclose(got[row], expected, atol=1e-4)
 
 
@@ -142,10 +146,12 @@ def test_a_window_holds_where_inputs_are_seen_in_both_directions(
     windowed_folder: Path, windowed_model: LanguageModel
 ) -> None:
     tokens, place = random_tokens(windowed_model, 1, 20), np.arange(20)
-    hi = np.maximum(place + 1, 14)
-    got = windowed_model.logits(tokens, torch.zeros(1, 20), torch.from_numpy(hi)[None])[0].numpy()
-    lo, hi = np.maximum(place - 3, 0), np.minimum(hi, place + 4)
-    expected = Dense(windowed_folder).logits(tokens[0].numpy(), lo, hi, place)
+    kv_end = np.maximum(place + 1, 14)
+    got = windowed_model.logits(tokens, torch.zeros(1, 20), torch.from_numpy(kv_end)[None])[
+        0
+    ].numpy()
+    kv_start, kv_end = np.maximum(place - 3, 0), np.minimum(kv_end, place + 4)
+    expected = Dense(windowed_folder).logits(tokens[0].numpy(), kv_start, kv_end, place)
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
@@ -153,23 +159,23 @@ def test_a_token_outside_its_interval_never_changes_a_logit(tmp_path: Path) -> N
     one_layer = LanguageModel.load(tiny_export(tmp_path / "one", layers=1))
     draw = np.random.default_rng(1)
     tokens = random_tokens(one_layer, 1, 16)
-    lo = draw.integers(0, 16, (1, 16))
-    hi = lo + 1 + draw.integers(0, 16 - lo)
-    intervals = torch.from_numpy(lo), torch.from_numpy(hi)
+    kv_start = draw.integers(0, 16, (1, 16))
+    kv_end = kv_start + 1 + draw.integers(0, 16 - kv_start)
+    intervals = torch.from_numpy(kv_start), torch.from_numpy(kv_end)
     before = one_layer.logits(tokens, *intervals)
     for changed in range(16):
         other = tokens.clone()
         other[0, changed] = (other[0, changed] + 7) % one_layer.network.config.vocab_size
         differs = (one_layer.logits(other, *intervals) != before).any(dim=-1)[0].numpy()
-        sees = (lo[0] <= changed) & (changed < hi[0])
+        sees = (kv_start[0] <= changed) & (changed < kv_end[0])
         np.testing.assert_array_equal(differs, sees | (np.arange(16) == changed))
 
 
 def test_an_opened_prefix_changes_what_its_first_token_predicts(model: LanguageModel) -> None:
     tokens = random_tokens(model, 1, 10)
-    lo, hi = causal_intervals(1, 10)
-    opened = model.logits(tokens, lo, torch.maximum(hi, torch.tensor(6)))
-    assert not torch.allclose(opened[0, 0], model.logits(tokens, lo, hi)[0, 0], atol=1e-2)
+    kv_start, kv_end = causal_intervals(1, 10)
+    opened = model.logits(tokens, kv_start, torch.maximum(kv_end, torch.tensor(6)))
+    assert not torch.allclose(opened[0, 0], model.logits(tokens, kv_start, kv_end)[0, 0], atol=1e-2)
 
 
 def test_token_losses_of_ul2r_rows_are_those_of_the_dense_llama(
@@ -181,7 +187,7 @@ def test_token_losses_of_ul2r_rows_are_those_of_the_dense_llama(
     dense = Dense(folder)
     for row in range(3):
         # the oracle restarts positions in each slot; rotary attention must not notice
-        arrays = (rows.tokens, rows.labels, rows.lo, rows.hi, rows.position)
+        arrays = (rows.tokens, rows.labels, rows.kv_start, rows.kv_end, rows.position_ids)
         expected = dense.losses(*(array[row].astype(np.int64) for array in arrays))
         targets = rows.loss_mask[row] == 1
         assert targets.sum() > 2
@@ -245,15 +251,21 @@ def cut_weights(folder: Path) -> None:
                     "size": 3,
                     "eos": 3,
                     "modes": {},
-                    "sentinels": [],
+                    "num_sentinels": [],
                     "modes_are_text": False,
                 },
             ),
             "an id",
         ),
         (edit("config.json", model_type="unheard-of"), "cannot be loaded"),
-        (edit("config.json", num_hidden_layers=3), "9 missing, the first 'model.layers.2.input"),
-        (edit("config.json", num_hidden_layers=1), "9 unexpected, the first 'model.layers.1.input"),
+        (
+            edit("config.json", num_hidden_layers=3),
+            "9 missing, the first 'model.layers.2.input",
+        ),
+        (
+            edit("config.json", num_hidden_layers=1),
+            "9 unexpected, the first 'model.layers.1.input",
+        ),
         (edit("config.json", hidden_size=64), "cannot be loaded"),
         (cut_weights, "cannot be loaded"),
     ],

@@ -21,7 +21,7 @@ from ul2r.model.attention.flex import Flex, block_mask
 from ul2r.model.attention.segments import plan_segments
 from ul2r.model.attention.variable_length import VariableLength
 from ul2r.model.window import within
-from ul2r.objective import Rows, Vocabulary, make_rows
+from ul2r.objective import Batch, Vocabulary, build_batch
 from ul2r.testing.attention import attend_by_segment, dense_attention
 from ul2r.testing.corpus import counted_text
 from ul2r.testing.distributed import run_distributed
@@ -36,16 +36,18 @@ VOCABULARY = Vocabulary(
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 DENOISERS: tuple[Denoiser, ...] = (
-    SpanCorruption(name="R", mean_span=3, rate=0.15, mode="NLU", weight=1),
-    SpanCorruption(name="X", mean_span=8, rate=0.5, mode="NLG", weight=1, whole_row=True),
+    SpanCorruption(name="R", mean_noise_span_length=3, noise_density=0.15, mode="NLU", weight=1),
+    SpanCorruption(
+        name="X", mean_noise_span_length=8, noise_density=0.5, mode="NLG", weight=1, whole_row=True
+    ),
     Prefix(weight=1),
     Causal(),
 )
 
 
-def rows_of(objective: Objective, count: int, seed: int) -> Rows:
+def rows_of(objective: Objective, count: int, seed: int) -> Batch:
     """Rows of a text in which nothing matters but lengths."""
-    return make_rows(
+    return build_batch(
         range(count),
         objective=objective,
         vocabulary=VOCABULARY,
@@ -55,7 +57,7 @@ def rows_of(objective: Objective, count: int, seed: int) -> Rows:
 
 
 @st.composite
-def packed_rows(draw: st.DrawFn, longest: int = 60) -> Rows:
+def packed_rows(draw: st.DrawFn, longest: int = 60) -> Batch:
     """Rows of random mixtures, with several examples in a row, whole-row ones between them, and padding."""
     mixture = draw(st.lists(st.sampled_from(DENOISERS), min_size=1, unique_by=lambda one: one.name))
     slots, length = draw(st.integers(1, 4)), draw(st.integers(16, longest))
@@ -69,21 +71,21 @@ def packed_rows(draw: st.DrawFn, longest: int = 60) -> Rows:
 def any_intervals(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
     """Intervals that no objective makes: runs of every kind, one key or more for each query."""
     batch, length = draw(st.integers(1, 3)), draw(st.integers(1, 12))
-    lo = np.array(
+    kv_start = np.array(
         draw(st.lists(st.integers(0, 2), min_size=batch * length, max_size=batch * length))
     )
     more = np.array(
         draw(st.lists(st.integers(1, 3), min_size=batch * length, max_size=batch * length))
     )
-    lo = np.minimum(lo, length - 1).reshape(batch, length)
-    return lo, np.minimum(lo + more.reshape(batch, length), length)
+    kv_start = np.minimum(kv_start, length - 1).reshape(batch, length)
+    return kv_start, np.minimum(kv_start + more.reshape(batch, length), length)
 
 
 def random_inputs(
-    rows: Rows, heads: int, kv_heads: int, dtype: torch.dtype, head: int = 8
+    rows: Batch, heads: int, kv_heads: int, dtype: torch.dtype, head: int = 8
 ) -> tuple[torch.Tensor, ...]:
     """Query, key, value, and a gradient of their attention."""
-    batch, length = rows.lo.shape
+    batch, length = rows.kv_start.shape
     generator = torch.Generator().manual_seed(batch * length)
     return tuple(
         torch.randn(length, batch, number, head, generator=generator).to(dtype)
@@ -106,11 +108,11 @@ def with_gradients(
 @given(st.integers(1, 4), st.integers(1, 12), st.randoms(use_true_random=False))
 def test_mask_is_the_definition(batch: int, length: int, random: object) -> None:
     draw = np.random.default_rng(random.getrandbits(32))  # type: ignore[attr-defined]  # a random.Random
-    lo = draw.integers(0, length, (batch, length))
-    hi = lo + draw.integers(0, length + 1, (batch, length))
-    mask = interval_mask(torch.from_numpy(lo), torch.from_numpy(hi))
+    kv_start = draw.integers(0, length, (batch, length))
+    kv_end = kv_start + draw.integers(0, length + 1, (batch, length))
+    mask = interval_mask(torch.from_numpy(kv_start), torch.from_numpy(kv_end))
     expected = [
-        [[[lo[b, q] <= k < hi[b, q] for k in range(length)] for q in range(length)]]
+        [[[kv_start[b, q] <= k < kv_end[b, q] for k in range(length)] for q in range(length)]]
         for b in range(batch)
     ]
     assert mask.tolist() == expected
@@ -127,32 +129,34 @@ def test_mask_is_the_definition(batch: int, length: int, random: object) -> None
     "backend", [DenseMask(), VariableLength(attend_by_segment)], ids=["sdpa", "segments"]
 )
 def test_attention_and_gradients_equal_dense_float64(
-    backend: Backend[Any], rows: Rows, kv_heads: int, dtype: torch.dtype, window: int | None
+    backend: Backend[Any], rows: Batch, kv_heads: int, dtype: torch.dtype, window: int | None
 ) -> None:
     inputs = random_inputs(rows, 4, kv_heads, dtype)
-    lo, hi = (torch.from_numpy(ends) for ends in within(rows.lo, rows.hi, window))
-    expected = with_gradients(lambda q, k, v: dense_attention(q, k, v, lo, hi), inputs)
-    bounds = intervals(rows.lo, rows.hi)
+    kv_start, kv_end = (
+        torch.from_numpy(ends) for ends in within(rows.kv_start, rows.kv_end, window)
+    )
+    expected = with_gradients(lambda q, k, v: dense_attention(q, k, v, kv_start, kv_end), inputs)
+    bounds = intervals(rows.kv_start, rows.kv_end)
     found = with_gradients(lambda q, k, v: backend(q, k, v, bounds, 8**-0.5, window=window), inputs)
     for ours, reference in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, reference, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
 @given(packed_rows(), st.integers(1, 70))
-def test_a_window_leaves_the_keys_of_an_interval_that_are_near(rows: Rows, window: int) -> None:
-    lo, hi = within(rows.lo, rows.hi, window)
-    place = np.arange(rows.lo.shape[1])
-    seen = (place >= rows.lo[..., None]) & (place < rows.hi[..., None])
+def test_a_window_leaves_the_keys_of_an_interval_that_are_near(rows: Batch, window: int) -> None:
+    kv_start, kv_end = within(rows.kv_start, rows.kv_end, window)
+    place = np.arange(rows.kv_start.shape[1])
+    seen = (place >= rows.kv_start[..., None]) & (place < rows.kv_end[..., None])
     near = seen & (abs(place - place[:, None]) < window)
-    assert (near == ((place >= lo[..., None]) & (place < hi[..., None]))).all()
+    assert (near == ((place >= kv_start[..., None]) & (place < kv_end[..., None]))).all()
 
 
 @given(bounds=any_intervals())
 def test_plan_covers_every_pair_in_sight_once(bounds: tuple[np.ndarray, np.ndarray]) -> None:
-    lo, hi = bounds
-    batch, length = lo.shape
+    kv_start, kv_end = bounds
+    batch, length = kv_start.shape
     seen = np.zeros((batch, length, length), int)
-    plan = plan_segments(lo, hi, CPU)
+    plan = plan_segments(kv_start, kv_end, CPU)
     for segments, causal in ((plan.full, False), (plan.causal, True)):
         queries = torch.split(segments.queries, segments.query_bounds.diff().tolist())
         keys = torch.split(segments.keys, segments.key_bounds.diff().tolist())
@@ -165,14 +169,14 @@ def test_plan_covers_every_pair_in_sight_once(bounds: tuple[np.ndarray, np.ndarr
     for query in plan.alone.tolist():
         seen[query % batch, query // batch, query // batch] += 1
     place = np.arange(length)
-    assert (seen == ((place >= lo[..., None]) & (place < hi[..., None]))).all()
+    assert (seen == ((place >= kv_start[..., None]) & (place < kv_end[..., None]))).all()
 
 
 def test_plan_of_an_example_is_its_inputs_and_its_targets() -> None:
     """Two rows of a prefix of 3, 3 targets and a position of padding; the second is causal."""
-    lo = np.array([[0, 0, 0, 0, 0, 0, 6], [0, 0, 0, 0, 0, 0, 0]])
-    hi = np.array([[3, 3, 3, 4, 5, 6, 7], [1, 2, 3, 4, 5, 6, 7]])
-    plan = plan_segments(lo, hi, CPU)
+    kv_start = np.array([[0, 0, 0, 0, 0, 0, 6], [0, 0, 0, 0, 0, 0, 0]])
+    kv_end = np.array([[3, 3, 3, 4, 5, 6, 7], [1, 2, 3, 4, 5, 6, 7]])
+    plan = plan_segments(kv_start, kv_end, CPU)
     assert plan.full.query_bounds.tolist() == plan.full.key_bounds.tolist() == [0, 3]
     assert plan.causal.query_bounds.tolist() == [0, 3, 10]
     assert plan.causal.key_bounds.tolist() == [0, 6, 13]
@@ -183,14 +187,14 @@ def test_plan_of_an_example_is_its_inputs_and_its_targets() -> None:
 
 @given(rows=packed_rows(longest=200))
 @settings(max_examples=25)
-def test_block_mask_is_the_one_that_torch_makes_of_every_pair(rows: Rows) -> None:
-    lo, hi = torch.from_numpy(rows.lo), torch.from_numpy(rows.hi)
-    ours = block_mask(lo, hi)
+def test_block_mask_is_the_one_that_torch_makes_of_every_pair(rows: Batch) -> None:
+    kv_start, kv_end = torch.from_numpy(rows.kv_start), torch.from_numpy(rows.kv_end)
+    ours = block_mask(kv_start, kv_end)
 
     def sees(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        return (k >= lo[b, q]) & (k < hi[b, q])
+        return (k >= kv_start[b, q]) & (k < kv_end[b, q])
 
-    batch, length = lo.shape
+    batch, length = kv_start.shape
     torchs = create_block_mask(sees, batch, None, length, length, device="cpu")
     assert ours.seq_lengths == torchs.seq_lengths
     for name in ("", "full_"):
@@ -209,11 +213,13 @@ def test_flex_attention_equals_dense_float64_and_compiles_once() -> None:
         for seed in range(3):
             rows = rows_of(mixture, 3, seed)
             query, key, value, _ = random_inputs(rows, 4, 2, torch.float32, head=16)
-            bounds = intervals(rows.lo, rows.hi)
+            bounds = intervals(rows.kv_start, rows.kv_end)
             for window in (None, 40):
                 ours = flex(query, key, value, bounds, 0.25, window=window)
-                lo, hi = (torch.from_numpy(ends) for ends in within(rows.lo, rows.hi, window))
-                expected = dense_attention(query, key, value, lo, hi)
+                kv_start, kv_end = (
+                    torch.from_numpy(ends) for ends in within(rows.kv_start, rows.kv_end, window)
+                )
+                expected = dense_attention(query, key, value, kv_start, kv_end)
                 torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -229,17 +235,19 @@ class Counting(DenseMask):
         super().__init__()
         self.made = 0
 
-    def prepare(self, lo: torch.Tensor, hi: torch.Tensor, device: torch.device) -> torch.Tensor:
+    def prepare(
+        self, kv_start: torch.Tensor, kv_end: torch.Tensor, device: torch.device
+    ) -> torch.Tensor:
         self.made += 1
-        return super().prepare(lo, hi, device)
+        return super().prepare(kv_start, kv_end, device)
 
 
 def test_intervals_are_prepared_once_for_layers_and_recomputation_and_never_mixed_up() -> None:
     backend = Counting()
     query = torch.randn(4, 1, 2, 8)
-    hi = np.arange(1, 5, dtype=np.int32)[None]
+    kv_end = np.arange(1, 5, dtype=np.int32)[None]
     for _ in range(3):  # where the memory of the one before is free again, the next may be given it
-        causal, open_ = intervals(0 * hi, hi), intervals(0 * hi, 0 * hi + 4)
+        causal, open_ = intervals(0 * kv_end, kv_end), intervals(0 * kv_end, 0 * kv_end + 4)
         first = backend(query, query, query, causal, 1.0)
         near = backend(query, query, query, causal, 1.0, window=2)
         assert not torch.equal(near, first)
@@ -259,12 +267,12 @@ def trained(storage: Path) -> list[list[float]]:
 
     recipe = tiny_recipe(
         storage,
-        parallel={"workers": 2, "tensor": 2},
+        parallel={"num_workers": 2, "tensor": 2},
         objective={"sequence_length": 64, "slots_per_row": 2},
-        model={"layers": 2},
+        model={"num_layers": 2},
     )
     rows = rows_of(recipe.objective, 8, seed=0)
-    rows = Rows(**{**rows.arrays(), "tokens": rows.tokens % 256, "labels": rows.labels % 256})
+    rows = Batch(**{**rows.arrays(), "tokens": rows.tokens % 256, "labels": rows.labels % 256})
     mesh = Mesh.join(recipe.parallel)
     results = []
     for backend, recompute in (

@@ -8,10 +8,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from ul2r.config import Architecture
-from ul2r.model.flops import active_parameters, parameters, seen_keys, training_flops
+from ul2r.model.flops import num_active_parameters, num_parameters, num_visible_keys, training_flops
 from ul2r.model.huggingface.config_json import architecture_of
 
-SMALL = Architecture(layers=3, hidden_size=48, ffn_hidden_size=80, heads=6, kv_heads=2)
+SMALL = Architecture(num_layers=3, hidden_size=48, ffn_hidden_size=80, num_heads=6, num_kv_heads=2)
 
 
 def llama(architecture: Architecture, vocabulary_size: int) -> LlamaForCausalLM:
@@ -19,16 +19,16 @@ def llama(architecture: Architecture, vocabulary_size: int) -> LlamaForCausalLM:
         vocab_size=vocabulary_size,
         hidden_size=architecture.hidden_size,
         intermediate_size=architecture.ffn_hidden_size,
-        num_hidden_layers=architecture.layers,
-        num_attention_heads=architecture.heads,
-        num_key_value_heads=architecture.kv_heads,
+        num_hidden_layers=architecture.num_layers,
+        num_attention_heads=architecture.num_heads,
+        num_key_value_heads=architecture.num_kv_heads,
         tie_word_embeddings=True,
     )
     return LlamaForCausalLM(config)
 
 
 def test_parameters_are_those_of_a_llama() -> None:
-    assert parameters(SMALL, 101) == llama(SMALL, 101).num_parameters()
+    assert num_parameters(SMALL, 101) == llama(SMALL, 101).num_parameters()
 
 
 def test_flops_are_what_torch_counts_for_full_attention() -> None:
@@ -41,7 +41,7 @@ def test_flops_are_what_torch_counts_for_full_attention() -> None:
     )
     with FlopCounterMode(display=False) as counted, torch.no_grad():
         model(torch.zeros(1, length, dtype=torch.long))
-    ours = training_flops(SMALL, 101, positions=length, seen_keys=3 * length * length)
+    ours = training_flops(SMALL, 101, positions=length, num_visible_keys=3 * length * length)
     assert ours == pytest.approx(3 * counted.get_total_flops(), rel=1e-6)
 
 
@@ -51,8 +51,8 @@ def test_parameters_are_those_of_a_mixtral() -> None:
     with torch.device("meta"):
         model = MixtralForCausalLM(config)
     architecture = architecture_of(config.to_dict())
-    assert parameters(architecture, 32_000) == model.num_parameters() == 46_702_792_704
-    assert active_parameters(architecture, 32_000) == pytest.approx(12.9e9, rel=2e-3)
+    assert num_parameters(architecture, 32_000) == model.num_parameters() == 46_702_792_704
+    assert num_active_parameters(architecture, 32_000) == pytest.approx(12.9e9, rel=2e-3)
 
 
 def test_flops_of_experts_are_what_torch_counts() -> None:
@@ -67,7 +67,7 @@ def test_flops_of_experts_are_what_torch_counts() -> None:
     with FlopCounterMode(display=False) as counted, torch.no_grad():
         model(torch.arange(length)[None])
     architecture = architecture_of(config.to_dict())
-    ours = training_flops(architecture, 101, positions=length, seen_keys=3 * length * length)
+    ours = training_flops(architecture, 101, positions=length, num_visible_keys=3 * length * length)
     assert ours == pytest.approx(3 * counted.get_total_flops(), rel=1e-6)
 
 
@@ -75,9 +75,14 @@ def test_a_layer_with_a_window_sees_fewer_keys() -> None:
     """Five layers with a window to one without, over a prefix of 5 in rows of 9."""
     model = Architecture.model_validate(
         SMALL.model_dump()
-        | {"layers": 6, "sliding_window": 3, "global_every": 6, "local_rope_base": 100}
+        | {
+            "num_layers": 6,
+            "sliding_window": 3,
+            "sliding_window_pattern": 6,
+            "local_rope_theta": 100,
+        }
     )
-    hi = np.maximum(np.arange(1, 10, dtype=np.int32), 5)[None].repeat(2, axis=0)
-    pairs = [(query, key) for query in range(9) for key in range(hi[0, query])]
+    kv_end = np.maximum(np.arange(1, 10, dtype=np.int32), 5)[None].repeat(2, axis=0)
+    pairs = [(query, key) for query in range(9) for key in range(kv_end[0, query])]
     near = [(query, key) for query, key in pairs if abs(query - key) < 3]
-    assert seen_keys(model, 0 * hi, hi) == 2 * (len(pairs) + 5 * len(near))
+    assert num_visible_keys(model, 0 * kv_end, kv_end) == 2 * (len(pairs) + 5 * len(near))

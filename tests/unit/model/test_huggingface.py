@@ -67,7 +67,7 @@ def one_shard(folder: Path) -> Path:
 def test_a_whole_model_is_described(llama: Path) -> None:
     text = describe(str(llama))
     assert f"parameters ({random_model('Llama 2').num_parameters():,})" in text
-    assert "#   embedding_rows: 500" in text
+    assert "#   num_embeddings: 500" in text
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def gemma_config(folder: Path, **changes: Any) -> Path:  # noqa: ANN401  any JSO
 def test_the_published_keys_of_gemma_3_are_read(tmp_path: Path) -> None:
     found = read_config(gemma_config(tmp_path))
     assert found.windows == (*4 * (*5 * (512,), None), 512, 512)
-    assert (found.rope_base, found.local_rope_base) == (1_000_000, 10_000)
+    assert (found.rope_theta, found.local_rope_theta) == (1_000_000, 10_000)
     stretched = gemma_config(tmp_path, rope_scaling={"rope_type": "linear", "factor": 8.0})
     assert read_config(stretched).rope_scaling == RopeScaling(kind="linear", factor=8)
 
@@ -213,7 +213,7 @@ def recipe_file(folder: Path, base: Path, text: str = "") -> Path:
     file = folder / "recipe.yaml"
     file.write_text(
         f"name: continued\nstorage: {folder}\nbase: {{hf: {base}}}\n"
-        "training: {steps: 2, global_batch_rows: 2}\nvalidation: {rows: 2}\n"
+        "training: {steps: 2, global_batch_size: 2}\nvalidation: {num_rows: 2}\n"
         f"objective: {{sequence_length: 64}}\n{text}"
     )
     return file
@@ -221,10 +221,17 @@ def recipe_file(folder: Path, base: Path, text: str = "") -> Path:
 
 def test_a_recipe_takes_model_and_tokenizer_from_its_base(llama: Path, tmp_path: Path) -> None:
     recipe = load(recipe_file(tmp_path, llama), (), Recipe, described_by_base)
-    assert (recipe.model.layers, recipe.model.embedding_rows, recipe.model.tied) == (2, 500, False)
+    assert (recipe.model.num_layers, recipe.model.num_embeddings, recipe.model.tie_embeddings) == (
+        2,
+        500,
+        False,
+    )
     assert recipe.data.tokenizer == llama / "tokenizer.json"
     again = load(
-        recipe_file(tmp_path, llama, "model: {layers: 2, heads: 4}"), (), Recipe, described_by_base
+        recipe_file(tmp_path, llama, "model: {num_layers: 2, num_heads: 4}"),
+        (),
+        Recipe,
+        described_by_base,
     )
     assert again == recipe
 
@@ -232,8 +239,8 @@ def test_a_recipe_takes_model_and_tokenizer_from_its_base(llama: Path, tmp_path:
 def test_a_recipe_whose_model_is_another_than_its_bases_is_refused(
     llama: Path, tmp_path: Path
 ) -> None:
-    file = recipe_file(tmp_path, llama, "model: {layers: 3}")
-    with pytest.raises(RecipeError, match=r"model.layers=3: base.hf=.* has 2"):
+    file = recipe_file(tmp_path, llama, "model: {num_layers: 3}")
+    with pytest.raises(RecipeError, match=r"model.num_layers=3: base.hf=.* has 2"):
         load(file, (), Recipe, described_by_base)
 
 
@@ -271,14 +278,18 @@ def test_a_base_of_no_known_kind_is_refused(tmp_path: Path, base: object, messag
         ({"activation": "gelu"}, r"model.activation=gelu: LlamaForCausalLM.* has swiglu"),
         ({"family": "qwen2"}, r"model.bias=None: Qwen2ForCausalLM.* has qkv"),
         ({"family": "mistral", "logit_scale": 0.5}, r"model.logit_scale=0.5: Mistral"),
-        ({"family": "gpt2", "positions": 64}, r"model\.\w+=.*GPT2LMHeadModel"),
-        (GEMMA_3 | {"family": "mistral"}, r"model\.global_every=2: MistralForCausalLM.* has 1"),
+        ({"family": "gpt2", "max_position_embeddings": 64}, r"model\.\w+=.*GPT2LMHeadModel"),
+        (
+            GEMMA_3 | {"family": "mistral"},
+            r"model\.sliding_window_pattern=2: MistralForCausalLM.* has 1",
+        ),
         (GEMMA_3 | {"query_pre_attn_scalar": None}, "model.query_pre_attn_scalar=None: Gemma3"),
         (
-            GEMMA_3 | {"global_every": 1, "local_rope_base": None, "sliding_window": None},
+            GEMMA_3
+            | {"sliding_window_pattern": 1, "local_rope_theta": None, "sliding_window": None},
             "model.family=gemma3_text: Gemma3ForCausalLM is no such model: layer_types=",
         ),
-        (GEMMA_3 | {"rope_share": 0.5}, "is no such model: .* no partial_rotary_factor"),
+        (GEMMA_3 | {"rotary_percent": 0.5}, "is no such model: .* no partial_rotary_factor"),
     ],
 )
 def test_a_model_that_its_family_does_not_compute_is_refused(
@@ -292,16 +303,22 @@ def test_a_model_that_its_family_does_not_compute_is_refused(
 @pytest.mark.parametrize(
     "settings",
     [
-        {"head_size": 12, "rope_scaling": {"factor": 8, "original_positions": 64}},
-        {"family": "qwen3", "query_key_norm": "head"},  # heads of hidden_size / heads, no default
+        {"head_size": 12, "rope_scaling": {"factor": 8, "original_max_position_embeddings": 64}},
+        {"family": "qwen3", "qk_norm": "head"},  # heads of hidden_size / heads, no default
         GEMMA_3 | {"rope_scaling": {"kind": "linear", "factor": 8}},
     ],
 )
 def test_a_written_configuration_is_read_back(settings: dict[str, Any]) -> None:
     from transformers import AutoConfig
 
-    sizes = {"layers": 5, "hidden_size": 32, "ffn_hidden_size": 48, "heads": 4, "kv_heads": 2}
-    sizes |= {"embedding_rows": 99, "positions": 7}
+    sizes = {
+        "num_layers": 5,
+        "hidden_size": 32,
+        "ffn_hidden_size": 48,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+    }
+    sizes |= {"num_embeddings": 99, "max_position_embeddings": 7}
     written = Architecture.model_validate(sizes | settings)
     config = AutoConfig.for_model(**config_of(written, positions=5, rows=99))
     assert architecture_of(config.to_dict()) == written

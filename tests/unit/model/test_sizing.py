@@ -15,11 +15,11 @@ from ul2r.model.sizing import GIB, expected_seconds, kept_passes, pipeline_bubbl
 from ul2r.testing.recipes import tiny_recipe
 
 LLAMA_3_8B = {
-    "layers": 32,
+    "num_layers": 32,
     "hidden_size": 4096,
     "ffn_hidden_size": 14336,
-    "heads": 32,
-    "kv_heads": 8,
+    "num_heads": 32,
+    "num_kv_heads": 8,
 }
 LLAMA_3_VOCABULARY = 128_256
 LLAMA_3_8B_PARAMETERS = 8_030_261_248  # of the published checkpoint, whose output matrix is its own
@@ -30,9 +30,9 @@ def llama(**changes: Any) -> Recipe:  # noqa: ANN401  sections of a recipe
     settings: dict[str, Any] = {
         "model": LLAMA_3_8B,
         "objective": {"sequence_length": 2048},
-        "data": {"sentinels": 256},
-        "training": {"steps": 100, "global_batch_rows": 64, "microbatch_rows": 1},
-        "validation": {"rows": 64},
+        "data": {"num_sentinels": 256},
+        "training": {"steps": 100, "global_batch_size": 64, "micro_batch_size": 1},
+        "validation": {"num_rows": 64},
         "launch": {**ON_GPU, "device_memory_gib": 10_000},
     }
     for section, values in changes.items():
@@ -43,19 +43,21 @@ def llama(**changes: Any) -> Recipe:  # noqa: ANN401  sections of a recipe
 def test_parameters_are_those_of_the_published_model_but_for_its_second_embedding() -> None:
     embedding = LLAMA_3_VOCABULARY * 4096
     sizing = size_run(llama(), LLAMA_3_VOCABULARY)
-    assert sizing.parameters == LLAMA_3_8B_PARAMETERS - embedding
-    assert [stage.parameters for stage in sizing.stages] == [sizing.parameters]
-    first, last = size_run(llama(parallel={"workers": 2, "pipeline": 2}), LLAMA_3_VOCABULARY).stages
-    assert first.parameters + last.parameters == LLAMA_3_8B_PARAMETERS
+    assert sizing.num_parameters == LLAMA_3_8B_PARAMETERS - embedding
+    assert [stage.num_parameters for stage in sizing.stages] == [sizing.num_parameters]
+    first, last = size_run(
+        llama(parallel={"num_workers": 2, "pipeline": 2}), LLAMA_3_VOCABULARY
+    ).stages
+    assert first.num_parameters + last.num_parameters == LLAMA_3_8B_PARAMETERS
 
 
 @pytest.mark.parametrize("data", [1, 8])
 def test_model_state_has_the_bytes_that_megatron_documents(data: int) -> None:
     """Distributed optimizer, bf16 weights and fp32 gradients: 6 + 12/d bytes a parameter."""
-    (stage,) = size_run(llama(parallel={"workers": data}), LLAMA_3_VOCABULARY).stages
+    (stage,) = size_run(llama(parallel={"num_workers": data}), LLAMA_3_VOCABULARY).stages
     memory = stage.memory
     state = memory.weights + memory.gradients + memory.optimizer
-    assert state / stage.parameters == pytest.approx(6 + 12 / data, rel=1e-6)
+    assert state / stage.num_parameters == pytest.approx(6 + 12 / data, rel=1e-6)
 
 
 Pass = tuple[str, int, int]
@@ -130,7 +132,7 @@ def test_bubble_is_that_of_a_simulated_schedule(
 def test_passes_kept_are_the_most_that_a_stage_has_gone_forward_and_not_back(
     stages: int, microbatches: int, chunks: int
 ) -> None:
-    parallel = Parallel(workers=stages, pipeline=stages, virtual_stages=chunks)
+    parallel = Parallel(num_workers=stages, pipeline=stages, virtual_stages=chunks)
     for stage in range(stages):
         kept, most = 0, 0
         for what, _, _ in plan(stages, stage, microbatches, chunks):
@@ -141,7 +143,9 @@ def test_passes_kept_are_the_most_that_a_stage_has_gone_forward_and_not_back(
 
 def test_early_stages_keep_more_microbatches_but_never_more_than_there_are() -> None:
     def kept(rows: int) -> list[float]:
-        recipe = llama(parallel={"workers": 4, "pipeline": 4}, training={"global_batch_rows": rows})
+        recipe = llama(
+            parallel={"num_workers": 4, "pipeline": 4}, training={"global_batch_size": rows}
+        )
         return [stage.microbatches for stage in size_run(recipe, LLAMA_3_VOCABULARY).stages]
 
     assert kept(64) == [4, 3, 2, 1]
@@ -166,15 +170,15 @@ def test_what_is_computed_again_is_not_kept() -> None:
 def test_sequence_parallelism_divides_what_tensor_ranks_had_whole() -> None:
     """Korthikanti et al. 2022, 4.2.2: then everything that a layer keeps but its mask is divided by t."""
     causes = {"training": {"recompute": "selective"}}  # keeps no mask in layers
-    one = activations(parallel={"workers": 1}, **causes)
-    eight = {"workers": 8, "tensor": 8}
+    one = activations(parallel={"num_workers": 1}, **causes)
+    eight = {"num_workers": 8, "tensor": 8}
     cut = activations(parallel=eight | {"sequence_parallel": True}, **causes)
     assert cut == pytest.approx(one / 8, rel=0.05)
     assert activations(parallel=eight, **causes) > 2 * cut
 
 
 def test_logits_are_on_the_last_stage_in_both_precisions() -> None:
-    parallel = {"workers": 4, "tensor": 2, "pipeline": 2}
+    parallel = {"num_workers": 4, "tensor": 2, "pipeline": 2}
     first, last = size_run(llama(parallel=parallel), LLAMA_3_VOCABULARY).stages
     assert first.memory.logits == 0
     assert last.memory.logits == 2048 * LLAMA_3_VOCABULARY // 2 * (4 + 2)
@@ -182,7 +186,7 @@ def test_logits_are_on_the_last_stage_in_both_precisions() -> None:
 
 def test_time_is_flops_over_what_the_devices_reach() -> None:
     launch = {"device_peak_tflops": 100, "assumed_mfu": 0.5}
-    recipe = tiny_recipe(Path("runs"), parallel={"workers": 2}, launch=launch)
+    recipe = tiny_recipe(Path("runs"), parallel={"num_workers": 2}, launch=launch)
     assert expected_seconds(recipe, 1e16) == pytest.approx(100)
     assert expected_seconds(tiny_recipe(Path("runs")), 1e16) is None
 
@@ -196,20 +200,20 @@ def test_what_a_device_cannot_hold_is_refused_with_every_kind() -> None:
         in str(caught.value)
     )
     assert str(caught.value).endswith(
-        "its device has launch.device_memory_gib=76: raise parallel.tensor, parallel.pipeline or parallel.workers"
+        "its device has launch.device_memory_gib=76: raise parallel.tensor, parallel.pipeline or parallel.num_workers"
     )
 
 
 def test_activations_too_many_are_refused_with_what_makes_them_fewer() -> None:
     recipe = llama(
-        parallel={"workers": 8, "tensor": 8},
-        training={"microbatch_rows": 64},
+        parallel={"num_workers": 8, "tensor": 8},
+        training={"micro_batch_size": 64},
         launch={"device_memory_gib": 80},
     )
     with pytest.raises(RecipeError) as caught:
         size_run(recipe, LLAMA_3_VOCABULARY)
     assert str(caught.value).endswith(
-        "set training.recompute=full, raise parallel.tensor, or lower training.microbatch_rows=64 or "
+        "set training.recompute=full, raise parallel.tensor, or lower training.micro_batch_size=64 or "
         "objective.sequence_length=2048"
     )
     fits = recipe.model_copy(
@@ -235,8 +239,8 @@ def test_a_cpu_run_is_held_to_no_memory_but_what_it_names() -> None:
 def test_an_embedding_that_tensor_ranks_cannot_share_is_refused() -> None:
     recipe = tiny_recipe(
         Path("runs"),
-        model={"hidden_size": 96, "ffn_hidden_size": 96, "heads": 12, "kv_heads": 3},
-        parallel={"workers": 3, "tensor": 3},
+        model={"hidden_size": 96, "ffn_hidden_size": 96, "num_heads": 12, "num_kv_heads": 3},
+        parallel={"num_workers": 3, "tensor": 3},
     )
     with pytest.raises(RecipeError) as caught:
         size_run(recipe, 500)

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from ul2r.errors import CheckpointError
 from ul2r.model.huggingface import checkpoint_reader as stored_module
-from ul2r.model.huggingface.checkpoint_reader import Piece, Stored, StoredTensor
+from ul2r.model.huggingface.checkpoint_reader import MegatronCheckpointReader, Piece, StoredTensor
 from ul2r.model.huggingface.writing import StreamedTensor, write_weights
 
 
@@ -62,7 +62,7 @@ def saved(tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
     numbers = torch.Generator().manual_seed(0)
     tensors = {
         f"{name}.{type_}": torch.randn(shape, generator=numbers).to(type_)
-        for name, shape in {"odd": (7, 3), "vector": (5,), "layers": (3, 4, 9)}.items()
+        for name, shape in {"odd": (7, 3), "vector": (5,), "num_layers": (3, 4, 9)}.items()
         for type_ in (torch.bfloat16, torch.float32)
     }
     tensors["transposed"] = torch.randn(6, 4, generator=numbers).t()
@@ -73,7 +73,7 @@ def saved(tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
 
 def test_a_checkpoint_is_read_as_torch_wrote_it(saved: tuple[Path, dict[str, Tensor]]) -> None:
     folder, tensors = saved
-    stored = Stored(folder)
+    stored = MegatronCheckpointReader(folder)
     for name, tensor in tensors.items():
         assert stored.dtype(name) == tensor.dtype
         assert torch.equal(stored.read(name), tensor), name

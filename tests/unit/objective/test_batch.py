@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ul2r.config import Causal, Denoiser, Fim, Objective, Prefix, SpanCorruption
-from ul2r.objective import Rows, Vocabulary, make_rows
+from ul2r.objective import Batch, Vocabulary, build_batch
 from ul2r.objective.batch import row_bytes
 from ul2r.testing.corpus import counted_text
 from ul2r.testing.reference import reference_row
@@ -34,8 +34,8 @@ denoisers = st.one_of(
     st.builds(
         SpanCorruption,
         name=st.just("R"),
-        mean_span=st.floats(1, 64),
-        rate=st.floats(0.05, 0.95),
+        mean_noise_span_length=st.floats(1, 64),
+        noise_density=st.floats(0.05, 0.95),
         mode=st.just("NLU"),
         weight=st.just(1),
     ),
@@ -48,8 +48,8 @@ all_denoisers = st.one_of(
     st.builds(
         SpanCorruption,
         name=st.just("R"),
-        mean_span=st.floats(1, 64),
-        rate=st.floats(0.05, 0.95),
+        mean_noise_span_length=st.floats(1, 64),
+        noise_density=st.floats(0.05, 0.95),
         mode=st.just("NLU"),
         weight=st.floats(0.1, 3),
         whole_row=st.booleans(),
@@ -57,7 +57,7 @@ all_denoisers = st.one_of(
     st.builds(
         Prefix,
         weight=st.just(2),
-        rate=st.none() | st.floats(0.05, 0.95),
+        noise_density=st.none() | st.floats(0.05, 0.95),
         sentinel=st.booleans(),
         whole_row=st.booleans(),
     ),
@@ -90,8 +90,8 @@ def objectives(draw: st.DrawFn) -> Objective:
 
 def rows_of(
     objective: Objective, rows: range, seed: int = 1, vocabulary: Vocabulary = VOCABULARY
-) -> Rows:
-    return make_rows(
+) -> Batch:
+    return build_batch(
         rows,
         objective=objective,
         vocabulary=vocabulary,
@@ -100,18 +100,18 @@ def rows_of(
     )
 
 
-def slots_of(objective: Objective, rows: Rows) -> list[tuple[dict[str, list[int]], Denoiser, int]]:
+def slots_of(objective: Objective, rows: Batch) -> list[tuple[dict[str, list[int]], Denoiser, int]]:
     """Each slot's used columns, its denoiser and the number of its first position."""
     found = []
     for row in range(len(rows)):
         for begin in range(0, objective.sequence_length, objective.slot_length):
-            denoiser = objective.mixture[rows.denoiser[row, begin]]
+            denoiser = objective.mixture[rows.denoiser_ids[row, begin]]
             here = slice(begin, begin + objective.slot_length)
-            used = int((rows.denoiser[row, here] >= 0).sum())
+            used = int((rows.denoiser_ids[row, here] >= 0).sum())
             columns = {
                 name: array[row, begin : begin + used].tolist()
                 for name, array in rows.arrays().items()
-                if name != "sample"
+                if name != "sample_ids"
             }
             found.append((columns, denoiser, begin))
     return found
@@ -129,13 +129,13 @@ def first_target(columns: dict[str, list[int]], denoiser: Denoiser) -> int:
 
 def test_worked_example_in_the_docstring_is_what_is_made() -> None:
     mixture = (
-        SpanCorruption(name="R", mean_span=1, rate=0.4, mode="NLU", weight=1),
+        SpanCorruption(name="R", mean_noise_span_length=1, noise_density=0.4, mode="NLU", weight=1),
         Prefix(weight=1),
     )
     names = ["eos", "NLU", "S2S", "<0>", "<1>", *"abcdefghijklmnopq"]
     letters = {name: number for number, name in enumerate(names)}
 
-    rows = make_rows(
+    rows = build_batch(
         [0],
         objective=Objective(mixture=mixture, sequence_length=24, slots_per_row=2),
         vocabulary=Vocabulary(
@@ -148,13 +148,13 @@ def test_worked_example_in_the_docstring_is_what_is_made() -> None:
         windows=counted_text(lambda sample: letters["ag"[sample]]),
     )
     drawn = {}
-    for line in (inspect.getdoc(make_rows) or "").splitlines():
+    for line in (inspect.getdoc(build_batch) or "").splitlines():
         name, *cells = line.split() or [""]
         if len(cells) == 24:
             drawn[name] = [int(c) if c.lstrip("-").isdecimal() else letters[c] for c in cells]
     arrays = rows.arrays()
-    assert rows.sample.tolist() == [[0, 1]]
-    assert list(drawn) == [name for name in arrays if name != "sample"]
+    assert rows.sample_ids.tolist() == [[0, 1]]
+    assert list(drawn) == [name for name in arrays if name != "sample_ids"]
     for name, expected in drawn.items():
         assert arrays[name][0].tolist() == expected, name
 
@@ -221,8 +221,8 @@ def test_intervals_are_the_masks_worked_out_pair_by_pair(objective: Objective, s
     for row in range(2):
         here = slice(row * size, (row + 1) * size)
         keys = np.arange(size)
-        found = (rows.lo[row][:, None] <= keys) & (keys < rows.hi[row][:, None])
-        padding = rows.denoiser[row] < 0
+        found = (rows.kv_start[row][:, None] <= keys) & (keys < rows.kv_end[row][:, None])
+        padding = rows.denoiser_ids[row] < 0
         assert (found[padding] == np.eye(size, dtype=bool)[padding]).all()
         assert (found[~padding] == sees[here, here][~padding]).all()
         assert not sees[here, : here.start].any(), "the oracle itself keeps rows apart"
@@ -233,11 +233,11 @@ def test_intervals_are_the_masks_worked_out_pair_by_pair(objective: Objective, s
 def test_no_position_with_loss_sees_its_labels_token(objective: Objective, seed: int) -> None:
     rows = rows_of(objective, range(2), seed)
     for row, place in np.argwhere(rows.loss_mask).tolist():
-        lo, hi = rows.lo[row, place], rows.hi[row, place]
+        kv_start, kv_end = rows.kv_start[row, place], rows.kv_end[row, place]
         label = rows.labels[row, place]
         if label >= TEXT:
-            assert label not in rows.tokens[row, lo:hi]
-        assert hi <= place + 1
+            assert label not in rows.tokens[row, kv_start:kv_end]
+        assert kv_end <= place + 1
 
 
 @given(objectives(), st.integers(0, 2**63 - 1))
@@ -245,10 +245,10 @@ def test_no_position_with_loss_sees_its_labels_token(objective: Objective, seed:
 def test_slots_are_filled_to_within_two_positions(objective: Objective, seed: int) -> None:
     rows = rows_of(objective, range(3), seed)
     place = np.arange(objective.sequence_length)
-    assert (rows.position == place % objective.slot_length).all()
+    assert (rows.position_ids == place % objective.slot_length).all()
     for columns, _, _ in slots_of(objective, rows):
         assert objective.slot_length - 2 <= len(columns["tokens"]) <= objective.slot_length
-    padding = rows.denoiser < 0
+    padding = rows.denoiser_ids < 0
     assert (rows.tokens[padding] == VOCABULARY.eos).all()
     assert not rows.labels[padding].any()
     assert not rows.loss_mask[padding].any()
@@ -261,7 +261,7 @@ def test_slots_hold_their_own_samples(objective: Objective, seed: int, row: int)
     slots = objective.slots_per_row
     rows = rows_of(objective, range(row, row + 2), seed)
     samples = range(row * slots, (row + 2) * slots)
-    assert rows.sample.ravel().tolist() == list(samples)
+    assert rows.sample_ids.ravel().tolist() == list(samples)
     for sample, (columns, _, _) in zip(samples, slots_of(objective, rows), strict=True):
         text = [token for token in columns["tokens"] if token >= TEXT]
         assert text
@@ -291,9 +291,11 @@ def test_other_seeds_give_other_rows() -> None:
 
 def test_slots_of_one_row_are_masked_differently() -> None:
     """One random key for a whole packed row gave all of its examples the same spans (marin)."""
-    mixture = (SpanCorruption(name="R", mean_span=3, rate=0.3, mode="NLU", weight=1),)
+    mixture = (
+        SpanCorruption(name="R", mean_noise_span_length=3, noise_density=0.3, mode="NLU", weight=1),
+    )
     objective = Objective(mixture=mixture, sequence_length=256, slots_per_row=4)
-    rows = make_rows(
+    rows = build_batch(
         range(8),
         objective=objective,
         vocabulary=VOCABULARY,
@@ -308,8 +310,8 @@ def test_slots_of_one_row_never_see_each_other() -> None:
     objective = Objective(sequence_length=512, slots_per_row=4)
     rows = rows_of(objective, range(16))
     slot = np.arange(512) // 128 * 128
-    assert (rows.lo >= slot).all()
-    assert (rows.hi <= slot + 128).all()
+    assert (rows.kv_start >= slot).all()
+    assert (rows.kv_end <= slot + 128).all()
 
 
 def test_rows_have_no_square_masks() -> None:
@@ -324,11 +326,11 @@ EXPECTED_TYPES = {
     "tokens": np.int32,
     "labels": np.int32,
     "loss_mask": np.uint8,
-    "lo": np.int32,
-    "hi": np.int32,
-    "position": np.int32,
-    "denoiser": np.int8,
-    "sample": np.int64,
+    "kv_start": np.int32,
+    "kv_end": np.int32,
+    "position_ids": np.int32,
+    "denoiser_ids": np.int8,
+    "sample_ids": np.int64,
 }
 
 
@@ -337,14 +339,14 @@ def test_arrays_have_their_shapes_and_types(name: str, dtype: type[np.generic]) 
     rows = rows_of(Objective(sequence_length=256, slots_per_row=2), range(3))
     array: npt.NDArray[Any] = rows.arrays()[name]
     assert array.dtype == dtype
-    assert array.shape == (3, 2 if name == "sample" else 256)
+    assert array.shape == (3, 2 if name == "sample_ids" else 256)
 
 
 def test_slices_and_arrays_of_rows_are_rows() -> None:
     rows = rows_of(Objective(sequence_length=256), range(5))
-    part = Rows.from_arrays(rows.arrays())[1:3]
+    part = Batch.from_arrays(rows.arrays())[1:3]
     assert (len(rows), len(part)) == (5, 2)
-    assert part.sample.tolist() == [[1], [2]]
+    assert part.sample_ids.tolist() == [[1], [2]]
 
 
 @given(objectives(), st.integers(0, 2**40))
@@ -354,7 +356,7 @@ def test_causal_attention_changes_what_is_seen_and_nothing_else(
     causal = objective.model_copy(update={"attention": "causal"})
     made, ours = rows_of(objective, range(row, row + 2)), rows_of(causal, range(row, row + 2))
     place = np.arange(objective.sequence_length)
-    assert (ours.hi == place + 1).all()
+    assert (ours.kv_end == place + 1).all()
     for name, array in made.arrays().items():
-        if name != "hi":
+        if name != "kv_end":
             np.testing.assert_array_equal(ours.arrays()[name], array)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ul2r.config import Causal, Denoiser, Fim, Objective, Prefix, SpanCorruption
-from ul2r.objective import Vocabulary, make_rows
+from ul2r.objective import Vocabulary, build_batch
 from ul2r.testing.corpus import counted_text
 
 TEXT = 1000
@@ -23,8 +23,8 @@ VOCABULARY = Vocabulary(
 corruptions = st.builds(
     SpanCorruption,
     name=st.just("R"),
-    mean_span=st.floats(1, 64),
-    rate=st.floats(0.01, 0.99),
+    mean_noise_span_length=st.floats(1, 64),
+    noise_density=st.floats(0.01, 0.99),
     mode=st.sampled_from(["NLU", "NLG"]),
     weight=st.just(1),
 )
@@ -56,19 +56,19 @@ def example_of(
 ) -> Example:
     """The example of a sample in a row of `room` positions."""
     objective = Objective(mixture=(denoiser,), sequence_length=room, eos_after_inputs=closed)
-    rows = make_rows(
+    rows = build_batch(
         [sample],
         objective=objective,
         vocabulary=vocabulary,
         seed=seed,
         windows=counted_text(lambda _: TEXT),
     )
-    used = int((rows.denoiser >= 0).sum())
+    used = int((rows.denoiser_ids >= 0).sum())
     tokens = [*rows.tokens[0, :used].tolist(), int(rows.labels[0, used - 1])]
     first = int(rows.loss_mask[0].argmax())
     raw_length = objective.raw_length(denoiser)
     assert len(tokens) == denoiser.example_length(raw_length, 1 + closed)
-    return Example(tokens, 0 if first == 0 and rows.hi[0, 0] == 1 else first + 1, raw_length)
+    return Example(tokens, 0 if first == 0 and rows.kv_end[0, 0] == 1 else first + 1, raw_length)
 
 
 def runs(tokens: list[int]) -> tuple[list[list[int]], list[int]]:
@@ -100,7 +100,7 @@ def test_span_corruption_gives_the_whole_window_back(
     masked, target_sentinels = runs(targets)
     assert input_sentinels == target_sentinels == list(VOCABULARY.sentinels[: len(kept) - 1])
     assert len(input_sentinels) == denoiser.spans(example.raw_length)
-    assert sum(map(len, masked)) == denoiser.noise_tokens(example.raw_length)
+    assert sum(map(len, masked)) == denoiser.num_noise_tokens(example.raw_length)
     assert kept.pop() == [], "inputs end in a sentinel: the last token is masked"
     assert masked.pop(0) == [], "targets begin with a sentinel"
     assert all(kept), "a token is kept before each span, the first token always"
@@ -129,7 +129,7 @@ def test_prefix_gives_the_whole_window_back(
 
 @given(rooms, st.floats(0.01, 0.99), seeds)
 def test_prefix_of_a_rate_predicts_that_share(room: int, rate: float, seed: int) -> None:
-    example = example_of(Prefix(weight=1, rate=rate), room, seed)
+    example = example_of(Prefix(weight=1, noise_density=rate), room, seed)
     targets = len(example.tokens) - example.inputs - 1
     assert targets == min(max(round(example.raw_length * rate), 1), example.raw_length - 1)
 
@@ -168,7 +168,7 @@ def test_prefix_lengths_are_uniform() -> None:
 @pytest.mark.parametrize(
     "denoiser",
     [
-        SpanCorruption(name="R", mean_span=3, rate=0.3, mode="NLU", weight=1),
+        SpanCorruption(name="R", mean_noise_span_length=3, noise_density=0.3, mode="NLU", weight=1),
         Prefix(weight=1),
     ],
 )
@@ -185,6 +185,8 @@ def test_other_seeds_and_samples_fall_elsewhere(denoiser: Denoiser) -> None:
 def test_more_spans_than_sentinels_are_an_error_of_ours() -> None:
     """Never an ordinary subword, the last sentinel again, or one modulo their number (UL2R.md, traps)."""
     few = Vocabulary(size=10_000, eos=7, modes=VOCABULARY.modes, sentinels=(4, 5, 6))
-    dense = SpanCorruption(name="X", mean_span=3, rate=0.5, mode="NLG", weight=1)
+    dense = SpanCorruption(
+        name="X", mean_noise_span_length=3, noise_density=0.5, mode="NLG", weight=1
+    )
     with pytest.raises(AssertionError, match="more spans than sentinels"):
         example_of(dense, 50, vocabulary=few)

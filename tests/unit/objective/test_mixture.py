@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ul2r.config import PRESETS, Denoiser, Objective
-from ul2r.objective import Vocabulary, make_rows
+from ul2r.objective import Vocabulary, build_batch
 from ul2r.testing.corpus import counted_text
 
 VOCABULARY = Vocabulary(
@@ -20,7 +20,7 @@ VOCABULARY = Vocabulary(
 
 def choices(mixture: Sequence[Denoiser], rows: int, seed: int = 1, slots: int = 1) -> list[int]:
     """The denoisers of the first samples, by index."""
-    made = make_rows(
+    made = build_batch(
         range(rows),
         objective=Objective(
             mixture=tuple(mixture), sequence_length=32 * slots, slots_per_row=slots
@@ -29,8 +29,8 @@ def choices(mixture: Sequence[Denoiser], rows: int, seed: int = 1, slots: int = 
         seed=seed,
         windows=counted_text(lambda _: 1000),
     )
-    first = made.denoiser[:, :: made.denoiser.shape[1] // slots]
-    found: list[int] = first[made.sample >= 0].tolist()
+    first = made.denoiser_ids[:, :: made.denoiser_ids.shape[1] // slots]
+    found: list[int] = first[made.sample_ids >= 0].tolist()
     return found
 
 

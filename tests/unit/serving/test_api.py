@@ -76,7 +76,7 @@ def test_the_card_says_what_may_be_asked(client: TestClient) -> None:
         "modes": ["NLG", "NLU", "S2S"],
         "tokens": 3000,
         "flops": 3e9,
-        "limits": {"positions": 128, "slots": 7, "default_max_tokens": 64},
+        "limits": {"max_position_embeddings": 128, "slots": 7, "default_max_tokens": 64},
     }
 
 

@@ -10,17 +10,22 @@ import torch
 
 from ul2r.config.optimizer import Optimizer
 from ul2r.testing.recipes import tiny_recipe
-from ul2r.train.optimizer import Schedule
+from ul2r.train.optimizer import LearningRateSchedule
 
 HIGH, LOW = 1e-2, 1e-3
 
 
 def rates(steps: int = 20, **optimizer: object) -> list[float]:
     """The rate of each step; a fifth of them warm up."""
-    settings = {"learning_rate": HIGH, "final_learning_rate": LOW, "warmup_share": 0.2, **optimizer}
+    settings = {
+        "learning_rate": HIGH,
+        "final_learning_rate": LOW,
+        "warmup_fraction": 0.2,
+        **optimizer,
+    }
     recipe = tiny_recipe(Path("runs"), training={"steps": steps}, optimizer=settings)
     optimizer_ = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
-    schedule, found = Schedule(recipe, optimizer_), []
+    schedule, found = LearningRateSchedule(recipe, optimizer_), []
     for step in range(steps):
         schedule.set(step)
         found.append(optimizer_.param_groups[0]["lr"])
@@ -44,7 +49,7 @@ def test_warm_up_stable_decay_stays_and_then_falls_by_the_root_of_the_share() ->
     """1 - sqrt of Haegele et al. 2024, arXiv 2405.18392, over a quarter of the steps."""
     fall = [HIGH - (HIGH - LOW) * math.sqrt(step / 5) for step in range(1, 6)]
     expected = WARM_UP + 11 * [HIGH] + fall
-    assert rates(schedule="wsd", decay_share=0.25) == pytest.approx(expected)
+    assert rates(schedule="wsd", decay_fraction=0.25) == pytest.approx(expected)
 
 
 def test_rates_of_a_recipe_that_names_none_are_the_papers() -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from ul2r.config import Recipe, dump
 from ul2r.errors import LayoutError
-from ul2r.workflows.cli import SUBMITTED_VARIABLE, run_job
 from ul2r.testing.recipes import tiny_recipe
+from ul2r.workflows.cli import SUBMITTED_VARIABLE, run_job
 
 
 @pytest.fixture

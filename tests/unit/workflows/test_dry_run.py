@@ -12,11 +12,11 @@ import ray
 
 from ul2r.config import Recipe, load
 from ul2r.data.sampling.batches import Batches
-from ul2r.data.store.dataset import open_corpus
+from ul2r.data.store.dataset import open_dataset
 from ul2r.errors import CheckpointError, CorpusError, RecipeError
-from ul2r.workflows.dry_run import dry_run, seen_keys_per_row
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.recipes import tiny_recipe
+from ul2r.workflows.dry_run import dry_run, seen_keys_per_row
 
 RECIPES = Path(__file__).parents[3] / "jobs/recipes"
 
@@ -43,12 +43,12 @@ def test_seen_keys_are_those_of_the_rows_that_are_trained_on(prepared: Path, slo
     recipe = tiny_recipe(
         prepared,
         objective={"slots_per_row": slots},
-        training={"steps": 4, "global_batch_rows": 32},
-        validation={"rows": 32},
+        training={"steps": 4, "global_batch_size": 32},
+        validation={"num_rows": 32},
     )
-    batches = Batches(recipe, open_corpus(recipe.store_folder))
+    batches = Batches(recipe, open_dataset(recipe.store_folder))
     rows = [batches.rows(step) for step in range(recipe.training.steps)]
-    seen = [4 * int((one.hi - one.lo).sum()) for one in rows]
+    seen = [4 * int((one.kv_end - one.kv_start).sum()) for one in rows]
     assert seen_keys_per_row(recipe) == pytest.approx(np.sum(seen) / (4 * 32))
 
 
@@ -71,7 +71,7 @@ def test_flops_and_time_are_those_of_hand_arithmetic() -> None:
 
 
 def test_parameters_in_use_are_told_of_a_model_with_experts() -> None:
-    experts = {"family": "mixtral", "experts": 8, "experts_per_token": 2}
+    experts = {"family": "mixtral", "num_experts": 8, "num_experts_per_token": 2}
     said = facts(tiny_recipe(Path("runs/unprepared"), model=experts))
     assert "active parameters" not in facts(tiny_recipe(Path("runs/unprepared")))
     every, active = (
@@ -83,7 +83,7 @@ def test_parameters_in_use_are_told_of_a_model_with_experts() -> None:
 
 def test_a_prepared_store_is_checked_and_gives_the_vocabulary(prepared: Path) -> None:
     said = facts(tiny_recipe(prepared, data={"vocabulary_size": 9999}))
-    size = open_corpus(prepared / "store").vocabulary.size
+    size = open_dataset(prepared / "store").vocabulary.size
     assert said["checked"] == "recipe, token store, checkpoints, memory"
     assert said["starts from"] == "initial weights"
     assert said["vocabulary"].startswith(f"{size:,} of the token store, embedding padded to ")
@@ -100,13 +100,13 @@ def test_an_existing_tokenizer_gives_the_vocabulary_before_the_store_is_prepared
     prepared: Path, tmp_path: Path
 ) -> None:
     tokenizer = prepared / "store" / "tokenizer.json"
-    size = open_corpus(prepared / "store").vocabulary.size
+    size = open_dataset(prepared / "store").vocabulary.size
     recipe = tiny_recipe(tmp_path / "other", data={"tokenizer": tokenizer})
     assert facts(recipe)["vocabulary"].startswith(f"{size:,} of {tokenizer}, embedding")
 
 
 def test_the_layout_shows_in_every_line_of_the_stages() -> None:
-    parallel = {"workers": 8, "tensor": 2, "pipeline": 2}
+    parallel = {"num_workers": 8, "tensor": 2, "pipeline": 2}
     text = dry_run(tiny_recipe(Path("runs/unprepared"), parallel=parallel))
     assert "8 = tensor 2 x pipeline 2 x data 2" in text
     assert "2 a step and replica, of 2 x 64 positions" in text
@@ -118,7 +118,7 @@ def test_the_layout_shows_in_every_line_of_the_stages() -> None:
 
 
 def test_chunks_precision_and_recomputation_show() -> None:
-    parallel = {"workers": 4, "tensor": 2, "pipeline": 2, "virtual_stages": 2}
+    parallel = {"num_workers": 4, "tensor": 2, "pipeline": 2, "virtual_stages": 2}
     recipe = tiny_recipe(
         Path("runs/unprepared"),
         parallel=parallel | {"sequence_parallel": True},

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from ul2r.config import Recipe
-from ul2r.data.store.dataset import Corpus
+from ul2r.data.store.dataset import TokenDataset
 from ul2r.evaluation.evaluate import store_scores
 from ul2r.evaluation.scores import Score, Scores
-from ul2r.workflows.model_card import add_scores, write_card
 from ul2r.model.huggingface.exporting import Card
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.models import tiny_export
 from ul2r.testing.recipes import tiny_recipe
+from ul2r.workflows.model_card import add_scores, write_card
 
 CARD = Card("tiny", None, "prefix", True, step=7, tokens=1234, flops=5e9, checkpoint="none")
 
@@ -25,12 +25,12 @@ def scores(loss: float) -> Scores:
 
 
 @pytest.fixture
-def corpus(tmp_path: Path) -> Corpus:
+def dataset(tmp_path: Path) -> TokenDataset:
     return tiny_store(tmp_path / "store", documents=12)
 
 
 @pytest.fixture
-def recipe(tmp_path: Path, corpus: Corpus) -> Recipe:
+def recipe(tmp_path: Path, dataset: TokenDataset) -> Recipe:
     recipe = tiny_recipe(tmp_path)
     tiny_export(folder_of(recipe))
     shutil.copy(tmp_path / "store" / "tokenizer.json", folder_of(recipe))
@@ -41,20 +41,20 @@ def folder_of(recipe: Recipe) -> Path:
     return recipe.run_folder() / "export"
 
 
-def test_card_says_where_the_model_comes_from(recipe: Recipe, corpus: Corpus) -> None:
-    write_card(folder_of(recipe), recipe, corpus, CARD)
+def test_card_says_where_the_model_comes_from(recipe: Recipe, dataset: TokenDataset) -> None:
+    write_card(folder_of(recipe), recipe, dataset, CARD)
     text = (folder_of(recipe) / "README.md").read_text()
     assert "Step 7 of a run on 1,234 row positions and 5e+09 training FLOPs" in text
-    assert f"fingerprint `{corpus.manifest.fingerprint}`" in text
+    assert f"fingerprint `{dataset.manifest.fingerprint}`" in text
     assert "sequence_length: 64" in text
     assert "perplexity" not in text
 
 
 def test_scores_come_into_the_card_and_take_the_place_of_older_ones(
-    recipe: Recipe, corpus: Corpus
+    recipe: Recipe, dataset: TokenDataset
 ) -> None:
     folder = folder_of(recipe)
-    write_card(folder, recipe, corpus, CARD)
+    write_card(folder, recipe, dataset, CARD)
     bare = (folder / "README.md").read_text()
     for loss in (9.5, 8.5):
         add_scores(folder, scores(loss))
@@ -64,13 +64,15 @@ def test_scores_come_into_the_card_and_take_the_place_of_older_ones(
     assert set(bare.splitlines()) < set(text.splitlines()), "nothing else is lost"
 
 
-def test_export_run_again_keeps_the_card_with_its_scores(recipe: Recipe, corpus: Corpus) -> None:
+def test_export_run_again_keeps_the_card_with_its_scores(
+    recipe: Recipe, dataset: TokenDataset
+) -> None:
     folder = folder_of(recipe)
-    write_card(folder, recipe, corpus, CARD)
+    write_card(folder, recipe, dataset, CARD)
     add_scores(folder, scores(8.5))
     before = (folder / "README.md").stat().st_mtime_ns
-    store_scores(recipe, corpus, scores(8.5))
-    write_card(folder, recipe, corpus, CARD)
+    store_scores(recipe, dataset, scores(8.5))
+    write_card(folder, recipe, dataset, CARD)
     assert (folder / "README.md").stat().st_mtime_ns == before
 
 

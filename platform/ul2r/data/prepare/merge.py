@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ul2r.data.store.manifest import STORE_FILES, Manifest, Split, digest
 from ul2r.data.prepare.shards import remove_shard, shard_documents, shard_prefix
+from ul2r.data.store.manifest import STORE_FILES, Manifest, Split, digest
 from ul2r.data.store.token_store import TokenStore, TokenWriter
 from ul2r.errors import CorpusError
 from ul2r.objective.vocabulary import Vocabulary
@@ -26,7 +26,7 @@ HELD_OUT_KEYS = "held_out.npy"
 Keys = npt.NDArray[np.uint64]
 
 
-def join_shards(
+def merge_shards(
     folder: Path,
     shards: int,
     held_out: float,
@@ -54,7 +54,7 @@ def join_shards(
     return manifest
 
 
-def join_first(
+def merge_first(
     work: Path,
     shards: Sequence[int],
     prefix: Path,
@@ -67,7 +67,7 @@ def join_first(
         work: Where the shards are.
         shards: Their numbers.
         prefix: Where its tokens go; what is held out goes beside them.
-        held_out: As in `join_shards`, here of the chapter's documents.
+        held_out: As in `merge_shards`, here of the chapter's documents.
         vocabulary: Of the tokenizer.
 
     Returns:
@@ -82,8 +82,8 @@ def join_first(
     return splits
 
 
-def join_next(work: Path, shards: Sequence[int], prefix: Path, vocabulary: Vocabulary) -> Split:
-    """Join shards to a later chapter; documents that the first one holds out are left out. See `join_first`."""
+def merge_next(work: Path, shards: Sequence[int], prefix: Path, vocabulary: Vocabulary) -> Split:
+    """Join shards to a later chapter; documents that the first one holds out are left out. See `merge_first`."""
     held_out: Keys = np.load(prefix.parent / HELD_OUT_KEYS)
     with TokenWriter(prefix, vocabulary.size) as train:
         text_bytes = 0

@@ -18,16 +18,15 @@ from typing import Any
 
 from ul2r.config import Data, Recipe
 from ul2r.console import progress
-from ul2r.data.prepare.source_files import SourceFile, find_files
 from ul2r.data.prepare.documents import read_documents
-from ul2r.data.prepare.merge import join_shards
-from ul2r.filesystem import locked
-from ul2r.data.store.manifest import ORDER, Manifest, digest
-from ul2r.data.special_tokens import place_special_tokens
-from ul2r.data.store.dataset import BLEND, blend_inputs, open_corpus, write_blend
+from ul2r.data.prepare.merge import merge_shards
 from ul2r.data.prepare.shards import group_files, shard_is_done
-from ul2r.data.prepare.streaming import StreamedStore, stream_groups
+from ul2r.data.prepare.source_files import SourceFile, find_files
+from ul2r.data.prepare.streaming import StreamingStoreBuilder, stream_groups
 from ul2r.data.prepare.tokenize_shards import TOKENIZER_FILE, made_shards
+from ul2r.data.special_tokens import assign_special_tokens
+from ul2r.data.store.dataset import BLEND, blend_inputs, open_dataset, write_blend
+from ul2r.data.store.manifest import ORDER, Manifest, digest
 from ul2r.data.tokenizer import (
     load_tokenizer,
     special_tokens,
@@ -35,6 +34,7 @@ from ul2r.data.tokenizer import (
     vocabulary_of,
 )
 from ul2r.errors import CorpusError, RecipeError, UserError
+from ul2r.filesystem import locked
 from ul2r.objective import Vocabulary
 
 TAKEN = "data.special_tokens"
@@ -63,7 +63,7 @@ def begun(recipe: Recipe) -> Manifest | None:
     store = recipe.store_folder
     if not store.exists():
         return None
-    manifest = open_corpus(store).manifest
+    manifest = open_dataset(store).manifest
     difference = _difference(manifest.inputs, inputs)
     if difference:
         raise CorpusError(
@@ -85,7 +85,7 @@ def prepare(recipe: Recipe) -> Manifest:
     if recipe.data.order == "streamed":
         for _ in _shown(stream(recipe), total_size(recipe)):
             pass
-        return open_corpus(recipe.store_folder).manifest
+        return open_dataset(recipe.store_folder).manifest
     inputs = _inputs(recipe.data)
     work = _work_folder(recipe, inputs)
     with _removed_after_a_mistake(work):
@@ -122,7 +122,9 @@ def stream(recipe: Recipe, cpus: float | None = None) -> Generator[int]:
                 shutil.copyfile(folder / TOKENIZER_FILE, work / TOKENIZER_FILE)
             vocabulary = _tokenizer(work, recipe.data, files)
             groups = stream_groups(files)
-            store = StreamedStore(folder, work, groups, recipe.data.held_out, vocabulary, inputs)
+            store = StreamingStoreBuilder(
+                folder, work, groups, recipe.data.held_out_fraction, vocabulary, inputs
+            )
             yield from store.grow(cpus)
         shutil.rmtree(work)
 
@@ -150,7 +152,7 @@ def _make(
     sizes = (group.size for group in made_shards(groups, work, vocabulary))
     for _ in _shown(accumulate(sizes), sum(group.size for group in groups), already):
         pass
-    return join_shards(work, len(groups), data.held_out, vocabulary, inputs)
+    return merge_shards(work, len(groups), data.held_out_fraction, vocabulary, inputs)
 
 
 def _tokenizer(work: Path, data: Data, files: Sequence[SourceFile]) -> Vocabulary:
@@ -159,12 +161,12 @@ def _tokenizer(work: Path, data: Data, files: Sequence[SourceFile]) -> Vocabular
     if not tokenizer_file.is_file():
         if data.tokenizer is None:
             tokenizer = train_tokenizer(
-                _sample(files), data.vocabulary_size, data.sentinels, data.mode_tokens
+                _sample(files), data.vocabulary_size, data.num_sentinels, data.mode_tokens
             )
         else:
-            tokenizer = place_special_tokens(
+            tokenizer = assign_special_tokens(
                 load_tokenizer(data.tokenizer),
-                data.sentinels,
+                data.num_sentinels,
                 data.mode_tokens,
                 data.special_tokens,
             )
@@ -213,15 +215,15 @@ def _inputs(data: Data) -> dict[str, Any]:
             f"be taken: set {TAKEN} to reserved"
         )
     if data.tokenizer is None:
-        special_tokens(data.sentinels, data.vocabulary_size, data.mode_tokens)
+        special_tokens(data.num_sentinels, data.vocabulary_size, data.mode_tokens)
     else:
         load_tokenizer(data.tokenizer)
     listing = [(file.name, file.size, file.modified_ns) for file in files]
     return {
         "data.corpus": list(data.corpus),
-        "data.held_out": data.held_out,
+        "data.held_out_fraction": data.held_out_fraction,
         "data.mode_tokens": data.mode_tokens,
-        "data.sentinels": data.sentinels,
+        "data.num_sentinels": data.num_sentinels,
         "data.tokenizer": digest(data.tokenizer) if data.tokenizer else None,
         "data.vocabulary_size": None if data.tokenizer else data.vocabulary_size,
         **({ORDER: data.order} if data.order == "streamed" else {}),

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from ul2r.data.prepare.source_files import ONE_DOCUMENT_SUFFIXES, SourceFile, kind
 from ul2r.data.prepare.documents import read_documents
+from ul2r.data.prepare.source_files import ONE_DOCUMENT_SUFFIXES, SourceFile, kind
 from ul2r.data.store.token_store import TokenStore, TokenWriter, suffixed
 from ul2r.data.tokenizer import encode
 from ul2r.errors import CorpusError

@@ -9,13 +9,13 @@ from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ul2r.data.store.segments import chapter_prefix
-from ul2r.data.prepare.source_files import SourceFile
-from ul2r.data.prepare.merge import HELD_OUT_KEYS, can_be_split, join_first, join_next
-from ul2r.data.store.manifest import Chapter, Manifest, Split, digest
+from ul2r.data.prepare.merge import HELD_OUT_KEYS, can_be_split, merge_first, merge_next
 from ul2r.data.prepare.shards import Group, group_files, remove_shard, shard_prefix
-from ul2r.data.store.token_store import TokenStore
+from ul2r.data.prepare.source_files import SourceFile
 from ul2r.data.prepare.tokenize_shards import TOKENIZER_FILE, made_shards
+from ul2r.data.store.manifest import Manifest, Segment, Split, digest
+from ul2r.data.store.segments import chapter_prefix
+from ul2r.data.store.token_store import TokenStore
 from ul2r.errors import UserError
 from ul2r.objective import Vocabulary
 
@@ -35,14 +35,14 @@ def _digest(part: SourceFile) -> bytes:
 
 
 @dataclass
-class StreamedStore:
+class StreamingStoreBuilder:
     """A streamed store in the making.
 
     Attributes:
         folder: Where it is, from its first chapter on.
         work: Where its shards and its tokenizer are.
         groups: What its shards are made of.
-        held_out: See `join_first`.
+        held_out: See `merge_first`.
         vocabulary: Of the tokenizer.
         inputs: See `Manifest`.
     """
@@ -121,7 +121,7 @@ class StreamedStore:
         beside.mkdir()
         shutil.copyfile(self.work / TOKENIZER_FILE, beside / TOKENIZER_FILE)
         prefix = chapter_prefix(beside, 0)
-        train, held_out = join_first(self.work, shards, prefix, self.held_out, self.vocabulary)
+        train, held_out = merge_first(self.work, shards, prefix, self.held_out, self.vocabulary)
         names = (TOKENIZER_FILE, HELD_OUT_KEYS, "held_out.bin", "held_out.idx", *_files(prefix))
         manifest = Manifest(
             inputs=self.inputs,
@@ -129,7 +129,7 @@ class StreamedStore:
             train=train,
             held_out=held_out,
             files={name: digest(beside / name) for name in names},
-            chapters=(Chapter(len(shards), train.tokens),),
+            chapters=(Segment(len(shards), train.tokens),),
             complete=len(shards) == len(self.groups),
         )
         manifest.write(beside)
@@ -138,7 +138,7 @@ class StreamedStore:
 
     def _next(self, shards: Sequence[int], before: Manifest) -> Manifest:
         prefix = chapter_prefix(self.folder, len(before.chapters))
-        train = join_next(self.work, shards, prefix, self.vocabulary)
+        train = merge_next(self.work, shards, prefix, self.vocabulary)
         sums = zip(astuple(before.train), astuple(train), strict=True)
         manifest = replace(
             before,
@@ -147,7 +147,7 @@ class StreamedStore:
                 **before.files,
                 **{name: digest(self.folder / name) for name in _files(prefix)},
             },
-            chapters=(*before.chapters, Chapter(len(shards), train.tokens)),
+            chapters=(*before.chapters, Segment(len(shards), train.tokens)),
             complete=shards[-1] == len(self.groups) - 1,
         )
         manifest.write(self.folder)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from ul2r.config import Denoiser, Recipe
 from ul2r.data.sampling.blend import Blend
-from ul2r.data.store.segments import Chapters, StreamedWindows
-from ul2r.data.store.dataset import Corpus
-from ul2r.data.sampling.text_windows import DocumentWindows, Windows
+from ul2r.data.sampling.text_windows import DocumentWindows, TextWindows
+from ul2r.data.store.dataset import TokenDataset
+from ul2r.data.store.segments import SegmentedStore, StreamingWindows
 from ul2r.errors import CorpusError
-from ul2r.objective import Rows, make_rows
+from ul2r.objective import Batch, build_batch
 
 HELD_OUT_SEED = 0
 """Held-out rows do not follow the recipe's seed: runs are compared on the same ones."""
@@ -19,7 +19,7 @@ HELD_OUT_SEED = 0
 
 def replica_rows(recipe: Recipe, batch: int, replica: int, replicas: int) -> range:
     """Numbers of the rows of a batch that a replica trains on."""
-    size = recipe.training.global_batch_rows
+    size = recipe.training.global_batch_size
     assert size % replicas == 0, (size, replicas)
     share = size // replicas
     first = batch * size + replica * share
@@ -29,32 +29,32 @@ def replica_rows(recipe: Recipe, batch: int, replica: int, replicas: int) -> ran
 class Batches:
     """Training and held-out rows of a recipe."""
 
-    def __init__(self, recipe: Recipe, corpus: Corpus) -> None:
+    def __init__(self, recipe: Recipe, dataset: TokenDataset) -> None:
         """Join a recipe and a prepared corpus.
 
         Raises:
             CorpusError: If the corpus is shorter than one window, or its tokenizer has too few sentinels.
         """
-        vocabulary, needed = corpus.vocabulary, recipe.sentinels_needed
+        vocabulary, needed = dataset.vocabulary, recipe.sentinels_needed
         if len(vocabulary.sentinels) < needed:
             raise CorpusError(
                 f"{recipe.store_folder}: the tokenizer has {len(vocabulary.sentinels)} sentinels, the mixture "
-                f"needs {needed}: raise data.sentinels and prepare again, or lower objective.sequence_length"
+                f"needs {needed}: raise data.num_sentinels and prepare again, or lower objective.sequence_length"
             )
         self._recipe, self._vocabulary = recipe, vocabulary
         length = recipe.objective.longest_window
-        cut = DocumentWindows if recipe.objective.within_document else Windows
+        cut = DocumentWindows if recipe.objective.within_document else TextWindows
         stores = [
-            StreamedWindows(share.store, cut, length, recipe.seed, source=number)
-            if isinstance(share.store, Chapters)
+            StreamingWindows(share.store, cut, length, recipe.seed, source=number)
+            if isinstance(share.store, SegmentedStore)
             else cut(share.store, length, recipe.seed, source=number)
-            for number, share in enumerate(corpus.train)
+            for number, share in enumerate(dataset.train)
         ]
-        weights = [share.weight for share in corpus.train]
+        weights = [share.weight for share in dataset.train]
         self._train = stores[0] if len(stores) == 1 else Blend(stores, weights, recipe.seed)
-        self._held_out = cut(corpus.held_out, length, HELD_OUT_SEED, split="held-out")
+        self._held_out = cut(dataset.held_out, length, HELD_OUT_SEED, split="held-out")
 
-    def rows(self, batch: int, replica: int = 0, replicas: int = 1) -> Rows:
+    def rows(self, batch: int, replica: int = 0, replicas: int = 1) -> Batch:
         """Rows of one batch that one model replica trains on.
 
         Args:
@@ -63,12 +63,12 @@ class Batches:
             replicas: Model replicas; a divisor of the global batch.
 
         Returns:
-            B = global_batch_rows / replicas rows; the replicas' rows in turn are the global batch.
+            B = global_batch_size / replicas rows; the replicas' rows in turn are the global batch.
 
         Raises:
             CorpusError: If the store holds tokens that are none of its vocabulary.
         """
-        rows = make_rows(
+        rows = build_batch(
             replica_rows(self._recipe, batch, replica, replicas),
             objective=self._recipe.objective,
             vocabulary=self._vocabulary,
@@ -88,7 +88,7 @@ class Batches:
         """Held-out rows that read no token twice."""
         return len(self._held_out) // self._recipe.objective.slots_per_row
 
-    def held_out(self, denoiser: Denoiser, rows: int) -> Rows:
+    def held_out(self, denoiser: Denoiser, rows: int) -> Batch:
         """Held-out rows made by one denoiser, to measure its loss on.
 
         They are the same for every recipe of the same token store and row shape, and all denoisers read the
@@ -98,7 +98,7 @@ class Batches:
             denoiser: The only denoiser, whether or not it is in the recipe's mixture.
             rows: How many rows; fewer rows are a prefix of more.
         """
-        return make_rows(
+        return build_batch(
             range(rows),
             objective=self._recipe.objective.with_mixture(denoiser),
             vocabulary=self._vocabulary,

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ul2r.data.sampling.shuffle import Int64s, places_of
+from ul2r.data.sampling.shuffle import Int64s, index_shuffle
 from ul2r.errors import CorpusError
 from ul2r.objective import WindowSource
 from ul2r.objective.randomness import Purpose
@@ -48,7 +48,7 @@ class Blend:
 
     def locate(self, samples: Int64s) -> tuple[Int64s, Int64s]:
         """The store of each sample and the sample's number in it, int64 (N,) each."""
-        _, places = places_of(self._seed, Purpose.BLEND, samples, BLOCK)
+        _, places = index_shuffle(self._seed, Purpose.BLEND, samples, BLOCK)
         source = np.searchsorted(self._ends, places, side="right")
         count = self._counts[source]
         return source, samples // BLOCK * count + places - (self._ends[source] - count)
@@ -123,7 +123,7 @@ class Documents(Protocol):
         """Tokens [start, start + length), going round."""
 
 
-class JoinedStores:
+class MergedStores:
     """Stores one behind the other, read as a `TokenStore` is."""
 
     def __init__(self, stores: Sequence[Documents]) -> None:

@@ -16,7 +16,7 @@ SOURCE_BITS = 48
 """Epochs take this many bits of a stream's index; what stands above is the number of the source."""
 
 
-def places_of(
+def index_shuffle(
     seed: int, purpose: Purpose, samples: Int64s, count: int, *, bound: int = 1, source: int = 0
 ) -> tuple[Int64s, Int64s]:
     """Places of samples in orders of `count`, a new one for each epoch of `count` samples.
@@ -46,7 +46,7 @@ def _fill_places(
     bound: int,
     out: tuple[Int64s, Int64s],
 ) -> None:
-    """What `places_of` returns."""
+    """What `index_shuffle` returns."""
     (seed, purpose, first), (shifts, places) = stream, out
     words = np.empty(1 + ROUNDS, np.uint64)
     for number in range(len(samples)):

@@ -1,6 +1,6 @@
 """Which text a sample reads: a sample index becomes a window of the token store by a keyed permutation, not a table.
 
-`Windows` cuts all tokens into windows of equal length, whose documents end where they end. In each epoch every window
+`TextWindows` cuts all tokens into windows of equal length, whose documents end where they end. In each epoch every window
 is read once, in a new order and with the cuts moved by a new random shift, so that an epoch sees other windows and
 other ends left over. `DocumentWindows` cuts each document for itself.
 """
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ul2r.config.denoisers import MINIMUM_RAW_LENGTH
-from ul2r.data.sampling.shuffle import Int64s, places_of
+from ul2r.data.sampling.shuffle import Int64s, index_shuffle
 from ul2r.errors import CorpusError
 from ul2r.objective.randomness import Purpose
 
@@ -35,7 +35,7 @@ class Documents(Tokens, Protocol):
         """Where each document begins, and the last one ends, int64 (D + 1,)."""
 
 
-class Windows:
+class TextWindows:
     """Windows of `length` tokens by sample index; memory and time do not grow with the store.
 
     Sample k is window `k % n` of epoch `k // n`, where n = tokens // length. An epoch reads n windows that do not
@@ -84,7 +84,7 @@ class Windows:
 
     def starts(self, samples: Int64s) -> Int64s:
         """Number of the token that each sample's window begins with, int64 (N,)."""
-        shifts, places = places_of(
+        shifts, places = index_shuffle(
             self._seed,
             self._purpose,
             samples,
@@ -113,7 +113,7 @@ class DocumentWindows:
         source: int = 0,
         purpose: Purpose = Purpose.ORDER,
     ) -> None:
-        """Cut the documents of `store`; arguments are those of `Windows`.
+        """Cut the documents of `store`; arguments are those of `TextWindows`.
 
         Raises:
             CorpusError: If no document is long enough.
@@ -136,7 +136,9 @@ class DocumentWindows:
 
     def read(self, samples: Int64s, lengths: Int64s, windows: npt.NDArray[np.int32]) -> None:
         """Read each sample's window to `windows[i]`; `lengths[i]` becomes less where it has fewer tokens."""
-        _, places = places_of(self._seed, self._purpose, samples, len(self), source=self._source)
+        _, places = index_shuffle(
+            self._seed, self._purpose, samples, len(self), source=self._source
+        )
         documents = np.searchsorted(self._before, places, side="right")
         counts = self._counts[documents]
         part = places - (self._before[documents] - counts)

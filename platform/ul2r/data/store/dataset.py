@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ul2r.config import WeightedStore
-from ul2r.data.sampling.blend import JoinedStores, shares
-from ul2r.data.store.segments import Chapters
+from ul2r.data.sampling.blend import MergedStores, shares
 from ul2r.data.store.manifest import Manifest, Split, digest
 from ul2r.data.store.remote import local_store
+from ul2r.data.store.segments import SegmentedStore
 from ul2r.data.store.token_store import TokenStore
 from ul2r.errors import CorpusError
 from ul2r.objective.vocabulary import Vocabulary
@@ -25,23 +25,23 @@ BLEND = "data.blend"
 class Share:
     """A store to train on and its weight in the blend."""
 
-    store: TokenStore | Chapters
+    store: TokenStore | SegmentedStore
     weight: float
 
 
 @dataclass(frozen=True)
-class Corpus:
+class TokenDataset:
     """A prepared corpus: tokens to train on, tokens held out, and what their numbers mean."""
 
     train: tuple[Share, ...]
     """One store, or those of a blend."""
-    held_out: TokenStore | JoinedStores
+    held_out: TokenStore | MergedStores
     vocabulary: Vocabulary
     manifest: Manifest
     tokenizer_file: Path
 
 
-def open_corpus(folder: Path, fingerprint: str | None = None) -> Corpus:
+def open_dataset(folder: Path, fingerprint: str | None = None) -> TokenDataset:
     """Open what `jobs/prepare.py` made in `folder`.
 
     Args:
@@ -65,22 +65,24 @@ def open_corpus(folder: Path, fingerprint: str | None = None) -> Corpus:
         )
     if BLEND not in manifest.inputs:
         text = (
-            Chapters(folder, manifest) if manifest.chapters else TokenStore.open(folder / "train")
+            SegmentedStore(folder, manifest)
+            if manifest.chapters
+            else TokenStore.open(folder / "train")
         )
         held_out = TokenStore.open(folder / "held_out")
-        return Corpus((Share(text, 1.0),), held_out, manifest.vocabulary, manifest, tokenizer)
+        return TokenDataset((Share(text, 1.0),), held_out, manifest.vocabulary, manifest, tokenizer)
     members = []
     for entry in manifest.inputs[BLEND]:
-        member = open_corpus(local_store(entry["store"], entry["fingerprint"]))
+        member = open_dataset(local_store(entry["store"], entry["fingerprint"]))
         if member.manifest.fingerprint != entry["fingerprint"]:
             raise CorpusError(
                 f"{entry['store']}: was made anew since {folder} was blended of it; delete {folder} and run "
                 "jobs/prepare.py RECIPE again, for new runs"
             )
         members.append((member, float(entry["weight"])))
-    return Corpus(
+    return TokenDataset(
         tuple(Share(member.train[0].store, weight) for member, weight in members),
-        JoinedStores([member.held_out for member, _ in members]),
+        MergedStores([member.held_out for member, _ in members]),
         manifest.vocabulary,
         manifest,
         tokenizer,
@@ -96,14 +98,14 @@ def blend_inputs(stores: Sequence[WeightedStore]) -> dict[str, Any]:
     """
     shares([one.weight for one in stores])
     names = [one.store for one in stores]
-    corpora = [open_corpus(local_store(name)) for name in names]
+    corpora = [open_dataset(local_store(name)) for name in names]
     first = corpora[0].manifest
-    for name, corpus in zip(names, corpora, strict=True):
-        if BLEND in corpus.manifest.inputs:
+    for name, dataset in zip(names, corpora, strict=True):
+        if BLEND in dataset.manifest.inputs:
             raise CorpusError(
                 f"data.blend: {name} is a blend itself: name the stores it is made of"
             )
-        if not corpus.manifest.complete:
+        if not dataset.manifest.complete:
             raise CorpusError(
                 f"data.blend: {name} is not complete yet: run jobs/prepare.py with its recipe first"
             )
@@ -111,15 +113,15 @@ def blend_inputs(stores: Sequence[WeightedStore]) -> dict[str, Any]:
             raise CorpusError(
                 f"data.blend: {name} is named twice: name it once, with its whole weight"
             )
-        if corpus.manifest.tokenizer != first.tokenizer:
+        if dataset.manifest.tokenizer != first.tokenizer:
             raise CorpusError(
                 f"data.blend: {name} has another tokenizer than {names[0]}: prepare it again with the first one's "
                 "tokenizer.json as data.tokenizer"
             )
     return {
         BLEND: [
-            {"store": name, "weight": one.weight, "fingerprint": corpus.manifest.fingerprint}
-            for name, one, corpus in zip(names, stores, corpora, strict=True)
+            {"store": name, "weight": one.weight, "fingerprint": dataset.manifest.fingerprint}
+            for name, one, dataset in zip(names, stores, corpora, strict=True)
         ]
     }
 
@@ -127,7 +129,7 @@ def blend_inputs(stores: Sequence[WeightedStore]) -> dict[str, Any]:
 def write_blend(folder: Path, inputs: Mapping[str, Any]) -> Manifest:
     """Write a blend's tokenizer and manifest into an empty folder; `inputs` are those of `blend_inputs`."""
     entries = inputs[BLEND]
-    corpora = [open_corpus(local_store(e["store"], e["fingerprint"])) for e in entries]
+    corpora = [open_dataset(local_store(e["store"], e["fingerprint"])) for e in entries]
     tokenizer = folder / "tokenizer.json"
     shutil.copyfile(corpora[0].tokenizer_file, tokenizer)
     parts = {
@@ -137,8 +139,8 @@ def write_blend(folder: Path, inputs: Mapping[str, Any]) -> Manifest:
     manifest = Manifest(
         inputs=inputs,
         vocabulary=corpora[0].vocabulary,
-        train=_sum(corpus.manifest.train for corpus in corpora),
-        held_out=_sum(corpus.manifest.held_out for corpus in corpora),
+        train=_sum(dataset.manifest.train for dataset in corpora),
+        held_out=_sum(dataset.manifest.held_out for dataset in corpora),
         files={tokenizer.name: digest(tokenizer), **parts},
     )
     manifest.write(folder)

@@ -31,7 +31,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Chapter:
+class Segment:
     """A part of a streamed store, read before those behind it."""
 
     shards: int
@@ -53,7 +53,7 @@ class Manifest:
     held_out: Split
     files: Mapping[str, str]
     """SHA-256 of each file of the store, by name."""
-    chapters: tuple[Chapter, ...] = ()
+    chapters: tuple[Segment, ...] = ()
     """Of a streamed store (see `data/store/segments.py`), those that are made."""
     complete: bool = True
     """Whether nothing is missing; only a streamed store can be read before."""
@@ -116,7 +116,7 @@ class Manifest:
                 train=Split(**tree["train"]),
                 held_out=Split(**tree["held_out"]),
                 files=tree["files"],
-                chapters=tuple(Chapter(**chapter) for chapter in tree.get("chapters", ())),
+                chapters=tuple(Segment(**chapter) for chapter in tree.get("chapters", ())),
                 complete=tree.get("complete", True),
                 mistake=tree.get("mistake", ""),
             )

@@ -14,9 +14,9 @@ from typing import Any
 
 import fsspec
 
-from ul2r.filesystem import locked
 from ul2r.data.store.manifest import MANIFEST_FILE, Manifest
 from ul2r.errors import CorpusError
+from ul2r.filesystem import locked
 
 CACHE_VARIABLE = "UL2R_CACHE"
 """Folder for fetched stores; without it, `ul2r` in the user's cache folder."""

@@ -21,13 +21,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ul2r.data.sampling.blend import JoinedStores, read_each
-from ul2r.filesystem import is_locked
-from ul2r.data.store.manifest import Manifest
+from ul2r.data.sampling.blend import MergedStores, read_each
 from ul2r.data.sampling.shuffle import Int64s
+from ul2r.data.sampling.text_windows import DocumentWindows, TextWindows
+from ul2r.data.store.manifest import Manifest
 from ul2r.data.store.token_store import TokenStore
-from ul2r.data.sampling.text_windows import DocumentWindows, Windows
 from ul2r.errors import CorpusError
+from ul2r.filesystem import is_locked
 from ul2r.objective.randomness import Purpose
 
 CHAPTER_BITS = 8
@@ -38,7 +38,7 @@ NOBODY_S = 60.0
 """How long text is waited for that nobody makes."""
 
 
-class Chapters(JoinedStores):
+class SegmentedStore(MergedStores):
     """The training side of a streamed store, as far as it is made."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
@@ -80,13 +80,13 @@ class Chapters(JoinedStores):
         super().__init__(self.stores)
 
 
-class StreamedWindows:
+class StreamingWindows:
     """Windows of a streamed store by sample index; a sample whose chapter is not made yet is waited for."""
 
     def __init__(
         self,
-        chapters: Chapters,
-        cut: type[Windows] | type[DocumentWindows],
+        chapters: SegmentedStore,
+        cut: type[TextWindows] | type[DocumentWindows],
         length: int,
         seed: int,
         *,
@@ -105,9 +105,9 @@ class StreamedWindows:
             CorpusError: If the store is complete and holds no window.
         """
         self._chapters, self._source = chapters, source
-        self._cut: Callable[..., Windows | DocumentWindows] = cut
+        self._cut: Callable[..., TextWindows | DocumentWindows] = cut
         self._length, self._seed = length, seed
-        self._windows: list[Windows | DocumentWindows] = []
+        self._windows: list[TextWindows | DocumentWindows] = []
         self._ends = [0]
         """Samples of the first epoch before each chapter, and before the second epoch."""
         self._is_whole = False

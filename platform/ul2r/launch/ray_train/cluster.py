@@ -27,7 +27,7 @@ SETTINGS = {
 
 
 @contextmanager
-def connected(cpus: float, gpus: float = 0, *, smaller: str = "ask for fewer") -> Iterator[None]:
+def connect_ray(cpus: float, gpus: float = 0, *, smaller: str = "ask for fewer") -> Iterator[None]:
     """Use a Ray cluster that can run what needs `cpus` and `gpus` at the same time.
 
     It is the one that RAY_ADDRESS names, as in a job that `ray job submit` started. Without it a local one is started,

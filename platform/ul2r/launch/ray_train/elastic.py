@@ -22,16 +22,18 @@ def resources_per_worker(recipe: Recipe) -> dict[str, float]:
 def cpus_needed(recipe: Recipe) -> float:
     """Logical CPUs of the workers and of the data tasks that feed them."""
     launch, parallel = recipe.launch, recipe.parallel
-    return parallel.workers * launch.cpus_per_worker + parallel.data * launch.cpus_per_data_task
+    return parallel.num_workers * launch.cpus_per_worker + parallel.data * launch.cpus_per_data_task
 
 
 def has_room(recipe: Recipe, cluster: Mapping[str, float]) -> bool:
     """Whether a cluster of so many CPUs and GPUs can run it."""
-    gpus = recipe.parallel.workers * recipe.launch.gpus_per_worker
+    gpus = recipe.parallel.num_workers * recipe.launch.gpus_per_worker
     return cluster.get("CPU", 0) >= cpus_needed(recipe) and cluster.get("GPU", 0) >= gpus
 
 
-def shrunk(recipe: Recipe, cluster: Mapping[str, float], vocabulary_size: int) -> Recipe | None:
+def shrink_layout(
+    recipe: Recipe, cluster: Mapping[str, float], vocabulary_size: int
+) -> Recipe | None:
     """The recipe with the most replicas that a cluster still has room for, fewer than it had.
 
     Each step trains on the same rows, in more microbatches.
@@ -47,12 +49,12 @@ def shrunk(recipe: Recipe, cluster: Mapping[str, float], vocabulary_size: int) -
     least, parallel = recipe.launch.min_workers, recipe.parallel
     if least is None:
         return None
-    replica = parallel.workers // parallel.data
+    replica = parallel.num_workers // parallel.data
     tree = recipe.model_dump(mode="json")
-    for workers in range(parallel.workers - replica, least - 1, -replica):
+    for workers in range(parallel.num_workers - replica, least - 1, -replica):
         try:
             smaller = Recipe.model_validate(
-                tree | {"parallel": {**tree["parallel"], "workers": workers}}
+                tree | {"parallel": {**tree["parallel"], "num_workers": workers}}
             )
             size_run(smaller, vocabulary_size)
         except (ValidationError, RecipeError):

@@ -11,7 +11,7 @@ import ray
 
 from ul2r.config import Recipe
 from ul2r.data.prepare.prepare import stream, total_size
-from ul2r.data.store.dataset import Corpus, open_corpus
+from ul2r.data.store.dataset import TokenDataset, open_dataset
 from ul2r.errors import CorpusError, UserError
 
 POLL_S = 0.5
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def growing(recipe: Recipe, cpus: float) -> Iterator[Corpus]:
+def build_store_in_background(recipe: Recipe, cpus: float) -> Iterator[TokenDataset]:
     """Have the recipe's streamed store made while the block runs, which begins when there is a first chapter.
 
     What is not made when the block ends is left to the next run, or to `prepare`.
@@ -47,7 +47,7 @@ def growing(recipe: Recipe, cpus: float) -> Iterator[Corpus]:
             mistake = _mistake(made, POLL_S)
             if mistake and not recipe.store_folder.exists():
                 raise CorpusError(mistake)
-        yield open_corpus(recipe.store_folder)
+        yield open_dataset(recipe.store_folder)
         if mistake := _mistake(made, 0):
             logger.warning("the store is not complete, this run did not need the rest: %s", mistake)
     finally:

@@ -22,12 +22,8 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from ul2r.config import Recipe
 from ul2r.data.prepare.prepare import begun
-from ul2r.data.store.dataset import Corpus, open_corpus
+from ul2r.data.store.dataset import TokenDataset, open_dataset
 from ul2r.errors import UserError
-from ul2r.launch.ray_train.cluster import connected
-from ul2r.launch.ray_train.elastic import cpus_needed, has_room, resources_per_worker, shrunk
-from ul2r.launch.ray_train.streaming import growing
-from ul2r.launch.ray_train.progress import shown_progress
 from ul2r.launch.preflight import (
     NO_GPU,
     check_run,
@@ -35,12 +31,16 @@ from ul2r.launch.preflight import (
     end_finished,
     gpu_settings,
     reached_by,
-    recorded,
+    track_run,
 )
+from ul2r.launch.ray_train.cluster import connect_ray
+from ul2r.launch.ray_train.elastic import cpus_needed, has_room, resources_per_worker, shrink_layout
+from ul2r.launch.ray_train.progress import shown_progress
+from ul2r.launch.ray_train.streaming import build_store_in_background
 from ul2r.launch.stop_signal import sigterm_noted
 from ul2r.tracking.mlflow import check_server
 from ul2r.train.checkpoint.metadata import CheckpointInfo
-from ul2r.train.checkpoint.storage import claim, silent
+from ul2r.train.checkpoint.storage import acquire_writer_token, silent
 
 
 def train(recipe: Recipe) -> CheckpointInfo:
@@ -57,29 +57,29 @@ def train(recipe: Recipe) -> CheckpointInfo:
         KeyboardInterrupt: After a checkpoint, if this process got SIGTERM.
     """
     is_begun = recipe.store_folder.exists() or recipe.data.order == "shuffled"
-    corpus = open_corpus(recipe.store_folder) if is_begun else None
+    dataset = open_dataset(recipe.store_folder) if is_begun else None
     reached = None
-    if corpus is None:
+    if dataset is None:
         check_unprepared(recipe)
     else:
-        reached = check_run(recipe, corpus, silent)
+        reached = check_run(recipe, dataset, silent)
     uri = check_server(recipe.tracking.uri)
     if reached is not None and reached.finished:
         end_finished(recipe, uri)
         return reached
-    grows = corpus is None or not corpus.manifest.complete
+    grows = dataset is None or not dataset.manifest.complete
     if grows:
         begun(recipe)  # refuses what the rest of its store cannot be made of
-    cpus, gpus = cpus_needed(recipe), recipe.parallel.workers * recipe.launch.gpus_per_worker
+    cpus, gpus = cpus_needed(recipe), recipe.parallel.num_workers * recipe.launch.gpus_per_worker
     with (
-        connected(cpus + grows, gpus, smaller="lower parallel.workers"),
-        growing(recipe, cpus) if grows else nullcontext(corpus) as corpus,
+        connect_ray(cpus + grows, gpus, smaller="lower parallel.num_workers"),
+        build_store_in_background(recipe, cpus) if grows else nullcontext(dataset) as dataset,
     ):
-        assert corpus is not None
+        assert dataset is not None
         if grows:
-            check_run(recipe, corpus, silent)
-        with sigterm_noted() as stopped, recorded(recipe, corpus, uri) as run_id:
-            _fit_and_shrink(recipe, corpus, uri, run_id, stopped)
+            check_run(recipe, dataset, silent)
+        with sigterm_noted() as stopped, track_run(recipe, dataset, uri) as run_id:
+            _fit_and_shrink(recipe, dataset, uri, run_id, stopped)
             reached = reached_by(recipe)
             if not reached.finished:
                 raise KeyboardInterrupt
@@ -147,28 +147,28 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types here
 
 
 def _fit_and_shrink(
-    recipe: Recipe, corpus: Corpus, uri: str, run_id: str, stopped: threading.Event
+    recipe: Recipe, dataset: TokenDataset, uri: str, run_id: str, stopped: threading.Event
 ) -> None:
     """Train; where machines are lost, go on with fewer replicas as far as the recipe lets it."""
     while True:
         try:
-            return _fit(recipe, corpus.manifest.fingerprint, uri, run_id, stopped)
+            return _fit(recipe, dataset.manifest.fingerprint, uri, run_id, stopped)
         except TrainingFailedError:
             left = ray.cluster_resources()
             if has_room(recipe, left):
                 raise
-            smaller = shrunk(recipe, left, corpus.vocabulary.size)
+            smaller = shrink_layout(recipe, left, dataset.vocabulary.size)
             if smaller is None:
                 raise
             sys.stderr.write(
                 f"{recipe.name}: the cluster has {left.get('CPU', 0):g} CPUs and {left.get('GPU', 0):g} GPUs left: "
-                f"going on with parallel.workers={smaller.parallel.workers} of {recipe.parallel.workers}\n"
+                f"going on with parallel.num_workers={smaller.parallel.num_workers} of {recipe.parallel.num_workers}\n"
             )
             recipe = smaller
 
 
 def _fit(recipe: Recipe, fingerprint: str, uri: str, run_id: str, stopped: threading.Event) -> None:
-    per_step = recipe.training.global_batch_rows * recipe.objective.sequence_length
+    per_step = recipe.training.global_batch_size * recipe.objective.sequence_length
     total = recipe.training.steps * per_step
     launch = recipe.launch
     with shown_progress(recipe.name, total, stopped) as board:
@@ -181,11 +181,11 @@ def _fit(recipe: Recipe, fingerprint: str, uri: str, run_id: str, stopped: threa
                 "run_id": run_id,
                 "board": board,
                 "tokens_per_step": per_step,
-                "owner": claim(recipe.run_folder() / "checkpoints"),
+                "owner": acquire_writer_token(recipe.run_folder() / "checkpoints"),
             },
             torch_config=TorchConfig(backend="nccl" if launch.gpus_per_worker else "gloo"),
             scaling_config=ScalingConfig(
-                num_workers=recipe.parallel.workers,
+                num_workers=recipe.parallel.num_workers,
                 use_gpu=bool(launch.gpus_per_worker),
                 resources_per_worker=resources_per_worker(recipe),
             ),

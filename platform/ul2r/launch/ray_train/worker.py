@@ -14,11 +14,11 @@ from ul2r.data import loader
 from ul2r.launch.ray_train.progress import Report
 from ul2r.launch.ray_train.prometheus import PrometheusTracker
 from ul2r.launch.worker import run_worker
-from ul2r.objective.batch import Rows
+from ul2r.objective.batch import Batch
 from ul2r.tracking.mlflow import MlflowTracker
 from ul2r.tracking.tracker import MemoryTracker, Tracker
 from ul2r.train.batch_iterator import Reader
-from ul2r.train.loop import Wish
+from ul2r.train.loop import LoopAction
 from ul2r.train.mesh import Mesh
 
 PREEMPTION_STEPS = 10
@@ -44,7 +44,7 @@ def train_worker(
         run_id: MLflow's name of the run.
         board: Where rank 0 writes its progress, from `shown_progress`.
         tokens_per_step: Row positions of one step.
-        owner: The attempt at the run, from `claim`.
+        owner: The attempt at the run, from `acquire_writer_token`.
     """
     torch.set_num_threads(max(int(recipe.launch.cpus_per_worker), 1))
     first = ray.train.get_context().get_world_rank() == 0
@@ -81,12 +81,12 @@ class _Wishes:
         self._steps = 0
         self._leaving = set[str]()
 
-    def __call__(self) -> Wish:
+    def __call__(self) -> LoopAction:
         self._steps += 1
         noticed = self._steps % PREEMPTION_STEPS == 0 and self._is_noticed()
         if self._report.stop_asked():
-            return Wish.STOP
-        return Wish.SAVE if noticed else Wish.GO_ON
+            return LoopAction.STOP
+        return LoopAction.SAVE if noticed else LoopAction.CONTINUE
 
     def _is_noticed(self) -> bool:
         """Whether machines are to leave that were not before."""
@@ -96,7 +96,7 @@ class _Wishes:
 
 
 def _reader(recipe: Recipe) -> Reader:
-    def read(mesh: Mesh, batches: range) -> Iterator[Rows]:
+    def read(mesh: Mesh, batches: range) -> Iterator[Batch]:
         replicas = recipe.parallel.data
         iterators = broadcast_from_rank_zero(
             loader.split(loader.make_dataset(recipe, batches, replicas), replicas)

@@ -1,4 +1,4 @@
-"""Attention by intervals: each query sees one contiguous run of keys [lo, hi).
+"""Attention by intervals: each query sees one contiguous run of keys [kv_start, kv_end).
 
 Through a model travels one small tensor, `intervals`; each backend makes of it what its kernel wants, once a
 microbatch: a dense mask for torch's SDPA, a block mask for FlexAttention, segments for two variable-length calls.

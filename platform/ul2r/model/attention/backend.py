@@ -15,20 +15,20 @@ from ul2r.model.window import within
 Prepared = TypeVar("Prepared")
 
 
-def intervals(lo: npt.NDArray[np.int32], hi: npt.NDArray[np.int32]) -> Tensor:
+def intervals(kv_start: npt.NDArray[np.int32], kv_end: npt.NDArray[np.int32]) -> Tensor:
     """A microbatch's intervals as the one tensor that goes through the model as its attention mask.
 
     It stays in the host's memory, also where the model is on a GPU: a backend can then count its segments without
     waiting for the device. As a tensor it survives activation recomputation.
 
     Args:
-        lo: First key each query sees, int32 (B, S).
-        hi: One past the last, int32 (B, S).
+        kv_start: First key each query sees, int32 (B, S).
+        kv_end: One past the last, int32 (B, S).
 
     Returns:
         int32 (B, 2, S).
     """
-    return torch.from_numpy(np.stack([lo, hi], axis=1))
+    return torch.from_numpy(np.stack([kv_start, kv_end], axis=1))
 
 
 class Backend(ABC, Generic[Prepared]):
@@ -39,12 +39,12 @@ class Backend(ABC, Generic[Prepared]):
         self._made: dict[int | None, Prepared] = {}
 
     @abstractmethod
-    def prepare(self, lo: Tensor, hi: Tensor, device: torch.device) -> Prepared:
+    def prepare(self, kv_start: Tensor, kv_end: Tensor, device: torch.device) -> Prepared:
         """What the kernel needs to know of a microbatch's intervals.
 
         Args:
-            lo: int32 (B, S) in the host's memory.
-            hi: int32 (B, S) likewise; lo < hi.
+            kv_start: int32 (B, S) in the host's memory.
+            kv_end: int32 (B, S) likewise; kv_start < kv_end.
             device: Where the attention is computed.
         """
 
@@ -89,8 +89,10 @@ class Backend(ABC, Generic[Prepared]):
         if self._last is None or not _is_same_memory(self._last, bounds):
             self._last, self._made = bounds, {}
         if window not in self._made:
-            lo, hi = within(bounds[:, 0].numpy(), bounds[:, 1].numpy(), window)
-            self._made[window] = self.prepare(torch.from_numpy(lo), torch.from_numpy(hi), device)
+            kv_start, kv_end = within(bounds[:, 0].numpy(), bounds[:, 1].numpy(), window)
+            self._made[window] = self.prepare(
+                torch.from_numpy(kv_start), torch.from_numpy(kv_end), device
+            )
         return self._made[window]
 
 

@@ -9,27 +9,27 @@ from torch.nn import functional
 from ul2r.model.attention.backend import Backend
 
 
-def interval_mask(lo: Tensor, hi: Tensor) -> Tensor:
+def interval_mask(kv_start: Tensor, kv_end: Tensor) -> Tensor:
     """The dense mask of a microbatch's intervals.
 
     Args:
-        lo: (B, S) int, first key each query sees.
-        hi: (B, S) int, one past the last.
+        kv_start: (B, S) int, first key each query sees.
+        kv_end: (B, S) int, one past the last.
 
     Returns:
         (B, 1, S, S) bool, True where the query (third axis) sees the key (fourth axis).
     """
-    key = torch.arange(lo.shape[1], device=lo.device)
-    seen = (key >= lo[:, :, None]) & (key < hi[:, :, None])  # (B, S, S)
+    key = torch.arange(kv_start.shape[1], device=kv_start.device)
+    seen = (key >= kv_start[:, :, None]) & (key < kv_end[:, :, None])  # (B, S, S)
     return seen[:, None]
 
 
 class DenseMask(Backend[Tensor]):
     """Every pair of query and key is computed, and those out of sight are masked."""
 
-    def prepare(self, lo: Tensor, hi: Tensor, device: torch.device) -> Tensor:
+    def prepare(self, kv_start: Tensor, kv_end: Tensor, device: torch.device) -> Tensor:
         """The mask, bool (B, 1, S, S)."""
-        first, end = (bound.to(device, non_blocking=True) for bound in (lo, hi))
+        first, end = (bound.to(device, non_blocking=True) for bound in (kv_start, kv_end))
         return interval_mask(first, end)
 
     def attend(

@@ -13,21 +13,21 @@ BLOCK = 128
 """Queries and keys of a block, FlexAttention's own default."""
 
 
-def block_mask(lo: Tensor, hi: Tensor) -> BlockMask:
+def block_mask(kv_start: Tensor, kv_end: Tensor) -> BlockMask:
     """The blocks that intervals touch, and of these the ones that every query of theirs sees whole.
 
     They follow from the intervals' ends, in memory and time of S * S / 128 and not S * S.
 
     Args:
-        lo: (B, S) int, first key each query sees.
-        hi: (B, S) int, one past the last; lo < hi.
+        kv_start: (B, S) int, first key each query sees.
+        kv_end: (B, S) int, one past the last; kv_start < kv_end.
     """
-    batch, length = lo.shape
+    batch, length = kv_start.shape
     blocks = -(-length // BLOCK)
     missing = blocks * BLOCK - length
-    first = functional.pad(lo, (0, missing))[:, :, None]  # queries past the end see no key
-    end = functional.pad(hi, (0, missing))[:, :, None]
-    begins = torch.arange(0, blocks * BLOCK, BLOCK, device=lo.device)
+    first = functional.pad(kv_start, (0, missing))[:, :, None]  # queries past the end see no key
+    end = functional.pad(kv_end, (0, missing))[:, :, None]
+    begins = torch.arange(0, blocks * BLOCK, BLOCK, device=kv_start.device)
     touched = (first < begins + BLOCK) & (end > begins)  # (B, queries, key blocks)
     covered = (first <= begins) & (end >= begins + BLOCK)
     by_block = batch, blocks, BLOCK, blocks
@@ -36,7 +36,7 @@ def block_mask(lo: Tensor, hi: Tensor) -> BlockMask:
 
     def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         del h
-        return (key >= lo[b, query]) & (key < hi[b, query])
+        return (key >= kv_start[b, query]) & (key < kv_end[b, query])
 
     return BlockMask.from_kv_blocks(
         *_listed(some & ~whole),
@@ -60,9 +60,11 @@ class Flex(Backend[BlockMask]):
         super().__init__()
         self._attention = torch.compile(flex_attention, dynamic=False)
 
-    def prepare(self, lo: Tensor, hi: Tensor, device: torch.device) -> BlockMask:
+    def prepare(self, kv_start: Tensor, kv_end: Tensor, device: torch.device) -> BlockMask:
         """The block mask, on the device, with ends laid out alike with and without a window: one compilation."""
-        first, end = (bound.contiguous().to(device, non_blocking=True) for bound in (lo, hi))
+        first, end = (
+            bound.contiguous().to(device, non_blocking=True) for bound in (kv_start, kv_end)
+        )
         return block_mask(first, end)
 
     def attend(

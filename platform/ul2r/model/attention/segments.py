@@ -53,29 +53,29 @@ class Plan:
     inverse: Tensor
 
 
-def plan_segments(lo: Ints, hi: Ints, device: torch.device) -> Plan:
+def plan_segments(kv_start: Ints, kv_end: Ints, device: torch.device) -> Plan:
     """Cut rows into the longest segments that are of one kind.
 
     Positions are those of (S, B) tensors laid flat: s * B + b.
 
-        hi - lo of one row       3 3 3 4 5 6 | 1 2 3 | 1   (| where lo changes)
+        kv_end - kv_start of one row       3 3 3 4 5 6 | 1 2 3 | 1   (| where kv_start changes)
         segments                 full  causal causal alone
 
     Args:
-        lo: First key each query sees, int (B, S).
-        hi: One past the last, int (B, S); lo < hi.
+        kv_start: First key each query sees, int (B, S).
+        kv_end: One past the last, int (B, S); kv_start < kv_end.
         device: Where the attention is computed.
     """
-    assert (lo < hi).all(), "a query that sees no key"
-    size, length = lo.shape
-    link = _links(lo, hi)
+    assert (kv_start < kv_end).all(), "a query that sees no key"
+    size, length = kv_start.shape
+    link = _links(kv_start, kv_end)
     starts = np.flatnonzero(_begins(link))
-    lengths = np.diff(starts, append=lo.size)
-    goes_on = link.ravel()[np.minimum(starts + 1, lo.size - 1)]
+    lengths = np.diff(starts, append=kv_start.size)
+    goes_on = link.ravel()[np.minimum(starts + 1, kv_start.size - 1)]
     kind = np.where(lengths > 1, goes_on, CAUSAL)
     row, column = np.divmod(starts, length)
-    first = lo.ravel()[starts].astype(np.int64)
-    end = hi.ravel()[starts + lengths - 1].astype(np.int64)
+    first = kv_start.ravel()[starts].astype(np.int64)
+    end = kv_end.ravel()[starts + lengths - 1].astype(np.int64)
     alone = (lengths == 1) & (first == column) & (end == column + 1)
 
     def flat(places: Ints) -> Ints:
@@ -93,15 +93,15 @@ def plan_segments(lo: Ints, hi: Ints, device: torch.device) -> Plan:
     causal_queries, causal = chosen((kind == CAUSAL) & ~alone)
     alone_queries = flat(starts[alone])
     order = np.concatenate([full_queries, causal_queries, alone_queries])
-    inverse = np.empty(lo.size, np.int64)
-    inverse[order] = np.arange(lo.size)
+    inverse = np.empty(kv_start.size, np.int64)
+    inverse[order] = np.arange(kv_start.size)
     return Plan(full, causal, _on(alone_queries, device), _on(inverse, device))
 
 
-def _links(lo: Ints, hi: Ints) -> npt.NDArray[np.int8]:
+def _links(kv_start: Ints, kv_end: Ints) -> npt.NDArray[np.int8]:
     """How each query follows the one before it in its row, (B, S); the first of a row does not."""
-    more, same = np.diff(hi, axis=1), np.diff(lo, axis=1) == 0
-    link = np.full(lo.shape, BREAK, np.int8)
+    more, same = np.diff(kv_end, axis=1), np.diff(kv_start, axis=1) == 0
+    link = np.full(kv_start.shape, BREAK, np.int8)
     link[:, 1:][same & (more == 0)] = FULL
     link[:, 1:][same & (more == 1)] = CAUSAL
     return link

@@ -47,9 +47,9 @@ class VariableLength(Backend[Plan]):
         super().__init__()
         self._kernel = kernel
 
-    def prepare(self, lo: Tensor, hi: Tensor, device: torch.device) -> Plan:
+    def prepare(self, kv_start: Tensor, kv_end: Tensor, device: torch.device) -> Plan:
         """The segments of the microbatch."""
-        return plan_segments(lo.numpy(), hi.numpy(), device)
+        return plan_segments(kv_start.numpy(), kv_end.numpy(), device)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, prepared: Plan, scale: float

@@ -93,7 +93,7 @@ def joined(blocks: list[Tensor]) -> Tensor:
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
-class Stored:
+class MegatronCheckpointReader:
     """The model's tensors in a distributed checkpoint of any layout; optimizer state is not looked at.
 
     Megatron-Core's `torch_dist` format is torch's own distributed checkpoint, which needs no process group.
@@ -131,7 +131,7 @@ class Stored:
         """
         wanted = outer_tensors(architecture, rows)
         stacked = layer_tensors(architecture).items()
-        wanted |= {LAYERS + key: (architecture.layers, *shape) for key, shape in stacked}
+        wanted |= {LAYERS + key: (architecture.num_layers, *shape) for key, shape in stacked}
         for key, shape in wanted.items():
             found = self._tensors.get(key)
             if found is None:

@@ -38,7 +38,7 @@ OTHER_HEADS = (
     *("summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj"),
 )
 BALANCING = ("router_aux_loss_coef", "output_router_logits")
-"""Likewise: this one's balancing loss is `optimizer.expert_balance`."""
+"""Likewise: this one's balancing loss is `optimizer.moe_aux_loss_coeff`."""
 UNUSED = (
     "max_window_layers",  # only read where use_sliding_window is true, which is refused
     *("_sliding_window_pattern", "sliding_window_pattern"),  # layer_types says what they meant
@@ -50,9 +50,9 @@ NO_MATTER = frozenset(
 FULL, SLIDING = "full_attention", "sliding_attention"
 ROPE_SCALING = {
     "factor": "factor",
-    "low_frequency": "low_freq_factor",
-    "high_frequency": "high_freq_factor",
-    "original_positions": "original_max_position_embeddings",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_position_embeddings": "original_max_position_embeddings",
 }
 
 
@@ -96,9 +96,9 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
         value = left.pop(key, None)
         if value is not None:
             settings[setting] = value
-    settings.setdefault("kv_heads", settings["heads"])
+    settings.setdefault("num_kv_heads", settings["num_heads"])
     settings.setdefault("ffn_hidden_size", 4 * settings["hidden_size"])
-    if settings.get("head_size") == settings["hidden_size"] / settings["heads"]:
+    if settings.get("head_size") == settings["hidden_size"] / settings["num_heads"]:
         del settings["head_size"]
     if "init_std" in settings:
         settings["init_std"] = float(settings["init_std"])
@@ -130,7 +130,10 @@ def config_of(architecture: Architecture, positions: int, rows: int) -> Config:
     """
     family = FAMILIES[architecture.family]
     own = architecture.model_dump()
-    own |= {"positions": architecture.positions or positions, "embedding_rows": rows}
+    own |= {
+        "max_position_embeddings": architecture.max_position_embeddings or positions,
+        "num_embeddings": rows,
+    }
     own["head_size"] = architecture.head_dim
     own["query_pre_attn_scalar"] = architecture.query_pre_attn_scalar or architecture.head_dim
     if architecture.init_std == "fan_in":
@@ -143,7 +146,7 @@ def config_of(architecture: Architecture, positions: int, rows: int) -> Config:
                 config[key] = value
                 break
     if family.local_layers:
-        local = architecture.local_rope_base or architecture.rope_base
+        local = architecture.local_rope_theta or architecture.rope_theta
         config["layer_types"] = [SLIDING if window else FULL for window in architecture.windows]
         config["rope_parameters"] = {
             FULL: _rope_parameters(architecture),
@@ -170,7 +173,7 @@ def check_family(architecture: Architecture) -> None:
             f"model.family={architecture.family}: {family.model_class} is no such model: {reason}"
         ) from None
     said = there.model_dump()
-    free = {"positions", "embedding_rows", "init_std", "embedding_std"}
+    free = {"max_position_embeddings", "num_embeddings", "init_std", "embedding_std"}
     for setting, value in architecture.model_dump().items():
         kept = said[setting]
         if setting == "head_size":
@@ -202,10 +205,13 @@ def _local_layers(types: Sequence[str], rope: Mapping[str, Any]) -> Config:
         why = f"only {SLIDING} with {FULL} in the last of every so many layers is carried over"
         _refuse("layer_types", types, why)
     settings, local = _rope(rope[FULL]), _rope(rope[SLIDING])
-    if settings["rope_share"] != 1 or local != {"rope_base": local["rope_base"], "rope_share": 1}:
+    if settings["rotary_percent"] != 1 or local != {
+        "rope_theta": local["rope_theta"],
+        "rotary_percent": 1,
+    }:
         why = f"of {SLIDING} only a rope_theta is carried over, and no partial_rotary_factor"
         _refuse("rope_parameters", rope, why)
-    return settings | {"global_every": every, "local_rope_base": local["rope_base"]}
+    return settings | {"sliding_window_pattern": every, "local_rope_theta": local["rope_theta"]}
 
 
 def _rope(parameters: Mapping[str, Any]) -> Config:
@@ -214,8 +220,8 @@ def _rope(parameters: Mapping[str, Any]) -> Config:
     if base != int(base):
         _refuse("rope_theta", base, "only a whole number is carried over")
     settings: Config = {
-        "rope_base": int(base),
-        "rope_share": left.pop("partial_rotary_factor", 1.0),
+        "rope_theta": int(base),
+        "rotary_percent": left.pop("partial_rotary_factor", 1.0),
     }
     if kind == "linear":
         settings["rope_scaling"] = {"kind": "linear", "factor": left.pop("factor")}
@@ -232,9 +238,9 @@ def _rope(parameters: Mapping[str, Any]) -> Config:
 
 
 def _rope_parameters(architecture: Architecture) -> Config:
-    parameters: Config = {"rope_type": "default", "rope_theta": float(architecture.rope_base)}
-    if architecture.rope_share != 1:
-        parameters["partial_rotary_factor"] = architecture.rope_share
+    parameters: Config = {"rope_type": "default", "rope_theta": float(architecture.rope_theta)}
+    if architecture.rotary_percent != 1:
+        parameters["partial_rotary_factor"] = architecture.rotary_percent
     if architecture.rope_scaling is not None:
         own = architecture.rope_scaling.model_dump()
         names = ROPE_SCALING if own["kind"] == "llama3" else {"factor": "factor"}

@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
 from ul2r.config import Architecture
+from ul2r.model.huggingface.checkpoint_reader import MegatronCheckpointReader, joined
 from ul2r.model.huggingface.config_json import config_of
 from ul2r.model.huggingface.families import FAMILIES
 from ul2r.model.huggingface.family import Part, parts_of, tensor_shapes
-from ul2r.model.huggingface.checkpoint_reader import Stored, joined
 from ul2r.model.huggingface.writing import StreamedTensor, write_weights
 from ul2r.model.tensors import single_tensors
 from ul2r.objective.vocabulary import Vocabulary
@@ -53,7 +53,7 @@ class Card:
 
 
 def exported_tensors(
-    stored: Stored, architecture: Architecture, rows: int
+    stored: MegatronCheckpointReader, architecture: Architecture, rows: int
 ) -> dict[str, StreamedTensor]:
     """The family's tensors by name; none is read before its blocks are asked for.
 
@@ -84,7 +84,10 @@ def _by_name(parts: tuple[Part, ...]) -> dict[str, list[tuple[Part, int]]]:
 
 
 def _blocks(
-    stored: Stored, key: str, place: tuple[int, ...], parts: list[tuple[Part, int]]
+    stored: MegatronCheckpointReader,
+    key: str,
+    place: tuple[int, ...],
+    parts: list[tuple[Part, int]],
 ) -> Iterator[Tensor]:
     """Rows of a family's tensor, as far as possible where they lie in the checkpoint."""
     tensor = stored.open(key, place)
@@ -130,7 +133,7 @@ def write_folder(
     AutoConfig.for_model(**keys, dtype=last.dtype).save_pretrained(writing)
     GenerationConfig(**special).save_pretrained(writing)
     shutil.copyfile(tokenizer, writing / "tokenizer.json")
-    longest = architecture.positions or positions
+    longest = architecture.max_position_embeddings or positions
     _write_json(
         writing / "tokenizer_config.json", _tokenizer_config(tokenizer, vocabulary, longest)
     )

@@ -20,17 +20,17 @@ NO: tuple[tuple[Any, Settings], ...] = ((False, {}),)
 LLAMA = Family(
     model_class="LlamaForCausalLM",
     sizes={
-        "layers": "num_hidden_layers",
+        "num_layers": "num_hidden_layers",
         "hidden_size": "hidden_size",
         "ffn_hidden_size": "intermediate_size",
-        "heads": "num_attention_heads",
-        "kv_heads": "num_key_value_heads",
+        "num_heads": "num_attention_heads",
+        "num_kv_heads": "num_key_value_heads",
         "head_size": "head_dim",
-        "embedding_rows": "vocab_size",
-        "positions": "max_position_embeddings",
+        "num_embeddings": "vocab_size",
+        "max_position_embeddings": "max_position_embeddings",
         "norm_epsilon": "rms_norm_eps",
         "init_std": "initializer_range",
-        "tied": "tie_word_embeddings",
+        "tie_embeddings": "tie_word_embeddings",
     },
     choices={
         "hidden_act": (("silu", {}),),
@@ -75,7 +75,7 @@ QWEN3 = replace(
     LLAMA,
     model_class="Qwen3ForCausalLM",
     choices={**QWEN2.choices, "attention_bias": NO},
-    always={"query_key_norm": "head"},
+    always={"qk_norm": "head"},
     inner={
         **LLAMA.inner,
         QUERY_NORM: "self_attn.q_norm.",
@@ -87,7 +87,7 @@ OLMO2 = replace(
     LLAMA,
     model_class="Olmo2ForCausalLM",
     choices={"hidden_act": (("silu", {}),), "attention_bias": NO},
-    always={"block": "post_norm", "query_key_norm": "whole"},
+    always={"block": "post_norm", "qk_norm": "whole"},
     inner={
         **{name: LLAMA.inner[name] for name in (QKV, PROJECTION, UP, DOWN)},
         QUERY_NORM: "self_attn.q_norm.",
@@ -102,8 +102,8 @@ MIXTRAL = replace(
     model_class="MixtralForCausalLM",
     sizes={
         **MISTRAL.sizes,
-        "experts": "num_local_experts",
-        "experts_per_token": "num_experts_per_tok",
+        "num_experts": "num_local_experts",
+        "num_experts_per_token": "num_experts_per_tok",
     },
     choices={**MISTRAL.choices, "router_jitter_noise": ((0.0, {}),)},
     inner={
@@ -149,7 +149,7 @@ GEMMA3 = replace(
     always={
         "block": "sandwich",
         "norm_zero_centered": True,
-        "query_key_norm": "head",
+        "qk_norm": "head",
         "activation": "geglu",
         "scale_embedding": True,
     },
@@ -165,7 +165,11 @@ GEMMA3 = replace(
 GPT_NEOX = Family(
     model_class="GPTNeoXForCausalLM",
     sizes={
-        **{name: key for name, key in LLAMA.sizes.items() if name not in ("kv_heads", "head_size")},
+        **{
+            name: key
+            for name, key in LLAMA.sizes.items()
+            if name not in ("num_kv_heads", "head_size")
+        },
         "norm_epsilon": "layer_norm_eps",
     },
     choices={
@@ -204,15 +208,15 @@ GPT_NEOX = Family(
 GPT2 = Family(
     model_class="GPT2LMHeadModel",
     sizes={
-        "layers": "n_layer",
+        "num_layers": "n_layer",
         "hidden_size": "n_embd",
         "ffn_hidden_size": "n_inner",
-        "heads": "n_head",
-        "embedding_rows": "vocab_size",
-        "positions": "n_positions",
+        "num_heads": "n_head",
+        "num_embeddings": "vocab_size",
+        "max_position_embeddings": "n_positions",
         "norm_epsilon": "layer_norm_epsilon",
         "init_std": "initializer_range",
-        "tied": "tie_word_embeddings",
+        "tie_embeddings": "tie_word_embeddings",
     },
     choices={
         "activation_function": (

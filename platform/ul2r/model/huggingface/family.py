@@ -106,8 +106,8 @@ def _by_group(
     names: list[str], architecture: Architecture, *, transposed: bool
 ) -> tuple[Part, ...]:
     """Queries, keys and values as Megatron wants them: those of each key/value head side by side."""
-    groups, head = architecture.kv_heads, architecture.head_dim
-    queries = architecture.heads // groups * head
+    groups, head = architecture.num_kv_heads, architecture.head_dim
+    queries = architecture.num_heads // groups * head
     query, key, value = names if len(names) == 3 else names * 3
     keys_at, values_at = 0, 0
     if len(names) == 1:

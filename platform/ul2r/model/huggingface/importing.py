@@ -27,7 +27,7 @@ def load_weights(model: GPTModel, source: Source, architecture: Architecture) ->
         source: The folder.
         architecture: The source's.
     """
-    rows = architecture.embedding_rows
+    rows = architecture.num_embeddings
     assert rows is not None
     for shard in shards(model):
         axes = shard.prepend_axis_num

@@ -139,15 +139,18 @@ class Source:
         return {name: place[stored] for name, stored in self._stored.items()}
 
     def _check(self, architecture: Architecture) -> None:
-        assert architecture.embedding_rows is not None
-        wanted = tensor_shapes(self.family, architecture, architecture.embedding_rows)
+        assert architecture.num_embeddings is not None
+        wanted = tensor_shapes(self.family, architecture, architecture.num_embeddings)
         missing = [name for name in wanted if name not in self._place]
         if missing:
             raise CheckpointError(
                 f"{self.folder}: {len(missing)} tensors that config.json asks for are not there, the first "
                 f"{missing[0]}: get the folder again"
             )
-        ends = (*self.family.left_over, *((self.family.output,) if architecture.tied else ()))
+        ends = (
+            *self.family.left_over,
+            *((self.family.output,) if architecture.tie_embeddings else ()),
+        )
         unknown = [name for name in self._place if name not in wanted and not name.endswith(ends)]
         if unknown:
             raise CheckpointError(

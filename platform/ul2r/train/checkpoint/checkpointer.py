@@ -12,12 +12,12 @@ from typing import TypeVar
 
 from ul2r.errors import CheckpointError
 from ul2r.train.checkpoint.async_write import BackgroundWrite
-from ul2r.train.checkpoint.metadata import CheckpointInfo
 from ul2r.train.checkpoint.checksums import Digest, find_damage, write_digests
-from ul2r.train.mesh import Mesh
+from ul2r.train.checkpoint.metadata import CheckpointInfo
 from ul2r.train.checkpoint.sharded_state import begin_save
+from ul2r.train.checkpoint.storage import CheckpointStore, Say, first_valid, silent
+from ul2r.train.mesh import Mesh
 from ul2r.train.step import TrainStep
-from ul2r.train.checkpoint.storage import CheckpointStore, Say, first_sound, silent
 
 T = TypeVar("T")
 REMEDY = (
@@ -94,7 +94,7 @@ class Saver:
         """
         busy = self._pending is not None and not self._pending.write.done
         copying = self._copies is not None and self._copies.busy
-        highest, unready = self.mesh.highest(number, busy or copying)
+        highest, unready = self.mesh.all_reduce_max(number, busy or copying)
         if self._pending is not None and not unready:
             self._finish(self._pending)
         return highest
@@ -117,31 +117,31 @@ class Saver:
         self.wait()
         self._on_first(self._copies.close if self._copies else lambda: None)
 
-    def last_sound(self, store: CheckpointStore) -> Path | None:
-        """What `storage.last_sound` gives, the reading shared between all ranks."""
-        rank, ranks = self.mesh.rank, self.mesh.parallel.workers
+    def latest_valid(self, store: CheckpointStore) -> Path | None:
+        """What `storage.latest_valid` gives, the reading shared between all ranks."""
+        rank, ranks = self.mesh.rank, self.mesh.parallel.num_workers
 
         def damage_of(path: Path) -> str | None:
-            found = self.mesh.from_all(find_damage(path, part=rank, parts=ranks))
+            found = self.mesh.all_gather(find_damage(path, part=rank, parts=ranks))
             return next((damage for damage in found if damage), None)
 
-        return first_sound(
-            self.mesh.from_first(store.candidates),
+        return first_valid(
+            self.mesh.broadcast_from_rank0(store.candidates),
             damage_of,
-            lambda: self.mesh.from_first(partial(store.restore, self._say)),
+            lambda: self.mesh.broadcast_from_rank0(partial(store.restore, self._say)),
             self._say if self.mesh.is_first else silent,
         )
 
     def _finish(self, pending: _Pending) -> None:
         began = time.perf_counter()
         self._pending, info = None, pending.info
-        failed = [text for text in self.mesh.from_all(_failure(pending.write.wait())) if text]
+        failed = [text for text in self.mesh.all_gather(_failure(pending.write.wait())) if text]
         if failed:
             self._on_first(partial(self.store.abandon, info.step))
             raise CheckpointError(
                 f"checkpoint of step {info.step} cannot be written to {self.store.folder}: {failed[0]}{REMEDY}"
             )
-        digests = self.mesh.from_all(_told(pending.write.describe))
+        digests = self.mesh.all_gather(_told(pending.write.describe))
         self._on_first(partial(self._conclude, info, digests, pending, began))
 
     def _conclude(
@@ -174,7 +174,7 @@ class Saver:
 
     def _on_first(self, action: Callable[[], None]) -> None:
         """Do something on rank 0; where it fails, every rank fails."""
-        self.mesh.from_first(lambda: _told(action))
+        self.mesh.broadcast_from_rank0(lambda: _told(action))
 
 
 class _Copies:

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from ul2r.config import Architecture, Recipe
 from ul2r.config.recipe import Change
-from ul2r.data.store.dataset import Corpus
+from ul2r.data.store.dataset import TokenDataset
 from ul2r.errors import CheckpointError
 
 INFO = "checkpoint.json"
@@ -22,7 +22,7 @@ RECIPE_PARTS: dict[str, Any] = {
     "objective": True,
     "optimizer": True,
     "seed": True,
-    "training": {"steps", "global_batch_rows"},
+    "training": {"steps", "global_batch_size"},
 }
 """What a run cannot change when it goes on; layout, logging and launch may."""
 
@@ -59,7 +59,7 @@ class CheckpointInfo:
     def of(
         cls,
         recipe: Recipe,
-        corpus: Corpus,
+        dataset: TokenDataset,
         *,
         step: int = 0,
         tokens: int = 0,
@@ -75,8 +75,8 @@ class CheckpointInfo:
             tokens=tokens,
             flops=flops,
             base=base,
-            tokenizer=corpus.manifest.tokenizer,
-            data=corpus.manifest.fingerprint,
+            tokenizer=dataset.manifest.tokenizer,
+            data=dataset.manifest.fingerprint,
             recipe=recipe.model_dump(mode="json", include=RECIPE_PARTS),
             guards=guards or {},
         )
@@ -113,13 +113,13 @@ class CheckpointInfo:
         text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2)
         (folder / INFO).write_text(text, encoding="utf-8")
 
-    def check_same_model(self, recipe: Recipe, corpus: Corpus) -> None:
+    def check_same_model(self, recipe: Recipe, dataset: TokenDataset) -> None:
         """Refuse to load into another model or tokenizer.
 
         Raises:
             CheckpointError: Naming the first field that differs and both values.
         """
-        wanted = CheckpointInfo.of(recipe, corpus)
+        wanted = CheckpointInfo.of(recipe, dataset)
         self._check(
             {
                 "model": (_described(self.recipe["model"]), _described(wanted.recipe["model"])),
@@ -127,13 +127,13 @@ class CheckpointInfo:
             }
         )
 
-    def check_same_run(self, recipe: Recipe, corpus: Corpus) -> None:
+    def check_same_run(self, recipe: Recipe, dataset: TokenDataset) -> None:
         """Refuse to resume with another recipe, which would make another run of it.
 
         Raises:
             CheckpointError: Naming the first field that differs and both values.
         """
-        wanted = CheckpointInfo.of(recipe, corpus)
+        wanted = CheckpointInfo.of(recipe, dataset)
         fields = {
             "tokenizer": (self.tokenizer, wanted.tokenizer),
             "data": (self.data, wanted.data),

@@ -11,10 +11,14 @@ from megatron.core.models.gpt import GPTModel
 
 from ul2r.config import HuggingFace, Megatron, Recipe
 from ul2r.model.build import shards
+from ul2r.model.huggingface.checkpoint_reader import (
+    MegatronCheckpointReader,
+    foreign_identity,
+    latest_iteration,
+)
 from ul2r.model.huggingface.family import is_embedding
 from ul2r.model.huggingface.importing import load_weights
 from ul2r.model.huggingface.safetensors_reader import Source, local_folder
-from ul2r.model.huggingface.checkpoint_reader import Stored, foreign_identity, latest_iteration
 from ul2r.train.checkpoint.sharded_state import load_checkpoint
 from ul2r.train.step import TrainStep
 
@@ -44,7 +48,7 @@ def load_pretrained(recipe: Recipe, base: HuggingFace | Megatron, train_step: Tr
 @torch.no_grad()
 def _fill_new_rows(chunks: Iterable[GPTModel], folder: Path) -> None:
     """Rows of the embedding that the checkpoint has none for become the mean of those that it has."""
-    stored = Stored(folder)
+    stored = MegatronCheckpointReader(folder)
     for shard in chain.from_iterable(map(shards, chunks)):
         if not is_embedding(shard.key):
             continue

@@ -15,8 +15,8 @@ from torch.distributed import ProcessGroup
 
 from ul2r.model.build import load_model, sharded_model
 from ul2r.train.checkpoint.async_write import BackgroundWrite
-from ul2r.train.optimizer import load_settings
 from ul2r.train.checkpoint.optimizer_state import sharded_optimizer
+from ul2r.train.optimizer import load_settings
 from ul2r.train.step import TrainStep
 
 

@@ -19,10 +19,10 @@ from functools import partial
 from pathlib import Path
 
 from ul2r.config import Recipe
-from ul2r.filesystem import locked
 from ul2r.errors import CheckpointError
-from ul2r.train.checkpoint.metadata import CheckpointInfo
+from ul2r.filesystem import locked
 from ul2r.train.checkpoint.checksums import find_damage
+from ul2r.train.checkpoint.metadata import CheckpointInfo
 from ul2r.train.checkpoint.remote import Mirror
 from ul2r.train.checkpoint.retention import Retention, finished_up_to, name_of, step_of
 
@@ -45,7 +45,7 @@ class CheckpointStore:
     Args:
         folder: The run's `checkpoints`.
         retention: Which finished checkpoints stay.
-        owner: The attempt that writes, from `claim`; a store without one only reads.
+        owner: The attempt that writes, from `acquire_writer_token`; a store without one only reads.
         mirror: Where copies of them are.
     """
 
@@ -70,7 +70,7 @@ class CheckpointStore:
             recipe.run_folder(name) / "checkpoints",
             Retention(settings.keep, settings.keep_every),
             owner,
-            Mirror(settings.copy_to, name) if settings.copy_to else None,
+            Mirror(settings.remote_dir, name) if settings.remote_dir else None,
         )
 
     def candidates(self) -> list[Path]:
@@ -165,7 +165,7 @@ class CheckpointStore:
             )
 
 
-def first_sound(
+def first_valid(
     candidates: Sequence[Path],
     damage_of: Callable[[Path], str | None],
     restore: Callable[[], Path | None],
@@ -202,7 +202,7 @@ def first_sound(
     return restored
 
 
-def last_sound(
+def latest_valid(
     store: CheckpointStore,
     *,
     thorough: bool = True,
@@ -221,11 +221,11 @@ def last_sound(
         CheckpointError: If there are some, and none is sound.
     """
     damage_of = partial(find_damage, thorough=thorough)
-    return first_sound(store.candidates(), damage_of, partial(store.restore, say_restored), say)
+    return first_valid(store.candidates(), damage_of, partial(store.restore, say_restored), say)
 
 
 def base_checkpoint(
-    recipe: Recipe, find: Callable[[CheckpointStore], Path | None] = last_sound
+    recipe: Recipe, find: Callable[[CheckpointStore], Path | None] = latest_valid
 ) -> Path | None:
     """The checkpoint that a run starts from, None if it starts from initial weights or from a foreign base.
 
@@ -253,7 +253,7 @@ def base_checkpoint(
     return path
 
 
-def claim(folder: Path) -> str:
+def acquire_writer_token(folder: Path) -> str:
     """Begin an attempt at a run: from now on only it may write checkpoints to `folder`.
 
     An earlier attempt that still lives, such as workers whose driver was killed, fails at its next checkpoint.

@@ -19,7 +19,7 @@ from torch import nn
 
 from ul2r.config import Recipe
 from ul2r.data.sampling.batches import replica_rows
-from ul2r.train.monitor.guards import Alarm, Decision, GuardState
+from ul2r.train.monitor.guards import Anomaly, Decision, GuardState
 from ul2r.train.step import StepResult
 
 Norms = dict[str, dict[str, float]]
@@ -75,7 +75,7 @@ def _names(chunks: Iterable[nn.Module]) -> dict[nn.Parameter, str]:
 
 def evidence(
     recipe: Recipe,
-    alarm: Alarm,
+    alarm: Anomaly,
     decision: Decision,
     *,
     step: int,
@@ -104,7 +104,7 @@ def evidence(
         "decision": decision,
         "step": step + 1,
         "batch": batch,
-        "rows": [rows.start, rows.stop - 1],
+        "num_rows": [rows.start, rows.stop - 1],
         "samples": [rows.start * slots, rows.stop * slots - 1],
         "loss": result.losses.mean,
         "loss_by_denoiser": dict(result.losses.by_denoiser(names)),

@@ -32,7 +32,7 @@ NORM_FLOOR = 0.25
 Decision = Literal["skip", "rewind", "stop"]
 
 
-class Seen(NamedTuple):
+class StepStats(NamedTuple):
     """What the guards see of a step: loss sums and targets of each denoiser, and the gradient norm."""
 
     sums: tuple[float, ...]
@@ -41,7 +41,7 @@ class Seen(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Alarm:
+class Anomaly:
     """A step that went wrong.
 
     Attributes:
@@ -69,7 +69,7 @@ class GuardState:
     skipped: tuple[tuple[int, int], ...] = ()
     skips: tuple[int, ...] = ()
     rewinds: int = 0
-    window: tuple[Seen, ...] = ()
+    window: tuple[StepStats, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """For a checkpoint's description; `from_json` reads it back, bit for bit."""
@@ -79,7 +79,7 @@ class GuardState:
     def from_json(cls, tree: dict[str, Any]) -> Self:
         """What `as_json` gave; nothing was seen where the tree is empty."""
         window = (
-            Seen(tuple(sums), tuple(targets), norm)
+            StepStats(tuple(sums), tuple(targets), norm)
             for sums, targets, norm in tree.get("window", ())
         )
         skipped = tuple((first, end) for first, end in tree.get("skipped", ()))
@@ -99,17 +99,17 @@ class GuardState:
         return replace(self, skipped=(*before, (first, batches.stop)))
 
 
-class StepGuards:
+class AnomalyGuard:
     """Judges each step of a run before its update is applied."""
 
     def __init__(self, settings: Guards, state: GuardState) -> None:
         self.settings, self.state = settings, state
 
-    def alarm(self, step: Seen) -> Alarm | None:
+    def alarm(self, step: StepStats) -> Anomaly | None:
         """What is wrong with a step, None if nothing is or if it is to be ignored."""
         loss = sum(step.sums) / sum(step.targets)
         if not (math.isfinite(loss) and math.isfinite(step.gradient_norm)):
-            return Alarm(
+            return Anomaly(
                 "non_finite", f"loss {loss:.4g} and gradient norm {step.gradient_norm:.4g}"
             )
         if len(self.state.window) < self.settings.window:
@@ -120,7 +120,7 @@ class StepGuards:
                 return found
         return None
 
-    def decide(self, alarm: Alarm, batch: int, *, can_rewind: bool) -> Decision:
+    def decide(self, alarm: Anomaly, batch: int, *, can_rewind: bool) -> Decision:
         """What is done about an alarm, as far as the budget allows.
 
         Args:
@@ -135,7 +135,7 @@ class StepGuards:
             return "skip" if len(self._recent(batch)) < self.settings.max_skips else "stop"
         return "stop"
 
-    def spent(self, alarm: Alarm, batch: int) -> str:
+    def spent(self, alarm: Anomaly, batch: int) -> str:
         """Why the run stops at an alarm and what to change, for one line."""
         settings, skips, rewinds = self.settings, len(self._recent(batch)), self.state.rewinds
         return (
@@ -148,7 +148,7 @@ class StepGuards:
         """Skips among the last `window` batches."""
         return tuple(one for one in self.state.skips if one > batch - self.settings.window)
 
-    def applied(self, step: Seen) -> None:
+    def applied(self, step: StepStats) -> None:
         """Let an applied step count for those after it."""
         window = (*self.state.window, step)[-self.settings.window :]
         self.state = replace(self.state, window=window)
@@ -169,7 +169,7 @@ class StepGuards:
             self.state.without(batches), skips=before.skips, rewinds=before.rewinds + 1
         )
 
-    def _loss_spike(self, step: Seen) -> Alarm | None:
+    def _loss_spike(self, step: StepStats) -> Anomaly | None:
         window = self.state.window
         sums, targets = (
             np.array([getattr(one, name) for one in (*window, step)])
@@ -187,13 +187,13 @@ class StepGuards:
         if deviations <= self.settings.deviations:
             return None
         loss = expected[-1] + above[-1]
-        return Alarm(
+        return Anomaly(
             "loss_spike",
             f"loss {loss:.4g} is {deviations:.1f} robust deviations above the expected {expected[-1]:.4g}",
             {"value": loss, "expected": expected[-1], "deviations": deviations, **asdict(spread)},
         )
 
-    def _gradient_spike(self, step: Seen) -> Alarm | None:
+    def _gradient_spike(self, step: StepStats) -> Anomaly | None:
         norms = np.array([one.gradient_norm for one in (*self.state.window, step)])
         logarithms = np.log(np.maximum(norms, np.finfo(float).tiny))
         spread = _Spread.of(logarithms[:-1], floor=NORM_FLOOR)
@@ -201,7 +201,7 @@ class StepGuards:
         if deviations <= self.settings.deviations:
             return None
         median = math.exp(spread.median)
-        return Alarm(
+        return Anomaly(
             "gradient_spike",
             f"gradient norm {step.gradient_norm:.4g} is {deviations:.1f} robust deviations above {median:.4g}",
             {

@@ -25,7 +25,7 @@ class _Report:
     node: dict[str, float] = field(default_factory=dict)
 
 
-class Machines:
+class SystemMonitor:
     """Asks all workers together; each node's first worker speaks for its node, under the node's name.
 
     Names of a node's metrics begin with "system/", by which MLflow shows them on a page of their own.

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 import numpy as np
 
 from ul2r.config import Denoiser
-from ul2r.objective import Rows, Vocabulary
+from ul2r.objective import Batch, Vocabulary
 from ul2r.objective.batch import mode_of
 
 
-class Pace:
+class ThroughputMonitor:
     """Sums up steps until it is asked; measuring and saving between them do not count.
 
     Work counts where it was applied: steps that were skipped cost their time and give nothing.
@@ -95,13 +95,13 @@ class SourceTokens:
         self._marks = np.array([len(mode_of(one, vocabulary)) for one in mixture])
         self._last_is_text = np.array([one.kind == "causal" for one in mixture])
 
-    def count(self, rows: Rows) -> int:
+    def count(self, rows: Batch) -> int:
         """Number of those tokens; each stands in its example's inputs or its targets, once.
 
         An example's last token is only predicted and not read. It is eos, but for plain causal text.
         """
-        used = rows.denoiser >= 0
-        which = rows.denoiser[used]
-        read = self._is_text[rows.tokens[used]] & (rows.position[used] >= self._marks[which])
-        first = (rows.position == 0) & used
-        return int(read.sum() + self._last_is_text[rows.denoiser[first]].sum())
+        used = rows.denoiser_ids >= 0
+        which = rows.denoiser_ids[used]
+        read = self._is_text[rows.tokens[used]] & (rows.position_ids[used] >= self._marks[which])
+        first = (rows.position_ids == 0) & used
+        return int(read.sum() + self._last_is_text[rows.denoiser_ids[first]].sum())

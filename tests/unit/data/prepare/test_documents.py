@@ -16,8 +16,8 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ul2r.data.prepare.source_files import SourceFile, find_files
 from ul2r.data.prepare.documents import PIECE_SIZE, pieces, read_documents
+from ul2r.data.prepare.source_files import SourceFile, find_files
 from ul2r.errors import CorpusError
 
 TEXTS = ["One\r\ntwo\n\n", "ünïcode 🙂 [S2S]", "long line " * 20_000, "many\n" * 50_000]

@@ -12,11 +12,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from tokenizers import Tokenizer
 
-from ul2r.data.sampling.blend import Documents
-from ul2r.data.prepare.source_files import SourceFile, find_files
-from ul2r.data.prepare.merge import join_shards
-from ul2r.data.store.manifest import Manifest
-from ul2r.data.store.dataset import Corpus, open_corpus
+from ul2r.data.prepare.merge import merge_shards
 from ul2r.data.prepare.shards import (
     LARGEST_SHARD,
     SMALLEST_SHARD,
@@ -25,6 +21,10 @@ from ul2r.data.prepare.shards import (
     shard_is_done,
     write_shard,
 )
+from ul2r.data.prepare.source_files import SourceFile, find_files
+from ul2r.data.sampling.blend import Documents
+from ul2r.data.store.dataset import TokenDataset, open_dataset
+from ul2r.data.store.manifest import Manifest
 from ul2r.data.tokenizer import train_tokenizer, vocabulary_of
 from ul2r.errors import CorpusError
 from ul2r.testing.corpus import write_texts
@@ -37,14 +37,14 @@ def tokenizer() -> Tokenizer:
 
 def _store(
     folder: Path, groups: list[Group], tokenizer: Tokenizer, held_out: float = 0.25
-) -> Corpus:
+) -> TokenDataset:
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
     vocabulary = vocabulary_of(tokenizer)
     for group in reversed(groups):
         write_shard(group, folder, tokenizer, vocabulary)
-    join_shards(folder, len(groups), held_out, vocabulary, {"made": "here"})
-    return open_corpus(folder)
+    merge_shards(folder, len(groups), held_out, vocabulary, {"made": "here"})
+    return open_dataset(folder)
 
 
 def _texts(store: Documents, tokenizer: Tokenizer) -> list[str]:
@@ -60,10 +60,10 @@ def test_every_document_is_on_one_side_whole_and_closed(
     tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     texts = write_texts(tmp_path / "texts", documents=40, sentences=3)
-    corpus = _store(
+    dataset = _store(
         tmp_path / "store", group_files(find_files([str(tmp_path / "texts")])), tokenizer
     )
-    train, held_out = _texts(corpus.train[0].store, tokenizer), _texts(corpus.held_out, tokenizer)
+    train, held_out = _texts(dataset.train[0].store, tokenizer), _texts(dataset.held_out, tokenizer)
     assert len(held_out) == 10
     assert sorted(train + held_out) == sorted(f"{text}<eos>" for text in texts)
     kept = [f"{text}<eos>" for text in texts if f"{text}<eos>" in set(train)]
@@ -72,12 +72,12 @@ def test_every_document_is_on_one_side_whole_and_closed(
 
 def test_counts_are_those_of_the_store(tmp_path: Path, tokenizer: Tokenizer) -> None:
     texts = write_texts(tmp_path / "texts", documents=12, sentences=3)
-    corpus = _store(
+    dataset = _store(
         tmp_path / "store", group_files(find_files([str(tmp_path / "texts")])), tokenizer
     )
-    train, held_out = corpus.manifest.train, corpus.manifest.held_out
+    train, held_out = dataset.manifest.train, dataset.manifest.held_out
     assert (train.documents, held_out.documents) == (9, 3)
-    assert (train.tokens, held_out.tokens) == (len(corpus.train[0].store), len(corpus.held_out))
+    assert (train.tokens, held_out.tokens) == (len(dataset.train[0].store), len(dataset.held_out))
     assert train.text_bytes + held_out.text_bytes == sum(len(text.encode()) for text in texts)
 
 
@@ -108,10 +108,10 @@ def test_the_split_of_other_documents_does_not_move_a_document(
     for documents in (400, 440):
         folder = tmp_path / str(documents)
         write_texts(folder / "texts", documents, sentences=1)
-        corpus = _store(
+        dataset = _store(
             folder / "store", group_files(find_files([str(folder / "texts")])), tokenizer
         )
-        sides.append(set(_texts(corpus.held_out, tokenizer)))
+        sides.append(set(_texts(dataset.held_out, tokenizer)))
     assert len(sides[0] - sides[1]) <= 10, "only documents near the limit change sides"
 
 
@@ -120,8 +120,8 @@ def test_equal_documents_are_on_one_side(tmp_path: Path, tokenizer: Tokenizer) -
     write_texts(texts, documents=8, sentences=3)
     for path in list(texts.iterdir()):
         (texts / f"copy_{path.name}").write_bytes(path.read_bytes())
-    corpus = _store(tmp_path / "store", group_files(find_files([str(texts)])), tokenizer, 0.3)
-    train, held_out = _texts(corpus.train[0].store, tokenizer), _texts(corpus.held_out, tokenizer)
+    dataset = _store(tmp_path / "store", group_files(find_files([str(texts)])), tokenizer, 0.3)
+    train, held_out = _texts(dataset.train[0].store, tokenizer), _texts(dataset.held_out, tokenizer)
     assert not set(train) & set(held_out)
     assert len(train) + len(held_out) == 16
 
@@ -131,10 +131,10 @@ def test_two_documents_are_one_for_each_side(
     tmp_path: Path, tokenizer: Tokenizer, share: float
 ) -> None:
     write_texts(tmp_path / "texts", documents=2)
-    corpus = _store(
+    dataset = _store(
         tmp_path / "store", group_files(find_files([str(tmp_path / "texts")])), tokenizer, share
     )
-    assert (corpus.train[0].store.documents, corpus.held_out.documents) == (1, 1)
+    assert (dataset.train[0].store.documents, dataset.held_out.documents) == (1, 1)
 
 
 def test_a_corpus_of_one_long_text_is_cut_at_line_ends(
@@ -143,9 +143,9 @@ def test_a_corpus_of_one_long_text_is_cut_at_line_ends(
     text = "".join(f"line {number} of a long book\n" for number in range(12_000))
     (tmp_path / "book.txt").write_text(text)
     groups = group_files(find_files([str(tmp_path / "book.txt")]))
-    corpus = _store(tmp_path / "store", groups, tokenizer)
-    parts = _texts(corpus.train[0].store, tokenizer) + _texts(corpus.held_out, tokenizer)
-    assert corpus.held_out.documents == 1
+    dataset = _store(tmp_path / "store", groups, tokenizer)
+    parts = _texts(dataset.train[0].store, tokenizer) + _texts(dataset.held_out, tokenizer)
+    assert dataset.held_out.documents == 1
     assert len(parts) > 3
     assert all(part.endswith("\n<eos>") for part in parts)
     assert sorted("".join(parts).replace("<eos>", "").splitlines()) == sorted(text.splitlines())
@@ -204,12 +204,12 @@ def test_an_existing_token_store_is_split_as_it_is(tmp_path: Path, tokenizer: To
     documents = [[100, 101 + number, eos] for number in range(20)] + [[200, 201]]
     _megatron_corpus(tmp_path / "theirs", documents)
     files = find_files([str(tmp_path / "theirs.idx")])
-    corpus = _store(tmp_path / "store", group_files(files), tokenizer)
-    stores = (corpus.train[0].store, corpus.held_out)
+    dataset = _store(tmp_path / "store", group_files(files), tokenizer)
+    stores = (dataset.train[0].store, dataset.held_out)
     got = [store.document(n).tolist() for store in stores for n in range(store.documents)]
     assert sorted(got) == sorted([*documents[:20], [200, 201, eos]])
-    assert corpus.held_out.documents == 5
-    assert corpus.manifest.train.text_bytes == 0
+    assert dataset.held_out.documents == 5
+    assert dataset.manifest.train.text_bytes == 0
 
 
 @pytest.mark.parametrize("token", [-1, 5, 330])

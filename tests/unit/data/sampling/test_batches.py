@@ -9,9 +9,9 @@ import pytest
 from ul2r.config import PRESETS, Causal, Prefix
 from ul2r.data.sampling.batches import Batches
 from ul2r.data.sampling.blend import Documents
-from ul2r.data.store.dataset import Corpus, open_corpus
+from ul2r.data.store.dataset import TokenDataset, open_dataset
 from ul2r.errors import CorpusError
-from ul2r.objective import Rows
+from ul2r.objective import Batch
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.recipes import tiny_recipe
 
@@ -22,11 +22,11 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def corpus(storage: Path) -> Corpus:
+def dataset(storage: Path) -> TokenDataset:
     return tiny_store(storage / "store")
 
 
-def equal(left: Rows, right: Rows) -> bool:
+def equal(left: Batch, right: Batch) -> bool:
     others = right.arrays()
     return all(
         array.dtype == others[name].dtype and np.array_equal(array, others[name])
@@ -40,19 +40,19 @@ def stands_in(row: npt.NDArray[np.int32], store: Documents) -> bool:
 
 
 def test_step_holds_the_samples_after_those_of_the_step_before(
-    storage: Path, corpus: Corpus
+    storage: Path, dataset: TokenDataset
 ) -> None:
     objective = {"sequence_length": 128, "slots_per_row": 2}
-    batches = Batches(tiny_recipe(storage, objective=objective), corpus)
-    samples = [batches.rows(step).sample.ravel().tolist() for step in range(3)]
+    batches = Batches(tiny_recipe(storage, objective=objective), dataset)
+    samples = [batches.rows(step).sample_ids.ravel().tolist() for step in range(3)]
     assert samples == [list(range(step * 16, step * 16 + 16)) for step in range(3)]
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 4, 8])
 def test_replicas_in_turn_make_up_the_global_batch(
-    storage: Path, corpus: Corpus, replicas: int
+    storage: Path, dataset: TokenDataset, replicas: int
 ) -> None:
-    batches = Batches(tiny_recipe(storage), corpus)
+    batches = Batches(tiny_recipe(storage), dataset)
     whole = batches.rows(5)
     share = 8 // replicas
     for replica in range(replicas):
@@ -60,46 +60,48 @@ def test_replicas_in_turn_make_up_the_global_batch(
         assert equal(part, whole[replica * share : (replica + 1) * share])
 
 
-def test_rows_are_the_same_from_any_object_in_any_order(storage: Path, corpus: Corpus) -> None:
-    batches = Batches(tiny_recipe(storage), corpus)
+def test_rows_are_the_same_from_any_object_in_any_order(
+    storage: Path, dataset: TokenDataset
+) -> None:
+    batches = Batches(tiny_recipe(storage), dataset)
     batches.rows(9)
-    again = Batches(tiny_recipe(storage), corpus)
+    again = Batches(tiny_recipe(storage), dataset)
     assert equal(batches.rows(3), again.rows(3))
 
 
-def test_rows_do_not_depend_on_the_length_of_the_run(storage: Path, corpus: Corpus) -> None:
+def test_rows_do_not_depend_on_the_length_of_the_run(storage: Path, dataset: TokenDataset) -> None:
     longer = tiny_recipe(storage, training={"steps": 60})
-    assert equal(Batches(longer, corpus).rows(3), Batches(tiny_recipe(storage), corpus).rows(3))
+    assert equal(Batches(longer, dataset).rows(3), Batches(tiny_recipe(storage), dataset).rows(3))
 
 
-def test_other_seeds_give_other_rows(storage: Path, corpus: Corpus) -> None:
+def test_other_seeds_give_other_rows(storage: Path, dataset: TokenDataset) -> None:
     made = {
-        Batches(tiny_recipe(storage, seed=seed), corpus).rows(0).tokens.tobytes()
+        Batches(tiny_recipe(storage, seed=seed), dataset).rows(0).tokens.tobytes()
         for seed in range(5)
     }
     assert len(made) == 5
 
 
-def test_causal_rows_are_windows_of_the_stores_text(storage: Path, corpus: Corpus) -> None:
+def test_causal_rows_are_windows_of_the_stores_text(storage: Path, dataset: TokenDataset) -> None:
     recipe = tiny_recipe(storage, objective={"mixture": "causal"})
-    for row in Batches(recipe, corpus).rows(0).tokens:
-        assert stands_in(row, corpus.train[0].store)
+    for row in Batches(recipe, dataset).rows(0).tokens:
+        assert stands_in(row, dataset.train[0].store)
 
 
-def test_control_reads_the_windows_that_ul2r_reads(storage: Path, corpus: Corpus) -> None:
+def test_control_reads_the_windows_that_ul2r_reads(storage: Path, dataset: TokenDataset) -> None:
     """A fair opponent: its text begins where the other's does, sample by sample."""
     ul2r = Batches(
-        tiny_recipe(storage, objective={"mixture": [{"kind": "prefix", "weight": 1}]}), corpus
+        tiny_recipe(storage, objective={"mixture": [{"kind": "prefix", "weight": 1}]}), dataset
     )
-    control = Batches(tiny_recipe(storage, objective={"mixture": "causal"}), corpus)
-    read, mode = control.rows(2).tokens[:, :60], corpus.vocabulary.modes["S2S"][0]
+    control = Batches(tiny_recipe(storage, objective={"mixture": "causal"}), dataset)
+    read, mode = control.rows(2).tokens[:, :60], dataset.vocabulary.modes["S2S"][0]
     denoised = ul2r.rows(2).tokens
     assert (denoised[:, 0] == mode).all()
     assert (denoised[:, 1:61] == read).all()
 
 
 def test_held_out_rows_are_the_same_whatever_the_run_trains_on(
-    storage: Path, corpus: Corpus
+    storage: Path, dataset: TokenDataset
 ) -> None:
     ul2r = tiny_recipe(storage, seed=1)
     control = tiny_recipe(
@@ -107,41 +109,43 @@ def test_held_out_rows_are_the_same_whatever_the_run_trains_on(
         seed=2,
         name="control",
         objective={"mixture": "causal"},
-        training={"global_batch_rows": 4, "steps": 50},
+        training={"global_batch_size": 4, "steps": 50},
     )
     for denoiser in (*PRESETS["ul2r"], Causal()):
-        one, other = (Batches(recipe, corpus).held_out(denoiser, 6) for recipe in (ul2r, control))
+        one, other = (Batches(recipe, dataset).held_out(denoiser, 6) for recipe in (ul2r, control))
         assert equal(one, other)
-        assert set(one.denoiser.ravel().tolist()) <= {0, -1}
+        assert set(one.denoiser_ids.ravel().tolist()) <= {0, -1}
 
 
-def test_fewer_held_out_rows_are_the_first_of_more(storage: Path, corpus: Corpus) -> None:
-    batches = Batches(tiny_recipe(storage), corpus)
+def test_fewer_held_out_rows_are_the_first_of_more(storage: Path, dataset: TokenDataset) -> None:
+    batches = Batches(tiny_recipe(storage), dataset)
     few, more = (batches.held_out(Prefix(weight=1), rows) for rows in (3, 9))
     assert equal(few, more[:3])
 
 
-def test_held_out_rows_read_held_out_text_only(storage: Path, corpus: Corpus) -> None:
-    for row in Batches(tiny_recipe(storage), corpus).held_out(Causal(), 20).tokens:
-        assert stands_in(row, corpus.held_out)
-        assert not stands_in(row, corpus.train[0].store)
+def test_held_out_rows_read_held_out_text_only(storage: Path, dataset: TokenDataset) -> None:
+    for row in Batches(tiny_recipe(storage), dataset).held_out(Causal(), 20).tokens:
+        assert stands_in(row, dataset.held_out)
+        assert not stands_in(row, dataset.train[0].store)
 
 
-def test_weight_of_a_held_out_denoiser_changes_nothing(storage: Path, corpus: Corpus) -> None:
-    batches = Batches(tiny_recipe(storage), corpus)
+def test_weight_of_a_held_out_denoiser_changes_nothing(
+    storage: Path, dataset: TokenDataset
+) -> None:
+    batches = Batches(tiny_recipe(storage), dataset)
     light, heavy = (batches.held_out(Prefix(weight=weight), 4) for weight in (0.1, 5))
     assert equal(light, heavy)
 
 
-def test_tokenizer_with_too_few_sentinels_is_refused(storage: Path, corpus: Corpus) -> None:
+def test_tokenizer_with_too_few_sentinels_is_refused(storage: Path, dataset: TokenDataset) -> None:
     """The recipe asks for enough, the store was made with fewer."""
-    recipe = tiny_recipe(storage, objective={"sequence_length": 1024}, data={"sentinels": 256})
+    recipe = tiny_recipe(storage, objective={"sequence_length": 1024}, data={"num_sentinels": 256})
     with pytest.raises(CorpusError, match="has 64 sentinels, the mixture needs 128: raise"):
-        Batches(recipe, corpus)
+        Batches(recipe, dataset)
 
 
-def test_split_shorter_than_a_window_is_refused(storage: Path, corpus: Corpus) -> None:
-    length = len(corpus.held_out) + 1
+def test_split_shorter_than_a_window_is_refused(storage: Path, dataset: TokenDataset) -> None:
+    length = len(dataset.held_out) + 1
     mixture = [{"kind": "causal"}]
     recipe = tiny_recipe(
         storage,
@@ -151,38 +155,44 @@ def test_split_shorter_than_a_window_is_refused(storage: Path, corpus: Corpus) -
     with pytest.raises(
         CorpusError, match=f"the held-out split holds {length - 1} tokens, one window"
     ):
-        Batches(recipe, corpus)
+        Batches(recipe, dataset)
 
 
 def test_tokens_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
     """Here in a store whose file was changed after it was made, which no check before the start reads."""
-    corpus = tiny_store(tmp_path / "store")
+    dataset = tiny_store(tmp_path / "store")
     data = tmp_path / "store" / "train.bin"
-    data.write_bytes((corpus.vocabulary.size).to_bytes(2, "little") * corpus.manifest.train.tokens)
-    batches = Batches(tiny_recipe(tmp_path), open_corpus(tmp_path / "store"))
-    size = corpus.vocabulary.size
+    data.write_bytes(
+        (dataset.vocabulary.size).to_bytes(2, "little") * dataset.manifest.train.tokens
+    )
+    batches = Batches(tiny_recipe(tmp_path), open_dataset(tmp_path / "store"))
+    size = dataset.vocabulary.size
     with pytest.raises(CorpusError, match=f"holds tokens .* to {size}, its vocabulary has {size}:"):
         batches.rows(0)
 
 
-def test_example_within_its_document_holds_no_end_of_another(storage: Path, corpus: Corpus) -> None:
+def test_example_within_its_document_holds_no_end_of_another(
+    storage: Path, dataset: TokenDataset
+) -> None:
     """The end of a document is an eos: inside the text it would be one in the middle of a window."""
     objective = {"sequence_length": 256, "mixture": "causal", "within_document": True}
-    rows = Batches(tiny_recipe(storage, objective=objective), corpus).rows(0)
-    text = np.where(rows.denoiser >= 0, rows.tokens, -1)
-    assert not (text == corpus.vocabulary.eos).any(), "only a label may be one"
-    assert (rows.labels == corpus.vocabulary.eos).any()
+    rows = Batches(tiny_recipe(storage, objective=objective), dataset).rows(0)
+    text = np.where(rows.denoiser_ids >= 0, rows.tokens, -1)
+    assert not (text == dataset.vocabulary.eos).any(), "only a label may be one"
+    assert (rows.labels == dataset.vocabulary.eos).any()
     across = Batches(
-        tiny_recipe(storage, objective={**objective, "within_document": False}), corpus
+        tiny_recipe(storage, objective={**objective, "within_document": False}), dataset
     )
-    assert (across.rows(0).tokens == corpus.vocabulary.eos).any()
+    assert (across.rows(0).tokens == dataset.vocabulary.eos).any()
 
 
-def test_denoisers_take_windows_shorter_than_their_room(storage: Path, corpus: Corpus) -> None:
+def test_denoisers_take_windows_shorter_than_their_room(
+    storage: Path, dataset: TokenDataset
+) -> None:
     objective = {"sequence_length": 512, "within_document": True}
-    rows = Batches(tiny_recipe(storage, objective=objective), corpus).rows(0)
-    used = (rows.denoiser >= 0).sum(axis=1)
+    rows = Batches(tiny_recipe(storage, objective=objective), dataset).rows(0)
+    used = (rows.denoiser_ids >= 0).sum(axis=1)
     assert (used < 500).any(), "documents of the tiny corpus are shorter than a row"
     for line, length in enumerate(used.tolist()):
-        assert rows.labels[line, length - 1] == corpus.vocabulary.eos
-        assert rows.hi[line, :length].max() == length
+        assert rows.labels[line, length - 1] == dataset.vocabulary.eos
+        assert rows.kv_end[line, :length].max() == length

@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ul2r.config import Recipe, dump
-from ul2r.data.sampling.batches import Batches
-from ul2r.data.sampling.blend import BLOCK, Blend, JoinedStores, shares
-from ul2r.data.store.manifest import Manifest
 from ul2r.data.prepare.prepare import finished, prepare
-from ul2r.data.store.dataset import open_corpus
+from ul2r.data.sampling.batches import Batches
+from ul2r.data.sampling.blend import BLOCK, Blend, MergedStores, shares
+from ul2r.data.store.dataset import open_dataset
+from ul2r.data.store.manifest import Manifest
 from ul2r.data.store.token_store import TokenStore, TokenWriter
 from ul2r.errors import CorpusError
 from ul2r.testing.corpus import counted_text, tiny_store
@@ -111,7 +111,7 @@ def test_joined_stores_read_as_one(sizes: list[int], start: int, length: int) ->
             return self.numbers[start : start + length]
 
     begins = np.cumsum([0, *sizes]).tolist()
-    joined = JoinedStores([Numbers(*pair) for pair in zip(begins, sizes, strict=False)])
+    joined = MergedStores([Numbers(*pair) for pair in zip(begins, sizes, strict=False)])
     total = sum(sizes)
     expected = [place % total for place in range(start, start + length)]
     assert joined.tokens(start, length).tolist() == expected
@@ -124,7 +124,7 @@ def test_documents_of_joined_stores_follow_each_other(tmp_path: Path) -> None:
             for tokens in part:
                 writer.append(tokens)
                 writer.end_document()
-    joined = JoinedStores([TokenStore.open(tmp_path / name) for name in "ab"])
+    joined = MergedStores([TokenStore.open(tmp_path / name) for name in "ab"])
     assert (len(joined), joined.documents) == (7, 4)
     assert [joined.document(number).tolist() for number in range(4)] == documents
     assert joined.document_bounds.tolist() == [0, 2, 3, 6, 7]
@@ -152,12 +152,12 @@ def test_blend_is_trained_on_in_its_shares(stores: list[Path], tmp_path: Path) -
     recipe = blend_recipe(tmp_path, stores, 3, 1)
     assert finished(recipe) is None
     assert prepare(recipe) == finished(recipe)
-    corpus = open_corpus(recipe.store_folder)
+    dataset = open_dataset(recipe.store_folder)
     objective = recipe.objective.model_copy(
         update={"mixture": tiny_recipe(tmp_path, objective={"mixture": "causal"}).objective.mixture}
     )
-    rows = Batches(recipe.model_copy(update={"objective": objective}), corpus)
-    own = [open_corpus(store).train[0].store for store in stores]
+    rows = Batches(recipe.model_copy(update={"objective": objective}), dataset)
+    own = [open_dataset(store).train[0].store for store in stores]
     texts = [store.tokens(0, len(store) + 64).tobytes() for store in own]
     found: Counter[int] = Counter()
     for step in range(20):
@@ -171,11 +171,11 @@ def test_held_out_text_and_counts_are_those_of_all_stores(
     stores: list[Path], tmp_path: Path
 ) -> None:
     manifest = prepare(blend_recipe(tmp_path, stores, 1, 1))
-    corpora = [open_corpus(store) for store in stores]
-    corpus = open_corpus(tmp_path / "store")
+    corpora = [open_dataset(store) for store in stores]
+    dataset = open_dataset(tmp_path / "store")
     assert manifest.train.tokens == sum(one.manifest.train.tokens for one in corpora)
-    assert len(corpus.held_out) == sum(len(one.held_out) for one in corpora)
-    assert corpus.vocabulary == corpora[0].vocabulary
+    assert len(dataset.held_out) == sum(len(one.held_out) for one in corpora)
+    assert dataset.vocabulary == corpora[0].vocabulary
 
 
 def test_fingerprint_covers_stores_and_weights(stores: list[Path], tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_blend_of_a_store_that_was_made_anew_is_refused(stores: list[Path], tmp_
     with pytest.raises(
         CorpusError, match=r"second/store: was made anew since .*/store was blended"
     ):
-        open_corpus(recipe.store_folder)
+        open_dataset(recipe.store_folder)
     with pytest.raises(CorpusError, match=r"was made anew"):
         finished(recipe)
 

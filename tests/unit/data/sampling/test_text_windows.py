@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ul2r.data.sampling.shuffle import ROUNDS, permute
-from ul2r.data.sampling.text_windows import DocumentWindows, Windows
+from ul2r.data.sampling.text_windows import DocumentWindows, TextWindows
 from ul2r.errors import CorpusError
 
 seeds = st.integers(0, 2**63 - 1)
@@ -34,7 +34,7 @@ def permuted(place: int, size: int, round_keys: list[int]) -> int:
     return int(permute(np.uint64(place), np.uint64(size), np.array(round_keys, np.uint64)))
 
 
-def read(windows: Windows, sample: int, length: int) -> list[int]:
+def read(windows: TextWindows, sample: int, length: int) -> list[int]:
     out = np.full((1, length + 1), -1, np.int32)
     windows.read(np.array([sample]), np.array([length]), out)
     found: list[int] = out[0].tolist()
@@ -58,7 +58,7 @@ def test_permutation_stays_inside_a_set_of_any_size(
 def test_epoch_reads_each_window_once_and_none_overlap(
     size: int, length: int, seed: int, epoch: int
 ) -> None:
-    windows = Windows(Numbers(size), length, seed)
+    windows = TextWindows(Numbers(size), length, seed)
     count = size // length
     assert len(windows) == count
     samples = range(epoch * count, (epoch + 1) * count)
@@ -70,7 +70,7 @@ def test_epoch_reads_each_window_once_and_none_overlap(
 def test_window_is_a_run_of_the_store_from_its_start(
     size: int, length: int, seed: int, sample: int, data: st.DataObject
 ) -> None:
-    windows = Windows(Numbers(size), length, seed)
+    windows = TextWindows(Numbers(size), length, seed)
     asked = data.draw(st.integers(1, length))
     (start,) = windows.starts(np.array([sample])).tolist()
     expected = [(start + place) % size for place in range(asked)]
@@ -78,7 +78,7 @@ def test_window_is_a_run_of_the_store_from_its_start(
 
 
 def test_tokens_left_over_are_others_in_other_epochs() -> None:
-    windows = Windows(Numbers(109), 10, seed=1)
+    windows = TextWindows(Numbers(109), 10, seed=1)
     left = set()
     for epoch in range(12):
         samples = range(epoch * 10, epoch * 10 + 10)
@@ -90,7 +90,7 @@ def test_tokens_left_over_are_others_in_other_epochs() -> None:
 
 def test_order_is_another_one_for_each_seed_and_epoch() -> None:
     def order(seed: int, epoch: int) -> tuple[int, ...]:
-        windows = Windows(Numbers(640), 10, seed)
+        windows = TextWindows(Numbers(640), 10, seed)
         starts = windows.starts(np.arange(epoch * 64, epoch * 64 + 64))
         return tuple(np.argsort(np.argsort((starts - starts[0]) % 640)))
 
@@ -113,7 +113,7 @@ def test_each_place_is_equally_likely_for_a_window(size: int) -> None:
 
 def test_shift_is_spread_over_the_store() -> None:
     starts = [
-        int(Windows(Numbers(1000), 1000, seed).starts(np.zeros(1, np.int64))[0])
+        int(TextWindows(Numbers(1000), 1000, seed).starts(np.zeros(1, np.int64))[0])
         for seed in range(400)
     ]
     assert max(Counter(start // 100 for start in starts).values()) < 75, "40 expected in each tenth"
@@ -121,13 +121,13 @@ def test_shift_is_spread_over_the_store() -> None:
 
 
 def test_any_sample_of_an_enormous_store_is_read_without_a_table() -> None:
-    windows = Windows(Numbers(2**50), 2049, seed=1)
+    windows = TextWindows(Numbers(2**50), 2049, seed=1)
     assert len(set(read(windows, 10**15, 2049))) == 2049
 
 
 def test_store_shorter_than_a_window_is_refused_with_both_numbers() -> None:
     with pytest.raises(CorpusError) as caught:
-        Windows(Numbers(500), 1025, seed=1, split="held-out")
+        TextWindows(Numbers(500), 1025, seed=1, split="held-out")
     assert str(caught.value) == (
         "the held-out split holds 500 tokens, one window needs 1025: give more text, "
         "shorten objective.sequence_length or raise objective.slots_per_row"

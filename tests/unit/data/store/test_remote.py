@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ul2r.data.store.manifest import Manifest
 from ul2r.data.prepare.prepare import finished, prepare
-from ul2r.data.store.dataset import open_corpus
+from ul2r.data.store.dataset import open_dataset
+from ul2r.data.store.manifest import Manifest
 from ul2r.data.store.remote import local_store
 from ul2r.errors import CorpusError
 from ul2r.testing.corpus import tiny_store
@@ -65,7 +65,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_store_elsewhere_is_fetched_once_and_is_the_same(elsewhere: Elsewhere, cache: Path) -> None:
     folder = local_store(elsewhere.url)
     assert folder.parent == cache
-    fetched, theirs = open_corpus(folder), open_corpus(elsewhere.folder / "store")
+    fetched, theirs = open_dataset(folder), open_dataset(elsewhere.folder / "store")
     assert fetched.manifest == theirs.manifest
     ours, original = (one.train[0].store.tokens(0, 10**5) for one in (fetched, theirs))
     assert np.array_equal(ours, original)
@@ -99,8 +99,8 @@ def test_run_on_a_store_elsewhere_goes_on_when_its_host_is_gone(
     recipe = tiny_recipe(tmp_path / "run", data={"blend": blend})
     prepare(recipe)
     shutil.rmtree(elsewhere.folder)
-    corpus = open_corpus(recipe.store_folder)
-    assert len(corpus.train[0].store) == corpus.manifest.train.tokens
+    dataset = open_dataset(recipe.store_folder)
+    assert len(dataset.train[0].store) == dataset.manifest.train.tokens
     with pytest.raises(CorpusError, match=r"http://.*/store/manifest\.json: not there"):
         finished(recipe)
 
@@ -128,7 +128,7 @@ def test_store_that_changed_elsewhere_is_refused(
         finished(recipe)
     shutil.rmtree(cache)
     with pytest.raises(CorpusError, match="was made anew since"):
-        open_corpus(recipe.store_folder)
+        open_dataset(recipe.store_folder)
 
 
 @pytest.mark.parametrize(

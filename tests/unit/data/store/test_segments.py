@@ -13,14 +13,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ul2r.data.store import segments as chapters_module
 from ul2r.data.sampling.blend import Blend
-from ul2r.data.store.segments import Chapters, StreamedWindows, chapter_prefix
-from ul2r.filesystem import locked
-from ul2r.data.store.manifest import Chapter, Manifest, Split
+from ul2r.data.sampling.text_windows import DocumentWindows, TextWindows
+from ul2r.data.store import segments as chapters_module
+from ul2r.data.store.manifest import Manifest, Segment, Split
+from ul2r.data.store.segments import SegmentedStore, StreamingWindows, chapter_prefix
 from ul2r.data.store.token_store import TokenWriter
-from ul2r.data.sampling.text_windows import DocumentWindows, Windows
 from ul2r.errors import CorpusError
+from ul2r.filesystem import locked
 from ul2r.objective import Vocabulary
 
 LENGTH = 10
@@ -43,18 +43,20 @@ def write(folder: Path, sizes: list[int], *, complete: bool) -> Manifest:
         train=Split(len(sizes), first, first),
         held_out=Split(1, 1, 1),
         files={"tokenizer.json": "digest"},
-        chapters=tuple(Chapter(1, size) for size in sizes),
+        chapters=tuple(Segment(1, size) for size in sizes),
         complete=complete,
     )
     manifest.write(folder)
     return manifest
 
 
-def opened(folder: Path, cut: type[Windows] | type[DocumentWindows] = Windows) -> StreamedWindows:
-    return StreamedWindows(Chapters(folder, Manifest.read(folder)), cut, LENGTH, seed=7)
+def opened(
+    folder: Path, cut: type[TextWindows] | type[DocumentWindows] = TextWindows
+) -> StreamingWindows:
+    return StreamingWindows(SegmentedStore(folder, Manifest.read(folder)), cut, LENGTH, seed=7)
 
 
-def read(windows: StreamedWindows, samples: npt.ArrayLike) -> npt.NDArray[np.int32]:
+def read(windows: StreamingWindows, samples: npt.ArrayLike) -> npt.NDArray[np.int32]:
     numbers = np.array(samples, np.int64)
     out = np.full((len(numbers), LENGTH), -1, np.int32)
     windows.read(numbers, np.full(len(numbers), LENGTH), out)
@@ -130,7 +132,9 @@ def test_chapters_have_orders_of_their_own(tmp_path: Path) -> None:
 def test_a_blend_takes_a_complete_streamed_store(tmp_path: Path) -> None:
     write(tmp_path, [400, 400], complete=True)
     parts = [
-        StreamedWindows(Chapters(tmp_path, Manifest.read(tmp_path)), Windows, LENGTH, 7, source=n)
+        StreamingWindows(
+            SegmentedStore(tmp_path, Manifest.read(tmp_path)), TextWindows, LENGTH, 7, source=n
+        )
         for n in range(2)
     ]
     blend = Blend(parts, [0.5, 0.5], seed=7)
@@ -154,7 +158,7 @@ def test_the_next_chapter_is_waited_for(tmp_path: Path) -> None:
     assert sorted(found[0].ravel().tolist()) == list(range(20, 50))
 
 
-def unfinished(folder: Path) -> StreamedWindows:
+def unfinished(folder: Path) -> StreamingWindows:
     write(folder, [20], complete=False)
     return opened(folder)
 

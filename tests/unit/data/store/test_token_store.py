@@ -13,7 +13,7 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from ul2r.data.store.dataset import open_corpus
+from ul2r.data.store.dataset import open_dataset
 from ul2r.data.store.token_store import TokenStore, TokenWriter
 from ul2r.errors import CorpusError
 from ul2r.testing.corpus import tiny_store
@@ -147,12 +147,14 @@ def test_halves_of_a_pair_that_changed_names_are_refused(tmp_path: Path) -> None
 
 
 def test_data_of_another_store_is_refused(tmp_path: Path) -> None:
-    corpus = tiny_store(tmp_path / "store")
+    dataset = tiny_store(tmp_path / "store")
     held_out = (tmp_path / "store" / "held_out.bin").read_bytes()
     (tmp_path / "store" / "train.bin").write_bytes(held_out)
-    message = rf"train\.bin: {len(held_out)} bytes, .* describes {2 * corpus.manifest.train.tokens}"
+    message = (
+        rf"train\.bin: {len(held_out)} bytes, .* describes {2 * dataset.manifest.train.tokens}"
+    )
     with pytest.raises(CorpusError, match=message):
-        open_corpus(tmp_path / "store")
+        open_dataset(tmp_path / "store")
 
 
 @pytest.mark.parametrize("start", [24, 2**40, -2])
@@ -170,12 +172,12 @@ def test_a_document_that_the_index_puts_past_the_end_is_refused(tmp_path: Path, 
 
 def test_a_run_refuses_a_store_made_anew(tmp_path: Path) -> None:
     first = tiny_store(tmp_path / "store").manifest.fingerprint
-    assert open_corpus(tmp_path / "store", first).manifest.fingerprint == first
+    assert open_dataset(tmp_path / "store", first).manifest.fingerprint == first
     shutil.rmtree(tmp_path / "store")
     second = tiny_store(tmp_path / "store", seed=1).manifest.fingerprint
     message = f"made anew .*fingerprint {first[:8]} then, {second[:8]} now"
     with pytest.raises(CorpusError, match=message):
-        open_corpus(tmp_path / "store", first)
+        open_dataset(tmp_path / "store", first)
 
 
 def test_a_store_without_tokens_is_refused(tmp_path: Path) -> None:
@@ -187,14 +189,14 @@ def test_a_store_without_tokens_is_refused(tmp_path: Path) -> None:
 
 def test_a_corpus_opens_with_its_counts_and_vocabulary(tmp_path: Path) -> None:
     made = tiny_store(tmp_path / "store")
-    corpus = open_corpus(tmp_path / "store")
-    assert corpus.manifest == made.manifest
-    assert (len(corpus.train[0].store), corpus.train[0].store.documents) == (
-        corpus.manifest.train.tokens,
-        corpus.manifest.train.documents,
+    dataset = open_dataset(tmp_path / "store")
+    assert dataset.manifest == made.manifest
+    assert (len(dataset.train[0].store), dataset.train[0].store.documents) == (
+        dataset.manifest.train.tokens,
+        dataset.manifest.train.documents,
     )
-    assert corpus.vocabulary.size == 512
-    assert len(corpus.vocabulary.sentinels) == 64
+    assert dataset.vocabulary.size == 512
+    assert len(dataset.vocabulary.sentinels) == 64
 
 
 def test_fingerprints_tell_stores_apart(tmp_path: Path) -> None:
@@ -206,12 +208,12 @@ def test_fingerprints_tell_stores_apart(tmp_path: Path) -> None:
 
 def test_a_missing_corpus_names_the_job_that_makes_it(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=r"run jobs/prepare\.py RECIPE first"):
-        open_corpus(tmp_path / "store")
+        open_dataset(tmp_path / "store")
 
 
 def test_a_folder_that_is_no_corpus_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="is none"):
-        open_corpus(tmp_path)
+        open_dataset(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["train.bin", "held_out.idx", "tokenizer.json"])
@@ -219,7 +221,7 @@ def test_an_incomplete_corpus_is_refused(tmp_path: Path, name: str) -> None:
     tiny_store(tmp_path)
     (tmp_path / name).unlink()
     with pytest.raises(CorpusError, match=f"{name}: .*missing"):
-        open_corpus(tmp_path)
+        open_dataset(tmp_path)
 
 
 def test_another_tokenizer_in_a_corpus_is_refused(tmp_path: Path) -> None:
@@ -227,11 +229,11 @@ def test_another_tokenizer_in_a_corpus_is_refused(tmp_path: Path) -> None:
     tiny_store(tmp_path / "b", seed=1)
     shutil.copy(tmp_path / "b" / "tokenizer.json", tmp_path / "a")
     with pytest.raises(CorpusError, match=r"tokenizer\.json: is missing or not the one"):
-        open_corpus(tmp_path / "a")
+        open_dataset(tmp_path / "a")
 
 
 @pytest.mark.parametrize("text", ["{", '{"format": 2}', '{"format": 99}', "[]"])
 def test_a_damaged_manifest_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(CorpusError, match=r"manifest\.json: (damaged|format 99)"):
-        open_corpus(tmp_path)
+        open_dataset(tmp_path)

@@ -35,7 +35,7 @@ def test_a_cluster_that_does_not_answer_is_named_at_once(monkeypatch: pytest.Mon
         monkeypatch.setenv("RAY_ADDRESS", address)
         with (
             pytest.raises(ServiceError, match=f"no Ray cluster answers at RAY_ADDRESS={address}"),
-            cluster.connected(cpus=1),
+            cluster.connect_ray(cpus=1),
         ):
             pytest.fail("connected to nothing")
 
@@ -49,6 +49,6 @@ def test_an_address_of_another_kind_is_refused(
     monkeypatch.setenv("RAY_ADDRESS", address)
     with (
         pytest.raises(ServiceError, match=r"is not host:port of a Ray cluster's head"),
-        cluster.connected(cpus=1),
+        cluster.connect_ray(cpus=1),
     ):
         pytest.fail("connected to nothing")

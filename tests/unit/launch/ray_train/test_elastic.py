@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ul2r.launch.ray_train.elastic import shrunk
+from ul2r.launch.ray_train.elastic import shrink_layout
 from ul2r.testing.recipes import tiny_recipe
 
 
@@ -29,25 +29,29 @@ def test_whole_replicas_that_divide_the_rows_are_taken_as_far_as_allowed(
 ) -> None:
     recipe = tiny_recipe(
         Path("/nowhere"),
-        parallel={"workers": 16, "tensor": 2},
-        training={"microbatch_rows": 1},
+        parallel={"num_workers": 16, "tensor": 2},
+        training={"micro_batch_size": 1},
         launch=launch,
     )
-    smaller = shrunk(recipe, {"CPU": cpus}, vocabulary_size=512)
-    assert (smaller.parallel.workers if smaller else None) == workers
+    smaller = shrink_layout(recipe, {"CPU": cpus}, vocabulary_size=512)
+    assert (smaller.parallel.num_workers if smaller else None) == workers
     if smaller is not None:
         assert smaller.model_copy(update={"parallel": recipe.parallel}) == recipe
 
 
 def test_gpus_that_are_gone_count() -> None:
     recipe = tiny_recipe(
-        Path("/nowhere"), parallel={"workers": 4}, launch={"min_workers": 1, "gpus_per_worker": 1}
+        Path("/nowhere"),
+        parallel={"num_workers": 4},
+        launch={"min_workers": 1, "gpus_per_worker": 1},
     )
-    smaller = shrunk(recipe, {"CPU": 64, "GPU": 3}, vocabulary_size=512)
+    smaller = shrink_layout(recipe, {"CPU": 64, "GPU": 3}, vocabulary_size=512)
     assert smaller is not None
-    assert smaller.parallel.workers == 2
+    assert smaller.parallel.num_workers == 2
 
 
 def test_more_workers_at_least_than_there_are_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"launch\.min_workers=3 is more than parallel\.workers=2"):
-        tiny_recipe(Path("/nowhere"), parallel={"workers": 2}, launch={"min_workers": 3})
+    with pytest.raises(
+        ValueError, match=r"launch\.min_workers=3 is more than parallel\.num_workers=2"
+    ):
+        tiny_recipe(Path("/nowhere"), parallel={"num_workers": 2}, launch={"min_workers": 3})

@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from ul2r.train.checkpoint.checksums import DIGESTS_FILE, SMALL_BYTES, Digest, find_damage, write_digests
+from ul2r.train.checkpoint.checksums import (
+    DIGESTS_FILE,
+    SMALL_BYTES,
+    Digest,
+    find_damage,
+    write_digests,
+)
 
 LARGE = SMALL_BYTES + 1
 

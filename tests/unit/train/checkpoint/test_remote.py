@@ -15,7 +15,7 @@ from ul2r.errors import CheckpointError
 from ul2r.train.checkpoint.checksums import find_damage, write_digests
 from ul2r.train.checkpoint.remote import Mirror
 from ul2r.train.checkpoint.retention import Retention
-from ul2r.train.checkpoint.storage import CheckpointStore, claim, last_sound
+from ul2r.train.checkpoint.storage import CheckpointStore, acquire_writer_token, latest_valid
 
 
 @pytest.fixture(params=["file", "memory"])
@@ -47,19 +47,21 @@ def copied(mirror: Mirror) -> list[str]:
 
 
 def run_in(folder: Path, url: str, keep: int = 2, keep_every: int | None = None) -> CheckpointStore:
-    return CheckpointStore(folder, Retention(keep, keep_every), claim(folder), Mirror(url, "tiny"))
+    return CheckpointStore(
+        folder, Retention(keep, keep_every), acquire_writer_token(folder), Mirror(url, "tiny")
+    )
 
 
 def test_a_run_whose_disk_is_gone_goes_on_from_the_copy(tmp_path: Path, url: str) -> None:
     write(run_in(tmp_path / "old", url), 2, 4)
     said: list[str] = []
     store = CheckpointStore(tmp_path / "new", mirror=Mirror(url, "tiny"))
-    path = last_sound(store, say=said.append, say_restored=said.append)
+    path = latest_valid(store, say=said.append, say_restored=said.append)
     assert path == tmp_path / "new" / "step_00000004"
     assert find_damage(path) is None
     assert (path / "weights").read_text() == "of step 4"
     assert said == [f"{tmp_path}/new: step_00000004 was fetched from {url}/tiny"]
-    assert last_sound(CheckpointStore(tmp_path / "new")) == path, "the pointer is there as well"
+    assert latest_valid(CheckpointStore(tmp_path / "new")) == path, "the pointer is there as well"
 
 
 def test_what_is_on_disk_is_taken_before_a_copy(tmp_path: Path, url: str) -> None:
@@ -68,11 +70,11 @@ def test_what_is_on_disk_is_taken_before_a_copy(tmp_path: Path, url: str) -> Non
     (tmp_path / "run" / "step_00000004" / "weights").write_text("torn")
     said: list[str] = []
     assert (
-        last_sound(store, say=said.append, say_restored=said.append)
+        latest_valid(store, say=said.append, say_restored=said.append)
         == tmp_path / "run" / "step_00000002"
     )
     shutil.rmtree(tmp_path / "run" / "step_00000002")
-    path = last_sound(store, say=said.append, say_restored=said.append)
+    path = latest_valid(store, say=said.append, say_restored=said.append)
     assert path == tmp_path / "run" / "step_00000004"
     assert (path / "weights").read_text() == "of step 4"
 
@@ -83,7 +85,7 @@ def test_copies_are_kept_as_on_disk(tmp_path: Path, url: str) -> None:
     assert store.mirror is not None
     assert copied(store.mirror) == ["latest", "step_00000004", "step_00000006"]
     again = run_in(tmp_path / "new", url, keep=1, keep_every=4)
-    last_sound(again)
+    latest_valid(again)
     write(again, 7)
     assert copied(store.mirror) == ["latest", "step_00000004", "step_00000007"], (
         "milestones outlive the disk they were written to"
@@ -98,7 +100,7 @@ def test_a_copy_that_was_cut_off_does_not_count(tmp_path: Path, url: str) -> Non
     files.pipe_file(f"{root}/step_00000006/weights", b"of step 6")
     said: list[str] = []
     store = CheckpointStore(tmp_path / "new", mirror=Mirror(url, "tiny"))
-    path = last_sound(store, say=said.append, say_restored=said.append)
+    path = latest_valid(store, say=said.append, say_restored=said.append)
     assert path is not None
     assert path.name == "step_00000002"
     assert said[0].startswith(
@@ -107,12 +109,12 @@ def test_a_copy_that_was_cut_off_does_not_count(tmp_path: Path, url: str) -> Non
     files.pipe_file(f"{root}/step_00000002/weights", b"of")
     shutil.rmtree(tmp_path / "new")
     with pytest.raises(CheckpointError, match=r"no whole copy is left \(step_00000004: holds 2"):
-        last_sound(store)
+        latest_valid(store)
     assert [path.name for path in (tmp_path / "new").iterdir()] == [".restoring.lock"]
 
 
 def test_without_any_copy_there_is_no_checkpoint(tmp_path: Path, url: str) -> None:
-    assert last_sound(CheckpointStore(tmp_path / "run", mirror=Mirror(url, "tiny"))) is None
+    assert latest_valid(CheckpointStore(tmp_path / "run", mirror=Mirror(url, "tiny"))) is None
     assert not (tmp_path / "run").exists()
 
 
@@ -121,7 +123,7 @@ def test_ranks_that_restore_at_the_same_time_fetch_once(tmp_path: Path, url: str
     said: list[str] = []
 
     def restore() -> None:
-        last_sound(
+        latest_valid(
             CheckpointStore(tmp_path / "new", mirror=Mirror(url, "tiny")),
             say=said.append,
             say_restored=said.append,
@@ -143,9 +145,9 @@ def test_a_place_that_cannot_be_reached_is_named(tmp_path: Path) -> None:
         CheckpointError, match=rf"cannot be copied to {tmp_path}/file/tiny: .*Not a directory"
     ):
         write(store, 2)
-    assert last_sound(CheckpointStore(tmp_path / "run")) is not None
+    assert latest_valid(CheckpointStore(tmp_path / "run")) is not None
     store = CheckpointStore(tmp_path / "new", mirror=Mirror("nowhere://bucket", "tiny"))
     with pytest.raises(
         CheckpointError, match="cannot be fetched from nowhere://bucket/tiny: Protocol"
     ):
-        last_sound(store)
+        latest_valid(store)

@@ -11,7 +11,7 @@ from ul2r.errors import CheckpointError
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.train.checkpoint.checksums import write_digests
 from ul2r.train.checkpoint.retention import Retention
-from ul2r.train.checkpoint.storage import CheckpointStore, claim, last_sound
+from ul2r.train.checkpoint.storage import CheckpointStore, acquire_writer_token, latest_valid
 
 
 def write(store: CheckpointStore, *steps: int) -> None:
@@ -23,7 +23,7 @@ def write(store: CheckpointStore, *steps: int) -> None:
 
 
 def written(folder: Path, *steps: int, keep: int = 9) -> CheckpointStore:
-    store = CheckpointStore(folder, Retention(keep), claim(folder))
+    store = CheckpointStore(folder, Retention(keep), acquire_writer_token(folder))
     write(store, *steps)
     return store
 
@@ -41,12 +41,12 @@ def tear(folder: Path, step: int) -> None:
 def taken(store: CheckpointStore) -> tuple[str | None, list[str]]:
     """Name of the checkpoint that is taken, and what is said."""
     said: list[str] = []
-    path = last_sound(store, say=said.append)
+    path = latest_valid(store, say=said.append)
     return (path.name if path else None), said
 
 
 def test_what_was_not_finished_does_not_count(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path, owner=claim(tmp_path))
+    store = CheckpointStore(tmp_path, owner=acquire_writer_token(tmp_path))
     store.open(6)
     assert taken(store) == (None, [])
     write(store, 3)
@@ -82,7 +82,7 @@ def test_without_a_sound_checkpoint_nothing_is_begun_anew(tmp_path: Path) -> Non
         CheckpointError,
         match=r"no sound checkpoint is left \(step_00000004 holds 2 of 9 .*; step_00000002 holds .*\): put one back",
     ):
-        last_sound(store)
+        latest_valid(store)
 
 
 def test_a_pointer_that_was_set_back_is_followed(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_the_last_checkpoints_are_kept(tmp_path: Path, keep: int) -> None:
 
 
 def test_milestones_are_kept_besides(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path, Retention(2, keep_every=6), claim(tmp_path))
+    store = CheckpointStore(tmp_path, Retention(2, keep_every=6), acquire_writer_token(tmp_path))
     write(store, *range(2, 21, 2))
     assert steps_of(store) == [6, 12, 18, 20]
 
@@ -132,7 +132,7 @@ def test_a_later_checkpoint_that_was_never_pointed_to_does_not_push_out_the_last
 def test_a_damaged_checkpoint_does_not_push_out_the_one_that_was_resumed(tmp_path: Path) -> None:
     written(tmp_path, 4, 6, 8)
     tear(tmp_path, 8)
-    store = CheckpointStore(tmp_path, Retention(2), claim(tmp_path))
+    store = CheckpointStore(tmp_path, Retention(2), acquire_writer_token(tmp_path))
     store.begin(resumed=6)
     assert steps_of(store) == [4, 6, 8], "nothing goes before there is something new"
     write(store, 9)
@@ -142,7 +142,7 @@ def test_a_damaged_checkpoint_does_not_push_out_the_one_that_was_resumed(tmp_pat
 def test_an_attempt_that_was_replaced_writes_no_more(tmp_path: Path) -> None:
     old = written(tmp_path, 2)
     old.open(4)
-    new = CheckpointStore(tmp_path, Retention(2), claim(tmp_path))
+    new = CheckpointStore(tmp_path, Retention(2), acquire_writer_token(tmp_path))
     for late in (lambda: old.finish(4), lambda: old.open(6), old.begin):
         with pytest.raises(CheckpointError, match="another attempt at this run writes"):
             late()
@@ -152,5 +152,5 @@ def test_an_attempt_that_was_replaced_writes_no_more(tmp_path: Path) -> None:
 
 
 def test_attempts_write_in_places_of_their_own(tmp_path: Path) -> None:
-    stores = [CheckpointStore(tmp_path, owner=claim(tmp_path)) for _ in range(2)]
+    stores = [CheckpointStore(tmp_path, owner=acquire_writer_token(tmp_path)) for _ in range(2)]
     assert stores[0].beside(4) != stores[1].beside(4)

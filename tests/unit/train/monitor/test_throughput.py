@@ -7,9 +7,9 @@ import pytest
 
 from ul2r.config import PRESETS, Denoiser, Fim, Objective
 from ul2r.objective import Vocabulary
-from ul2r.objective.batch import make_rows
+from ul2r.objective.batch import build_batch
 from ul2r.testing.corpus import counted_text
-from ul2r.train.monitor.throughput import Pace, SourceTokens
+from ul2r.train.monitor.throughput import SourceTokens, ThroughputMonitor
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_share_and_rates_are_of_the_steps_since_the_last_time(clock: list[float]) -> None:
-    pace = Pace()
+    pace = ThroughputMonitor()
     clock += [
         0,
         1,
@@ -62,7 +62,7 @@ def test_share_and_rates_are_of_the_steps_since_the_last_time(clock: list[float]
 
 
 def test_a_skipped_step_costs_its_time_and_gives_nothing(clock: list[float]) -> None:
-    pace = Pace()
+    pace = ThroughputMonitor()
     clock += [0, 2, 2, 4]
     with pace.computing():
         pass
@@ -87,7 +87,7 @@ def test_source_tokens_are_the_raw_tokens_that_examples_are_made_of(
         for mode, begin in (("S2S", 900), ("NLU", 910), ("NLG", 920))
     }
     vocabulary = Vocabulary(10_000, 0, modes, tuple(range(1, 257)), modes_are_text=mode_length > 1)
-    rows = make_rows(
+    rows = build_batch(
         range(8),
         objective=objective,
         vocabulary=vocabulary,
@@ -98,7 +98,7 @@ def test_source_tokens_are_the_raw_tokens_that_examples_are_made_of(
     for row in range(8):
         for begin in (0, 128):
             slot = slice(begin, begin + 128)
-            used = rows.denoiser[row, slot] >= 0
+            used = rows.denoiser_ids[row, slot] >= 0
             example = [*rows.tokens[row, slot][used], rows.labels[row, slot][used][-1]]
             raw += int(np.sum(np.array(example) >= 1000))
     assert SourceTokens(objective.mixture, vocabulary).count(rows) == raw > 0
