@@ -94,7 +94,7 @@ class SavedRun:
         mesh = Mesh.join(recipe.parallel)
         self.train_step = TrainStep(recipe, mesh, self.dataset.vocabulary.size)
         self.rows = Batches(recipe, self.dataset).rows(0, 0, 1)
-        self.folder = recipe.run_folder() / "checkpoints"
+        self.folder = recipe.paths.checkpoints
         self.store = CheckpointStore.of(recipe, owner=acquire_writer_token(self.folder))
         self.logged: list[dict[str, float]] = []
         self.saver = Saver(

@@ -216,7 +216,7 @@ def measure(folder: Path) -> dict[str, float]:
             "gloo", init_method=f"file://{folder / 'rendezvous'}", rank=0, world_size=1
         )
         with track_run(recipe, dataset, uri) as run_id:
-            tracker = MlflowTracker(uri, run_id, recipe.run_folder())
+            tracker = MlflowTracker(uri, run_id, recipe.paths.folder)
             turns = Turns(recipe, dataset, initial_weights(recipe, dataset.vocabulary.size))
             run_worker(recipe, tracker, turns, lambda _, batches: read_from_ray(recipe, batches))
             tracker.close()

@@ -33,7 +33,7 @@ def main(recipe: Recipe) -> None:
     if os.environ.get("RANK", "0") == "0":
         print(
             f"{info.run}: {info.step} steps, {info.tokens:,} tokens and {info.flops:.3g} FLOPs with its ancestors', "
-            f"checkpoints in {recipe.run_folder() / 'checkpoints'}"
+            f"checkpoints in {recipe.paths.folder / 'checkpoints'}"
         )
 
 

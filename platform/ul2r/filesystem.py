@@ -1,40 +1,98 @@
-"""Locks between the processes that see a folder; they end with the process that holds them, however it ends."""
+"""Files that are never seen half-written, and locks between processes.
+
+Everything durable is written under a temporary name in the same folder and then renamed, which POSIX does atomically:
+a reader, or a process that starts after a crash, sees the old content or the new one and nothing in between.
+"""
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
+import shutil
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-POLL_S = 0.5
-"""How often one who waits for a lock tries."""
+LOCK_POLL_S = 0.5
+"""Seconds between two attempts to take a lock."""
+STAGING_SUFFIX = ".writing"
+"""Ends the name of a file or folder that is not complete yet."""
+
+
+def staging_path(path: Path) -> Path:
+    """Return a new hidden name in `path`'s folder, on the same file system, so that a rename to `path` is atomic.
+
+    The name keeps `path`'s suffix in front of its own, and no other process or thread is given the same one.
+    """
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{STAGING_SUFFIX}")
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Be the only one, of those who lock `path`, while the block runs; others are waited for.
+def staged_file(path: Path) -> Iterator[Path]:
+    """Yield a name to write a file to; rename it to `path` at the end of the block, remove it if the block fails."""
+    staging = staging_path(path)
+    try:
+        yield staging
+        staging.replace(path)
+    finally:
+        staging.unlink(missing_ok=True)
 
-    The lock is a file beside `path`, which stays, whether or not `path` exists.
+
+@contextmanager
+def staging_dir(path: Path) -> Iterator[Path]:
+    """Yield a new empty folder; let it replace `path` at the end of the block, remove it if the block fails."""
+    staging = staging_path(path)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        if path.exists():
+            shutil.rmtree(path)
+        staging.rename(path)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file at once: readers see its old content or `content`. Text is encoded as UTF-8.
+
+    The data is not forced to the disk: after a power failure the file may be the old one.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    with staged_file(path) as staging:
+        staging.write_bytes(data)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's content in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def file_lock(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on `path`; block until acquired.
+
+    The lock is the file `path`.lock, which stays; `path` itself need not exist. The system releases the lock when the
+    process that holds it ends, however it ends.
     """
     with _lock_file(path).open("a") as file:
-        while not _take(file.fileno(), fcntl.LOCK_EX):
-            time.sleep(POLL_S)
+        while not _try_lock(file.fileno(), fcntl.LOCK_EX):
+            time.sleep(LOCK_POLL_S)
         yield
 
 
 def is_locked(path: Path) -> bool:
-    """Whether somebody is in `locked`."""
+    """Return whether some process holds `file_lock(path)`."""
     if not _lock_file(path).is_file():
         return False
     with _lock_file(path).open() as file:
-        return not _take(file.fileno(), fcntl.LOCK_SH)
+        return not _try_lock(file.fileno(), fcntl.LOCK_SH)
 
 
-def _take(file: int, kind: int) -> bool:
-    """Take the lock, which is kept until the file is closed, unless somebody has it."""
+def _try_lock(file: int, kind: int) -> bool:
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:

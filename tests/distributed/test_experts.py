@@ -129,9 +129,9 @@ def test_every_layout_takes_the_same_steps_and_goes_on_from_a_checkpoint(
 ) -> None:
     new = recipe_of(storage, layout, **LAYOUTS[layout])
     continued = recipe_of(storage, f"{layout} continued", **LAYOUTS[layout])
-    folder = continued.run_folder() / "checkpoints"
+    folder = continued.paths.checkpoints
     folder.mkdir(parents=True)
-    of_single = recipe_of(storage, "single").run_folder() / "checkpoints"
+    of_single = recipe_of(storage, "single").paths.checkpoints
     (folder / "step_00000003").symlink_to(of_single / "step_00000003")
     (folder / "latest").write_text("step_00000003")
     found, later = run_distributed(steps, new.parallel.num_workers, new, continued)[0]

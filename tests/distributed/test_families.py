@@ -64,14 +64,14 @@ def carry(recipes: list[Recipe], tokens: Tensor) -> list[Carried | None]:
         assert isinstance(recipe.base, HuggingFace)
         load_pretrained(recipe, recipe.base, step)
         imported = whole_logits(step.chunks[0], tokens, PREFIX)
-        save_weights(step.chunks, recipe.run_folder() / "imported")
+        save_weights(step.chunks, recipe.paths.folder / "imported")
         batches = Batches(recipe, dataset)
         taken = [
             step.train(number, batches.rows(number, mesh.data_rank, recipe.parallel.data))
             for number in range(2)
         ]
         trained = whole_logits(step.chunks[0], tokens, PREFIX)
-        save_weights(step.chunks, recipe.run_folder() / "trained")
+        save_weights(step.chunks, recipe.paths.folder / "trained")
         losses = [result.losses.mean for result in taken]
         norms = [result.gradient_norm for result in taken]
         found.append(Carried(imported, trained, losses, norms) if mesh.is_last_stage else None)
@@ -144,11 +144,11 @@ def exported(storage: Path, name: str, layout: str, what: str) -> Path:
     recipe = recipe_of(storage, name, layout)
     architecture: Architecture = recipe.model
     dataset = tiny_store(storage / "vocabulary", vocabulary_size=VOCABULARY)
-    folder = recipe.run_folder() / f"{what}-export"
+    folder = recipe.paths.folder / f"{what}-export"
     write_folder(
         folder,
         exported_tensors(
-            MegatronCheckpointReader(recipe.run_folder() / what), architecture, VOCABULARY
+            MegatronCheckpointReader(recipe.paths.folder / what), architecture, VOCABULARY
         ),
         architecture=architecture,
         positions=LENGTH,

@@ -150,9 +150,9 @@ def number_states_of_experts() -> None:
 
 def hand_over(source: Recipe, target: Recipe) -> None:
     """Let a run begin with another's checkpoint of step 3."""
-    folder = target.run_folder() / "checkpoints"
+    folder = target.paths.checkpoints
     folder.mkdir(parents=True)
-    (folder / "step_00000003").symlink_to(source.run_folder() / "checkpoints" / "step_00000003")
+    (folder / "step_00000003").symlink_to(source.paths.checkpoints / "step_00000003")
     (folder / "latest").write_text("step_00000003")
 
 

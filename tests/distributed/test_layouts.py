@@ -89,9 +89,9 @@ def recipes(storage: Path, layout: str, parallel: Mapping[str, Any]) -> dict[str
 
 def hand_over(source: Recipe, target: Recipe) -> None:
     """Let a run begin with another's checkpoint of step 3, as if it had been stopped there."""
-    folder = target.run_folder() / "checkpoints"
+    folder = target.paths.checkpoints
     folder.mkdir(parents=True)
-    (folder / "step_00000003").symlink_to(source.run_folder() / "checkpoints" / "step_00000003")
+    (folder / "step_00000003").symlink_to(source.paths.checkpoints / "step_00000003")
     (folder / "latest").write_text("step_00000003")
 
 

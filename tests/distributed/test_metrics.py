@@ -107,7 +107,7 @@ def test_the_console_says_loss_and_mfu(seen: list[tuple[Records, list[str], list
 def test_the_trace_of_a_chosen_step_is_kept(
     recipe: Recipe, seen: list[tuple[Records, list[str], list[Path]]]
 ) -> None:
-    trace = recipe.run_folder() / "profiles" / "step_00000003.json.gz"
+    trace = recipe.paths.profiles / "step_00000003.json.gz"
     assert [kept for _, _, kept in seen] == [[trace], []]
     with gzip.open(trace, "rt") as file:
         names = {event.get("name", "") for event in json.load(file)["traceEvents"]}

@@ -65,13 +65,13 @@ def train(recipe: Recipe) -> tuple[list[float], list[float], list[float]]:
 
     dataset, mesh = open_dataset(recipe.store_folder), Mesh.join(recipe.parallel)
     step = TrainStep(recipe, mesh, dataset.vocabulary.size)
-    save_weights(step.chunks, recipe.run_folder() / "before")
+    save_weights(step.chunks, recipe.paths.folder / "before")
     batches = Batches(recipe, dataset)
     taken = [
         step.train(number, batches.rows(number, mesh.data_rank, recipe.parallel.data))
         for number in range(STEPS)
     ]
-    save_weights(step.chunks, recipe.run_folder() / "after")
+    save_weights(step.chunks, recipe.paths.folder / "after")
     return (
         [one.losses.mean for one in taken],
         [one.gradient_norm for one in taken],
@@ -105,7 +105,7 @@ def trained(recipes: dict[str, Recipe]) -> dict[str, tuple[list[float], list[flo
 
 
 def weights(recipe: Recipe, when: str) -> dict[str, Tensor]:
-    stored = MegatronCheckpointReader(recipe.run_folder() / when)
+    stored = MegatronCheckpointReader(recipe.paths.folder / when)
     tensors = exported_tensors(stored, recipe.model, VOCABULARY)
     return {name: torch.cat(list(tensor.blocks())) for name, tensor in tensors.items()}
 

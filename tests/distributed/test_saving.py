@@ -101,7 +101,7 @@ def run_named(storage: Path, name: str, **checkpoints: Any) -> Recipe:  # noqa: 
 
 
 def checkpoint(recipe: Recipe, step: int) -> Path:
-    return recipe.run_folder() / "checkpoints" / f"step_{step:08d}"
+    return recipe.paths.checkpoints / f"step_{step:08d}"
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def whole(storage: Path) -> tuple[Recipe, Losses]:
 def started_like(whole: Recipe, name: str, **checkpoints: Any) -> Recipe:  # noqa: ANN401
     """Another run with the checkpoints of `whole`."""
     recipe = run_named(whole.storage, name, **checkpoints)
-    shutil.copytree(whole.run_folder(), recipe.run_folder())
+    shutil.copytree(whole.paths.folder, recipe.paths.folder)
     return recipe
 
 
@@ -141,7 +141,7 @@ def test_every_checkpoint_and_its_copy_is_whole(whole: tuple[Recipe, Losses]) ->
         copy = recipe.storage / "far" / "whole" / f"step_{step:08d}"
         assert find_damage(checkpoint(recipe, step)) is None
         assert find_damage(copy) is None
-    folders = {path.name for path in (recipe.run_folder() / "checkpoints").glob("[!.]*")}
+    folders = {path.name for path in (recipe.paths.checkpoints).glob("[!.]*")}
     assert folders == {"latest", "owner", *(f"step_0000000{step}" for step in (2, 4, 6))}
 
 
@@ -199,7 +199,7 @@ def test_a_run_whose_disk_is_gone_goes_on_from_its_copy(whole: tuple[Recipe, Los
     losses, said, _ = run_distributed(train, 2, moved)[0]
     assert losses == {step: whole[1][step] for step in (5, 6)}
     assert said == [
-        f"{moved.run_folder()}/checkpoints: step_00000004 was fetched from {recipe.storage}/far/whole"
+        f"{moved.paths.folder}/checkpoints: step_00000004 was fetched from {recipe.storage}/far/whole"
     ]
     assert (recipe.storage / "far" / "whole" / "latest").read_text() == "step_00000006"
 
@@ -214,7 +214,7 @@ def test_a_last_copy_that_fails_is_an_error_and_the_checkpoint_itself_is_there(
     ):
         run_distributed(train, 2, recipe)
     assert find_damage(checkpoint(recipe, 6)) is None
-    assert (recipe.run_folder() / "checkpoints" / "latest").read_text() == "step_00000006"
+    assert (recipe.paths.checkpoints / "latest").read_text() == "step_00000006"
 
 
 def test_one_rank_that_wishes_to_stop_stops_all_after_a_checkpoint(
@@ -231,13 +231,13 @@ def test_one_rank_that_cannot_write_stops_all_and_leaves_the_checkpoint_before(
     whole: tuple[Recipe, Losses],
 ) -> None:
     recipe = started_like(whole[0], "small-files")
-    (recipe.run_folder() / "checkpoints" / "latest").write_text("step_00000002")
+    (recipe.paths.checkpoints / "latest").write_text("step_00000002")
     with pytest.raises(
         ProcessRaisedException,
         match=r"CheckpointError: checkpoint of step 4 cannot be written to .*: File too large; the one before",
     ):
         run_distributed(train_with_small_files, 2, recipe)
-    assert not list((recipe.run_folder() / "checkpoints").glob("*.writing"))
+    assert not list((recipe.paths.checkpoints).glob("*.writing"))
     losses, _, _ = run_distributed(train, 2, recipe)[0]
     assert losses == {step: whole[1][step] for step in (3, 4, 5, 6)}
 
@@ -268,9 +268,7 @@ def test_a_full_disk_is_told_in_one_line_and_the_run_goes_on_when_there_is_room(
         match=r"CheckpointError: checkpoint .*cannot be written.*: .*(No space left|full disk).*; the one before",
     ):
         run_distributed(train, 2, recipe)
-    before = [
-        path for path in (recipe.run_folder() / "checkpoints").iterdir() if "step" in path.name
-    ]
+    before = [path for path in (recipe.paths.checkpoints).iterdir() if "step" in path.name]
     assert before
     assert all(find_damage(path) is None for path in before if not path.suffix)
     mount(small_disk, "-o", "remount,size=25m")

@@ -70,5 +70,5 @@ def test_a_stopped_rank_is_named_and_the_others_end(tmp_path: Path) -> None:
     assert f"rank 1 (process {ranks[1].pid} on " in other
     assert "in step 3, phase 'wait for data', last alive " in other
     assert "rank 0" not in other
-    stacks = recipe.run_folder() / "heartbeats" / "rank_00000.stacks.txt"
+    stacks = recipe.paths.heartbeats / "rank_00000.stacks.txt"
     assert "forward_backward" in stacks.read_text()

@@ -57,7 +57,7 @@ def test_layers_of_both_kinds_learn_the_same_and_go_on_from_each_others_checkpoi
         run = recipe(storage, f"engine-{first}")
         choose(first)
         whole = losses(run)
-        (run.run_folder() / "checkpoints/latest").write_text("step_00000003")
+        (run.paths.folder / "checkpoints/latest").write_text("step_00000003")
         choose(second)
         assert losses(run) == pytest.approx(whole[3:], rel=2e-2)
 

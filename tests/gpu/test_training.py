@@ -24,7 +24,7 @@ def test_a_run_learns_in_bf16_and_goes_on_from_its_checkpoint(tmp_path: Path) ->
     try:
         whole = MemoryTracker()
         run_worker(recipe, whole, lambda *_: None)
-        checkpoints = recipe.run_folder() / "checkpoints"
+        checkpoints = recipe.paths.checkpoints
         (checkpoints / "latest").write_text("step_00000003")
         resumed = MemoryTracker()
         run_worker(recipe, resumed, lambda *_: None)

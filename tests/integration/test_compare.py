@@ -100,7 +100,7 @@ def uri(folder: Path) -> Iterator[str]:
         for role in ROLES:
             recipe = load(folder / f"{role}.yaml", (), Recipe)
             run_id = start_run(recipe, address, {}, {})
-            tracker = MlflowTracker(address, run_id, recipe.run_folder())
+            tracker = MlflowTracker(address, run_id, recipe.paths.folder)
             for step in STEPS:
                 losses = {
                     f"held_out/loss/{d.name}": 5.0 - step / 20 for d in recipe.evaluation.mixture
@@ -142,7 +142,7 @@ def test_a_comparison_measures_each_arm_once_and_keeps_table_and_picture(
     dataset = open_dataset(storage / "store")
     for role in ROLES:
         recipe = load(folder / f"{role}.yaml", (), Recipe)
-        model = LanguageModel.load(recipe.run_folder() / "export")
+        model = LanguageModel.load(recipe.paths.export)
         expected = evaluate(model, dataset, recipe)
         for metric in table["metrics"]:
             mean = metric["scores"][role]["mean"]

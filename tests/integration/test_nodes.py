@@ -104,14 +104,14 @@ def test_a_run_saves_before_a_machine_is_taken_and_goes_on_with_fewer_replicas(
             stdout=log,
             stderr=log,
         )
-        pointer = recipe.run_folder() / "checkpoints" / "latest"
+        pointer = recipe.paths.checkpoints / "latest"
         wait_for(lambda: "tokens/s" in (tmp_path / "log").read_text(), driver)
         announce(cluster, other.node_id)
         name = wait_for(lambda: pointer.exists() and pointer.read_text(), driver)
         saved = CheckpointInfo.read(pointer.parent / name).step
         cluster.remove_node(other, allow_graceful=False)
         assert driver.wait(WAIT_S) == 0, (tmp_path / "log").read_text()
-        run_id = find_run(uri, recipe.run_folder())
+        run_id = find_run(uri, recipe.paths.folder)
         assert run_id is not None
         found = history(uri, run_id, "train/loss")
         status = MlflowClient(uri).get_run(run_id).info.status

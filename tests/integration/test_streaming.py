@@ -26,7 +26,7 @@ from ul2r.data.store.dataset import open_dataset
 from ul2r.data.store.manifest import Manifest
 from ul2r.data.store.segments import SegmentedStore
 from ul2r.errors import CorpusError
-from ul2r.filesystem import locked
+from ul2r.filesystem import file_lock
 from ul2r.launch.ray_train.streaming import build_store_in_background
 from ul2r.testing.corpus import write_texts
 from ul2r.testing.recipes import tiny_recipe
@@ -131,7 +131,7 @@ def test_rows_read_while_the_store_grows_are_those_of_the_complete_one(
     expected = Batches(recipe, open_dataset(complete.store_folder))
     make_first_chapter(recipe)
     with ExitStack() as held:
-        held.enter_context(locked(recipe.store_folder))  # it grows no further until it is read
+        held.enter_context(file_lock(recipe.store_folder))  # it grows no further until it is read
         with build_store_in_background(recipe, cpus=1) as dataset:
             assert len(dataset.manifest.chapters) == 1
             (iterator,) = split(make_dataset(recipe, batches, 1), 1)

@@ -298,7 +298,7 @@ def test_a_recorded_run_ends_as_its_block_does_with_all_that_a_worker_left_behin
         track_run(recipe, dataset, uri) as run_id,
     ):
         assert status(uri, run_id) == "RUNNING"
-        recipe.run_folder().joinpath("tracking_waiting.json").write_text(
+        recipe.paths.folder.joinpath("tracking_waiting.json").write_text(
             json.dumps({"points": [["train/loss", 2.5, 3, 0]], "files": []})
         )
         if error is not None:

@@ -141,24 +141,24 @@ def start(path: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
 
 
 def latest(recipe: Recipe) -> str | None:
-    pointer = recipe.run_folder() / "checkpoints" / "latest"
+    pointer = recipe.paths.checkpoints / "latest"
     return pointer.read_text() if pointer.exists() else None
 
 
 def first_identity(recipe: Recipe) -> str:
     """Of the first checkpoint; a run that began anew would write another one."""
-    first = recipe.run_folder() / "checkpoints" / f"step_{SAVED_EVERY:08d}"
+    first = recipe.paths.checkpoints / f"step_{SAVED_EVERY:08d}"
     return CheckpointInfo.read(first).identity
 
 
 def history(uri: str, recipe: Recipe, metric: str) -> list[tuple[int, float]]:
-    record = json.loads((recipe.run_folder() / "tracking.json").read_text())
+    record = json.loads((recipe.paths.folder / "tracking.json").read_text())
     points = MlflowClient(uri).get_metric_history(record["run_id"], metric)
     return sorted((point.step, point.value) for point in points)
 
 
 def status(uri: str, recipe: Recipe) -> str:
-    record = json.loads((recipe.run_folder() / "tracking.json").read_text())
+    record = json.loads((recipe.paths.folder / "tracking.json").read_text())
     return str(MlflowClient(uri).get_run(record["run_id"]).info.status)
 
 
@@ -211,7 +211,7 @@ def test_submitted_job_trains_and_is_tracked(
     assert status(tracking_uri, recipe) == "FINISHED"
     tokens = history(tracking_uri, recipe, "progress/tokens")
     assert dict(tokens)[STEPS] == STEPS * 8 * 64
-    record = json.loads((recipe.run_folder() / "tracking.json").read_text())
+    record = json.loads((recipe.paths.folder / "tracking.json").read_text())
     artifacts = MlflowClient(tracking_uri).list_artifacts(record["run_id"])
     assert {"recipe.yaml", "data.html", "guards", "profiles"} <= {one.path for one in artifacts}
     assert history(tracking_uri, recipe, "train/skipped_batches")[-1] == (STEPS, SKIPPED)
@@ -251,7 +251,7 @@ def test_hung_worker_is_noticed_and_all_are_started_again(
     hung = workers_of(cluster)[-1]
     hung.suspend()
     check_goes_on(recipe, driver)
-    assert list((recipe.run_folder() / "heartbeats").glob("*.stacks.txt"))
+    assert list((recipe.paths.heartbeats).glob("*.stacks.txt"))
     check_equal(tracking_uri, recipe, undisturbed)
     assert not hung.is_running() or hung.status() == psutil.STATUS_ZOMBIE
 
@@ -296,7 +296,7 @@ def test_killed_driver_run_again_goes_on(
 
 def reached(recipe: Recipe) -> int:
     """Step of the last checkpoint, which is whole."""
-    folder = recipe.run_folder() / "checkpoints" / str(latest(recipe))
+    folder = recipe.paths.checkpoints / str(latest(recipe))
     assert find_damage(folder) is None
     return CheckpointInfo.read(folder).step
 
@@ -385,4 +385,4 @@ def test_torchrun_with_another_number_of_processes_is_refused(storage: Path) -> 
     assert torchrun(path, 1).wait(WAIT_S)
     said = path.with_suffix(".log").read_text()
     assert "error: torchrun started 1 processes, parallel.num_workers=2: set torchrun's" in said
-    assert not recipe.run_folder().exists()
+    assert not recipe.paths.folder.exists()

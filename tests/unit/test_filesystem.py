@@ -5,13 +5,22 @@ import sys
 import threading
 from pathlib import Path
 
-from ul2r.filesystem import is_locked, locked
+import pytest
+
+from ul2r.filesystem import (
+    file_lock,
+    is_locked,
+    sha256_of,
+    staged_file,
+    staging_dir,
+    write_atomically,
+)
 
 HOLD = """
 import sys
 from pathlib import Path
-from ul2r.filesystem import locked
-with locked(Path(sys.argv[1])):
+from ul2r.filesystem import file_lock
+with file_lock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -22,10 +31,10 @@ def test_one_at_a_time_has_the_lock(tmp_path: Path) -> None:
     assert not is_locked(path)
 
     def second() -> None:
-        with locked(path):
+        with file_lock(path):
             order.append("second")
 
-    with locked(path):
+    with file_lock(path):
         assert is_locked(path)
         thread = threading.Thread(target=second)
         thread.start()
@@ -48,3 +57,48 @@ def test_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
         holder.kill()
         holder.wait()
         assert not is_locked(tmp_path / "store")
+
+
+def test_a_reader_sees_the_old_content_until_the_new_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    write_atomically(path, "old")
+    with staged_file(path) as staging:
+        staging.write_text("new")
+        assert path.read_text() == "old"
+        assert staging.parent == path.parent
+
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failed_write_leaves_the_old_content_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    write_atomically(path, b"old")
+    with pytest.raises(OSError, match="disk full"), staged_file(path) as staging:
+        staging.write_text("ne")
+        raise OSError("disk full")
+
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "export"
+    for name in ("first", "second"):
+        with staging_dir(folder) as staging:
+            (staging / name).touch()
+
+    assert [path.name for path in folder.iterdir()] == ["second"]
+    with pytest.raises(RuntimeError), staging_dir(folder) as staging:
+        (staging / "third").touch()
+        raise RuntimeError
+
+    assert [path.name for path in folder.iterdir()] == ["second"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_digest_is_the_one_of_the_command_line_tool(tmp_path: Path) -> None:
+    path = tmp_path / "data.bin"
+    path.write_bytes(bytes(range(256)) * 999)
+    printed = subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True)
+    assert sha256_of(path) == printed.stdout.split()[0]

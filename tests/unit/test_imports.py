@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(line.split())
     for line in (
-        "errors console filesystem",
+        "errors console filesystem paths",
         "config",
         "objective tracking",
         "data model",

@@ -18,6 +18,7 @@ from ul2r.config.optimizer import Optimizer
 from ul2r.config.parallel import Parallel
 from ul2r.config.pretrained import Base, HuggingFace, Megatron, RunName, Storage
 from ul2r.config.strict_model import PositiveInt, StrictModel
+from ul2r.paths import RunPaths, StoragePaths
 
 Change = Literal["data", "seed", "tokenizer"]
 Precision = Literal["bf16", "fp8", "fp32"]
@@ -327,13 +328,19 @@ class Recipe(StrictModel):
         return max(self.objective.sentinels_needed, measured.sentinels_needed)
 
     @property
+    def storage_paths(self) -> StoragePaths:
+        """Files that the runs of this storage share."""
+        return StoragePaths(self.storage)
+
+    @property
     def store_folder(self) -> Path:
         """Folder of the token store and its tokenizer."""
-        return self.storage / "store"
+        return self.storage_paths.store
 
-    def run_folder(self, name: str | None = None) -> Path:
-        """Folder of this run, or of another one in the same storage."""
-        return self.storage / "runs" / (name or self.name)
+    @property
+    def paths(self) -> RunPaths:
+        """Files of this run."""
+        return self.storage_paths.run(self.name)
 
     @property
     def warmup_steps(self) -> int:

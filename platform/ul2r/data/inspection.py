@@ -167,7 +167,7 @@ def write_page(recipe: Recipe, dataset: TokenDataset) -> Path:
         outline=outline,
         picture=PICTURE,
     )
-    path = recipe.run_folder() / PAGE
+    path = recipe.paths.folder / PAGE
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.write_text(page, encoding="utf-8")

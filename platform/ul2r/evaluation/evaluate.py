@@ -97,7 +97,7 @@ def export_folder(recipe: Recipe, dataset: TokenDataset) -> Path:
     Raises:
         CheckpointError: If there is none, or it has another tokenizer.
     """
-    folder = recipe.run_folder() / "export"
+    folder = recipe.paths.export
     tokenizer = folder / "tokenizer.json"
     if not tokenizer.is_file():
         raise CheckpointError(
@@ -118,7 +118,7 @@ def stored_scores(recipe: Recipe, dataset: TokenDataset) -> Scores | None:
         CheckpointError: If the run has no export.
     """
     current = _identity(recipe, dataset)
-    path = recipe.run_folder() / FILE
+    path = recipe.paths.folder / FILE
     if not path.is_file():
         return None
     kept = json.loads(path.read_text(encoding="utf-8"))
@@ -129,7 +129,7 @@ def stored_scores(recipe: Recipe, dataset: TokenDataset) -> Scores | None:
 
 def store_scores(recipe: Recipe, dataset: TokenDataset, scores: Scores) -> Path:
     """Keep the scores in the run's evaluation.json, with all that they depend on; returns the file."""
-    path = recipe.run_folder() / FILE
+    path = recipe.paths.folder / FILE
     beside = path.with_name(f".{FILE}.{os.getpid()}")
     tree = {**_identity(recipe, dataset), "scores": scores.to_dict()}
     beside.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")

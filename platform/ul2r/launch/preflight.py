@@ -116,9 +116,9 @@ def reached_by(recipe: Recipe) -> CheckpointInfo:
 
 def end_finished(recipe: Recipe, uri: str) -> None:
     """Let MLflow know of a run that its last checkpoint says is finished: it may have been killed before it could."""
-    run_id = find_run(uri, recipe.run_folder())
+    run_id = find_run(uri, recipe.paths.folder)
     if run_id is not None:
-        finish_run(uri, run_id, recipe.run_folder(), "FINISHED")
+        finish_run(uri, run_id, recipe.paths.folder, "FINISHED")
 
 
 @contextmanager
@@ -148,7 +148,7 @@ def track_run(recipe: Recipe, dataset: TokenDataset, uri: str) -> Iterator[str]:
         status = "KILLED"
         raise
     finally:
-        finish_run(uri, run_id, recipe.run_folder(), status)
+        finish_run(uri, run_id, recipe.paths.folder, status)
 
 
 def _parameters(recipe: Recipe, dataset: TokenDataset) -> dict[str, str | int | float]:

@@ -109,7 +109,7 @@ def _train(
         return
     per_step = recipe.training.global_batch_size * recipe.objective.sequence_length
     with (
-        MlflowTracker(uri, run_id, recipe.run_folder()) as tracker,
+        MlflowTracker(uri, run_id, recipe.paths.folder) as tracker,
         progress(recipe.name, recipe.training.steps * per_step, "tokens") as bar,
     ):
         reached = run_worker(

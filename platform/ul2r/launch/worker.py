@@ -53,9 +53,9 @@ def run_worker(
         for batch in batches:
             yield made.rows(batch, mesh.data_rank, recipe.parallel.data)
 
-    checkpoints = recipe.run_folder() / "checkpoints"
+    checkpoints = recipe.paths.checkpoints
     owner = owner or mesh.broadcast_from_rank0(lambda: acquire_writer_token(checkpoints))
-    heartbeats, timeout_s = recipe.run_folder() / "heartbeats", recipe.guards.hang_timeout_s
+    heartbeats, timeout_s = recipe.paths.heartbeats, recipe.guards.hang_timeout_s
     with Watchdog(heartbeats, dist.get_rank(), dist.get_world_size(), timeout_s) as watchdog:
         loop = Trainer(
             recipe,

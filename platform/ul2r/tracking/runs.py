@@ -37,7 +37,7 @@ def start_run(
         uri,
         recipe.tracking.experiment,
         recipe.name,
-        recipe.run_folder(),
+        recipe.paths.folder,
         tags={**own, **tags},
         params=params,
     )
@@ -98,7 +98,7 @@ def known_run(uri: str, recipe: Recipe) -> str:
     Raises:
         ServiceError: If the server fails, or does not know the run.
     """
-    run_id = find_run(uri, recipe.run_folder())
+    run_id = find_run(uri, recipe.paths.folder)
     if run_id is None:
         raise ServiceError(
             f"run {recipe.name!r} is not known to MLflow at {uri}: train it first, or set tracking.uri to the server "

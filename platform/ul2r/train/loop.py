@@ -189,7 +189,7 @@ class Trainer:
         said = f"{self.recipe.name}: step {step + 1}, batch {batch}: {alarm.what}"
         if self.mesh.is_first:
             content = evidence(self.recipe, alarm, decision, step=step, state=before, result=result)
-            file = write_evidence(self.recipe.run_folder(), content | {"num_layers": norms})
+            file = write_evidence(self.recipe.paths.folder, content | {"num_layers": norms})
             self.tracker.keep(file)
             logger.warning("%s: %s; see %s", said, decision, file)
         if decision == "stop":

@@ -61,12 +61,12 @@ def export(recipe: Recipe) -> Path:
 
 def _named(recipe: Recipe) -> tuple[Path, Path]:
     """The checkpoint to export, and where to."""
-    exports, chosen = recipe.run_folder() / "export", recipe.export.checkpoint
+    exports, chosen = recipe.paths.export, recipe.export.checkpoint
     if chosen is None:
         last = latest_valid(CheckpointStore.of(recipe))
         if last is None:
             raise CheckpointError(
-                f"run {recipe.name!r} has no checkpoint in {recipe.run_folder()}: train it first with jobs/train.py"
+                f"run {recipe.name!r} has no checkpoint in {recipe.paths.folder}: train it first with jobs/train.py"
             )
         return last, exports
     if not (chosen / INFO).is_file():
@@ -104,7 +104,7 @@ def _is_current(folder: Path, card: Card) -> bool:
 
 
 def _register(recipe: Recipe, uri: str, folder: Path) -> None:
-    run_id = find_run(uri, recipe.run_folder())
+    run_id = find_run(uri, recipe.paths.folder)
     if run_id is None:
         raise CheckpointError(
             f"run {recipe.name!r} is not known to MLflow at {uri}: set tracking.uri to the server it was trained with"

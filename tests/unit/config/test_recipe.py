@@ -298,7 +298,7 @@ def test_sentinels_of_the_evaluation_count_as_well() -> None:
 def test_storage_does_not_depend_on_the_folder_a_worker_runs_in() -> None:
     made = recipe(storage="runs/demo")
     assert made.storage == Path.cwd() / "runs/demo"
-    assert made.run_folder("base") == Path.cwd() / "runs/demo/runs/base"
+    assert made.storage_paths.run("base").folder == Path.cwd() / "runs/demo/runs/base"
 
 
 def test_recipe_cannot_be_changed() -> None:

@@ -48,7 +48,7 @@ def dataset(recipe: Recipe) -> TokenDataset:
 
 @pytest.fixture(scope="session")
 def ul2r_model(recipe: Recipe) -> LanguageModel:
-    return LanguageModel.load(recipe.run_folder() / "export")
+    return LanguageModel.load(recipe.paths.export)
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +75,7 @@ def other_model(
 def uniform_model(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
     """A model whose embeddings are all zero, so that every token is equally likely."""
     folder: Path = tmp_path_factory.mktemp("uniform") / "export"
-    shutil.copytree(recipe.run_folder() / "export", folder)
+    shutil.copytree(recipe.paths.export, folder)
     weights = load_file(folder / "model.safetensors")
     weights["model.embed_tokens.weight"].zero_()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -285,7 +285,7 @@ def test_stored_scores_are_those_of_this_export_and_these_settings(
     fewer = recipe.evaluation.model_copy(update={"num_rows": 5})
     assert stored_scores(recipe.model_copy(update={"evaluation": fewer}), dataset) is None
 
-    description = recipe.run_folder() / "export/ul2r.json"
+    description = recipe.paths.folder / "export/ul2r.json"
     text = description.read_text()
     description.write_text(text.replace('"step": 3', '"step": 4'))
     assert description.read_text() != text

@@ -38,7 +38,7 @@ def recipe(tmp_path: Path, dataset: TokenDataset) -> Recipe:
 
 
 def folder_of(recipe: Recipe) -> Path:
-    return recipe.run_folder() / "export"
+    return recipe.paths.export
 
 
 def test_card_says_where_the_model_comes_from(recipe: Recipe, dataset: TokenDataset) -> None:

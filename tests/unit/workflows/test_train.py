@@ -27,7 +27,7 @@ def test_a_server_that_is_down_is_found_before_ray_starts(tmp_path: Path) -> Non
     recipe = tiny_recipe(tmp_path, tracking={"uri": NOBODY})
     with pytest.raises(ServiceError, match=f"no MLflow server answers at {NOBODY}"):
         train(recipe)
-    assert not recipe.run_folder().exists()
+    assert not recipe.paths.folder.exists()
 
 
 def test_a_model_that_no_worker_can_hold_is_found_before_anything_starts(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_a_model_that_no_worker_can_hold_is_found_before_anything_starts(tmp_pat
     recipe = tiny_recipe(tmp_path, tracking={"uri": NOBODY}, launch={"device_memory_gib": 0.001})
     with pytest.raises(RecipeError, match=r"its device has launch\.device_memory_gib=0\.001"):
         train(recipe)
-    assert not recipe.run_folder().exists()
+    assert not recipe.paths.folder.exists()
 
 
 def test_text_that_is_not_prepared_is_checked_before_anything_starts(tmp_path: Path) -> None:

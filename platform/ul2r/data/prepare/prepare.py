@@ -34,7 +34,7 @@ from ul2r.data.tokenizer import (
     vocabulary_of,
 )
 from ul2r.errors import CorpusError, RecipeError, UserError
-from ul2r.filesystem import locked
+from ul2r.filesystem import file_lock
 from ul2r.objective import Vocabulary
 
 TAKEN = "data.special_tokens"
@@ -113,7 +113,7 @@ def stream(recipe: Recipe, cpus: float | None = None) -> Generator[int]:
     files, inputs = find_files(recipe.data.corpus), _inputs(recipe.data)
     folder = recipe.store_folder
     _make_folder(recipe, folder.parent)
-    with locked(folder):
+    with file_lock(folder):
         if folder.exists() and Manifest.read(folder).complete:
             return
         work = _work_folder(recipe, inputs)

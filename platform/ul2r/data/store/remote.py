@@ -16,7 +16,7 @@ import fsspec
 
 from ul2r.data.store.manifest import MANIFEST_FILE, Manifest
 from ul2r.errors import CorpusError
-from ul2r.filesystem import locked
+from ul2r.filesystem import file_lock
 
 CACHE_VARIABLE = "UL2R_CACHE"
 """Folder for fetched stores; without it, `ul2r` in the user's cache folder."""
@@ -50,7 +50,9 @@ def local_store(store: str, fingerprint: str | None = None) -> Path:
                 f"{store}: is not complete yet: run jobs/prepare.py with its recipe first"
             )
         kept = _kept(manifest.fingerprint)
-        with locked(kept):  # processes of one machine that need it at the same time fetch it once
+        with file_lock(
+            kept
+        ):  # processes of one machine that need it at the same time fetch it once
             if not kept.is_dir():
                 for name in manifest.files:
                     _fetch(store, name, beside)

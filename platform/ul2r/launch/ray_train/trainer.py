@@ -181,7 +181,7 @@ def _fit(recipe: Recipe, fingerprint: str, uri: str, run_id: str, stopped: threa
                 "run_id": run_id,
                 "board": board,
                 "tokens_per_step": per_step,
-                "owner": acquire_writer_token(recipe.run_folder() / "checkpoints"),
+                "owner": acquire_writer_token(recipe.paths.checkpoints),
             },
             torch_config=TorchConfig(backend="nccl" if launch.gpus_per_worker else "gloo"),
             scaling_config=ScalingConfig(
@@ -193,7 +193,7 @@ def _fit(recipe: Recipe, fingerprint: str, uri: str, run_id: str, stopped: threa
                 worker_runtime_env={
                     "env_vars": gpu_settings(recipe.parallel) if launch.gpus_per_worker else NO_GPU
                 },
-                storage_path=str(recipe.run_folder() / "ray"),
+                storage_path=str(recipe.paths.ray),
                 failure_config=FailureConfig(max_failures=launch.max_failures),
             ),
         )

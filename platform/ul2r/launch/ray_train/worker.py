@@ -66,7 +66,7 @@ def train_worker(
     if not first:
         run(MemoryTracker())
         return
-    with MlflowTracker(uri, run_id, recipe.run_folder()) as tracker:
+    with MlflowTracker(uri, run_id, recipe.paths.folder) as tracker:
         run(PrometheusTracker(tracker, recipe.name))
 
 

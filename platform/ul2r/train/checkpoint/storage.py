@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ul2r.config import Recipe
 from ul2r.errors import CheckpointError
-from ul2r.filesystem import locked
+from ul2r.filesystem import file_lock
 from ul2r.train.checkpoint.checksums import find_damage
 from ul2r.train.checkpoint.metadata import CheckpointInfo
 from ul2r.train.checkpoint.remote import Mirror
@@ -67,7 +67,7 @@ class CheckpointStore:
         """The checkpoints of a recipe's run, or of another one in the same storage."""
         settings, name = recipe.checkpoints, run or recipe.name
         return cls(
-            recipe.run_folder(name) / "checkpoints",
+            recipe.storage_paths.run(name).checkpoints,
             Retention(settings.keep, settings.keep_every),
             owner,
             Mirror(settings.remote_dir, name) if settings.remote_dir else None,
@@ -91,7 +91,7 @@ class CheckpointStore:
         if self.mirror is None or not self.mirror.holds_any():
             return None
         self.folder.mkdir(parents=True, exist_ok=True)
-        with locked(self.folder / ".restoring"):
+        with file_lock(self.folder / ".restoring"):
             for path in self.candidates():
                 if find_damage(path) is None:
                     return path  # restored by another process while this one waited

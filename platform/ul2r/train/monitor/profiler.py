@@ -32,7 +32,7 @@ def profiled(recipe: Recipe, step: int, mesh: Mesh, tracker: Tracker) -> Iterato
         record_function(f"step {step}"),
     ):
         yield
-    folder = recipe.run_folder() / "profiles"
+    folder = recipe.paths.profiles
     folder.mkdir(parents=True, exist_ok=True)
     trace = folder / f"step_{step:08d}.json.gz"
     recorded.export_chrome_trace(str(trace))

@@ -20,7 +20,7 @@ from ul2r.data.store.manifest import Manifest, Segment, Split
 from ul2r.data.store.segments import SegmentedStore, StreamingWindows, chapter_prefix
 from ul2r.data.store.token_store import TokenWriter
 from ul2r.errors import CorpusError
-from ul2r.filesystem import locked
+from ul2r.filesystem import file_lock
 from ul2r.objective import Vocabulary
 
 LENGTH = 10
@@ -148,7 +148,7 @@ def test_the_next_chapter_is_waited_for(tmp_path: Path) -> None:
     manifest = write(tmp_path, [20, 30], complete=True)
     replace(manifest, chapters=manifest.chapters[:1], complete=False).write(tmp_path)
     windows, found = opened(tmp_path), []
-    with locked(tmp_path):
+    with file_lock(tmp_path):
         reader = threading.Thread(target=lambda: found.append(read(windows, [2, 3, 4])))
         reader.start()
         reader.join(0.2)

@@ -133,7 +133,7 @@ def test_a_run_continues_where_its_last_checkpoint_is(
     recipe = tiny_recipe(tmp_path)
     assert check_checkpoints(recipe, dataset) is None
     info = info_of(dataset, tmp_path)
-    write_checkpoint(info, recipe.run_folder() / "checkpoints")
+    write_checkpoint(info, recipe.paths.checkpoints)
     assert check_checkpoints(recipe, dataset) == info
 
 

@@ -1,0 +1,124 @@
+"""Where a run keeps its files: the only place that spells their names.
+
+storage/
+  store/                     token store: tokenizer.json, manifest.json, *.bin, *.idx
+  runs/NAME/
+    checkpoints/             step_00000100/, latest, owner
+    export/                  Hugging Face folder: safetensors, config.json, tokenizer.json, ul2r.json, README.md
+    guards/                  a report of each step that a guard did not apply
+    heartbeats/              what each rank is doing, for the watchdog
+    profiles/                traces of torch's profiler
+    ray/                     Ray Train's own files
+    data.html  evaluation.json  tracking.json  tracking_waiting.json
+  comparisons/NAME/          table.md, table.json, comparison.png
+  mlflow.db  artifacts/  mlflow.log   the MLflow server that a job starts here
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+TOKENIZER_FILE = "tokenizer.json"
+EXPORT_METADATA_FILE = "ul2r.json"
+MODEL_CARD_FILE = "README.md"
+
+
+@dataclass(frozen=True)
+class StoragePaths:
+    """Files that the runs of one family share.
+
+    Attributes:
+        storage: The recipes' `storage`.
+    """
+
+    storage: Path
+
+    @property
+    def store(self) -> Path:
+        """Folder of the token store and its tokenizer."""
+        return self.storage / "store"
+
+    @property
+    def mlflow_database(self) -> Path:
+        """Database of the MLflow server that `jobs/ui.py` and `jobs/demo.py` start."""
+        return self.storage / "mlflow.db"
+
+    @property
+    def mlflow_artifacts(self) -> Path:
+        """Folder of that server's artifacts."""
+        return self.storage / "artifacts"
+
+    @property
+    def mlflow_log(self) -> Path:
+        """What that server printed."""
+        return self.storage / "mlflow.log"
+
+    def run(self, name: str) -> RunPaths:
+        """Return the paths of a run."""
+        return RunPaths(self.storage / "runs" / name)
+
+    def comparison(self, name: str) -> Path:
+        """Return the folder of a comparison's table and plot."""
+        return self.storage / "comparisons" / name
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """Files of one run.
+
+    Attributes:
+        folder: The run's own folder.
+    """
+
+    folder: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the run's checkpoints."""
+        return self.folder / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        """Hugging Face folder of the run's last checkpoint."""
+        return self.folder / "export"
+
+    @property
+    def anomaly_reports(self) -> Path:
+        """Folder of the reports on steps that a guard did not apply."""
+        return self.folder / "guards"
+
+    @property
+    def heartbeats(self) -> Path:
+        """Folder of the ranks' heartbeats."""
+        return self.folder / "heartbeats"
+
+    @property
+    def profiles(self) -> Path:
+        """Folder of the profiler's traces."""
+        return self.folder / "profiles"
+
+    @property
+    def ray(self) -> Path:
+        """Folder of Ray Train's own files."""
+        return self.folder / "ray"
+
+    @property
+    def data_page(self) -> Path:
+        """Page of training examples, as `jobs/inspect_data.py` writes it."""
+        return self.folder / "data.html"
+
+    @property
+    def evaluation(self) -> Path:
+        """Scores of the run's export."""
+        return self.folder / "evaluation.json"
+
+    @property
+    def tracking_record(self) -> Path:
+        """Which run in MLflow this one is."""
+        return self.folder / "tracking.json"
+
+    @property
+    def tracking_backlog(self) -> Path:
+        """Metrics that MLflow has not accepted yet."""
+        return self.folder / "tracking_waiting.json"
