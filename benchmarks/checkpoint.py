@@ -95,7 +95,7 @@ class SavedRun:
         self.train_step = TrainStep(recipe, mesh, self.dataset.vocabulary.size)
         self.rows = Batches(recipe, self.dataset).rows(0, 0, 1)
         self.folder = recipe.paths.checkpoints
-        self.store = CheckpointStore.of(recipe, owner=acquire_writer_token(self.folder))
+        self.store = CheckpointStore.from_recipe(recipe, owner=acquire_writer_token(self.folder))
         self.logged: list[dict[str, float]] = []
         self.saver = Saver(
             self.store,
@@ -114,7 +114,7 @@ class SavedRun:
         """Begin to save."""
         from ul2r.train.checkpoint.metadata import CheckpointInfo
 
-        info = CheckpointInfo.of(self.recipe, self.dataset, step=len(self.logged) + 1)
+        info = CheckpointInfo.from_recipe(self.recipe, self.dataset, step=len(self.logged) + 1)
         self.saver.save(self.train_step, info)
 
     def save_and_wait(self) -> None:

@@ -45,8 +45,8 @@ from ul2r.launch.worker import run_worker
 from ul2r.objective import Batch, build_batch
 from ul2r.testing.plain_model import PlainModel
 from ul2r.testing.recipes import tiny_recipe
-from ul2r.tracking.mlflow import MlflowTracker, history
-from ul2r.tracking.server import running_server
+from ul2r.tracking.mlflow import MlflowTracker, read_metric_history
+from ul2r.tracking.server import run_mlflow_server
 from ul2r.train.mesh import Mesh
 from ul2r.train.state import Progress
 from ul2r.train.step import TrainStep
@@ -209,7 +209,7 @@ def measure(folder: Path) -> dict[str, float]:
     """The figures of the line that is printed."""
     recipe = recipe_in(folder)
     torch.set_num_threads(1)
-    with connect_ray(cpus=2), running_server(folder / "mlflow") as uri:
+    with connect_ray(cpus=2), run_mlflow_server(folder / "mlflow") as uri:
         prepare(recipe)
         dataset = open_dataset(recipe.store_folder)
         dist.init_process_group(
@@ -220,7 +220,7 @@ def measure(folder: Path) -> dict[str, float]:
             turns = Turns(recipe, dataset, initial_weights(recipe, dataset.vocabulary.size))
             run_worker(recipe, tracker, turns, lambda _, batches: read_from_ray(recipe, batches))
             tracker.close()
-        waits = [share for _, share in history(uri, run_id, "train/data_wait_share")]
+        waits = [share for _, share in read_metric_history(uri, run_id, "train/data_wait_share")]
         dist.destroy_process_group()
     return turns.figures() | {"data_wait_share": statistics.mean(waits[WARM_UP:])}
 

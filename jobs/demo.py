@@ -29,7 +29,7 @@ from ul2r.config import Recipe, load
 from ul2r.data.prepare.source_files import find_files
 from ul2r.errors import UserError
 from ul2r.launch.ray_train.cluster import connect_ray
-from ul2r.tracking.server import free_port, running_server
+from ul2r.tracking.server import find_free_port, run_mlflow_server
 from ul2r.workflows.cli import exit_code
 from ul2r.workflows.phases import Phases, run_command
 
@@ -92,7 +92,7 @@ class Demo:
         with connect_ray(CPUS):
             self.environment["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
             self._job("prepare", "prepare", "base")
-            with running_server(self.storage) as uri:
+            with run_mlflow_server(self.storage) as uri:
                 self.environment["MLFLOW_TRACKING_URI"] = uri
                 print(f"\nMLflow is up while this runs: {uri}", flush=True)
                 for role in ("base", "ul2r", "control"):
@@ -125,7 +125,7 @@ class Demo:
         _announce("serve", ["jobs/serve.py", model, "--storage", str(self.storage)])
         with (
             self.phases.timed("serve"),
-            running(Arguments(model=model, tracking_uri=uri), free_port()) as url,
+            running(Arguments(model=model, tracking_uri=uri), find_free_port()) as url,
         ):
             _ask(url, "/v1/complete", COMPLETION)
             _ask(url, "/v1/infill", INFILLING)

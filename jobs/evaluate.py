@@ -17,7 +17,7 @@ from ul2r.config import Recipe
 from ul2r.data.store.dataset import open_dataset
 from ul2r.evaluation.evaluate import metrics
 from ul2r.evaluation.scores import Scores
-from ul2r.tracking.mlflow import check_server, known_run
+from ul2r.tracking.mlflow import check_server, require_run
 from ul2r.workflows.cli import run_job
 from ul2r.workflows.evaluate import evaluate_runs, log_scores
 
@@ -26,7 +26,7 @@ def main(recipe: Recipe) -> None:
     """Measure, record and print."""
     dataset = open_dataset(recipe.store_folder)
     uri = check_server(recipe.tracking.uri)
-    known_run(uri, recipe)
+    require_run(uri, recipe)
     (scores,) = evaluate_runs([recipe], dataset)
     log_scores(uri, recipe, dataset, scores)
     Console().print(_table(recipe, scores))

@@ -55,9 +55,9 @@ def _find(model: str, tracking_uri: str | None, storage: Path | None) -> Path:
         raise ServiceError(
             f"no registry in {storage}: run `make demo` first, or name a server with --tracking-uri"
         )
-    from ul2r.tracking.server import running_server  # loads MLflow; a folder needs it not
+    from ul2r.tracking.server import run_mlflow_server  # loads MLflow; a folder needs it not
 
-    with running_server(storage) as uri:
+    with run_mlflow_server(storage) as uri:
         return locate(model, uri)
 
 

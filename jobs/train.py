@@ -32,7 +32,7 @@ def main(recipe: Recipe) -> None:
     info = train(recipe)
     if os.environ.get("RANK", "0") == "0":
         print(
-            f"{info.run}: {info.step} steps, {info.tokens:,} tokens and {info.flops:.3g} FLOPs with its ancestors', "
+            f"{info.run_name}: {info.step} steps, {info.tokens:,} tokens and {info.flops:.3g} FLOPs with its ancestors', "
             f"checkpoints in {recipe.paths.folder / 'checkpoints'}"
         )
 

@@ -14,8 +14,8 @@ import sys
 import threading
 from pathlib import Path
 
-from ul2r.tracking.mlflow import view_pages
-from ul2r.tracking.server import running_server
+from ul2r.tracking.mlflow import list_view_urls
+from ul2r.tracking.server import run_mlflow_server
 from ul2r.workflows.cli import exit_code
 
 DEFAULT_PORT = 5000
@@ -25,9 +25,9 @@ def main(storage: Path, port: int) -> None:
     """Serve until told to stop."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with running_server(storage, port) as uri:
+        with run_mlflow_server(storage, port) as uri:
             print(f"MLflow is up until Ctrl-C: {uri}", flush=True)
-            for experiment, page in view_pages(uri).items():
+            for experiment, page in list_view_urls(uri).items():
                 print(f"{experiment}, losses by training compute: {page}", flush=True)
             threading.Event().wait()
     except KeyboardInterrupt:

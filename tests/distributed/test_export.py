@@ -42,7 +42,7 @@ def train_and_run(recipe: Recipe, tokens: torch.Tensor, prefix: int) -> torch.Te
     run_worker(recipe, MemoryTracker(), lambda *_: None)
     mesh = Mesh.join(recipe.parallel)
     step = TrainStep(recipe, mesh, open_dataset(recipe.store_folder).vocabulary.size)
-    latest = latest_valid(CheckpointStore.of(recipe))
+    latest = latest_valid(CheckpointStore.from_recipe(recipe))
     assert latest is not None
     load_checkpoint(latest, step, optimizer=False)
     position = torch.arange(LENGTH).expand(len(tokens), -1)
@@ -129,10 +129,10 @@ def test_a_run_goes_on_from_an_export_as_from_the_checkpoint(
     after, _ = run_distributed(held_out, 2, follower)
     assert after[0] == pytest.approx(before[-1], rel=5e-4)
     assert after[-1] != pytest.approx(after[0], rel=1e-2)
-    latest = latest_valid(CheckpointStore.of(follower))
+    latest = latest_valid(CheckpointStore.from_recipe(follower))
     assert latest is not None
     info = CheckpointInfo.read(latest)
-    assert (info.base or "").startswith("hf-")
+    assert (info.base_id or "").startswith("hf-")
     assert info.tokens == 3 * 8 * 64
 
 
@@ -141,7 +141,7 @@ def test_an_earlier_checkpoint_is_exported_beside_the_last(
 ) -> None:
     """Here a copy elsewhere of the only one; a damaged one is refused, with nothing written."""
     trained, _ = first
-    last, latest = export(trained), latest_valid(CheckpointStore.of(trained))
+    last, latest = export(trained), latest_valid(CheckpointStore.from_recipe(trained))
     assert latest is not None
     copy = Path(shutil.copytree(latest, trained.storage / "copied"))
     chosen = trained.model_copy(update={"export": Export(checkpoint=copy)})

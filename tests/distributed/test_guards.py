@@ -96,7 +96,7 @@ def train(recipe: Recipe, faults: Faults, order: list[int] | None = None) -> Res
     except DivergedError as diverged:
         error = str(diverged)
     loss, skipped = (dict(tracker.series(f"train/{name}")) for name in ("loss", "skipped_batches"))
-    return Result(loss, skipped, was_read, tracker.kept, error)
+    return Result(loss, skipped, was_read, tracker.artifacts, error)
 
 
 def train_several(*runs: tuple[Recipe, Faults, list[int] | None]) -> list[Result]:

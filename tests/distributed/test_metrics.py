@@ -34,7 +34,7 @@ def train(recipe: Recipe) -> tuple[Records, list[str], list[Path]]:
     pytest.MonkeyPatch().setattr(socket, "gethostname", lambda: f"node-{dist.get_rank()}")
     tracker, said = MemoryTracker(), list[str]()
     run_worker(recipe, tracker, lambda _, metrics: said.append(summary(metrics)))
-    return tracker.records, said, tracker.kept
+    return tracker.records, said, tracker.artifacts
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ from ul2r.evaluation.comparison import ROLES, Role
 from ul2r.inference import LanguageModel
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.models import tiny_export
-from ul2r.tracking.mlflow import MlflowTracker, start_run, view_pages
-from ul2r.tracking.server import running_server
+from ul2r.tracking.mlflow import MlflowTracker, list_view_urls, start_run
+from ul2r.tracking.server import run_mlflow_server
 from ul2r.workflows.compare import compare
 
 pytestmark = pytest.mark.integration
@@ -96,7 +96,7 @@ def describe(export: Path, **fields: object) -> None:
 @pytest.fixture(scope="module")
 def uri(folder: Path) -> Iterator[str]:
     """A server that knows the three runs and their losses during training."""
-    with running_server(folder / "storage") as address:
+    with run_mlflow_server(folder / "storage") as address:
         for role in ROLES:
             recipe = load(folder / f"{role}.yaml", (), Recipe)
             run_id = start_run(recipe, address, {}, {})
@@ -159,7 +159,7 @@ def test_a_comparison_measures_each_arm_once_and_keeps_table_and_picture(
     logged = runs["ul2r"].data.metrics["evaluation/infill_loss"]
     assert logged == infill["scores"]["ul2r"]["mean"]
 
-    assert "viewStateShareKey" in view_pages(uri)["three"]
+    assert "viewStateShareKey" in list_view_urls(uri)["three"]
 
     before = changes(storage / "runs") | changes(made)
     again = run_job("compare", folder / "compare.yaml", uri, "--set", f"storage={storage}")

@@ -21,8 +21,8 @@ from ul2r.config import Recipe, dump
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.recipes import tiny_recipe
-from ul2r.tracking.mlflow import find_run, history
-from ul2r.tracking.server import running_server
+from ul2r.tracking.mlflow import find_run, read_metric_history
+from ul2r.tracking.server import run_mlflow_server
 from ul2r.train.checkpoint.metadata import CheckpointInfo
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -90,7 +90,7 @@ def test_a_run_saves_before_a_machine_is_taken_and_goes_on_with_fewer_replicas(
     path = tmp_path / "tiny.yaml"
     path.write_text(dump(recipe))
     other = cluster.add_node(num_cpus=1)
-    with running_server(tmp_path) as uri, (tmp_path / "log").open("wb") as log:
+    with run_mlflow_server(tmp_path) as uri, (tmp_path / "log").open("wb") as log:
         driver = subprocess.Popen(
             [sys.executable, "jobs/train.py", str(path)],
             cwd=ROOT,
@@ -113,7 +113,7 @@ def test_a_run_saves_before_a_machine_is_taken_and_goes_on_with_fewer_replicas(
         assert driver.wait(WAIT_S) == 0, (tmp_path / "log").read_text()
         run_id = find_run(uri, recipe.paths.folder)
         assert run_id is not None
-        found = history(uri, run_id, "train/loss")
+        found = read_metric_history(uri, run_id, "train/loss")
         status = MlflowClient(uri).get_run(run_id).info.status
     said = (tmp_path / "log").read_text()
     assert saved < STEPS, "no checkpoint but the last one is due"

@@ -11,7 +11,7 @@ import ray
 
 from ul2r.launch.ray_train.prometheus import PrometheusTracker
 from ul2r.tracking import MemoryTracker
-from ul2r.tracking.server import free_port
+from ul2r.tracking.server import find_free_port
 
 pytestmark = pytest.mark.integration
 
@@ -35,7 +35,7 @@ def values(text: str) -> dict[str, float]:
 
 
 def test_gauges_of_a_run_show_the_last_values() -> None:
-    port = free_port()
+    port = find_free_port()
     ray.init(
         address="local",
         num_cpus=1,

@@ -24,7 +24,7 @@ from ul2r.inference import LanguageModel, complete, infill
 from ul2r.launch.ray_train.cluster import connect_ray
 from ul2r.testing.models import tiny_export
 from ul2r.tracking.mlflow import register
-from ul2r.tracking.server import free_port, running_server
+from ul2r.tracking.server import find_free_port, run_mlflow_server
 
 pytestmark = pytest.mark.integration
 
@@ -46,7 +46,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     storage = tmp_path_factory.mktemp("storage")
     export = tiny_export(storage / "export")
     _register(storage, export)
-    port = free_port()
+    port = find_free_port()
     job = _start("models:/tiny@champion", "--storage", str(storage), "--port", str(port))
     try:
         said = _read_until(job, "/v1/infill -d")
@@ -60,7 +60,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 def _register(storage: Path, export: Path) -> None:
-    with running_server(storage) as uri:
+    with run_mlflow_server(storage) as uri:
         client = MlflowClient(uri)
         run = client.create_run(client.create_experiment("serving"))
         register(uri, "tiny", export, run.info.run_id, "champion")
@@ -172,7 +172,7 @@ def test_a_missing_model_ends_the_job_in_one_line(
 ) -> None:
     nothing = tmp_path / "nothing"
     filled = [argument.format(nothing) for argument in arguments]
-    job = _start(*filled, "--port", str(free_port()))
+    job = _start(*filled, "--port", str(find_free_port()))
     said, _ = job.communicate(timeout=START_TIMEOUT_S)
     assert job.returncode == 2
     assert said.startswith(f"error: {reason.format(nothing)}")
@@ -183,7 +183,7 @@ def test_a_missing_model_ends_the_job_in_one_line(
 def test_a_model_that_does_not_load_says_why_and_leaves_nothing_behind(tmp_path: Path) -> None:
     weights = tiny_export(tmp_path / "export") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
-    port = free_port()
+    port = find_free_port()
     arguments = Arguments(model=str(tmp_path / "export"))
     with connect_ray(cpus=1):
         with (

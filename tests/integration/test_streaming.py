@@ -30,7 +30,7 @@ from ul2r.filesystem import file_lock
 from ul2r.launch.ray_train.streaming import build_store_in_background
 from ul2r.testing.corpus import write_texts
 from ul2r.testing.recipes import tiny_recipe
-from ul2r.tracking.server import running_server
+from ul2r.tracking.server import run_mlflow_server
 
 pytestmark = pytest.mark.integration
 
@@ -172,7 +172,7 @@ def test_job_trains_on_text_that_was_not_prepared(
 ) -> None:
     recipe = recipe_in(tmp_path / "storage", texts, training={"steps": 3})
     (tmp_path / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
-    with running_server(tmp_path) as uri:
+    with run_mlflow_server(tmp_path) as uri:
         job = subprocess.run(
             [sys.executable, "jobs/train.py", str(tmp_path / "recipe.yaml")],
             cwd=ROOT,

@@ -23,7 +23,7 @@ from ul2r.testing.recipes import tiny_recipe
 from ul2r.tracking import RunStatus
 from ul2r.tracking import mlflow as tracking
 from ul2r.tracking.mlflow import MlflowTracker
-from ul2r.tracking.server import free_port, running_server
+from ul2r.tracking.server import find_free_port, run_mlflow_server
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,7 +37,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def uri(storage: Path) -> Iterator[str]:
-    with running_server(storage) as address:
+    with run_mlflow_server(storage) as address:
         yield address
 
 
@@ -62,9 +62,9 @@ def test_more_points_than_one_request_takes_are_all_there_after_close(
         tracker.log(step, {"train/loss": 1.0 / step, "progress/tokens": 64.0 * step})
     tracker.close()
     expected = [(step, 1.0 / step) for step in range(1, 1201)]
-    assert tracking.history(uri, run_id, "train/loss") == expected
-    assert len(tracking.history(uri, run_id, "progress/tokens")) == 1200
-    assert tracking.history(uri, run_id, "train/never_logged") == []
+    assert tracking.read_metric_history(uri, run_id, "train/loss") == expected
+    assert len(tracking.read_metric_history(uri, run_id, "progress/tokens")) == 1200
+    assert tracking.read_metric_history(uri, run_id, "train/never_logged") == []
     assert status(uri, run_id) == "FINISHED"
 
 
@@ -113,7 +113,7 @@ def test_a_killed_run_continues_under_its_id_and_replayed_points_are_stored_once
     tracker.close()
     for metric in ("train/loss", "train/tokens_per_second"):
         assert sorted(stored_steps(uri, run_id, metric)) == list(range(1, 13))
-    assert tracking.history(uri, run_id, "train/loss") == [
+    assert tracking.read_metric_history(uri, run_id, "train/loss") == [
         (step, 1 / step) for step in range(1, 13)
     ]
 
@@ -211,8 +211,8 @@ def test_a_second_server_shares_the_storage_and_a_tracker_says_what_is_lost_when
             trackers[other].log(step, {"held_out/loss/S": float(step)})
         trackers[uri].close()
         trackers[other].close()
-        assert len(tracking.history(uri, run_id, "train/loss")) == 100
-        assert len(tracking.history(uri, run_id, "held_out/loss/S")) == 100
+        assert len(tracking.read_metric_history(uri, run_id, "train/loss")) == 100
+        assert len(tracking.read_metric_history(uri, run_id, "held_out/loss/S")) == 100
         left = MlflowTracker(other, run_id, tmp_path)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr("ul2r.tracking.mlflow.CLOSE_TIMEOUT_S", 0.5)
@@ -232,8 +232,8 @@ def test_a_killed_server_costs_no_point_and_no_waiting(
 ) -> None:
     """It is killed while a run logs, and started again; what was logged meanwhile also outlives the run."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    port = free_port()
-    with running_server(storage, port) as address:
+    port = find_free_port()
+    with run_mlflow_server(storage, port) as address:
         run_id = make_run(address, tmp_path)
         tracker = MlflowTracker(address, run_id, tmp_path)
         tracker.log(1, {"train/loss": 1.0})
@@ -246,7 +246,7 @@ def test_a_killed_server_costs_no_point_and_no_waiting(
         evidence = tmp_path / "guards" / "step_00000100.json"
         evidence.parent.mkdir()
         evidence.write_text("{}")
-        tracker.keep(evidence)
+        tracker.log_artifact(evidence)
         tracker.flush()
         waiting = json.loads((tmp_path / "tracking_waiting.json").read_text())
         assert [step for _, _, step, _ in waiting["points"]] == list(range(2, 101))
@@ -254,11 +254,11 @@ def test_a_killed_server_costs_no_point_and_no_waiting(
     killed_too = MlflowTracker(address, run_id, tmp_path)
     killed_too.log(101, {"train/loss": 1 / 101})
     killed_too.flush()
-    with running_server(storage, port):
+    with run_mlflow_server(storage, port):
         wait_until(lambda: len(stored_steps(address, run_id, "train/loss")) == 101)
         tracking.finish_run(address, run_id, tmp_path, "FAILED")
         expected = [(step, 1 / step) for step in range(1, 102)]
-        assert tracking.history(address, run_id, "train/loss") == expected
+        assert tracking.read_metric_history(address, run_id, "train/loss") == expected
         assert sorted(stored_steps(address, run_id, "train/loss")) == list(range(1, 102))
         artifacts = MlflowClient(address, address).list_artifacts(run_id, "guards")
         assert [artifact.path for artifact in artifacts] == ["guards/step_00000100.json"]
@@ -280,7 +280,7 @@ def test_a_step_taken_again_stands_for_the_step(uri: str, tmp_path: Path) -> Non
         ):
             tracker.log(step, {"train/loss": loss}, rewinds)
         tracker.close()
-    assert tracking.history(uri, run_id, "train/loss") == [(1, 4.0), (2, 3.5), (3, 3.0)]
+    assert tracking.read_metric_history(uri, run_id, "train/loss") == [(1, 4.0), (2, 3.5), (3, 3.0)]
     assert sorted(stored_steps(uri, run_id, "train/loss")) == [1, 2, 2, 3, 3]
     assert MlflowClient(uri, uri).get_run(run_id).data.metrics["train/loss"] == 3.0
 
@@ -304,7 +304,7 @@ def test_a_recorded_run_ends_as_its_block_does_with_all_that_a_worker_left_behin
         if error is not None:
             raise error("stopped")
     assert status(uri, run_id) == end
-    assert tracking.history(uri, run_id, "train/loss") == [(3, 2.5)]
+    assert tracking.read_metric_history(uri, run_id, "train/loss") == [(3, 2.5)]
 
 
 def test_what_made_a_run_fail_is_not_hidden_by_a_server_that_is_gone(
@@ -314,7 +314,7 @@ def test_what_made_a_run_fail_is_not_hidden_by_a_server_that_is_gone(
     monkeypatch.setattr("ul2r.tracking.mlflow.CLOSE_TIMEOUT_S", 0.5)
     dataset, recipe = tiny_store(tmp_path / "store", documents=12), tiny_recipe(tmp_path)
     with contextlib.ExitStack() as server:
-        address = server.enter_context(running_server(storage))
+        address = server.enter_context(run_mlflow_server(storage))
         with (  # noqa: PT012  # the server goes while the block runs
             pytest.raises(RuntimeError, match="the real reason"),
             track_run(recipe, dataset, address),
@@ -365,7 +365,7 @@ def test_a_taken_port_is_refused_in_one_line(tmp_path: Path) -> None:
         port = other.getsockname()[1]
         with (
             pytest.raises(ServiceError, match=f"port {port} is taken: choose another with --port"),
-            running_server(tmp_path / "storage", port),
+            run_mlflow_server(tmp_path / "storage", port),
         ):
             pass
     assert not (tmp_path / "storage").exists()
@@ -375,7 +375,7 @@ def test_a_server_that_cannot_start_points_to_its_log(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_text("this is no database")
     with (
         pytest.raises(ServiceError, match=r"ended with code .*mlflow\.log"),
-        running_server(tmp_path),
+        run_mlflow_server(tmp_path),
     ):
         pass
 

@@ -23,7 +23,7 @@ from mlflow import MlflowClient
 from ul2r.config import Recipe, dump
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.recipes import tiny_recipe
-from ul2r.tracking.server import free_port, running_server
+from ul2r.tracking.server import find_free_port, run_mlflow_server
 from ul2r.train.checkpoint.checksums import find_damage
 from ul2r.train.checkpoint.metadata import CheckpointInfo
 from ul2r.workflows.export import export
@@ -67,14 +67,14 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tracking_uri(storage: Path) -> Iterator[str]:
-    with running_server(storage) as uri:
+    with run_mlflow_server(storage) as uri:
         yield uri
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A cluster started as an operator would, `ray start --head`; yields the addresses jobs need."""
-    port, dashboard, agent = free_port(), free_port(), free_port()
+    port, dashboard, agent = find_free_port(), find_free_port(), find_free_port()
     log = tmp_path_factory.mktemp("cluster") / "ray.log"
     command = [
         *(f"{BIN}/ray", "start", "--head", "--block", "--num-cpus=4"),
@@ -148,7 +148,7 @@ def latest(recipe: Recipe) -> str | None:
 def first_identity(recipe: Recipe) -> str:
     """Of the first checkpoint; a run that began anew would write another one."""
     first = recipe.paths.checkpoints / f"step_{SAVED_EVERY:08d}"
-    return CheckpointInfo.read(first).identity
+    return CheckpointInfo.read(first).checkpoint_id
 
 
 def history(uri: str, recipe: Recipe, metric: str) -> list[tuple[int, float]]:

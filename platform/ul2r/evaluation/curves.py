@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ul2r.tracking.mlflow import history
+from ul2r.tracking.mlflow import read_metric_history
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ def load_curve(uri: str, run_id: str, denoisers: Sequence[str]) -> Curve:
     Raises:
         ServiceError: If the server fails.
     """
-    reached = dict(history(uri, run_id, "progress/eflops"))
-    causal = dict(history(uri, run_id, "held_out/loss/causal"))
-    each = [dict(history(uri, run_id, f"held_out/loss/{name}")) for name in denoisers]
+    reached = dict(read_metric_history(uri, run_id, "progress/eflops"))
+    causal = dict(read_metric_history(uri, run_id, "held_out/loss/causal"))
+    each = [dict(read_metric_history(uri, run_id, f"held_out/loss/{name}")) for name in denoisers]
     steps = sorted(set(reached).intersection(causal, *each))
     return Curve(
         flops=tuple(reached[step] * 1e18 for step in steps),

@@ -17,7 +17,7 @@ from ul2r.evaluation.infilling import InfillExamples, infill_loss, infill_text
 from ul2r.evaluation.losses import causal_loss, denoiser_loss, second_half_loss
 from ul2r.evaluation.scores import Score, Scores, perplexity
 from ul2r.inference import LanguageModel
-from ul2r.tracking.registry import export_digest
+from ul2r.tracking.registry import hash_export
 
 FORMAT = 1
 """Raised when a metric's meaning changes, so that older evaluations are made again."""
@@ -151,7 +151,7 @@ def _identity(recipe: Recipe, dataset: TokenDataset) -> dict[str, Any]:
     """All that scores depend on, except the code."""
     return {
         "format": FORMAT,
-        "export": export_digest(export_folder(recipe, dataset)),
+        "export": hash_export(export_folder(recipe, dataset)),
         "corpus": dataset.manifest.fingerprint,
         **{key: value for key, value in settings(recipe).items() if key != "storage"},
     }

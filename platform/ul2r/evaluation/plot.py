@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 
 from ul2r.evaluation.comparison import Arm, Role
 from ul2r.evaluation.curves import Curve
-from ul2r.tracking.view import COLOURS
+from ul2r.tracking.view import ROLE_COLORS
 
 NAMES: dict[Role, str] = {"base": "base", "control": "control", "ul2r": "UL2R"}
 SIZE_INCHES = (16.0, 9.0)
@@ -58,7 +58,8 @@ def draw(
     panels["match"].set(title="Infilling, UL2R sees both sides", ylabel="share (higher is better)")
     figure.legend(
         handles=[
-            Line2D([], [], color=COLOURS[arm.role], linewidth=8, label=_label(arm)) for arm in arms
+            Line2D([], [], color=ROLE_COLORS[arm.role], linewidth=8, label=_label(arm))
+            for arm in arms
         ],
         loc="outside lower center",
         ncols=len(arms),
@@ -80,7 +81,7 @@ def _bars(axes: Axes, arms: Sequence[Arm], metrics: Sequence[str], groups: Seque
             [score.mean for score in scores],
             BAR_WIDTH * 0.92,
             yerr=[score.error for score in scores],
-            color=COLOURS[arm.role],
+            color=ROLE_COLORS[arm.role],
             error_kw={"ecolor": "#222222", "elinewidth": 1, "capsize": 2},
         )
         axes.bar_label(drawn, fmt="%.2f", padding=2, fontsize=9)
@@ -98,7 +99,7 @@ def _curves(axes: Axes, curves: Mapping[Role, Curve]) -> None:
                 curve.flops,
                 losses,
                 style,
-                color=COLOURS[role],
+                color=ROLE_COLORS[role],
                 linewidth=2,
                 marker="o",
                 markersize=4,

@@ -92,9 +92,9 @@ def check_checkpoints(
     Raises:
         CheckpointError: If it, or before it the base's, is damaged or differs from the recipe.
     """
-    store = CheckpointStore.of(recipe)
+    store = CheckpointStore.from_recipe(recipe)
     own = latest_valid(store, thorough=False, say=say)
-    if own is not None and CheckpointInfo.read(own).finished:
+    if own is not None and CheckpointInfo.read(own).is_finished:
         own = latest_valid(store, say=say)
     if own is not None:
         info = CheckpointInfo.read(own)
@@ -109,7 +109,7 @@ def check_checkpoints(
 
 def reached_by(recipe: Recipe) -> CheckpointInfo:
     """The last checkpoint of a run that was trained just now."""
-    path = latest_valid(CheckpointStore.of(recipe), thorough=False)
+    path = latest_valid(CheckpointStore.from_recipe(recipe), thorough=False)
     assert path is not None
     return CheckpointInfo.read(path)
 

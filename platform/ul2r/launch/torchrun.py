@@ -59,7 +59,7 @@ def train(recipe: Recipe) -> CheckpointInfo:
     reached = check_run(recipe, dataset, silent)
     uri = check_server(recipe.tracking.uri)
     is_first = os.environ["RANK"] == "0"
-    if reached is not None and reached.finished:
+    if reached is not None and reached.is_finished:
         if is_first:
             end_finished(recipe, uri)
         return reached
@@ -77,7 +77,7 @@ def train(recipe: Recipe) -> CheckpointInfo:
         )
         dist.destroy_process_group()
         reached = reached_by(recipe)
-        if not reached.finished:
+        if not reached.is_finished:
             raise KeyboardInterrupt
     return reached
 

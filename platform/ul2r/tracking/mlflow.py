@@ -28,14 +28,14 @@ from ul2r.tracking.runs import (
     continue_run,
     end_run,
     find_run,
-    history,
-    known_run,
     log_artifact,
     log_summary,
+    read_metric_history,
+    require_run,
     start_run,
 )
 from ul2r.tracking.tracker import RunStatus
-from ul2r.tracking.view import view_pages
+from ul2r.tracking.view import list_view_urls
 
 __all__ = [
     "MlflowTracker",
@@ -44,14 +44,14 @@ __all__ = [
     "end_run",
     "find_run",
     "finish_run",
-    "history",
-    "known_run",
+    "list_view_urls",
     "log_artifact",
     "log_summary",
+    "read_metric_history",
     "register",
+    "require_run",
     "resolve",
     "start_run",
-    "view_pages",
 ]
 
 BUFFER_S = 2.0
@@ -125,7 +125,7 @@ class MlflowTracker:
         with self._lock:
             self._waiting += points
 
-    def keep(self, file: Path) -> None:
+    def log_artifact(self, file: Path) -> None:
         """Put a file in line, for the folder of the run's artifacts that has its folder's name."""
         with self._lock:
             self._files.append(file)

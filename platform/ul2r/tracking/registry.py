@@ -21,7 +21,7 @@ DESCRIPTION_FILE = "ul2r.json"
 """What makes a Hugging Face folder an export of this platform."""
 
 
-def export_digest(folder: Path) -> str:
+def hash_export(folder: Path) -> str:
     """SHA-256 over an export's weights and description, as hexadecimal digits.
 
     Raises:
@@ -58,7 +58,7 @@ def register(uri: str, name: str, folder: Path, run_id: str, alias: str) -> str:
         ServiceError: If the server fails.
     """
     client = connect(uri)
-    tags = {"export_uri": folder.resolve().as_uri(), "digest": export_digest(folder)}
+    tags = {"export_uri": folder.resolve().as_uri(), "digest": hash_export(folder)}
     with translate_errors(uri):
         _make_model(client, name)
         versions = client.search_model_versions(f"name='{name}'")

@@ -16,7 +16,7 @@ from ul2r.config import Recipe, dump
 from ul2r.errors import ServiceError
 from ul2r.tracking.client import connect, translate_errors
 from ul2r.tracking.tracker import RunStatus
-from ul2r.tracking.view import COLOUR_TAG, COLOURS, install_view
+from ul2r.tracking.view import ROLE_COLORS, RUN_COLOR_TAG, install_view
 
 RECORD = "tracking.json"
 """File of a run folder that names its MLflow run."""
@@ -31,7 +31,7 @@ def start_run(
         ServiceError: If the server fails.
     """
     parent = {"ul2r.parent": str(recipe.base)} if recipe.base else {}
-    colour = {COLOUR_TAG: COLOURS[recipe.role]} if recipe.role else {}
+    colour = {RUN_COLOR_TAG: ROLE_COLORS[recipe.role]} if recipe.role else {}
     own = {"ul2r.role": recipe.role or "none", **parent, **colour}
     run_id = continue_run(
         uri,
@@ -92,7 +92,7 @@ def find_run(uri: str, folder: Path) -> str | None:
     return run.info.run_id if run else None
 
 
-def known_run(uri: str, recipe: Recipe) -> str:
+def require_run(uri: str, recipe: Recipe) -> str:
     """Id of the recipe's run.
 
     Raises:
@@ -154,7 +154,7 @@ def log_artifact(uri: str, run_id: str, file: Path) -> None:
         connect(uri).log_artifact(run_id, str(file))
 
 
-def history(uri: str, run_id: str, metric: str) -> list[tuple[int, float]]:
+def read_metric_history(uri: str, run_id: str, metric: str) -> list[tuple[int, float]]:
     """(step, value) of one metric by rising step, the last logged where a step was taken again; empty if never logged.
 
     Raises:

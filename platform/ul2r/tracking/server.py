@@ -26,7 +26,7 @@ QUIET_PORTS = range(20_000, 32_000)
 
 
 @contextmanager
-def running_server(storage: Path, port: int | None = None) -> Iterator[str]:
+def run_mlflow_server(storage: Path, port: int | None = None) -> Iterator[str]:
     """An MLflow server that is up while the block runs.
 
     It listens on this machine alone, keeps runs in `storage`/mlflow.db and artifacts in `storage`/artifacts, and
@@ -45,7 +45,7 @@ def running_server(storage: Path, port: int | None = None) -> Iterator[str]:
     """
     if port is not None and _is_taken(port):
         raise ServiceError(f"port {port} is taken: choose another with --port")
-    port = port or free_port()
+    port = port or find_free_port()
     storage = storage.resolve()
     storage.mkdir(parents=True, exist_ok=True)
     uri = f"http://{HOST}:{port}"
@@ -109,7 +109,7 @@ def _is_taken(port: int) -> bool:
     return False
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     """A port of this machine that no other program is given unasked before its owner listens on it."""
     while True:
         port = random.choice(QUIET_PORTS)

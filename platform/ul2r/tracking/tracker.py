@@ -22,7 +22,7 @@ class Tracker(Protocol):
             rewinds: How often the run has gone back; what it logs of a step afterwards stands for the step.
         """
 
-    def keep(self, file: Path) -> None:
+    def log_artifact(self, file: Path) -> None:
         """Keep a file of the run's folder, which stays there, among the run's artifacts; must not wait either."""
 
     def flush(self) -> None:
@@ -40,13 +40,13 @@ class MemoryTracker:
 
     Attributes:
         records: (step, metrics) in the order logged.
-        kept: The files to keep.
+        artifacts: Files to keep.
         status: How the run ended, None while it runs.
     """
 
     def __init__(self) -> None:
         self.records: list[tuple[int, dict[str, float]]] = []
-        self.kept: list[Path] = []
+        self.artifacts: list[Path] = []
         self.status: RunStatus | None = None
 
     def log(self, step: int, metrics: Mapping[str, float], rewinds: int = 0) -> None:  # noqa: ARG002  all records are kept
@@ -54,9 +54,9 @@ class MemoryTracker:
         assert self.status is None, "logged after close"
         self.records.append((step, dict(metrics)))
 
-    def keep(self, file: Path) -> None:
+    def log_artifact(self, file: Path) -> None:
         """Remember the file's place."""
-        self.kept.append(file)
+        self.artifacts.append(file)
 
     def flush(self) -> None:
         """Nothing is buffered."""

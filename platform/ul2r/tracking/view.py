@@ -16,8 +16,8 @@ KEY = "ul2r"
 TAG = f"mlflow.sharedViewState.{KEY}"
 TAG_LENGTH = 5000
 """Characters that MLflow allows a tag of an experiment."""
-COLOUR_TAG = "mlflow.runColor"
-COLOURS: Mapping[str, str] = {"base": "#999999", "control": "#0072B2", "ul2r": "#D55E00"}
+RUN_COLOR_TAG = "mlflow.runColor"
+ROLE_COLORS: Mapping[str, str] = {"base": "#999999", "control": "#0072B2", "ul2r": "#D55E00"}
 """By role; told apart without colour vision (Okabe and Ito 2008)."""
 SECTIONS = {
     "progress/eflops": "1. Held-out loss by training compute (EFLOPs)",
@@ -43,7 +43,7 @@ def install_view(uri: str, run_id: str, denoisers: Sequence[str]) -> None:
         client.set_experiment_tag(experiment, TAG, view_state(denoisers))
 
 
-def view_pages(uri: str) -> dict[str, str]:
+def list_view_urls(uri: str) -> dict[str, str]:
     """Addresses of the views, by experiment.
 
     Raises:

@@ -78,7 +78,7 @@ class Trainer:
     ) -> None:
         self.recipe, self.dataset, self.mesh = recipe, dataset, mesh
         self.tracker, self.on_step, self.beat, self.wish = tracker, on_step, beat, wish
-        self.checkpoints = CheckpointStore.of(recipe, owner=owner)
+        self.checkpoints = CheckpointStore.from_recipe(recipe, owner=owner)
         self.saver = Saver(
             self.checkpoints,
             mesh,
@@ -190,7 +190,7 @@ class Trainer:
         if self.mesh.is_first:
             content = evidence(self.recipe, alarm, decision, step=step, state=before, result=result)
             file = write_evidence(self.recipe.paths.folder, content | {"num_layers": norms})
-            self.tracker.keep(file)
+            self.tracker.log_artifact(file)
             logger.warning("%s: %s; see %s", said, decision, file)
         if decision == "stop":
             raise DivergedError(
@@ -245,13 +245,13 @@ class Trainer:
     def _save(self) -> None:
         self.beat(self.progress.step, "save")
         progress = self.progress
-        info = CheckpointInfo.of(
+        info = CheckpointInfo.from_recipe(
             self.recipe,
             self.dataset,
             step=progress.step,
             tokens=progress.tokens,
             flops=progress.flops,
-            base=self.base,
+            base_id=self.base,
             guards=self.guards.state.as_json(),
         )
         self.saver.save(self.train_step, info)
@@ -276,7 +276,7 @@ class Trainer:
             info.check_same_model(self.recipe, self.dataset)
         optimizer = bool(own) or self.recipe.optimizer.load_optimizer_state == "kept"
         load_checkpoint(path, self.train_step, optimizer=optimizer)
-        self.base = info.base if own else info.identity
+        self.base = info.base_id if own else info.checkpoint_id
         progress = Progress(info.step if own else 0, info.tokens, info.flops)
         if self.mesh.is_first:
             seconds = time.perf_counter() - began

@@ -23,8 +23,8 @@ from ul2r.tracking.mlflow import (
     continue_run,
     end_run,
     find_run,
-    known_run,
     log_summary,
+    require_run,
 )
 from ul2r.workflows.evaluate import evaluate_runs, log_scores
 
@@ -61,7 +61,7 @@ def compare(comparison: Comparison) -> Compared:
     uri = check_server(comparison.tracking.uri)
     first = next(iter(recipes.values()))
     dataset = open_dataset(first.store_folder)
-    runs = {role: known_run(uri, recipe) for role, recipe in recipes.items()}
+    runs = {role: require_run(uri, recipe) for role, recipe in recipes.items()}
     exports = [export_folder(recipe, dataset) for recipe in recipes.values()]
     scores = evaluate_runs(list(recipes.values()), dataset)
     for recipe, measured in zip(recipes.values(), scores, strict=True):

@@ -16,7 +16,7 @@ from ul2r.evaluation.evaluate import export_folder, measure, metrics, store_scor
 from ul2r.evaluation.scores import Scores
 from ul2r.inference import LanguageModel, read_origin
 from ul2r.launch.ray_train.cluster import connect_ray
-from ul2r.tracking.mlflow import known_run, log_summary
+from ul2r.tracking.mlflow import log_summary, require_run
 from ul2r.workflows.model_card import add_scores
 
 
@@ -48,7 +48,7 @@ def log_scores(uri: str, recipe: Recipe, dataset: TokenDataset, scores: Scores) 
     Raises:
         ServiceError: If the server fails.
     """
-    run_id = known_run(uri, recipe)
+    run_id = require_run(uri, recipe)
     means = {f"evaluation/{name}": score.mean for name, score in scores.values.items()}
     errors = {f"evaluation_error/{name}": score.error for name, score in scores.values.items()}
     step = read_origin(export_folder(recipe, dataset)).step or 0

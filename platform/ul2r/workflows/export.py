@@ -17,7 +17,7 @@ from ul2r.model.huggingface.exporting import Card, exported_tensors, write_folde
 from ul2r.model.sizing import GIB
 from ul2r.tracking.mlflow import check_server, find_run, register
 from ul2r.train.checkpoint.checksums import find_damage
-from ul2r.train.checkpoint.metadata import INFO, CheckpointInfo
+from ul2r.train.checkpoint.metadata import INFO_FILE, CheckpointInfo
 from ul2r.train.checkpoint.storage import CheckpointStore, latest_valid
 from ul2r.workflows.model_card import write_card
 
@@ -63,13 +63,13 @@ def _named(recipe: Recipe) -> tuple[Path, Path]:
     """The checkpoint to export, and where to."""
     exports, chosen = recipe.paths.export, recipe.export.checkpoint
     if chosen is None:
-        last = latest_valid(CheckpointStore.of(recipe))
+        last = latest_valid(CheckpointStore.from_recipe(recipe))
         if last is None:
             raise CheckpointError(
                 f"run {recipe.name!r} has no checkpoint in {recipe.paths.folder}: train it first with jobs/train.py"
             )
         return last, exports
-    if not (chosen / INFO).is_file():
+    if not (chosen / INFO_FILE).is_file():
         chosen = latest_iteration(chosen, "export.checkpoint")
     elif damage := find_damage(chosen):
         raise CheckpointError(f"export.checkpoint={chosen}: {damage}: name another one")
@@ -78,7 +78,7 @@ def _named(recipe: Recipe) -> tuple[Path, Path]:
 
 def _card(recipe: Recipe, dataset: TokenDataset, checkpoint: Path) -> Card:
     """What is known of a checkpoint; one of Megatron-LM's knows nothing of denoising."""
-    if not (checkpoint / INFO).is_file():
+    if not (checkpoint / INFO_FILE).is_file():
         identity = foreign_identity(checkpoint)
         return Card(recipe.name, None, "causal", False, 0, 0, 0.0, identity)
     info = CheckpointInfo.read(checkpoint)
@@ -91,7 +91,7 @@ def _card(recipe: Recipe, dataset: TokenDataset, checkpoint: Path) -> Card:
         step=info.step,
         tokens=info.tokens,
         flops=info.flops,
-        checkpoint=info.identity,
+        checkpoint=info.checkpoint_id,
     )
 
 

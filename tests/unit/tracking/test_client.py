@@ -7,7 +7,7 @@ import pytest
 
 from ul2r.errors import ServiceError
 from ul2r.tracking.mlflow import check_server
-from ul2r.tracking.server import free_port
+from ul2r.tracking.server import find_free_port
 
 
 def refusal(uri: str | None) -> str:
@@ -25,13 +25,13 @@ def test_no_address_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_environment_gives_the_address_where_the_recipe_has_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    uri = f"http://127.0.0.1:{free_port()}"
+    uri = f"http://127.0.0.1:{find_free_port()}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     assert uri in refusal(None)
 
 
 def test_a_server_that_is_down_is_named() -> None:
-    uri = f"http://127.0.0.1:{free_port()}"
+    uri = f"http://127.0.0.1:{find_free_port()}"
     message = refusal(uri)
     assert uri in message
     assert "jobs/ui.py" in message

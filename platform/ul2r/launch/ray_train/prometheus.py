@@ -33,9 +33,9 @@ class PrometheusTracker:
                 self._gauge(key).set(float(value), {"run": self._run})
         self._tracker.log(step, metrics, rewinds)
 
-    def keep(self, file: Path) -> None:
+    def log_artifact(self, file: Path) -> None:
         """Hand it on."""
-        self._tracker.keep(file)
+        self._tracker.log_artifact(file)
 
     def flush(self) -> None:
         """Hand it on."""

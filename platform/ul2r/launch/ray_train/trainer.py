@@ -64,7 +64,7 @@ def train(recipe: Recipe) -> CheckpointInfo:
     else:
         reached = check_run(recipe, dataset, silent)
     uri = check_server(recipe.tracking.uri)
-    if reached is not None and reached.finished:
+    if reached is not None and reached.is_finished:
         end_finished(recipe, uri)
         return reached
     grows = dataset is None or not dataset.manifest.complete
@@ -81,7 +81,7 @@ def train(recipe: Recipe) -> CheckpointInfo:
         with sigterm_noted() as stopped, track_run(recipe, dataset, uri) as run_id:
             _fit_and_shrink(recipe, dataset, uri, run_id, stopped)
             reached = reached_by(recipe)
-            if not reached.finished:
+            if not reached.is_finished:
                 raise KeyboardInterrupt
     return reached
 

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, and which runs may go on from it."""
+"""Description of a checkpoint, and the checks on which runs may resume or start from it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,15 @@ from ul2r.config.recipe import Change
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.errors import CheckpointError
 
-INFO = "checkpoint.json"
-FORMAT = 1
+INFO_FILE = "checkpoint.json"
+FORMAT = 2
+_FORMAT_1_FIELDS = {
+    "identity": "checkpoint_id",
+    "run": "run_name",
+    "base": "base_id",
+    "tokenizer": "tokenizer_digest",
+    "data": "data_fingerprint",
+}
 RECIPE_PARTS: dict[str, Any] = {
     "base": True,
     "model": True,
@@ -24,39 +31,39 @@ RECIPE_PARTS: dict[str, Any] = {
     "seed": True,
     "training": {"steps", "global_batch_size"},
 }
-"""What a run cannot change when it goes on; layout, logging and launch may."""
+"""Parts of the recipe that stay the same over a run; layout, logging and launch may change on resume."""
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What a checkpoint says of itself.
+    """Description of a checkpoint, kept in its folder.
 
     Attributes:
-        identity: Of this very checkpoint; no other has it.
-        run: Name of the run that wrote it.
+        checkpoint_id: Random identifier of this very checkpoint.
+        run_name: Run that wrote it.
         step: Optimizer steps taken in that run.
         tokens: Row positions seen since the first ancestor's start.
         flops: Training FLOPs since then.
-        base: Identity of the checkpoint that the run started from, None for initial weights.
-        tokenizer: Digest of the tokenizer.
-        data: Fingerprint of the token store.
+        base_id: `checkpoint_id` of the checkpoint that the run started from, None for initial weights.
+        tokenizer_digest: Digest of the tokenizer.
+        data_fingerprint: Fingerprint of the token store.
         recipe: The parts of the recipe that make the run what it is.
-        guards: What `ul2r.train.monitor.guards` remembers: batches skipped, and the last steps' losses.
+        guards: State of `ul2r.train.monitor.guards`: batches skipped, and the losses of the last steps.
     """
 
-    identity: str
-    run: str
+    checkpoint_id: str
+    run_name: str
     step: int
     tokens: int
     flops: float
-    base: str | None
-    tokenizer: str
-    data: str
+    base_id: str | None
+    tokenizer_digest: str
+    data_fingerprint: str
     recipe: dict[str, Any]
     guards: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(
+    def from_recipe(
         cls,
         recipe: Recipe,
         dataset: TokenDataset,
@@ -64,106 +71,121 @@ class CheckpointInfo:
         step: int = 0,
         tokens: int = 0,
         flops: float = 0.0,
-        base: str | None = None,
+        base_id: str | None = None,
         guards: dict[str, Any] | None = None,
     ) -> CheckpointInfo:
-        """Describe a run at `step`."""
+        """Describe a run at `step`, under a new identifier."""
         return cls(
-            identity=uuid.uuid4().hex,
-            run=recipe.name,
+            checkpoint_id=uuid.uuid4().hex,
+            run_name=recipe.name,
             step=step,
             tokens=tokens,
             flops=flops,
-            base=base,
-            tokenizer=dataset.manifest.tokenizer,
-            data=dataset.manifest.fingerprint,
+            base_id=base_id,
+            tokenizer_digest=dataset.manifest.tokenizer,
+            data_fingerprint=dataset.manifest.fingerprint,
             recipe=recipe.model_dump(mode="json", include=RECIPE_PARTS),
             guards=guards or {},
         )
 
     @property
-    def finished(self) -> bool:
+    def is_finished(self) -> bool:
         """Whether the run has taken all its steps."""
-        return self.step >= self.planned_steps
+        return self.step >= self.num_steps
 
     @property
-    def planned_steps(self) -> int:
+    def num_steps(self) -> int:
         """Steps of the whole run."""
         return int(self.recipe["training"]["steps"])
 
     @classmethod
     def read(cls, folder: Path) -> CheckpointInfo:
-        """Read a checkpoint's own description.
+        """Read the description of a checkpoint.
 
         Raises:
-            CheckpointError: If the folder is no checkpoint of this project.
+            CheckpointError: If the folder is not a checkpoint of this project.
         """
-        file = folder / INFO
+        file = folder / INFO_FILE
         try:
             fields = dict(json.loads(file.read_text(encoding="utf-8")))
             found = fields.pop("format", None)
             if found == FORMAT:
                 return cls(**fields)
-        except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{folder}: not a checkpoint: {INFO}: {error}") from None
-        raise CheckpointError(f"{file}: format {found} is not {FORMAT}, which this version reads")
+            if found == 1:
+                return cls(**_upgrade_format_1(fields))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"{folder}: not a checkpoint: {INFO_FILE}: {error}") from None
+
+        raise CheckpointError(
+            f"{file}: format {found} is not readable by this version, which reads formats 1 and {FORMAT}"
+        )
 
     def write(self, folder: Path) -> None:
         """Write the description into the checkpoint's folder."""
-        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2)
-        (folder / INFO).write_text(text, encoding="utf-8")
+        content = {"format": FORMAT, **asdict(self)}
+        (folder / INFO_FILE).write_text(json.dumps(content, indent=2), encoding="utf-8")
 
     def check_same_model(self, recipe: Recipe, dataset: TokenDataset) -> None:
-        """Refuse to load into another model or tokenizer.
+        """Refuse to load the weights into another model or tokenizer.
 
         Raises:
-            CheckpointError: Naming the first field that differs and both values.
+            CheckpointError: If they differ; it names the first field that does and both values.
         """
-        wanted = CheckpointInfo.of(recipe, dataset)
+        wanted = CheckpointInfo.from_recipe(recipe, dataset)
         self._check(
             {
-                "model": (_described(self.recipe["model"]), _described(wanted.recipe["model"])),
-                "tokenizer": (self.tokenizer, wanted.tokenizer),
+                "model": self._model_settings(wanted),
+                "tokenizer": (self.tokenizer_digest, wanted.tokenizer_digest),
             }
         )
 
     def check_same_run(self, recipe: Recipe, dataset: TokenDataset) -> None:
-        """Refuse to resume with another recipe, which would make another run of it.
+        """Refuse to resume with a recipe that describes another run.
 
         Raises:
-            CheckpointError: Naming the first field that differs and both values.
+            CheckpointError: If they differ; it names the first field that does and both values.
         """
-        wanted = CheckpointInfo.of(recipe, dataset)
-        fields = {
-            "tokenizer": (self.tokenizer, wanted.tokenizer),
-            "data": (self.data, wanted.data),
+        wanted = CheckpointInfo.from_recipe(recipe, dataset)
+        fields: dict[str, tuple[object, object]] = {
+            "tokenizer": (self.tokenizer_digest, wanted.tokenizer_digest),
+            "data": (self.data_fingerprint, wanted.data_fingerprint),
             **{part: (self.recipe[part], wanted.recipe[part]) for part in sorted(RECIPE_PARTS)},
-            "model": (_described(self.recipe["model"]), _described(wanted.recipe["model"])),
+            "model": self._model_settings(wanted),
         }
+
         accepted = recipe.checkpoints.accept_changes
-        self._check({name: both for name, both in fields.items() if name not in accepted})
+        self._check({name: values for name, values in fields.items() if name not in accepted})
+
+    def _model_settings(self, wanted: CheckpointInfo) -> tuple[object, object]:
+        """Return both models' settings, with defaults for settings that are newer than the checkpoint."""
+        saved, new = (
+            Architecture.model_validate(info.recipe["model"]).model_dump(mode="json")
+            for info in (self, wanted)
+        )
+        return saved, new
 
     def _check(self, fields: Mapping[str, tuple[object, object]]) -> None:
         for name, (saved, wanted) in fields.items():
-            difference = _difference(name, saved, wanted)
-            if difference:
-                accept = f", --set checkpoints.accept_changes=[{name}]"
-                raise CheckpointError(
-                    f"checkpoint of run {self.run!r} differs from the recipe in {difference}: give the recipe the "
-                    f"checkpoint's value{accept if name in get_args(Change) else ''}, or another name or storage"
-                )
+            difference = _find_difference(name, saved, wanted)
+            if difference is None:
+                continue
+            accept = f", --set checkpoints.accept_changes=[{name}]"
+            raise CheckpointError(
+                f"checkpoint of run {self.run_name!r} differs from the recipe in {difference}: set the recipe to the "
+                f"checkpoint's value{accept if name in get_args(Change) else ''}, or choose another name or storage"
+            )
 
 
-def _described(model: dict[str, Any]) -> dict[str, Any]:
-    """A model's settings, with the defaults of those that came to be after its checkpoint."""
-    return Architecture.model_validate(model).model_dump(mode="json")
+def _upgrade_format_1(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a description that was written before its own and the recipe's keys were renamed."""
+    return {_FORMAT_1_FIELDS.get(name, name): value for name, value in fields.items()}
 
 
-def _difference(path: str, saved: object, wanted: object) -> str | None:
-    """The first differing leaf as "a.b: 4 in the checkpoint, 8 in the recipe"."""
+def _find_difference(path: str, saved: object, wanted: object) -> str | None:
+    """Return the first leaf that differs, as "a.b: 4 in the checkpoint, 8 in the recipe"."""
     if isinstance(saved, dict) and isinstance(wanted, dict):
         for key in (*wanted, *(key for key in saved if key not in wanted)):
-            found = _difference(f"{path}.{key}", saved.get(key), wanted.get(key))
+            found = _find_difference(f"{path}.{key}", saved.get(key), wanted.get(key))
             if found:
                 return found
         return None

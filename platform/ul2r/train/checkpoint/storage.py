@@ -61,7 +61,7 @@ class CheckpointStore:
         self._resumed, self._written = 0, set[int]()
 
     @classmethod
-    def of(
+    def from_recipe(
         cls, recipe: Recipe, run: str | None = None, owner: str | None = None
     ) -> CheckpointStore:
         """The checkpoints of a recipe's run, or of another one in the same storage."""
@@ -238,16 +238,16 @@ def base_checkpoint(
     """
     if not isinstance(recipe.base, str):
         return None
-    store = CheckpointStore.of(recipe, recipe.base)
+    store = CheckpointStore.from_recipe(recipe, recipe.base)
     path = find(store)
     if path is None:
         raise CheckpointError(
             f"base={recipe.base} has no checkpoint in {store.folder}: train it first with jobs/train.py"
         )
     info = CheckpointInfo.read(path)
-    if not info.finished:
+    if not info.is_finished:
         raise CheckpointError(
-            f"base={recipe.base} stands at step {info.step} of {info.planned_steps}: "
+            f"base={recipe.base} stands at step {info.step} of {info.num_steps}: "
             "finish it first with jobs/train.py"
         )
     return path

@@ -36,4 +36,4 @@ def profiled(recipe: Recipe, step: int, mesh: Mesh, tracker: Tracker) -> Iterato
     folder.mkdir(parents=True, exist_ok=True)
     trace = folder / f"step_{step:08d}.json.gz"
     recorded.export_chrome_trace(str(trace))
-    tracker.keep(trace)
+    tracker.log_artifact(trace)
