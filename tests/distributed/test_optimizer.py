@@ -182,11 +182,11 @@ def found(storage: Path) -> list[Shared]:
     base = tiny_recipe(storage, name="base", parallel={"num_workers": 2}, **quick)
     other = {"learning_rate": 3e-3, "weight_decay": 0.3, "beta2": 0.8}
 
-    def begun(kind: str) -> Recipe:
-        settings = {**other, "load_optimizer_state": kind}
+    def begun(name: str, *, load: bool) -> Recipe:
+        settings = {**other, "load_optimizer_state": load}
         workers = {"num_workers": 2}
         return tiny_recipe(
-            storage, name=kind, base="base", parallel=workers, optimizer=settings, **quick
+            storage, name=name, base="base", parallel=workers, optimizer=settings, **quick
         )
 
     cut_rows = TENSOR_2 | {"sequence_parallel": True}
@@ -204,7 +204,11 @@ def found(storage: Path) -> list[Shared]:
         everything,
         2,
         {one: (decay(0, embeddings=one), decay(0.5, embeddings=one)) for one in (False, True)},
-        {"base": base, "kept": begun("kept"), "fresh": begun("fresh")},
+        {
+            "base": base,
+            "kept": begun("kept", load=True),
+            "fresh": begun("fresh", load=False),
+        },
         {
             **{kind: recompute(kind) for kind in ("none", "selective", "full")},
             "z tensor": run("z-tensor", cut_rows, optimizer=with_z),

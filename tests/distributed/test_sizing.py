@@ -63,7 +63,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     },
     "TP 2, norms of all heads": {
         "parallel": {"num_workers": 2, "tensor": 2},
-        "model": {"qk_norm": "whole"},
+        "model": {"qk_norm": "full"},
     },
     "Gemma 3": {"model": GEMMA_3},
     "Gemma 3, TP 2": {"model": GEMMA_3, "parallel": {"num_workers": 2, "tensor": 2}},

@@ -87,7 +87,7 @@ class Architecture(StrictModel):
     )
     """x + attention(norm(x)), then the same of the MLP; both at once of one norm (PaLM, Cohere) or of one each
     (GPT-NeoX); the norm after each of the two, before it is added (OLMo 2); or norms before and after (Gemma 3)."""
-    qk_norm: Literal["head", "whole"] | None = None
+    qk_norm: Literal["head", "full"] | None = None
     """RMSNorm of queries and keys, of each head (Qwen3) or of all heads at once (OLMo 2)."""
     bias: Literal["qkv", "all"] | None = None
     """Which projections have biases."""
@@ -131,9 +131,9 @@ class Architecture(StrictModel):
             raise ValueError("position_embedding=learned needs positions, the rows of its table")
         if self.norm_bias and self.norm == "rms":
             raise ValueError("norm_bias=true needs norm=layer: RMSNorm has no bias")
-        if self.norm_zero_centered and (self.norm != "rms" or self.qk_norm == "whole"):
+        if self.norm_zero_centered and (self.norm != "rms" or self.qk_norm == "full"):
             raise ValueError(
-                "norm_zero_centered=true needs norm=rms and no qk_norm=whole: there is none of those"
+                "norm_zero_centered=true needs norm=rms and no qk_norm=full: there is none of those"
             )
         if (self.sliding_window_pattern > 1) != (self.local_rope_theta is not None):
             raise ValueError(
@@ -143,11 +143,11 @@ class Architecture(StrictModel):
             self.sliding_window is None
             or self.position_embedding != "rope"
             or self.rope_interleaved
-            or self.qk_norm == "whole"
+            or self.qk_norm == "full"
         ):
             raise ValueError(
                 f"sliding_window_pattern={self.sliding_window_pattern} needs sliding_window, rotary positions that are not interleaved, "
-                "and no qk_norm=whole"
+                "and no qk_norm=full"
             )
         if self.init_std == "fan_in" and self.embedding_std is None:
             raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
+from ul2r.config.renamed_keys import describe_renamed_keys
 from ul2r.config.strict_model import StrictModel
 from ul2r.config.validation_errors import explain
 from ul2r.errors import RecipeError
@@ -39,6 +40,7 @@ def load(
     tree = _read(path, ())
     for override in overrides:
         _override(tree, override)
+        _refuse_renamed_keys(tree, f"--set {override}")
     if complete is not None:
         complete(tree)
     try:
@@ -81,6 +83,7 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
     tree = _parse(text, str(path))
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: a recipe is a group of keys, this is {type(tree).__name__}{by}")
+    _refuse_renamed_keys(tree, str(path))
     parent = tree.pop("extends", None)
     if parent is None:
         return tree
@@ -99,6 +102,11 @@ def _parse(text: str, where: str) -> Any:  # noqa: ANN401  any YAML value
         raise RecipeError(_one_line(f"{where}:{line} is not YAML: {reason}")) from None
     except ValueError as error:  # such as the date 2024-13-01
         raise RecipeError(_one_line(f"{where}: is not YAML: {error}")) from None
+
+
+def _refuse_renamed_keys(tree: dict[str, Any], where: str) -> None:
+    if renamed := describe_renamed_keys(tree):
+        raise RecipeError(_one_line(f"{where}: {renamed}"))
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -34,8 +34,8 @@ class Optimizer(StrictModel):
     """Weight of the load-balancing loss that is added in training where the model has experts: over layers the sum,
     over microbatches the mean of E sum_i f_i P_i, with f_i the share of the choices of expert i of E and P_i its mean
     probability (Switch Transformer, arXiv 2101.03961, 2.2, and its weight). Losses that are told leave it out."""
-    load_optimizer_state: Literal["fresh", "kept"] = "fresh"
-    """A run that continues another's weights begins with empty moments, or goes on with that run's."""
+    load_optimizer_state: bool = False
+    """Whether a run with a base continues with the base's optimizer moments; if not, they start from zero."""
 
     @model_validator(mode="after")
     def _decays(self) -> Self:

@@ -221,10 +221,10 @@ class Recipe(StrictModel):
             )
         if self.precision == "fp8":
             self._check_fp8_sizes()
-        if optimizer.load_optimizer_state == "kept" and not isinstance(self.base, str):
+        if optimizer.load_optimizer_state and not isinstance(self.base, str):
             raise ValueError(
-                "optimizer.load_optimizer_state=kept needs a base that is a run of this storage: name one or leave the "
-                "setting out"
+                "optimizer.load_optimizer_state=true needs a base that is a run of this storage: set base to one, or set "
+                "optimizer.load_optimizer_state to false"
             )
         return self
 
@@ -297,10 +297,10 @@ class Recipe(StrictModel):
     def _check_model(self) -> None:
         """Refuse what the model's features allow in some layouts and rows only."""
         model, objective, tensor = self.model, self.objective, self.parallel.tensor
-        if model.qk_norm == "whole" and model.num_kv_heads % tensor:
+        if model.qk_norm == "full" and model.num_kv_heads % tensor:
             raise ValueError(
                 f"parallel.tensor={tensor} does not divide model.num_kv_heads={model.num_kv_heads}, which "
-                "model.qk_norm=whole needs: change either"
+                "model.qk_norm=full needs: change either"
             )
         if model.num_experts is not None and tensor > 1 and not self.parallel.sequence_parallel:
             raise ValueError(

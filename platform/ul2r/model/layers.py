@@ -213,7 +213,7 @@ def uses_transformer_engine(architecture: Architecture) -> bool:
     has_block = (
         architecture.block == "sequential"
         and not any(architecture.windows)
-        and architecture.qk_norm != "whole"
+        and architecture.qk_norm != "full"
         and not _scale_only(architecture)
     )
     return has_block and torch.cuda.is_available() and HAVE_TE
@@ -246,7 +246,7 @@ def _local_spec(architecture: Architecture) -> ModuleSpec:
     parts.input_layernorm = parts.pre_mlp_layernorm = norm
     if by_head:
         self_attention.q_layernorm = self_attention.k_layernorm = Norm
-    if architecture.qk_norm == "whole":
+    if architecture.qk_norm == "full":
         parts.self_attention.module = WholeNormAttention
     if any(architecture.windows):
         parts.self_attention.module = LocalOrGlobalAttention

@@ -51,7 +51,7 @@ def layer_tensors(architecture: Architecture) -> dict[str, Shape]:
     if a.bias is not None:
         found["self_attention.linear_qkv.bias"] = (projected,)
     if a.qk_norm is not None:
-        whole = a.qk_norm == "whole"
+        whole = a.qk_norm == "full"
         found["self_attention.q_layernorm.weight"] = (attended if whole else head,)
         found["self_attention.k_layernorm.weight"] = (a.num_kv_heads * head if whole else head,)
     found["self_attention.linear_proj.weight"] = (width, attended)
@@ -110,7 +110,7 @@ def single_tensors(
 def is_cut(architecture: Architecture, name: str) -> bool:
     """Whether each tensor-parallel rank has its own part of a tensor, rather than all of it."""
     if name.endswith(("q_layernorm.weight", "k_layernorm.weight")):
-        return architecture.qk_norm == "whole"
+        return architecture.qk_norm == "full"
     return name.endswith(CUT)
 
 

@@ -274,7 +274,7 @@ class Trainer:
             self.guards.state = GuardState.from_json(info.guards)
         else:
             info.check_same_model(self.recipe, self.dataset)
-        optimizer = bool(own) or self.recipe.optimizer.load_optimizer_state == "kept"
+        optimizer = bool(own) or self.recipe.optimizer.load_optimizer_state
         load_checkpoint(path, self.train_step, optimizer=optimizer)
         self.base = info.base_id if own else info.checkpoint_id
         progress = Progress(info.step if own else 0, info.tokens, info.flops)

@@ -126,8 +126,8 @@ def test_comparison_finds_recipes_beside_its_own_file(write: Write, tmp_path: Pa
         ("steps=1", "steps: unknown key; the nearest known one is training.steps"),
         ("extend=a", "extend: unknown key; the nearest known one is extends"),
         (
-            "objective.mixture.1.rat=0.2",
-            "objective.mixture.1.rat: unknown key; the nearest known one is objective.mixture.1.noise_density",
+            "objective.mixture.1.density=0.2",
+            "objective.mixture.1.density: unknown key; the nearest known one is objective.mixture.1.noise_density",
         ),
         ("model.head=2", "model.head: unknown key; the nearest known one is model.num_heads"),
     ],

@@ -81,7 +81,7 @@ def test_data_parallel_replicas_are_what_is_left_of_the_workers() -> None:
         ),
         (
             {"model": {"norm": "layer", "norm_zero_centered": True}},
-            "model: norm_zero_centered=true needs norm=rms and no qk_norm=whole",
+            "model: norm_zero_centered=true needs norm=rms and no qk_norm=full",
         ),
         (
             {"model": {"sliding_window": 64}},
@@ -206,9 +206,9 @@ def test_data_parallel_replicas_are_what_is_left_of_the_workers() -> None:
             "lower either share",
         ),
         (
-            {"optimizer": {"load_optimizer_state": "kept"}},
-            "optimizer.load_optimizer_state=kept needs a base that is a run of this storage: name one or leave the "
-            "setting out",
+            {"optimizer": {"load_optimizer_state": True}},
+            "optimizer.load_optimizer_state=true needs a base that is a run of this storage: set base to one, or set "
+            "optimizer.load_optimizer_state to false",
         ),
         (
             {"parallel": {"num_workers": 2}, "training": {"micro_batch_size": 3}},

@@ -87,7 +87,7 @@ OLMO2 = replace(
     LLAMA,
     model_class="Olmo2ForCausalLM",
     choices={"hidden_act": (("silu", {}),), "attention_bias": NO},
-    always={"block": "post_norm", "qk_norm": "whole"},
+    always={"block": "post_norm", "qk_norm": "full"},
     inner={
         **{name: LLAMA.inner[name] for name in (QKV, PROJECTION, UP, DOWN)},
         QUERY_NORM: "self_attn.q_norm.",
