@@ -86,7 +86,7 @@ class SavedRun:
 
     def __init__(self, recipe: Recipe) -> None:
         from ul2r.train.checkpoint.checkpointer import Saver
-        from ul2r.train.checkpoint.storage import CheckpointStore, acquire_writer_token, to_stderr
+        from ul2r.train.checkpoint.storage import CheckpointStore, acquire_writer_token
         from ul2r.train.mesh import Mesh
         from ul2r.train.step import TrainStep
 
@@ -100,7 +100,6 @@ class SavedRun:
         self.saver = Saver(
             self.store,
             mesh,
-            say=to_stderr,
             log=lambda _, metrics: self.logged.append(dict(metrics)),
             flush=lambda: None,
             asynchronous=True,

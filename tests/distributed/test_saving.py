@@ -33,18 +33,21 @@ def train(recipe: Recipe, stop_after: int | None = None) -> tuple[Losses, list[s
     """
     import torch.distributed as dist
 
+    from ul2r.launch.logs import forward_logs
     from ul2r.launch.worker import run_worker
     from ul2r.tracking.tracker import MemoryTracker
     from ul2r.train.loop import LoopAction
 
     tracker, said, asked = MemoryTracker(), list[str](), list[int]()
+    rank = dist.get_rank()
 
     def wish() -> LoopAction:
         asked.append(1)
-        stops = dist.get_rank() == 1 and len(asked) == stop_after
+        stops = rank == 1 and len(asked) == stop_after
         return LoopAction.STOP if stops else LoopAction.CONTINUE
 
-    run_worker(recipe, tracker, lambda *_: None, say=said.append, wish=wish)
+    with forward_logs(lambda *record: said.append(record[-1]), rank):
+        run_worker(recipe, tracker, lambda *_: None, wish=wish)
     names = {name for _, metrics in tracker.records for name in metrics}
     found = sorted(name for name in names if name.startswith("checkpoint/"))
     return dict(tracker.series("train/loss")), said, found

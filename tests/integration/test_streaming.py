@@ -183,7 +183,7 @@ def test_job_trains_on_text_that_was_not_prepared(
             check=False,
         )
     assert job.returncode == 0, job.stderr
-    assert "tokenising the first of 4 MB of text, the rest while it trains" in job.stderr
+    assert "tokenizing the first of 4 MB of text, the rest while it trains" in job.stderr
     assert "tiny: 3 steps" in job.stdout
     made, expected = (open_dataset(one.store_folder) for one in (recipe, complete))
     assert made.manifest.fingerprint == expected.manifest.fingerprint

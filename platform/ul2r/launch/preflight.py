@@ -19,13 +19,7 @@ from ul2r.model.sizing import size_run
 from ul2r.tracking.mlflow import find_run, finish_run, log_artifact, start_run
 from ul2r.tracking.tracker import RunStatus
 from ul2r.train.checkpoint.metadata import CheckpointInfo
-from ul2r.train.checkpoint.storage import (
-    CheckpointStore,
-    Say,
-    base_checkpoint,
-    latest_valid,
-    to_stderr,
-)
+from ul2r.train.checkpoint.storage import CheckpointStore, base_checkpoint, latest_valid
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 """For workers that asked for no GPU, on a machine that has some."""
@@ -40,13 +34,12 @@ def gpu_settings(parallel: Parallel) -> dict[str, str]:
     return {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if parallel.tensor > 1 else {}
 
 
-def check_run(recipe: Recipe, dataset: TokenDataset, say: Say = to_stderr) -> CheckpointInfo | None:
+def check_run(recipe: Recipe, dataset: TokenDataset) -> CheckpointInfo | None:
     """Check a recipe against its store, its checkpoints and its devices.
 
     Args:
         recipe: The run.
         dataset: What it is trained on.
-        say: Takes a line if the last checkpoint is damaged; workers say it too.
 
     Returns:
         What the run's last sound checkpoint says, None before the first.
@@ -57,7 +50,7 @@ def check_run(recipe: Recipe, dataset: TokenDataset, say: Say = to_stderr) -> Ch
     Batches(recipe, dataset)  # refuses a store that is too short or has too few sentinels
     check_family(recipe.model)
     size_run(recipe, dataset.vocabulary.size)  # refuses what its devices cannot hold
-    return check_checkpoints(recipe, dataset, say)
+    return check_checkpoints(recipe, dataset)
 
 
 def check_unprepared(recipe: Recipe) -> None:
@@ -81,9 +74,7 @@ def planned_vocabulary(recipe: Recipe) -> int:
     return vocabulary_of(tokenizer, data.mode_tokens).size
 
 
-def check_checkpoints(
-    recipe: Recipe, dataset: TokenDataset, say: Say = to_stderr
-) -> CheckpointInfo | None:
+def check_checkpoints(recipe: Recipe, dataset: TokenDataset) -> CheckpointInfo | None:
     """What the run's last sound checkpoint says, None before the first.
 
     One that the run goes on from is read by the workers, all at once, so only its small files are read here; one
@@ -93,15 +84,15 @@ def check_checkpoints(
         CheckpointError: If it, or before it the base's, is damaged or differs from the recipe.
     """
     store = CheckpointStore.from_recipe(recipe)
-    own = latest_valid(store, thorough=False, say=say)
+    own = latest_valid(store, thorough=False, quiet=True)
     if own is not None and CheckpointInfo.read(own).is_finished:
-        own = latest_valid(store, say=say)
+        own = latest_valid(store, quiet=True)
     if own is not None:
         info = CheckpointInfo.read(own)
         info.check_same_run(recipe, dataset)
         return info
     check_base(recipe, dataset)
-    base = base_checkpoint(recipe, partial(latest_valid, thorough=False, say=say))
+    base = base_checkpoint(recipe, partial(latest_valid, thorough=False, quiet=True))
     if base is not None:
         CheckpointInfo.read(base).check_same_model(recipe, dataset)
     return None

@@ -27,7 +27,6 @@ from ul2r.launch.worker import run_worker
 from ul2r.tracking.mlflow import MlflowTracker, check_server
 from ul2r.tracking.tracker import MemoryTracker
 from ul2r.train.checkpoint.metadata import CheckpointInfo
-from ul2r.train.checkpoint.storage import silent
 from ul2r.train.loop import LoopAction
 from ul2r.train.state import summary
 
@@ -56,7 +55,7 @@ def train(recipe: Recipe) -> CheckpointInfo:
             f"torchrun started {started} processes, parallel.num_workers={recipe.parallel.num_workers}: "
             f"set torchrun's --nnodes x --nproc-per-node to {recipe.parallel.num_workers}"
         )
-    reached = check_run(recipe, dataset, silent)
+    reached = check_run(recipe, dataset)
     uri = check_server(recipe.tracking.uri)
     is_first = os.environ["RANK"] == "0"
     if reached is not None and reached.is_finished:

@@ -12,7 +12,7 @@ from ul2r.data.store.dataset import open_dataset
 from ul2r.objective.batch import Batch
 from ul2r.tracking.tracker import Tracker
 from ul2r.train.batch_iterator import Reader
-from ul2r.train.checkpoint.storage import Say, acquire_writer_token, to_stderr
+from ul2r.train.checkpoint.storage import acquire_writer_token
 from ul2r.train.loop import LoopAction, Trainer, go_on
 from ul2r.train.mesh import Mesh
 from ul2r.train.monitor.watchdog import Watchdog
@@ -27,7 +27,6 @@ def run_worker(
     *,
     owner: str | None = None,
     fingerprint: str | None = None,
-    say: Say = to_stderr,
     wish: Callable[[], LoopAction] = go_on,
 ) -> Progress:
     """Train this rank's part to the end, or until a wish to stop; the default process group must be initialized.
@@ -39,7 +38,6 @@ def run_worker(
         read: Where batches come from; without it they are computed in this process.
         owner: The attempt at the run, from `acquire_writer_token`; without it this is one of its own.
         fingerprint: The token store's that the run was started on; without it any is taken.
-        say: Takes lines for people, on rank 0.
         wish: Asked on every rank after each step; the strongest wish of all ranks counts.
 
     Returns:
@@ -65,7 +63,6 @@ def run_worker(
             on_step=on_step,
             beat=watchdog.beat,
             owner=owner,
-            say=say,
             wish=wish,
         )
         reached = loop.run(read or read_in_process)

@@ -19,7 +19,7 @@ from ul2r.train.checkpoint.checkpointer import Saver
 from ul2r.train.checkpoint.metadata import CheckpointInfo
 from ul2r.train.checkpoint.pretrained import load_pretrained
 from ul2r.train.checkpoint.sharded_state import load_checkpoint
-from ul2r.train.checkpoint.storage import CheckpointStore, Say, base_checkpoint, to_stderr
+from ul2r.train.checkpoint.storage import CheckpointStore, base_checkpoint
 from ul2r.train.mesh import Mesh
 from ul2r.train.monitor.anomaly_report import evidence, layer_norms, write_evidence
 from ul2r.train.monitor.guards import Anomaly, AnomalyGuard, GuardState, StepStats
@@ -59,7 +59,6 @@ class Trainer:
         tracker: Where rank 0 logs.
         on_step: Called on rank 0 after each step.
         owner: The attempt at the run, from `acquire_writer_token`.
-        say: Takes lines for people, on rank 0.
         wish: Asked on every rank after each step; the strongest wish of all ranks counts.
     """
 
@@ -73,7 +72,6 @@ class Trainer:
         on_step: Callable[[Progress, Mapping[str, float]], None],
         beat: Beat,
         owner: str,
-        say: Say = to_stderr,
         wish: Callable[[], LoopAction] = go_on,
     ) -> None:
         self.recipe, self.dataset, self.mesh = recipe, dataset, mesh
@@ -82,7 +80,6 @@ class Trainer:
         self.saver = Saver(
             self.checkpoints,
             mesh,
-            say=say,
             log=tracker.log,
             flush=tracker.flush,
             asynchronous=recipe.checkpoints.asynchronous,

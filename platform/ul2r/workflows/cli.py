@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import signal
 import sys
@@ -13,6 +12,7 @@ from typing import TypeVar
 
 from ul2r.config import Comparison, Recipe, load
 from ul2r.errors import RecipeError, UserError
+from ul2r.launch.logs import configure_console
 from ul2r.launch.pretrained import described_by_base
 
 USER_ERROR_EXIT = 2
@@ -64,7 +64,7 @@ def run_job(
     parser.set_defaults(action=action)
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    configure_console(int(os.environ.get("RANK", "0")))  # which torchrun sets
 
     def work() -> None:
         section = load(arguments.recipe, arguments.overrides, kind, described_by_base)

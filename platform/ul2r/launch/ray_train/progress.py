@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,13 +18,18 @@ POLL_S = 0.5
 LAST_WORD_S = 2.0
 """How long the end waits for what was said last."""
 
+LogLine = tuple[str, int, str]
+"""Logger name, level and message of a worker's record."""
+
+logger = logging.getLogger(__name__)
+
 
 class _Board:
     """Holds the last reported progress, lines that were not read yet, and whether the run shall stop."""
 
     def __init__(self) -> None:
         self._last = (0, "")
-        self._lines: list[str] = []
+        self._records: list[LogLine] = []
         self._stopping = False
 
     def write(self, tokens: int, note: str) -> bool:
@@ -32,15 +37,15 @@ class _Board:
         self._last = (tokens, note)
         return self._stopping
 
-    def say(self, line: str) -> None:
-        self._lines.append(line)
+    def log(self, name: str, level: int, message: str) -> None:
+        self._records.append((name, level, message))
 
     def stop(self) -> None:
         self._stopping = True
 
-    def read(self) -> tuple[tuple[int, str], list[str]]:
-        lines, self._lines = self._lines, []
-        return self._last, lines
+    def read(self) -> tuple[tuple[int, str], list[LogLine]]:
+        records, self._records = self._records, []
+        return self._last, records
 
 
 @contextmanager
@@ -73,14 +78,14 @@ def shown_progress(what: str, total_tokens: int, stopped: threading.Event) -> It
 def _stop(board: ActorHandle, stopped: threading.Event, ended: threading.Event) -> None:
     while not ended.is_set():
         if stopped.wait(POLL_S):
-            sys.stderr.write("stopping after a checkpoint; once more to stop at once\n")
+            logger.info("stopping after a checkpoint; once more to stop at once")
             board.stop.remote()
             return
 
 
 def _show(what: str, total_tokens: int, board: ActorHandle, ended: threading.Event) -> None:
     """Begin the bar with the first step, so that its rate is the training's and not the start's."""
-    sys.stderr.write(f"{what}: starting workers\n")
+    logger.info("%s: starting workers", what)
     reports = _reports(board, ended)
     first = next((tokens for tokens, _ in reports if tokens), None)
     if first is None:
@@ -103,10 +108,10 @@ def _reports(board: ActorHandle, ended: threading.Event) -> Iterator[tuple[int, 
         last_reads += ending
         if not ray.wait([asked], timeout=LAST_WORD_S if ending else 0)[0]:
             continue
-        said, lines = ray.get(asked)
+        said, records = ray.get(asked)
         asked = board.read.remote()
-        for line in lines:
-            sys.stderr.write(f"{line}\n")
+        for name, level, message in records:
+            logging.getLogger(name).log(level, "%s", message)
         if said != last:
             last = said
             yield said
@@ -130,9 +135,9 @@ class Report:
         tokens = reached.step * self._tokens_per_step
         self._answers.append(self._board.write.remote(tokens, summary(metrics)))
 
-    def say(self, line: str) -> None:
-        """Let the driver write a line for people."""
-        self._board.say.remote(line)
+    def log(self, name: str, level: int, message: str) -> None:
+        """Let the driver log a record of this worker."""
+        self._board.log.remote(name, level, message)
 
     def stop_asked(self) -> bool:
         """Whether the driver wants the run to stop; known a step or so after it was asked."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -40,8 +39,10 @@ def build_store_in_background(recipe: Recipe, cpus: float) -> Iterator[TokenData
     try:
         if not recipe.store_folder.exists():
             megabytes = total_size(recipe) / 1e6
-            sys.stderr.write(
-                f"{recipe.name}: tokenising the first of {megabytes:,.0f} MB of text, the rest while it trains\n"
+            logger.info(
+                "%s: tokenizing the first of %s MB of text, the rest while it trains",
+                recipe.name,
+                f"{megabytes:,.0f}",
             )
         while not recipe.store_folder.exists():
             mistake = _mistake(made, POLL_S)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import threading
 import time
 from contextlib import nullcontext
@@ -40,7 +40,9 @@ from ul2r.launch.ray_train.streaming import build_store_in_background
 from ul2r.launch.stop_signal import sigterm_noted
 from ul2r.tracking.mlflow import check_server
 from ul2r.train.checkpoint.metadata import CheckpointInfo
-from ul2r.train.checkpoint.storage import acquire_writer_token, silent
+from ul2r.train.checkpoint.storage import acquire_writer_token
+
+logger = logging.getLogger(__name__)
 
 
 def train(recipe: Recipe) -> CheckpointInfo:
@@ -62,7 +64,7 @@ def train(recipe: Recipe) -> CheckpointInfo:
     if dataset is None:
         check_unprepared(recipe)
     else:
-        reached = check_run(recipe, dataset, silent)
+        reached = check_run(recipe, dataset)
     uri = check_server(recipe.tracking.uri)
     if reached is not None and reached.is_finished:
         end_finished(recipe, uri)
@@ -77,7 +79,7 @@ def train(recipe: Recipe) -> CheckpointInfo:
     ):
         assert dataset is not None
         if grows:
-            check_run(recipe, dataset, silent)
+            check_run(recipe, dataset)
         with sigterm_noted() as stopped, track_run(recipe, dataset, uri) as run_id:
             _fit_and_shrink(recipe, dataset, uri, run_id, stopped)
             reached = reached_by(recipe)
@@ -160,9 +162,13 @@ def _fit_and_shrink(
             smaller = shrink_layout(recipe, left, dataset.vocabulary.size)
             if smaller is None:
                 raise
-            sys.stderr.write(
-                f"{recipe.name}: the cluster has {left.get('CPU', 0):g} CPUs and {left.get('GPU', 0):g} GPUs left: "
-                f"going on with parallel.num_workers={smaller.parallel.num_workers} of {recipe.parallel.num_workers}\n"
+            logger.warning(
+                "%s: the cluster has %g CPUs and %g GPUs left: going on with parallel.num_workers=%d of %d",
+                recipe.name,
+                left.get("CPU", 0),
+                left.get("GPU", 0),
+                smaller.parallel.num_workers,
+                recipe.parallel.num_workers,
             )
             recipe = smaller
 

@@ -11,6 +11,7 @@ from ray.train.collective import broadcast_from_rank_zero
 
 from ul2r.config import Recipe
 from ul2r.data import loader
+from ul2r.launch.logs import forward_logs
 from ul2r.launch.ray_train.progress import Report
 from ul2r.launch.ray_train.prometheus import PrometheusTracker
 from ul2r.launch.worker import run_worker
@@ -47,7 +48,7 @@ def train_worker(
         owner: The attempt at the run, from `acquire_writer_token`.
     """
     torch.set_num_threads(max(int(recipe.launch.cpus_per_worker), 1))
-    first = ray.train.get_context().get_world_rank() == 0
+    rank = ray.train.get_context().get_world_rank()
     report = Report(board, tokens_per_step)
 
     def run(tracker: Tracker) -> None:
@@ -58,16 +59,16 @@ def train_worker(
             _reader(recipe),
             owner=owner,
             fingerprint=fingerprint,
-            say=report.say,
             wish=_Wishes(report),
         )
         tracker.close("FINISHED" if reached.step == recipe.training.steps else "KILLED")
 
-    if not first:
-        run(MemoryTracker())
-        return
-    with MlflowTracker(uri, run_id, recipe.paths.folder) as tracker:
-        run(PrometheusTracker(tracker, recipe.name))
+    with forward_logs(report.log, rank):
+        if rank != 0:
+            run(MemoryTracker())
+            return
+        with MlflowTracker(uri, run_id, recipe.paths.folder) as tracker:
+            run(PrometheusTracker(tracker, recipe.name))
 
 
 class _Wishes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,11 +16,14 @@ from ul2r.train.checkpoint.async_write import BackgroundWrite
 from ul2r.train.checkpoint.checksums import Digest, find_damage, write_digests
 from ul2r.train.checkpoint.metadata import CheckpointInfo
 from ul2r.train.checkpoint.sharded_state import begin_save
-from ul2r.train.checkpoint.storage import CheckpointStore, Say, first_valid, silent
+from ul2r.train.checkpoint.storage import CheckpointStore, first_valid
 from ul2r.train.mesh import Mesh
 from ul2r.train.step import TrainStep
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
 REMEDY = (
     "; the one before it is as it was: make room or mend the disk, then run the same command again"
 )
@@ -44,7 +48,6 @@ class Saver:
     Args:
         store: The run's checkpoints.
         mesh: This rank's place.
-        say: Takes lines for people, on rank 0.
         log: Takes metrics, on rank 0.
         flush: Called on rank 0, in the background, before a checkpoint becomes the last one.
         asynchronous: Whether `save` returns before the checkpoint is finished.
@@ -55,15 +58,14 @@ class Saver:
         store: CheckpointStore,
         mesh: Mesh,
         *,
-        say: Say,
         log: Log,
         flush: Callable[[], None],
         asynchronous: bool,
     ) -> None:
         self.store, self.mesh, self.asynchronous = store, mesh, asynchronous
-        self._say, self._log, self._flush = say, log, flush
+        self._log, self._flush = log, flush
         self._pending: _Pending | None = None
-        self._copies = _Copies(store, say) if store.mirror and mesh.is_first else None
+        self._copies = _Copies(store) if store.mirror and mesh.is_first else None
 
     def save(self, train_step: TrainStep, info: CheckpointInfo) -> None:
         """Begin a checkpoint, after the one before it is finished.
@@ -128,8 +130,8 @@ class Saver:
         return first_valid(
             self.mesh.broadcast_from_rank0(store.candidates),
             damage_of,
-            lambda: self.mesh.broadcast_from_rank0(partial(store.restore, self._say)),
-            self._say if self.mesh.is_first else silent,
+            lambda: self.mesh.broadcast_from_rank0(store.restore),
+            quiet=not self.mesh.is_first,
         )
 
     def _finish(self, pending: _Pending) -> None:
@@ -180,8 +182,8 @@ class Saver:
 class _Copies:
     """Copies of finished checkpoints, made one after the other by a thread of rank 0."""
 
-    def __init__(self, store: CheckpointStore, say: Say) -> None:
-        self._store, self._say = store, say
+    def __init__(self, store: CheckpointStore) -> None:
+        self._store = store
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-copy")
         self._copying: tuple[Path, Future[None]] | None = None
 
@@ -201,7 +203,7 @@ class _Copies:
         folder, copied = self._copying
         error = copied.exception()
         if isinstance(error, CheckpointError):
-            self._say(f"{folder.name} was not copied, the next checkpoint will be: {error}")
+            logger.warning("%s was not copied, the next checkpoint will be: %s", folder.name, error)
         elif error is not None:
             raise error
         self._copying = None

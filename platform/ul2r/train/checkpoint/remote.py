@@ -7,6 +7,7 @@ URL/RUN/
 
 from __future__ import annotations
 
+import logging
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ from ul2r.train.checkpoint.retention import Retention, finished_up_to, name_of, 
 
 STREAMS = 8
 """Files that are copied at the same time."""
+
+logger = logging.getLogger(__name__)
 
 
 class Mirror:
@@ -68,12 +71,11 @@ class Mirror:
         with self._opened("be fetched from") as (files, root):
             return bool(files.exists(f"{root}/latest"))
 
-    def fetch(self, into: Path, say: Callable[[str], None]) -> Path:
+    def fetch(self, into: Path) -> Path:
         """Copy the last whole checkpoint back to a run's `checkpoints`.
 
         Args:
             into: That folder, which is there.
-            say: Takes a line about each copy that is damaged.
 
         Returns:
             The checkpoint.
@@ -95,7 +97,9 @@ class Mirror:
                 finally:
                     shutil.rmtree(beside, ignore_errors=True)
                 damaged.append(f"{name}: {damage}")
-                say(f"copy {self.url}/{name} is damaged ({damage}): trying an earlier one")
+                logger.warning(
+                    "copy %s/%s is damaged (%s): trying an earlier one", self.url, name, damage
+                )
         raise CheckpointError(f"{self.url}: no whole copy is left ({'; '.join(damaged)})")
 
     def _candidates(self, files: Any, root: str) -> list[str]:  # noqa: ANN401  fsspec has no types

@@ -10,9 +10,9 @@ Nothing here needs torch or Megatron-Core, so that a driver looks at checkpoints
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
-import sys
 import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,17 +26,7 @@ from ul2r.train.checkpoint.metadata import CheckpointInfo
 from ul2r.train.checkpoint.remote import Mirror
 from ul2r.train.checkpoint.retention import Retention, finished_up_to, name_of, step_of
 
-Say = Callable[[str], None]
-"""Takes a line that whoever runs the job should read."""
-
-
-def to_stderr(line: str) -> None:
-    """Say it on stderr."""
-    sys.stderr.write(f"{line}\n")
-
-
-def silent(_: str) -> None:
-    """Say nothing."""
+logger = logging.getLogger(__name__)
 
 
 class CheckpointStore:
@@ -82,7 +72,7 @@ class CheckpointStore:
         names = (path.name for path in self.folder.iterdir() if path.is_dir())
         return [self.folder / name for name in finished_up_to(pointer, names)]
 
-    def restore(self, say: Say = to_stderr) -> Path | None:
+    def restore(self) -> Path | None:
         """Fetch the last checkpoint from the mirror, None if there is none.
 
         Raises:
@@ -95,9 +85,9 @@ class CheckpointStore:
             for path in self.candidates():
                 if find_damage(path) is None:
                     return path  # restored by another process while this one waited
-            fetched = self.mirror.fetch(self.folder, say)
+            fetched = self.mirror.fetch(self.folder)
             _replace_text(self.folder / "latest", fetched.name)
-            say(f"{self.folder}: {fetched.name} was fetched from {self.mirror.url}")
+            logger.info("%s: %s was fetched from %s", self.folder, fetched.name, self.mirror.url)
         return fetched
 
     def begin(self, resumed: int = 0) -> None:
@@ -169,7 +159,8 @@ def first_valid(
     candidates: Sequence[Path],
     damage_of: Callable[[Path], str | None],
     restore: Callable[[], Path | None],
-    say: Say,
+    *,
+    quiet: bool = False,
 ) -> Path | None:
     """The first of some checkpoints that is sound.
 
@@ -177,7 +168,7 @@ def first_valid(
         candidates: Checkpoints, newest first.
         damage_of: What is wrong with one, None if nothing is.
         restore: Gets one from elsewhere where none is sound.
-        say: Takes a line if it is not the first of all.
+        quiet: Do not log damaged candidates that were passed over: another process reports them.
 
     Returns:
         Its folder; None if there are no candidates, nor one elsewhere.
@@ -189,8 +180,10 @@ def first_valid(
     for path in candidates:
         damage = damage_of(path)
         if damage is None:
-            if damaged:
-                say(f"{path.parent}: {'; '.join(damaged)}: taking {path.name} instead")
+            if damaged and not quiet:
+                logger.warning(
+                    "%s: %s: taking %s instead", path.parent, "; ".join(damaged), path.name
+                )
             return path
         damaged.append(f"{path.name} {damage}")
     restored = restore()
@@ -206,22 +199,20 @@ def latest_valid(
     store: CheckpointStore,
     *,
     thorough: bool = True,
-    say: Say = to_stderr,
-    say_restored: Say = to_stderr,
+    quiet: bool = False,
 ) -> Path | None:
     """The newest sound checkpoint of a run, fetched from its mirror where none is on disk; None before the first.
 
     Args:
         store: The run's checkpoints.
         thorough: Whether to read all files of a checkpoint; without, of large ones only the sizes are looked at.
-        say: Takes a line if the newest is not sound.
-        say_restored: Takes lines about what is fetched.
+        quiet: Do not log damaged checkpoints that were passed over: another process reports them.
 
     Raises:
         CheckpointError: If there are some, and none is sound.
     """
     damage_of = partial(find_damage, thorough=thorough)
-    return first_valid(store.candidates(), damage_of, partial(store.restore, say_restored), say)
+    return first_valid(store.candidates(), damage_of, store.restore, quiet=quiet)
 
 
 def base_checkpoint(

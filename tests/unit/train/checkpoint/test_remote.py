@@ -52,15 +52,17 @@ def run_in(folder: Path, url: str, keep: int = 2, keep_every: int | None = None)
     )
 
 
-def test_a_run_whose_disk_is_gone_goes_on_from_the_copy(tmp_path: Path, url: str) -> None:
+def test_a_run_whose_disk_is_gone_goes_on_from_the_copy(
+    tmp_path: Path, url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "ul2r")
     write(run_in(tmp_path / "old", url), 2, 4)
-    said: list[str] = []
     store = CheckpointStore(tmp_path / "new", mirror=Mirror(url, "tiny"))
-    path = latest_valid(store, say=said.append, say_restored=said.append)
+    path = latest_valid(store)
     assert path == tmp_path / "new" / "step_00000004"
     assert find_damage(path) is None
     assert (path / "weights").read_text() == "of step 4"
-    assert said == [f"{tmp_path}/new: step_00000004 was fetched from {url}/tiny"]
+    assert caplog.messages == [f"{tmp_path}/new: step_00000004 was fetched from {url}/tiny"]
     assert latest_valid(CheckpointStore(tmp_path / "new")) == path, "the pointer is there as well"
 
 
@@ -68,13 +70,9 @@ def test_what_is_on_disk_is_taken_before_a_copy(tmp_path: Path, url: str) -> Non
     store = run_in(tmp_path / "run", url)
     write(store, 2, 4)
     (tmp_path / "run" / "step_00000004" / "weights").write_text("torn")
-    said: list[str] = []
-    assert (
-        latest_valid(store, say=said.append, say_restored=said.append)
-        == tmp_path / "run" / "step_00000002"
-    )
+    assert latest_valid(store) == tmp_path / "run" / "step_00000002"
     shutil.rmtree(tmp_path / "run" / "step_00000002")
-    path = latest_valid(store, say=said.append, say_restored=said.append)
+    path = latest_valid(store)
     assert path == tmp_path / "run" / "step_00000004"
     assert (path / "weights").read_text() == "of step 4"
 
@@ -92,18 +90,20 @@ def test_copies_are_kept_as_on_disk(tmp_path: Path, url: str) -> None:
     )
 
 
-def test_a_copy_that_was_cut_off_does_not_count(tmp_path: Path, url: str) -> None:
+def test_a_copy_that_was_cut_off_does_not_count(
+    tmp_path: Path, url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "ul2r")
     write(run_in(tmp_path / "old", url), 2, 4)
     files, root = fsspec.core.url_to_fs(f"{url}/tiny")
     files.pipe_file(f"{root}/step_00000004/weights", b"of")
     files.makedirs(f"{root}/step_00000006", exist_ok=True)
     files.pipe_file(f"{root}/step_00000006/weights", b"of step 6")
-    said: list[str] = []
     store = CheckpointStore(tmp_path / "new", mirror=Mirror(url, "tiny"))
-    path = latest_valid(store, say=said.append, say_restored=said.append)
+    path = latest_valid(store)
     assert path is not None
     assert path.name == "step_00000002"
-    assert said[0].startswith(
+    assert caplog.messages[0].startswith(
         f"copy {url}/tiny/step_00000004 is damaged (holds 2 of 9 bytes of weights)"
     )
     files.pipe_file(f"{root}/step_00000002/weights", b"of")
@@ -118,15 +118,15 @@ def test_without_any_copy_there_is_no_checkpoint(tmp_path: Path, url: str) -> No
     assert not (tmp_path / "run").exists()
 
 
-def test_ranks_that_restore_at_the_same_time_fetch_once(tmp_path: Path, url: str) -> None:
+def test_ranks_that_restore_at_the_same_time_fetch_once(
+    tmp_path: Path, url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "ul2r")
     write(run_in(tmp_path / "old", url), 2)
-    said: list[str] = []
 
     def restore() -> None:
         latest_valid(
             CheckpointStore(tmp_path / "new", mirror=Mirror(url, "tiny")),
-            say=said.append,
-            say_restored=said.append,
         )
 
     threads = [threading.Thread(target=restore) for _ in range(4)]
@@ -134,7 +134,7 @@ def test_ranks_that_restore_at_the_same_time_fetch_once(tmp_path: Path, url: str
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(said) == 1
+    assert len(caplog.messages) == 1
     assert find_damage(tmp_path / "new" / "step_00000002") is None
 
 
