@@ -72,14 +72,14 @@ def backends(device: torch.device) -> dict[str, Backend[Any]]:
 def rows_of(length: int, count: int) -> Batch:
     """Rows of which the intervals matter alone."""
     objective = Objective(sequence_length=length)
-    sentinels = tuple(range(4, 4 + objective.sentinels_needed))
+    sentinels = tuple(range(4, 4 + objective.num_sentinels_needed))
     modes = {"S2S": (1,), "NLU": (2,), "NLG": (3,)}
     return build_batch(
         range(count),
         objective=objective,
         vocabulary=Vocabulary(4 + len(sentinels), 0, modes, sentinels),
         seed=1,
-        windows=MadeText(lambda _, size: np.zeros(size)),
+        text_windows=MadeText(lambda _, size: np.zeros(size)),
     )
 
 

@@ -90,7 +90,7 @@ class SavedRun:
         from ul2r.train.mesh import Mesh
         from ul2r.train.step import TrainStep
 
-        self.recipe, self.dataset = recipe, open_dataset(recipe.store_folder)
+        self.recipe, self.dataset = recipe, open_dataset(recipe.storage_paths.store)
         mesh = Mesh.join(recipe.parallel)
         self.train_step = TrainStep(recipe, mesh, self.dataset.vocabulary.size)
         self.rows = Batches(recipe, self.dataset).rows(0, 0, 1)

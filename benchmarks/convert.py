@@ -40,7 +40,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ul2r.config import Architecture, Causal, HuggingFace, Objective, Parallel, Recipe
+from ul2r.config import Architecture, Causal, HuggingFaceBase, Objective, Parallel, Recipe
 from ul2r.config.recipe import Training
 from ul2r.model.huggingface.checkpoint_reader import MegatronCheckpointReader
 from ul2r.model.huggingface.exporting import exported_tensors
@@ -130,7 +130,7 @@ def recipe_of(folder: Path, parallel: Parallel) -> Recipe:
     return Recipe(
         name="convert",
         storage=folder.parent,
-        base=HuggingFace(hf=str(folder)),
+        base=HuggingFaceBase(hf=str(folder)),
         model=MODEL,
         objective=Objective(mixture=(Causal(),), sequence_length=64),
         parallel=parallel,

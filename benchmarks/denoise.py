@@ -69,11 +69,15 @@ def seconds(work: Callable[[], object]) -> float:
 
 def measure(store: TokenStore) -> dict[str, float]:
     """The figures of the line that is printed."""
-    windows = TextWindows(store, OBJECTIVE.longest_window, SEED)
+    windows = TextWindows(store, OBJECTIVE.max_raw_length, SEED)
 
     def make(count: int) -> Batch:
         return build_batch(
-            range(count), objective=OBJECTIVE, vocabulary=VOCABULARY, seed=SEED, windows=windows
+            range(count),
+            objective=OBJECTIVE,
+            vocabulary=VOCABULARY,
+            seed=SEED,
+            text_windows=windows,
         )
 
     def window(sample: int, length: int) -> list[int]:
@@ -86,7 +90,7 @@ def measure(store: TokenStore) -> dict[str, float]:
             reference_row(row, OBJECTIVE, VOCABULARY, SEED, window)
 
     rows = make(ROWS)  # compiles, and reads the store once
-    arrays = rows.arrays().values()
+    arrays = rows.to_arrays().values()
     few, tokens = source_tokens(rows[:REFERENCE_ROWS]), source_tokens(rows)
     rates: dict[str, list[float]] = {"ours": [], "reference": [], "copy": []}
     for _ in range(TURNS):

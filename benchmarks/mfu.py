@@ -84,7 +84,7 @@ def recipe_of(shape: Shape, length: int, changes: Mapping[str, Any]) -> Recipe:
             "name": "mfu",
             "storage": tempfile.gettempdir(),
             "data": {
-                "num_sentinels": Objective(sequence_length=length).sentinels_needed,
+                "num_sentinels": Objective(sequence_length=length).num_sentinels_needed,
                 "vocabulary_size": shape.vocabulary,
             },
             "model": {
@@ -121,7 +121,7 @@ def rows_of(recipe: Recipe, step: int) -> Batch:
             size, 0, {"S2S": (1,), "NLU": (2,), "NLG": (3,)}, tuple(range(4, 4 + sentinels))
         ),
         seed=recipe.seed,
-        windows=MadeText(lambda _, length: draw.integers(4 + sentinels, size, length)),
+        text_windows=MadeText(lambda _, length: draw.integers(4 + sentinels, size, length)),
     )
 
 

@@ -77,7 +77,7 @@ def ray_rows(recipe: Recipe, first_index: int) -> Iterator[Batch]:
 
 def own_rows(recipe: Recipe) -> Iterator[Batch]:
     """The same rows, made here."""
-    batches = Batches(recipe, open_dataset(recipe.store_folder))
+    batches = Batches(recipe, open_dataset(recipe.storage_paths.store))
     return map(batches.rows, range(recipe.training.steps))
 
 

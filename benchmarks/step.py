@@ -140,7 +140,7 @@ def padded_rows(recipe: Recipe, dataset: TokenDataset, step: int) -> Batch:
         objective=recipe.objective,
         vocabulary=dataset.vocabulary,
         seed=recipe.seed,
-        windows=SimpleWindows(recipe, dataset),
+        text_windows=SimpleWindows(recipe, dataset),
     )
 
 
@@ -211,7 +211,7 @@ def measure(folder: Path) -> dict[str, float]:
     torch.set_num_threads(1)
     with connect_ray(cpus=2), run_mlflow_server(folder / "mlflow") as uri:
         prepare(recipe)
-        dataset = open_dataset(recipe.store_folder)
+        dataset = open_dataset(recipe.storage_paths.store)
         dist.init_process_group(
             "gloo", init_method=f"file://{folder / 'rendezvous'}", rank=0, world_size=1
         )

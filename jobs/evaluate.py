@@ -24,7 +24,7 @@ from ul2r.workflows.evaluate import evaluate_runs, log_scores
 
 def main(recipe: Recipe) -> None:
     """Measure, record and print."""
-    dataset = open_dataset(recipe.store_folder)
+    dataset = open_dataset(recipe.storage_paths.store)
     uri = check_server(recipe.tracking.uri)
     require_run(uri, recipe)
     (scores,) = evaluate_runs([recipe], dataset)

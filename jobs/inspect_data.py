@@ -19,7 +19,7 @@ from ul2r.workflows.cli import run_job
 
 def main(recipe: Recipe) -> None:
     """Write the page, then say where it lies."""
-    path = write_page(recipe, open_dataset(recipe.store_folder))
+    path = write_page(recipe, open_dataset(recipe.storage_paths.store))
     print(f"{recipe.name}: open {path} in a browser")
 
 

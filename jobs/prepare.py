@@ -27,7 +27,7 @@ def main(recipe: Recipe) -> None:
         with nullcontext() if recipe.data.blend else connect_ray(cpus=1):
             manifest = prepare(recipe)
         state = "made"
-    print(f"token store {recipe.store_folder}: {state}")
+    print(f"token store {recipe.storage_paths.store}: {state}")
     print(summary(manifest))
 
 

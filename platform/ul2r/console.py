@@ -24,7 +24,7 @@ from rich.text import Text
 LOG_INTERVAL_S = 10.0
 
 
-class Bar(Protocol):
+class ProgressBar(Protocol):
     """A progress bar that is being shown."""
 
     def update(self, completed: float, note: str = "") -> None:
@@ -32,7 +32,9 @@ class Bar(Protocol):
 
 
 @contextmanager
-def progress(what: str, total: float, unit: str, completed: float = 0) -> Iterator[Bar]:
+def show_progress(
+    what: str, total: float, unit: str, completed: float = 0
+) -> Iterator[ProgressBar]:
     """Show progress of `what` from `completed` to `total` units on stderr while the block runs.
 
     The rate counts only what is done inside the block, so a resumed phase shows its real speed.

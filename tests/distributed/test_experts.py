@@ -70,7 +70,7 @@ def router_gradients(*recipes: Recipe) -> tuple[list[Tensor], list[Tensor], Tens
     mesh = Mesh.join(recipes[0].parallel)
     gradients = []
     for recipe in recipes:
-        dataset = open_dataset(recipe.store_folder)
+        dataset = open_dataset(recipe.storage_paths.store)
         step = TrainStep(recipe, mesh, dataset.vocabulary.size)
         router = step.chunks[0].decoder.layers[-1].mlp.router
         read: list[Tensor] = []

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from ul2r.config import HuggingFace, Recipe
+from ul2r.config import HuggingFaceBase, Recipe
 from ul2r.config.recipe import Export
 from ul2r.data.store.dataset import open_dataset
 from ul2r.errors import CheckpointError
@@ -41,7 +41,7 @@ def train_and_run(recipe: Recipe, tokens: torch.Tensor, prefix: int) -> torch.Te
 
     run_worker(recipe, MemoryTracker(), lambda *_: None)
     mesh = Mesh.join(recipe.parallel)
-    step = TrainStep(recipe, mesh, open_dataset(recipe.store_folder).vocabulary.size)
+    step = TrainStep(recipe, mesh, open_dataset(recipe.storage_paths.store).vocabulary.size)
     latest = latest_valid(CheckpointStore.from_recipe(recipe))
     assert latest is not None
     load_checkpoint(latest, step, optimizer=False)
@@ -85,7 +85,7 @@ def test_exported_logits_are_the_trained_models(recipe: Recipe) -> None:
     assert tokenizer.decode(tokenizer(text).input_ids) == text
     assert tokenizer.eos_token_id == said["vocabulary"]["eos"]
     readme = (folder / "README.md").read_text()
-    store = open_dataset(recipe.store_folder)
+    store = open_dataset(recipe.storage_paths.store)
     assert f"fingerprint `{store.manifest.fingerprint}`" in readme
     assert "learning_rate: 0.05" in readme
 
@@ -124,8 +124,8 @@ def test_a_run_goes_on_from_an_export_as_from_the_checkpoint(
     tree |= {"parallel": {"num_workers": 2, "pipeline": 2}, "model": {"num_layers": 4}}
     described_by_base(tree)
     follower = Recipe.model_validate(tree)
-    assert isinstance(follower.base, HuggingFace)
-    check_base(follower, open_dataset(recipe.store_folder))
+    assert isinstance(follower.base, HuggingFaceBase)
+    check_base(follower, open_dataset(recipe.storage_paths.store))
     after, _ = run_distributed(held_out, 2, follower)
     assert after[0] == pytest.approx(before[-1], rel=5e-4)
     assert after[-1] != pytest.approx(after[0], rel=1e-2)

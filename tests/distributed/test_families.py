@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ul2r.config import Architecture, HuggingFace, Recipe
+from ul2r.config import Architecture, HuggingFaceBase, Recipe
 from ul2r.inference import LanguageModel
 from ul2r.inference.generation import Decoder
 from ul2r.model.huggingface.checkpoint_reader import MegatronCheckpointReader
@@ -59,9 +59,9 @@ def carry(recipes: list[Recipe], tokens: Tensor) -> list[Carried | None]:
     mesh = Mesh.join(recipes[0].parallel)
     found = []
     for recipe in recipes:
-        dataset = open_dataset(recipe.store_folder)
+        dataset = open_dataset(recipe.storage_paths.store)
         step = TrainStep(recipe, mesh, dataset.vocabulary.size)
-        assert isinstance(recipe.base, HuggingFace)
+        assert isinstance(recipe.base, HuggingFaceBase)
         load_pretrained(recipe, recipe.base, step)
         imported = whole_logits(step.chunks[0], tokens, PREFIX)
         save_weights(step.chunks, recipe.paths.folder / "imported")
@@ -87,7 +87,7 @@ def embedding_of(recipe: Recipe, vocabulary_size: int) -> Tensor:
 
     Mesh.join(recipe.parallel)
     (model,) = build_model(recipe, vocabulary_size)
-    assert isinstance(recipe.base, HuggingFace)
+    assert isinstance(recipe.base, HuggingFaceBase)
     with Source(Path(recipe.base.hf), recipe.model) as source:
         load_weights(model, source, recipe.model)
     rows: Tensor = model.embedding.word_embeddings.weight.detach().clone()

@@ -82,7 +82,7 @@ def train(recipe: Recipe, faults: Faults, order: list[int] | None = None) -> Res
                 hook.remove()
 
     def read(mesh: Mesh, batches: range) -> Iterator[Batch]:
-        made = Batches(recipe, open_dataset(recipe.store_folder))
+        made = Batches(recipe, open_dataset(recipe.storage_paths.store))
         for batch in batches:
             if batch == faults.kill:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -94,7 +94,7 @@ def start_from(recipe: Recipe, tokens: Tensor) -> tuple[Tensor, Tensor, float]:
     from ul2r.train.mesh import Mesh
     from ul2r.train.step import TrainStep
 
-    dataset, mesh = open_dataset(recipe.store_folder), Mesh.join(recipe.parallel)
+    dataset, mesh = open_dataset(recipe.storage_paths.store), Mesh.join(recipe.parallel)
     step = TrainStep(recipe, mesh, dataset.vocabulary.size)
     assert recipe.base is not None
     assert not isinstance(recipe.base, str)
@@ -135,7 +135,7 @@ def theirs(recipe: Recipe, tokens: Tensor) -> Tensor:
 def test_a_run_begins_with_the_logits_of_megatrons_own_model(
     recipe: Recipe, theirs: Tensor, tokens: Tensor
 ) -> None:
-    check_base(recipe, open_dataset(recipe.store_folder))
+    check_base(recipe, open_dataset(recipe.storage_paths.store))
     _, (ours, output, loss) = run_distributed(start_from, 2, recipe, tokens)
     assert ours.shape[-1] == 512
     torch.testing.assert_close(ours[..., :ROWS], theirs, atol=1e-4, rtol=1e-4)
@@ -146,7 +146,7 @@ def test_a_run_begins_with_the_logits_of_megatrons_own_model(
 
 def test_another_model_than_the_recipes_is_refused(recipe: Recipe, theirs: Tensor) -> None:
     assert len(theirs) == 2
-    dataset = open_dataset(recipe.store_folder)
+    dataset = open_dataset(recipe.storage_paths.store)
 
     def with_model(**changes: object) -> Recipe:
         return recipe.model_copy(update={"model": recipe.model.model_copy(update=changes)})
@@ -182,4 +182,4 @@ def test_what_megatron_wrote_is_exported_as_the_same_function(
 def test_a_folder_without_a_checkpoint_is_refused(recipe: Recipe) -> None:
     lost = tiny_recipe(recipe.storage, base={"megatron": str(recipe.storage / "store")})
     with pytest.raises(CheckpointError, match=r"holds no .metadata, so it is no torch_dist"):
-        check_base(lost, open_dataset(recipe.store_folder))
+        check_base(lost, open_dataset(recipe.storage_paths.store))

@@ -59,9 +59,9 @@ def test_rates_agree_with_what_was_trained_on(
     recipe: Recipe, seen: list[tuple[Records, list[str], list[Path]]]
 ) -> None:
     """Their ratios do not depend on the time: source tokens and FLOPs for each row position, MFU for each TFLOP."""
-    dataset = open_dataset(recipe.store_folder)
+    dataset = open_dataset(recipe.storage_paths.store)
     batches, positions = Batches(recipe, dataset), 8 * 64
-    special = [dataset.vocabulary.eos, *dataset.vocabulary.no_text]
+    special = [dataset.vocabulary.eos, *dataset.vocabulary.non_text_ids]
     eflops = 0.0
     (records, _, _), _ = seen
     rated = [(step, metrics) for step, metrics in records if "train/mfu" in metrics]

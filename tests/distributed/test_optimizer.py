@@ -109,7 +109,7 @@ def step_of(recipe: Recipe, steps: int) -> Any:  # noqa: ANN401  a TrainStep, im
     from ul2r.train.mesh import Mesh
     from ul2r.train.step import TrainStep
 
-    dataset = open_dataset(recipe.store_folder)
+    dataset = open_dataset(recipe.storage_paths.store)
     mesh = Mesh.join(recipe.parallel)
     step = TrainStep(recipe, mesh, dataset.vocabulary.size)
     for number in range(steps):
@@ -129,7 +129,7 @@ def state(recipe: Recipe) -> State:
     mesh = Mesh.join(recipe.parallel)
     loop = Trainer(
         recipe,
-        open_dataset(recipe.store_folder),
+        open_dataset(recipe.storage_paths.store),
         mesh,
         MemoryTracker(),
         on_step=lambda *_: None,

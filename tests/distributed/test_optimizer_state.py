@@ -79,7 +79,7 @@ def save_from_small_buckets(recipe: Recipe, folder: Path) -> int:
     module: Any = import_module("ul2r.train.step")
     settings = module.DistributedDataParallelConfig
     module.DistributedDataParallelConfig = partial(settings, bucket_size=5000)
-    mesh, dataset = Mesh.join(recipe.parallel), open_dataset(recipe.store_folder)
+    mesh, dataset = Mesh.join(recipe.parallel), open_dataset(recipe.storage_paths.store)
     step, other = (module.TrainStep(recipe, mesh, dataset.vocabulary.size) for _ in range(2))
     step.train(0, Batches(recipe, dataset).rows(0, mesh.data_rank, recipe.parallel.data))
     check_pieces(step)
@@ -114,7 +114,7 @@ def exchange(recipe: Recipe, folder: Path) -> None:
         state = step.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
         return {"model": model, "optimizer": state}
 
-    mesh, dataset = Mesh.join(recipe.parallel), open_dataset(recipe.store_folder)
+    mesh, dataset = Mesh.join(recipe.parallel), open_dataset(recipe.storage_paths.store)
     step, other = (TrainStep(recipe, mesh, dataset.vocabulary.size) for _ in range(2))
     batches = Batches(recipe, dataset)
     for number in range(STEPS):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ul2r.config import Recipe
-from ul2r.config.architecture import MODELS, Architecture
+from ul2r.config.architecture import MODEL_PRESETS, Architecture
 from ul2r.data.sampling.batches import Batches
 from ul2r.data.store.dataset import open_dataset
 from ul2r.model.flops import num_parameters
@@ -51,7 +51,7 @@ def test_parameters_are_the_papers(name: str, billions: float) -> None:
 
     Its last figure is met without the 119 norms, whose 2.2 million scales make 540.356 of 540.354 billion.
     """
-    model = Architecture.model_validate(MODELS[name])
+    model = Architecture.model_validate(MODEL_PRESETS[name])
     check_family(model)
     norms = (model.num_layers + 1) * model.hidden_size
     assert round((num_parameters(model, 256_000) - norms) / 1e9, 2) == billions
@@ -63,7 +63,7 @@ def train(recipe: Recipe) -> tuple[list[float], list[float], list[float]]:
     from ul2r.train.mesh import Mesh
     from ul2r.train.step import TrainStep
 
-    dataset, mesh = open_dataset(recipe.store_folder), Mesh.join(recipe.parallel)
+    dataset, mesh = open_dataset(recipe.storage_paths.store), Mesh.join(recipe.parallel)
     step = TrainStep(recipe, mesh, dataset.vocabulary.size)
     save_weights(step.chunks, recipe.paths.folder / "before")
     batches = Batches(recipe, dataset)
@@ -171,7 +171,7 @@ def plain(
         {"params": [one for one in w.values() if one.dim() == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2))
-    batches = Batches(recipe, open_dataset(recipe.store_folder))
+    batches = Batches(recipe, open_dataset(recipe.storage_paths.store))
     losses, norms = [], []
     for number, rate in enumerate(rates):
         found = loss(w, batches.rows(number, 0, 1))
@@ -224,7 +224,7 @@ def test_palm_is_exported_as_a_class_of_transformers_that_computes_the_same(
 
     assert trained
     recipe = recipes["TP 2"]
-    dataset = open_dataset(recipe.store_folder)
+    dataset = open_dataset(recipe.storage_paths.store)
     w = weights(recipe, "after")
     write_folder(
         tmp_path / "export",

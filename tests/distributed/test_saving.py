@@ -197,7 +197,7 @@ def test_a_damaged_base_is_refused_by_every_rank(whole: tuple[Recipe, Losses]) -
 def test_a_run_whose_disk_is_gone_goes_on_from_its_copy(whole: tuple[Recipe, Losses]) -> None:
     recipe = run_named(whole[0].storage, "whole", remote_dir=str(whole[0].storage / "far"))
     moved = recipe.model_copy(update={"storage": whole[0].storage / "fresh"})
-    shutil.copytree(recipe.store_folder, moved.store_folder)
+    shutil.copytree(recipe.storage_paths.store, moved.storage_paths.store)
     (recipe.storage / "far" / "whole" / "latest").write_text("step_00000004")
     losses, said, _ = run_distributed(train, 2, moved)[0]
     assert losses == {step: whole[1][step] for step in (5, 6)}
@@ -265,7 +265,7 @@ def test_a_full_disk_is_told_in_one_line_and_the_run_goes_on_when_there_is_room(
     small_disk: Path, whole: tuple[Recipe, Losses]
 ) -> None:
     recipe = run_named(small_disk, "full")
-    shutil.copytree(whole[0].store_folder, recipe.store_folder)
+    shutil.copytree(whole[0].storage_paths.store, recipe.storage_paths.store)
     with pytest.raises(
         ProcessRaisedException,
         match=r"CheckpointError: checkpoint .*cannot be written.*: .*(No space left|full disk).*; the one before",

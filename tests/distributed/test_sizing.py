@@ -147,7 +147,7 @@ def measure(recipe: Recipe) -> tuple[int, Measured]:
     from ul2r.train.mesh import Mesh
     from ul2r.train.step import TrainStep
 
-    dataset = open_dataset(recipe.store_folder)
+    dataset = open_dataset(recipe.storage_paths.store)
     mesh = Mesh.join(recipe.parallel)
     step = TrainStep(recipe, mesh, dataset.vocabulary.size)
     buffers = [buffer for chunk in step.model for buffer in chunk.buffers]
@@ -202,7 +202,7 @@ def test_sizes_are_those_of_what_is_built(
 
     recipe = tiny_recipe(storage, **LAYOUTS[layout])
     parallel = recipe.parallel
-    stages = size_run(recipe, open_dataset(recipe.store_folder).vocabulary.size).stages
+    stages = size_run(recipe, open_dataset(recipe.storage_paths.store).vocabulary.size).stages
     assert len(measured[layout]) == parallel.num_workers
     for number, rank in measured[layout]:
         stage = stages[number]

@@ -32,7 +32,7 @@ WORKER = """
     dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
 
     def read(mesh, batches):
-        made = Batches(recipe, open_corpus(recipe.store_folder))
+        made = Batches(recipe, open_corpus(recipe.storage_paths.store))
         for batch in batches:
             if batch == 2 and rank == 1:
                 os.kill(os.getpid(), signal.SIGSTOP)

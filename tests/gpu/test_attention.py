@@ -68,7 +68,7 @@ def packed_rows(slots: int, length: int, seed: int) -> Batch:
             2**31 - 1, 0, {"S2S": (1,), "NLU": (2,), "NLG": (3,)}, tuple(range(4, 400))
         ),
         seed=seed,
-        windows=counted_text(lambda sample: 1000 * (sample % 1000)),
+        text_windows=counted_text(lambda sample: 1000 * (sample % 1000)),
     )
 
 

@@ -15,7 +15,7 @@ import pytest
 import ray
 from ray._private.internal_api import node_stats
 
-from ul2r.config import PRESETS, Recipe
+from ul2r.config import MIXTURE_PRESETS, Recipe
 from ul2r.data import loader
 from ul2r.data.loader import BLOCK_BYTES, chunks, in_order, make_dataset, read, split
 from ul2r.data.sampling.batches import Batches
@@ -91,8 +91,8 @@ def test_rows_through_ray_are_those_made_in_process(
     batches = Batches(recipe, dataset)
     for replica, found in enumerate(read_all(recipe, numbers, replicas)):
         for number, rows in zip(numbers, found, strict=True):
-            expected = batches.rows(number, replica, replicas).arrays()
-            for name, array in rows.arrays().items():
+            expected = batches.rows(number, replica, replicas).to_arrays()
+            for name, array in rows.to_arrays().items():
                 assert array.dtype == expected[name].dtype
                 assert array.tobytes() == expected[name].tobytes()
                 assert array.flags.writeable, "torch warns of arrays that cannot be written to"
@@ -118,7 +118,7 @@ def test_killed_data_tasks_cost_no_sample_and_repeat_none(
     monkeypatch.setattr(loader, "BLOCK_BYTES", 2**20)
     long_run = long_recipe(long_storage, steps=150)
     rows = read(split(make_dataset(long_run, range(150), 1), 1)[0], long_run, range(150), 0, 1)
-    expected, killed = Batches(long_run, open_dataset(long_run.store_folder)), 0
+    expected, killed = Batches(long_run, open_dataset(long_run.storage_paths.store)), 0
     for step in range(150):
         if step % 20 == 5:
             killed += kill_data_tasks()
@@ -175,8 +175,8 @@ def test_store_that_is_made_anew_under_a_run_ends_it_in_one_line(
     rows = read(split(make_dataset(run, range(150), 1), 1)[0], run, range(150), 0, 1)
     next(rows)
     tiny_store(tmp_path / "anew", documents=150, sentinels=256, vocabulary_size=1024)
-    run.store_folder.rename(tmp_path / "old")
-    (tmp_path / "anew").rename(run.store_folder)
+    run.storage_paths.store.rename(tmp_path / "old")
+    (tmp_path / "anew").rename(run.storage_paths.store)
     with pytest.raises(CorpusError, match="was made anew while a run reads it") as raised:
         list(rows)
     assert "\n" not in str(raised.value)
@@ -204,7 +204,7 @@ def test_missing_cpu_for_the_tasks_is_said_aloud(
 
 def arrays_of(recipe: Recipe, dataset: TokenDataset) -> list[Mapping[str, npt.NDArray[Any]]]:
     batches = Batches(recipe, dataset)
-    return [batches.rows(step, 1, 2).arrays() for step in range(STEPS)]
+    return [batches.rows(step, 1, 2).to_arrays() for step in range(STEPS)]
 
 
 def test_rows_in_order_pass_the_check(recipe: Recipe, dataset: TokenDataset) -> None:
@@ -216,7 +216,9 @@ def test_rows_in_order_pass_the_check(recipe: Recipe, dataset: TokenDataset) -> 
 def test_rows_that_one_example_has_whole_pass_the_check(
     recipe: Recipe, dataset: TokenDataset
 ) -> None:
-    mixture = [one.model_copy(update={"whole_row": one.name == "S"}) for one in PRESETS["ul2r"]]
+    mixture = [
+        one.model_copy(update={"whole_row": one.name == "S"}) for one in MIXTURE_PRESETS["ul2r"]
+    ]
     objective = recipe.objective.model_copy(update={"mixture": tuple(mixture)})
     mixed = recipe.model_copy(update={"objective": objective})
     arrays = arrays_of(mixed, dataset)

@@ -134,7 +134,7 @@ def _share_at_start(stderr: str) -> int:
 
 
 def test_the_standard_library_becomes_a_store(three_cpus: Recipe) -> None:
-    dataset = open_dataset(three_cpus.store_folder)
+    dataset = open_dataset(three_cpus.storage_paths.store)
     manifest = dataset.manifest
     with_text = [file for file in find_files(["stdlib"]) if file.size]
     assert manifest.train.documents + manifest.held_out.documents == len(with_text)
@@ -156,25 +156,29 @@ def test_a_killed_job_goes_on_and_one_cpu_makes_the_same_bytes(
 ) -> None:
     recipe = tiny_recipe(tmp_path / "storage")
     assert _kill_after_the_first_shard(recipe, tmp_path, one_cpu) >= 1
-    assert not recipe.store_folder.exists()
+    assert not recipe.storage_paths.store.exists()
     resumed = _job(recipe, tmp_path, one_cpu)
     assert resumed.returncode == 0, resumed.stderr
     assert "made" in resumed.stdout
     assert _share_at_start(resumed.stderr) > 0
     assert [path.name for path in recipe.storage.iterdir()] == ["store"]
-    assert Manifest.read(recipe.store_folder) == Manifest.read(three_cpus.store_folder)
+    assert Manifest.read(recipe.storage_paths.store) == Manifest.read(
+        three_cpus.storage_paths.store
+    )
     for name in ("train.bin", "train.idx", "held_out.bin", "held_out.idx", "tokenizer.json"):
-        made, expected = recipe.store_folder / name, three_cpus.store_folder / name
+        made, expected = recipe.storage_paths.store / name, three_cpus.storage_paths.store / name
         assert made.read_bytes() == expected.read_bytes(), name
 
 
 def test_a_finished_store_is_not_made_again(three_cpus: Recipe, tmp_path: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in three_cpus.store_folder.iterdir()}
+    before = {path: path.stat().st_mtime_ns for path in three_cpus.storage_paths.store.iterdir()}
     again = _job(three_cpus, tmp_path)
     assert again.returncode == 0
     assert "up to date" in again.stdout
     assert again.stderr == ""
-    assert {path: path.stat().st_mtime_ns for path in three_cpus.store_folder.iterdir()} == before
+    assert {
+        path: path.stat().st_mtime_ns for path in three_cpus.storage_paths.store.iterdir()
+    } == before
 
 
 @pytest.mark.parametrize(
@@ -206,7 +210,7 @@ def test_a_store_of_changed_text_is_not_taken(text: Recipe) -> None:
 
 
 def test_the_tokens_of_a_megatron_user_are_split_again(text: Recipe, tmp_path: Path) -> None:
-    theirs = text.store_folder
+    theirs = text.storage_paths.store
     data = {
         "corpus": [str(theirs / "train.bin"), str(theirs / "held_out.idx")],
         "tokenizer": theirs / "tokenizer.json",
@@ -214,11 +218,11 @@ def test_the_tokens_of_a_megatron_user_are_split_again(text: Recipe, tmp_path: P
     recipe = tiny_recipe(tmp_path / "tokens", data=data)
     manifest = prepare(recipe)
     assert manifest.vocabulary == Manifest.read(theirs).vocabulary
-    assert _documents(recipe.store_folder) == _documents(theirs)
+    assert _documents(recipe.storage_paths.store) == _documents(theirs)
 
 
 def test_tokens_without_their_tokenizer_are_refused(text: Recipe, tmp_path: Path) -> None:
-    data = {"corpus": [str(text.store_folder / "train.bin")]}
+    data = {"corpus": [str(text.storage_paths.store / "train.bin")]}
     with pytest.raises(CorpusError, match=r"set data\.tokenizer to the one they were made with"):
         prepare(tiny_recipe(tmp_path / "tokens", data=data))
 
@@ -227,7 +231,7 @@ def test_a_mistake_that_a_task_finds_is_one_line(text: Recipe, tmp_path: Path) -
     texts = Path(text.data.corpus[0])
     (texts / "story_0007.txt").write_bytes(b"one\ntwo\nthr\xe9e\n")
     # With a tokenizer given, nothing is read before the tasks read it.
-    data = {"corpus": [str(texts)], "tokenizer": text.store_folder / "tokenizer.json"}
+    data = {"corpus": [str(texts)], "tokenizer": text.storage_paths.store / "tokenizer.json"}
     recipe = tiny_recipe(tmp_path / "broken", data=data)
     with pytest.raises(CorpusError) as caught:
         prepare(recipe)

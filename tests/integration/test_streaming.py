@@ -74,7 +74,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def make_first_chapter(recipe: Recipe) -> None:
     behind = stream(recipe)
-    while not recipe.store_folder.exists():
+    while not recipe.storage_paths.store.exists():
         next(behind)
     behind.close()
 
@@ -90,7 +90,7 @@ def complete(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 def test_chapters_hold_every_document_once_but_those_equal_to_held_out_ones(
     complete: Recipe, texts: Path
 ) -> None:
-    dataset = open_dataset(complete.store_folder)
+    dataset = open_dataset(complete.storage_paths.store)
     shards = [chapter.shards for chapter in dataset.manifest.chapters]
     assert shards == [1, 1, 2], "each as long as all before it together"
     (share,) = dataset.train
@@ -113,12 +113,12 @@ def test_store_whose_making_was_cut_off_goes_on_and_is_the_same(
     before = stream(recipe)
     next(before)
     before.close()
-    assert not recipe.store_folder.exists()
+    assert not recipe.storage_paths.store.exists()
     make_first_chapter(recipe)
-    assert not Manifest.read(recipe.store_folder).complete
+    assert not Manifest.read(recipe.storage_paths.store).complete
     assert finished(recipe) is None
     prepare(recipe)
-    assert files_of(recipe.store_folder) == files_of(complete.store_folder)
+    assert files_of(recipe.storage_paths.store) == files_of(complete.storage_paths.store)
 
 
 def test_rows_read_while_the_store_grows_are_those_of_the_complete_one(
@@ -128,10 +128,12 @@ def test_rows_read_while_the_store_grows_are_those_of_the_complete_one(
     training = {"steps": 24, "global_batch_size": 1000}
     recipe = recipe_in(tmp_path, texts, training=training, validation={"num_rows": 8})
     batches = range(24)
-    expected = Batches(recipe, open_dataset(complete.store_folder))
+    expected = Batches(recipe, open_dataset(complete.storage_paths.store))
     make_first_chapter(recipe)
     with ExitStack() as held:
-        held.enter_context(file_lock(recipe.store_folder))  # it grows no further until it is read
+        held.enter_context(
+            file_lock(recipe.storage_paths.store)
+        )  # it grows no further until it is read
         with build_store_in_background(recipe, cpus=1) as dataset:
             assert len(dataset.manifest.chapters) == 1
             (iterator,) = split(make_dataset(recipe, batches, 1), 1)
@@ -140,9 +142,9 @@ def test_rows_read_while_the_store_grows_are_those_of_the_complete_one(
                 assert np.array_equal(rows.tokens, expected.rows(step).tokens)
                 assert np.array_equal(rows.labels, expected.rows(step).labels)
     assert step == 23
-    windows = len(open_dataset(complete.store_folder).train[0].store) // 65
+    windows = len(open_dataset(complete.storage_paths.store).train[0].store) // 65
     assert windows < 24_000, "a second epoch was begun"
-    assert files_of(recipe.store_folder) == files_of(complete.store_folder)
+    assert files_of(recipe.storage_paths.store) == files_of(complete.storage_paths.store)
 
 
 def test_file_that_cannot_be_read_is_told_to_those_who_wait_for_it(
@@ -152,7 +154,7 @@ def test_file_that_cannot_be_read_is_told_to_those_who_wait_for_it(
     training = {"steps": 100, "global_batch_size": 1000}
     recipe = recipe_in(tmp_path / "storage", tmp_path / "texts", training=training)
     # With a tokenizer given, nothing is read before the tasks read it.
-    given = {"tokenizer": complete.store_folder / "tokenizer.json"}
+    given = {"tokenizer": complete.storage_paths.store / "tokenizer.json"}
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=given)})
     last = stream_groups(find_files(recipe.data.corpus))[-1].files[-1].path
     last.write_bytes(b'{"text": "fine"}\n{"text": \n')
@@ -162,7 +164,9 @@ def test_file_that_cannot_be_read_is_told_to_those_who_wait_for_it(
         with pytest.raises(CorpusError, match=rf"{last.name}: line 2: not JSON") as caught:
             deque(read(iterator, recipe, batches, 0, 1))
     assert "\n" not in str(caught.value)
-    assert len(Manifest.read(recipe.store_folder).chapters) == 2, "what could be made is there"
+    assert len(Manifest.read(recipe.storage_paths.store).chapters) == 2, (
+        "what could be made is there"
+    )
 
 
 @pytest.mark.slow
@@ -185,5 +189,5 @@ def test_job_trains_on_text_that_was_not_prepared(
     assert job.returncode == 0, job.stderr
     assert "tokenizing the first of 4 MB of text, the rest while it trains" in job.stderr
     assert "tiny: 3 steps" in job.stdout
-    made, expected = (open_dataset(one.store_folder) for one in (recipe, complete))
+    made, expected = (open_dataset(one.storage_paths.store) for one in (recipe, complete))
     assert made.manifest.fingerprint == expected.manifest.fingerprint

@@ -25,7 +25,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_log_shows_share_counts_rate_and_time_left(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with console.progress("train", 400, "tokens") as bar:
+    with console.show_progress("train", 400, "tokens") as bar:
         clock[0] += 20
         bar.update(100, "loss 3.21")
     assert (
@@ -36,7 +36,7 @@ def test_log_shows_share_counts_rate_and_time_left(
 def test_log_of_a_resumed_phase_counts_only_its_own_work(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with console.progress("train", 400, "tokens", completed=300) as bar:
+    with console.show_progress("train", 400, "tokens", completed=300) as bar:
         clock[0] += 10
         bar.update(320)
     line = capsys.readouterr().err
@@ -47,7 +47,7 @@ def test_log_of_a_resumed_phase_counts_only_its_own_work(
 def test_log_is_sparse_and_always_has_the_end(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with console.progress("train", 100, "rows") as bar:
+    with console.show_progress("train", 100, "rows") as bar:
         for row in range(101):
             clock[0] += 1
             bar.update(row)
@@ -57,14 +57,14 @@ def test_log_is_sparse_and_always_has_the_end(
 
 
 def test_log_shows_the_end_once(capsys: pytest.CaptureFixture[str]) -> None:
-    with console.progress("train", 10, "rows") as bar:
+    with console.show_progress("train", 10, "rows") as bar:
         for _ in range(3):
             bar.update(10)
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_log_before_any_work_knows_no_rate(capsys: pytest.CaptureFixture[str]) -> None:
-    with console.progress("prepare", 10, "files") as bar:
+    with console.show_progress("prepare", 10, "files") as bar:
         bar.update(0)
     assert "starting" in capsys.readouterr().err
 
@@ -74,15 +74,15 @@ def test_log_before_any_work_knows_no_rate(capsys: pytest.CaptureFixture[str]) -
     [(7, "7/"), (9_999, "9999/"), (10_000, "10.0k/"), (2_500_000, "2.5M/"), (3e9, "3.0G/")],
 )
 def test_counts_are_short(completed: float, shown: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with console.progress("x", 1e10, "tokens") as bar:
+    with console.show_progress("x", 1e10, "tokens") as bar:
         bar.update(completed)
     assert shown in capsys.readouterr().err
 
 
 def test_terminal_shows_a_bar_with_rate_and_note() -> None:
     script = (
-        "from ul2r.console import progress\n"
-        "with progress('train', 8, 'rows', completed=2) as bar:\n"
+        "from ul2r.console import show_progress\n"
+        "with show_progress('train', 8, 'rows', completed=2) as bar:\n"
         "    bar.update(8, 'loss 1.5')\n"
     )
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", _on_a_terminal([sys.executable, "-c", script]))

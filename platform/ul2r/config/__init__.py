@@ -2,12 +2,20 @@
 
 from ul2r.config.architecture import Architecture
 from ul2r.config.data import Data, WeightedStore
-from ul2r.config.denoisers import PRESETS, Causal, Denoiser, Fim, Prefix, SpanCorruption, fit
+from ul2r.config.denoisers import (
+    MIXTURE_PRESETS,
+    Causal,
+    Denoiser,
+    Fim,
+    Prefix,
+    SpanCorruption,
+    fit,
+)
 from ul2r.config.guards import Guards, Profile
 from ul2r.config.load import dump, load
 from ul2r.config.objective import Objective
 from ul2r.config.parallel import Parallel
-from ul2r.config.pretrained import HuggingFace, Megatron
+from ul2r.config.pretrained import HuggingFaceBase, MegatronBase
 from ul2r.config.recipe import (
     AttentionBackend,
     Comparison,
@@ -18,7 +26,7 @@ from ul2r.config.recipe import (
 )
 
 __all__ = [
-    "PRESETS",
+    "MIXTURE_PRESETS",
     "Architecture",
     "AttentionBackend",
     "Causal",
@@ -28,8 +36,8 @@ __all__ = [
     "Evaluation",
     "Fim",
     "Guards",
-    "HuggingFace",
-    "Megatron",
+    "HuggingFaceBase",
+    "MegatronBase",
     "Objective",
     "Parallel",
     "Precision",

@@ -178,12 +178,12 @@ class Architecture(StrictModel):
         return self.head_size or self.hidden_size // self.num_heads
 
     @property
-    def gated(self) -> bool:
+    def is_gated(self) -> bool:
         """Whether the MLP multiplies two projections."""
         return self.activation in {"swiglu", "geglu"}
 
     @property
-    def windows(self) -> tuple[int | None, ...]:
+    def layer_windows(self) -> tuple[int | None, ...]:
         """The window of each layer, None for one that sees all keys.
 
         A `sliding_window` of all layers is none, since rows are no longer than it.
@@ -193,7 +193,7 @@ class Architecture(StrictModel):
             for number in range(1, self.num_layers + 1)
         )
 
-    def rows(self, vocabulary_size: int) -> int:
+    def num_used_embeddings(self, vocabulary_size: int) -> int:
         """Rows of the embedding that have a meaning, for a tokenizer of `vocabulary_size` entries."""
         return max(self.num_embeddings or 0, vocabulary_size)
 
@@ -217,7 +217,7 @@ def _palm(layers: int, heads: int, hidden_size: int) -> dict[str, Any]:
     }
 
 
-MODELS: dict[str, dict[str, Any]] = {
+MODEL_PRESETS: dict[str, dict[str, Any]] = {
     # Table 1 of the paper, whose vocabulary has 256,000 entries.
     "palm-8b": _palm(32, 16, 4096),
     "palm-62b": _palm(64, 32, 8192),
@@ -227,7 +227,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def resolve_preset(model: object) -> object:
-    """What a recipe's `model` stands for: a name of `MODELS`, `{like: NAME, ...}` with changes, or its own settings.
+    """What a recipe's `model` stands for: a name of `MODEL_PRESETS`, `{like: NAME, ...}` with changes, or its own settings.
 
     Raises:
         ValueError: If there is no model of that name.
@@ -236,6 +236,6 @@ def resolve_preset(model: object) -> object:
     if not isinstance(named, dict) or "like" not in named:
         return model
     changes = {key: value for key, value in named.items() if key != "like"}
-    if named["like"] not in MODELS:
-        raise ValueError(f"unknown model {named['like']!r}: use one of {', '.join(MODELS)}")
-    return {**MODELS[named["like"]], **changes}
+    if named["like"] not in MODEL_PRESETS:
+        raise ValueError(f"unknown model {named['like']!r}: use one of {', '.join(MODEL_PRESETS)}")
+    return {**MODEL_PRESETS[named["like"]], **changes}

@@ -41,7 +41,7 @@ class SpanCorruption(_Denoiser):
         """Masked tokens of a window of `raw_length` >= 2 tokens: round(L * rate), at least 1, at most L - 1."""
         return min(max(round(raw_length * self.noise_density), 1), raw_length - 1)
 
-    def spans(self, raw_length: int) -> int:
+    def num_sentinels(self, raw_length: int) -> int:
         """Masked spans, hence sentinels, of a window: max(1, round(noise / mean_span)).
 
         Never more than the kept or the masked tokens, since each run of either holds one at least.
@@ -56,7 +56,7 @@ class SpanCorruption(_Denoiser):
             raw_length: Tokens of the window.
             marks: Tokens of the mode, and 1 more if an eos closes the inputs.
         """
-        return raw_length + 2 * self.spans(raw_length) + marks + 1
+        return raw_length + 2 * self.num_sentinels(raw_length) + marks + 1
 
 
 class Prefix(_Denoiser):
@@ -73,7 +73,7 @@ class Prefix(_Denoiser):
     sentinel: bool = False
     """Whether a sentinel ends the inputs and begins the targets, as in span corruption (the papers are silent)."""
 
-    def spans(self, raw_length: int) -> int:  # noqa: ARG002  one signature for every denoiser
+    def num_sentinels(self, raw_length: int) -> int:  # noqa: ARG002  one signature for every denoiser
         """Sentinels needed."""
         return int(self.sentinel)
 
@@ -92,7 +92,7 @@ class Fim(_Denoiser):
     kind: Literal["fim"] = "fim"
     name: str = "FIM"
 
-    def spans(self, raw_length: int) -> int:  # noqa: ARG002  one signature for every denoiser
+    def num_sentinels(self, raw_length: int) -> int:  # noqa: ARG002  one signature for every denoiser
         """Sentinels needed: three."""
         return 3
 
@@ -108,7 +108,7 @@ class Causal(_Denoiser):
     name: str = "causal"
     weight: Weight = 1.0
 
-    def spans(self, raw_length: int) -> int:  # noqa: ARG002  one signature for every denoiser
+    def num_sentinels(self, raw_length: int) -> int:  # noqa: ARG002  one signature for every denoiser
         """Sentinels needed: none."""
         return 0
 
@@ -156,7 +156,7 @@ def _corruption(
     )
 
 
-PRESETS: dict[str, tuple[Denoiser, ...]] = {
+MIXTURE_PRESETS: dict[str, tuple[Denoiser, ...]] = {
     # arXiv 2210.11399, 3.1: 50 % S, 25 % R, 25 % X; X "mean 32 or rate up to 0.5", split in halves here.
     "ul2r": (
         Prefix(name="S", weight=0.5),

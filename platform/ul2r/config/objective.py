@@ -6,16 +6,18 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, model_validator
 
-from ul2r.config.denoisers import PRESETS, Denoiser, fit
+from ul2r.config.denoisers import MIXTURE_PRESETS, Denoiser, fit
 from ul2r.config.strict_model import PositiveInt, StrictModel
 
 
 def _mixture(value: Any) -> Any:  # noqa: ANN401  whatever stood in the YAML
     if not isinstance(value, str):
         return value
-    if value not in PRESETS:
-        raise ValueError(f"unknown mixture {value!r}: use one of {', '.join(PRESETS)}, or a list")
-    return PRESETS[value]
+    if value not in MIXTURE_PRESETS:
+        raise ValueError(
+            f"unknown mixture {value!r}: use one of {', '.join(MIXTURE_PRESETS)}, or a list"
+        )
+    return MIXTURE_PRESETS[value]
 
 
 def _distinct(mixture: tuple[Denoiser, ...]) -> tuple[Denoiser, ...]:
@@ -32,7 +34,7 @@ Mixture = Annotated[tuple[Denoiser, ...], BeforeValidator(_mixture), AfterValida
 class Objective(StrictModel):
     """What is predicted, and how examples fill a row."""
 
-    mixture: Mixture = PRESETS["ul2r"]
+    mixture: Mixture = MIXTURE_PRESETS["ul2r"]
     sequence_length: PositiveInt = 2048
     slots_per_row: PositiveInt = 1
     attention: Literal["prefix", "causal"] = "prefix"
@@ -61,31 +63,33 @@ class Objective(StrictModel):
         """Positions of a row that one example has, where it shares the row."""
         return self.sequence_length // self.slots_per_row
 
-    def room(self, denoiser: Denoiser) -> int:
+    def max_example_length(self, denoiser: Denoiser) -> int:
         """Tokens of the longest example: one more than its positions, since labels are shifted."""
         return 1 + (self.sequence_length if denoiser.whole_row else self.slot_length)
 
-    def raw_length(self, denoiser: Denoiser, mode_tokens: int = 1) -> int:
+    def raw_length(self, denoiser: Denoiser, num_mode_tokens: int = 1) -> int:
         """Raw tokens of the longest example.
 
         Args:
             denoiser: What makes the example.
-            mode_tokens: Tokens of its mode.
+            num_mode_tokens: Tokens of its mode.
 
         Raises:
             ValueError: If no example fits.
         """
-        return fit(denoiser, self.room(denoiser), mode_tokens + self.eos_after_inputs)
+        return fit(
+            denoiser, self.max_example_length(denoiser), num_mode_tokens + self.eos_after_inputs
+        )
 
     @property
-    def longest_window(self) -> int:
+    def max_raw_length(self) -> int:
         """Raw tokens that the longest example of any denoiser may have, whatever its marks."""
-        return max(self.room(denoiser) for denoiser in self.mixture)
+        return max(self.max_example_length(denoiser) for denoiser in self.mixture)
 
     @property
-    def sentinels_needed(self) -> int:
+    def num_sentinels_needed(self) -> int:
         """Sentinels that the mixture's worst example uses."""
-        return max(denoiser.spans(self.raw_length(denoiser)) for denoiser in self.mixture)
+        return max(denoiser.num_sentinels(self.raw_length(denoiser)) for denoiser in self.mixture)
 
     @property
     def is_causal(self) -> bool:

@@ -63,20 +63,20 @@ class Parallel(StrictModel):
         return self.num_workers // (self.tensor * self.pipeline)
 
     @property
-    def chunks(self) -> int:
+    def num_chunks(self) -> int:
         """Chunks that the layers are cut into."""
         return self.pipeline * self.virtual_stages
 
-    def chunk_layers(self, layers: int) -> tuple[tuple[int, ...], ...]:
+    def layers_per_chunk(self, layers: int) -> tuple[tuple[int, ...], ...]:
         """Layers of each pipeline stage's chunks, of a model that has `layers`, which must fit."""
         ends = 1 if self.account_for_embedding_and_loss else 0
-        each = (layers + 2 * ends) // self.chunks
+        each = (layers + 2 * ends) // self.num_chunks
         shares = [[each] * self.virtual_stages for _ in range(self.pipeline)]
         shares[0][0] -= ends
         shares[-1][-1] -= ends
         return tuple(map(tuple, shares))
 
-    def microbatch_group(self, microbatches: int) -> int:
+    def microbatch_group_size(self, microbatches: int) -> int:
         """Microbatches that pass through a chunk before the next chunk's turn, in the interleaved schedule.
 
         As few as keep every stage busy: no fewer than stages, in the last group neither.
@@ -97,7 +97,7 @@ class Parallel(StrictModel):
             ValueError: With what does not fit.
         """
         shared_out = layers + 2 if self.account_for_embedding_and_loss else layers
-        if shared_out % self.chunks:
+        if shared_out % self.num_chunks:
             raise ValueError(
                 f"parallel.pipeline x parallel.virtual_stages = {self.pipeline} x {self.virtual_stages} does not "
                 f"divide model.num_layers={layers}{' + 2 (parallel.account_for_embedding_and_loss)' if self.account_for_embedding_and_loss else ''}: "

@@ -15,7 +15,7 @@ RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 RunName = Annotated[str, Field(pattern=RUN_NAME)]
 
 
-class HuggingFace(StrictModel):
+class HuggingFaceBase(StrictModel):
     """A base in Hugging Face form."""
 
     hf: str = Field(min_length=1)
@@ -26,7 +26,7 @@ class HuggingFace(StrictModel):
         return self.hf
 
 
-class Megatron(StrictModel):
+class MegatronBase(StrictModel):
     """A base that Megatron-LM, Megatron-Bridge or Megatron-Core wrote."""
 
     megatron: Storage
@@ -50,4 +50,4 @@ def _one_kind(value: Any) -> Any:  # noqa: ANN401  whatever stood in the YAML
     return value
 
 
-Base = Annotated[RunName | HuggingFace | Megatron, BeforeValidator(_one_kind)]
+Base = Annotated[RunName | HuggingFaceBase | MegatronBase, BeforeValidator(_one_kind)]

@@ -10,13 +10,13 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, mod
 
 from ul2r.config.architecture import Architecture, resolve_preset
 from ul2r.config.data import Data, folder_or_url
-from ul2r.config.denoisers import PRESETS
+from ul2r.config.denoisers import MIXTURE_PRESETS
 from ul2r.config.guards import Guards, Profile
 from ul2r.config.launch import Launch
 from ul2r.config.objective import Mixture, Objective
 from ul2r.config.optimizer import Optimizer
 from ul2r.config.parallel import Parallel
-from ul2r.config.pretrained import Base, HuggingFace, Megatron, RunName, Storage
+from ul2r.config.pretrained import Base, HuggingFaceBase, MegatronBase, RunName, Storage
 from ul2r.config.strict_model import PositiveInt, StrictModel
 from ul2r.paths import RunPaths, StoragePaths
 
@@ -87,7 +87,7 @@ class Tracking(StrictModel):
 class Evaluation(StrictModel):
     """What is measured on held-out text, during training (loss of each denoiser) and after it."""
 
-    mixture: Mixture = PRESETS["ul2r"]
+    mixture: Mixture = MIXTURE_PRESETS["ul2r"]
     """Denoisers whose losses are measured, on the same rows for every run, whatever it trains on."""
 
     num_rows: int = Field(default=64, ge=2)
@@ -182,7 +182,7 @@ class Recipe(StrictModel):
                 f"optimizer.warmup_fraction={self.optimizer.warmup_fraction:g} makes {self.warmup_steps} steps of warm-up, "
                 f"training.steps={training.steps}: lower the first or raise the second"
             )
-        needed = self.sentinels_needed
+        needed = self.num_sentinels_needed
         if needed > self.data.num_sentinels:
             raise ValueError(
                 f"objective.mixture needs {needed} sentinels in slots of {self.objective.slot_length} tokens, "
@@ -205,7 +205,7 @@ class Recipe(StrictModel):
         self.parallel.check_fit(
             layers=self.model.num_layers,
             sequence_length=self.objective.sequence_length,
-            training=self.microbatches,
+            training=self.num_microbatches,
             validation=self.validation.num_rows // (training.micro_batch_size * self.parallel.data),
         )
         if self.warmup_steps + self.decay_steps > training.steps:
@@ -269,7 +269,7 @@ class Recipe(StrictModel):
                 "attention=te has kernels for bf16 alone, and training.precision=fp32: set attention to auto, flex or "
                 "sdpa, or the precision to bf16"
             )
-        if self.attention == "te" and any(self.model.windows):
+        if self.attention == "te" and any(self.model.layer_windows):
             raise ValueError(
                 f"attention=te has no windows, and model.sliding_window_pattern={self.model.sliding_window_pattern} asks for them: "
                 "set attention to auto, flex or sdpa"
@@ -282,7 +282,7 @@ class Recipe(StrictModel):
         return self
 
     @property
-    def foreign_base(self) -> HuggingFace | Megatron | None:
+    def pretrained_base(self) -> HuggingFaceBase | MegatronBase | None:
         """The base, if this platform did not write it."""
         return None if isinstance(self.base, str) else self.base
 
@@ -322,20 +322,15 @@ class Recipe(StrictModel):
             )
 
     @property
-    def sentinels_needed(self) -> int:
+    def num_sentinels_needed(self) -> int:
         """Sentinels that the worst example of training and evaluation uses."""
         measured = self.objective.with_mixture(*self.evaluation.mixture)
-        return max(self.objective.sentinels_needed, measured.sentinels_needed)
+        return max(self.objective.num_sentinels_needed, measured.num_sentinels_needed)
 
     @property
     def storage_paths(self) -> StoragePaths:
         """Files that the runs of this storage share."""
         return StoragePaths(self.storage)
-
-    @property
-    def store_folder(self) -> Path:
-        """Folder of the token store and its tokenizer."""
-        return self.storage_paths.store
 
     @property
     def paths(self) -> RunPaths:
@@ -362,7 +357,7 @@ class Recipe(StrictModel):
         return chosen
 
     @property
-    def microbatches(self) -> int:
+    def num_microbatches(self) -> int:
         """Microbatches of one step on one replica."""
         return self.training.global_batch_size // (
             self.training.micro_batch_size * self.parallel.data

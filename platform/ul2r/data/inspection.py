@@ -19,7 +19,7 @@ from ul2r.data.sampling.batches import Batches
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.data.tokenizer import load_tokenizer
 from ul2r.objective import Batch, Vocabulary
-from ul2r.objective.batch import mode_of
+from ul2r.objective.batch import mode_tokens
 
 PAGE = "data.html"
 """Name of the page in a run's folder and among its artifacts."""
@@ -122,7 +122,7 @@ def measure(recipe: Recipe, dataset: TokenDataset) -> list[Measured]:
         Measured(
             denoiser,
             denoiser.weight / total,
-            objective.raw_length(denoiser, len(mode_of(denoiser, dataset.vocabulary))),
+            objective.raw_length(denoiser, len(mode_tokens(denoiser, dataset.vocabulary))),
         )
         for denoiser in mixture
     ]
@@ -133,7 +133,7 @@ def measure(recipe: Recipe, dataset: TokenDataset) -> list[Measured]:
         one.count += 1
         if one.denoiser.kind == "span_corruption":
             spans = example.span_lengths(sentinels)
-            mode = mode_of(one.denoiser, dataset.vocabulary)
+            mode = mode_tokens(one.denoiser, dataset.vocabulary)
             marks = len(mode) + 1 + objective.eos_after_inputs + 2 * len(spans)
             one.spans.update(spans)
             one.raw_tokens += len(example.inputs) + len(example.targets) - marks
@@ -225,7 +225,7 @@ def _example(recipe: Recipe, rows: Batch, line: int, slot: int, row: int) -> tup
     objective = recipe.objective
     begin = slot * objective.slot_length
     choice = int(rows.denoiser_ids[line, begin])
-    room = objective.room(objective.mixture[choice]) - 1
+    room = objective.max_example_length(objective.mixture[choice]) - 1
     used = int((rows.denoiser_ids[line, begin : begin + room] >= 0).sum())
     here = line, slice(begin, begin + used)
     tokens = [*rows.tokens[here].tolist(), int(rows.labels[here][-1])]

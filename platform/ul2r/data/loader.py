@@ -32,7 +32,7 @@ from ul2r.config import Recipe
 from ul2r.data.sampling.batches import Batches, replica_rows
 from ul2r.data.store.dataset import open_dataset
 from ul2r.errors import UserError
-from ul2r.objective.batch import Batch, row_bytes
+from ul2r.objective.batch import Batch, bytes_per_row
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class RowBlocks(Datasource):  # type: ignore[misc]  # Ray is untyped here, so it
     def estimate_inmemory_data_size(self) -> int:
         """Bytes of all blocks."""
         rows = len(self.batches) * self.recipe.training.global_batch_size
-        return rows * row_bytes(self.recipe.objective)
+        return rows * bytes_per_row(self.recipe.objective)
 
     def get_read_tasks(
         self,
@@ -82,7 +82,7 @@ class RowBlocks(Datasource):  # type: ignore[misc]  # Ray is untyped here, so it
     ) -> list[ReadTask]:
         """One task for each block, in the order in which blocks are dealt out."""
         share = self.recipe.training.global_batch_size // self.replicas
-        one_row = row_bytes(self.recipe.objective)
+        one_row = bytes_per_row(self.recipe.objective)
         return [
             ReadTask(
                 partial(_read_block, self.recipe, self.fingerprint, chunk, replica, self.replicas),
@@ -126,7 +126,7 @@ def make_dataset(recipe: Recipe, batches: range, replicas: int) -> Dataset:
             "no CPU is free for the tasks that make batches (launch.cpus_per_data_task=%g): training waits for one",
             cpus,
         )
-    fingerprint = open_dataset(recipe.store_folder).manifest.fingerprint
+    fingerprint = open_dataset(recipe.storage_paths.store).manifest.fingerprint
     blocks = RowBlocks(recipe, fingerprint, batches, replicas)
     with DataContext.current(context):
         return ray.data.read_datasource(
@@ -166,7 +166,7 @@ def read(
     arrays = iterator.iter_batches(
         batch_size=share,
         batch_format="numpy",
-        prefetch_batches=max(1, PREFETCH_BYTES // (share * row_bytes(recipe.objective))),
+        prefetch_batches=max(1, PREFETCH_BYTES // (share * bytes_per_row(recipe.objective))),
     )
     try:
         yield from in_order(arrays, recipe, batches, replica, replicas)
@@ -211,7 +211,7 @@ def in_order(
 
 def chunks(recipe: Recipe, batches: range, replicas: int) -> list[range]:
     """The batches of each block: 1 at first, then twice as many each time while a block stays small enough."""
-    batch_bytes = recipe.training.global_batch_size // replicas * row_bytes(recipe.objective)
+    batch_bytes = recipe.training.global_batch_size // replicas * bytes_per_row(recipe.objective)
     largest = max(1, BLOCK_BYTES // batch_bytes)
     found, begin, size = [], batches.start, 1
     while begin < batches.stop:
@@ -224,7 +224,7 @@ def _read_block(
     recipe: Recipe, fingerprint: str, chunk: range, replica: int, replicas: int
 ) -> list[Any]:
     """Make one block, from nothing but its place in the run; runs in a Ray task."""
-    batches = Batches(recipe, open_dataset(recipe.store_folder, fingerprint))
-    parts = [batches.rows(batch, replica, replicas).arrays() for batch in chunk]
+    batches = Batches(recipe, open_dataset(recipe.storage_paths.store, fingerprint))
+    parts = [batches.rows(batch, replica, replicas).to_arrays() for batch in chunk]
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return [BlockAccessor.batch_to_block(columns)]

@@ -105,7 +105,7 @@ def export_folder(recipe: Recipe, dataset: TokenDataset) -> Path:
         )
     if digest(tokenizer) != dataset.manifest.tokenizer:
         raise CheckpointError(
-            f"{tokenizer} is not the tokenizer of {recipe.store_folder}: the run was trained on another token store; "
+            f"{tokenizer} is not the tokenizer of {recipe.storage_paths.store}: the run was trained on another token store; "
             "train and export it again, or bring that store back"
         )
     return folder
@@ -160,7 +160,7 @@ def _identity(recipe: Recipe, dataset: TokenDataset) -> dict[str, Any]:
 def _check(model: LanguageModel, dataset: TokenDataset, recipe: Recipe) -> None:
     if model.vocabulary != dataset.vocabulary:
         raise CheckpointError(
-            f"run {recipe.name!r} was exported with another vocabulary than that of {recipe.store_folder}: "
+            f"run {recipe.name!r} was exported with another vocabulary than that of {recipe.storage_paths.store}: "
             "evaluate it against the store that it was trained on"
         )
     mode = max(map(len, dataset.vocabulary.modes.values()))

@@ -84,7 +84,7 @@ def text_ids(
     """Which of `size` ids stand for text; bool (V,). Special ones and holes do not."""
     special = {i for i, added in tokenizer.get_added_tokens_decoder().items() if added.special}
     if vocabulary is not None:
-        special.update(vocabulary.no_text)
+        special.update(vocabulary.non_text_ids)
     is_text = torch.zeros(size, dtype=torch.bool)
     is_text[sorted(set(tokenizer.get_vocab().values()) - special - eos)] = True
     return is_text

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ul2r.config import Architecture, HuggingFace, Megatron, Recipe
+from ul2r.config import Architecture, HuggingFaceBase, MegatronBase, Recipe
 from ul2r.config.architecture import resolve_preset
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.data.tokenizer import load_tokenizer, objective_tokens
@@ -57,14 +57,14 @@ def check_base(recipe: Recipe, dataset: TokenDataset) -> None:
         RecipeError: If the token store was made with a tokenizer that is not the base's with tokens added.
     """
     base = recipe.base
-    if isinstance(base, Megatron):
+    if isinstance(base, MegatronBase):
         from ul2r.model.huggingface.checkpoint_reader import (
             MegatronCheckpointReader,
             latest_iteration,
         )
 
         MegatronCheckpointReader(latest_iteration(base.megatron)).check(recipe.model)
-    if not isinstance(base, HuggingFace):
+    if not isinstance(base, HuggingFaceBase):
         return
     folder = _check_folder(base.hf, recipe.model)
     if not (folder / TOKENIZER).is_file():

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
 from ul2r.config import Recipe
-from ul2r.console import progress
+from ul2r.console import show_progress
 from ul2r.data.store.dataset import TokenDataset, open_dataset
 from ul2r.errors import CorpusError, LayoutError
 from ul2r.launch.preflight import (
@@ -43,10 +43,10 @@ def train(recipe: Recipe) -> CheckpointInfo:
         UserError: If a check fails, or torchrun started another number of processes than the recipe has workers.
         KeyboardInterrupt: After a checkpoint, if any of the processes got SIGTERM.
     """
-    dataset = open_dataset(recipe.store_folder)
+    dataset = open_dataset(recipe.storage_paths.store)
     if not dataset.manifest.complete:
         raise CorpusError(
-            f"{recipe.store_folder}: is not complete, and only Ray makes the rest while a run trains: run "
+            f"{recipe.storage_paths.store}: is not complete, and only Ray makes the rest while a run trains: run "
             "jobs/prepare.py RECIPE first, or train without torchrun"
         )
     started = int(os.environ["WORLD_SIZE"])
@@ -109,7 +109,7 @@ def _train(
     per_step = recipe.training.global_batch_size * recipe.objective.sequence_length
     with (
         MlflowTracker(uri, run_id, recipe.paths.folder) as tracker,
-        progress(recipe.name, recipe.training.steps * per_step, "tokens") as bar,
+        show_progress(recipe.name, recipe.training.steps * per_step, "tokens") as bar,
     ):
         reached = run_worker(
             recipe,

@@ -43,7 +43,7 @@ def run_worker(
     Returns:
         Where the run stands after its last step.
     """
-    dataset = open_dataset(recipe.store_folder, fingerprint)
+    dataset = open_dataset(recipe.storage_paths.store, fingerprint)
     mesh = Mesh.join(recipe.parallel)
 
     def read_in_process(mesh: Mesh, batches: range) -> Iterator[Batch]:

@@ -66,7 +66,7 @@ def transformer_config(
         layernorm_epsilon=architecture.norm_epsilon,
         layernorm_zero_centered_gamma=architecture.norm_zero_centered,
         qk_layernorm=architecture.qk_norm == "head",
-        gated_linear_unit=architecture.gated,
+        gated_linear_unit=architecture.is_gated,
         activation_func=ACTIVATIONS[architecture.activation],
         add_bias_linear=architecture.bias == "all",
         add_qkv_bias=architecture.bias is not None,
@@ -180,7 +180,7 @@ def _build_chunk(
         architecture,
         config=config,
         transformer_layer_spec=layers,
-        vocab_size=padded_vocabulary(architecture.rows(vocabulary_size)),
+        vocab_size=padded_vocabulary(architecture.num_used_embeddings(vocabulary_size)),
         max_sequence_length=architecture.max_position_embeddings
         or recipe.objective.sequence_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),

@@ -13,7 +13,7 @@ from ul2r.model.window import Ints, within
 
 def num_parameters(architecture: Architecture, vocabulary_size: int) -> int:
     """Parameters of the model, a tied embedding counted once and unpadded."""
-    outer = outer_tensors(architecture, architecture.rows(vocabulary_size))
+    outer = outer_tensors(architecture, architecture.num_used_embeddings(vocabulary_size))
     return architecture.num_layers * elements(layer_tensors(architecture)) + elements(outer)
 
 
@@ -37,7 +37,7 @@ def training_flops(
         positions: Row positions passed through the model, padding included.
         num_visible_keys: Keys that those positions see, summed over layers.
     """
-    output = architecture.rows(vocabulary_size) * architecture.hidden_size
+    output = architecture.num_used_embeddings(vocabulary_size) * architecture.hidden_size
     weights = matrix_weights(architecture) + output
     attention = 12 * architecture.num_heads * architecture.head_dim
     return 6.0 * weights * positions + attention * num_visible_keys
@@ -52,7 +52,7 @@ def num_visible_keys(architecture: Architecture, kv_start: Ints, kv_end: Ints) -
         kv_end: One past the last, int32 (B, S).
     """
     found = 0
-    for window, layers in Counter(architecture.windows).items():
+    for window, layers in Counter(architecture.layer_windows).items():
         first, end = within(kv_start, kv_end, window)
         found += layers * int((end - first).sum(dtype=np.int64))
     return found

@@ -212,7 +212,7 @@ def uses_transformer_engine(architecture: Architecture) -> bool:
     """Whether layers are TransformerEngine's: on GPUs where it is installed, for blocks that it has."""
     has_block = (
         architecture.block == "sequential"
-        and not any(architecture.windows)
+        and not any(architecture.layer_windows)
         and architecture.qk_norm != "full"
         and not _scale_only(architecture)
     )
@@ -229,7 +229,7 @@ def layer_spec(architecture: Architecture, attention: AttentionBackend) -> Modul
         )
     else:
         spec = _local_spec(architecture)
-    core = core_attention(attention, architecture.windows)
+    core = core_attention(attention, architecture.layer_windows)
     spec.submodules.self_attention.submodules.core_attention = core
     if architecture.num_experts is not None:
         route(spec)
@@ -248,9 +248,9 @@ def _local_spec(architecture: Architecture) -> ModuleSpec:
         self_attention.q_layernorm = self_attention.k_layernorm = Norm
     if architecture.qk_norm == "full":
         parts.self_attention.module = WholeNormAttention
-    if any(architecture.windows):
+    if any(architecture.layer_windows):
         parts.self_attention.module = LocalOrGlobalAttention
-        parts.self_attention.params["windows"] = architecture.windows
+        parts.self_attention.params["windows"] = architecture.layer_windows
     if architecture.block in {"post_norm", "sandwich"}:
         spec.module, spec.params = PostNormLayer, {"norm": norm}
     elif architecture.block != "sequential":

@@ -78,7 +78,7 @@ def size_run(recipe: Recipe, vocabulary_size: int) -> Sizing:
             `launch.device_memory_gib`.
     """
     parallel = recipe.parallel
-    padded = padded_vocabulary(recipe.model.rows(vocabulary_size))
+    padded = padded_vocabulary(recipe.model.num_used_embeddings(vocabulary_size))
     if padded % parallel.tensor:
         raise RecipeError(
             f"parallel.tensor={parallel.tensor} does not divide the embedding's {padded} rows "
@@ -88,7 +88,7 @@ def size_run(recipe: Recipe, vocabulary_size: int) -> Sizing:
     sizing = Sizing(
         num_parameters=num_parameters(recipe.model, vocabulary_size),
         stages=stages,
-        bubble=pipeline_bubble(parallel.pipeline, recipe.microbatches, parallel.virtual_stages),
+        bubble=pipeline_bubble(parallel.pipeline, recipe.num_microbatches, parallel.virtual_stages),
     )
     _check_memory(recipe, sizing)
     return sizing
@@ -113,7 +113,7 @@ def kept_passes(parallel: Parallel, microbatches: int, stage: int) -> tuple[int,
     stages, chunks = parallel.pipeline, parallel.virtual_stages
     if chunks == 1:
         return (min(microbatches, stages - stage),)
-    group = parallel.microbatch_group(microbatches)
+    group = parallel.microbatch_group_size(microbatches)
     ahead = 2 * (stages - stage - 1) + (chunks - 1) * group + 1
     order = [
         chunk
@@ -143,8 +143,8 @@ def expected_seconds(recipe: Recipe, flops: float) -> float | None:
 def _stage(recipe: Recipe, padded: int, number: int) -> Stage:
     """Pipeline stage `number`, from 0; an embedding of `padded` rows."""
     parallel, is_last = recipe.parallel, number == recipe.parallel.pipeline - 1
-    kept = kept_passes(parallel, recipe.microbatches, number)
-    layers = parallel.chunk_layers(recipe.model.num_layers)[number]
+    kept = kept_passes(parallel, recipe.num_microbatches, number)
+    layers = parallel.layers_per_chunk(recipe.model.num_layers)[number]
     weights = _stage_parameters(recipe, padded, sum(layers), is_first=number == 0, is_last=is_last)
     element = _element_bytes(recipe)
     main_weights = 4 if element < 4 else 0  # the optimizer's own, where the model's are not fp32
@@ -309,7 +309,7 @@ def _mlp_bytes(recipe: Recipe) -> int:
     model, element, tensor = recipe.model, _element_bytes(recipe), recipe.parallel.tensor
     width, inner, parts = model.hidden_size, model.ffn_hidden_size, _row_parts(recipe)
     if model.num_experts is None or model.num_experts_per_token is None:
-        return element * (5 if model.gated else 2) * inner // tensor
+        return element * (5 if model.is_gated else 2) * inner // tensor
     picked = model.num_experts_per_token
     own = 4 * model.num_experts + 12 * picked + (4 * width if element < 4 else 0)
     gathered = 5 * model.num_experts + 12 * picked

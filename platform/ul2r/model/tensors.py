@@ -68,7 +68,7 @@ def layer_tensors(architecture: Architecture) -> dict[str, Shape]:
 def _mlp_tensors(a: Architecture) -> dict[str, Shape]:
     """The second half of a layer, with the norm before it."""
     width, inner = a.hidden_size, a.ffn_hidden_size
-    outputs = 2 * inner if a.gated else inner
+    outputs = 2 * inner if a.is_gated else inner
     if a.num_experts is not None:
         return {
             **_norm(a, "pre_mlp_layernorm."),

@@ -65,7 +65,7 @@ class Batch:
     denoiser_ids: npt.NDArray[np.int8]
     sample_ids: npt.NDArray[np.int64]
 
-    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+    def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
         """The arrays by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
@@ -78,7 +78,7 @@ class Batch:
         return len(self.tokens)
 
     def __getitem__(self, rows: slice) -> Batch:
-        return Batch(**{name: array[rows] for name, array in self.arrays().items()})
+        return Batch(**{name: array[rows] for name, array in self.to_arrays().items()})
 
 
 TYPES = {
@@ -93,7 +93,7 @@ TYPES = {
 """Of the arrays with a number for each position."""
 
 
-def row_bytes(objective: Objective) -> int:
+def bytes_per_row(objective: Objective) -> int:
     """Bytes of one row's arrays."""
     position = sum(np.dtype(dtype).itemsize for dtype in TYPES.values())
     return position * objective.sequence_length + 8 * objective.slots_per_row
@@ -105,7 +105,7 @@ def build_batch(
     objective: Objective,
     vocabulary: Vocabulary,
     seed: int,
-    windows: WindowSource,
+    text_windows: WindowSource,
 ) -> Batch:
     """Make rows by their numbers in the run; row r holds samples r * slots .. r * slots + slots - 1 or the first alone.
 
@@ -129,12 +129,12 @@ def build_batch(
         objective: The mixture and the shape of the rows.
         vocabulary: Ids of the special tokens.
         seed: The run's seed, 0 <= seed < 2**64.
-        windows: Raw text by sample index.
+        text_windows: Raw text by sample index.
 
     Returns:
         The rows, in the order asked for.
     """
-    modes = tuple(mode_of(denoiser, vocabulary) for denoiser in objective.mixture)
+    modes = tuple(mode_tokens(denoiser, vocabulary) for denoiser in objective.mixture)
     plan = _plan(objective, tuple(map(len, modes)))
     assert plan.sentinels <= len(vocabulary.sentinels), "more spans than sentinels"
     shape = len(rows), objective.slots_per_row
@@ -149,7 +149,7 @@ def build_batch(
         slots,
     )
     text = np.empty((samples.size, int(lengths.max(initial=0))), np.int32)
-    windows.read(samples.ravel(), lengths.ravel(), text)
+    text_windows.read(samples.ravel(), lengths.ravel(), text)
     positions = len(rows), objective.sequence_length
     arrays = {name: np.empty(positions, dtype) for name, dtype in TYPES.items()}
     kernels.fill_rows(
@@ -181,10 +181,10 @@ class _Plan:
 
 
 @lru_cache(maxsize=64)
-def _plan(objective: Objective, mode_tokens: tuple[int, ...]) -> _Plan:
+def _plan(objective: Objective, lengths: tuple[int, ...]) -> _Plan:
     table = np.zeros(len(objective.mixture), kernels.DENOISER)
     weights = {True: 0.0, False: 0.0}
-    for one, denoiser, marks in zip(table, objective.mixture, mode_tokens, strict=True):
+    for one, denoiser, marks in zip(table, objective.mixture, lengths, strict=True):
         weights[denoiser.whole_row] += denoiser.weight
         one["kind"] = KINDS[denoiser.kind]
         one["length"] = objective.raw_length(denoiser, marks)
@@ -202,11 +202,11 @@ def _plan(objective: Objective, mode_tokens: tuple[int, ...]) -> _Plan:
             one["rate"], one["sentinels"] = denoiser.noise_density or 0.0, denoiser.sentinel
     rows_of_shared = weights[False] / objective.slots_per_row
     return _Plan(
-        table, weights[True] / (weights[True] + rows_of_shared), objective.sentinels_needed
+        table, weights[True] / (weights[True] + rows_of_shared), objective.num_sentinels_needed
     )
 
 
-def mode_of(denoiser: Denoiser, vocabulary: Vocabulary) -> tuple[int, ...]:
+def mode_tokens(denoiser: Denoiser, vocabulary: Vocabulary) -> tuple[int, ...]:
     """Tokens of a denoiser's mode, none if it has none."""
     if isinstance(denoiser, SpanCorruption | Prefix):
         return vocabulary.modes[denoiser.mode]

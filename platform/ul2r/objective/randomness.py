@@ -30,8 +30,8 @@ class Purpose(IntEnum):
     """Whether row `index` belongs to one example that has it whole."""
     BLEND = 5
     """The order of the stores in block `index` of a blend."""
-    CHAPTER = 6
-    """The order and shift of the windows in a chapter of a streamed store; `index` holds its number and the store's."""
+    SEGMENT = 6
+    """The order and shift of the windows in a segment of a streamed store; `index` holds its number and the store's."""
 
 
 def random_words(seed: int, purpose: Purpose, index: int, count: int) -> npt.NDArray[np.uint64]:

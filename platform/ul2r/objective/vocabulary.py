@@ -30,7 +30,7 @@ class Vocabulary:
         assert known, "an id lies outside the tokenizer"
 
     @property
-    def no_text(self) -> frozenset[int]:
+    def non_text_ids(self) -> frozenset[int]:
         """Ids of modes and sentinels that no document holds."""
         modes = [token for tokens in self.modes.values() for token in tokens]
         return frozenset((*self.sentinels, *([] if self.modes_are_text else modes)))

@@ -65,7 +65,7 @@ def tiny_store(
     seed: int = 0,
     tokenizer: Path | None = None,
 ) -> TokenDataset:
-    """Make a whole token store in `folder` (a recipe's `store_folder`) from `write_texts`, in this process.
+    """Make a whole token store in `folder` (a recipe's `storage_paths.store`) from `write_texts`, in this process.
 
     Args:
         folder: Where the store goes; made if need be.

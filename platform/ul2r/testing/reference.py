@@ -80,7 +80,7 @@ def example_of(
             inputs = [*vocabulary.modes[denoiser.mode], *window[:cut], *mark, *closing]
             return inputs, [*mark, *window[cut:], eos]
         case SpanCorruption():
-            spans, noise = denoiser.spans(length), denoiser.num_noise_tokens(length)
+            spans, noise = denoiser.num_sentinels(length), denoiser.num_noise_tokens(length)
             drawn = words(2 * spans - 2)
             kept = composition(length - noise, drawn[: spans - 1])
             masked = composition(noise, drawn[spans - 1 :])
@@ -139,7 +139,7 @@ def reference_row(
         )
         begin, example = len(made["tokens"]), inputs + targets
         open_inputs = len(inputs) if objective.attention == "prefix" else 0
-        for place in range(objective.room(denoiser) - 1):
+        for place in range(objective.max_example_length(denoiser) - 1):
             used = place + 1 < len(example)
             made["tokens"].append(example[place] if used else vocabulary.eos)
             made["labels"].append(example[place + 1] if used else 0)

@@ -257,7 +257,7 @@ class Trainer:
         """Resume this run's last sound checkpoint, else start from the base's weights, else from none."""
         began = time.perf_counter()
         own = self.saver.latest_valid(self.checkpoints)
-        foreign = self.recipe.foreign_base
+        foreign = self.recipe.pretrained_base
         if own is None and foreign is not None:
             self.base = load_pretrained(self.recipe, foreign, self.train_step)
             return Progress()

@@ -164,7 +164,7 @@ ROW_FIELDS = ("tokens", "labels", "loss_mask", "kv_start", "kv_end", "position_i
 
 
 def _pack(rows: Batch) -> np.ndarray:
-    arrays = rows.arrays()
+    arrays = rows.to_arrays()
     parts = [arrays[name] for name in (*ROW_FIELDS, "sample_ids")]
     return np.concatenate([part.astype(np.int64).ravel() for part in parts])
 

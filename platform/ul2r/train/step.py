@@ -132,7 +132,7 @@ class TrainStep:
     def _mean_targets(self, rows: Batch) -> float:
         """Target tokens of a microbatch, on average over the step's on all replicas."""
         here = torch.tensor([rows.loss_mask.sum()], dtype=torch.float64, device=self.mesh.device)
-        microbatches = self.recipe.microbatches * self.recipe.parallel.data
+        microbatches = self.recipe.num_microbatches * self.recipe.parallel.data
         return float(self.mesh.all_reduce_sum(here)) / microbatches
 
     @torch.no_grad()
@@ -145,7 +145,7 @@ class TrainStep:
         size = self.recipe.training.micro_batch_size
         assert len(rows) % size == 0
         microbatches = [rows[start : start + size] for start in range(0, len(rows), size)]
-        self.config.microbatch_group_size_per_vp_stage = self.recipe.parallel.microbatch_group(
+        self.config.microbatch_group_size_per_vp_stage = self.recipe.parallel.microbatch_group_size(
             len(microbatches)
         )
         results = get_forward_backward_func()(

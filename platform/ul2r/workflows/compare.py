@@ -60,7 +60,7 @@ def compare(comparison: Comparison) -> Compared:
     _check_experiment(comparison, recipes)
     uri = check_server(comparison.tracking.uri)
     first = next(iter(recipes.values()))
-    dataset = open_dataset(first.store_folder)
+    dataset = open_dataset(first.storage_paths.store)
     runs = {role: require_run(uri, recipe) for role, recipe in recipes.items()}
     exports = [export_folder(recipe, dataset) for recipe in recipes.values()]
     scores = evaluate_runs(list(recipes.values()), dataset)

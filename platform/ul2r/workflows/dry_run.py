@@ -29,8 +29,8 @@ def dry_run(recipe: Recipe) -> str:
     Raises:
         UserError: If a check fails.
     """
-    if recipe.store_folder.exists():
-        dataset = open_dataset(recipe.store_folder)
+    if recipe.storage_paths.store.exists():
+        dataset = open_dataset(recipe.storage_paths.store)
         reached = check_run(recipe, dataset)
         size, origin = dataset.vocabulary.size, "of the token store"
         start = f"step {reached.step:,}" if reached else _start(recipe)
@@ -40,14 +40,14 @@ def dry_run(recipe: Recipe) -> str:
         tokenizer = recipe.data.tokenizer
         origin = f"of {tokenizer}" if tokenizer else "as data.vocabulary_size says"
         start = _start(recipe)
-        checked = f"recipe and memory only: {recipe.store_folder} is not prepared yet"
+        checked = f"recipe and memory only: {recipe.storage_paths.store} is not prepared yet"
     sizing = size_run(recipe, size)
     facts = [
         ("checked", checked),
         ("starts from", start),
         (
             "vocabulary",
-            f"{size:,} {origin}, embedding padded to {padded_vocabulary(recipe.model.rows(size)):,}",
+            f"{size:,} {origin}, embedding padded to {padded_vocabulary(recipe.model.num_used_embeddings(size)):,}",
         ),
         *_facts(recipe, sizing, size),
     ]
@@ -78,9 +78,9 @@ def seen_keys_per_row(recipe: Recipe) -> float:
     rows = build_batch(
         range(min(SAMPLED_ROWS, recipe.training.steps * recipe.training.global_batch_size)),
         objective=recipe.objective,
-        vocabulary=_stand_in(recipe.sentinels_needed),
+        vocabulary=_stand_in(recipe.num_sentinels_needed),
         seed=recipe.seed,
-        windows=_BlankWindows(),
+        text_windows=_BlankWindows(),
     )
     return num_visible_keys(recipe.model, rows.kv_start, rows.kv_end) / len(rows)
 
@@ -127,7 +127,7 @@ def _facts(recipe: Recipe, sizing: Sizing, vocabulary_size: int) -> Iterator[tup
     yield "recomputation", training.recompute
     yield (
         "microbatches",
-        f"{recipe.microbatches} a step and replica, of {training.micro_batch_size} x {length:,} positions",
+        f"{recipe.num_microbatches} a step and replica, of {training.micro_batch_size} x {length:,} positions",
     )
     yield "pipeline bubble", f"{sizing.bubble:.1%} of a step"
     yield (

@@ -9,7 +9,7 @@ import torch
 from ray.exceptions import RayTaskError
 
 from ul2r.config import Recipe
-from ul2r.console import progress
+from ul2r.console import show_progress
 from ul2r.data.store.dataset import TokenDataset, open_dataset
 from ul2r.errors import UserError
 from ul2r.evaluation.evaluate import export_folder, measure, metrics, store_scores, stored_scores
@@ -65,7 +65,7 @@ def _measure_all(recipes: Sequence[Recipe]) -> None:
     }
     total = sum(len(metrics(recipe.evaluation)) for recipe in recipes)
     done = 0
-    with progress("evaluate", total, "metrics") as bar:
+    with show_progress("evaluate", total, "metrics") as bar:
         bar.update(0)
         while tasks:
             (ready, *_), _ = ray.wait(list(tasks), num_returns=1)
@@ -85,7 +85,7 @@ def _measure_all(recipes: Sequence[Recipe]) -> None:
 def _measure(recipe: Recipe) -> Iterator[str]:
     """Measure one run and keep its scores; yields a line after each metric."""
     torch.set_num_threads(1)
-    dataset = open_dataset(recipe.store_folder)
+    dataset = open_dataset(recipe.storage_paths.store)
     device = "cuda" if recipe.launch.gpus_per_worker else "cpu"
     model = LanguageModel.load(export_folder(recipe, dataset), device)
     scores = {}

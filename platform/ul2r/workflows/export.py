@@ -35,8 +35,8 @@ def export(recipe: Recipe) -> Path:
         CheckpointError: If there is no such checkpoint, or it is damaged or one of another model.
         ServiceError: If it is to be registered and the tracking server fails.
     """
-    dataset = open_dataset(recipe.store_folder)
-    rows = recipe.model.rows(dataset.vocabulary.size)
+    dataset = open_dataset(recipe.storage_paths.store)
+    rows = recipe.model.num_used_embeddings(dataset.vocabulary.size)
     checkpoint, folder = _named(recipe)
     uri = check_server(recipe.tracking.uri) if recipe.export.registered_model else None
     stored = MegatronCheckpointReader(checkpoint)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ul2r.config import HuggingFace, Recipe, dump
+from ul2r.config import HuggingFaceBase, Recipe, dump
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.evaluation.evaluate import stored_scores
 from ul2r.evaluation.scores import Scores
@@ -16,7 +16,7 @@ MEASURED, RECIPE = "## Held-out text", "## Recipe"
 
 def write_card(folder: Path, recipe: Recipe, dataset: TokenDataset, card: Card) -> None:
     """Write the card of an export, with the scores of its run if they are known by now."""
-    base = f"base_model: {recipe.base}\n" if isinstance(recipe.base, HuggingFace) else ""
+    base = f"base_model: {recipe.base}\n" if isinstance(recipe.base, HuggingFaceBase) else ""
     parts = [
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{base}---",
         f"# {recipe.name}",

@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ul2r.config import PRESETS, Causal, Denoiser, Fim, Objective, Prefix, SpanCorruption, fit
+from ul2r.config import (
+    MIXTURE_PRESETS,
+    Causal,
+    Denoiser,
+    Fim,
+    Objective,
+    Prefix,
+    SpanCorruption,
+    fit,
+)
 from ul2r.config.denoisers import MINIMUM_RAW_LENGTH
 
 corruptions = st.builds(
@@ -48,7 +57,11 @@ def test_lengths_of_span_corruption(
     mean_noise_span_length: float, rate: float, raw: int, lengths: tuple[int, int, int]
 ) -> None:
     denoiser = corruption(mean_noise_span_length, rate)
-    found = denoiser.num_noise_tokens(raw), denoiser.spans(raw), denoiser.example_length(raw)
+    found = (
+        denoiser.num_noise_tokens(raw),
+        denoiser.num_sentinels(raw),
+        denoiser.example_length(raw),
+    )
     assert found == lengths
 
 
@@ -59,7 +72,7 @@ def test_lengths_of_prefix_and_causal() -> None:
 
 @given(corruptions, st.integers(2, 3000))
 def test_every_run_can_hold_a_token(denoiser: SpanCorruption, raw: int) -> None:
-    noise, spans = denoiser.num_noise_tokens(raw), denoiser.spans(raw)
+    noise, spans = denoiser.num_noise_tokens(raw), denoiser.num_sentinels(raw)
     assert 1 <= spans <= noise < raw
     assert spans <= raw - noise
 
@@ -76,10 +89,10 @@ def test_slot_is_filled_to_within_two_tokens(denoiser: Denoiser, room: int) -> N
     assert room - 2 <= denoiser.example_length(fit(denoiser, room)) <= room
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", MIXTURE_PRESETS)
 def test_published_rows_carry_tokens_in_998_of_1000_positions(name: str) -> None:
     """R with inputs of a fixed 1,024 tokens fills 1,253 of 2,048 positions; the raw length is solved for instead."""
-    objective = Objective(mixture=PRESETS[name], sequence_length=2048)
+    objective = Objective(mixture=MIXTURE_PRESETS[name], sequence_length=2048)
     for denoiser in objective.mixture:
         used = denoiser.example_length(objective.raw_length(denoiser)) - 1
         assert used >= 0.998 * 2048
@@ -90,27 +103,27 @@ def test_marks_that_an_example_carries_are_counted() -> None:
     assert Prefix(weight=1, sentinel=True).example_length(100, marks=2) == 105
     assert Fim(weight=1).example_length(100) == 104
     closed = Objective(mixture=(Prefix(weight=1),), sequence_length=64, eos_after_inputs=True)
-    assert closed.raw_length(closed.mixture[0], mode_tokens=4) == 65 - 4 - 1 - 1
+    assert closed.raw_length(closed.mixture[0], num_mode_tokens=4) == 65 - 4 - 1 - 1
 
 
 def test_example_with_a_row_to_itself_has_the_room_of_all_slots() -> None:
     whole, shared = Prefix(weight=1, whole_row=True), corruption(3, 0.15)
     objective = Objective(mixture=(whole, shared), sequence_length=128, slots_per_row=4)
-    assert (objective.room(whole), objective.room(shared)) == (129, 33)
-    assert objective.longest_window == 129
-    assert objective.with_mixture(shared).longest_window == 33
+    assert (objective.max_example_length(whole), objective.max_example_length(shared)) == (129, 33)
+    assert objective.max_raw_length == 129
+    assert objective.with_mixture(shared).max_raw_length == 33
 
 
 def test_ul2_mixture_is_the_papers_seven() -> None:
     """arXiv 2205.05131, table 1, by (mean span, rate); S has a quarter of the text as its target."""
     corruptions = {
         (d.mean_noise_span_length, d.noise_density)
-        for d in PRESETS["ul2"]
+        for d in MIXTURE_PRESETS["ul2"]
         if d.kind == "span_corruption"
     }
     assert corruptions == {(3, 0.15), (8, 0.15), (3, 0.5), (8, 0.5), (64, 0.15), (64, 0.5)}
-    assert [d.noise_density for d in PRESETS["ul2"] if d.kind == "prefix"] == [0.25]
-    assert len({d.weight for d in PRESETS["ul2"]}) == 1
+    assert [d.noise_density for d in MIXTURE_PRESETS["ul2"] if d.kind == "prefix"] == [0.25]
+    assert len({d.weight for d in MIXTURE_PRESETS["ul2"]}) == 1
 
 
 @given(denoisers, st.integers(1, 12))
@@ -125,9 +138,13 @@ def test_slot_that_is_too_short_is_refused(denoiser: Denoiser, room: int) -> Non
 def test_ul2r_mixture_is_the_papers() -> None:
     """arXiv 2210.11399, 3.1: 50 % S, 25 % R, 25 % X."""
     shares: dict[str, Fraction] = {}
-    for denoiser in PRESETS["ul2r"]:
+    for denoiser in MIXTURE_PRESETS["ul2r"]:
         kind = denoiser.name[0]
         shares[kind] = shares.get(kind, Fraction(0)) + Fraction(denoiser.weight)
     assert shares == {"S": Fraction(1, 2), "R": Fraction(1, 4), "X": Fraction(1, 4)}
-    modes = {d.name[0]: d.mode for d in PRESETS["ul2r"] if d.kind in {"prefix", "span_corruption"}}
+    modes = {
+        d.name[0]: d.mode
+        for d in MIXTURE_PRESETS["ul2r"]
+        if d.kind in {"prefix", "span_corruption"}
+    }
     assert modes == {"S": "S2S", "R": "NLU", "X": "NLG"}

@@ -53,7 +53,7 @@ def test_workers_that_are_no_multiple_of_tensor_times_pipeline_are_refused() -> 
 def test_data_parallel_replicas_are_what_is_left_of_the_workers() -> None:
     made = recipe(parallel={"num_workers": 8, "tensor": 2, "pipeline": 2})
     assert made.parallel.data == 2
-    assert made.microbatches == 4
+    assert made.num_microbatches == 4
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_attention_that_does_not_train_on_a_cpu_is_refused_there(backend: str) -
 
 def test_windows_of_some_layers_are_for_longer_rows_and_not_for_transformer_engine() -> None:
     windows = {"sliding_window": 64, "sliding_window_pattern": 3, "local_rope_theta": 100}
-    assert recipe(model=windows).model.windows == (64, 64, None, 64)
+    assert recipe(model=windows).model.layer_windows == (64, 64, None, 64)
     assert refusal(model=windows, attention="te", launch={"gpus_per_worker": 1}) == (
         "attention=te has no windows, and model.sliding_window_pattern=3 asks for them: set attention to auto, flex or sdpa"
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ul2r.config import PRESETS, Causal, Prefix, Recipe, dump
+from ul2r.config import MIXTURE_PRESETS, Causal, Prefix, Recipe, dump
 from ul2r.data.inspection import PICTURE, SHOWN_TOKENS, measure, outline, shown, write_page
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.data.tokenizer import load_tokenizer
@@ -26,7 +26,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    mixture = [*PRESETS["ul2r"], *PRESETS["fim"]]
+    mixture = [*MIXTURE_PRESETS["ul2r"], *MIXTURE_PRESETS["fim"]]
     return tiny_recipe(
         tmp_path_factory.mktemp("storage"),
         objective={
@@ -63,7 +63,7 @@ def test_numbers_found_are_those_that_were_set(recipe: Recipe, dataset: TokenDat
         assert abs(one.share - one.weight) < 4 * (one.weight * (1 - one.weight) / 1024) ** 0.5
         assert one.fill >= 1 - 2 / 64
         if one.denoiser.kind == "span_corruption":
-            assert one.span_count == one.denoiser.spans(one.raw_length)
+            assert one.span_count == one.denoiser.num_sentinels(one.raw_length)
             masked = one.denoiser.num_noise_tokens(one.raw_length) / one.raw_length
             assert one.masked == pytest.approx(masked)
 
@@ -84,7 +84,7 @@ def test_shares_of_targets_are_counted_from_the_examples_themselves(
     by_name = {one.denoiser.name: one for one in measure(recipe, dataset)}
     dense = by_name["X-dense"]
     assert dense.denoiser.kind == "span_corruption"
-    spans = dense.denoiser.spans(dense.raw_length)
+    spans = dense.denoiser.num_sentinels(dense.raw_length)
     targets = dense.denoiser.num_noise_tokens(dense.raw_length) + spans + 1
     positions = dense.denoiser.example_length(dense.raw_length) - 1
     assert dense.targets == pytest.approx(targets / positions)
@@ -93,7 +93,7 @@ def test_shares_of_targets_are_counted_from_the_examples_themselves(
 
 def test_examples_shown_are_text_of_the_store(recipe: Recipe, dataset: TokenDataset) -> None:
     store = dataset.train[0].store.tokens(0, len(dataset.train[0].store) + 200).tobytes()
-    special = dataset.vocabulary.no_text
+    special = dataset.vocabulary.non_text_ids
     for one in measure(recipe, dataset):
         assert len(one.examples) == 2
         for example in one.examples:
@@ -134,7 +134,7 @@ def test_page_shows_every_token_of_its_examples_coloured(
     vocabulary = dataset.vocabulary
     in_legend = 1
     sentinels = set(vocabulary.sentinels)
-    modes = vocabulary.no_text - sentinels
+    modes = vocabulary.non_text_ids - sentinels
     assert page.classes.count("mode") == sum(t in modes for t in tokens) + in_legend
     assert page.classes.count("sentinel") == sum(t in sentinels for t in tokens) + in_legend
     assert page.classes.count("eos") == tokens.count(vocabulary.eos) + in_legend

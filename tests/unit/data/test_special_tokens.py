@@ -48,7 +48,7 @@ def test_reserved_tokens_are_taken_and_the_tokenizer_does_not_grow(name: str) ->
     assert taken == list(range(first, first + 12))
     assert before.token_to_id("[S2S]") is None
     text = f"{TEXTS[0]}<extra_id_0> {name.format(0)}"
-    assert not set(encode(after, text).tolist()) & vocabulary.no_text
+    assert not set(encode(after, text).tolist()) & vocabulary.non_text_ids
     assert after.decode(encode(after, text).tolist()) == text
 
 
@@ -90,11 +90,11 @@ def test_last_subwords_are_taken_and_text_does_without() -> None:
     after = assign_special_tokens(before, sentinels=7, taken="last_subwords")
     vocabulary = vocabulary_of(after)
     assert vocabulary.size == size
-    assert vocabulary.no_text == set(range(size - 10, size))
+    assert vocabulary.non_text_ids == set(range(size - 10, size))
     was = set(encode(before, TEXTS[0]).tolist())
-    assert was & vocabulary.no_text, "the subwords were in use"
+    assert was & vocabulary.non_text_ids, "the subwords were in use"
     ids = encode(after, TEXTS[0]).tolist()
-    assert not set(ids) & vocabulary.no_text
+    assert not set(ids) & vocabulary.non_text_ids
     assert after.decode(ids) == TEXTS[0]
     unchanged = {t: n for t, n in before.get_vocab().items() if n < size - 10}
     assert unchanged.items() <= after.get_vocab().items()

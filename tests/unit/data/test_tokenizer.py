@@ -123,7 +123,7 @@ def test_a_given_tokenizer_keeps_its_ids_and_gets_what_it_lacks(given_tokenizer:
     vocabulary = vocabulary_of(tokenizer)
     assert {text: tokenizer.token_to_id(text) for text in before} == before
     assert vocabulary.eos == before["<|endoftext|>"]
-    added = tuple(sorted(vocabulary.no_text))
+    added = tuple(sorted(vocabulary.non_text_ids))
     assert added == tuple(range(max(before.values()) + 1, max(before.values()) + 9))
     assert vocabulary.size == max(before.values()) + 9
 
@@ -183,7 +183,7 @@ def test_modes_as_text_are_pieces_of_their_names_and_take_no_entries() -> None:
     for mode, tokens in vocabulary.modes.items():
         assert tokenizer.decode(list(tokens)) == f"[{mode}]"
         assert encode(tokenizer, f"[{mode}]").tolist() == list(tokens), "a document may hold it"
-    assert vocabulary.no_text == set(vocabulary.sentinels)
+    assert vocabulary.non_text_ids == set(vocabulary.sentinels)
     assert train_tokenizer(TEXTS, size=277, sentinels=20, modes="text").get_vocab_size() == 277
 
 

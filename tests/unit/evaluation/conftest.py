@@ -43,7 +43,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 @pytest.fixture(scope="session")
 def dataset(recipe: Recipe) -> TokenDataset:
-    return open_dataset(recipe.store_folder)
+    return open_dataset(recipe.storage_paths.store)
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +67,7 @@ def other_model(
 ) -> LanguageModel:
     folder = tmp_path_factory.mktemp("causal") / "export"
     tiny_export(folder, attention="causal", denoising=denoising, sentinels=SENTINELS, seed=2)
-    shutil.copy(recipe.store_folder / "tokenizer.json", folder)
+    shutil.copy(recipe.storage_paths.store / "tokenizer.json", folder)
     return LanguageModel.load(folder)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from ul2r.config import PRESETS, Objective
+from ul2r.config import MIXTURE_PRESETS, Objective
 from ul2r.errors import CheckpointError
 from ul2r.inference import LanguageModel, language_model
 from ul2r.objective.batch import Batch, build_batch
@@ -99,13 +99,13 @@ def raw_text(model: LanguageModel) -> MadeText:
 
 def ul2r_rows(model: LanguageModel, count: int) -> Batch:
     assert model.vocabulary is not None
-    objective = Objective(mixture=PRESETS["ul2r"], sequence_length=40, slots_per_row=2)
+    objective = Objective(mixture=MIXTURE_PRESETS["ul2r"], sequence_length=40, slots_per_row=2)
     return build_batch(
         range(count),
         objective=objective,
         vocabulary=model.vocabulary,
         seed=3,
-        windows=raw_text(model),
+        text_windows=raw_text(model),
     )
 
 
@@ -206,7 +206,7 @@ def test_special_tokens_typed_as_text_stay_text(model: LanguageModel) -> None:
 def test_only_ids_that_mean_text_count_as_text(
     model: LanguageModel, vocabulary: Vocabulary
 ) -> None:
-    special = {vocabulary.eos, *vocabulary.no_text}
+    special = {vocabulary.eos, *vocabulary.non_text_ids}
     size = vocabulary.size
     assert model.is_text.nonzero().flatten().tolist() == [
         i for i in range(size) if i not in special

@@ -52,7 +52,7 @@ def rows_of(objective: Objective, count: int, seed: int) -> Batch:
         objective=objective,
         vocabulary=VOCABULARY,
         seed=seed,
-        windows=counted_text(lambda sample: 1000 * (sample % 1000)),
+        text_windows=counted_text(lambda sample: 1000 * (sample % 1000)),
     )
 
 
@@ -272,7 +272,7 @@ def trained(storage: Path) -> list[list[float]]:
         model={"num_layers": 2},
     )
     rows = rows_of(recipe.objective, 8, seed=0)
-    rows = Batch(**{**rows.arrays(), "tokens": rows.tokens % 256, "labels": rows.labels % 256})
+    rows = Batch(**{**rows.to_arrays(), "tokens": rows.tokens % 256, "labels": rows.labels % 256})
     mesh = Mesh.join(recipe.parallel)
     results = []
     for backend, recompute in (

@@ -155,7 +155,7 @@ def gemma_config(folder: Path, **changes: Any) -> Path:  # noqa: ANN401  any JSO
 
 def test_the_published_keys_of_gemma_3_are_read(tmp_path: Path) -> None:
     found = read_config(gemma_config(tmp_path))
-    assert found.windows == (*4 * (*5 * (512,), None), 512, 512)
+    assert found.layer_windows == (*4 * (*5 * (512,), None), 512, 512)
     assert (found.rope_theta, found.local_rope_theta) == (1_000_000, 10_000)
     stretched = gemma_config(tmp_path, rope_scaling={"rope_type": "linear", "factor": 8.0})
     assert read_config(stretched).rope_scaling == RopeScaling(kind="linear", factor=8)

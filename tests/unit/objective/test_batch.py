@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ul2r.config import Causal, Denoiser, Fim, Objective, Prefix, SpanCorruption
 from ul2r.objective import Batch, Vocabulary, build_batch
-from ul2r.objective.batch import row_bytes
+from ul2r.objective.batch import bytes_per_row
 from ul2r.testing.corpus import counted_text
 from ul2r.testing.reference import reference_row
 
@@ -96,7 +96,7 @@ def rows_of(
         objective=objective,
         vocabulary=vocabulary,
         seed=seed,
-        windows=counted_text(first_token),
+        text_windows=counted_text(first_token),
     )
 
 
@@ -110,7 +110,7 @@ def slots_of(objective: Objective, rows: Batch) -> list[tuple[dict[str, list[int
             used = int((rows.denoiser_ids[row, here] >= 0).sum())
             columns = {
                 name: array[row, begin : begin + used].tolist()
-                for name, array in rows.arrays().items()
+                for name, array in rows.to_arrays().items()
                 if name != "sample_ids"
             }
             found.append((columns, denoiser, begin))
@@ -145,14 +145,14 @@ def test_worked_example_in_the_docstring_is_what_is_made() -> None:
             sentinels=(letters["<0>"], letters["<1>"]),
         ),
         seed=25,
-        windows=counted_text(lambda sample: letters["ag"[sample]]),
+        text_windows=counted_text(lambda sample: letters["ag"[sample]]),
     )
     drawn = {}
     for line in (inspect.getdoc(build_batch) or "").splitlines():
         name, *cells = line.split() or [""]
         if len(cells) == 24:
             drawn[name] = [int(c) if c.lstrip("-").isdecimal() else letters[c] for c in cells]
-    arrays = rows.arrays()
+    arrays = rows.to_arrays()
     assert rows.sample_ids.tolist() == [[0, 1]]
     assert list(drawn) == [name for name in arrays if name != "sample_ids"]
     for name, expected in drawn.items():
@@ -185,7 +185,7 @@ def test_rows_are_those_of_the_plain_definition(
             seed,
             lambda sample, length: range(first_token(sample), first_token(sample) + length),
         )
-        for name, array in made.arrays().items():
+        for name, array in made.to_arrays().items():
             assert array[line].tolist() == expected[name], name
 
 
@@ -277,8 +277,8 @@ def test_any_cut_of_a_batch_gives_the_same_bytes(
     cut = data.draw(st.integers(1, 5))
     later = rows_of(objective, range(100 + cut, 106), seed)
     earlier = rows_of(objective, range(100, 100 + cut), seed)
-    for name, array in whole.arrays().items():
-        joined = np.concatenate([earlier.arrays()[name], later.arrays()[name]])
+    for name, array in whole.to_arrays().items():
+        joined = np.concatenate([earlier.to_arrays()[name], later.to_arrays()[name]])
         assert joined.dtype == array.dtype
         assert joined.tobytes() == array.tobytes()
 
@@ -300,7 +300,7 @@ def test_slots_of_one_row_are_masked_differently() -> None:
         objective=objective,
         vocabulary=VOCABULARY,
         seed=1,
-        windows=counted_text(lambda _: TEXT),
+        text_windows=counted_text(lambda _: TEXT),
     )
     assert len({slot.tobytes() for row in rows.tokens for slot in np.split(row, 4)}) == 32
 
@@ -318,8 +318,8 @@ def test_rows_have_no_square_masks() -> None:
     """S x S integers from the data loader cost 32 MiB a row at 2,048; intervals cost 8 bytes a token."""
     objective = Objective(sequence_length=2048)
     rows = rows_of(objective, range(2))
-    assert sum(array.nbytes for array in rows.arrays().values()) == 2 * row_bytes(objective)
-    assert row_bytes(objective) == 22 * 2048 + 8
+    assert sum(array.nbytes for array in rows.to_arrays().values()) == 2 * bytes_per_row(objective)
+    assert bytes_per_row(objective) == 22 * 2048 + 8
 
 
 EXPECTED_TYPES = {
@@ -337,14 +337,14 @@ EXPECTED_TYPES = {
 @pytest.mark.parametrize(("name", "dtype"), EXPECTED_TYPES.items())
 def test_arrays_have_their_shapes_and_types(name: str, dtype: type[np.generic]) -> None:
     rows = rows_of(Objective(sequence_length=256, slots_per_row=2), range(3))
-    array: npt.NDArray[Any] = rows.arrays()[name]
+    array: npt.NDArray[Any] = rows.to_arrays()[name]
     assert array.dtype == dtype
     assert array.shape == (3, 2 if name == "sample_ids" else 256)
 
 
 def test_slices_and_arrays_of_rows_are_rows() -> None:
     rows = rows_of(Objective(sequence_length=256), range(5))
-    part = Batch.from_arrays(rows.arrays())[1:3]
+    part = Batch.from_arrays(rows.to_arrays())[1:3]
     assert (len(rows), len(part)) == (5, 2)
     assert part.sample_ids.tolist() == [[1], [2]]
 
@@ -357,6 +357,6 @@ def test_causal_attention_changes_what_is_seen_and_nothing_else(
     made, ours = rows_of(objective, range(row, row + 2)), rows_of(causal, range(row, row + 2))
     place = np.arange(objective.sequence_length)
     assert (ours.kv_end == place + 1).all()
-    for name, array in made.arrays().items():
+    for name, array in made.to_arrays().items():
         if name != "kv_end":
-            np.testing.assert_array_equal(ours.arrays()[name], array)
+            np.testing.assert_array_equal(ours.to_arrays()[name], array)

@@ -61,7 +61,7 @@ def example_of(
         objective=objective,
         vocabulary=vocabulary,
         seed=seed,
-        windows=counted_text(lambda _: TEXT),
+        text_windows=counted_text(lambda _: TEXT),
     )
     used = int((rows.denoiser_ids >= 0).sum())
     tokens = [*rows.tokens[0, :used].tolist(), int(rows.labels[0, used - 1])]
@@ -99,7 +99,7 @@ def test_span_corruption_gives_the_whole_window_back(
     kept, input_sentinels = runs(inputs)
     masked, target_sentinels = runs(targets)
     assert input_sentinels == target_sentinels == list(VOCABULARY.sentinels[: len(kept) - 1])
-    assert len(input_sentinels) == denoiser.spans(example.raw_length)
+    assert len(input_sentinels) == denoiser.num_sentinels(example.raw_length)
     assert sum(map(len, masked)) == denoiser.num_noise_tokens(example.raw_length)
     assert kept.pop() == [], "inputs end in a sentinel: the last token is masked"
     assert masked.pop(0) == [], "targets begin with a sentinel"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from ul2r.config import PRESETS, Denoiser, Objective
+from ul2r.config import MIXTURE_PRESETS, Denoiser, Objective
 from ul2r.objective import Vocabulary, build_batch
 from ul2r.testing.corpus import counted_text
 
@@ -27,7 +27,7 @@ def choices(mixture: Sequence[Denoiser], rows: int, seed: int = 1, slots: int = 
         ),
         vocabulary=VOCABULARY,
         seed=seed,
-        windows=counted_text(lambda _: 1000),
+        text_windows=counted_text(lambda _: 1000),
     )
     first = made.denoiser_ids[:, :: made.denoiser_ids.shape[1] // slots]
     found: list[int] = first[made.sample_ids >= 0].tolist()
@@ -45,28 +45,30 @@ def check_shares(mixture: Sequence[Denoiser], found: list[int]) -> None:
 
 @pytest.mark.parametrize("preset", ["ul2r", "ul2", "fim"])
 def test_mixture_shares_are_the_weights(preset: str) -> None:
-    check_shares(PRESETS[preset], choices(PRESETS[preset], 20_000, seed=3))
+    check_shares(MIXTURE_PRESETS[preset], choices(MIXTURE_PRESETS[preset], 20_000, seed=3))
 
 
 @pytest.mark.parametrize("whole", [{"S"}, {"S", "X-long"}, {"R"}])
 def test_shares_are_the_weights_also_where_some_have_a_row_to_themselves(whole: set[str]) -> None:
     """Shares of examples, not of rows: a row may hold three of those that share it."""
-    mixture = [one.model_copy(update={"whole_row": one.name in whole}) for one in PRESETS["ul2r"]]
+    mixture = [
+        one.model_copy(update={"whole_row": one.name in whole}) for one in MIXTURE_PRESETS["ul2r"]
+    ]
     check_shares(mixture, choices(mixture, 12_000, seed=5, slots=3))
 
 
 def test_weights_need_not_add_up_to_one() -> None:
-    scaled = [one.model_copy(update={"weight": 8 * one.weight}) for one in PRESETS["ul2r"]]
-    assert choices(scaled, 500) == choices(PRESETS["ul2r"], 500)
+    scaled = [one.model_copy(update={"weight": 8 * one.weight}) for one in MIXTURE_PRESETS["ul2r"]]
+    assert choices(scaled, 500) == choices(MIXTURE_PRESETS["ul2r"], 500)
 
 
 def test_only_denoiser_of_a_mixture_is_always_chosen() -> None:
-    assert set(choices(PRESETS["causal"], 100)) == {0}
+    assert set(choices(MIXTURE_PRESETS["causal"], 100)) == {0}
 
 
 def test_successive_samples_choose_independently() -> None:
     """Pairs of neighbours over 4 x 4: 9 degrees of freedom, 99.9 % quantile 27.88."""
-    found = np.array(choices(PRESETS["ul2r"], 20_000, seed=9))
+    found = np.array(choices(MIXTURE_PRESETS["ul2r"], 20_000, seed=9))
     table = np.zeros((4, 4))
     np.add.at(table, (found[:-1:2], found[1::2]), 1)
     expected = table.sum(1, keepdims=True) * table.sum(0, keepdims=True) / table.sum()

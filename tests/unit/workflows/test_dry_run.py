@@ -46,7 +46,7 @@ def test_seen_keys_are_those_of_the_rows_that_are_trained_on(prepared: Path, slo
         training={"steps": 4, "global_batch_size": 32},
         validation={"num_rows": 32},
     )
-    batches = Batches(recipe, open_dataset(recipe.store_folder))
+    batches = Batches(recipe, open_dataset(recipe.storage_paths.store))
     rows = [batches.rows(step) for step in range(recipe.training.steps)]
     seen = [4 * int((one.kv_end - one.kv_start).sum()) for one in rows]
     assert seen_keys_per_row(recipe) == pytest.approx(np.sum(seen) / (4 * 32))

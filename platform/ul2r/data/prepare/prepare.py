@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ul2r.config import Data, Recipe
-from ul2r.console import progress
+from ul2r.console import show_progress
 from ul2r.data.prepare.documents import read_documents
 from ul2r.data.prepare.merge import merge_shards
 from ul2r.data.prepare.shards import group_files, shard_is_done
@@ -60,7 +60,7 @@ def finished(recipe: Recipe) -> Manifest | None:
 def begun(recipe: Recipe) -> Manifest | None:
     """As `finished`, also of a streamed store that is not complete yet."""
     inputs = _inputs(recipe.data)
-    store = recipe.store_folder
+    store = recipe.storage_paths.store
     if not store.exists():
         return None
     manifest = open_dataset(store).manifest
@@ -85,7 +85,7 @@ def prepare(recipe: Recipe) -> Manifest:
     if recipe.data.order == "streamed":
         for _ in _shown(stream(recipe), total_size(recipe)):
             pass
-        return open_dataset(recipe.store_folder).manifest
+        return open_dataset(recipe.storage_paths.store).manifest
     inputs = _inputs(recipe.data)
     work = _work_folder(recipe, inputs)
     with _removed_after_a_mistake(work):
@@ -93,7 +93,7 @@ def prepare(recipe: Recipe) -> Manifest:
             manifest = write_blend(work, inputs)
         else:
             manifest = _make(work, recipe.data, find_files(recipe.data.corpus), inputs)
-    work.replace(recipe.store_folder)
+    work.replace(recipe.storage_paths.store)
     return manifest
 
 
@@ -111,7 +111,7 @@ def stream(recipe: Recipe, cpus: float | None = None) -> Generator[int]:
         UserError: As `prepare`.
     """
     files, inputs = find_files(recipe.data.corpus), _inputs(recipe.data)
-    folder = recipe.store_folder
+    folder = recipe.storage_paths.store
     _make_folder(recipe, folder.parent)
     with file_lock(folder):
         if folder.exists() and Manifest.read(folder).complete:
@@ -193,7 +193,7 @@ def _sample(files: Sequence[SourceFile]) -> Iterator[str]:
 
 def _shown(done: Iterable[int], total: int, already: int = 0) -> Iterator[int]:
     """Show a bar of the bytes done of `total` while they are counted; `already` were done before."""
-    with progress("tokenise", total / MEGABYTE, "MB", completed=already / MEGABYTE) as bar:
+    with show_progress("tokenise", total / MEGABYTE, "MB", completed=already / MEGABYTE) as bar:
         for count in done:
             bar.update(max(count, already) / MEGABYTE)
             yield count

@@ -128,7 +128,7 @@ def _parts(group: Group, tokenizer: Tokenizer, vocabulary: Vocabulary) -> Iterat
 def _token_parts(path: Path, vocabulary: Vocabulary) -> Iterator[_Part]:
     """Documents of an existing token store, each whole, if their tokens can be this tokenizer's text."""
     is_text = np.ones(vocabulary.size, np.bool_)
-    is_text[list(vocabulary.no_text)] = False
+    is_text[list(vocabulary.non_text_ids)] = False
     store = TokenStore.open(path.with_suffix(""))
     for number in range(store.documents):
         tokens = store.document(number)

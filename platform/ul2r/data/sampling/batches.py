@@ -35,14 +35,14 @@ class Batches:
         Raises:
             CorpusError: If the corpus is shorter than one window, or its tokenizer has too few sentinels.
         """
-        vocabulary, needed = dataset.vocabulary, recipe.sentinels_needed
+        vocabulary, needed = dataset.vocabulary, recipe.num_sentinels_needed
         if len(vocabulary.sentinels) < needed:
             raise CorpusError(
-                f"{recipe.store_folder}: the tokenizer has {len(vocabulary.sentinels)} sentinels, the mixture "
+                f"{recipe.storage_paths.store}: the tokenizer has {len(vocabulary.sentinels)} sentinels, the mixture "
                 f"needs {needed}: raise data.num_sentinels and prepare again, or lower objective.sequence_length"
             )
         self._recipe, self._vocabulary = recipe, vocabulary
-        length = recipe.objective.longest_window
+        length = recipe.objective.max_raw_length
         cut = DocumentWindows if recipe.objective.within_document else TextWindows
         stores = [
             StreamingWindows(share.store, cut, length, recipe.seed, source=number)
@@ -73,11 +73,11 @@ class Batches:
             objective=self._recipe.objective,
             vocabulary=self._vocabulary,
             seed=self._recipe.seed,
-            windows=self._train,
+            text_windows=self._train,
         )
         if rows.tokens.min() < 0 or rows.tokens.max() >= self._vocabulary.size:
             raise CorpusError(
-                f"{self._recipe.store_folder}: holds tokens {rows.tokens.min()} to {rows.tokens.max()}, its "
+                f"{self._recipe.storage_paths.store}: holds tokens {rows.tokens.min()} to {rows.tokens.max()}, its "
                 f"vocabulary has {self._vocabulary.size}: its files were damaged or changed; delete it and prepare "
                 "it again"
             )
@@ -103,5 +103,5 @@ class Batches:
             objective=self._recipe.objective.with_mixture(denoiser),
             vocabulary=self._vocabulary,
             seed=HELD_OUT_SEED,
-            windows=self._held_out,
+            text_windows=self._held_out,
         )

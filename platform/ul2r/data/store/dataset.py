@@ -45,7 +45,7 @@ def open_dataset(folder: Path, fingerprint: str | None = None) -> TokenDataset:
     """Open what `jobs/prepare.py` made in `folder`.
 
     Args:
-        folder: A recipe's `store_folder`.
+        folder: A recipe's `storage_paths.store`.
         fingerprint: What the manifest's must be, for a run that has begun.
 
     Raises:

@@ -137,7 +137,7 @@ class StreamingWindows:
                     self._seed,
                     split=None,
                     source=first + number,
-                    purpose=Purpose.CHAPTER,
+                    purpose=Purpose.SEGMENT,
                 )
             )
             self._ends.append(self._ends[-1] + len(self._windows[-1]))

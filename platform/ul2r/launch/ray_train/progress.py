@@ -11,7 +11,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ul2r.console import progress
+from ul2r.console import show_progress
 from ul2r.train.state import Progress, summary
 
 POLL_S = 0.5
@@ -90,7 +90,7 @@ def _show(what: str, total_tokens: int, board: ActorHandle, ended: threading.Eve
     first = next((tokens for tokens, _ in reports if tokens), None)
     if first is None:
         return
-    with progress(what, total_tokens, "tokens", completed=first) as bar:
+    with show_progress(what, total_tokens, "tokens", completed=first) as bar:
         for tokens, note in reports:
             bar.update(tokens, note)
 

@@ -37,18 +37,18 @@ def build_store_in_background(recipe: Recipe, cpus: float) -> Iterator[TokenData
     spare = max(1.0, ray.cluster_resources()["CPU"] - cpus)
     made = ray.remote(num_cpus=0)(_grow).remote(recipe, spare)
     try:
-        if not recipe.store_folder.exists():
+        if not recipe.storage_paths.store.exists():
             megabytes = total_size(recipe) / 1e6
             logger.info(
                 "%s: tokenizing the first of %s MB of text, the rest while it trains",
                 recipe.name,
                 f"{megabytes:,.0f}",
             )
-        while not recipe.store_folder.exists():
+        while not recipe.storage_paths.store.exists():
             mistake = _mistake(made, POLL_S)
-            if mistake and not recipe.store_folder.exists():
+            if mistake and not recipe.storage_paths.store.exists():
                 raise CorpusError(mistake)
-        yield open_dataset(recipe.store_folder)
+        yield open_dataset(recipe.storage_paths.store)
         if mistake := _mistake(made, 0):
             logger.warning("the store is not complete, this run did not need the rest: %s", mistake)
     finally:

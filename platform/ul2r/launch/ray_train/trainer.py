@@ -58,8 +58,8 @@ def train(recipe: Recipe) -> CheckpointInfo:
         UserError: If one of the checks fails.
         KeyboardInterrupt: After a checkpoint, if this process got SIGTERM.
     """
-    is_begun = recipe.store_folder.exists() or recipe.data.order == "shuffled"
-    dataset = open_dataset(recipe.store_folder) if is_begun else None
+    is_begun = recipe.storage_paths.store.exists() or recipe.data.order == "shuffled"
+    dataset = open_dataset(recipe.storage_paths.store) if is_begun else None
     reached = None
     if dataset is None:
         check_unprepared(recipe)

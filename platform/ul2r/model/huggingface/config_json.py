@@ -147,7 +147,9 @@ def config_of(architecture: Architecture, positions: int, rows: int) -> Config:
                 break
     if family.local_layers:
         local = architecture.local_rope_theta or architecture.rope_theta
-        config["layer_types"] = [SLIDING if window else FULL for window in architecture.windows]
+        config["layer_types"] = [
+            SLIDING if window else FULL for window in architecture.layer_windows
+        ]
         config["rope_parameters"] = {
             FULL: _rope_parameters(architecture),
             SLIDING: {"rope_type": "default", "rope_theta": float(local)},

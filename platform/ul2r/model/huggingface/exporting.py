@@ -126,7 +126,7 @@ def write_folder(
         shutil.rmtree(writing)
     writing.mkdir(parents=True)
     write_weights(writing, tensors, shard_bytes)
-    rows = architecture.rows(vocabulary.size)
+    rows = architecture.num_used_embeddings(vocabulary.size)
     special = {"eos_token_id": vocabulary.eos, "pad_token_id": vocabulary.eos}
     keys = config_of(architecture, positions, rows) | special | {"bos_token_id": None}
     *_, last = tensors.values()

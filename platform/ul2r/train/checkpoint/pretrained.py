@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from ul2r.config import HuggingFace, Megatron, Recipe
+from ul2r.config import HuggingFaceBase, MegatronBase, Recipe
 from ul2r.model.build import shards
 from ul2r.model.huggingface.checkpoint_reader import (
     MegatronCheckpointReader,
@@ -23,7 +23,9 @@ from ul2r.train.checkpoint.sharded_state import load_checkpoint
 from ul2r.train.step import TrainStep
 
 
-def load_pretrained(recipe: Recipe, base: HuggingFace | Megatron, train_step: TrainStep) -> str:
+def load_pretrained(
+    recipe: Recipe, base: HuggingFaceBase | MegatronBase, train_step: TrainStep
+) -> str:
     """Load a base's weights, whatever this rank has of them; the optimizer starts afresh.
 
     Returns:
@@ -32,7 +34,7 @@ def load_pretrained(recipe: Recipe, base: HuggingFace | Megatron, train_step: Tr
     Raises:
         CheckpointError: If the base is not what the recipe says.
     """
-    if isinstance(base, Megatron):
+    if isinstance(base, MegatronBase):
         folder = latest_iteration(base.megatron)
         load_checkpoint(folder, train_step, optimizer=False)
         _fill_new_rows(train_step.chunks, folder)

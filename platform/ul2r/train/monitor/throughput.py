@@ -10,7 +10,7 @@ import numpy as np
 
 from ul2r.config import Denoiser
 from ul2r.objective import Batch, Vocabulary
-from ul2r.objective.batch import mode_of
+from ul2r.objective.batch import mode_tokens
 
 
 class ThroughputMonitor:
@@ -92,7 +92,7 @@ class SourceTokens:
     def __init__(self, mixture: Sequence[Denoiser], vocabulary: Vocabulary) -> None:
         self._is_text = np.ones(vocabulary.size, bool)
         self._is_text[[vocabulary.eos, *vocabulary.sentinels]] = False
-        self._marks = np.array([len(mode_of(one, vocabulary)) for one in mixture])
+        self._marks = np.array([len(mode_tokens(one, vocabulary)) for one in mixture])
         self._last_is_text = np.array([one.kind == "causal" for one in mixture])
 
     def count(self, rows: Batch) -> int:

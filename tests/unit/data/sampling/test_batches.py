@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from ul2r.config import PRESETS, Causal, Prefix
+from ul2r.config import MIXTURE_PRESETS, Causal, Prefix
 from ul2r.data.sampling.batches import Batches
 from ul2r.data.sampling.blend import Documents
 from ul2r.data.store.dataset import TokenDataset, open_dataset
@@ -27,10 +27,10 @@ def dataset(storage: Path) -> TokenDataset:
 
 
 def equal(left: Batch, right: Batch) -> bool:
-    others = right.arrays()
+    others = right.to_arrays()
     return all(
         array.dtype == others[name].dtype and np.array_equal(array, others[name])
-        for name, array in left.arrays().items()
+        for name, array in left.to_arrays().items()
     )
 
 
@@ -111,7 +111,7 @@ def test_held_out_rows_are_the_same_whatever_the_run_trains_on(
         objective={"mixture": "causal"},
         training={"global_batch_size": 4, "steps": 50},
     )
-    for denoiser in (*PRESETS["ul2r"], Causal()):
+    for denoiser in (*MIXTURE_PRESETS["ul2r"], Causal()):
         one, other = (Batches(recipe, dataset).held_out(denoiser, 6) for recipe in (ul2r, control))
         assert equal(one, other)
         assert set(one.denoiser_ids.ravel().tolist()) <= {0, -1}

@@ -152,7 +152,7 @@ def test_blend_is_trained_on_in_its_shares(stores: list[Path], tmp_path: Path) -
     recipe = blend_recipe(tmp_path, stores, 3, 1)
     assert finished(recipe) is None
     assert prepare(recipe) == finished(recipe)
-    dataset = open_dataset(recipe.store_folder)
+    dataset = open_dataset(recipe.storage_paths.store)
     objective = recipe.objective.model_copy(
         update={"mixture": tiny_recipe(tmp_path, objective={"mixture": "causal"}).objective.mixture}
     )
@@ -196,7 +196,7 @@ def test_blend_of_a_store_that_was_made_anew_is_refused(stores: list[Path], tmp_
     with pytest.raises(
         CorpusError, match=r"second/store: was made anew since .*/store was blended"
     ):
-        open_dataset(recipe.store_folder)
+        open_dataset(recipe.storage_paths.store)
     with pytest.raises(CorpusError, match=r"was made anew"):
         finished(recipe)
 

@@ -99,7 +99,7 @@ def test_run_on_a_store_elsewhere_goes_on_when_its_host_is_gone(
     recipe = tiny_recipe(tmp_path / "run", data={"blend": blend})
     prepare(recipe)
     shutil.rmtree(elsewhere.folder)
-    dataset = open_dataset(recipe.store_folder)
+    dataset = open_dataset(recipe.storage_paths.store)
     assert len(dataset.train[0].store) == dataset.manifest.train.tokens
     with pytest.raises(CorpusError, match=r"http://.*/store/manifest\.json: not there"):
         finished(recipe)
@@ -128,7 +128,7 @@ def test_store_that_changed_elsewhere_is_refused(
         finished(recipe)
     shutil.rmtree(cache)
     with pytest.raises(CorpusError, match="was made anew since"):
-        open_dataset(recipe.store_folder)
+        open_dataset(recipe.storage_paths.store)
 
 
 @pytest.mark.parametrize(

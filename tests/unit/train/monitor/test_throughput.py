@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from ul2r.config import PRESETS, Denoiser, Fim, Objective
+from ul2r.config import MIXTURE_PRESETS, Denoiser, Fim, Objective
 from ul2r.objective import Vocabulary
 from ul2r.objective.batch import build_batch
 from ul2r.testing.corpus import counted_text
@@ -75,7 +75,9 @@ def test_a_skipped_step_costs_its_time_and_gives_nothing(clock: list[float]) -> 
 
 @pytest.mark.parametrize("mode_length", [1, 3])
 @pytest.mark.parametrize(
-    "mixture", [PRESETS["ul2r"], PRESETS["causal"], (Fim(weight=1),)], ids=["ul2r", "causal", "fim"]
+    "mixture",
+    [MIXTURE_PRESETS["ul2r"], MIXTURE_PRESETS["causal"], (Fim(weight=1),)],
+    ids=["ul2r", "causal", "fim"],
 )
 def test_source_tokens_are_the_raw_tokens_that_examples_are_made_of(
     mixture: tuple[Denoiser, ...], mode_length: int
@@ -92,7 +94,7 @@ def test_source_tokens_are_the_raw_tokens_that_examples_are_made_of(
         objective=objective,
         vocabulary=vocabulary,
         seed=1,
-        windows=counted_text(lambda _: 1000),
+        text_windows=counted_text(lambda _: 1000),
     )
     raw = 0
     for row in range(8):
