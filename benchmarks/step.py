@@ -10,10 +10,10 @@ One JSON line:
 
     bare_loop_ratio       the platform's time for a step over the bare loop's; at most 1.10 is wanted
     useful_tokens_gain    target tokens a second over those of the bare loop on padded rows
-    data_wait_share       share of its steps' time in which the platform waits for rows
+    data_wait_fraction       share of its steps' time in which the platform waits for rows
     step_seconds          the platform's
-    target_share          target tokens over row positions, of the platform's rows
-    padded_target_share   the same of the padded rows
+    target_fraction          target tokens over row positions, of the platform's rows
+    padded_target_fraction   the same of the padded rows
 
 Times are compared step by step, as they were taken one behind the other; figures are the medians.
 """
@@ -48,7 +48,7 @@ from ul2r.testing.recipes import tiny_recipe
 from ul2r.tracking.mlflow import MlflowTracker, read_metric_history
 from ul2r.tracking.server import run_mlflow_server
 from ul2r.train.mesh import Mesh
-from ul2r.train.state import Progress
+from ul2r.train.state import TrainState
 from ul2r.train.step import TrainStep
 
 WARM_UP, STEPS = 3, 18
@@ -161,7 +161,7 @@ class Turns:
             self.loops.append(BareLoop(recipe, model))
         self.began = time.perf_counter()
 
-    def __call__(self, reached: Progress, metrics: Mapping[str, float]) -> None:
+    def __call__(self, reached: TrainState, metrics: Mapping[str, float]) -> None:
         """Let the bare loops follow the platform's step."""
         self.seconds.append(time.perf_counter() - self.began)
         step, rate = reached.step - 1, metrics["train/learning_rate"]
@@ -185,8 +185,8 @@ class Turns:
             "bare_loop_ratio": float(np.median(own / bare)),
             "useful_tokens_gain": shares[0] / shares[1] * float(np.median(simple / own)),
             "step_seconds": float(np.median(own)),
-            "target_share": shares[0],
-            "padded_target_share": shares[1],
+            "target_fraction": shares[0],
+            "padded_target_fraction": shares[1],
         }
 
 
@@ -220,9 +220,9 @@ def measure(folder: Path) -> dict[str, float]:
             turns = Turns(recipe, dataset, initial_weights(recipe, dataset.vocabulary.size))
             run_worker(recipe, tracker, turns, lambda _, batches: read_from_ray(recipe, batches))
             tracker.close()
-        waits = [share for _, share in read_metric_history(uri, run_id, "train/data_wait_share")]
+        waits = [share for _, share in read_metric_history(uri, run_id, "train/data_wait_fraction")]
         dist.destroy_process_group()
-    return turns.figures() | {"data_wait_share": statistics.mean(waits[WARM_UP:])}
+    return turns.figures() | {"data_wait_fraction": statistics.mean(waits[WARM_UP:])}
 
 
 def main() -> None:

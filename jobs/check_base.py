@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ul2r.launch.pretrained import describe
+from ul2r.launch.pretrained import describe_base
 from ul2r.workflows.cli import exit_code
 
 
@@ -23,7 +23,7 @@ def main() -> int:
     )
     parser.add_argument("model", metavar="MODEL", help="folder, or owner/name on the Hub")
     model = parser.parse_args().model
-    return exit_code(lambda: print(describe(model)))
+    return exit_code(lambda: print(describe_base(model)))
 
 
 if __name__ == "__main__":

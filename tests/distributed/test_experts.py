@@ -54,7 +54,7 @@ def steps(*recipes: Recipe) -> list[Steps]:
         run_worker(recipe, tracker, lambda *_: None)
         losses, norms = (
             [value for _, value in tracker.series(f"train/{name}")]
-            for name in ("loss", "gradient_norm")
+            for name in ("loss", "grad_norm")
         )
         found.append((losses, norms))
     return found

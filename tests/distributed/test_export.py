@@ -14,7 +14,7 @@ from ul2r.config import HuggingFaceBase, Recipe
 from ul2r.config.recipe import Export
 from ul2r.data.store.dataset import open_dataset
 from ul2r.errors import CheckpointError
-from ul2r.launch.pretrained import check_base, described_by_base
+from ul2r.launch.pretrained import check_base, fill_model_from_base
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.recipes import tiny_recipe
@@ -122,7 +122,7 @@ def test_a_run_goes_on_from_an_export_as_from_the_checkpoint(
     folder = export(trained)
     tree = recipe.model_dump(mode="json") | {"name": "next", "base": {"hf": str(folder)}}
     tree |= {"parallel": {"num_workers": 2, "pipeline": 2}, "model": {"num_layers": 4}}
-    described_by_base(tree)
+    fill_model_from_base(tree)
     follower = Recipe.model_validate(tree)
     assert isinstance(follower.base, HuggingFaceBase)
     check_base(follower, open_dataset(recipe.storage_paths.store))

@@ -53,7 +53,7 @@ def losses(*recipes: Recipe) -> list[Result]:
         }
         trained = {
             name: [value for _, value in tracker.series(f"train/{name}")]
-            for name in ("loss", "gradient_norm")
+            for name in ("loss", "grad_norm")
         }
         results.append(trained | {"held_out": held_out})
     return results
@@ -130,7 +130,7 @@ def test_layout_gives_the_single_process_losses(
 ) -> None:
     whole, new = single["new"], layouts[layout]["new"]
     np.testing.assert_allclose(new["loss"], whole["loss"], rtol=1e-4)
-    np.testing.assert_allclose(new["gradient_norm"], whole["gradient_norm"], rtol=1e-3)
+    np.testing.assert_allclose(new["grad_norm"], whole["grad_norm"], rtol=1e-3)
     for step, measured in whole["held_out"].items():
         assert new["held_out"][step] == pytest.approx(measured, rel=1e-4)
 
@@ -149,7 +149,7 @@ def test_layout_gives_the_single_process_losses_of_a_model_with_windows(
 ) -> None:
     found, expected = layouts[layout]["windows"], single["windows"]
     np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-4)
-    np.testing.assert_allclose(found["gradient_norm"], expected["gradient_norm"], rtol=1e-3)
+    np.testing.assert_allclose(found["grad_norm"], expected["grad_norm"], rtol=1e-3)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -191,7 +191,7 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(storage: Path) -> None:
     second = run_distributed(losses, 2, *resumed)[0]
     for before, after in zip(first, second, strict=True):
         assert after["loss"] == before["loss"][3:]
-        assert after["gradient_norm"] == before["gradient_norm"][3:]
+        assert after["grad_norm"] == before["grad_norm"][3:]
 
 
 def test_the_loss_falls(single: dict[str, Result]) -> None:

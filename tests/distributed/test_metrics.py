@@ -79,7 +79,7 @@ def test_rates_agree_with_what_was_trained_on(
         flops = (metrics["progress/eflops"] - eflops) * 1e18
         assert metrics["train/tflops_per_device"] * 2e12 / rate == pytest.approx(flops / taken)
         assert metrics["train/mfu"] == pytest.approx(metrics["train/tflops_per_device"] / 0.01)
-        assert 0 <= metrics["train/data_wait_share"] <= 1
+        assert 0 <= metrics["train/data_wait_fraction"] <= 1
         before, eflops = step, metrics["progress/eflops"]
 
 

@@ -157,7 +157,7 @@ def trained(recipe: Recipe) -> list[tuple[float, float]]:
 
     tracker = MemoryTracker()
     run_worker(recipe, tracker, lambda *_: None)
-    losses, norms = (tracker.series(f"train/{name}") for name in ("loss", "gradient_norm"))
+    losses, norms = (tracker.series(f"train/{name}") for name in ("loss", "grad_norm"))
     return [(loss, norm) for (_, loss), (_, norm) in zip(losses, norms, strict=True)]
 
 

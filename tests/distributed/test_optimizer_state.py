@@ -83,7 +83,7 @@ def save_from_small_buckets(recipe: Recipe, folder: Path) -> int:
     step, other = (module.TrainStep(recipe, mesh, dataset.vocabulary.size) for _ in range(2))
     step.train(0, Batches(recipe, dataset).rows(0, mesh.data_rank, recipe.parallel.data))
     check_pieces(step)
-    if mesh.is_first:
+    if mesh.is_rank0:
         folder.mkdir()
     distributed.barrier()
     write = begin_save(folder, step)
@@ -126,7 +126,7 @@ def exchange(recipe: Recipe, folder: Path) -> None:
         for number, kinds in gathered["optimizer"]["param_state"].items()
         for kind, shard in kinds.items()
     }
-    if mesh.is_first:
+    if mesh.is_rank0:
         (folder / "boxes").mkdir(parents=True)
         (folder / "megatron").mkdir()
     distributed.barrier()

@@ -25,7 +25,7 @@ NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 """For workers that asked for no GPU, on a machine that has some."""
 
 
-def gpu_settings(parallel: Parallel) -> dict[str, str]:
+def gpu_environment(parallel: Parallel) -> dict[str, str]:
     """Environment of a worker with a GPU, set before CUDA starts.
 
     Megatron-Core's tensor-parallel layers ask for one connection: what they send is then queued before the product
@@ -98,14 +98,14 @@ def check_checkpoints(recipe: Recipe, dataset: TokenDataset) -> CheckpointInfo |
     return None
 
 
-def reached_by(recipe: Recipe) -> CheckpointInfo:
+def latest_checkpoint_info(recipe: Recipe) -> CheckpointInfo:
     """The last checkpoint of a run that was trained just now."""
     path = latest_valid(CheckpointStore.from_recipe(recipe), thorough=False)
     assert path is not None
     return CheckpointInfo.read(path)
 
 
-def end_finished(recipe: Recipe, uri: str) -> None:
+def mark_finished(recipe: Recipe, uri: str) -> None:
     """Let MLflow know of a run that its last checkpoint says is finished: it may have been killed before it could."""
     run_id = find_run(uri, recipe.paths.folder)
     if run_id is not None:

@@ -18,7 +18,7 @@ from ul2r.model.flops import num_active_parameters, num_parameters
 TOKENIZER = "tokenizer.json"
 
 
-def described_by_base(tree: dict[str, Any]) -> None:
+def fill_model_from_base(tree: dict[str, Any]) -> None:
     """Give a recipe's tree the model that its Hugging Face base describes; what it says itself must agree.
 
     Raises:
@@ -83,7 +83,7 @@ def check_base(recipe: Recipe, dataset: TokenDataset) -> None:
         )
 
 
-def describe(name: str) -> str:
+def describe_base(name: str) -> str:
     """Check a model that is to be a base; lines about it for people.
 
     Args:

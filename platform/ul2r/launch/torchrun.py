@@ -17,9 +17,9 @@ from ul2r.errors import CorpusError, LayoutError
 from ul2r.launch.preflight import (
     NO_GPU,
     check_run,
-    end_finished,
-    gpu_settings,
-    reached_by,
+    gpu_environment,
+    latest_checkpoint_info,
+    mark_finished,
     track_run,
 )
 from ul2r.launch.stop_signal import sigterm_noted
@@ -60,7 +60,7 @@ def train(recipe: Recipe) -> CheckpointInfo:
     is_first = os.environ["RANK"] == "0"
     if reached is not None and reached.is_finished:
         if is_first:
-            end_finished(recipe, uri)
+            mark_finished(recipe, uri)
         return reached
     _join_group(recipe)
     with (
@@ -75,7 +75,7 @@ def train(recipe: Recipe) -> CheckpointInfo:
             lambda: LoopAction.STOP if stopped.is_set() else LoopAction.CONTINUE,
         )
         dist.destroy_process_group()
-        reached = reached_by(recipe)
+        reached = latest_checkpoint_info(recipe)
         if not reached.is_finished:
             raise KeyboardInterrupt
     return reached
@@ -85,7 +85,7 @@ def _join_group(recipe: Recipe) -> None:
     launch = recipe.launch
     torch.set_num_threads(max(int(launch.cpus_per_worker), 1))
     if launch.gpus_per_worker:
-        os.environ.update(gpu_settings(recipe.parallel))
+        os.environ.update(gpu_environment(recipe.parallel))
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device, timeout=default_pg_timeout)

@@ -11,24 +11,24 @@ from ul2r.data.sampling.batches import Batches
 from ul2r.data.store.dataset import open_dataset
 from ul2r.objective.batch import Batch
 from ul2r.tracking.tracker import Tracker
-from ul2r.train.batch_iterator import Reader
+from ul2r.train.batch_iterator import BatchSource
 from ul2r.train.checkpoint.storage import acquire_writer_token
 from ul2r.train.loop import LoopAction, Trainer, go_on
 from ul2r.train.mesh import Mesh
 from ul2r.train.monitor.watchdog import Watchdog
-from ul2r.train.state import Progress
+from ul2r.train.state import TrainState
 
 
 def run_worker(
     recipe: Recipe,
     tracker: Tracker,
-    on_step: Callable[[Progress, Mapping[str, float]], None],
-    read: Reader | None = None,
+    on_step: Callable[[TrainState, Mapping[str, float]], None],
+    read: BatchSource | None = None,
     *,
     owner: str | None = None,
     fingerprint: str | None = None,
     wish: Callable[[], LoopAction] = go_on,
-) -> Progress:
+) -> TrainState:
     """Train this rank's part to the end, or until a wish to stop; the default process group must be initialized.
 
     Args:

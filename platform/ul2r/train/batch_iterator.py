@@ -8,7 +8,7 @@ from ul2r.objective.batch import Batch
 from ul2r.train.mesh import Mesh
 from ul2r.train.monitor.throughput import ThroughputMonitor
 
-Reader = Callable[[Mesh, range], Iterator[Batch]]
+BatchSource = Callable[[Mesh, range], Iterator[Batch]]
 """From the mesh and successive batches' numbers to this replica's rows of each; the reader rank alone iterates."""
 
 
@@ -19,7 +19,7 @@ class BatchIterator:
     `read` is called for those that are known of, and again for the rest.
     """
 
-    def __init__(self, read: Reader, mesh: Mesh, pace: ThroughputMonitor) -> None:
+    def __init__(self, read: BatchSource, mesh: Mesh, pace: ThroughputMonitor) -> None:
         self._read, self._mesh, self._pace = read, mesh, pace
         self._batches = range(0)
         self._rows: Iterator[Batch] = iter(())
@@ -40,7 +40,7 @@ class BatchIterator:
             self._batches = self._batches[1:]
             read = next(self._rows, None) if self._mesh.is_reader else None
         with self._pace.computing():
-            rows = self._mesh.share(read)
+            rows = self._mesh.broadcast_batch(read)
         if rows is None:
             raise RuntimeError(f"the data ended before batch {batch}")
         return rows

@@ -14,7 +14,7 @@ from ul2r.errors import DivergedError
 from ul2r.model.flops import training_flops
 from ul2r.objective.batch import Batch
 from ul2r.tracking.tracker import Tracker
-from ul2r.train.batch_iterator import BatchIterator, Reader
+from ul2r.train.batch_iterator import BatchIterator, BatchSource
 from ul2r.train.checkpoint.checkpointer import Saver
 from ul2r.train.checkpoint.metadata import CheckpointInfo
 from ul2r.train.checkpoint.pretrained import load_pretrained
@@ -26,7 +26,7 @@ from ul2r.train.monitor.guards import Anomaly, AnomalyGuard, GuardState, StepSta
 from ul2r.train.monitor.profiler import profiled
 from ul2r.train.monitor.system import SystemMonitor
 from ul2r.train.monitor.throughput import SourceTokens, ThroughputMonitor
-from ul2r.train.state import Progress
+from ul2r.train.state import TrainState
 from ul2r.train.step import StepResult, TrainStep
 
 Beat = Callable[[int, str], None]
@@ -69,7 +69,7 @@ class Trainer:
         mesh: Mesh,
         tracker: Tracker,
         *,
-        on_step: Callable[[Progress, Mapping[str, float]], None],
+        on_step: Callable[[TrainState, Mapping[str, float]], None],
         beat: Beat,
         owner: str,
         wish: Callable[[], LoopAction] = go_on,
@@ -93,7 +93,7 @@ class Trainer:
         self.base: str | None = None
         self.progress = self._load()
 
-    def run(self, read: Reader) -> Progress:
+    def run(self, read: BatchSource) -> TrainState:
         """Take the steps that are left, or those until a wish to stop.
 
         Every `checkpoints.every` of them and the last are saved.
@@ -157,11 +157,11 @@ class Trainer:
             losses.num_visible_keys,
         )
         self.pace.applied(losses.positions, self.source_tokens.count(rows), flops)
-        self.progress = Progress(
+        self.progress = TrainState(
             step + 1, self.progress.tokens + int(losses.positions), self.progress.flops + flops
         )
         metrics = self._metrics(result)
-        if self.mesh.is_first:
+        if self.mesh.is_rank0:
             self.on_step(self.progress, metrics | self.rates)
         measured = _due(step, self.recipe.validation.every, training.steps)
         if measured:
@@ -184,7 +184,7 @@ class Trainer:
         decision = self.guards.decide(alarm, batch, can_rewind=saved)
         norms = layer_norms(self.train_step.optimizer)
         said = f"{self.recipe.name}: step {step + 1}, batch {batch}: {alarm.what}"
-        if self.mesh.is_first:
+        if self.mesh.is_rank0:
             content = evidence(self.recipe, alarm, decision, step=step, state=before, result=result)
             file = write_evidence(self.recipe.paths.folder, content | {"num_layers": norms})
             self.tracker.log_artifact(file)
@@ -205,7 +205,7 @@ class Trainer:
         return {
             "train/loss": result.losses.mean,
             **{f"train/loss/{name}": loss for name, loss in by_denoiser.items()},
-            "train/gradient_norm": result.gradient_norm,
+            "train/grad_norm": result.gradient_norm,
             "train/learning_rate": result.learning_rate,
             "train/skipped_batches": float(self.guards.state.skipped_batches),
         }
@@ -230,7 +230,7 @@ class Trainer:
         }
 
     def _log(self, metrics: Mapping[str, float]) -> None:
-        if not self.mesh.is_first:
+        if not self.mesh.is_rank0:
             return
         reached = {
             "progress/tokens": float(self.progress.tokens),
@@ -253,18 +253,18 @@ class Trainer:
         )
         self.saver.save(self.train_step, info)
 
-    def _load(self) -> Progress:
+    def _load(self) -> TrainState:
         """Resume this run's last sound checkpoint, else start from the base's weights, else from none."""
         began = time.perf_counter()
         own = self.saver.latest_valid(self.checkpoints)
         foreign = self.recipe.pretrained_base
         if own is None and foreign is not None:
             self.base = load_pretrained(self.recipe, foreign, self.train_step)
-            return Progress()
+            return TrainState()
         base = None if own else base_checkpoint(self.recipe, self.saver.latest_valid)
         path = own or base
         if path is None:
-            return Progress()
+            return TrainState()
         info = CheckpointInfo.read(path)
         if own:
             info.check_same_run(self.recipe, self.dataset)
@@ -274,8 +274,8 @@ class Trainer:
         optimizer = bool(own) or self.recipe.optimizer.load_optimizer_state
         load_checkpoint(path, self.train_step, optimizer=optimizer)
         self.base = info.base_id if own else info.checkpoint_id
-        progress = Progress(info.step if own else 0, info.tokens, info.flops)
-        if self.mesh.is_first:
+        progress = TrainState(info.step if own else 0, info.tokens, info.flops)
+        if self.mesh.is_rank0:
             seconds = time.perf_counter() - began
             self.tracker.log(progress.step, {"checkpoint/load_seconds": seconds})
         return progress

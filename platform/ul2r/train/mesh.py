@@ -72,7 +72,7 @@ class Mesh:
         return dist.get_rank() == self._reader
 
     @property
-    def is_first(self) -> bool:
+    def is_rank0(self) -> bool:
         """Whether this is global rank 0, the one that logs and switches checkpoints."""
         return dist.get_rank() == 0
 
@@ -95,7 +95,7 @@ class Mesh:
             UserError: On every rank, if `find` raises it.
         """
         found: list[Any] = [None, None]
-        if self.is_first:
+        if self.is_rank0:
             try:
                 found[0] = find()
             except UserError as error:
@@ -118,7 +118,7 @@ class Mesh:
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return [int(number) for number in values.tolist()]
 
-    def share(self, rows: Batch | None) -> Batch | None:
+    def broadcast_batch(self, rows: Batch | None) -> Batch | None:
         """Hand the reader's rows to its model-parallel peers by one broadcast.
 
         Args:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainState:
     """Where a run stands: steps of its own, tokens and FLOPs with its ancestors'."""
 
     step: int = 0

@@ -13,7 +13,7 @@ from typing import TypeVar
 from ul2r.config import Comparison, Recipe, load
 from ul2r.errors import RecipeError, UserError
 from ul2r.launch.logs import configure_console
-from ul2r.launch.pretrained import described_by_base
+from ul2r.launch.pretrained import fill_model_from_base
 
 USER_ERROR_EXIT = 2
 INTERRUPTED_EXIT = 128 + signal.SIGINT
@@ -67,7 +67,7 @@ def run_job(
     configure_console(int(os.environ.get("RANK", "0")))  # which torchrun sets
 
     def work() -> None:
-        section = load(arguments.recipe, arguments.overrides, kind, described_by_base)
+        section = load(arguments.recipe, arguments.overrides, kind, fill_model_from_base)
         _check_storage(section.storage)
         arguments.action(section)
 

@@ -17,7 +17,7 @@ from ul2r.evaluation.curves import load_curve
 from ul2r.evaluation.evaluate import Metric, export_folder, metrics
 from ul2r.evaluation.plot import draw
 from ul2r.inference import read_origin
-from ul2r.launch.pretrained import described_by_base
+from ul2r.launch.pretrained import fill_model_from_base
 from ul2r.tracking.mlflow import (
     check_server,
     continue_run,
@@ -81,7 +81,7 @@ def compare(comparison: Comparison) -> Compared:
 def _recipes(comparison: Comparison) -> dict[Role, Recipe]:
     storage = f"storage={json.dumps(str(comparison.storage))}"
     return {
-        role: load(comparison.recipes[role], [storage], Recipe, described_by_base)
+        role: load(comparison.recipes[role], [storage], Recipe, fill_model_from_base)
         for role in ROLES
         if role in comparison.recipes
     }

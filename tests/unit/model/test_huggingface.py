@@ -17,7 +17,7 @@ from ul2r.config import Architecture, Recipe, load
 from ul2r.config.architecture import RopeScaling
 from ul2r.data.tokenizer import add_special_tokens, load_tokenizer, train_tokenizer
 from ul2r.errors import CheckpointError, RecipeError
-from ul2r.launch.pretrained import check_base, describe, described_by_base
+from ul2r.launch.pretrained import check_base, describe_base, fill_model_from_base
 from ul2r.model.huggingface.config_json import (
     architecture_of,
     check_family,
@@ -65,7 +65,7 @@ def one_shard(folder: Path) -> Path:
 
 
 def test_a_whole_model_is_described(llama: Path) -> None:
-    text = describe(str(llama))
+    text = describe_base(str(llama))
     assert f"parameters ({random_model('Llama 2').num_parameters():,})" in text
     assert "#   num_embeddings: 500" in text
 
@@ -113,7 +113,7 @@ def test_a_folder_that_is_no_base_is_refused_by_name(
 ) -> None:
     change(broken)
     with pytest.raises(CheckpointError, match=message) as refused:
-        describe(str(broken))
+        describe_base(str(broken))
     assert "\n" not in str(refused.value)
 
 
@@ -206,7 +206,7 @@ def test_tensors_that_old_files_hold_and_nobody_reads_are_no_matter(broken: Path
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     save_file({**tensors, name: tensors[next(iter(tensors))][0].clone()}, shard)
     change_index(broken, lambda places: places.update({name: shard.name}))
-    assert "llama" in describe(str(broken))
+    assert "llama" in describe_base(str(broken))
 
 
 def recipe_file(folder: Path, base: Path, text: str = "") -> Path:
@@ -220,7 +220,7 @@ def recipe_file(folder: Path, base: Path, text: str = "") -> Path:
 
 
 def test_a_recipe_takes_model_and_tokenizer_from_its_base(llama: Path, tmp_path: Path) -> None:
-    recipe = load(recipe_file(tmp_path, llama), (), Recipe, described_by_base)
+    recipe = load(recipe_file(tmp_path, llama), (), Recipe, fill_model_from_base)
     assert (recipe.model.num_layers, recipe.model.num_embeddings, recipe.model.tie_embeddings) == (
         2,
         500,
@@ -231,7 +231,7 @@ def test_a_recipe_takes_model_and_tokenizer_from_its_base(llama: Path, tmp_path:
         recipe_file(tmp_path, llama, "model: {num_layers: 2, num_heads: 4}"),
         (),
         Recipe,
-        described_by_base,
+        fill_model_from_base,
     )
     assert again == recipe
 
@@ -241,11 +241,11 @@ def test_a_recipe_whose_model_is_another_than_its_bases_is_refused(
 ) -> None:
     file = recipe_file(tmp_path, llama, "model: {num_layers: 3}")
     with pytest.raises(RecipeError, match=r"model.num_layers=3: base.hf=.* has 2"):
-        load(file, (), Recipe, described_by_base)
+        load(file, (), Recipe, fill_model_from_base)
 
 
 def test_a_token_store_of_another_tokenizer_is_refused(llama: Path, tmp_path: Path) -> None:
-    recipe = load(recipe_file(tmp_path, llama), (), Recipe, described_by_base)
+    recipe = load(recipe_file(tmp_path, llama), (), Recipe, fill_model_from_base)
     other = tiny_store(tmp_path / "other", documents=12)
     with pytest.raises(RecipeError, match=r"tokenizer gives .* tokens another number"):
         check_base(recipe, other)

@@ -1,4 +1,4 @@
-"""Progress of a run, from the worker that knows it to the driver that shows it."""
+"""TrainState of a run, from the worker that knows it to the driver that shows it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ul2r.console import show_progress
-from ul2r.train.state import Progress, summary
+from ul2r.train.state import TrainState, summary
 
 POLL_S = 0.5
 LAST_WORD_S = 2.0
@@ -130,7 +130,7 @@ class Report:
         self._answers: list[ray.ObjectRef[bool]] = []
         self._stop = False
 
-    def on_step(self, reached: Progress, metrics: Mapping[str, float]) -> None:
+    def on_step(self, reached: TrainState, metrics: Mapping[str, float]) -> None:
         """Tell of a step."""
         tokens = reached.step * self._tokens_per_step
         self._answers.append(self._board.write.remote(tokens, summary(metrics)))

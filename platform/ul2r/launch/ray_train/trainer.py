@@ -28,9 +28,9 @@ from ul2r.launch.preflight import (
     NO_GPU,
     check_run,
     check_unprepared,
-    end_finished,
-    gpu_settings,
-    reached_by,
+    gpu_environment,
+    latest_checkpoint_info,
+    mark_finished,
     track_run,
 )
 from ul2r.launch.ray_train.cluster import connect_ray
@@ -67,7 +67,7 @@ def train(recipe: Recipe) -> CheckpointInfo:
         reached = check_run(recipe, dataset)
     uri = check_server(recipe.tracking.uri)
     if reached is not None and reached.is_finished:
-        end_finished(recipe, uri)
+        mark_finished(recipe, uri)
         return reached
     grows = dataset is None or not dataset.manifest.complete
     if grows:
@@ -82,7 +82,7 @@ def train(recipe: Recipe) -> CheckpointInfo:
             check_run(recipe, dataset)
         with sigterm_noted() as stopped, track_run(recipe, dataset, uri) as run_id:
             _fit_and_shrink(recipe, dataset, uri, run_id, stopped)
-            reached = reached_by(recipe)
+            reached = latest_checkpoint_info(recipe)
             if not reached.is_finished:
                 raise KeyboardInterrupt
     return reached
@@ -197,7 +197,7 @@ def _fit(recipe: Recipe, fingerprint: str, uri: str, run_id: str, stopped: threa
             ),
             run_config=RunConfig(
                 worker_runtime_env={
-                    "env_vars": gpu_settings(recipe.parallel) if launch.gpus_per_worker else NO_GPU
+                    "env_vars": gpu_environment(recipe.parallel) if launch.gpus_per_worker else NO_GPU
                 },
                 storage_path=str(recipe.paths.ray),
                 failure_config=FailureConfig(max_failures=launch.max_failures),

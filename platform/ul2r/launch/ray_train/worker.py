@@ -18,7 +18,7 @@ from ul2r.launch.worker import run_worker
 from ul2r.objective.batch import Batch
 from ul2r.tracking.mlflow import MlflowTracker
 from ul2r.tracking.tracker import MemoryTracker, Tracker
-from ul2r.train.batch_iterator import Reader
+from ul2r.train.batch_iterator import BatchSource
 from ul2r.train.loop import LoopAction
 from ul2r.train.mesh import Mesh
 
@@ -96,12 +96,12 @@ class _Wishes:
         return bool(self._leaving - before)
 
 
-def _reader(recipe: Recipe) -> Reader:
+def _reader(recipe: Recipe) -> BatchSource:
     def read(mesh: Mesh, batches: range) -> Iterator[Batch]:
         replicas = recipe.parallel.data
         iterators = broadcast_from_rank_zero(
             loader.split(loader.make_dataset(recipe, batches, replicas), replicas)
-            if mesh.is_first
+            if mesh.is_rank0
             else None
         )
         if not mesh.is_reader:

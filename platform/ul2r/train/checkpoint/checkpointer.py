@@ -65,7 +65,7 @@ class Saver:
         self.store, self.mesh, self.asynchronous = store, mesh, asynchronous
         self._log, self._flush = log, flush
         self._pending: _Pending | None = None
-        self._copies = _Copies(store) if store.mirror and mesh.is_first else None
+        self._copies = _Copies(store) if store.mirror and mesh.is_rank0 else None
 
     def save(self, train_step: TrainStep, info: CheckpointInfo) -> None:
         """Begin a checkpoint, after the one before it is finished.
@@ -76,7 +76,7 @@ class Saver:
         self.wait()
         began = time.perf_counter()
         self._on_first(partial(self.store.open, info.step))
-        last = self._flush if self.mesh.is_first else (lambda: None)
+        last = self._flush if self.mesh.is_rank0 else (lambda: None)
         write = _told(lambda: begin_save(self.store.beside(info.step), train_step, last))
         self._pending = _Pending(info, write, began, time.perf_counter() - began)
         if not self.asynchronous:
@@ -131,7 +131,7 @@ class Saver:
             self.mesh.broadcast_from_rank0(store.candidates),
             damage_of,
             lambda: self.mesh.broadcast_from_rank0(store.restore),
-            quiet=not self.mesh.is_first,
+            quiet=not self.mesh.is_rank0,
         )
 
     def _finish(self, pending: _Pending) -> None:

@@ -23,7 +23,7 @@ def profiled(recipe: Recipe, step: int, mesh: Mesh, tracker: Tracker) -> Iterato
         mesh: This worker's place.
         tracker: Keeps the trace, profiles/step_<number>.json.gz.
     """
-    if step not in recipe.profile.steps or not mesh.is_first:
+    if step not in recipe.profile.steps or not mesh.is_rank0:
         yield
         return
     cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []

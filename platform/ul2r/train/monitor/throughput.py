@@ -78,7 +78,7 @@ class ThroughputMonitor:
             "train/tokens_per_second": self._positions / self._step_s,
             "train/source_tokens_per_second": source_tokens / self._step_s,
             "train/tflops_per_device": tflops,
-            "train/data_wait_share": self._wait_s / self._step_s,
+            "train/data_wait_fraction": self._wait_s / self._step_s,
         }
         if peak_tflops is not None:
             found["train/mfu"] = tflops / peak_tflops

@@ -11,7 +11,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 
 from ul2r.config import Parallel
 from ul2r.errors import CorpusError
-from ul2r.launch.preflight import gpu_settings
+from ul2r.launch.preflight import gpu_environment
 from ul2r.launch.ray_train.trainer import FailurePolicy
 from ul2r.testing.recipes import tiny_recipe
 
@@ -32,5 +32,5 @@ def test_a_mistake_of_the_users_is_not_tried_again(
 
 
 def test_tensor_ranks_on_gpus_have_one_connection_to_them() -> None:
-    assert gpu_settings(Parallel(num_workers=2, tensor=2)) == {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    assert gpu_settings(Parallel(num_workers=2)) == {}
+    assert gpu_environment(Parallel(num_workers=2, tensor=2)) == {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    assert gpu_environment(Parallel(num_workers=2)) == {}

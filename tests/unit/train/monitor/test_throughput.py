@@ -43,7 +43,7 @@ def test_share_and_rates_are_of_the_steps_since_the_last_time(clock: list[float]
         "train/tokens_per_second": 250,
         "train/source_tokens_per_second": 400,
         "train/tflops_per_device": 0.25,  # 4 TFLOPs in 8 s on 2 devices
-        "train/data_wait_share": 0.25,
+        "train/data_wait_fraction": 0.25,
         "train/mfu": 0.1,
     }
     clock += [200, 200, 200, 202]
@@ -57,7 +57,7 @@ def test_share_and_rates_are_of_the_steps_since_the_last_time(clock: list[float]
         "train/tokens_per_second": 500,
         "train/source_tokens_per_second": 350,
         "train/tflops_per_device": 1.0,
-        "train/data_wait_share": 0,
+        "train/data_wait_fraction": 0,
     }
 
 
