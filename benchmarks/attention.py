@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ul2r.config import Objective
-from ul2r.model.attention import Backend, DenseMask, intervals
+from ul2r.model.attention import Backend, DenseMask, pack_intervals
 from ul2r.model.attention.variable_length import TransformerEngineKernel, VariableLength
 from ul2r.objective import Batch, Vocabulary, build_batch
 from ul2r.testing.attention import attend_by_segment
@@ -120,7 +120,7 @@ def measure(setting: Setting, length: int, device: torch.device) -> dict[str, di
     )
     for leaf in leaves:
         leaf.requires_grad_()
-    scale, bounds = setting.head_dim**-0.5, intervals(rows.kv_start, rows.kv_end)
+    scale, bounds = setting.head_dim**-0.5, pack_intervals(rows.kv_start, rows.kv_end)
 
     def both_ways(attend: Callable[..., Tensor]) -> Callable[[], object]:
         return lambda: torch.autograd.grad(attend(*leaves), leaves, upstream)

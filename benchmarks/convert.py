@@ -43,11 +43,11 @@ from safetensors.torch import save_file
 from ul2r.config import Architecture, Causal, HuggingFaceBase, Objective, Parallel, Recipe
 from ul2r.config.recipe import Training
 from ul2r.model.huggingface.checkpoint_reader import MegatronCheckpointReader
-from ul2r.model.huggingface.exporting import exported_tensors
+from ul2r.model.huggingface.exporting import convert_tensors
 from ul2r.model.huggingface.families import FAMILIES
 from ul2r.model.huggingface.family import tensor_shapes
-from ul2r.model.huggingface.safetensors_reader import Source
-from ul2r.model.huggingface.writing import FILES_AT_ONCE, StreamedTensor, write_weights
+from ul2r.model.huggingface.safetensors_reader import SafetensorsReader
+from ul2r.model.huggingface.safetensors_writer import FILES_AT_ONCE, StreamedTensor, write_weights
 from ul2r.testing.distributed import run_distributed
 
 ROWS, TURNS, SHARD = 32_768, 5, 128 * 2**20
@@ -140,7 +140,7 @@ def recipe_of(folder: Path, parallel: Parallel) -> Recipe:
 
 def import_peak(folder: Path) -> tuple[int, int]:
     """Bytes that this rank took to build and to import, and those of its shard; both ranks' weights are then saved."""
-    from ul2r.model.build import build_model, shards
+    from ul2r.model.build import build_model, iter_shards
     from ul2r.model.huggingface.importing import load_weights
     from ul2r.testing.layouts import save_weights
     from ul2r.train.mesh import Mesh
@@ -149,15 +149,15 @@ def import_peak(folder: Path) -> tuple[int, int]:
     Mesh.join(recipe.parallel)
     with watched_memory() as most:
         (model,) = build_model(recipe, ROWS)
-        with Source(folder, MODEL) as source:
+        with SafetensorsReader(folder, MODEL) as source:
             load_weights(model, source, MODEL)
     save_weights([model], folder.parent / "cut")
-    return most[0], sum(shard.data.nbytes for shard in shards(model))
+    return most[0], sum(shard.data.nbytes for shard in iter_shards(model))
 
 
 def export(checkpoint: Path, out: Path) -> None:
     """What is measured."""
-    write_weights(out, exported_tensors(MegatronCheckpointReader(checkpoint), MODEL, ROWS), SHARD)
+    write_weights(out, convert_tensors(MegatronCheckpointReader(checkpoint), MODEL, ROWS), SHARD)
 
 
 def export_peak(folder: Path) -> int:
@@ -191,7 +191,7 @@ def rates(folder: Path) -> dict[str, float]:
     out, checkpoint = folder.parent / "export", folder.parent / "whole"
 
     def read() -> None:
-        with Source(folder, MODEL) as source:
+        with SafetensorsReader(folder, MODEL) as source:
             load_weights(model, source, MODEL)
 
     read()

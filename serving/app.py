@@ -18,7 +18,7 @@ from serving.api import make_api
 from serving.service import Service
 from ul2r.config.strict_model import StrictModel
 from ul2r.errors import CheckpointError
-from ul2r.inference import LanguageModel, read_origin
+from ul2r.inference import LanguageModel, read_export_metadata
 
 REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)@(?P<alias>[^/@]+)")
 
@@ -55,7 +55,7 @@ def build(arguments: Arguments) -> Application:
         ServiceError: If the registry cannot be reached or has no such model.
     """
     folder = locate(arguments.model, arguments.tracking_uri)
-    read_origin(folder)
+    read_export_metadata(folder)
     deployment = serve.deployment(
         serve.ingress()(Replica),
         name="model",

@@ -34,19 +34,19 @@ class Service:
     def __init__(self, model: LanguageModel) -> None:
         self._model = model
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generation")
-        origin = model.origin
-        self._name = ModelName(run=origin.run, role=origin.role, step=origin.step)
+        metadata = model.metadata
+        self._name = ModelName(run=metadata.run, role=metadata.role, step=metadata.step)
 
     def card(self) -> ModelCard:
         """What the model is and how much it takes."""
-        model, origin = self._model, self._model.origin
+        model, metadata = self._model, self._model.metadata
         slots = most_slots(model)
         return ModelCard(
             **self._name.model_dump(),
-            attention=origin.attention,
-            modes=sorted(origin.vocabulary.modes) if slots and origin.vocabulary else [],
-            tokens=origin.tokens,
-            flops=origin.flops,
+            attention=metadata.attention,
+            modes=sorted(metadata.vocabulary.modes) if slots and metadata.vocabulary else [],
+            tokens=metadata.tokens,
+            flops=metadata.flops,
             limits=Limits(
                 positions=model.max_position_embeddings,
                 slots=slots,

@@ -33,7 +33,7 @@ def train_and_run(recipe: Recipe, tokens: torch.Tensor, prefix: int) -> torch.Te
 
     from ul2r.data.store.dataset import open_dataset
     from ul2r.launch.worker import run_worker
-    from ul2r.model.attention import intervals
+    from ul2r.model.attention import pack_intervals
     from ul2r.tracking.tracker import MemoryTracker
     from ul2r.train.checkpoint.sharded_state import load_checkpoint
     from ul2r.train.mesh import Mesh
@@ -47,7 +47,7 @@ def train_and_run(recipe: Recipe, tokens: torch.Tensor, prefix: int) -> torch.Te
     load_checkpoint(latest, step, optimizer=False)
     position = torch.arange(LENGTH).expand(len(tokens), -1)
     kv_end = np.maximum(position.numpy() + 1, prefix)
-    logits = step.chunks[0](tokens, position, intervals(0 * kv_end, kv_end))
+    logits = step.chunks[0](tokens, position, pack_intervals(0 * kv_end, kv_end))
     gathered: torch.Tensor = gather_from_tensor_model_parallel_region(logits).detach()
     return gathered
 

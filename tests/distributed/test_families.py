@@ -15,12 +15,13 @@ from torch import Tensor
 from ul2r.config import Architecture, HuggingFaceBase, Recipe
 from ul2r.inference import LanguageModel
 from ul2r.inference.generation import Decoder
+from ul2r.model.export_metadata import ExportMetadata
 from ul2r.model.huggingface.checkpoint_reader import MegatronCheckpointReader
-from ul2r.model.huggingface.config_json import read_config
-from ul2r.model.huggingface.exporting import Card, exported_tensors, write_folder
+from ul2r.model.huggingface.config_json import read_architecture
+from ul2r.model.huggingface.exporting import convert_tensors, write_export
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.distributed import run_distributed
-from ul2r.testing.families import MODELS, reference_logits, write_model
+from ul2r.testing.families import MODELS, compute_reference_logits, write_random_model
 from ul2r.testing.recipes import GEMMA_3, tiny_recipe
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "PP 2": {"num_workers": 2, "pipeline": 2},
 }
 LENGTH, PREFIX, VOCABULARY = 48, 20, 500
-CARD = Card("tiny", None, "prefix", True, step=2, tokens=1, flops=1.0, checkpoint="none")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def carry(recipes: list[Recipe], tokens: Tensor) -> list[Carried | None]:
     """Import, save, take two steps and save again, each recipe in turn; None on ranks without logits."""
     from ul2r.data.sampling.batches import Batches
     from ul2r.data.store.dataset import open_dataset
-    from ul2r.testing.layouts import save_weights, whole_logits
+    from ul2r.testing.layouts import gather_logits, save_weights
     from ul2r.train.checkpoint.pretrained import load_pretrained
     from ul2r.train.mesh import Mesh
     from ul2r.train.step import TrainStep
@@ -63,14 +63,14 @@ def carry(recipes: list[Recipe], tokens: Tensor) -> list[Carried | None]:
         step = TrainStep(recipe, mesh, dataset.vocabulary.size)
         assert isinstance(recipe.base, HuggingFaceBase)
         load_pretrained(recipe, recipe.base, step)
-        imported = whole_logits(step.chunks[0], tokens, PREFIX)
+        imported = gather_logits(step.chunks[0], tokens, PREFIX)
         save_weights(step.chunks, recipe.paths.folder / "imported")
         batches = Batches(recipe, dataset)
         taken = [
             step.train(number, batches.rows(number, mesh.data_rank, recipe.parallel.data))
             for number in range(2)
         ]
-        trained = whole_logits(step.chunks[0], tokens, PREFIX)
+        trained = gather_logits(step.chunks[0], tokens, PREFIX)
         save_weights(step.chunks, recipe.paths.folder / "trained")
         losses = [result.losses.mean for result in taken]
         norms = [result.gradient_norm for result in taken]
@@ -82,13 +82,13 @@ def embedding_of(recipe: Recipe, vocabulary_size: int) -> Tensor:
     """This rank's rows of an imported embedding, for a tokenizer of so many entries."""
     from ul2r.model.build import build_model
     from ul2r.model.huggingface.importing import load_weights
-    from ul2r.model.huggingface.safetensors_reader import Source
+    from ul2r.model.huggingface.safetensors_reader import SafetensorsReader
     from ul2r.train.mesh import Mesh
 
     Mesh.join(recipe.parallel)
     (model,) = build_model(recipe, vocabulary_size)
     assert isinstance(recipe.base, HuggingFaceBase)
-    with Source(Path(recipe.base.hf), recipe.model) as source:
+    with SafetensorsReader(Path(recipe.base.hf), recipe.model) as source:
         load_weights(model, source, recipe.model)
     rows: Tensor = model.embedding.word_embeddings.weight.detach().clone()
     return rows
@@ -103,7 +103,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def models(storage: Path) -> dict[str, PreTrainedModel]:
-    return {name: write_model(name, storage / name) for name in MODELS}
+    return {name: write_random_model(name, storage / name) for name in MODELS}
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def tokens() -> Tensor:
 
 
 def recipe_of(storage: Path, name: str, layout: str) -> Recipe:
-    architecture = read_config(storage / name)
+    architecture = read_architecture(storage / name)
     parallel: dict[str, Any] = dict(LAYOUTS[layout])
     if architecture.num_experts is not None and "tensor" in parallel:
         parallel["sequence_parallel"] = True
@@ -145,16 +145,17 @@ def exported(storage: Path, name: str, layout: str, what: str) -> Path:
     architecture: Architecture = recipe.model
     dataset = tiny_store(storage / "vocabulary", vocabulary_size=VOCABULARY)
     folder = recipe.paths.folder / f"{what}-export"
-    write_folder(
+    write_export(
         folder,
-        exported_tensors(
+        convert_tensors(
             MegatronCheckpointReader(recipe.paths.folder / what), architecture, VOCABULARY
         ),
         architecture=architecture,
-        positions=LENGTH,
-        vocabulary=dataset.vocabulary,
+        max_positions=LENGTH,
+        metadata=ExportMetadata(
+            "tiny", attention="prefix", denoising=True, step=2, vocabulary=dataset.vocabulary
+        ),
         tokenizer=dataset.tokenizer_file,
-        card=CARD,
         shard_bytes=2**30,
     )
     return folder
@@ -201,7 +202,7 @@ def test_imported_logits_are_those_of_transformers(
 ) -> None:
     ours = carried[name, layout].imported
     assert ours.shape[-1] == 512
-    expected = reference_logits(models[name], tokens, PREFIX)
+    expected = compute_reference_logits(models[name], tokens, PREFIX)
     torch.testing.assert_close(ours[..., :VOCABULARY], expected, atol=1e-4, rtol=1e-4)
 
 
@@ -224,7 +225,7 @@ def test_export_of_an_import_has_the_same_tensors_bit_for_bit(
     assert before.keys() == after.keys()
     for tensor, value in before.items():
         assert torch.equal(value, after[tensor]), tensor
-    assert read_config(folder) == read_config(storage / name)
+    assert read_architecture(folder) == read_architecture(storage / name)
 
 
 @pytest.mark.parametrize(("name", "layout"), EVERY)
@@ -237,7 +238,7 @@ def test_exported_logits_are_the_trained_models(
     assert (trained - carried[name, layout].imported[..., :VOCABULARY]).abs().max() > 0.1
     model = AutoModelForCausalLM.from_pretrained(exported(storage, name, layout, "trained")).eval()
     torch.testing.assert_close(
-        reference_logits(model, tokens, PREFIX), trained, atol=1e-4, rtol=1e-4
+        compute_reference_logits(model, tokens, PREFIX), trained, atol=1e-4, rtol=1e-4
     )
 
 

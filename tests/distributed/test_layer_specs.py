@@ -74,9 +74,9 @@ def tensors(chunks: list[GPTModel]) -> dict[str, tuple[int, ...]]:
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-    from ul2r.model.build import sharded_model
+    from ul2r.model.build import make_sharded_state_dict
 
-    state = sharded_model(chunks)
+    state = make_sharded_state_dict(chunks)
     apply_factories(state)
     shards = list(nested_values(state))
     assert all(isinstance(shard, ShardedTensor) for shard in shards)

@@ -89,7 +89,7 @@ def write_with_megatron(folder: Path, tokens: Tensor) -> Tensor:
 def start_from(recipe: Recipe, tokens: Tensor) -> tuple[Tensor, Tensor, float]:
     """The run's logits and output matrix before its first step, and the loss of that step."""
     from ul2r.data.sampling.batches import Batches
-    from ul2r.testing.layouts import whole_logits
+    from ul2r.testing.layouts import gather_logits
     from ul2r.train.checkpoint.pretrained import load_pretrained
     from ul2r.train.mesh import Mesh
     from ul2r.train.step import TrainStep
@@ -99,7 +99,7 @@ def start_from(recipe: Recipe, tokens: Tensor) -> tuple[Tensor, Tensor, float]:
     assert recipe.base is not None
     assert not isinstance(recipe.base, str)
     assert load_pretrained(recipe, recipe.base, step).startswith("megatron-")
-    logits = whole_logits(step.chunks[0], tokens, prefix=0)
+    logits = gather_logits(step.chunks[0], tokens, prefix=0)
     output = step.chunks[0].output_layer.weight if mesh.is_last_stage else logits
     result = step.train(0, Batches(recipe, dataset).rows(0, 0, 1))
     return logits, output.detach().clone(), result.losses.mean
@@ -181,5 +181,5 @@ def test_what_megatron_wrote_is_exported_as_the_same_function(
 
 def test_a_folder_without_a_checkpoint_is_refused(recipe: Recipe) -> None:
     lost = tiny_recipe(recipe.storage, base={"megatron": str(recipe.storage / "store")})
-    with pytest.raises(CheckpointError, match=r"holds no .metadata, so it is no torch_dist"):
+    with pytest.raises(CheckpointError, match=r"has no .metadata, so it is not a torch_dist"):
         check_base(lost, open_dataset(recipe.storage_paths.store))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from ul2r.config import Recipe
 from ul2r.model.huggingface.checkpoint_reader import MegatronCheckpointReader
-from ul2r.model.tensors import single_tensors
+from ul2r.model.tensors import iter_tensors
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.recipes import tiny_recipe
@@ -102,15 +102,15 @@ def exchange(recipe: Recipe, folder: Path) -> None:
 
     from ul2r.data.sampling.batches import Batches
     from ul2r.data.store.dataset import open_dataset
-    from ul2r.model.build import sharded_model, sharding_metadata
+    from ul2r.model.build import make_sharded_state_dict, make_sharding_metadata
     from ul2r.train.checkpoint.async_write import BackgroundWrite
     from ul2r.train.checkpoint.sharded_state import begin_save, load_checkpoint
     from ul2r.train.mesh import Mesh
     from ul2r.train.step import TrainStep
 
     def theirs(step: TrainStep, *, loading: bool) -> dict[str, Any]:
-        model = sharded_model(step.chunks)
-        metadata = {**sharding_metadata(), "distrib_optim_sharding_type": "fully_reshardable"}
+        model = make_sharded_state_dict(step.chunks)
+        metadata = {**make_sharding_metadata(), "distrib_optim_sharding_type": "fully_reshardable"}
         state = step.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
         return {"model": model, "optimizer": state}
 
@@ -153,7 +153,7 @@ def exchange(recipe: Recipe, folder: Path) -> None:
 
 def check_pieces(step: TrainStep) -> None:
     """They are the optimizer's own numbers, each once, where they lie."""
-    from ul2r.model.build import sharded_model
+    from ul2r.model.build import make_sharded_state_dict
     from ul2r.train.checkpoint.optimizer_state import sharded_optimizer
 
     def numbers(tensors: list[torch.Tensor]) -> list[int]:
@@ -162,7 +162,7 @@ def check_pieces(step: TrainStep) -> None:
 
     pieces = [
         piece.data
-        for piece in sharded_optimizer(step.optimizer, sharded_model(step.chunks))["pieces"]
+        for piece in sharded_optimizer(step.optimizer, make_sharded_state_dict(step.chunks))["pieces"]
     ]
     own = [tensor for state in states(step) for kind, tensor in state.items() if kind != "step"]
     assert numbers(pieces) == numbers(own)
@@ -201,7 +201,7 @@ def test_boxes_of_several_buckets_are_where_the_weights_are(tmp_path: Path) -> N
     buckets = run_distributed(save_from_small_buckets, 2, recipe, folder)
     assert buckets[0] > 1
     stored = MegatronCheckpointReader(folder)
-    rows = stored.rows("embedding.word_embeddings.weight")
-    for key, place, _ in single_tensors(recipe.model, rows):
-        weights = stored.read(key, place)
-        assert torch.equal(stored.read(f"optimizer.state.param.{key}", place), weights), key
+    rows = stored.num_rows("embedding.word_embeddings.weight")
+    for key, place, _ in iter_tensors(recipe.model, rows):
+        weights = stored.read_tensor(key, place)
+        assert torch.equal(stored.read_tensor(f"optimizer.state.param.{key}", place), weights), key

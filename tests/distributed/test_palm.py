@@ -15,15 +15,16 @@ from ul2r.config import Recipe
 from ul2r.config.architecture import MODEL_PRESETS, Architecture
 from ul2r.data.sampling.batches import Batches
 from ul2r.data.store.dataset import open_dataset
+from ul2r.model.export_metadata import ExportMetadata
 from ul2r.model.flops import num_parameters
 from ul2r.model.huggingface.checkpoint_reader import MegatronCheckpointReader
 from ul2r.model.huggingface.config_json import check_family
-from ul2r.model.huggingface.exporting import Card, exported_tensors, write_folder
-from ul2r.model.huggingface.writing import StreamedTensor
+from ul2r.model.huggingface.exporting import convert_tensors, write_export
+from ul2r.model.huggingface.safetensors_writer import StreamedTensor
 from ul2r.objective.batch import Batch
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.distributed import run_distributed
-from ul2r.testing.families import reference_logits
+from ul2r.testing.families import compute_reference_logits
 from ul2r.testing.recipes import tiny_recipe
 
 LAYOUTS: dict[str, dict[str, int]] = {
@@ -106,7 +107,7 @@ def trained(recipes: dict[str, Recipe]) -> dict[str, tuple[list[float], list[flo
 
 def weights(recipe: Recipe, when: str) -> dict[str, Tensor]:
     stored = MegatronCheckpointReader(recipe.paths.folder / when)
-    tensors = exported_tensors(stored, recipe.model, VOCABULARY)
+    tensors = convert_tensors(stored, recipe.model, VOCABULARY)
     return {name: torch.cat(list(tensor.blocks())) for name, tensor in tensors.items()}
 
 
@@ -226,14 +227,15 @@ def test_palm_is_exported_as_a_class_of_transformers_that_computes_the_same(
     recipe = recipes["TP 2"]
     dataset = open_dataset(recipe.storage_paths.store)
     w = weights(recipe, "after")
-    write_folder(
+    write_export(
         tmp_path / "export",
         {name: StreamedTensor.of(tensor) for name, tensor in w.items()},
         architecture=recipe.model,
-        positions=64,
-        vocabulary=dataset.vocabulary,
+        max_positions=64,
+        metadata=ExportMetadata(
+            "palm", attention="prefix", denoising=True, step=3, vocabulary=dataset.vocabulary
+        ),
         tokenizer=dataset.tokenizer_file,
-        card=Card("palm", None, "prefix", True, step=3, tokens=1, flops=1.0, checkpoint="none"),
         shard_bytes=20_000,
     )
     assert len(list((tmp_path / "export").glob("model-*.safetensors"))) > 1
@@ -243,4 +245,4 @@ def test_palm_is_exported_as_a_class_of_transformers_that_computes_the_same(
     position = torch.arange(40)
     seen = position[None] < torch.clamp(position + 1, min=10)[:, None]
     expected = palm(w, tokens, seen.expand(2, -1, -1))
-    torch.testing.assert_close(reference_logits(model, tokens, 10), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(compute_reference_logits(model, tokens, 10), expected, atol=1e-4, rtol=1e-4)

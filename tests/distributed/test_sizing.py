@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ul2r.config import Recipe
-from ul2r.model.sizing import Memory, size_run
+from ul2r.model.sizing import MemoryEstimate, estimate_run
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.recipes import GEMMA_3, tiny_recipe
@@ -202,7 +202,7 @@ def test_sizes_are_those_of_what_is_built(
 
     recipe = tiny_recipe(storage, **LAYOUTS[layout])
     parallel = recipe.parallel
-    stages = size_run(recipe, open_dataset(recipe.storage_paths.store).vocabulary.size).stages
+    stages = estimate_run(recipe, open_dataset(recipe.storage_paths.store).vocabulary.size).stages
     assert len(measured[layout]) == parallel.num_workers
     for number, rank in measured[layout]:
         stage = stages[number]
@@ -216,7 +216,7 @@ def test_sizes_are_those_of_what_is_built(
         assert told == pytest.approx(rank.kept + sent, rel=0.01)
 
 
-def check_state(told: Memory, rank: Measured, data: int) -> None:
+def check_state(told: MemoryEstimate, rank: Measured, data: int) -> None:
     """Megatron begins each parameter at a multiple of 64 elements and pads the whole to one of lcm(data, 128)."""
     padding = 4 * (63 * rank.tensors + math.lcm(data, 128))
     assert told.weights <= rank.weights <= told.weights + padding

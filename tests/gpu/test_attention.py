@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from ul2r.config import Causal, Objective, Prefix, SpanCorruption
 from ul2r.launch.worker import run_worker
-from ul2r.model.attention import Backend, DenseMask, intervals
+from ul2r.model.attention import Backend, DenseMask, pack_intervals
 from ul2r.model.attention.flex import Flex
 from ul2r.model.attention.variable_length import TransformerEngineKernel, VariableLength
 from ul2r.objective import Batch, Vocabulary, build_batch
@@ -94,7 +94,7 @@ def test_attention_and_gradients_equal_dense_float64(
         kv_start, kv_end = (
             torch.from_numpy(array).cuda() for array in (rows.kv_start, rows.kv_end)
         )
-        ours = backend(query, key, value, intervals(rows.kv_start, rows.kv_end), HEAD_DIM**-0.5)
+        ours = backend(query, key, value, pack_intervals(rows.kv_start, rows.kv_end), HEAD_DIM**-0.5)
         reference = dense_attention(query, key, value, kv_start, kv_end)
         found = [ours, *torch.autograd.grad(ours, leaves, upstream)]
         expected = [reference, *torch.autograd.grad(reference, leaves, upstream.double())]
@@ -142,4 +142,4 @@ def test_a_backend_compiles_once_for_all_microbatches() -> None:
     with torch._dynamo.config.patch(error_on_recompile=True):
         for seed in range(3):
             rows = packed_rows(1, 512, seed)
-            flex(query, query, query, intervals(rows.kv_start, rows.kv_end), HEAD_DIM**-0.5)
+            flex(query, query, query, pack_intervals(rows.kv_start, rows.kv_end), HEAD_DIM**-0.5)

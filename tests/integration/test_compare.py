@@ -19,7 +19,7 @@ from ul2r.evaluation import evaluate
 from ul2r.evaluation.comparison import ROLES, Role
 from ul2r.inference import LanguageModel
 from ul2r.testing.corpus import tiny_store
-from ul2r.testing.models import tiny_export
+from ul2r.testing.models import write_tiny_export
 from ul2r.tracking.mlflow import MlflowTracker, list_view_urls, start_run
 from ul2r.tracking.server import run_mlflow_server
 from ul2r.workflows.compare import compare
@@ -39,14 +39,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for role in ROLES:
         write_yaml(folder / f"{role}.yaml", recipe_tree(role, storage))
         causal = role != "ul2r"
-        export = tiny_export(
+        export = write_tiny_export(
             storage / "runs" / role / "export",
             attention="causal" if causal else "prefix",
             sentinels=SENTINELS,
             seed=ROLES.index(role),
         )
         describe(export, run=role, tokens=3000 if role == "base" else 4500, flops=3e9)
-    vocabulary_size = LanguageModel.load(export).origin.vocabulary
+    vocabulary_size = LanguageModel.load(export).metadata.vocabulary
     assert vocabulary_size is not None
     tiny_store(
         storage / "store",

@@ -22,7 +22,7 @@ from serving.server import check_port, running
 from ul2r.errors import ServiceError
 from ul2r.inference import LanguageModel, complete, infill
 from ul2r.launch.ray_train.cluster import connect_ray
-from ul2r.testing.models import tiny_export
+from ul2r.testing.models import write_tiny_export
 from ul2r.tracking.mlflow import register
 from ul2r.tracking.server import find_free_port, run_mlflow_server
 
@@ -44,7 +44,7 @@ class Served:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     storage = tmp_path_factory.mktemp("storage")
-    export = tiny_export(storage / "export")
+    export = write_tiny_export(storage / "export")
     _register(storage, export)
     port = find_free_port()
     job = _start("models:/tiny@champion", "--storage", str(storage), "--port", str(port))
@@ -181,7 +181,7 @@ def test_a_missing_model_ends_the_job_in_one_line(
 
 
 def test_a_model_that_does_not_load_says_why_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    weights = tiny_export(tmp_path / "export") / "model.safetensors"
+    weights = write_tiny_export(tmp_path / "export") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     port = find_free_port()
     arguments = Arguments(model=str(tmp_path / "export"))

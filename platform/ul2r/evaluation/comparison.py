@@ -14,7 +14,7 @@ from ul2r.config import Recipe
 from ul2r.errors import RecipeError
 from ul2r.evaluation.evaluate import Metric, settings
 from ul2r.evaluation.scores import Score, Scores
-from ul2r.inference import Origin
+from ul2r.inference import ExportMetadata
 
 Role = Literal["base", "control", "ul2r"]
 ROLES: tuple[Role, ...] = ("base", "control", "ul2r")
@@ -37,12 +37,12 @@ class Arm:
 
     Attributes:
         role: What it is compared as.
-        origin: Its export's description; tokens and FLOPs include the base's.
+        metadata: Its export's description; tokens and FLOPs include the base's.
         scores: What was measured of it.
     """
 
     role: Role
-    origin: Origin
+    metadata: ExportMetadata
     scores: Scores
 
 
@@ -110,12 +110,12 @@ def notes(arms: Sequence[Arm]) -> list[str]:
 
 def _budgets(arms: Sequence[Arm]) -> Iterator[str]:
     """How much each arm was trained beyond the base."""
-    base = next((arm.origin for arm in arms if arm.role == "base"), None)
+    base = next((arm.metadata for arm in arms if arm.role == "base"), None)
     if base is None or not base.tokens or not base.flops:
         return
     shares = [
-        f"{arm.role} +{(arm.origin.tokens or 0) / base.tokens - 1:.1%} tokens and "
-        f"+{(arm.origin.flops or 0) / base.flops - 1:.1%} FLOPs"
+        f"{arm.role} +{(arm.metadata.tokens or 0) / base.tokens - 1:.1%} tokens and "
+        f"+{(arm.metadata.flops or 0) / base.flops - 1:.1%} FLOPs"
         for arm in arms
         if arm.role != "base"
     ]
@@ -141,7 +141,7 @@ def as_tree(name: str, arms: Sequence[Arm], metrics: Sequence[Metric]) -> dict[s
     return {
         "name": name,
         "arms": {
-            arm.role: {key: getattr(arm.origin, key) for key in ("run", "step", "tokens", "flops")}
+            arm.role: {key: getattr(arm.metadata, key) for key in ("run", "step", "tokens", "flops")}
             for arm in arms
         },
         "metrics": [
@@ -173,7 +173,7 @@ def as_table(name: str, arms: Sequence[Arm], metrics: Sequence[Metric]) -> Table
 
 
 def _heading(arm: Arm) -> str:
-    return f"{arm.role} ({arm.origin.run})"
+    return f"{arm.role} ({arm.metadata.run})"
 
 
 def _shown(metric: Metric, arm: Arm) -> str:

@@ -61,7 +61,7 @@ def infill_loss(model: LanguageModel, gaps: InfillExamples, vocabulary: Vocabula
     again and the span so far.
     """
     count = np.ones(gaps.span.shape, bool)
-    if not model.origin.denoising:
+    if not model.metadata.denoising:
         rows = build_scoring_batch(gaps.left, gaps.span, count, bidirectional=False)
     else:
         size, first = len(gaps.span), vocabulary.sentinels[0]
@@ -87,7 +87,7 @@ def infill_text(
         Two scores between 0 and 1.
     """
     length = gaps.span.shape[1]
-    if not model.origin.denoising:
+    if not model.metadata.denoising:
         prompts, opener, closer, limit = gaps.left, None, None, length
     else:
         prompts, limit = both_sides(gaps, vocabulary), 2 * length

@@ -56,7 +56,7 @@ def second_half_loss(model: LanguageModel, dataset: TokenDataset, recipe: Recipe
     texts = spread_windows(dataset.held_out, recipe.evaluation.num_rows, length)
     first, second = np.split(texts, [length // 2], axis=1)
     counts = second != dataset.vocabulary.eos
-    if not model.origin.denoising:
+    if not model.metadata.denoising:
         rows = build_scoring_batch(first, second, counts, bidirectional=False)
     else:
         inputs = columns(len(texts), *dataset.vocabulary.modes[denoiser.mode], first)

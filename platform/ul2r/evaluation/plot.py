@@ -139,5 +139,5 @@ def _plain(axes: Axes) -> None:
 
 
 def _label(arm: Arm) -> str:
-    tokens = f", {arm.origin.tokens:,} tokens" if arm.origin.tokens else ""
-    return f"{NAMES[arm.role]} ({arm.origin.run}{tokens})"
+    tokens = f", {arm.metadata.tokens:,} tokens" if arm.metadata.tokens else ""
+    return f"{NAMES[arm.role]} ({arm.metadata.run}{tokens})"

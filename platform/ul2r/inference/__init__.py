@@ -1,10 +1,10 @@
 """From an export folder to text: completion and infilling with prefix-LM attention. No Ray here."""
 
 from ul2r.inference.completion import Completion, complete
-from ul2r.inference.export_metadata import Origin, read_origin
 from ul2r.inference.generation import DEFAULT_MAX_TOKENS, Finish, generate
 from ul2r.inference.infilling import Infilling, infill, most_slots
 from ul2r.inference.language_model import LanguageModel
+from ul2r.model.export_metadata import ExportMetadata, read_export_metadata
 
 __all__ = [
     "DEFAULT_MAX_TOKENS",
@@ -12,10 +12,10 @@ __all__ = [
     "Finish",
     "Infilling",
     "LanguageModel",
-    "Origin",
+    "ExportMetadata",
     "complete",
     "generate",
     "infill",
     "most_slots",
-    "read_origin",
+    "read_export_metadata",
 ]

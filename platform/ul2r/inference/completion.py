@@ -67,7 +67,7 @@ def complete(
         return Completion(filled.fills[0], filled.finish[0], filled.tokens_in, filled.tokens_out)
     inputs = model.encode(prompt)
     bidirectional = model.attention == "prefix"
-    if mode == "S2S" or model.origin.denoising:
+    if mode == "S2S" or model.metadata.denoising:
         inputs = [*model.trained_modes("mode S2S").modes["S2S"], *inputs]
     produced = list(
         generate(

@@ -115,7 +115,7 @@ def _joined(parts: Sequence[list[int]], marks: Sequence[int]) -> list[int]:
 
 def most_slots(model: LanguageModel) -> int:
     """Slots that one text may have: a sentinel for each and one to close the text; 0 for a model without denoisers."""
-    if not model.origin.denoising or model.vocabulary is None:
+    if not model.metadata.denoising or model.vocabulary is None:
         return 0
     return len(model.vocabulary.sentinels) - 1
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ul2r.errors import RequestError
-from ul2r.inference.export_metadata import Attention, Origin, read_origin
 from ul2r.inference.loading import eos_ids, read_network, read_tokenizer, text_ids
+from ul2r.model.export_metadata import Attention, ExportMetadata, read_export_metadata
 from ul2r.objective.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class LanguageModel:
         model.decode(model.encode("def area"))     # "def area"
 
     Attributes:
-        origin: What the folder says about itself.
+        metadata: What the folder says about itself.
         positions: Tokens of the longest sequence, inputs and outputs together.
         eos: Ids that end a text.
         is_text: bool (V,), True for ids that stand for text: neither special nor beyond the tokenizer.
@@ -43,16 +43,16 @@ class LanguageModel:
         self,
         network: PreTrainedModel,
         tokenizer: Tokenizer,
-        origin: Origin,
+        metadata: ExportMetadata,
         eos: frozenset[int],
     ) -> None:
         self.network = network
         self.tokenizer = tokenizer
-        self.origin = origin
+        self.metadata = metadata
         self.eos = eos
         self.device: torch.device = network.device
         self.max_position_embeddings: int = network.config.max_position_embeddings
-        self.is_text = text_ids(tokenizer, origin.vocabulary, eos, network.config.vocab_size)
+        self.is_text = text_ids(tokenizer, metadata.vocabulary, eos, network.config.vocab_size)
 
     @classmethod
     def load(cls, folder: Path, device: str = "cpu") -> LanguageModel:
@@ -61,20 +61,20 @@ class LanguageModel:
         Raises:
             CheckpointError: If the folder is no export, or its parts do not fit each other.
         """
-        origin = read_origin(folder)
+        metadata = read_export_metadata(folder)
         network = read_network(folder, device)
-        tokenizer = read_tokenizer(folder, origin, network.config.vocab_size)
-        return cls(network, tokenizer, origin, eos_ids(folder, origin))
+        tokenizer = read_tokenizer(folder, metadata, network.config.vocab_size)
+        return cls(network, tokenizer, metadata, eos_ids(folder, metadata))
 
     @property
     def vocabulary(self) -> Vocabulary | None:
         """Modes and sentinels; None for a model that this platform did not export."""
-        return self.origin.vocabulary
+        return self.metadata.vocabulary
 
     @property
     def attention(self) -> Attention:
         """How inputs are seen: "prefix" is in both directions."""
-        return self.origin.attention
+        return self.metadata.attention
 
     def trained_modes(self, purpose: str) -> Vocabulary:
         """The vocabulary of a model trained on denoisers.
@@ -82,9 +82,9 @@ class LanguageModel:
         Raises:
             RequestError: If the model was trained on plain text and so knows neither modes nor sentinels.
         """
-        if not self.origin.denoising or self.vocabulary is None:
+        if not self.metadata.denoising or self.vocabulary is None:
             raise RequestError(
-                f"{purpose} needs a model trained on denoisers; {self.origin.run!r} was trained causally and has "
+                f"{purpose} needs a model trained on denoisers; {self.metadata.run!r} was trained causally and has "
                 "learned no mode and no sentinel: ask for a plain completion, or serve a UL2R export"
             )
         return self.vocabulary

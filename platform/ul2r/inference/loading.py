@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ul2r.data.tokenizer import load_tokenizer
 from ul2r.errors import CheckpointError, CorpusError
-from ul2r.inference.export_metadata import Origin
+from ul2r.model.export_metadata import ExportMetadata
 from ul2r.objective.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -50,12 +50,12 @@ def read_network(folder: Path, device: str) -> PreTrainedModel:
     return network.eval().to(device)
 
 
-def read_tokenizer(folder: Path, origin: Origin, embedded: int) -> Tokenizer:
+def read_tokenizer(folder: Path, metadata: ExportMetadata, embedded: int) -> Tokenizer:
     """The tokenizer, set to take what looks like a special token in a text as text.
 
     Args:
         folder: The export.
-        origin: What its ul2r.json says.
+        metadata: What its ul2r.json says.
         embedded: Rows of the network's embedding.
 
     Raises:
@@ -66,9 +66,9 @@ def read_tokenizer(folder: Path, origin: Origin, embedded: int) -> Tokenizer:
     except CorpusError as error:
         raise CheckpointError(f"{error}; export the run again") from error
     size = max(tokenizer.get_vocab().values()) + 1
-    if origin.vocabulary is not None and origin.vocabulary.size != size:
+    if metadata.vocabulary is not None and metadata.vocabulary.size != size:
         raise CheckpointError(
-            f"{folder}: ul2r.json says {origin.vocabulary.size} tokenizer entries, tokenizer.json has {size}: "
+            f"{folder}: ul2r.json says {metadata.vocabulary.size} tokenizer entries, tokenizer.json has {size}: "
             "export the run again"
         )
     if size > embedded:
@@ -90,10 +90,10 @@ def text_ids(
     return is_text
 
 
-def eos_ids(folder: Path, origin: Origin) -> frozenset[int]:
+def eos_ids(folder: Path, metadata: ExportMetadata) -> frozenset[int]:
     """Ids that end a text: the vocabulary's, else those of generation_config.json or config.json."""
-    if origin.vocabulary is not None:
-        return frozenset({origin.vocabulary.eos})
+    if metadata.vocabulary is not None:
+        return frozenset({metadata.vocabulary.eos})
     for name in ("generation_config.json", "config.json"):
         file = folder / name
         fields = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

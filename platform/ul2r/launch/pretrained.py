@@ -28,11 +28,11 @@ def fill_model_from_base(tree: dict[str, Any]) -> None:
     base = tree.get("base")
     if not isinstance(base, dict) or not isinstance(base.get("hf"), str):
         return
-    from ul2r.model.huggingface.config_json import read_config
-    from ul2r.model.huggingface.safetensors_reader import local_folder
+    from ul2r.model.huggingface.config_json import read_architecture
+    from ul2r.model.huggingface.safetensors_reader import resolve_model_folder
 
-    folder = local_folder(base["hf"])
-    found = read_config(folder).model_dump()
+    folder = resolve_model_folder(base["hf"])
+    found = read_architecture(folder).model_dump()
     own = resolve_preset(tree.get("model") or {})
     if not isinstance(own, dict):
         return  # the recipe's validation says what is wrong with it
@@ -60,10 +60,10 @@ def check_base(recipe: Recipe, dataset: TokenDataset) -> None:
     if isinstance(base, MegatronBase):
         from ul2r.model.huggingface.checkpoint_reader import (
             MegatronCheckpointReader,
-            latest_iteration,
+            find_latest_iteration,
         )
 
-        MegatronCheckpointReader(latest_iteration(base.megatron)).check(recipe.model)
+        MegatronCheckpointReader(find_latest_iteration(base.megatron)).check(recipe.model)
     if not isinstance(base, HuggingFaceBase):
         return
     folder = _check_folder(base.hf, recipe.model)
@@ -92,11 +92,11 @@ def describe_base(name: str) -> str:
     Raises:
         CheckpointError: If it cannot be a base.
     """
-    from ul2r.model.huggingface.config_json import read_config
-    from ul2r.model.huggingface.safetensors_reader import local_folder
+    from ul2r.model.huggingface.config_json import read_architecture
+    from ul2r.model.huggingface.safetensors_reader import resolve_model_folder
 
-    folder = local_folder(name)
-    architecture = read_config(folder)
+    folder = resolve_model_folder(name)
+    architecture = read_architecture(folder)
     _check_folder(name, architecture)
     told = architecture.model_dump(exclude_defaults=True)
     count, active = num_parameters(architecture, 0), num_active_parameters(architecture, 0)
@@ -114,10 +114,10 @@ def describe_base(name: str) -> str:
 
 def _check_folder(name: str, architecture: Architecture) -> Path:
     """Refuse a folder that does not hold the model, or whose tokenizer is too large for it."""
-    from ul2r.model.huggingface.safetensors_reader import Source, local_folder
+    from ul2r.model.huggingface.safetensors_reader import SafetensorsReader, resolve_model_folder
 
-    folder = local_folder(name)
-    with Source(folder, architecture):
+    folder = resolve_model_folder(name)
+    with SafetensorsReader(folder, architecture):
         pass
     if (folder / TOKENIZER).is_file():
         size = max(load_tokenizer(folder / TOKENIZER).get_vocab().values()) + 1

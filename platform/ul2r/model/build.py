@@ -25,10 +25,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ul2r.config import Architecture, Parallel, Precision, Recipe, Recompute
 from ul2r.errors import LayoutError
-from ul2r.model.experts import expert_settings
-from ul2r.model.layers import ACTIVATIONS, Decoder, final_norm, layer_spec, uses_transformer_engine
-from ul2r.model.loss import DecoderWithLogZ
-from ul2r.model.sizing import padded_vocabulary
+from ul2r.model.experts import make_expert_settings
+from ul2r.model.layers import (
+    ACTIVATIONS,
+    ScaledGPTModel,
+    build_layer_spec,
+    final_norm_class,
+    uses_transformer_engine,
+)
+from ul2r.model.loss import LogZGPTModel
+from ul2r.model.sizing import pad_vocabulary
 from ul2r.model.tensors import EMBEDDING
 
 RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
@@ -44,7 +50,7 @@ RECOMPUTE: dict[Recompute, dict[str, Any]] = {
 """Megatron's settings for `training.recompute`."""
 
 
-def transformer_config(
+def make_transformer_config(
     architecture: Architecture,
     parallel: Parallel,
     *,
@@ -72,7 +78,7 @@ def transformer_config(
         add_qkv_bias=architecture.bias is not None,
         softmax_scale=None if scalar is None else scalar**-0.5,
         rotary_interleaved=architecture.rope_interleaved,
-        perform_initialization=False,  # weights are drawn here, or loaded: see `initialize`
+        perform_initialization=False,  # weights are drawn here, or loaded: see `initialize_weights`
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,
@@ -97,7 +103,7 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
         **RECOMPUTE[recompute],
-        **(expert_settings(architecture, moe_aux_loss_coeff) if architecture.num_experts else {}),
+        **(make_expert_settings(architecture, moe_aux_loss_coeff) if architecture.num_experts else {}),
     )
 
 
@@ -146,7 +152,7 @@ def build_model(recipe: Recipe, vocabulary_size: int) -> list[GPTModel]:
         RecipeError: If what computes attention is not installed.
     """
     check_precision(recipe)
-    config = transformer_config(
+    config = make_transformer_config(
         recipe.model,
         recipe.parallel,
         precision=recipe.precision,
@@ -161,7 +167,7 @@ def build_model(recipe: Recipe, vocabulary_size: int) -> list[GPTModel]:
         if torch.cuda.is_available():
             chunk.cuda()
         if recipe.base is None:
-            initialize(chunk, recipe.model, recipe.seed)
+            initialize_weights(chunk, recipe.model, recipe.seed)
     return chunks
 
 
@@ -171,16 +177,16 @@ def _build_chunk(
     """The layers of virtual stage `stage`, from 0, with the embedding or the output where they belong."""
     architecture = recipe.model
     vp_stage = stage if recipe.parallel.virtual_stages > 1 else None
-    spec = layer_spec(architecture, recipe.attention_backend)
+    spec = build_layer_spec(architecture, recipe.attention_backend)
     layers = TransformerBlockSubmodules(
         layer_specs=[spec] * get_num_layers_to_build(config, vp_stage),
-        layer_norm=final_norm(architecture),
+        layer_norm=final_norm_class(architecture),
     )
-    model = (DecoderWithLogZ if recipe.optimizer.z_loss else Decoder)(
+    model = (LogZGPTModel if recipe.optimizer.z_loss else ScaledGPTModel)(
         architecture,
         config=config,
         transformer_layer_spec=layers,
-        vocab_size=padded_vocabulary(architecture.num_used_embeddings(vocabulary_size)),
+        vocab_size=pad_vocabulary(architecture.num_used_embeddings(vocabulary_size)),
         max_sequence_length=architecture.max_position_embeddings
         or recipe.objective.sequence_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -198,13 +204,13 @@ def _build_chunk(
     return model
 
 
-def sharded_model(chunks: list[GPTModel]) -> dict[str, Any]:
+def make_sharded_state_dict(chunks: list[GPTModel]) -> dict[str, Any]:
     """Where the shards of this rank's weights belong in the whole model, by chunk and parameter.
 
     Their names are those of the whole model, under any layout and either kind of layer. TransformerEngine's
     `_extra_state` is left out: the scales of fp8 are those of the moment.
     """
-    metadata = sharding_metadata()
+    metadata = make_sharding_metadata()
     return {
         f"chunk_{number}": {
             name: shard
@@ -216,7 +222,7 @@ def sharded_model(chunks: list[GPTModel]) -> dict[str, Any]:
 
 
 def load_model(chunks: list[GPTModel], loaded: Mapping[str, Any]) -> None:
-    """Take weights that a checkpoint's shards were read into, in the form of `sharded_model`."""
+    """Take weights that a checkpoint's shards were read into, in the form of `make_sharded_state_dict`."""
     for number, chunk in enumerate(chunks):
         missing, unexpected = chunk.load_state_dict(loaded[f"chunk_{number}"], strict=False)
         assert not unexpected
@@ -238,13 +244,13 @@ def _mark_shards(model: GPTModel) -> None:
             set_tensor_model_parallel_attributes(weight, True, axis, 1)
 
 
-def sharding_metadata() -> dict[str, Any]:
+def make_sharding_metadata() -> dict[str, Any]:
     """What Megatron must know to describe shards: who has the same ones."""
     return {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
 
 
 @torch.no_grad()
-def initialize(model: GPTModel, architecture: Architecture, seed: int) -> None:
+def initialize_weights(model: GPTModel, architecture: Architecture, seed: int) -> None:
     """Fill the weights: N(0, init_std), residual outputs scaled by 1/sqrt(2 layers) (GPT-2); norms 1, biases 0.
 
     Zero-centered norms are 0.
@@ -252,7 +258,7 @@ def initialize(model: GPTModel, architecture: Architecture, seed: int) -> None:
     With init_std=fan_in (PaLM, arXiv 2204.02311, section 2) nothing is scaled. Each shard is cut from the whole
     matrix, which is drawn from (seed, name), so that any tensor and pipeline layout starts from the same model.
     """
-    for shard in shards(model):
+    for shard in iter_shards(model):
         if len(shard.global_shape) - shard.prepend_axis_num < 2:
             zero = architecture.norm_zero_centered or shard.key.endswith("bias")
             shard.data.fill_(0.0 if zero else 1.0)
@@ -260,9 +266,9 @@ def initialize(model: GPTModel, architecture: Architecture, seed: int) -> None:
             shard.data.copy_(_cut(_whole(shard, seed), shard) * _std(shard, architecture))
 
 
-def shards(model: GPTModel) -> Iterator[ShardedTensor]:
+def iter_shards(model: GPTModel) -> Iterator[ShardedTensor]:
     """This rank's part of each tensor: its name, where it lies in the whole, and its data, to be written to."""
-    state = model.sharded_state_dict(metadata=sharding_metadata())
+    state = model.sharded_state_dict(metadata=make_sharding_metadata())
     apply_factories(state)
     for shard in nested_values(state):
         if isinstance(shard, ShardedTensor) and shard.data is not None:

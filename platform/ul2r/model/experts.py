@@ -50,7 +50,7 @@ class Router(TopKRouter):  # type: ignore[misc]  # Megatron has no types
         return attached
 
 
-def expert_settings(architecture: Architecture, balance: float) -> dict[str, Any]:
+def make_expert_settings(architecture: Architecture, balance: float) -> dict[str, Any]:
     """Megatron's settings for a model with experts, all of which each tensor rank has a part of.
 
     Args:
@@ -66,7 +66,7 @@ def expert_settings(architecture: Architecture, balance: float) -> dict[str, Any
     }
 
 
-def route(spec: ModuleSpec) -> None:
+def set_router(spec: ModuleSpec) -> None:
     """Give a layer of experts its `Router`, and its norm the name that both kinds of layers know it by."""
     parts, mlp = spec.submodules, spec.submodules.mlp
     # A ModuleSpec in Megatron-Core 0.16, where later ones have a function.
@@ -75,7 +75,7 @@ def route(spec: ModuleSpec) -> None:
     parts.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
 
 
-def count_targets(chunks: Iterable[GPTModel], targets: float) -> None:
+def set_num_targets(chunks: Iterable[GPTModel], targets: float) -> None:
     """Tell every router the step's `Router.targets`."""
     for chunk in chunks:
         for module in chunk.modules():

@@ -7,14 +7,14 @@ from collections import Counter
 import numpy as np
 
 from ul2r.config import Architecture
-from ul2r.model.tensors import EXPERTS, elements, layer_tensors, outer_tensors
-from ul2r.model.window import Ints, within
+from ul2r.model.tensors import EXPERTS, layer_tensor_shapes, num_elements, outer_tensor_shapes
+from ul2r.model.window import Ints, clip_to_window
 
 
 def num_parameters(architecture: Architecture, vocabulary_size: int) -> int:
     """Parameters of the model, a tied embedding counted once and unpadded."""
-    outer = outer_tensors(architecture, architecture.num_used_embeddings(vocabulary_size))
-    return architecture.num_layers * elements(layer_tensors(architecture)) + elements(outer)
+    outer = outer_tensor_shapes(architecture, architecture.num_used_embeddings(vocabulary_size))
+    return architecture.num_layers * num_elements(layer_tensor_shapes(architecture)) + num_elements(outer)
 
 
 def num_active_parameters(architecture: Architecture, vocabulary_size: int) -> int:
@@ -38,7 +38,7 @@ def training_flops(
         num_visible_keys: Keys that those positions see, summed over layers.
     """
     output = architecture.num_used_embeddings(vocabulary_size) * architecture.hidden_size
-    weights = matrix_weights(architecture) + output
+    weights = num_matrix_weights(architecture) + output
     attention = 12 * architecture.num_heads * architecture.head_dim
     return 6.0 * weights * positions + attention * num_visible_keys
 
@@ -53,23 +53,23 @@ def num_visible_keys(architecture: Architecture, kv_start: Ints, kv_end: Ints) -
     """
     found = 0
     for window, layers in Counter(architecture.layer_windows).items():
-        first, end = within(kv_start, kv_end, window)
+        first, end = clip_to_window(kv_start, kv_end, window)
         found += layers * int((end - first).sum(dtype=np.int64))
     return found
 
 
-def matrix_weights(architecture: Architecture) -> int:
+def num_matrix_weights(architecture: Architecture) -> int:
     """Weights of every layer's matrices that a token passes through, without embedding, norms and biases."""
-    tensors = layer_tensors(architecture)
+    tensors = layer_tensor_shapes(architecture)
     matrices = {name: shape for name, shape in tensors.items() if len(shape) > 1}
-    return architecture.num_layers * elements(matrices) - _idle(architecture)
+    return architecture.num_layers * num_elements(matrices) - _idle(architecture)
 
 
 def _idle(architecture: Architecture) -> int:
     """Weights of the experts that a token is not sent to, in all layers."""
     if architecture.num_experts is None or architecture.num_experts_per_token is None:
         return 0
-    tensors = layer_tensors(architecture)
+    tensors = layer_tensor_shapes(architecture)
     experts = {name: shape for name, shape in tensors.items() if name.startswith(EXPERTS)}
     idle = architecture.num_experts - architecture.num_experts_per_token
-    return architecture.num_layers * elements(experts) // architecture.num_experts * idle
+    return architecture.num_layers * num_elements(experts) // architecture.num_experts * idle

@@ -28,10 +28,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from ul2r.config import Architecture, AttentionBackend
-from ul2r.model.attention import core_attention
-from ul2r.model.experts import route
+from ul2r.model.attention import make_core_attention
+from ul2r.model.experts import set_router
 from ul2r.model.norm import Norm, ScaleOnlyNorm
-from ul2r.model.rotary import angles_of, frequencies
+from ul2r.model.rotary import compute_frequencies, select_angles
 
 
 def gelu_tanh(values: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class QKNormAcrossHeads(torch.nn.Module):
         return state
 
 
-class WholeNormAttention(SelfAttention):  # type: ignore[misc]  # Megatron has no types
+class QKNormAcrossHeadsAttention(SelfAttention):  # type: ignore[misc]  # Megatron has no types
     """Self-attention with a norm over all queries and one over all keys.
 
     Megatron's own settings for such norms take them for whole on every tensor rank, and would add up their gradients.
@@ -123,7 +123,7 @@ class LocalOrGlobalAttention(SelfAttention):  # type: ignore[misc]  # as above
         **given: Any,  # noqa: ANN401  Megatron's
     ) -> tuple[Tensor, Tensor | None]:
         """What Megatron's attention takes and gives; the angles are those of both kinds of layers."""
-        angles = angles_of(rotary_pos_emb, local=self.is_local)
+        angles = select_angles(rotary_pos_emb, local=self.is_local)
         attended: tuple[Tensor, Tensor | None] = super().forward(
             hidden_states, attention_mask, rotary_pos_emb=angles, **given
         )
@@ -178,7 +178,7 @@ def embedding_scale(architecture: Architecture, dtype: torch.dtype) -> float:
     return float(torch.tensor(exact, dtype=dtype))
 
 
-class Decoder(GPTModel):  # type: ignore[misc]  # as above
+class ScaledGPTModel(GPTModel):  # type: ignore[misc]  # as above
     """GPTModel with what its constructor has no argument for.
 
     Args:
@@ -191,7 +191,7 @@ class Decoder(GPTModel):  # type: ignore[misc]  # as above
         self.logit_scale = architecture.logit_scale
         self.embedding_scale = embedding_scale(architecture, self.config.params_dtype)
         if architecture.position_embedding == "rope":
-            self.rotary_pos_emb.inv_freq = frequencies(architecture, self.rotary_pos_emb)
+            self.rotary_pos_emb.inv_freq = compute_frequencies(architecture, self.rotary_pos_emb)
 
     def _preprocess(self, **given: Any) -> tuple[Any, ...]:  # noqa: ANN401  Megatron's
         """Scale the embeddings."""
@@ -219,7 +219,7 @@ def uses_transformer_engine(architecture: Architecture) -> bool:
     return has_block and torch.cuda.is_available() and HAVE_TE
 
 
-def layer_spec(architecture: Architecture, attention: AttentionBackend) -> ModuleSpec:
+def build_layer_spec(architecture: Architecture, attention: AttentionBackend) -> ModuleSpec:
     """A layer of TransformerEngine's or Megatron's modules, as far as there are some, with attention by intervals."""
     if uses_transformer_engine(architecture):
         spec = get_gpt_layer_with_transformer_engine_spec(
@@ -229,10 +229,10 @@ def layer_spec(architecture: Architecture, attention: AttentionBackend) -> Modul
         )
     else:
         spec = _local_spec(architecture)
-    core = core_attention(attention, architecture.layer_windows)
+    core = make_core_attention(attention, architecture.layer_windows)
     spec.submodules.self_attention.submodules.core_attention = core
     if architecture.num_experts is not None:
-        route(spec)
+        set_router(spec)
     return spec
 
 
@@ -247,7 +247,7 @@ def _local_spec(architecture: Architecture) -> ModuleSpec:
     if by_head:
         self_attention.q_layernorm = self_attention.k_layernorm = Norm
     if architecture.qk_norm == "full":
-        parts.self_attention.module = WholeNormAttention
+        parts.self_attention.module = QKNormAcrossHeadsAttention
     if any(architecture.layer_windows):
         parts.self_attention.module = LocalOrGlobalAttention
         parts.self_attention.params["windows"] = architecture.layer_windows
@@ -262,7 +262,7 @@ def _local_spec(architecture: Architecture) -> ModuleSpec:
     return spec
 
 
-def final_norm(architecture: Architecture) -> type[Any]:
+def final_norm_class(architecture: Architecture) -> type[Any]:
     """The norm behind the last layer."""
     return LayerNormImpl if uses_transformer_engine(architecture) else _norm(architecture)
 

@@ -7,10 +7,10 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 
-from ul2r.model.layers import Decoder
+from ul2r.model.layers import ScaledGPTModel
 
 
-class DecoderWithLogZ(Decoder):
+class LogZGPTModel(ScaledGPTModel):
     """A model whose loss comes with log Z, the logarithm of the softmax's denominator."""
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
@@ -26,14 +26,14 @@ class DecoderWithLogZ(Decoder):
         Returns:
             (2, B, S) float32: the loss in nats, and log Z.
         """
-        label_logits = logits_of(
+        label_logits = gather_label_logits(
             labels, logits
         )  # before Megatron's loss, which shifts fp32 logits in place
         losses = super().compute_language_model_loss(labels, logits)
         return torch.stack((losses, losses + label_logits))
 
 
-def logits_of(labels: Tensor, logits: Tensor) -> Tensor:
+def gather_label_logits(labels: Tensor, logits: Tensor) -> Tensor:
     """Each label's logit, from the tensor rank that has it.
 
     Args:

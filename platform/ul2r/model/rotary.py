@@ -9,7 +9,7 @@ from torch import Tensor
 from ul2r.config import Architecture
 
 
-def frequencies(architecture: Architecture, rotary: RotaryEmbedding) -> Tensor:
+def compute_frequencies(architecture: Architecture, rotary: RotaryEmbedding) -> Tensor:
     """Frequencies that make Megatron's angles those of the architecture.
 
     Args:
@@ -32,11 +32,11 @@ def frequencies(architecture: Architecture, rotary: RotaryEmbedding) -> Tensor:
     return torch.cat((stretched, local.inv_freq))
 
 
-def angles_of(both: Tensor, *, local: bool) -> Tensor:
+def select_angles(both: Tensor, *, local: bool) -> Tensor:
     """One kind of layer's angles.
 
     Args:
-        both: float32 (S, 1, 1, 2 D), what Megatron makes of (D,) `frequencies`: all of them, and all once more.
+        both: float32 (S, 1, 1, 2 D), what Megatron makes of (D,) `compute_frequencies`: all of them, and all once more.
         local: Whether the layer has a window.
 
     Returns:

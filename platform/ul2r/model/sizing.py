@@ -10,7 +10,14 @@ from dataclasses import dataclass, fields
 from ul2r.config import Architecture, Parallel, Recipe
 from ul2r.errors import RecipeError
 from ul2r.model.flops import num_parameters
-from ul2r.model.tensors import EMBEDDING, Shape, elements, is_cut, layer_tensors, outer_tensors
+from ul2r.model.tensors import (
+    EMBEDDING,
+    Shape,
+    is_sharded,
+    layer_tensor_shapes,
+    num_elements,
+    outer_tensor_shapes,
+)
 
 GIB = 2**30
 VOCABULARY_MULTIPLE = 128
@@ -18,7 +25,7 @@ VOCABULARY_MULTIPLE = 128
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryEstimate:
     """Bytes of one rank by kind."""
 
     weights: int
@@ -39,7 +46,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageEstimate:
     """One pipeline stage, as any of its tensor ranks has it."""
 
     layers: int
@@ -47,26 +54,26 @@ class Stage:
     """Of one rank; the padded embedding is on the first stage and, as output projection, on the last."""
     microbatches: float
     """Microbatches whose activations are kept at the same time; one that only some chunks keep counts in part."""
-    memory: Memory
+    memory: MemoryEstimate
 
 
 @dataclass(frozen=True)
-class Sizing:
+class RunEstimate:
     """Sizes of a run."""
 
     num_parameters: int
     """Of the model, the tied embedding counted once and unpadded."""
-    stages: tuple[Stage, ...]
+    stages: tuple[StageEstimate, ...]
     bubble: float
     """Share of a step in which a stage waits for another."""
 
 
-def padded_vocabulary(size: int) -> int:
+def pad_vocabulary(size: int) -> int:
     """Rows of the embedding for a vocabulary of `size` entries."""
     return -(-size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
-def size_run(recipe: Recipe, vocabulary_size: int) -> Sizing:
+def estimate_run(recipe: Recipe, vocabulary_size: int) -> RunEstimate:
     """Size a run.
 
     Args:
@@ -78,14 +85,14 @@ def size_run(recipe: Recipe, vocabulary_size: int) -> Sizing:
             `launch.device_memory_gib`.
     """
     parallel = recipe.parallel
-    padded = padded_vocabulary(recipe.model.num_used_embeddings(vocabulary_size))
+    padded = pad_vocabulary(recipe.model.num_used_embeddings(vocabulary_size))
     if padded % parallel.tensor:
         raise RecipeError(
             f"parallel.tensor={parallel.tensor} does not divide the embedding's {padded} rows "
             f"({vocabulary_size} tokens, padded to {VOCABULARY_MULTIPLE}): set parallel.tensor to a power of two"
         )
     stages = tuple(_stage(recipe, padded, number) for number in range(parallel.pipeline))
-    sizing = Sizing(
+    sizing = RunEstimate(
         num_parameters=num_parameters(recipe.model, vocabulary_size),
         stages=stages,
         bubble=pipeline_bubble(parallel.pipeline, recipe.num_microbatches, parallel.virtual_stages),
@@ -103,7 +110,7 @@ def pipeline_bubble(stages: int, microbatches: int, virtual_stages: int = 1) -> 
     return (stages - 1) / (virtual_stages * microbatches + stages - 1)
 
 
-def kept_passes(parallel: Parallel, microbatches: int, stage: int) -> tuple[int, ...]:
+def count_live_passes(parallel: Parallel, microbatches: int, stage: int) -> tuple[int, ...]:
     """Forward passes through each chunk of a stage whose activations are kept when there are the most.
 
     That is once the pipeline is warm. Megatron-Core's interleaved schedule (arXiv 2104.04473, 2.2.2) lets groups of
@@ -124,7 +131,7 @@ def kept_passes(parallel: Parallel, microbatches: int, stage: int) -> tuple[int,
     return tuple(order[:ahead].count(chunk) for chunk in range(chunks))
 
 
-def expected_seconds(recipe: Recipe, flops: float) -> float | None:
+def estimate_seconds(recipe: Recipe, flops: float) -> float | None:
     """Seconds that training takes, None where the device's peak is not known.
 
     The share of the peak that is reached (MFU, PaLM, arXiv 2204.02311, appendix B) is assumed, and counts pipeline
@@ -140,10 +147,10 @@ def expected_seconds(recipe: Recipe, flops: float) -> float | None:
     return flops / (recipe.parallel.num_workers * peak * 1e12 * recipe.launch.assumed_mfu)
 
 
-def _stage(recipe: Recipe, padded: int, number: int) -> Stage:
+def _stage(recipe: Recipe, padded: int, number: int) -> StageEstimate:
     """Pipeline stage `number`, from 0; an embedding of `padded` rows."""
     parallel, is_last = recipe.parallel, number == recipe.parallel.pipeline - 1
-    kept = kept_passes(parallel, recipe.num_microbatches, number)
+    kept = count_live_passes(parallel, recipe.num_microbatches, number)
     layers = parallel.layers_per_chunk(recipe.model.num_layers)[number]
     weights = _stage_parameters(recipe, padded, sum(layers), is_first=number == 0, is_last=is_last)
     element = _element_bytes(recipe)
@@ -156,14 +163,14 @@ def _stage(recipe: Recipe, padded: int, number: int) -> Stage:
     again = _layer_bytes(recipe)[1]
     if is_last:  # whose logits and final norm are gone when the first layer is computed again
         again -= logits + _end_bytes(recipe, is_last=True)
-    memory = Memory(
+    memory = MemoryEstimate(
         weights=element * weights,
         gradients=4 * weights,
         optimizer=(main_weights + 4 + 4) * -(-weights // parallel.data),
         activations=sum(passes) + max(again, 0) + _rotary_bytes(recipe),
         logits=logits,
     )
-    return Stage(sum(layers), weights, sum(kept) / len(kept), memory)
+    return StageEstimate(sum(layers), weights, sum(kept) / len(kept), memory)
 
 
 def _stage_parameters(
@@ -171,7 +178,7 @@ def _stage_parameters(
 ) -> int:
     """Parameters of one rank: matrices are cut over tensor ranks, norms are not."""
     model, parallel = recipe.model, recipe.parallel
-    outer = outer_tensors(model, padded)
+    outer = outer_tensor_shapes(model, padded)
     first = {name: shape for name, shape in outer.items() if name.startswith("embedding.")}
     last = {name: shape for name, shape in outer.items() if name not in first}
     if (
@@ -179,7 +186,7 @@ def _stage_parameters(
     ):  # with several stages, the last holds a copy of the first's
         last |= {EMBEDDING: outer[EMBEDDING]}
     return (
-        layers * _of_rank(model, layer_tensors(model), parallel.tensor)
+        layers * _of_rank(model, layer_tensor_shapes(model), parallel.tensor)
         + is_first * _of_rank(model, first, parallel.tensor)
         + is_last * _of_rank(model, last, parallel.tensor)
     )
@@ -187,8 +194,8 @@ def _stage_parameters(
 
 def _of_rank(model: Architecture, tensors: dict[str, Shape], tensor: int) -> int:
     """Numbers that a tensor rank has of them."""
-    cut = {name: shape for name, shape in tensors.items() if is_cut(model, name)}
-    return elements(tensors) - elements(cut) + elements(cut) // tensor
+    cut = {name: shape for name, shape in tensors.items() if is_sharded(model, name)}
+    return num_elements(tensors) - num_elements(cut) + num_elements(cut) // tensor
 
 
 def _element_bytes(recipe: Recipe) -> int:
@@ -325,7 +332,7 @@ def _logit_bytes(recipe: Recipe, padded: int) -> int:
     return _positions(recipe) * padded // recipe.parallel.tensor * (4 + copy)
 
 
-def _check_memory(recipe: Recipe, sizing: Sizing) -> None:
+def _check_memory(recipe: Recipe, sizing: RunEstimate) -> None:
     available = recipe.launch.memory_gib
     number, stage = max(enumerate(sizing.stages), key=lambda one: one[1].memory.total)
     memory = stage.memory

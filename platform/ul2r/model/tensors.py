@@ -20,7 +20,7 @@ CUT = (
 )
 
 
-def outer_tensors(architecture: Architecture, rows: int) -> dict[str, Shape]:
+def outer_tensor_shapes(architecture: Architecture, rows: int) -> dict[str, Shape]:
     """Tensors outside of the layers, for an embedding of `rows` rows."""
     width = architecture.hidden_size
     found: dict[str, Shape] = {EMBEDDING: (rows, width)}
@@ -36,7 +36,7 @@ def outer_tensors(architecture: Architecture, rows: int) -> dict[str, Shape]:
     return found
 
 
-def layer_tensors(architecture: Architecture) -> dict[str, Shape]:
+def layer_tensor_shapes(architecture: Architecture) -> dict[str, Shape]:
     """Tensors of one layer, without the prefix `LAYERS`; in a checkpoint all layers' are stacked.
 
     Those of experts begin with `EXPERTS`, and are stacked by expert.
@@ -87,7 +87,7 @@ def _mlp_tensors(a: Architecture) -> dict[str, Shape]:
     return found
 
 
-def single_tensors(
+def iter_tensors(
     architecture: Architecture, rows: int
 ) -> Iterator[tuple[str, tuple[int, ...], Shape]]:
     """What checkpoints stack, one by one and layer by layer: name, then layer and expert if it has them, shape.
@@ -96,10 +96,10 @@ def single_tensors(
         architecture: The model's.
         rows: Rows of the embedding.
     """
-    for key, shape in outer_tensors(architecture, rows).items():
+    for key, shape in outer_tensor_shapes(architecture, rows).items():
         yield key, (), shape
     for layer in range(architecture.num_layers):
-        for key, shape in layer_tensors(architecture).items():
+        for key, shape in layer_tensor_shapes(architecture).items():
             if key.startswith(EXPERTS):
                 for expert in range(shape[0]):
                     yield LAYERS + key, (layer, expert), shape[1:]
@@ -107,14 +107,14 @@ def single_tensors(
                 yield LAYERS + key, (layer,), shape
 
 
-def is_cut(architecture: Architecture, name: str) -> bool:
+def is_sharded(architecture: Architecture, name: str) -> bool:
     """Whether each tensor-parallel rank has its own part of a tensor, rather than all of it."""
     if name.endswith(("q_layernorm.weight", "k_layernorm.weight")):
         return architecture.qk_norm == "full"
     return name.endswith(CUT)
 
 
-def elements(tensors: dict[str, Shape]) -> int:
+def num_elements(tensors: dict[str, Shape]) -> int:
     """Numbers in all of them."""
     return sum(prod(shape) for shape in tensors.values())
 

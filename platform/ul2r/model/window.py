@@ -8,7 +8,7 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int32]
 
 
-def within(kv_start: Ints, kv_end: Ints, window: int | None) -> tuple[Ints, Ints]:
+def clip_to_window(kv_start: Ints, kv_end: Ints, window: int | None) -> tuple[Ints, Ints]:
     """Cut intervals to keys less than `window` positions from the query, before it and behind it.
 
     Under a causal mask that is the usual window of the last `window` keys (Mistral 7B, arXiv 2310.06825, 2). Inputs

@@ -90,7 +90,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def random_model(name: str, seed: int = 0) -> PreTrainedModel:
+def make_random_model(name: str, seed: int = 0) -> PreTrainedModel:
     """One of `MODELS`, its weights so large, norms and biases too, that each of them moves every logit."""
     special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     settings = dict(MODELS[name])
@@ -105,15 +105,15 @@ def random_model(name: str, seed: int = 0) -> PreTrainedModel:
     return model
 
 
-def write_model(name: str, folder: Path, shard_size: str = "5GB") -> PreTrainedModel:
-    """Write a `random_model` as transformers does."""
-    model = random_model(name)
+def write_random_model(name: str, folder: Path, shard_size: str = "5GB") -> PreTrainedModel:
+    """Write a `make_random_model` as transformers does."""
+    model = make_random_model(name)
     model.save_pretrained(folder, max_shard_size=shard_size)
     return model
 
 
 @torch.no_grad()
-def reference_logits(model: PreTrainedModel, tokens: Tensor, prefix: int) -> Tensor:
+def compute_reference_logits(model: PreTrainedModel, tokens: Tensor, prefix: int) -> Tensor:
     """What transformers computes where the first `prefix` tokens of each row are seen by all, or all within a window.
 
     Transformers cuts no mask that it is given to a window.

@@ -13,13 +13,13 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
-from ul2r.model.attention import intervals
-from ul2r.model.build import sharded_model
+from ul2r.model.attention import pack_intervals
+from ul2r.model.build import make_sharded_state_dict
 from ul2r.train.checkpoint.async_write import BackgroundWrite
 
 
 @torch.no_grad()
-def whole_logits(model: GPTModel, tokens: Tensor, prefix: int) -> Tensor:
+def gather_logits(model: GPTModel, tokens: Tensor, prefix: int) -> Tensor:
     """Logits of the whole vocabulary, on the last of at most two pipeline stages; elsewhere something else.
 
     Args:
@@ -34,7 +34,7 @@ def whole_logits(model: GPTModel, tokens: Tensor, prefix: int) -> Tensor:
         hidden = torch.empty(length, len(tokens), model.config.hidden_size)
         dist.recv(hidden, src=0)
         model.set_input_tensor(hidden)
-    output: Tensor = model(tokens, position, intervals(0 * kv_end, kv_end))
+    output: Tensor = model(tokens, position, pack_intervals(0 * kv_end, kv_end))
     if not parallel_state.is_pipeline_last_stage():
         dist.send(output, dst=1)
         return output
@@ -48,7 +48,7 @@ def save_weights(chunks: Sequence[GPTModel], folder: Path) -> None:
         folder.mkdir(parents=True)
     dist.barrier()
     replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    write = BackgroundWrite({"model": sharded_model(list(chunks))}, folder, replicas)
+    write = BackgroundWrite({"model": make_sharded_state_dict(list(chunks))}, folder, replicas)
     error = write.wait()
     if error is not None:
         raise error

@@ -14,8 +14,9 @@ from torch import Tensor
 from ul2r.config import Architecture
 from ul2r.data.tokenizer import train_tokenizer, vocabulary_of
 from ul2r.inference import LanguageModel
-from ul2r.model.huggingface.exporting import Card, write_folder
-from ul2r.model.huggingface.writing import StreamedTensor
+from ul2r.model.export_metadata import ExportMetadata
+from ul2r.model.huggingface.exporting import write_export
+from ul2r.model.huggingface.safetensors_writer import StreamedTensor
 
 TEXTS = (
     "def area(width, height):\n    return width * height\n",
@@ -23,7 +24,7 @@ TEXTS = (
 )
 
 
-def tiny_export(
+def write_tiny_export(
     folder: Path,
     *,
     attention: Literal["prefix", "causal"] = "prefix",
@@ -61,23 +62,23 @@ def tiny_export(
     with TemporaryDirectory() as beside:
         tokenizer_file = Path(beside) / "tokenizer.json"
         tokenizer.save(str(tokenizer_file))
-        write_folder(
+        write_export(
             folder,
             dict(_random_weights(architecture, vocabulary.size, seed)),
             architecture=architecture,
-            positions=positions,
-            vocabulary=vocabulary,
-            tokenizer=tokenizer_file,
-            card=Card(
-                f"tiny-{role}",
-                role,
-                attention,
-                denoising,
+            max_positions=positions,
+            metadata=ExportMetadata(
+                run=f"tiny-{role}",
+                role=role,
+                attention=attention,
+                denoising=denoising,
                 step=3,
                 tokens=3_000,
                 flops=3e9,
                 checkpoint="none",
+                vocabulary=vocabulary,
             ),
+            tokenizer=tokenizer_file,
             shard_bytes=2**30,
         )
     return folder
@@ -121,7 +122,7 @@ class ScriptedModel(LanguageModel):
 
     def __init__(self, real: LanguageModel, wants: Mapping[int, Sequence[int]], other: int) -> None:
         """A script over `real`'s tokens; `other` is what it wants where nothing else is left."""
-        super().__init__(real.network, real.tokenizer, real.origin, real.eos)
+        super().__init__(real.network, real.tokenizer, real.metadata, real.eos)
         self.wants, self.other = wants, other
         self.read: list[list[int]] = []
         self.open_calls: list[bool] = []

@@ -19,9 +19,9 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from ul2r.config import Recipe
-from ul2r.model.attention import intervals
+from ul2r.model.attention import pack_intervals
 from ul2r.model.build import build_model
-from ul2r.model.experts import count_targets
+from ul2r.model.experts import set_num_targets
 from ul2r.model.flops import num_visible_keys
 from ul2r.objective.batch import Batch
 from ul2r.train.mesh import Mesh
@@ -119,7 +119,7 @@ class TrainStep:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         if self.recipe.model.num_experts is not None:
-            count_targets(self.chunks, self._mean_targets(rows))
+            set_num_targets(self.chunks, self._mean_targets(rows))
         losses = self._run(rows, len(self.recipe.objective.mixture), forward_only=False)
         # `step` does both again and then applies what it finds, nan too; both leave the gradients as they are.
         self.optimizer.prepare_grads()
@@ -179,7 +179,7 @@ class TrainStep:
         output = model(
             _tensor(rows.tokens, device).long(),
             _tensor(rows.position_ids, device).long(),
-            intervals(rows.kv_start, rows.kv_end),
+            pack_intervals(rows.kv_start, rows.kv_end),
             labels=_tensor(rows.labels, device).long(),
         )
         z_loss = self.recipe.optimizer.z_loss

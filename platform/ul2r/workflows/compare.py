@@ -16,7 +16,7 @@ from ul2r.evaluation.comparison import ROLES, Arm, Role, as_markdown, as_tree, c
 from ul2r.evaluation.curves import load_curve
 from ul2r.evaluation.evaluate import Metric, export_folder, metrics
 from ul2r.evaluation.plot import draw
-from ul2r.inference import read_origin
+from ul2r.inference import read_export_metadata
 from ul2r.launch.pretrained import fill_model_from_base
 from ul2r.tracking.mlflow import (
     check_server,
@@ -67,7 +67,7 @@ def compare(comparison: Comparison) -> Compared:
     for recipe, measured in zip(recipes.values(), scores, strict=True):
         log_scores(uri, recipe, dataset, measured)
     arms = tuple(
-        Arm(role, read_origin(folder), measured)
+        Arm(role, read_export_metadata(folder), measured)
         for role, folder, measured in zip(recipes, exports, scores, strict=True)
     )
     folder = comparison.storage / "comparisons" / comparison.name
@@ -135,7 +135,7 @@ def _log(compared: Compared, comparison: Comparison, uri: str) -> None:
         comparison.name,
         compared.folder,
         tags={"ul2r.role": "comparison"},
-        params={arm.role: arm.origin.run for arm in compared.arms},
+        params={arm.role: arm.metadata.run for arm in compared.arms},
     )
     log_summary(uri, run_id, {}, [compared.folder / file for file in FILES])
     end_run(uri, run_id, "FINISHED")

@@ -11,7 +11,7 @@ from ul2r.config import Recipe
 from ul2r.data.store.dataset import open_dataset
 from ul2r.launch.preflight import check_run, planned_vocabulary
 from ul2r.model.flops import num_active_parameters, num_visible_keys, training_flops
-from ul2r.model.sizing import GIB, Sizing, expected_seconds, padded_vocabulary, size_run
+from ul2r.model.sizing import GIB, RunEstimate, estimate_run, estimate_seconds, pad_vocabulary
 from ul2r.objective import Vocabulary, build_batch
 
 SAMPLED_ROWS = 256
@@ -41,13 +41,13 @@ def dry_run(recipe: Recipe) -> str:
         origin = f"of {tokenizer}" if tokenizer else "as data.vocabulary_size says"
         start = _start(recipe)
         checked = f"recipe and memory only: {recipe.storage_paths.store} is not prepared yet"
-    sizing = size_run(recipe, size)
+    sizing = estimate_run(recipe, size)
     facts = [
         ("checked", checked),
         ("starts from", start),
         (
             "vocabulary",
-            f"{size:,} {origin}, embedding padded to {padded_vocabulary(recipe.model.num_used_embeddings(size)):,}",
+            f"{size:,} {origin}, embedding padded to {pad_vocabulary(recipe.model.num_used_embeddings(size)):,}",
         ),
         *_facts(recipe, sizing, size),
     ]
@@ -106,7 +106,7 @@ def _start(recipe: Recipe) -> str:
     return f"weights of {recipe.base}" if recipe.base else "initial weights"
 
 
-def _facts(recipe: Recipe, sizing: Sizing, vocabulary_size: int) -> Iterator[tuple[str, str]]:
+def _facts(recipe: Recipe, sizing: RunEstimate, vocabulary_size: int) -> Iterator[tuple[str, str]]:
     parallel, training = recipe.parallel, recipe.training
     step_rows, length = training.global_batch_size, recipe.objective.sequence_length
     rows = training.steps * step_rows
@@ -136,7 +136,7 @@ def _facts(recipe: Recipe, sizing: Sizing, vocabulary_size: int) -> Iterator[tup
     )
     yield "warm-up", f"{recipe.warmup_steps:,} steps"
     yield "training FLOPs", f"{flops:.3g}"
-    yield "expected time", _time(recipe, expected_seconds(recipe, flops))
+    yield "expected time", _time(recipe, estimate_seconds(recipe, flops))
 
 
 def _time(recipe: Recipe, seconds: float | None) -> str:
@@ -157,7 +157,7 @@ def _device(recipe: Recipe) -> str:
     return f"its device has {memory:g} (launch.device_memory_gib)"
 
 
-def _stages(sizing: Sizing) -> Iterator[tuple[str, ...]]:
+def _stages(sizing: RunEstimate) -> Iterator[tuple[str, ...]]:
     """A heading, then a line for each stage."""
     kinds = tuple(sizing.stages[0].memory.by_kind)
     yield ("stage", "layers", "parameters", "microbatches kept", *kinds, "total")

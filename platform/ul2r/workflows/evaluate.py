@@ -14,7 +14,7 @@ from ul2r.data.store.dataset import TokenDataset, open_dataset
 from ul2r.errors import UserError
 from ul2r.evaluation.evaluate import export_folder, measure, metrics, store_scores, stored_scores
 from ul2r.evaluation.scores import Scores
-from ul2r.inference import LanguageModel, read_origin
+from ul2r.inference import LanguageModel, read_export_metadata
 from ul2r.launch.ray_train.cluster import connect_ray
 from ul2r.tracking.mlflow import log_summary, require_run
 from ul2r.workflows.model_card import add_scores
@@ -51,7 +51,7 @@ def log_scores(uri: str, recipe: Recipe, dataset: TokenDataset, scores: Scores) 
     run_id = require_run(uri, recipe)
     means = {f"evaluation/{name}": score.mean for name, score in scores.values.items()}
     errors = {f"evaluation_error/{name}": score.error for name, score in scores.values.items()}
-    step = read_origin(export_folder(recipe, dataset)).step or 0
+    step = read_export_metadata(export_folder(recipe, dataset)).step or 0
     log_summary(uri, run_id, {**means, **errors}, step=step)
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from ul2r.config import Recipe
 from ul2r.data.store.dataset import TokenDataset, open_dataset
 from ul2r.errors import CheckpointError
+from ul2r.model.export_metadata import ExportMetadata
 from ul2r.model.huggingface.checkpoint_reader import (
     MegatronCheckpointReader,
-    foreign_identity,
-    latest_iteration,
+    compute_foreign_identity,
+    find_latest_iteration,
 )
-from ul2r.model.huggingface.exporting import Card, exported_tensors, write_folder
+from ul2r.model.huggingface.exporting import convert_tensors, write_export
 from ul2r.model.sizing import GIB
 from ul2r.tracking.mlflow import check_server, find_run, register
 from ul2r.train.checkpoint.checksums import find_damage
@@ -41,19 +41,18 @@ def export(recipe: Recipe) -> Path:
     uri = check_server(recipe.tracking.uri) if recipe.export.registered_model else None
     stored = MegatronCheckpointReader(checkpoint)
     stored.check(recipe.model, rows)
-    card = _card(recipe, dataset, checkpoint)
-    if not _is_current(folder, card):
-        write_folder(
+    metadata = _describe(recipe, dataset, checkpoint)
+    if not metadata.is_written_in(folder):
+        write_export(
             folder,
-            exported_tensors(stored, recipe.model, rows),
+            convert_tensors(stored, recipe.model, rows),
             architecture=recipe.model,
-            positions=recipe.objective.sequence_length,
-            vocabulary=dataset.vocabulary,
+            max_positions=recipe.objective.sequence_length,
+            metadata=metadata,
             tokenizer=dataset.tokenizer_file,
-            card=card,
             shard_bytes=int(recipe.export.max_shard_gib * GIB),
         )
-    write_card(folder, recipe, dataset, card)
+    write_card(folder, recipe, dataset, metadata)
     if uri is not None:
         _register(recipe, uri, folder)
     return folder
@@ -70,20 +69,27 @@ def _named(recipe: Recipe) -> tuple[Path, Path]:
             )
         return last, exports
     if not (chosen / INFO_FILE).is_file():
-        chosen = latest_iteration(chosen, "export.checkpoint")
+        chosen = find_latest_iteration(chosen, "export.checkpoint")
     elif damage := find_damage(chosen):
         raise CheckpointError(f"export.checkpoint={chosen}: {damage}: name another one")
     return chosen, exports.with_name(f"{exports.name}-{chosen.name}")
 
 
-def _card(recipe: Recipe, dataset: TokenDataset, checkpoint: Path) -> Card:
-    """What is known of a checkpoint; one of Megatron-LM's knows nothing of denoising."""
+def _describe(recipe: Recipe, dataset: TokenDataset, checkpoint: Path) -> ExportMetadata:
+    """Describe the export of a checkpoint; one written by Megatron-LM records no step and no denoisers."""
     if not (checkpoint / INFO_FILE).is_file():
-        identity = foreign_identity(checkpoint)
-        return Card(recipe.name, None, "causal", False, 0, 0, 0.0, identity)
+        return ExportMetadata(
+            run=recipe.name,
+            step=0,
+            tokens=0,
+            flops=0.0,
+            checkpoint=compute_foreign_identity(checkpoint),
+            vocabulary=dataset.vocabulary,
+        )
+
     info = CheckpointInfo.read(checkpoint)
     info.check_same_model(recipe, dataset)
-    return Card(
+    return ExportMetadata(
         run=recipe.name,
         role=recipe.role,
         attention="causal" if recipe.objective.is_causal else "prefix",
@@ -92,15 +98,8 @@ def _card(recipe: Recipe, dataset: TokenDataset, checkpoint: Path) -> Card:
         tokens=info.tokens,
         flops=info.flops,
         checkpoint=info.checkpoint_id,
+        vocabulary=dataset.vocabulary,
     )
-
-
-def _is_current(folder: Path, card: Card) -> bool:
-    file = folder / "ul2r.json"
-    if not file.is_file():
-        return False
-    said = json.loads(file.read_text(encoding="utf-8"))
-    return all(said.get(name) == value for name, value in vars(card).items())
 
 
 def _register(recipe: Recipe, uri: str, folder: Path) -> None:

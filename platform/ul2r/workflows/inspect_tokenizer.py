@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from ul2r.data.special_tokens import Place, Taken, assign_special_tokens, places
 from ul2r.data.tokenizer import ModeTokens, load_tokenizer, objective_tokens, vocabulary_of
 from ul2r.errors import RecipeError
-from ul2r.model.sizing import padded_vocabulary
+from ul2r.model.sizing import pad_vocabulary
 
 
 def placements(
@@ -60,10 +60,10 @@ def _named(run: Sequence[Place], before: Tokenizer) -> str:
 
 
 def _embedding(folder: Path, size: int) -> str:
-    from ul2r.model.huggingface.config_json import read_config
+    from ul2r.model.huggingface.config_json import read_architecture
 
-    rows = read_config(folder).num_embeddings or 0
-    padded = padded_vocabulary(max(rows, size))
+    rows = read_architecture(folder).num_embeddings or 0
+    padded = pad_vocabulary(max(rows, size))
     if size <= rows:
         return f"  the embedding's {rows:,} rows are enough; padded to {padded:,} in training"
     return (

@@ -8,19 +8,19 @@ from ul2r.config import HuggingFaceBase, Recipe, dump
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.evaluation.evaluate import stored_scores
 from ul2r.evaluation.scores import Scores
-from ul2r.model.huggingface.exporting import Card
+from ul2r.model.export_metadata import ExportMetadata
 
 CARD = "README.md"
 MEASURED, RECIPE = "## Held-out text", "## Recipe"
 
 
-def write_card(folder: Path, recipe: Recipe, dataset: TokenDataset, card: Card) -> None:
+def write_card(folder: Path, recipe: Recipe, dataset: TokenDataset, metadata: ExportMetadata) -> None:
     """Write the card of an export, with the scores of its run if they are known by now."""
     base = f"base_model: {recipe.base}\n" if isinstance(recipe.base, HuggingFaceBase) else ""
     parts = [
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{base}---",
         f"# {recipe.name}",
-        f"{_origin(card)} Attention over inputs is {card.attention}; `ul2r.json` holds modes, sentinels and the "
+        f"{_origin(metadata)} Attention over inputs is {metadata.attention}; `ul2r.json` holds modes, sentinels and the "
         "checkpoint's identity.",
         f"Token store: fingerprint `{dataset.manifest.fingerprint}`, tokenizer `{dataset.manifest.tokenizer}`.",
         f"{RECIPE}\n\n```yaml\n{dump(recipe)}```\n",
@@ -37,11 +37,11 @@ def add_scores(folder: Path, scores: Scores) -> None:
         _put(path, _with_scores(path.read_text(encoding="utf-8"), scores))
 
 
-def _origin(card: Card) -> str:
-    if not card.step:
+def _origin(metadata: ExportMetadata) -> str:
+    if not metadata.step:
         return "Converted from a checkpoint of Megatron-LM's and not trained further."
     return (
-        f"Step {card.step:,} of a run on {card.tokens:,} row positions and {card.flops:.3g} training FLOPs, those of "
+        f"Step {metadata.step:,} of a run on {metadata.tokens:,} row positions and {metadata.flops:.3g} training FLOPs, those of "
         "the runs that it continues included."
     )
 

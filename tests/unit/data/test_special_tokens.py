@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from ul2r.data.special_tokens import assign_special_tokens, places
 from ul2r.data.tokenizer import encode, load_tokenizer, train_tokenizer, vocabulary_of
 from ul2r.errors import CorpusError
-from ul2r.testing.families import write_model
+from ul2r.testing.families import write_random_model
 from ul2r.workflows.inspect_tokenizer import placements
 
 ROOT = Path(__file__).parents[3]
@@ -123,7 +123,7 @@ def test_too_few_subwords_and_other_tokenizers_are_refused() -> None:
 
 
 def test_the_choice_is_told_with_what_it_means_for_the_embedding(tmp_path: Path) -> None:
-    write_model("Llama 3.2", tmp_path)
+    write_random_model("Llama 3.2", tmp_path)
     with_reserved(4).save(str(tmp_path / "tokenizer.json"))
     few = placements(tmp_path, sentinels=10)
     assert "(<|reserved_special_token_0|>) .. <extra_id_0>" in few

@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 
 from ul2r.config import Architecture, Recipe
 from ul2r.data.store.dataset import TokenDataset, open_dataset
-from ul2r.inference import LanguageModel, read_origin
+from ul2r.inference import LanguageModel, read_export_metadata
 from ul2r.testing.corpus import tiny_store
-from ul2r.testing.models import tiny_export
+from ul2r.testing.models import write_tiny_export
 
 SENTINELS = 16
 
@@ -19,8 +19,8 @@ SENTINELS = 16
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """A UL2R run that is exported, and the token store that it was trained on."""
     storage = tmp_path_factory.mktemp("storage")
-    export = tiny_export(storage / "runs/arm/export", sentinels=SENTINELS)
-    vocabulary = read_origin(export).vocabulary
+    export = write_tiny_export(storage / "runs/arm/export", sentinels=SENTINELS)
+    vocabulary = read_export_metadata(export).vocabulary
     assert vocabulary is not None
     tiny_store(
         storage / "store", documents=40, vocabulary_size=vocabulary.size, sentinels=SENTINELS
@@ -66,7 +66,7 @@ def other_model(
     recipe: Recipe, tmp_path_factory: pytest.TempPathFactory, *, denoising: bool
 ) -> LanguageModel:
     folder = tmp_path_factory.mktemp("causal") / "export"
-    tiny_export(folder, attention="causal", denoising=denoising, sentinels=SENTINELS, seed=2)
+    write_tiny_export(folder, attention="causal", denoising=denoising, sentinels=SENTINELS, seed=2)
     shutil.copy(recipe.storage_paths.store / "tokenizer.json", folder)
     return LanguageModel.load(folder)
 

@@ -22,7 +22,7 @@ from ul2r.evaluation.curves import Curve
 from ul2r.evaluation.evaluate import Metric
 from ul2r.evaluation.plot import draw
 from ul2r.evaluation.scores import Score, Scores
-from ul2r.inference import Origin
+from ul2r.inference import ExportMetadata
 
 LOSS = Metric("infill_loss", "infilled span, loss")
 MATCH = Metric("infill_exact_match", "infilled span, exact match", higher_is_better=True)
@@ -35,8 +35,8 @@ def arm(role: Role, loss: float = 3.0, match: float = 0.5, error: float = 0.1) -
     scores = {name: Score(loss, error, 64) for name in names}
     for name in ("infill_exact_match", "infill_edit_similarity"):
         scores[name] = Score(match, error, 64)
-    origin = Origin(run=f"run-{role}", role=role, step=5, tokens=tokens, flops=flops)
-    return Arm(role, origin, Scores(scores))
+    metadata = ExportMetadata(run=f"run-{role}", role=role, step=5, tokens=tokens, flops=flops)
+    return Arm(role, metadata, Scores(scores))
 
 
 def test_the_best_is_lowest_or_highest_as_the_metric_says() -> None:

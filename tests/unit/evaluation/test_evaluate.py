@@ -95,7 +95,7 @@ def test_second_half_loss_counts_the_same_text_for_each_arm_in_its_own_way(
     losses = []
     for text in spread_windows(dataset.held_out, 6, length).tolist():
         first, second = text[:31], text[31:]
-        if model.origin.denoising:
+        if model.metadata.denoising:
             first = [*dataset.vocabulary.modes["S2S"], *first]
         each = losses_of(model, first, second, bidirectional=model.attention == "prefix")
         losses += [
@@ -133,7 +133,7 @@ def test_infill_loss_counts_the_span_alone(
     for left, span, right in zip(
         gaps.left.tolist(), gaps.span.tolist(), gaps.right.tolist(), strict=True
     ):
-        if not model.origin.denoising:
+        if not model.metadata.denoising:
             losses += losses_of(model, left, span, bidirectional=False)
         else:
             inputs = [*modes["NLU"], *left, sentinels[0], *right, sentinels[1]]
@@ -167,14 +167,14 @@ def greedy(model: LanguageModel, dataset: TokenDataset, left: list[int], right: 
     bidirectional = model.attention == "prefix"
     inputs, limit = left, 3
     tokens = list(inputs)
-    if model.origin.denoising:
+    if model.metadata.denoising:
         inputs, limit = [*modes["NLU"], *left, sentinels[0], *right, sentinels[1]], 6
         tokens = [*inputs, sentinels[0]]
     written: list[int] = []
     while len(written) < limit:
         chances = log_chances(model, tokens, len(inputs) if bidirectional else 0)[-1]
         allowed = model.is_text.clone()
-        allowed[sentinels[1]] = model.origin.denoising and bool(written)
+        allowed[sentinels[1]] = model.metadata.denoising and bool(written)
         token = int(chances.masked_fill(~allowed, -torch.inf).argmax())
         if token == sentinels[1]:
             break

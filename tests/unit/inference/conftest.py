@@ -7,13 +7,13 @@ import pytest
 
 from ul2r.inference import LanguageModel
 from ul2r.objective.vocabulary import Vocabulary
-from ul2r.testing.models import tiny_export
+from ul2r.testing.models import write_tiny_export
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export trained on denoisers; not to be written to."""
-    return tiny_export(tmp_path_factory.mktemp("exports") / "prefix")
+    return write_tiny_export(tmp_path_factory.mktemp("exports") / "prefix")
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +24,7 @@ def model(folder: Path) -> LanguageModel:
 @pytest.fixture(scope="session")
 def windowed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export whose queries see keys less than 4 positions away: Mistral's class computes what Llama's does."""
-    folder = tiny_export(tmp_path_factory.mktemp("exports") / "windowed")
+    folder = write_tiny_export(tmp_path_factory.mktemp("exports") / "windowed")
     config = folder / "config.json"
     changes = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
     config.write_text(json.dumps(json.loads(config.read_text()) | changes | {"sliding_window": 4}))
@@ -39,7 +39,7 @@ def windowed_model(windowed_folder: Path) -> LanguageModel:
 @pytest.fixture(scope="session")
 def causal_model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
     exports = tmp_path_factory.mktemp("exports")
-    return LanguageModel.load(tiny_export(exports / "causal", attention="causal"))
+    return LanguageModel.load(write_tiny_export(exports / "causal", attention="causal"))
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from ul2r.config.denoisers import Mode
 from ul2r.errors import RequestError
 from ul2r.inference import LanguageModel, complete, infill
 from ul2r.objective.vocabulary import Vocabulary
-from ul2r.testing.models import ScriptedModel, tiny_export
+from ul2r.testing.models import ScriptedModel, write_tiny_export
 
 
 def ids(model: LanguageModel, text: str) -> list[int]:
@@ -78,7 +78,7 @@ def test_a_denoiser_with_causal_attention_reads_its_mode_and_its_prompt_causally
     tmp_path: Path,
 ) -> None:
     """For engines that know no prefix-LM: what it is told is as in training, how it reads as well."""
-    model = LanguageModel.load(tiny_export(tmp_path / "it", attention="causal", denoising=True))
+    model = LanguageModel.load(write_tiny_export(tmp_path / "it", attention="causal", denoising=True))
     (q,) = ids(model, "q")
     assert model.vocabulary is not None
     scripted = ScriptedModel(model, {}, other=q)

@@ -16,7 +16,7 @@ from ul2r.inference import LanguageModel, language_model
 from ul2r.objective.batch import Batch, build_batch
 from ul2r.objective.vocabulary import Vocabulary
 from ul2r.testing.corpus import MadeText
-from ul2r.testing.models import tiny_export
+from ul2r.testing.models import write_tiny_export
 
 Array = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -156,7 +156,7 @@ def test_a_window_holds_where_inputs_are_seen_in_both_directions(
 
 
 def test_a_token_outside_its_interval_never_changes_a_logit(tmp_path: Path) -> None:
-    one_layer = LanguageModel.load(tiny_export(tmp_path / "one", layers=1))
+    one_layer = LanguageModel.load(write_tiny_export(tmp_path / "one", layers=1))
     draw = np.random.default_rng(1)
     tokens = random_tokens(one_layer, 1, 16)
     kv_start = draw.integers(0, 16, (1, 16))
@@ -214,10 +214,10 @@ def test_only_ids_that_mean_text_count_as_text(
 
 
 def test_another_hugging_face_folder_is_served_causally(tmp_path: Path) -> None:
-    plain = tiny_export(tmp_path / "plain")
+    plain = write_tiny_export(tmp_path / "plain")
     (plain / "ul2r.json").unlink()
     model = LanguageModel.load(plain)
-    assert (model.attention, model.vocabulary, model.origin.run) == ("causal", None, "plain")
+    assert (model.attention, model.vocabulary, model.metadata.run) == ("causal", None, "plain")
     assert model.eos == {0}  # from generation_config.json
 
 
@@ -273,7 +273,7 @@ def cut_weights(folder: Path) -> None:
 def test_a_damaged_export_is_refused_in_one_line(
     tmp_path: Path, damage: Callable[[Path], object], reason: str
 ) -> None:
-    export = tiny_export(tmp_path / "export")
+    export = write_tiny_export(tmp_path / "export")
     damage(export)
     with pytest.raises(CheckpointError, match=reason) as caught:
         LanguageModel.load(export)
@@ -282,8 +282,8 @@ def test_a_damaged_export_is_refused_in_one_line(
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
-    export = tiny_export(tmp_path / "export")
-    other = tiny_export(tmp_path / "other", sentinels=9)
+    export = write_tiny_export(tmp_path / "export")
+    other = write_tiny_export(tmp_path / "other", sentinels=9)
     (export / "tokenizer.json").write_bytes((other / "tokenizer.json").read_bytes())
     with pytest.raises(
         CheckpointError, match=r"says 300 tokenizer entries, tokenizer.json has 301"
@@ -292,8 +292,8 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_more_tokens_than_the_model_embeds_are_refused(tmp_path: Path) -> None:
-    plain = tiny_export(tmp_path / "plain")
-    larger = tiny_export(tmp_path / "larger", sentinels=9)
+    plain = write_tiny_export(tmp_path / "plain")
+    larger = write_tiny_export(tmp_path / "larger", sentinels=9)
     (plain / "ul2r.json").unlink()
     (plain / "tokenizer.json").write_bytes((larger / "tokenizer.json").read_bytes())
     with pytest.raises(CheckpointError, match=r"has 301 entries, the model embeds 300"):

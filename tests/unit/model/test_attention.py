@@ -16,11 +16,17 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from ul2r.config import Causal, Denoiser, Objective, Prefix, SpanCorruption
 from ul2r.errors import RecipeError
-from ul2r.model.attention import Backend, DenseMask, core_attention, interval_mask, intervals
+from ul2r.model.attention import (
+    Backend,
+    DenseMask,
+    make_core_attention,
+    make_interval_mask,
+    pack_intervals,
+)
 from ul2r.model.attention.flex import Flex, block_mask
 from ul2r.model.attention.segments import plan_segments
 from ul2r.model.attention.variable_length import VariableLength
-from ul2r.model.window import within
+from ul2r.model.window import clip_to_window
 from ul2r.objective import Batch, Vocabulary, build_batch
 from ul2r.testing.attention import attend_by_segment, dense_attention
 from ul2r.testing.corpus import counted_text
@@ -110,7 +116,7 @@ def test_mask_is_the_definition(batch: int, length: int, random: object) -> None
     draw = np.random.default_rng(random.getrandbits(32))  # type: ignore[attr-defined]  # a random.Random
     kv_start = draw.integers(0, length, (batch, length))
     kv_end = kv_start + draw.integers(0, length + 1, (batch, length))
-    mask = interval_mask(torch.from_numpy(kv_start), torch.from_numpy(kv_end))
+    mask = make_interval_mask(torch.from_numpy(kv_start), torch.from_numpy(kv_end))
     expected = [
         [[[kv_start[b, q] <= k < kv_end[b, q] for k in range(length)] for q in range(length)]]
         for b in range(batch)
@@ -133,10 +139,10 @@ def test_attention_and_gradients_equal_dense_float64(
 ) -> None:
     inputs = random_inputs(rows, 4, kv_heads, dtype)
     kv_start, kv_end = (
-        torch.from_numpy(ends) for ends in within(rows.kv_start, rows.kv_end, window)
+        torch.from_numpy(ends) for ends in clip_to_window(rows.kv_start, rows.kv_end, window)
     )
     expected = with_gradients(lambda q, k, v: dense_attention(q, k, v, kv_start, kv_end), inputs)
-    bounds = intervals(rows.kv_start, rows.kv_end)
+    bounds = pack_intervals(rows.kv_start, rows.kv_end)
     found = with_gradients(lambda q, k, v: backend(q, k, v, bounds, 8**-0.5, window=window), inputs)
     for ours, reference in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, reference, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
@@ -144,7 +150,7 @@ def test_attention_and_gradients_equal_dense_float64(
 
 @given(packed_rows(), st.integers(1, 70))
 def test_a_window_leaves_the_keys_of_an_interval_that_are_near(rows: Batch, window: int) -> None:
-    kv_start, kv_end = within(rows.kv_start, rows.kv_end, window)
+    kv_start, kv_end = clip_to_window(rows.kv_start, rows.kv_end, window)
     place = np.arange(rows.kv_start.shape[1])
     seen = (place >= rows.kv_start[..., None]) & (place < rows.kv_end[..., None])
     near = seen & (abs(place - place[:, None]) < window)
@@ -213,11 +219,11 @@ def test_flex_attention_equals_dense_float64_and_compiles_once() -> None:
         for seed in range(3):
             rows = rows_of(mixture, 3, seed)
             query, key, value, _ = random_inputs(rows, 4, 2, torch.float32, head=16)
-            bounds = intervals(rows.kv_start, rows.kv_end)
+            bounds = pack_intervals(rows.kv_start, rows.kv_end)
             for window in (None, 40):
                 ours = flex(query, key, value, bounds, 0.25, window=window)
                 kv_start, kv_end = (
-                    torch.from_numpy(ends) for ends in within(rows.kv_start, rows.kv_end, window)
+                    torch.from_numpy(ends) for ends in clip_to_window(rows.kv_start, rows.kv_end, window)
                 )
                 expected = dense_attention(query, key, value, kv_start, kv_end)
                 torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=1e-5)
@@ -225,7 +231,7 @@ def test_flex_attention_equals_dense_float64_and_compiles_once() -> None:
 
 def test_transformer_engine_is_asked_for_where_it_is_missing() -> None:
     with pytest.raises(RecipeError, match="attention=te needs TransformerEngine"):
-        core_attention("te", ())
+        make_core_attention("te", ())
 
 
 class Counting(DenseMask):
@@ -247,7 +253,7 @@ def test_intervals_are_prepared_once_for_layers_and_recomputation_and_never_mixe
     query = torch.randn(4, 1, 2, 8)
     kv_end = np.arange(1, 5, dtype=np.int32)[None]
     for _ in range(3):  # where the memory of the one before is free again, the next may be given it
-        causal, open_ = intervals(0 * kv_end, kv_end), intervals(0 * kv_end, 0 * kv_end + 4)
+        causal, open_ = pack_intervals(0 * kv_end, kv_end), pack_intervals(0 * kv_end, 0 * kv_end + 4)
         first = backend(query, query, query, causal, 1.0)
         near = backend(query, query, query, causal, 1.0, window=2)
         assert not torch.equal(near, first)

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from ul2r.config import Architecture
 from ul2r.model.flops import num_active_parameters, num_parameters, num_visible_keys, training_flops
-from ul2r.model.huggingface.config_json import architecture_of
+from ul2r.model.huggingface.config_json import parse_architecture
 
 SMALL = Architecture(num_layers=3, hidden_size=48, ffn_hidden_size=80, num_heads=6, num_kv_heads=2)
 
@@ -50,7 +50,7 @@ def test_parameters_are_those_of_a_mixtral() -> None:
     config = MixtralConfig()
     with torch.device("meta"):
         model = MixtralForCausalLM(config)
-    architecture = architecture_of(config.to_dict())
+    architecture = parse_architecture(config.to_dict())
     assert num_parameters(architecture, 32_000) == model.num_parameters() == 46_702_792_704
     assert num_active_parameters(architecture, 32_000) == pytest.approx(12.9e9, rel=2e-3)
 
@@ -66,7 +66,7 @@ def test_flops_of_experts_are_what_torch_counts() -> None:
     model, length = MixtralForCausalLM(config), 32
     with FlopCounterMode(display=False) as counted, torch.no_grad():
         model(torch.arange(length)[None])
-    architecture = architecture_of(config.to_dict())
+    architecture = parse_architecture(config.to_dict())
     ours = training_flops(architecture, 101, positions=length, num_visible_keys=3 * length * length)
     assert ours == pytest.approx(3 * counted.get_total_flops(), rel=1e-6)
 

@@ -19,13 +19,13 @@ from ul2r.data.tokenizer import add_special_tokens, load_tokenizer, train_tokeni
 from ul2r.errors import CheckpointError, RecipeError
 from ul2r.launch.pretrained import check_base, describe_base, fill_model_from_base
 from ul2r.model.huggingface.config_json import (
-    architecture_of,
     check_family,
-    config_of,
-    read_config,
+    make_config,
+    parse_architecture,
+    read_architecture,
 )
 from ul2r.testing.corpus import tiny_store
-from ul2r.testing.families import random_model, write_model
+from ul2r.testing.families import make_random_model, write_random_model
 from ul2r.testing.recipes import GEMMA_3, tiny_recipe
 
 ROOT = Path(__file__).parents[3]
@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[3]
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole Llama in three files and more, with a tokenizer."""
     folder = tmp_path_factory.mktemp("base") / "llama"
-    write_model("Llama 2", folder, shard_size="40KB")
+    write_random_model("Llama 2", folder, shard_size="40KB")
     train_tokenizer(["some text of no importance"], size=300, sentinels=2).save(
         str(folder / "tokenizer.json")
     )
@@ -66,7 +66,7 @@ def one_shard(folder: Path) -> Path:
 
 def test_a_whole_model_is_described(llama: Path) -> None:
     text = describe_base(str(llama))
-    assert f"parameters ({random_model('Llama 2').num_parameters():,})" in text
+    assert f"parameters ({make_random_model('Llama 2').num_parameters():,})" in text
     assert "#   num_embeddings: 500" in text
 
 
@@ -154,11 +154,11 @@ def gemma_config(folder: Path, **changes: Any) -> Path:  # noqa: ANN401  any JSO
 
 
 def test_the_published_keys_of_gemma_3_are_read(tmp_path: Path) -> None:
-    found = read_config(gemma_config(tmp_path))
+    found = read_architecture(gemma_config(tmp_path))
     assert found.layer_windows == (*4 * (*5 * (512,), None), 512, 512)
     assert (found.rope_theta, found.local_rope_theta) == (1_000_000, 10_000)
     stretched = gemma_config(tmp_path, rope_scaling={"rope_type": "linear", "factor": 8.0})
-    assert read_config(stretched).rope_scaling == RopeScaling(kind="linear", factor=8)
+    assert read_architecture(stretched).rope_scaling == RopeScaling(kind="linear", factor=8)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_what_is_not_carried_of_gemma_3_is_refused_by_name(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(CheckpointError, match=message) as refused:
-        read_config(gemma_config(tmp_path, **changes))
+        read_architecture(gemma_config(tmp_path, **changes))
     assert "\n" not in str(refused.value)
 
 
@@ -320,8 +320,8 @@ def test_a_written_configuration_is_read_back(settings: dict[str, Any]) -> None:
     }
     sizes |= {"num_embeddings": 99, "max_position_embeddings": 7}
     written = Architecture.model_validate(sizes | settings)
-    config = AutoConfig.for_model(**config_of(written, positions=5, rows=99))
-    assert architecture_of(config.to_dict()) == written
+    config = AutoConfig.for_model(**make_config(written, positions=5, rows=99))
+    assert parse_architecture(config.to_dict()) == written
 
 
 def grow_tokenizer(folder: Path) -> None:

@@ -11,7 +11,13 @@ import pytest
 
 from ul2r.config import Parallel, Recipe
 from ul2r.errors import RecipeError
-from ul2r.model.sizing import GIB, expected_seconds, kept_passes, pipeline_bubble, size_run
+from ul2r.model.sizing import (
+    GIB,
+    count_live_passes,
+    estimate_run,
+    estimate_seconds,
+    pipeline_bubble,
+)
 from ul2r.testing.recipes import tiny_recipe
 
 LLAMA_3_8B = {
@@ -42,10 +48,10 @@ def llama(**changes: Any) -> Recipe:  # noqa: ANN401  sections of a recipe
 
 def test_parameters_are_those_of_the_published_model_but_for_its_second_embedding() -> None:
     embedding = LLAMA_3_VOCABULARY * 4096
-    sizing = size_run(llama(), LLAMA_3_VOCABULARY)
+    sizing = estimate_run(llama(), LLAMA_3_VOCABULARY)
     assert sizing.num_parameters == LLAMA_3_8B_PARAMETERS - embedding
     assert [stage.num_parameters for stage in sizing.stages] == [sizing.num_parameters]
-    first, last = size_run(
+    first, last = estimate_run(
         llama(parallel={"num_workers": 2, "pipeline": 2}), LLAMA_3_VOCABULARY
     ).stages
     assert first.num_parameters + last.num_parameters == LLAMA_3_8B_PARAMETERS
@@ -54,7 +60,7 @@ def test_parameters_are_those_of_the_published_model_but_for_its_second_embeddin
 @pytest.mark.parametrize("data", [1, 8])
 def test_model_state_has_the_bytes_that_megatron_documents(data: int) -> None:
     """Distributed optimizer, bf16 weights and fp32 gradients: 6 + 12/d bytes a parameter."""
-    (stage,) = size_run(llama(parallel={"num_workers": data}), LLAMA_3_VOCABULARY).stages
+    (stage,) = estimate_run(llama(parallel={"num_workers": data}), LLAMA_3_VOCABULARY).stages
     memory = stage.memory
     state = memory.weights + memory.gradients + memory.optimizer
     assert state / stage.num_parameters == pytest.approx(6 + 12 / data, rel=1e-6)
@@ -138,7 +144,7 @@ def test_passes_kept_are_the_most_that_a_stage_has_gone_forward_and_not_back(
         for what, _, _ in plan(stages, stage, microbatches, chunks):
             kept += 1 if what == "forward" else -1
             most = max(most, kept)
-        assert sum(kept_passes(parallel, microbatches, stage)) == most
+        assert sum(count_live_passes(parallel, microbatches, stage)) == most
 
 
 def test_early_stages_keep_more_microbatches_but_never_more_than_there_are() -> None:
@@ -146,14 +152,14 @@ def test_early_stages_keep_more_microbatches_but_never_more_than_there_are() -> 
         recipe = llama(
             parallel={"num_workers": 4, "pipeline": 4}, training={"global_batch_size": rows}
         )
-        return [stage.microbatches for stage in size_run(recipe, LLAMA_3_VOCABULARY).stages]
+        return [stage.microbatches for stage in estimate_run(recipe, LLAMA_3_VOCABULARY).stages]
 
     assert kept(64) == [4, 3, 2, 1]
     assert kept(2) == [2, 2, 2, 1]
 
 
 def activations(**changes: Any) -> int:  # noqa: ANN401  sections of a recipe
-    stages = size_run(llama(**changes), LLAMA_3_VOCABULARY).stages
+    stages = estimate_run(llama(**changes), LLAMA_3_VOCABULARY).stages
     return max(stage.memory.activations for stage in stages)
 
 
@@ -179,7 +185,7 @@ def test_sequence_parallelism_divides_what_tensor_ranks_had_whole() -> None:
 
 def test_logits_are_on_the_last_stage_in_both_precisions() -> None:
     parallel = {"num_workers": 4, "tensor": 2, "pipeline": 2}
-    first, last = size_run(llama(parallel=parallel), LLAMA_3_VOCABULARY).stages
+    first, last = estimate_run(llama(parallel=parallel), LLAMA_3_VOCABULARY).stages
     assert first.memory.logits == 0
     assert last.memory.logits == 2048 * LLAMA_3_VOCABULARY // 2 * (4 + 2)
 
@@ -187,13 +193,13 @@ def test_logits_are_on_the_last_stage_in_both_precisions() -> None:
 def test_time_is_flops_over_what_the_devices_reach() -> None:
     launch = {"device_peak_tflops": 100, "assumed_mfu": 0.5}
     recipe = tiny_recipe(Path("runs"), parallel={"num_workers": 2}, launch=launch)
-    assert expected_seconds(recipe, 1e16) == pytest.approx(100)
-    assert expected_seconds(tiny_recipe(Path("runs")), 1e16) is None
+    assert estimate_seconds(recipe, 1e16) == pytest.approx(100)
+    assert estimate_seconds(tiny_recipe(Path("runs")), 1e16) is None
 
 
 def test_what_a_device_cannot_hold_is_refused_with_every_kind() -> None:
     with pytest.raises(RecipeError) as caught:
-        size_run(llama(launch={"device_memory_gib": None}), LLAMA_3_VOCABULARY)
+        estimate_run(llama(launch={"device_memory_gib": None}), LLAMA_3_VOCABULARY)
     weights = 2 * (LLAMA_3_8B_PARAMETERS - LLAMA_3_VOCABULARY * 4096) / GIB
     assert (
         f"weights {weights:.2f}, gradients {2 * weights:.2f}, optimizer {6 * weights:.2f}"
@@ -211,7 +217,7 @@ def test_activations_too_many_are_refused_with_what_makes_them_fewer() -> None:
         launch={"device_memory_gib": 80},
     )
     with pytest.raises(RecipeError) as caught:
-        size_run(recipe, LLAMA_3_VOCABULARY)
+        estimate_run(recipe, LLAMA_3_VOCABULARY)
     assert str(caught.value).endswith(
         "set training.recompute=full, raise parallel.tensor, or lower training.micro_batch_size=64 or "
         "objective.sequence_length=2048"
@@ -219,21 +225,21 @@ def test_activations_too_many_are_refused_with_what_makes_them_fewer() -> None:
     fits = recipe.model_copy(
         update={"training": recipe.training.model_copy(update={"recompute": "full"})}
     )
-    size_run(fits, LLAMA_3_VOCABULARY)
+    estimate_run(fits, LLAMA_3_VOCABULARY)
 
 
 def test_memory_may_be_used_to_the_last_byte() -> None:
-    total = size_run(llama(), LLAMA_3_VOCABULARY).stages[0].memory.total
-    size_run(llama(launch={"device_memory_gib": total / GIB}), LLAMA_3_VOCABULARY)
+    total = estimate_run(llama(), LLAMA_3_VOCABULARY).stages[0].memory.total
+    estimate_run(llama(launch={"device_memory_gib": total / GIB}), LLAMA_3_VOCABULARY)
     with pytest.raises(RecipeError, match="GiB"):
-        size_run(llama(launch={"device_memory_gib": (total - 1) / GIB}), LLAMA_3_VOCABULARY)
+        estimate_run(llama(launch={"device_memory_gib": (total - 1) / GIB}), LLAMA_3_VOCABULARY)
 
 
 def test_a_cpu_run_is_held_to_no_memory_but_what_it_names() -> None:
     recipe = llama(launch={"gpus_per_worker": 0, "device_memory_gib": None})
-    assert size_run(recipe, LLAMA_3_VOCABULARY).stages[0].memory.total > 100 * GIB
+    assert estimate_run(recipe, LLAMA_3_VOCABULARY).stages[0].memory.total > 100 * GIB
     with pytest.raises(RecipeError, match="device_memory_gib=16"):
-        size_run(llama(launch={"gpus_per_worker": 0, "device_memory_gib": 16}), LLAMA_3_VOCABULARY)
+        estimate_run(llama(launch={"gpus_per_worker": 0, "device_memory_gib": 16}), LLAMA_3_VOCABULARY)
 
 
 def test_an_embedding_that_tensor_ranks_cannot_share_is_refused() -> None:
@@ -243,12 +249,12 @@ def test_an_embedding_that_tensor_ranks_cannot_share_is_refused() -> None:
         parallel={"num_workers": 3, "tensor": 3},
     )
     with pytest.raises(RecipeError) as caught:
-        size_run(recipe, 500)
+        estimate_run(recipe, 500)
     assert str(caught.value) == (
         "parallel.tensor=3 does not divide the embedding's 512 rows (500 tokens, padded to 128): "
         "set parallel.tensor to a power of two"
     )
-    size_run(recipe, 384)
+    estimate_run(recipe, 384)
 
 
 def test_sizing_itself_needs_no_torch_and_no_ray() -> None:

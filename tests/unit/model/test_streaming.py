@@ -17,9 +17,13 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from ul2r.errors import CheckpointError
-from ul2r.model.huggingface import checkpoint_reader as stored_module
-from ul2r.model.huggingface.checkpoint_reader import MegatronCheckpointReader, Piece, StoredTensor
-from ul2r.model.huggingface.writing import StreamedTensor, write_weights
+from ul2r.model.huggingface import checkpoint_reader
+from ul2r.model.huggingface.checkpoint_reader import (
+    MegatronCheckpointReader,
+    StoredChunk,
+    StoredTensor,
+)
+from ul2r.model.huggingface.safetensors_writer import StreamedTensor, write_weights
 
 
 def cuts(length: int) -> st.SearchStrategy[list[int]]:
@@ -38,13 +42,13 @@ def test_rows_of_a_tensor_in_pieces_are_its_rows(data: st.DataObject) -> None:
         rows = data.draw(cuts(length))
         for top, bottom in pairwise(rows):
             where = (slice(top, bottom), slice(left, right))
-            pieces.append(Piece(top, left, bottom - top, partial(whole.__getitem__, where)))
+            pieces.append(StoredChunk(top, left, bottom - top, partial(whole.__getitem__, where)))
     tensor = StoredTensor((length, width), data.draw(st.permutations(pieces)))
     start = data.draw(st.integers(0, length - 1))
     stop = data.draw(st.integers(start + 1, length))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stored_module, "BLOCK_BYTES", data.draw(st.integers(1, 400)))
-        blocks = list(tensor.rows(start, stop))
+        patch.setattr(checkpoint_reader, "BLOCK_BYTES", data.draw(st.integers(1, 400)))
+        blocks = list(tensor.iter_rows(start, stop))
     assert torch.equal(torch.cat(blocks), whole[start:stop])
     if len(columns) == 2:
         assert {block.untyped_storage().data_ptr() for block in blocks} == {whole.data_ptr()}
@@ -52,8 +56,8 @@ def test_rows_of_a_tensor_in_pieces_are_its_rows(data: st.DataObject) -> None:
 
 def test_rows_in_several_pieces_are_put_together_a_block_at_a_time() -> None:
     half = torch.zeros(4096, 2048)
-    tensor = StoredTensor((4096, 4096), [Piece(0, at, 4096, lambda: half) for at in (0, 2048)])
-    assert max(block.nbytes for block in tensor.rows(0, 4096)) == stored_module.BLOCK_BYTES
+    tensor = StoredTensor((4096, 4096), [StoredChunk(0, at, 4096, lambda: half) for at in (0, 2048)])
+    assert max(block.nbytes for block in tensor.iter_rows(0, 4096)) == checkpoint_reader.BLOCK_BYTES
 
 
 @pytest.fixture
@@ -62,7 +66,7 @@ def saved(tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
     numbers = torch.Generator().manual_seed(0)
     tensors = {
         f"{name}.{type_}": torch.randn(shape, generator=numbers).to(type_)
-        for name, shape in {"odd": (7, 3), "vector": (5,), "num_layers": (3, 4, 9)}.items()
+        for name, shape in {"odd": (7, 3), "vector": (5,), "layers": (3, 4, 9)}.items()
         for type_ in (torch.bfloat16, torch.float32)
     }
     tensors["transposed"] = torch.randn(6, 4, generator=numbers).t()
@@ -73,16 +77,16 @@ def saved(tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
 
 def test_a_checkpoint_is_read_as_torch_wrote_it(saved: tuple[Path, dict[str, Tensor]]) -> None:
     folder, tensors = saved
-    stored = MegatronCheckpointReader(folder)
+    reader = MegatronCheckpointReader(folder)
     for name, tensor in tensors.items():
-        assert stored.dtype(name) == tensor.dtype
-        assert torch.equal(stored.read(name), tensor), name
+        assert reader.dtype_of(name) == tensor.dtype
+        assert torch.equal(reader.read_tensor(name), tensor), name
     for layer in range(3):
         assert torch.equal(
-            stored.read("layers.torch.float32", (layer,)), tensors["layers.torch.float32"][layer]
+            reader.read_tensor("layers.torch.float32", (layer,)), tensors["layers.torch.float32"][layer]
         )
-    with pytest.raises(CheckpointError, match="has no tensor absent, which its model has"):
-        stored.read("absent")
+    with pytest.raises(CheckpointError, match="has no tensor absent, which its model should have"):
+        reader.read_tensor("absent")
 
 
 def test_files_are_what_safetensors_reads(

@@ -9,14 +9,14 @@ from starlette.testclient import TestClient
 from serving.api import make_api
 from serving.service import Service
 from ul2r.inference import LanguageModel, complete, infill
-from ul2r.testing.models import tiny_export
+from ul2r.testing.models import write_tiny_export
 
 JSON = {"content-type": "application/json"}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
-    return LanguageModel.load(tiny_export(tmp_path_factory.mktemp("api") / "export"))
+    return LanguageModel.load(write_tiny_export(tmp_path_factory.mktemp("api") / "export"))
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def client(model: LanguageModel) -> Iterator[TestClient]:
 
 @pytest.fixture(scope="module")
 def causal_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
-    folder = tiny_export(tmp_path_factory.mktemp("api") / "causal", attention="causal")
+    folder = write_tiny_export(tmp_path_factory.mktemp("api") / "causal", attention="causal")
     with TestClient(make_api(Service(LanguageModel.load(folder)))) as client:
         yield client
 

@@ -14,7 +14,7 @@ from ray.serve.schema import ServeDeploySchema
 from serving.app import Arguments, build, is_registered, locate
 from serving.server import check_port
 from ul2r.errors import CheckpointError, ServiceError
-from ul2r.testing.models import tiny_export
+from ul2r.testing.models import write_tiny_export
 
 DEPLOY_FILE = Path(__file__).parents[3] / "serving" / "deploy.yaml"
 
@@ -63,7 +63,7 @@ def test_serve_can_see_the_class_that_the_builder_takes() -> None:
 
 
 def test_the_builder_makes_one_deployment(tmp_path: Path) -> None:
-    tiny_export(tmp_path / "export")
+    write_tiny_export(tmp_path / "export")
     application = build(Arguments(model=str(tmp_path / "export"), cpus=3))
     deployment = application._bound_deployment
     assert deployment.name == "model"

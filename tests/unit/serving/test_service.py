@@ -11,7 +11,7 @@ from torch import Tensor
 from serving.schema import CompleteRequest
 from serving.service import Service
 from ul2r.inference import LanguageModel
-from ul2r.testing.models import ScriptedModel, tiny_export
+from ul2r.testing.models import ScriptedModel, write_tiny_export
 
 
 class Gated(ScriptedModel):
@@ -35,7 +35,7 @@ class Gated(ScriptedModel):
 
 @pytest.fixture
 def gated(tmp_path: Path) -> Gated:
-    real = LanguageModel.load(tiny_export(tmp_path / "export"))
+    real = LanguageModel.load(write_tiny_export(tmp_path / "export"))
     model = Gated(real, {}, other=real.encode("q")[0])
     model.gate, model.threads = threading.Event(), set()
     return model

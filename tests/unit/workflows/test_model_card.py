@@ -11,13 +11,15 @@ from ul2r.config import Recipe
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.evaluation.evaluate import store_scores
 from ul2r.evaluation.scores import Score, Scores
-from ul2r.model.huggingface.exporting import Card
+from ul2r.model.export_metadata import ExportMetadata
 from ul2r.testing.corpus import tiny_store
-from ul2r.testing.models import tiny_export
+from ul2r.testing.models import write_tiny_export
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.workflows.model_card import add_scores, write_card
 
-CARD = Card("tiny", None, "prefix", True, step=7, tokens=1234, flops=5e9, checkpoint="none")
+METADATA = ExportMetadata(
+    "tiny", attention="prefix", denoising=True, step=7, tokens=1234, flops=5e9, checkpoint="none"
+)
 
 
 def scores(loss: float) -> Scores:
@@ -32,7 +34,7 @@ def dataset(tmp_path: Path) -> TokenDataset:
 @pytest.fixture
 def recipe(tmp_path: Path, dataset: TokenDataset) -> Recipe:
     recipe = tiny_recipe(tmp_path)
-    tiny_export(folder_of(recipe))
+    write_tiny_export(folder_of(recipe))
     shutil.copy(tmp_path / "store" / "tokenizer.json", folder_of(recipe))
     return recipe
 
@@ -42,7 +44,7 @@ def folder_of(recipe: Recipe) -> Path:
 
 
 def test_card_says_where_the_model_comes_from(recipe: Recipe, dataset: TokenDataset) -> None:
-    write_card(folder_of(recipe), recipe, dataset, CARD)
+    write_card(folder_of(recipe), recipe, dataset, METADATA)
     text = (folder_of(recipe) / "README.md").read_text()
     assert "Step 7 of a run on 1,234 row positions and 5e+09 training FLOPs" in text
     assert f"fingerprint `{dataset.manifest.fingerprint}`" in text
@@ -54,7 +56,7 @@ def test_scores_come_into_the_card_and_take_the_place_of_older_ones(
     recipe: Recipe, dataset: TokenDataset
 ) -> None:
     folder = folder_of(recipe)
-    write_card(folder, recipe, dataset, CARD)
+    write_card(folder, recipe, dataset, METADATA)
     bare = (folder / "README.md").read_text()
     for loss in (9.5, 8.5):
         add_scores(folder, scores(loss))
@@ -68,11 +70,11 @@ def test_export_run_again_keeps_the_card_with_its_scores(
     recipe: Recipe, dataset: TokenDataset
 ) -> None:
     folder = folder_of(recipe)
-    write_card(folder, recipe, dataset, CARD)
+    write_card(folder, recipe, dataset, METADATA)
     add_scores(folder, scores(8.5))
     before = (folder / "README.md").stat().st_mtime_ns
     store_scores(recipe, dataset, scores(8.5))
-    write_card(folder, recipe, dataset, CARD)
+    write_card(folder, recipe, dataset, METADATA)
     assert (folder / "README.md").stat().st_mtime_ns == before
 
 

@@ -10,12 +10,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ul2r.model.window import within
+from ul2r.model.window import clip_to_window
 
 Prepared = TypeVar("Prepared")
 
 
-def intervals(kv_start: npt.NDArray[np.int32], kv_end: npt.NDArray[np.int32]) -> Tensor:
+def pack_intervals(kv_start: npt.NDArray[np.int32], kv_end: npt.NDArray[np.int32]) -> Tensor:
     """A microbatch's intervals as the one tensor that goes through the model as its attention mask.
 
     It stays in the host's memory, also where the model is on a GPU: a backend can then count its segments without
@@ -70,9 +70,9 @@ class Backend(ABC, Generic[Prepared]):
             query: (S, B, H, D).
             key: (S, B, G, D), G dividing H.
             value: (S, B, G, D).
-            bounds: int32 (B, 2, S) from `intervals`.
+            bounds: int32 (B, 2, S) from `pack_intervals`.
             scale: What scores are multiplied by before the softmax.
-            window: What each query sees of its interval, see `within`; None is all of it.
+            window: What each query sees of its interval, see `clip_to_window`; None is all of it.
 
         Returns:
             (S, B, H, D).
@@ -89,7 +89,7 @@ class Backend(ABC, Generic[Prepared]):
         if self._last is None or not _is_same_memory(self._last, bounds):
             self._last, self._made = bounds, {}
         if window not in self._made:
-            kv_start, kv_end = within(bounds[:, 0].numpy(), bounds[:, 1].numpy(), window)
+            kv_start, kv_end = clip_to_window(bounds[:, 0].numpy(), bounds[:, 1].numpy(), window)
             self._made[window] = self.prepare(
                 torch.from_numpy(kv_start), torch.from_numpy(kv_end), device
             )

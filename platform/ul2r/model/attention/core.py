@@ -19,7 +19,7 @@ from ul2r.model.attention.variable_length import TransformerEngineKernel, Variab
 
 
 class IntervalAttention(DotProductAttention):  # type: ignore[misc]  # Megatron has no types
-    """Core attention of a layer: its mask is the microbatch's `intervals`, and its backend computes it."""
+    """Core attention of a layer: its mask is the microbatch's `pack_intervals`, and its backend computes it."""
 
     backend: ClassVar[Backend[Any]]
     windows: ClassVar[Sequence[int | None]] = ()
@@ -41,7 +41,7 @@ class IntervalAttention(DotProductAttention):  # type: ignore[misc]  # Megatron 
             query: (S, B, H, D) this rank's heads.
             key: (S, B, G, D) this rank's key/value heads, G dividing H.
             value: (S, B, G, D).
-            attention_mask: int32 (B, 2, S) from `intervals`.
+            attention_mask: int32 (B, 2, S) from `pack_intervals`.
             attn_mask_type: Ignored; the intervals say it all.
             attention_bias: Must be None.
             packed_seq_params: Must be None; packed examples are intervals here.
@@ -58,7 +58,7 @@ class IntervalAttention(DotProductAttention):  # type: ignore[misc]  # Megatron 
         return context.flatten(2)
 
 
-def core_attention(
+def make_core_attention(
     name: AttentionBackend, windows: Sequence[int | None]
 ) -> type[IntervalAttention]:
     """`IntervalAttention` with a backend that the layers of one model share.

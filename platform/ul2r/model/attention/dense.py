@@ -9,7 +9,7 @@ from torch.nn import functional
 from ul2r.model.attention.backend import Backend
 
 
-def interval_mask(kv_start: Tensor, kv_end: Tensor) -> Tensor:
+def make_interval_mask(kv_start: Tensor, kv_end: Tensor) -> Tensor:
     """The dense mask of a microbatch's intervals.
 
     Args:
@@ -30,7 +30,7 @@ class DenseMask(Backend[Tensor]):
     def prepare(self, kv_start: Tensor, kv_end: Tensor, device: torch.device) -> Tensor:
         """The mask, bool (B, 1, S, S)."""
         first, end = (bound.to(device, non_blocking=True) for bound in (kv_start, kv_end))
-        return interval_mask(first, end)
+        return make_interval_mask(first, end)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, prepared: Tensor, scale: float

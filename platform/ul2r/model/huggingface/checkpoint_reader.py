@@ -1,4 +1,4 @@
-"""A distributed checkpoint read without Megatron-Core, where it lies."""
+"""Reading of a distributed checkpoint without Megatron-Core, as memory-mapped pages of its files."""
 
 from __future__ import annotations
 
@@ -25,81 +25,83 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from ul2r.config import Architecture
 from ul2r.errors import CheckpointError
 from ul2r.model.huggingface.family import is_embedding
-from ul2r.model.tensors import LAYERS, layer_tensors, outer_tensors
+from ul2r.model.tensors import LAYERS, layer_tensor_shapes, outer_tensor_shapes
 
-METADATA = ".metadata"
-"""What every `torch_dist` checkpoint has: torch's own description of it."""
+METADATA_FILE = ".metadata"
+"""torch's description of a `torch_dist` checkpoint, present in each of them."""
 BLOCK_BYTES = 8 * 2**20
-"""What is put together at once of rows that lie in several pieces."""
+"""Largest block that is assembled from several chunks at a time."""
 LIBC = CDLL(None)
 MADV_POPULATE_READ = 22
-"""Of Linux, which Python has no name for."""
+"""Linux's constant, which Python's mmap module does not define."""
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A part of a tensor that is stored as one.
+class StoredChunk:
+    """Rectangle of a tensor that is stored contiguously.
 
     Attributes:
-        row: Where it begins in the tensor.
-        column: Likewise.
-        length: Its rows.
-        view: Gives its numbers where they lie.
+        row: First row in the tensor.
+        column: First column in the tensor.
+        num_rows: Rows of the chunk.
+        view: Returns its values as a view of the file's pages.
     """
 
     row: int
     column: int
-    length: int
+    num_rows: int
     view: Callable[[], Tensor]
 
-    def holds(self, first: int, last: int) -> bool:
-        """Whether it has these rows of the tensor, or some columns of them."""
-        return self.row <= first and last <= self.row + self.length
+    def has_rows(self, first: int, end: int) -> bool:
+        """Return whether the chunk spans rows [first, end) of the tensor, in some or all columns."""
+        return self.row <= first and end <= self.row + self.num_rows
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as it lies in a checkpoint.
+    """Tensor as stored in a checkpoint.
 
     Attributes:
-        shape: Of the whole.
-        pieces: In any order.
+        shape: Shape of the whole tensor.
+        chunks: Its chunks, in any order.
     """
 
     shape: tuple[int, ...]
-    pieces: list[Piece]
+    chunks: list[StoredChunk]
 
-    def rows(self, start: int, stop: int) -> Iterator[Tensor]:
-        """Rows `start` to `stop`, some at a time: views where a piece has whole rows, else copies of few."""
-        pieces = sorted(self.pieces, key=lambda piece: piece.column)
-        edges = {edge for piece in pieces for edge in (piece.row, piece.row + piece.length)}
-        cuts = [start, *sorted(edge for edge in edges if start < edge < stop), stop]
-        for first, last in pairwise(cuts):
-            beside = [
-                piece.view()[first - piece.row : last - piece.row]
-                for piece in pieces
-                if piece.holds(first, last)
+    def iter_rows(self, start: int, stop: int) -> Iterator[Tensor]:
+        """Yield rows [start, stop) in blocks: a view where one chunk has whole rows, else copies of `BLOCK_BYTES`."""
+        chunks = sorted(self.chunks, key=lambda chunk: chunk.column)
+        edges = {edge for chunk in chunks for edge in (chunk.row, chunk.row + chunk.num_rows)}
+        bounds = [start, *sorted(edge for edge in edges if start < edge < stop), stop]
+
+        for first, end in pairwise(bounds):
+            views = [
+                chunk.view()[first - chunk.row : end - chunk.row]
+                for chunk in chunks
+                if chunk.has_rows(first, end)
             ]
-            if len(beside) == 1:
-                yield beside[0]
+            if len(views) == 1:
+                yield views[0]
                 continue
-            at_once = max(BLOCK_BYTES // sum(view[0].nbytes for view in beside), 1)
-            for begin in range(0, last - first, at_once):
-                yield torch.cat([view[begin : begin + at_once] for view in beside], dim=1)
+
+            num_rows = max(BLOCK_BYTES // sum(view[0].nbytes for view in views), 1)
+            for begin in range(0, end - first, num_rows):
+                yield torch.cat([view[begin : begin + num_rows] for view in views], dim=1)
 
 
-def joined(blocks: list[Tensor]) -> Tensor:
-    """Rows below each other; a copy if there are several blocks."""
+def concat_blocks(blocks: list[Tensor]) -> Tensor:
+    """Concatenate blocks of rows; a single block is returned without a copy."""
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
 class MegatronCheckpointReader:
-    """The model's tensors in a distributed checkpoint of any layout; optimizer state is not looked at.
+    """Model tensors of a distributed checkpoint of any layout; optimizer state is ignored.
 
-    Megatron-Core's `torch_dist` format is torch's own distributed checkpoint, which needs no process group.
+    Megatron-Core's `torch_dist` format is torch's own distributed checkpoint, which needs no process group to read.
 
     Args:
-        checkpoint: Folder that `save_checkpoint`, or another user of Megatron-Core, wrote.
+        checkpoint: Folder written by `save_checkpoint` or by another user of Megatron-Core.
 
     Raises:
         CheckpointError: If it holds no such checkpoint.
@@ -111,7 +113,7 @@ class MegatronCheckpointReader:
         try:
             metadata = self._reader.read_metadata()
         except OSError as error:
-            raise CheckpointError(f"{checkpoint}: is no distributed checkpoint: {error}") from None
+            raise CheckpointError(f"{checkpoint} is not a distributed checkpoint: {error}") from None
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._tensors = {
             key: found
@@ -119,84 +121,92 @@ class MegatronCheckpointReader:
             if isinstance(found, TensorStorageMetadata)
         }
 
-    def check(self, architecture: Architecture, rows: int = 0) -> None:
+    def check(self, architecture: Architecture, num_embeddings: int = 0) -> None:
         """Refuse a checkpoint of another model; its embedding may be padded to any number of rows.
 
         Args:
-            architecture: The model's.
-            rows: Fewest rows of the embedding.
+            architecture: The expected model.
+            num_embeddings: Fewest rows of the embedding.
 
         Raises:
             CheckpointError: Naming the first tensor that is missing or has another shape.
         """
-        wanted = outer_tensors(architecture, rows)
-        stacked = layer_tensors(architecture).items()
-        wanted |= {LAYERS + key: (architecture.num_layers, *shape) for key, shape in stacked}
-        for key, shape in wanted.items():
+        expected = outer_tensor_shapes(architecture, num_embeddings)
+        for key, shape in layer_tensor_shapes(architecture).items():
+            expected[LAYERS + key] = (architecture.num_layers, *shape)
+
+        for key, shape in expected.items():
             found = self._tensors.get(key)
             if found is None:
                 raise CheckpointError(
-                    f"{self.folder}: has no tensor {key}, which the recipe's model has"
+                    f"{self.folder} has no tensor {key}, which the recipe's model has: change model"
                 )
             size = tuple(found.size)
-            padded = is_embedding(key) and size[0] >= rows and size[1:] == shape[1:]
-            if size != shape and not padded:
+            is_padded = is_embedding(key) and size[0] >= num_embeddings and size[1:] == shape[1:]
+            if size != shape and not is_padded:
                 raise CheckpointError(
-                    f"{self.folder}: {key} has shape {size}, the recipe's model makes it {shape}: change model"
+                    f"{self.folder}: {key} has shape {size}, but {shape} in the recipe's model: change model"
                 )
 
-    def rows(self, key: str) -> int:
-        """Length of a tensor's first axis."""
+    def num_rows(self, key: str) -> int:
+        """Return the length of a tensor's first axis."""
         return int(self._tensors[key].size[0])
 
-    def dtype(self, key: str) -> torch.dtype:
-        """Type of a tensor's numbers."""
+    def dtype_of(self, key: str) -> torch.dtype:
+        """Return a tensor's dtype."""
         dtype: torch.dtype = self._find(key).properties.dtype
         return dtype
 
-    def open(self, key: str, place: tuple[int, ...]) -> StoredTensor:
-        """One tensor; `place` picks a layer, or a layer's expert, from those that are stored as one."""
-        found, axes = self._find(key), len(place)
-        sizes = found.size[axes:]
-        offsets = torch.Size([*place, *[0] * len(sizes)])
-        chunk = ChunkStorageMetadata(offsets, torch.Size([*[1] * axes, *sizes]))
-        items = create_read_items_for_chunk_list(key, found, [chunk])
-        return StoredTensor(sizes, [self._piece(item, axes) for item in items])
+    def open_tensor(self, key: str, index: tuple[int, ...]) -> StoredTensor:
+        """Locate one tensor's chunks.
 
-    def read(self, key: str, place: tuple[int, ...] = ()) -> Tensor:
-        """All of one tensor, as `open` has it."""
-        tensor = self.open(key, place)
-        return joined(list(tensor.rows(0, tensor.shape[0])))
+        Args:
+            key: Megatron's name.
+            index: Layer, or layer and expert, for tensors that are stacked by them; else empty.
+        """
+        found = self._find(key)
+        num_axes = len(index)
+        shape = found.size[num_axes:]
+        offsets = torch.Size([*index, *[0] * len(shape)])
+
+        # torch's planner finds the stored chunks that overlap a requested one, which here is the whole tensor.
+        requested = ChunkStorageMetadata(offsets, torch.Size([*[1] * num_axes, *shape]))
+        items = create_read_items_for_chunk_list(key, found, [requested])
+        return StoredTensor(shape, [self._make_chunk(item, num_axes) for item in items])
+
+    def read_tensor(self, key: str, index: tuple[int, ...] = ()) -> Tensor:
+        """Read a whole tensor; arguments as for `open_tensor`."""
+        tensor = self.open_tensor(key, index)
+        return concat_blocks(list(tensor.iter_rows(0, tensor.shape[0])))
 
     def _find(self, key: str) -> TensorStorageMetadata:
         found = self._tensors.get(key)
         if found is None:
-            raise CheckpointError(f"{self.folder}: has no tensor {key}, which its model has")
+            raise CheckpointError(f"{self.folder} has no tensor {key}, which its model should have")
         return found
 
-    def _piece(self, item: ReadItem, axes: int) -> Piece:
-        """What is asked for of something stored.
+    def _make_chunk(self, item: ReadItem, num_axes: int) -> StoredChunk:
+        """Make a chunk of what the planner found, whose first `num_axes` axes all have length 1."""
+        row, column, *_ = *item.dest_offsets[num_axes:], 0  # a vector has no column
+        view = cache(lambda: self._map_item(item).flatten(0, num_axes))
+        return StoredChunk(row, column, item.lengths[num_axes], view)
 
-        Args:
-            item: Names it.
-            axes: Axes before the rows, all of length one.
-        """
-        row, column, *_ = *item.dest_offsets[axes:], 0
-        view = cache(lambda: self._view(item).flatten(0, axes))
-        return Piece(row, column, item.lengths[axes], view)
-
-    def _view(self, item: ReadItem) -> Tensor:
-        """Numbers somewhere in what torch.save wrote somewhere into a file; pages of it, no memory of the process."""
+    def _map_item(self, item: ReadItem) -> Tensor:
+        """Map a stored tensor's values into memory: pages of the file, no memory of the process."""
         place = self._reader.storage_data[item.storage_index]
         with (self.folder / place.relative_path).open("rb") as file:
+            # A checkpoint's file is a sequence of torch.save archives, each an uncompressed zip that stores the
+            # values of its only tensor in the record data/0. Loading it to "meta" yields dtype, shape and strides
+            # without the values. _slice_file and PyTorchFileReader are private to torch.
             saved = self._reader._slice_file(file, place)
             outline = torch.load(saved, map_location="meta", weights_only=True)
             saved.seek(0)
             archive: Any = torch._C.PyTorchFileReader(saved)
             begin = place.offset + archive.get_record_offset("data/0")
             size = outline.untyped_storage().nbytes()
-            numbers = _mapped(file, begin, size)
-        storage = numbers.untyped_storage()[numbers.nbytes - size :]
+            pages = _map_bytes(file, begin, size)
+
+        storage = pages.untyped_storage()[pages.nbytes - size :]
         whole = torch.empty(0, dtype=outline.dtype).set_(
             storage, outline.storage_offset(), outline.shape, outline.stride()
         )
@@ -204,39 +214,44 @@ class MegatronCheckpointReader:
         return whole[tuple(slice(start, start + length) for start, length in bounds)]
 
 
-def foreign_identity(checkpoint: Path) -> str:
-    """Digest of what a checkpoint that is not this project's says of its tensors."""
-    return "megatron-" + hashlib.sha256((checkpoint / METADATA).read_bytes()).hexdigest()[:23]
+def compute_foreign_identity(checkpoint: Path) -> str:
+    """Return a digest of the tensor metadata of a checkpoint that was not written by this project."""
+    return "megatron-" + hashlib.sha256((checkpoint / METADATA_FILE).read_bytes()).hexdigest()[:23]
 
 
-def latest_iteration(folder: Path, setting: str = "base.megatron") -> Path:
-    """The checkpoint in a folder of Megatron-LM's, or the folder itself if it is one.
+def find_latest_iteration(folder: Path, setting: str = "base.megatron") -> Path:
+    """Return the latest checkpoint in a Megatron-LM folder, or the folder itself if it is a checkpoint.
 
     Args:
         folder: The folder.
-        setting: What names it.
+        setting: The setting that names it, for messages.
 
     Raises:
-        CheckpointError: If there is none, or it is of another format than `torch_dist`.
+        CheckpointError: If there is none, or it has another format than `torch_dist`.
     """
     pointer = folder / "latest_checkpointed_iteration.txt"
     if pointer.is_file():
         iteration = pointer.read_text(encoding="utf-8").strip()
-        named = f"iter_{int(iteration):07d}" if iteration.isdecimal() else iteration
-        folder = folder / named
-    if not (folder / METADATA).is_file():
+        # Megatron-LM writes a number, or "release" for weights without optimizer state.
+        folder /= f"iter_{int(iteration):07d}" if iteration.isdecimal() else iteration
+
+    if not (folder / METADATA_FILE).is_file():
         raise CheckpointError(
-            f"{setting}={folder}: holds no {METADATA}, so it is no torch_dist checkpoint: name the folder of one, "
-            "or convert it with Megatron-LM's tools"
+            f"{setting}={folder} has no {METADATA_FILE}, so it is not a torch_dist checkpoint: "
+            "point to the folder of one, or convert it with Megatron-LM's tools"
         )
     return folder
 
 
-def _mapped(file: BinaryIO, begin: int, size: int) -> Tensor:
-    """Pages of a file up to the end of some bytes, as uint8; unmapped with the last view of them."""
+def _map_bytes(file: BinaryIO, begin: int, size: int) -> Tensor:
+    """Map a file's pages that contain bytes [begin, begin + size), as uint8; they end with the last byte."""
     before = begin % ALLOCATIONGRANULARITY
-    pages = mmap(file.fileno(), before + size, access=ACCESS_COPY, offset=begin - before)
-    numbers = torch.frombuffer(pages, dtype=torch.uint8)
-    # All at once, and without Python's lock, unlike mmap.madvise. Kernels before 5.14 refuse: they map page by page.
-    LIBC.madvise(c_void_p(numbers.data_ptr()), c_size_t(numbers.nbytes), MADV_POPULATE_READ)
-    return numbers
+
+    # ACCESS_COPY, since torch.frombuffer warns of memory that cannot be written. The mapping lives as long as a view.
+    mapping = mmap(file.fileno(), before + size, access=ACCESS_COPY, offset=begin - before)
+    pages = torch.frombuffer(mapping, dtype=torch.uint8)
+
+    # Reads all pages at once; through ctypes, which releases the GIL, unlike mmap.madvise. Kernels before 5.14
+    # refuse the advice and read page by page.
+    LIBC.madvise(c_void_p(pages.data_ptr()), c_size_t(pages.nbytes), MADV_POPULATE_READ)
+    return pages

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from ul2r.config import Architecture
 from ul2r.config.architecture import FamilyName
 from ul2r.errors import CheckpointError, RecipeError
-from ul2r.model.huggingface.families import FAMILIES, NOT_CARRIED
+from ul2r.model.huggingface.families import FAMILIES, UNSUPPORTED
 from ul2r.model.huggingface.family import Family
 
 Config = dict[str, Any]
@@ -56,7 +56,7 @@ ROPE_SCALING = {
 }
 
 
-def read_config(folder: Path) -> Architecture:
+def read_architecture(folder: Path) -> Architecture:
     """The architecture that a folder's config.json describes, in whatever version's keys it is written.
 
     Raises:
@@ -71,19 +71,19 @@ def read_config(folder: Path) -> Architecture:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder} is no Hugging Face model: config.json: {error}") from None
     if model_type not in FAMILIES:
-        reason = NOT_CARRIED.get(model_type, "there is no table for it")
+        reason = UNSUPPORTED.get(model_type, "there is no table for it")
         raise CheckpointError(
             f"{file}: models of type {model_type!r} cannot be imported: {reason}; known are {', '.join(FAMILIES)}"
         )
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
-        return architecture_of(config)
+        return parse_architecture(config)
     except (ValueError, TypeError, KeyError, ValidationError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{file}: {reason}") from None
 
 
-def architecture_of(config: Mapping[str, Any]) -> Architecture:
+def parse_architecture(config: Mapping[str, Any]) -> Architecture:
     """The architecture of a configuration, as its class gives it with all keys.
 
     Raises:
@@ -120,7 +120,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     return Architecture.model_validate(settings)
 
 
-def config_of(architecture: Architecture, positions: int, rows: int) -> Config:
+def make_config(architecture: Architecture, positions: int, rows: int) -> Config:
     """config.json's keys for an architecture.
 
     Args:
@@ -166,9 +166,9 @@ def check_family(architecture: Architecture) -> None:
         RecipeError: Naming the first setting that would be lost.
     """
     family = FAMILIES[architecture.family]
-    config = _complete(config_of(architecture, positions=1, rows=1), family)
+    config = _complete(make_config(architecture, positions=1, rows=1), family)
     try:
-        there = architecture_of(config)
+        there = parse_architecture(config)
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise RecipeError(

@@ -1,11 +1,10 @@
-"""A distributed checkpoint as a Hugging Face folder, written without building the model."""
+"""Export of a distributed checkpoint as a Hugging Face folder, without building the model."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -15,148 +14,132 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
 from ul2r.config import Architecture
-from ul2r.model.huggingface.checkpoint_reader import MegatronCheckpointReader, joined
-from ul2r.model.huggingface.config_json import config_of
+from ul2r.filesystem import staging_dir
+from ul2r.model.export_metadata import ExportMetadata
+from ul2r.model.huggingface.checkpoint_reader import MegatronCheckpointReader, concat_blocks
+from ul2r.model.huggingface.config_json import make_config
 from ul2r.model.huggingface.families import FAMILIES
-from ul2r.model.huggingface.family import Part, parts_of, tensor_shapes
-from ul2r.model.huggingface.writing import StreamedTensor, write_weights
-from ul2r.model.tensors import single_tensors
+from ul2r.model.huggingface.family import TensorSlice, slice_tensor, tensor_shapes
+from ul2r.model.huggingface.safetensors_writer import StreamedTensor, write_weights
+from ul2r.model.tensors import iter_tensors
 from ul2r.objective.vocabulary import Vocabulary
-
-FORMAT = 3
-"""Of ul2r.json."""
+from ul2r.paths import TOKENIZER_FILE
 
 
-@dataclass(frozen=True)
-class Card:
-    """What ul2r.json tells serving and evaluation, beside the vocabulary.
-
-    Attributes:
-        run: Name of the run.
-        role: Its place in a comparison, if it has one.
-        attention: "prefix" where inputs were seen in both directions in training, else "causal".
-        denoising: Whether it was trained on denoisers, and so knows modes and sentinels.
-        step: Optimizer steps of the run.
-        tokens: Row positions trained on, its ancestors' included.
-        flops: Training FLOPs, its ancestors' included.
-        checkpoint: Identity of the checkpoint that was exported.
-    """
-
-    run: str
-    role: str | None
-    attention: str
-    denoising: bool
-    step: int
-    tokens: int
-    flops: float
-    checkpoint: str
-
-
-def exported_tensors(
-    stored: MegatronCheckpointReader, architecture: Architecture, rows: int
+def convert_tensors(
+    reader: MegatronCheckpointReader, architecture: Architecture, num_embeddings: int
 ) -> dict[str, StreamedTensor]:
-    """The family's tensors by name; none is read before its blocks are asked for.
+    """Map a checkpoint to the family's tensors by name; nothing is read until a tensor's blocks are requested.
 
     Args:
-        stored: The checkpoint.
-        architecture: What it is a model of.
-        rows: Rows of the embedding to keep; padding is cut.
+        reader: The checkpoint.
+        architecture: Its model.
+        num_embeddings: Rows of the embedding to keep; padding rows after them are dropped.
     """
     family = FAMILIES[architecture.family]
-    shapes = tensor_shapes(family, architecture, rows)
+    shapes = tensor_shapes(family, architecture, num_embeddings)
     tensors = {}
-    for key, place, _ in single_tensors(architecture, rows):
-        dtype = stored.dtype(key)
-        for name, parts in _by_name(parts_of(family, architecture, key, place, rows)).items():
-            blocks = partial(_blocks, stored, key, place, parts)
-            tensors[name] = StreamedTensor(shapes[name], dtype, blocks)
+    for key, index, _ in iter_tensors(architecture, num_embeddings):
+        dtype = reader.dtype_of(key)
+        slices = slice_tensor(family, architecture, key, index, num_embeddings)
+        for name, located in _group_by_name(slices).items():
+            read_blocks = partial(_iter_blocks, reader, key, index, located)
+            tensors[name] = StreamedTensor(shapes[name], dtype, read_blocks)
     return tensors
 
 
-def _by_name(parts: tuple[Part, ...]) -> dict[str, list[tuple[Part, int]]]:
-    """For each of the family's tensors its parts in order, each with the row of Megatron's where it begins."""
-    named: dict[str, list[tuple[Part, int]]] = {}
-    begin = 0
-    for part in parts:
-        named.setdefault(part.name, []).append((part, begin))
-        begin += len(part)
-    return {name: sorted(found, key=lambda one: one[0].start) for name, found in named.items()}
+def _group_by_name(slices: tuple[TensorSlice, ...]) -> dict[str, list[tuple[TensorSlice, int]]]:
+    """Group slices by the family's tensor, in its order, each with its first row in Megatron's tensor."""
+    located: dict[str, list[tuple[TensorSlice, int]]] = {}
+    first_row = 0
+    for part in slices:
+        located.setdefault(part.name, []).append((part, first_row))
+        first_row += len(part)
+    return {name: sorted(parts, key=lambda pair: pair[0].start) for name, parts in located.items()}
 
 
-def _blocks(
-    stored: MegatronCheckpointReader,
+def _iter_blocks(
+    reader: MegatronCheckpointReader,
     key: str,
-    place: tuple[int, ...],
-    parts: list[tuple[Part, int]],
+    index: tuple[int, ...],
+    located: list[tuple[TensorSlice, int]],
 ) -> Iterator[Tensor]:
-    """Rows of a family's tensor, as far as possible where they lie in the checkpoint."""
-    tensor = stored.open(key, place)
-    blocks = chain.from_iterable(tensor.rows(begin, begin + len(part)) for part, begin in parts)
-    if parts[0][0].transposed:
-        yield joined(list(blocks)).t()
+    """Yield blocks of rows of a family's tensor, as views of the checkpoint's pages wherever possible."""
+    tensor = reader.open_tensor(key, index)
+    blocks = chain.from_iterable(
+        tensor.iter_rows(first_row, first_row + len(part)) for part, first_row in located
+    )
+
+    # Rows of a transposed tensor are columns here: no block is complete before all have been read.
+    if located[0][0].transposed:
+        yield concat_blocks(list(blocks)).t()
     else:
         yield from blocks
 
 
-def write_folder(
+def write_export(
     folder: Path,
     tensors: Mapping[str, StreamedTensor],
     *,
     architecture: Architecture,
-    positions: int,
-    vocabulary: Vocabulary,
+    max_positions: int,
+    metadata: ExportMetadata,
     tokenizer: Path,
-    card: Card,
     shard_bytes: int,
 ) -> None:
-    """Write a folder beside, then rename it to `folder`, replacing an older one.
+    """Write an export to a staging folder, then rename it to `folder`, replacing an older export.
 
     Args:
-        folder: Where the export goes.
-        tensors: Under the family's names, such as `exported_tensors` gives.
-        architecture: What it is a model of.
-        positions: Longest sequence, where the architecture names none.
-        vocabulary: Tokenizer size and special ids.
+        folder: Destination.
+        tensors: Weights by the family's names, as returned by `convert_tensors`.
+        architecture: Their model.
+        max_positions: Longest sequence, used if the architecture does not set one.
+        metadata: Content of ul2r.json; its vocabulary gives the tokenizer's size and the special ids.
         tokenizer: The tokenizer.json to copy.
-        card: What the export says of itself.
-        shard_bytes: Bytes of a file of weights.
+        shard_bytes: Largest size of a file of weights.
     """
-    writing = folder.with_name(folder.name + ".writing")
-    if writing.exists():
-        shutil.rmtree(writing)
-    writing.mkdir(parents=True)
-    write_weights(writing, tensors, shard_bytes)
-    rows = architecture.num_used_embeddings(vocabulary.size)
-    special = {"eos_token_id": vocabulary.eos, "pad_token_id": vocabulary.eos}
-    keys = config_of(architecture, positions, rows) | special | {"bos_token_id": None}
-    *_, last = tensors.values()
-    AutoConfig.for_model(**keys, dtype=last.dtype).save_pretrained(writing)
-    GenerationConfig(**special).save_pretrained(writing)
-    shutil.copyfile(tokenizer, writing / "tokenizer.json")
-    longest = architecture.max_position_embeddings or positions
-    _write_json(
-        writing / "tokenizer_config.json", _tokenizer_config(tokenizer, vocabulary, longest)
-    )
-    _write_json(
-        writing / "ul2r.json",
-        {"format": FORMAT, "vocabulary": vocabulary.to_dict(), **vars(card)},
-    )
-    if folder.exists():
-        shutil.rmtree(folder)
-    writing.rename(folder)
+    vocabulary = metadata.vocabulary
+    assert vocabulary is not None
+    longest = architecture.max_position_embeddings or max_positions
+
+    with staging_dir(folder) as staging:
+        write_weights(staging, tensors, shard_bytes)
+        *_, last = tensors.values()
+        _write_configs(staging, architecture, vocabulary, longest, last)
+        shutil.copyfile(tokenizer, staging / TOKENIZER_FILE)
+        tokenizer_config = _make_tokenizer_config(tokenizer, vocabulary, longest)
+        text = json.dumps(tokenizer_config, indent=2, ensure_ascii=False) + "\n"
+        (staging / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        metadata.write(staging)
 
 
-def _tokenizer_config(tokenizer: Path, vocabulary: Vocabulary, positions: int) -> dict[str, Any]:
+def _write_configs(
+    folder: Path,
+    architecture: Architecture,
+    vocabulary: Vocabulary,
+    max_positions: int,
+    tensor: StreamedTensor,
+) -> None:
+    """Write config.json and generation_config.json for weights of `tensor`'s dtype."""
+    special_tokens = {"eos_token_id": vocabulary.eos, "pad_token_id": vocabulary.eos}
+    config = make_config(architecture, max_positions, architecture.num_used_embeddings(vocabulary.size))
+    config |= special_tokens
+
+    # Several classes default to their first model's bos id, which means another token in this tokenizer.
+    config["bos_token_id"] = None
+    AutoConfig.for_model(**config, dtype=tensor.dtype).save_pretrained(folder)
+    GenerationConfig(**special_tokens).save_pretrained(folder)
+
+
+def _make_tokenizer_config(
+    tokenizer: Path, vocabulary: Vocabulary, max_positions: int
+) -> dict[str, Any]:
     entries = json.loads(tokenizer.read_text(encoding="utf-8"))["added_tokens"]
     text = {entry["id"]: entry["content"] for entry in entries}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": text[vocabulary.eos],
         "pad_token": text[vocabulary.eos],
-        "model_max_length": positions,
+        "model_max_length": max_positions,
         "clean_up_tokenization_spaces": False,
     }
-
-
-def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

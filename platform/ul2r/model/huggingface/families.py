@@ -269,7 +269,7 @@ FAMILIES: dict[FamilyName, Family] = {
     "gemma3_text": GEMMA3,
 }
 
-NOT_CARRIED = {
+UNSUPPORTED = {
     "gemma2": "its attention scores are capped by a tanh",
     "gemma3": "it reads images; its text alone is gemma3_text",
 }

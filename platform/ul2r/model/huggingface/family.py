@@ -11,9 +11,9 @@ from ul2r.model.tensors import (
     EMBEDDING,
     LAYERS,
     OUTPUT,
-    layer_tensors,
-    outer_tensors,
-    single_tensors,
+    iter_tensors,
+    layer_tensor_shapes,
+    outer_tensor_shapes,
 )
 
 Settings = Mapping[str, Any]
@@ -58,7 +58,7 @@ class Family:
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorSlice:
     """Rows of a family's tensor (its columns, if `transposed`), in Megatron's order."""
 
     name: str
@@ -70,9 +70,9 @@ class Part:
         return self.stop - self.start
 
 
-def parts_of(
+def slice_tensor(
     family: Family, architecture: Architecture, key: str, place: tuple[int, ...], rows: int
-) -> tuple[Part, ...]:
+) -> tuple[TensorSlice, ...]:
     """The parts that, one below the other, are one of Megatron's tensors.
 
     Args:
@@ -84,10 +84,10 @@ def parts_of(
     """
     if not place:
         name = family.output if key == OUTPUT else family.base + family.outer[key]
-        return (Part(name, 0, outer_tensors(architecture, rows)[key][0]),)
+        return (TensorSlice(name, 0, outer_tensor_shapes(architecture, rows)[key][0]),)
     inner = key.removeprefix(LAYERS)
     layer, *expert = place
-    shape = layer_tensors(architecture)[inner][len(expert) :]
+    shape = layer_tensor_shapes(architecture)[inner][len(expert) :]
     kind = "bias" if inner.endswith("bias") else "weight"
     stem = inner.removesuffix(kind)
     names = family.inner[stem]
@@ -99,12 +99,12 @@ def parts_of(
     if stem == "self_attention.linear_qkv." and family.qkv != "by head":
         return _by_group(full, architecture, transposed=transposed)
     share = shape[0] // len(full)
-    return tuple(Part(name, 0, share, transposed) for name in full)
+    return tuple(TensorSlice(name, 0, share, transposed) for name in full)
 
 
 def _by_group(
     names: list[str], architecture: Architecture, *, transposed: bool
-) -> tuple[Part, ...]:
+) -> tuple[TensorSlice, ...]:
     """Queries, keys and values as Megatron wants them: those of each key/value head side by side."""
     groups, head = architecture.num_kv_heads, architecture.head_dim
     queries = architecture.num_heads // groups * head
@@ -120,7 +120,7 @@ def _by_group(
             (key, keys_at + group * head, head),
             (value, values_at + group * head, head),
         ):
-            parts.append(Part(name, start, start + width, transposed))
+            parts.append(TensorSlice(name, start, start + width, transposed))
     return tuple(parts)
 
 
@@ -129,8 +129,8 @@ def tensor_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Every tensor that a file of the family must hold, and its shape."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for key, place, shape in single_tensors(architecture, rows):
-        for part in parts_of(family, architecture, key, place, rows):
+    for key, place, shape in iter_tensors(architecture, rows):
+        for part in slice_tensor(family, architecture, key, place, rows):
             before = shapes.get(part.name, (0, 0))[1 if part.transposed else 0]
             stop = max(before, part.stop)
             shapes[part.name] = (shape[1], stop) if part.transposed else (stop, *shape[1:])

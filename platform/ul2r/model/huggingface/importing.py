@@ -8,16 +8,16 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from ul2r.config import Architecture
-from ul2r.model.build import shards
-from ul2r.model.huggingface.family import Part, is_embedding, parts_of
-from ul2r.model.huggingface.safetensors_reader import Source
+from ul2r.model.build import iter_shards
+from ul2r.model.huggingface.family import TensorSlice, is_embedding, slice_tensor
+from ul2r.model.huggingface.safetensors_reader import SafetensorsReader
 
 ROWS_AT_ONCE = 4096
 """Of an embedding, when its mean is taken."""
 
 
 @torch.no_grad()
-def load_weights(model: GPTModel, source: Source, architecture: Architecture) -> None:
+def load_weights(model: GPTModel, source: SafetensorsReader, architecture: Architecture) -> None:
     """Fill a model of any layout; only what this rank has of each tensor is read, and kept nowhere else.
 
     Rows of the embedding beyond the source's, for new tokens or padding, become the mean of those that there are.
@@ -29,10 +29,10 @@ def load_weights(model: GPTModel, source: Source, architecture: Architecture) ->
     """
     rows = architecture.num_embeddings
     assert rows is not None
-    for shard in shards(model):
+    for shard in iter_shards(model):
         axes = shard.prepend_axis_num
         place = shard.global_offset[:axes]
-        parts = parts_of(source.family, architecture, shard.key, place, rows)
+        parts = slice_tensor(source.family, architecture, shard.key, place, rows)
         start, *other = shard.global_offset[axes:]
         columns = slice(other[0], other[0] + shard.local_shape[1]) if other else None
         filled = _fill(shard.data, source, parts, start, columns)
@@ -43,7 +43,7 @@ def load_weights(model: GPTModel, source: Source, architecture: Architecture) ->
 
 
 def _fill(
-    data: Tensor, source: Source, parts: tuple[Part, ...], start: int, columns: slice | None
+    data: Tensor, source: SafetensorsReader, parts: tuple[TensorSlice, ...], start: int, columns: slice | None
 ) -> int:
     """Copy rows `start` and on of the parts into `data`; how many of its rows there were."""
     begin = filled = 0
@@ -57,7 +57,7 @@ def _fill(
     return filled
 
 
-def _mean(source: Source, part: Part, columns: slice) -> Tensor:
+def _mean(source: SafetensorsReader, part: TensorSlice, columns: slice) -> Tensor:
     total = torch.zeros(columns.stop - columns.start, dtype=torch.float64)
     for first in range(0, len(part), ROWS_AT_ONCE):
         last = min(first + ROWS_AT_ONCE, len(part))
@@ -67,7 +67,7 @@ def _mean(source: Source, part: Part, columns: slice) -> Tensor:
 
 def shard_bytes(model: GPTModel) -> int:
     """Bytes of this rank's weights."""
-    return sum(_nbytes(shard) for shard in shards(model))
+    return sum(_nbytes(shard) for shard in iter_shards(model))
 
 
 def _nbytes(shard: ShardedTensor) -> int:

@@ -16,14 +16,14 @@ from torch import Tensor
 from ul2r.config import Architecture
 from ul2r.errors import CheckpointError
 from ul2r.model.huggingface.families import FAMILIES
-from ul2r.model.huggingface.family import Part, tensor_shapes
+from ul2r.model.huggingface.family import TensorSlice, tensor_shapes
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 WANTED = ["config.json", "generation_config.json", "tokenizer*", "*.safetensors", INDEX]
 
 
-def local_folder(name: str) -> Path:
+def resolve_model_folder(name: str) -> Path:
     """The folder of a base: a path as it is, a model of the Hub from the cache or, failing that, the network.
 
     Raises:
@@ -48,7 +48,7 @@ def local_folder(name: str) -> Path:
         ) from None
 
 
-class Source:
+class SafetensorsReader:
     """The tensors of a folder, by name.
 
     Args:
@@ -83,7 +83,7 @@ class Source:
             digest.update(str(path.stat().st_size).encode())
         return "hf-" + digest.hexdigest()[:29]
 
-    def read(self, part: Part, start: int, stop: int, columns: slice | None) -> Tensor:
+    def read(self, part: TensorSlice, start: int, stop: int, columns: slice | None) -> Tensor:
         """Rows `start` to `stop` of a part, as Megatron has them, without reading others.
 
         Args:

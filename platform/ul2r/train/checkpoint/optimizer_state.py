@@ -32,7 +32,7 @@ def sharded_optimizer(optimizer: MegatronOptimizer, model: dict[str, Any]) -> di
 
     Args:
         optimizer: The distributed one.
-        model: Of `build.sharded_model`, of the same parameters.
+        model: Of `build.make_sharded_state_dict`, of the same parameters.
 
     Returns:
         Its settings, and `pieces`, whose data are the optimizer's own tensors. Keys and whole shapes are those of

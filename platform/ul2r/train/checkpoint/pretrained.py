@@ -10,15 +10,15 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from ul2r.config import HuggingFaceBase, MegatronBase, Recipe
-from ul2r.model.build import shards
+from ul2r.model.build import iter_shards
 from ul2r.model.huggingface.checkpoint_reader import (
     MegatronCheckpointReader,
-    foreign_identity,
-    latest_iteration,
+    compute_foreign_identity,
+    find_latest_iteration,
 )
 from ul2r.model.huggingface.family import is_embedding
 from ul2r.model.huggingface.importing import load_weights
-from ul2r.model.huggingface.safetensors_reader import Source, local_folder
+from ul2r.model.huggingface.safetensors_reader import SafetensorsReader, resolve_model_folder
 from ul2r.train.checkpoint.sharded_state import load_checkpoint
 from ul2r.train.step import TrainStep
 
@@ -35,12 +35,12 @@ def load_pretrained(
         CheckpointError: If the base is not what the recipe says.
     """
     if isinstance(base, MegatronBase):
-        folder = latest_iteration(base.megatron)
+        folder = find_latest_iteration(base.megatron)
         load_checkpoint(folder, train_step, optimizer=False)
         _fill_new_rows(train_step.chunks, folder)
         train_step.optimizer.reload_model_params()
-        return foreign_identity(folder)
-    with Source(local_folder(base.hf), recipe.model) as source:
+        return compute_foreign_identity(folder)
+    with SafetensorsReader(resolve_model_folder(base.hf), recipe.model) as source:
         for chunk in train_step.chunks:
             load_weights(chunk, source, recipe.model)
         train_step.optimizer.reload_model_params()
@@ -51,9 +51,9 @@ def load_pretrained(
 def _fill_new_rows(chunks: Iterable[GPTModel], folder: Path) -> None:
     """Rows of the embedding that the checkpoint has none for become the mean of those that it has."""
     stored = MegatronCheckpointReader(folder)
-    for shard in chain.from_iterable(map(shards, chunks)):
+    for shard in chain.from_iterable(map(iter_shards, chunks)):
         if not is_embedding(shard.key):
             continue
-        old = max(stored.rows(shard.key) - shard.global_offset[0], 0)
+        old = max(stored.num_rows(shard.key) - shard.global_offset[0], 0)
         if old < len(shard.data):
-            shard.data[old:] = stored.read(shard.key).float().mean(0)
+            shard.data[old:] = stored.read_tensor(shard.key).float().mean(0)

@@ -13,7 +13,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 from torch.distributed import ProcessGroup
 
-from ul2r.model.build import load_model, sharded_model
+from ul2r.model.build import load_model, make_sharded_state_dict
 from ul2r.train.checkpoint.async_write import BackgroundWrite
 from ul2r.train.checkpoint.optimizer_state import sharded_optimizer
 from ul2r.train.optimizer import load_settings
@@ -57,7 +57,7 @@ def _replicas() -> ProcessGroup:
 
 
 def _sharded_state(train_step: TrainStep, *, optimizer: bool = True) -> dict[str, Any]:
-    model = sharded_model(train_step.chunks)
+    model = make_sharded_state_dict(train_step.chunks)
     if not optimizer:
         return {"model": model}
     return {"model": model, "optimizer": sharded_optimizer(train_step.optimizer, model)}
