@@ -1,10 +1,10 @@
-"""Look at a Hugging Face model before it is a run's base.
+"""Check a Hugging Face model before it becomes a run's base.
 
     python jobs/check_base.py MODEL
 
-MODEL is a folder, or a name on the Hub, which is fetched into the cache (HF_HOME) so that later runs need no network.
-Its configuration, files, shapes and tokenizer are checked, and what a recipe needs is printed. The weights are copied
-nowhere: a run with `base: {hf: MODEL}` reads them straight into each rank's shard.
+MODEL is a folder, or a name on the Hub, which is downloaded into the cache (HF_HOME) so that later runs need no
+network. Its configuration, files, shapes and tokenizer are checked, and the lines that a recipe needs are printed. No
+weights are copied: a run with `base: {hf: MODEL}` reads them straight into each rank's shard.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ul2r.launch.pretrained import describe_base
-from ul2r.workflows.cli import exit_code
+from ul2r.workflows.check_base import describe_base
+from ul2r.workflows.cli import run_and_report
 
 
 def main() -> int:
-    """Parse the command line, check, and say what was found."""
+    """Parse the command line, check the model and print what was found; return the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", metavar="MODEL", help="folder, or owner/name on the Hub")
     model = parser.parse_args().model
-    return exit_code(lambda: print(describe_base(model)))
+
+    return run_and_report(lambda: print(describe_base(model)))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Set runs side by side.
+"""Compare runs with each other.
 
     python jobs/compare.py COMPARISON [--set storage=FOLDER]
 
-Measures the exports of the comparison's recipes where that has not been done, several at a time, and writes a
-table (Markdown, JSON) and a picture to comparisons/NAME in their storage and to MLflow.
+Measures the exports of the comparison's recipes that have no scores yet, several at a time, and writes a table
+(Markdown, JSON) and a plot to comparisons/NAME in their storage and to MLflow.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ from rich.console import Console
 from ul2r.config import Comparison
 from ul2r.evaluation.comparison import as_table
 from ul2r.workflows.cli import run_job
-from ul2r.workflows.compare import compare
+from ul2r.workflows.compare import PLOT_FILE, TABLE_FILE, compare
 
 
 def main(comparison: Comparison) -> None:
-    """Compare, print the table, and say where table and picture lie."""
-    compared = compare(comparison)
+    """Compare, then print the table and where it and the plot were written."""
+    result = compare(comparison)
+
     console = Console()
     if not console.is_terminal:
-        console = Console(width=120)
-    console.print(as_table(comparison.name, compared.arms, compared.metrics))
-    print(f"table: {compared.folder / 'table.md'}")
-    print(f"picture: {compared.folder / 'comparison.png'}")
+        console = Console(width=120)  # rich assumes 80 columns for a pipe, too few for the table
+    console.print(as_table(comparison.name, result.arms, result.metrics))
+
+    print(f"table: {result.folder / TABLE_FILE}")
+    print(f"picture: {result.folder / PLOT_FILE}")
 
 
 if __name__ == "__main__":

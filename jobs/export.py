@@ -1,10 +1,10 @@
-"""Export a run.
+"""Export a run as a Hugging Face folder.
 
     python jobs/export.py RECIPE [--set export.registered_model=NAME]
 
-Writes the run's last checkpoint as a Hugging Face folder (safetensors, tokenizer, ul2r.json) into the run's
-folder, and registers it in MLflow under `export.alias` where the recipe names `export.registered_model`.
-`--set export.checkpoint=FOLDER` takes an earlier checkpoint of the model, or one that Megatron-LM wrote (`torch_dist`).
+Writes the run's last checkpoint (safetensors, tokenizer, ul2r.json, model card) into the run's folder, and registers it
+in MLflow under `export.alias` if the recipe sets `export.registered_model`. `--set export.checkpoint=FOLDER` exports an
+earlier checkpoint of the model instead, or one that Megatron-LM wrote (`torch_dist`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from ul2r.workflows.export import export
 
 
 def main(recipe: Recipe) -> None:
-    """Export, then say where it lies."""
+    """Export, then print where the export is."""
     folder = export(recipe)
+
     print(f"{recipe.name}: exported to {folder}")
     if recipe.export.registered_model:
         print(f"registered as models:/{recipe.export.registered_model}@{recipe.export.alias}")

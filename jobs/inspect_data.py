@@ -3,8 +3,8 @@
     python jobs/inspect_data.py RECIPE [--set a.b=c]
 
 Writes an HTML page into the run's folder: real examples of each denoiser, with modes, sentinels, inputs and targets
-coloured and attention drawn, and the mixture's numbers as they are found in the run's first rows. Every run in MLflow
-carries the same page among its artifacts.
+colored and attention drawn, and the mixture's statistics as measured in the run's first rows. Every run in MLflow
+has the same page among its artifacts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ul2r.workflows.cli import run_job
 
 
 def main(recipe: Recipe) -> None:
-    """Write the page, then say where it lies."""
+    """Write the page, then print where it is."""
     path = write_page(recipe, open_dataset(recipe.storage_paths.store))
     print(f"{recipe.name}: open {path} in a browser")
 

@@ -1,9 +1,9 @@
-"""Where modes and sentinels would go in a tokenizer that exists.
+"""Show where modes and sentinels would go in an existing tokenizer.
 
     python jobs/inspect_tokenizer.py TOKENIZER [--sentinels 256] [--mode-tokens text] [--special-tokens last_subwords]
 
-TOKENIZER is a tokenizer.json, or a model's folder, whose config.json then tells how many rows the embedding has.
-Nothing is written: jobs/prepare.py does what is shown here, with data.tokenizer, data.num_sentinels, data.mode_tokens and
+TOKENIZER is a tokenizer.json, or a model's folder; its config.json then gives the number of embedding rows. Nothing is
+written: jobs/prepare.py does what is shown here, with data.tokenizer, data.num_sentinels, data.mode_tokens and
 data.special_tokens of a recipe.
 """
 
@@ -17,12 +17,12 @@ from typing import get_args
 from ul2r.config import Data
 from ul2r.data.special_tokens import Taken
 from ul2r.data.tokenizer import ModeTokens
-from ul2r.workflows.cli import exit_code
-from ul2r.workflows.inspect_tokenizer import placements
+from ul2r.workflows.cli import run_and_report
+from ul2r.workflows.inspect_tokenizer import describe_special_tokens
 
 
 def main() -> int:
-    """Parse the command line, and show what would be chosen and why."""
+    """Parse the command line and print the assignment; return the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -31,10 +31,13 @@ def main() -> int:
     parser.add_argument("--sentinels", type=int, default=default.num_sentinels)
     parser.add_argument("--mode-tokens", choices=get_args(ModeTokens), default=default.mode_tokens)
     parser.add_argument("--special-tokens", choices=get_args(Taken), default=default.special_tokens)
-    given = parser.parse_args()
-    return exit_code(
+    options = parser.parse_args()
+
+    return run_and_report(
         lambda: print(
-            placements(given.tokenizer, given.sentinels, given.mode_tokens, given.special_tokens)
+            describe_special_tokens(
+                options.tokenizer, options.sentinels, options.mode_tokens, options.special_tokens
+            )
         )
     )
 

@@ -19,7 +19,7 @@ from serving.app import Arguments, is_registered, locate
 from serving.server import LOCALHOST, check_port, running
 from ul2r.errors import ServiceError
 from ul2r.launch.ray_train.cluster import connect_ray
-from ul2r.workflows.cli import exit_code
+from ul2r.workflows.cli import run_and_report
 
 DEFAULT_PORT = 8000
 REGISTRY = "mlflow.db"
@@ -102,4 +102,4 @@ def _positive(text: str) -> int:
 
 if __name__ == "__main__":
     arguments = _options()
-    sys.exit(exit_code(lambda: main(arguments)))
+    sys.exit(run_and_report(lambda: main(arguments)))

@@ -1,9 +1,9 @@
-"""Keep MLflow up on what was recorded.
+"""Serve MLflow for a storage folder.
 
     python jobs/ui.py --storage runs/demo [--port 5000]
 
-Serves the runs, pictures and models of one storage folder on this machine until Ctrl-C. While it is up, other jobs
-can record there with MLFLOW_TRACKING_URI or tracking.uri set to its address.
+Serves the runs, plots and models of one storage folder on this machine until Ctrl-C. Meanwhile other jobs can record
+there, with MLFLOW_TRACKING_URI or tracking.uri set to its address.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pathlib import Path
 
 from ul2r.tracking.mlflow import list_view_urls
 from ul2r.tracking.server import run_mlflow_server
-from ul2r.workflows.cli import exit_code
+from ul2r.workflows.cli import run_and_report
 
 DEFAULT_PORT = 5000
 
 
 def main(storage: Path, port: int) -> None:
-    """Serve until told to stop."""
+    """Serve until Ctrl-C or SIGTERM."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with run_mlflow_server(storage, port) as uri:
@@ -34,7 +34,7 @@ def main(storage: Path, port: int) -> None:
         print("stopped", flush=True)
 
 
-def _options() -> argparse.Namespace:
+def _parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -46,5 +46,5 @@ def _options() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    options = _options()
-    sys.exit(exit_code(lambda: main(options.storage, options.port)))
+    options = _parse_options()
+    sys.exit(run_and_report(lambda: main(options.storage, options.port)))

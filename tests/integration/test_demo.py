@@ -132,7 +132,7 @@ def test_ctrl_c_ends_it_with_130_and_says_how_to_go_on(
 ) -> None:
     exit_code, said, _ = stopped
     assert exit_code == 130
-    assert said.rstrip().endswith("stopped; the same command goes on from here")
+    assert said.rstrip().endswith("stopped; run the same command again to continue")
     assert "Traceback" not in said
 
 
@@ -155,7 +155,7 @@ def test_times_of_all_phases_are_kept_and_shown(demo: Demo, resumed: str) -> Non
     assert list(times) == PHASES
     assert all(phase["finished"] for phase in times.values())
     table = resumed.partition("wall time of each phase")[2]
-    assert re.findall(r"^(.*?)  +\d+ s", table, re.MULTILINE) == [*PHASES, "together"]
+    assert re.findall(r"^(.*?)  +\d+ s", table, re.MULTILINE) == [*PHASES, "total"]
 
 
 def test_served_model_completes_and_fills_two_slots(resumed: str) -> None:

@@ -312,7 +312,7 @@ def test_driver_told_to_stop_saves_and_run_again_goes_on(
     wait_for(lambda: latest(recipe), driver)
     driver.send_signal(signal.SIGTERM)
     assert driver.wait(WAIT_S) == 130, path.with_suffix(".log").read_text()
-    assert "stopped; the same command goes on from here" in path.with_suffix(".log").read_text()
+    assert "stopped; run the same command again to continue" in path.with_suffix(".log").read_text()
     assert status(tracking_uri, recipe) == "KILLED"
     stopped_at = reached(recipe)
     assert SAVED_EVERY <= stopped_at < STEPS
@@ -358,7 +358,7 @@ def test_torchrun_told_to_stop_saves_and_run_again_gives_the_same_losses_and_wei
     wait_for(lambda: latest(recipe), process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(WAIT_S), "torchrun has an exit code of its own"
-    assert "stopped; the same command goes on from here" in log.read_text()
+    assert "stopped; run the same command again to continue" in log.read_text()
     assert status(tracking_uri, recipe) == "KILLED"
     assert SAVED_EVERY <= reached(recipe) < STEPS
     assert torchrun(path, MLFLOW_TRACKING_URI=tracking_uri).wait(WAIT_S) == 0, log.read_text()

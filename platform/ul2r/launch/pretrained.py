@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from ul2r.config.architecture import resolve_preset
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.data.tokenizer import load_tokenizer, objective_tokens
 from ul2r.errors import CheckpointError, RecipeError
-from ul2r.model.flops import num_active_parameters, num_parameters
 
 TOKENIZER = "tokenizer.json"
 
@@ -66,7 +64,7 @@ def check_base(recipe: Recipe, dataset: TokenDataset) -> None:
         MegatronCheckpointReader(find_latest_iteration(base.megatron)).check(recipe.model)
     if not isinstance(base, HuggingFaceBase):
         return
-    folder = _check_folder(base.hf, recipe.model)
+    folder = check_folder(base.hf, recipe.model)
     if not (folder / TOKENIZER).is_file():
         return  # nothing to compare with
     theirs, ours = map(load_tokenizer, (folder / TOKENIZER, dataset.tokenizer_file))
@@ -83,37 +81,8 @@ def check_base(recipe: Recipe, dataset: TokenDataset) -> None:
         )
 
 
-def describe_base(name: str) -> str:
-    """Check a model that is to be a base; lines about it for people.
-
-    Args:
-        name: Folder, or name on the Hub.
-
-    Raises:
-        CheckpointError: If it cannot be a base.
-    """
-    from ul2r.model.huggingface.config_json import read_architecture
-    from ul2r.model.huggingface.safetensors_reader import resolve_model_folder
-
-    folder = resolve_model_folder(name)
-    architecture = read_architecture(folder)
-    _check_folder(name, architecture)
-    told = architecture.model_dump(exclude_defaults=True)
-    count, active = num_parameters(architecture, 0), num_active_parameters(architecture, 0)
-    used = f", {active:,} for each token" if active < count else ""
-    lines = [
-        f"{name}: {architecture.family}, {count / 1e9:.3f} B parameters ({count:,}{used}), in {folder}",
-        "",
-        "base:",
-        f"  hf: {json.dumps(name)}",
-        "# model: is read from it, and may be left out:",
-        *(f"#   {key}: {json.dumps(value)}" for key, value in told.items()),
-    ]
-    return "\n".join(lines)
-
-
-def _check_folder(name: str, architecture: Architecture) -> Path:
-    """Refuse a folder that does not hold the model, or whose tokenizer is too large for it."""
+def check_folder(name: str, architecture: Architecture) -> Path:
+    """Check that a folder holds the model, and that its tokenizer fits the embedding; return the folder."""
     from ul2r.model.huggingface.safetensors_reader import SafetensorsReader, resolve_model_folder
 
     folder = resolve_model_folder(name)

@@ -1,4 +1,4 @@
-"""What every job does around its work: read the command line, answer a user's mistake in one line."""
+"""The command line of a job: parse `RECIPE [--set KEY=VALUE]`, report user errors in one line, return an exit code."""
 
 from __future__ import annotations
 
@@ -17,30 +17,75 @@ from ul2r.launch.pretrained import fill_model_from_base
 
 USER_ERROR_EXIT = 2
 INTERRUPTED_EXIT = 128 + signal.SIGINT
+"""As a shell reports a process that Ctrl-C ended."""
 
 SUBMITTED_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in the entrypoint of a submitted job."""
 
-SectionType = TypeVar("SectionType", Recipe, Comparison)
+ConfigType = TypeVar("ConfigType", Recipe, Comparison)
 
 
 def run_job(
     description: str | None,
-    kind: type[SectionType],
-    action: Callable[[SectionType], None],
-    dry_run: Callable[[SectionType], None] | None = None,
+    config_type: type[ConfigType],
+    action: Callable[[ConfigType], None],
+    dry_run: Callable[[ConfigType], None] | None = None,
 ) -> int:
-    """Parse `RECIPE [--set a.b=c]`, call `action` with the validated recipe, return the exit code.
+    """Parse the command line, load the file it names, call `action` with it and return the exit code.
 
     Args:
-        description: Shown by --help; a job passes its own docstring.
-        kind: Section that the recipe file holds.
-        action: The job's work; a `UserError` from it ends the job with one line on stderr.
-        dry_run: What `--dry-run` does instead; without it the job has no such option.
+        description: Text of --help; a job passes its own docstring.
+        config_type: Type that the file is validated as.
+        action: The job's work.
+        dry_run: Called instead of `action` with `--dry-run`; if None, the job has no such option.
 
     Returns:
-        0; 2 after a mistake of the user's; 130 where Ctrl-C or SIGTERM stopped the work, training after a checkpoint.
+        The exit code, see `run_and_report`.
     """
+    parser = _make_parser(description)
+    if dry_run is not None:
+        parser.add_argument(
+            "--dry-run",
+            dest="action",
+            action="store_const",
+            const=dry_run,
+            help="check and size the run, print what it needs, start nothing",
+        )
+    parser.set_defaults(action=action)
+    arguments = parser.parse_args()
+
+    # SIGTERM ends a job as Ctrl-C does; training handles both itself once its workers run.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    configure_console(int(os.environ.get("RANK", "0")))  # torchrun sets RANK
+
+    def work() -> None:
+        config = load(arguments.recipe, arguments.overrides, config_type, fill_model_from_base)
+        _check_storage(config.storage)
+        arguments.action(config)
+
+    return run_and_report(work)
+
+
+def run_and_report(work: Callable[[], None]) -> int:
+    """Call `work` and return the exit code of the process.
+
+    Returns:
+        0 if it succeeded; 2 after a `UserError`, whose message is printed to stderr as one line; 130 if Ctrl-C or
+        SIGTERM stopped it (training saves a checkpoint first). Any other exception is a bug and passes through.
+    """
+    try:
+        work()
+    except UserError as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        return USER_ERROR_EXIT
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped; run the same command again to continue\n")
+        return INTERRUPTED_EXIT
+
+    return 0
+
+
+def _make_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -53,44 +98,14 @@ def run_job(
         metavar="KEY=VALUE",
         help="override one key by its dotted path, e.g. --set training.steps=10 (repeatable)",
     )
-    if dry_run is not None:
-        parser.add_argument(
-            "--dry-run",
-            dest="action",
-            action="store_const",
-            const=dry_run,
-            help="check and size the run, print what it needs, start nothing",
-        )
-    parser.set_defaults(action=action)
-    arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    configure_console(int(os.environ.get("RANK", "0")))  # which torchrun sets
 
-    def work() -> None:
-        section = load(arguments.recipe, arguments.overrides, kind, fill_model_from_base)
-        _check_storage(section.storage)
-        arguments.action(section)
-
-    return exit_code(work)
+    return parser
 
 
 def _check_storage(storage: Path) -> None:
-    """Refuse a storage that Ray deletes together with a submitted job's working folder."""
+    """Refuse a storage that Ray deletes together with a submitted job's working directory."""
     if SUBMITTED_VARIABLE in os.environ and storage.is_relative_to(Path.cwd()):
         raise RecipeError(
-            f"storage={storage} lies in the folder that Ray unpacked this job into and later deletes: "
-            "give an absolute path that every node sees, --set storage=/shared/..."
+            f"storage={storage} is in the directory that Ray unpacked this job into and deletes afterwards: "
+            "set an absolute path that every node sees, --set storage=/shared/..."
         )
-
-
-def exit_code(work: Callable[[], None]) -> int:
-    """Do the work; 0, 2 with one line on stderr where a user must change something, or 130 if stopped."""
-    try:
-        work()
-    except UserError as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        return USER_ERROR_EXIT
-    except KeyboardInterrupt:
-        sys.stderr.write("\nstopped; the same command goes on from here\n")
-        return INTERRUPTED_EXIT
-    return 0

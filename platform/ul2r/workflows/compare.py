@@ -1,9 +1,8 @@
-"""A comparison from recipes to table and picture, in files and in MLflow."""
+"""A comparison from recipes to table and plot, in files and in MLflow."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,10 @@ from ul2r.evaluation.comparison import ROLES, Arm, Role, as_markdown, as_tree, c
 from ul2r.evaluation.curves import load_curve
 from ul2r.evaluation.evaluate import Metric, export_folder, metrics
 from ul2r.evaluation.plot import draw
+from ul2r.filesystem import write_atomically
 from ul2r.inference import read_export_metadata
 from ul2r.launch.pretrained import fill_model_from_base
+from ul2r.paths import StoragePaths
 from ul2r.tracking.mlflow import (
     check_server,
     continue_run,
@@ -28,17 +29,20 @@ from ul2r.tracking.mlflow import (
 )
 from ul2r.workflows.evaluate import evaluate_runs, log_scores
 
-FILES = ("table.md", "table.json", "comparison.png")
+TABLE_FILE = "table.md"
+JSON_FILE = "table.json"
+PLOT_FILE = "comparison.png"
+FILES = (TABLE_FILE, JSON_FILE, PLOT_FILE)
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparisonResult:
     """A finished comparison.
 
     Attributes:
-        folder: Where its files are.
+        folder: Folder of its files.
         arms: The runs, base first.
-        metrics: What the table shows.
+        metrics: Rows of the table.
     """
 
     folder: Path
@@ -46,40 +50,48 @@ class Compared:
     metrics: tuple[Metric, ...]
 
 
-def compare(comparison: Comparison) -> Compared:
-    """Measure the runs that were not measured yet, and set them side by side.
+def compare(comparison: Comparison) -> ComparisonResult:
+    """Measure the runs that have no scores yet, and write the comparison of all.
 
-    Table and picture are written to the comparison's folder and to an MLflow run of its name. Where nothing has
-    changed since they were, nothing is done.
+    Table and plot are written to the comparison's folder and to an MLflow run of its name, unless those of these very
+    scores are there.
 
     Raises:
-        UserError: If recipes cannot be compared, an export is missing, or the tracking server fails.
+        UserError: If the recipes cannot be compared, an export is missing, or the tracking server fails.
     """
-    recipes = _recipes(comparison)
+    recipes = _load_recipes(comparison)
     check_comparable(recipes)
     _check_experiment(comparison, recipes)
     uri = check_server(comparison.tracking.uri)
-    first = next(iter(recipes.values()))
-    dataset = open_dataset(first.storage_paths.store)
-    runs = {role: require_run(uri, recipe) for role, recipe in recipes.items()}
+
+    any_recipe = next(iter(recipes.values()))  # they agree in storage and evaluation
+    dataset = open_dataset(any_recipe.storage_paths.store)
+    run_ids = {role: require_run(uri, recipe) for role, recipe in recipes.items()}
     exports = [export_folder(recipe, dataset) for recipe in recipes.values()]
+
     scores = evaluate_runs(list(recipes.values()), dataset)
-    for recipe, measured in zip(recipes.values(), scores, strict=True):
-        log_scores(uri, recipe, dataset, measured)
-    arms = tuple(
-        Arm(role, read_export_metadata(folder), measured)
-        for role, folder, measured in zip(recipes, exports, scores, strict=True)
+    for recipe, run_scores in zip(recipes.values(), scores, strict=True):
+        log_scores(uri, recipe, dataset, run_scores)
+
+    result = ComparisonResult(
+        folder=StoragePaths(comparison.storage).comparison(comparison.name),
+        arms=tuple(
+            Arm(role, read_export_metadata(folder), run_scores)
+            for role, folder, run_scores in zip(recipes, exports, scores, strict=True)
+        ),
+        metrics=metrics(any_recipe.evaluation),
     )
-    folder = comparison.storage / "comparisons" / comparison.name
-    compared = Compared(folder, arms, metrics(first.evaluation))
-    if not _is_current(compared, comparison.name, runs) or find_run(uri, folder) is None:
-        _write(compared, comparison.name, uri, runs, [d.name for d in first.evaluation.mixture])
-        _log(compared, comparison, uri)
-    return compared
+    if not _is_current(result, comparison.name, run_ids) or find_run(uri, result.folder) is None:
+        denoisers = [denoiser.name for denoiser in any_recipe.evaluation.mixture]
+        _write_files(result, comparison.name, uri, run_ids, denoisers)
+        _log_files(result, comparison, uri)
+
+    return result
 
 
-def _recipes(comparison: Comparison) -> dict[Role, Recipe]:
+def _load_recipes(comparison: Comparison) -> dict[Role, Recipe]:
     storage = f"storage={json.dumps(str(comparison.storage))}"
+
     return {
         role: load(comparison.recipes[role], [storage], Recipe, fill_model_from_base)
         for role in ROLES
@@ -88,54 +100,60 @@ def _recipes(comparison: Comparison) -> dict[Role, Recipe]:
 
 
 def _check_experiment(comparison: Comparison, recipes: Mapping[Role, Recipe]) -> None:
+    """Refuse runs of another MLflow experiment than the comparison's.
+
+    Raises:
+        RecipeError: If one of them is.
+    """
     for role, recipe in recipes.items():
         ours, theirs = comparison.tracking.experiment, recipe.tracking.experiment
         if ours != theirs:
             raise RecipeError(
-                f"tracking.experiment: comparison has {ours!r}, {role} has {theirs!r}: make them equal, so that MLflow "
-                "shows all runs together"
+                f"tracking.experiment: the comparison has {ours!r}, {role} has {theirs!r}: set both to the same, so "
+                "that MLflow shows all runs together"
             )
 
 
-def _tree(compared: Compared, name: str, runs: Mapping[Role, str]) -> dict[str, Any]:
-    return {**as_tree(name, compared.arms, compared.metrics), "mlflow_runs": dict(runs)}
+def _as_json(result: ComparisonResult, name: str, run_ids: Mapping[Role, str]) -> dict[str, Any]:
+    return {**as_tree(name, result.arms, result.metrics), "mlflow_runs": dict(run_ids)}
 
 
-def _is_current(compared: Compared, name: str, runs: Mapping[Role, str]) -> bool:
-    """Whether all files are there, with these scores of these runs."""
-    if not all((compared.folder / file).is_file() for file in FILES):
+def _is_current(result: ComparisonResult, name: str, run_ids: Mapping[Role, str]) -> bool:
+    """Return whether all files exist and show these scores of these runs."""
+    if not all((result.folder / file).is_file() for file in FILES):
         return False
-    written = json.loads((compared.folder / "table.json").read_text(encoding="utf-8"))
-    return bool(written == json.loads(json.dumps(_tree(compared, name, runs))))
+
+    written = json.loads((result.folder / JSON_FILE).read_text(encoding="utf-8"))
+    # Through JSON and back, which turns tuples into lists.
+    return bool(written == json.loads(json.dumps(_as_json(result, name, run_ids))))
 
 
-def _write(
-    compared: Compared, name: str, uri: str, runs: Mapping[Role, str], denoisers: Sequence[str]
+def _write_files(
+    result: ComparisonResult,
+    name: str,
+    uri: str,
+    run_ids: Mapping[Role, str],
+    denoisers: Sequence[str],
 ) -> None:
-    """Write the files; table.json last, since it says what the others show."""
-    compared.folder.mkdir(parents=True, exist_ok=True)
-    curves = {role: load_curve(uri, run_id, denoisers) for role, run_id in runs.items()}
-    draw(compared.folder / "comparison.png", name, compared.arms, curves, denoisers)
-    _put(compared.folder / "table.md", as_markdown(name, compared.arms, compared.metrics))
-    tree = _tree(compared, name, runs)
-    _put(compared.folder / "table.json", json.dumps(tree, indent=2) + "\n")
+    result.folder.mkdir(parents=True, exist_ok=True)
+
+    curves = {role: load_curve(uri, run_id, denoisers) for role, run_id in run_ids.items()}
+    draw(result.folder / PLOT_FILE, name, result.arms, curves, denoisers)
+    write_atomically(result.folder / TABLE_FILE, as_markdown(name, result.arms, result.metrics))
+    # Last, since `_is_current` takes it for a description of the other two.
+    tree = _as_json(result, name, run_ids)
+    write_atomically(result.folder / JSON_FILE, json.dumps(tree, indent=2) + "\n")
 
 
-def _put(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
-
-
-def _log(compared: Compared, comparison: Comparison, uri: str) -> None:
-    """Keep the files in an MLflow run of the comparison's own, the same each time."""
+def _log_files(result: ComparisonResult, comparison: Comparison, uri: str) -> None:
+    """Log the files to the comparison's own MLflow run, the same one each time."""
     run_id = continue_run(
         uri,
         comparison.tracking.experiment,
         comparison.name,
-        compared.folder,
+        result.folder,
         tags={"ul2r.role": "comparison"},
-        params={arm.role: arm.metadata.run for arm in compared.arms},
+        params={arm.role: arm.metadata.run for arm in result.arms},
     )
-    log_summary(uri, run_id, {}, [compared.folder / file for file in FILES])
+    log_summary(uri, run_id, {}, [result.folder / file for file in FILES])
     end_run(uri, run_id, "FINISHED")

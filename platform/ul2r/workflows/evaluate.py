@@ -1,4 +1,4 @@
-"""Exports measured as Ray tasks, each run once."""
+"""Exports measured in Ray tasks, each run once, and their scores in files, model cards and MLflow."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import ray
 import torch
 from ray.exceptions import RayTaskError
+from rich.table import Table
 
 from ul2r.config import Recipe
 from ul2r.console import show_progress
@@ -16,12 +17,29 @@ from ul2r.evaluation.evaluate import export_folder, measure, metrics, store_scor
 from ul2r.evaluation.scores import Scores
 from ul2r.inference import LanguageModel, read_export_metadata
 from ul2r.launch.ray_train.cluster import connect_ray
-from ul2r.tracking.mlflow import log_summary, require_run
+from ul2r.tracking.mlflow import check_server, log_summary, require_run
 from ul2r.workflows.model_card import add_scores
 
 
+def evaluate_run(recipe: Recipe) -> Scores:
+    """Measure a run's export unless it has scores, and add them to the run in MLflow.
+
+    Raises:
+        UserError: If the export is missing or does not fit the recipe, or the tracking server fails.
+    """
+    dataset = open_dataset(recipe.storage_paths.store)
+    # Before measuring, which takes minutes: that the server answers and knows the run.
+    uri = check_server(recipe.tracking.uri)
+    require_run(uri, recipe)
+
+    (scores,) = evaluate_runs([recipe], dataset)
+    log_scores(uri, recipe, dataset, scores)
+
+    return scores
+
+
 def evaluate_runs(recipes: Sequence[Recipe], dataset: TokenDataset) -> list[Scores]:
-    """Scores of each recipe's export, measured in parallel where they have not been before.
+    """Return the scores of each recipe's export; measure those that have none, in parallel.
 
     Args:
         recipes: Runs of one storage.
@@ -35,15 +53,17 @@ def evaluate_runs(recipes: Sequence[Recipe], dataset: TokenDataset) -> list[Scor
         gpus = max(recipe.launch.gpus_per_worker for recipe in missing)
         with connect_ray(cpus=1, gpus=gpus):
             _measure_all(missing)
-    found = [stored_scores(recipe, dataset) for recipe in recipes]
-    known = [scores for scores in found if scores is not None]
-    for recipe, scores in zip(recipes, known, strict=True):
+
+    stored = [stored_scores(recipe, dataset) for recipe in recipes]
+    complete = [scores for scores in stored if scores is not None]
+    for recipe, scores in zip(recipes, complete, strict=True):
         add_scores(export_folder(recipe, dataset), scores)
-    return known
+
+    return complete
 
 
 def log_scores(uri: str, recipe: Recipe, dataset: TokenDataset, scores: Scores) -> None:
-    """Add scores to the run in MLflow: evaluation/<metric>, and evaluation_error/<metric> for standard errors.
+    """Log scores to the run in MLflow: evaluation/<metric>, and evaluation_error/<metric> for standard errors.
 
     Raises:
         ServiceError: If the server fails.
@@ -52,11 +72,26 @@ def log_scores(uri: str, recipe: Recipe, dataset: TokenDataset, scores: Scores) 
     means = {f"evaluation/{name}": score.mean for name, score in scores.values.items()}
     errors = {f"evaluation_error/{name}": score.error for name, score in scores.values.items()}
     step = read_export_metadata(export_folder(recipe, dataset)).step or 0
+
     log_summary(uri, run_id, {**means, **errors}, step=step)
 
 
+def as_table(recipe: Recipe, scores: Scores) -> Table:
+    """Return a run's scores as a table for a terminal."""
+    table = Table("held out", title=recipe.name)
+    for heading in ("mean", "± standard error", "rows"):
+        table.add_column(heading, justify="right")
+
+    for metric in metrics(recipe.evaluation):
+        score = scores[metric.name]
+        mean, error = (f"{value:.{metric.digits}f}" for value in (score.mean, score.error))
+        table.add_row(metric.title, mean, error, str(score.count))
+
+    return table
+
+
 def _measure_all(recipes: Sequence[Recipe]) -> None:
-    """Run a task for each recipe, and show how many metrics are done."""
+    """Run a task for each recipe and show how many metrics are done."""
     tasks = {
         ray.remote(num_cpus=1, num_gpus=recipe.launch.gpus_per_worker, num_returns="streaming")(
             _measure
@@ -64,7 +99,8 @@ def _measure_all(recipes: Sequence[Recipe]) -> None:
         for recipe in recipes
     }
     total = sum(len(metrics(recipe.evaluation)) for recipe in recipes)
-    done = 0
+    num_done = 0
+
     with show_progress("evaluate", total, "metrics") as bar:
         bar.update(0)
         while tasks:
@@ -75,19 +111,21 @@ def _measure_all(recipes: Sequence[Recipe]) -> None:
                 tasks.remove(ready)
                 continue
             except RayTaskError as error:
+                # Ray wraps what a task raises; a job reports user errors as they are.
                 if isinstance(error.cause, UserError):
                     raise error.cause from None
                 raise
-            done += 1
-            bar.update(done, note)
+            num_done += 1
+            bar.update(num_done, note)
 
 
 def _measure(recipe: Recipe) -> Iterator[str]:
-    """Measure one run and keep its scores; yields a line after each metric."""
-    torch.set_num_threads(1)
+    """Measure one run and store its scores; yield a note after each metric."""
+    torch.set_num_threads(1)  # the task reserves one CPU
     dataset = open_dataset(recipe.storage_paths.store)
     device = "cuda" if recipe.launch.gpus_per_worker else "cpu"
     model = LanguageModel.load(export_folder(recipe, dataset), device)
+
     scores = {}
     for name, score in measure(model, dataset, recipe):
         scores[name] = score

@@ -1,4 +1,4 @@
-"""From a run's last checkpoint to a folder that others load, and to the registry."""
+"""From a run's checkpoint to a Hugging Face folder, and to the model registry."""
 
 from __future__ import annotations
 
@@ -23,29 +23,62 @@ from ul2r.workflows.model_card import write_card
 
 
 def export(recipe: Recipe) -> Path:
-    """Write a checkpoint as a Hugging Face folder, and register it if the recipe says so.
+    """Write a checkpoint as a Hugging Face folder, and register it if the recipe names a registered model.
 
-    It is the run's last sound one, and the folder "export", unless `export.checkpoint` names another, whose folder is
-    named after it. An export of the same checkpoint that is there already is kept.
+    The checkpoint is the run's last valid one and the folder is "export", unless `export.checkpoint` names another,
+    whose folder is named after it. An existing export of the same checkpoint is kept.
 
     Returns:
         The folder.
 
     Raises:
-        CheckpointError: If there is no such checkpoint, or it is damaged or one of another model.
+        CheckpointError: If there is no such checkpoint, it is damaged, or it belongs to another model.
         ServiceError: If it is to be registered and the tracking server fails.
     """
     dataset = open_dataset(recipe.storage_paths.store)
-    rows = recipe.model.num_used_embeddings(dataset.vocabulary.size)
-    checkpoint, folder = _named(recipe)
+    checkpoint, folder = _choose_checkpoint(recipe)
+    # Before the weights are written, which can take long: that the server answers.
     uri = check_server(recipe.tracking.uri) if recipe.export.registered_model else None
-    stored = MegatronCheckpointReader(checkpoint)
-    stored.check(recipe.model, rows)
-    metadata = _describe(recipe, dataset, checkpoint)
+
+    _write_export(recipe, dataset, checkpoint, folder)
+    if uri is not None:
+        _register(recipe, uri, folder)
+
+    return folder
+
+
+def _choose_checkpoint(recipe: Recipe) -> tuple[Path, Path]:
+    """Return the checkpoint to export and the folder to export it to."""
+    folder = recipe.paths.export
+    checkpoint = recipe.export.checkpoint
+
+    if checkpoint is None:
+        last = latest_valid(CheckpointStore.from_recipe(recipe))
+        if last is None:
+            raise CheckpointError(
+                f"run {recipe.name!r} has no checkpoint in {recipe.paths.folder}: train it first with jobs/train.py"
+            )
+        return last, folder
+
+    if not (checkpoint / INFO_FILE).is_file():
+        checkpoint = find_latest_iteration(checkpoint, "export.checkpoint")
+    elif damage := find_damage(checkpoint):
+        raise CheckpointError(f"export.checkpoint={checkpoint}: {damage}: name another checkpoint")
+
+    return checkpoint, folder.with_name(f"{folder.name}-{checkpoint.name}")
+
+
+def _write_export(recipe: Recipe, dataset: TokenDataset, checkpoint: Path, folder: Path) -> None:
+    """Write weights, tokenizer and metadata unless the folder has those of the checkpoint, and the model card."""
+    rows = recipe.model.num_used_embeddings(dataset.vocabulary.size)
+    reader = MegatronCheckpointReader(checkpoint)
+    reader.check(recipe.model, rows)
+    metadata = _make_metadata(recipe, dataset, checkpoint)
+
     if not metadata.is_written_in(folder):
         write_export(
             folder,
-            convert_tensors(stored, recipe.model, rows),
+            convert_tensors(reader, recipe.model, rows),
             architecture=recipe.model,
             max_positions=recipe.objective.sequence_length,
             metadata=metadata,
@@ -53,30 +86,10 @@ def export(recipe: Recipe) -> Path:
             shard_bytes=int(recipe.export.max_shard_gib * GIB),
         )
     write_card(folder, recipe, dataset, metadata)
-    if uri is not None:
-        _register(recipe, uri, folder)
-    return folder
 
 
-def _named(recipe: Recipe) -> tuple[Path, Path]:
-    """The checkpoint to export, and where to."""
-    exports, chosen = recipe.paths.export, recipe.export.checkpoint
-    if chosen is None:
-        last = latest_valid(CheckpointStore.from_recipe(recipe))
-        if last is None:
-            raise CheckpointError(
-                f"run {recipe.name!r} has no checkpoint in {recipe.paths.folder}: train it first with jobs/train.py"
-            )
-        return last, exports
-    if not (chosen / INFO_FILE).is_file():
-        chosen = find_latest_iteration(chosen, "export.checkpoint")
-    elif damage := find_damage(chosen):
-        raise CheckpointError(f"export.checkpoint={chosen}: {damage}: name another one")
-    return chosen, exports.with_name(f"{exports.name}-{chosen.name}")
-
-
-def _describe(recipe: Recipe, dataset: TokenDataset, checkpoint: Path) -> ExportMetadata:
-    """Describe the export of a checkpoint; one written by Megatron-LM records no step and no denoisers."""
+def _make_metadata(recipe: Recipe, dataset: TokenDataset, checkpoint: Path) -> ExportMetadata:
+    """Return an export's metadata; a checkpoint of Megatron-LM has no record of its training."""
     if not (checkpoint / INFO_FILE).is_file():
         return ExportMetadata(
             run=recipe.name,
@@ -89,6 +102,7 @@ def _describe(recipe: Recipe, dataset: TokenDataset, checkpoint: Path) -> Export
 
     info = CheckpointInfo.read(checkpoint)
     info.check_same_model(recipe, dataset)
+
     return ExportMetadata(
         run=recipe.name,
         role=recipe.role,
@@ -106,7 +120,8 @@ def _register(recipe: Recipe, uri: str, folder: Path) -> None:
     run_id = find_run(uri, recipe.paths.folder)
     if run_id is None:
         raise CheckpointError(
-            f"run {recipe.name!r} is not known to MLflow at {uri}: set tracking.uri to the server it was trained with"
+            f"MLflow at {uri} does not know run {recipe.name!r}: set tracking.uri to the server it was trained with"
         )
     assert recipe.export.registered_model is not None
+
     register(uri, recipe.export.registered_model, folder, run_id, recipe.export.alias)

@@ -1,4 +1,4 @@
-"""Where modes and sentinels go in a tokenizer, told to people."""
+"""A description of where modes and sentinels go in a tokenizer."""
 
 from __future__ import annotations
 
@@ -11,62 +11,67 @@ from tokenizers import Tokenizer
 from ul2r.data.special_tokens import Place, Taken, assign_special_tokens, places
 from ul2r.data.tokenizer import ModeTokens, load_tokenizer, objective_tokens, vocabulary_of
 from ul2r.errors import RecipeError
+from ul2r.model.huggingface.config_json import read_architecture
 from ul2r.model.sizing import pad_vocabulary
+from ul2r.paths import TOKENIZER_FILE
 
 
-def placements(
-    path: Path, sentinels: int, modes: ModeTokens = "special", taken: Taken = "reserved"
+def describe_special_tokens(
+    path: Path, num_sentinels: int, modes: ModeTokens = "special", taken: Taken = "reserved"
 ) -> str:
-    """What `assign_special_tokens` makes of a tokenizer, and what that means for its model's embedding.
+    """Assign modes and sentinels to a tokenizer, and describe the result and its effect on the model's embedding.
 
     Args:
         path: A tokenizer.json, or a model's folder.
-        sentinels: Number of sentinel tokens.
-        modes: Whether modes get tokens of their own.
-        taken: What modes and sentinels take.
+        num_sentinels: Number of sentinel tokens.
+        modes: "special" gives modes tokens of their own, "text" writes them as text.
+        taken: Tokens that modes and sentinels replace.
 
     Returns:
-        Lines for people.
+        Text to print.
 
     Raises:
-        UserError: If the tokenizer cannot be read, or cannot hold them.
+        UserError: If the tokenizer cannot be read, or has no room for them.
     """
-    if sentinels < 1:
-        raise RecipeError(f"--sentinels {sentinels}: one or more are needed")
-    before = load_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
-    after = assign_special_tokens(before, sentinels, modes, taken)
-    found = places(before, after, objective_tokens(after, sentinels, modes))
-    size = vocabulary_of(after, modes).size
-    lines = [f"{path}: {max(before.get_vocab().values()) + 1:,} entries, {size:,} afterwards"]
-    for kind, run in groupby(found, key=lambda place: place.kind):
-        lines.append(f"  {_named(list(run), before)}: {kind}")
+    if num_sentinels < 1:
+        raise RecipeError(f"--sentinels {num_sentinels}: must be 1 or more")
+
+    before = load_tokenizer(path / TOKENIZER_FILE if path.is_dir() else path)
+    after = assign_special_tokens(before, num_sentinels, modes, taken)
+    assigned = places(before, after, objective_tokens(after, num_sentinels, modes))
+    old_size = max(before.get_vocab().values()) + 1
+    new_size = vocabulary_of(after, modes).size
+
+    lines = [f"{path}: {old_size:,} entries, {new_size:,} afterwards"]
+    for kind, group in groupby(assigned, key=lambda token: token.kind):
+        lines.append(f"  {_describe_group(list(group), before)}: {kind}")
     if path.is_dir():
-        lines.append(_embedding(path, size))
+        lines.append(_describe_embedding(path, new_size))
+
     return "\n".join(lines)
 
 
-def _named(run: Sequence[Place], before: Tokenizer) -> str:
-    """First and last of a run with their numbers, and the text that was there."""
+def _describe_group(tokens: Sequence[Place], before: Tokenizer) -> str:
+    """Return the first and last token with their ids, and the text that had these ids before."""
 
-    def was(place: Place) -> str:
-        return before.decode([place.number], skip_special_tokens=False)
+    def describe(token: Place) -> str:
+        text = f"{token.text} {token.number}"
+        if token.was in (None, token.text):
+            return text
+        return f"{text} ({before.decode([token.number], skip_special_tokens=False)})"
 
-    ends = [
-        f"{place.text} {place.number}"
-        + ("" if place.was in (None, place.text) else f" ({was(place)})")
-        for place in (run[0], run[-1])
-    ]
-    return ends[0] if len(run) == 1 else f"{ends[0]} .. {ends[1]}, {len(run)} in all"
+    if len(tokens) == 1:
+        return describe(tokens[0])
+    return f"{describe(tokens[0])} .. {describe(tokens[-1])}, {len(tokens)} in all"
 
 
-def _embedding(folder: Path, size: int) -> str:
-    from ul2r.model.huggingface.config_json import read_architecture
-
+def _describe_embedding(folder: Path, vocabulary_size: int) -> str:
     rows = read_architecture(folder).num_embeddings or 0
-    padded = pad_vocabulary(max(rows, size))
-    if size <= rows:
+    padded = pad_vocabulary(max(rows, vocabulary_size))
+    if vocabulary_size <= rows:
         return f"  the embedding's {rows:,} rows are enough; padded to {padded:,} in training"
+
     return (
-        f"  the embedding's {rows:,} rows become {size:,}: {size - rows} new ones, each the mean of the others; "
-        f"padded to {padded:,} in training"
+        f"  the embedding grows from {rows:,} to {vocabulary_size:,} rows: {vocabulary_size - rows} new ones, each the "
+        f"mean of the others; padded to {padded:,} in training"
     )

@@ -1,4 +1,4 @@
-"""The model card of an export, README.md: where the model comes from, what was measured of it, its recipe."""
+"""The model card of an export, README.md: origin, held-out scores and recipe."""
 
 from __future__ import annotations
 
@@ -8,60 +8,66 @@ from ul2r.config import HuggingFaceBase, Recipe, dump
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.evaluation.evaluate import stored_scores
 from ul2r.evaluation.scores import Scores
+from ul2r.filesystem import write_atomically
 from ul2r.model.export_metadata import ExportMetadata
+from ul2r.paths import EXPORT_METADATA_FILE, MODEL_CARD_FILE
 
-CARD = "README.md"
-MEASURED, RECIPE = "## Held-out text", "## Recipe"
+SCORES_HEADING = "## Held-out text"
+RECIPE_HEADING = "## Recipe"
 
 
-def write_card(folder: Path, recipe: Recipe, dataset: TokenDataset, metadata: ExportMetadata) -> None:
-    """Write the card of an export, with the scores of its run if they are known by now."""
+def write_card(
+    folder: Path, recipe: Recipe, dataset: TokenDataset, metadata: ExportMetadata
+) -> None:
+    """Write the card of an export, with the scores of its run if there are any yet."""
     base = f"base_model: {recipe.base}\n" if isinstance(recipe.base, HuggingFaceBase) else ""
-    parts = [
+    sections = [
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{base}---",
         f"# {recipe.name}",
-        f"{_origin(metadata)} Attention over inputs is {metadata.attention}; `ul2r.json` holds modes, sentinels and the "
-        "checkpoint's identity.",
+        f"{_describe_origin(metadata)} Attention over inputs is {metadata.attention}; `{EXPORT_METADATA_FILE}` holds "
+        "modes, sentinels and the checkpoint's identity.",
         f"Token store: fingerprint `{dataset.manifest.fingerprint}`, tokenizer `{dataset.manifest.tokenizer}`.",
-        f"{RECIPE}\n\n```yaml\n{dump(recipe)}```\n",
+        f"{RECIPE_HEADING}\n\n```yaml\n{dump(recipe)}```\n",
     ]
-    text = "\n\n".join(parts)
+    text = "\n\n".join(sections)
+    # The run's scores are those of its last checkpoint, not of one that `export.checkpoint` names.
     scores = None if recipe.export.checkpoint else stored_scores(recipe, dataset)
-    _put(folder / CARD, text if scores is None else _with_scores(text, scores))
+
+    _write_if_changed(folder / MODEL_CARD_FILE, text if scores is None else _insert(text, scores))
 
 
 def add_scores(folder: Path, scores: Scores) -> None:
-    """Put scores into the card of an export, in the place of those that it had; without a card there is no place."""
-    path = folder / CARD
+    """Insert scores into the card of an export, replacing older ones; do nothing if it has no card."""
+    path = folder / MODEL_CARD_FILE
     if path.is_file():
-        _put(path, _with_scores(path.read_text(encoding="utf-8"), scores))
+        _write_if_changed(path, _insert(path.read_text(encoding="utf-8"), scores))
 
 
-def _origin(metadata: ExportMetadata) -> str:
+def _describe_origin(metadata: ExportMetadata) -> str:
     if not metadata.step:
-        return "Converted from a checkpoint of Megatron-LM's and not trained further."
+        return "Converted from a Megatron-LM checkpoint, without further training."
     return (
-        f"Step {metadata.step:,} of a run on {metadata.tokens:,} row positions and {metadata.flops:.3g} training FLOPs, those of "
-        "the runs that it continues included."
+        f"Step {metadata.step:,} of a run on {metadata.tokens:,} row positions and {metadata.flops:.3g} training "
+        "FLOPs, including those of the runs that it continues."
     )
 
 
-def _with_scores(text: str, scores: Scores) -> str:
-    said, recipe = text.split(RECIPE, 1)
-    table = [
+def _insert(text: str, scores: Scores) -> str:
+    """Return a card's text with the scores in front of the recipe."""
+    before, recipe = text.split(RECIPE_HEADING, 1)
+    before = before.split(SCORES_HEADING)[0]  # drops older scores
+    rows = [
         f"| {name} | {score.mean:.4f} | {score.error:.4f} |"
         for name, score in scores.values.items()
     ]
-    measured = "\n".join(
-        [MEASURED, "", "| metric | mean | standard error |", "|---|---|---|", *table]
+    section = "\n".join(
+        [SCORES_HEADING, "", "| metric | mean | standard error |", "|---|---|---|", *rows]
     )
-    return f"{said.split(MEASURED)[0]}{measured}\n\n{RECIPE}{recipe}"
+
+    return f"{before}{section}\n\n{RECIPE_HEADING}{recipe}"
 
 
-def _put(path: Path, text: str) -> None:
-    """Write a text beside and rename it, unless it is there."""
+def _write_if_changed(path: Path, text: str) -> None:
     if path.is_file() and path.read_text(encoding="utf-8") == text:
         return
-    beside = path.with_name(f".{path.name}")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    write_atomically(path, text)

@@ -1,4 +1,4 @@
-"""Commands run one after the other: timed over interruptions, and never left behind."""
+"""Commands run one after the other: timed across interruptions, and never left running."""
 
 from __future__ import annotations
 
@@ -12,24 +12,26 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ul2r.filesystem import write_atomically
+
 STOP_TIMEOUT_S = 30.0
-"""How long a command that was asked to stop may take before it is made to."""
+"""Time that a command has to end after SIGINT before it is killed."""
 
 
 @dataclass
 class Phase:
-    """What is known of one phase."""
+    """Record of one phase."""
 
     seconds: float = 0.0
-    """Wall time until it was finished for the first time, over all attempts."""
+    """Wall time of all attempts until the phase finished for the first time."""
     finished: bool = False
 
 
-class Phases:
-    """Keeps the times of phases in a file, so that a second run can tell what the first one took.
+class PhaseTimer:
+    """Wall times of phases, kept in a file so that a second run can report those of the first.
 
     Args:
-        file: JSON, made where it does not exist.
+        file: JSON file; created if it does not exist.
     """
 
     def __init__(self, file: Path) -> None:
@@ -38,57 +40,59 @@ class Phases:
         if file.is_file():
             stored = json.loads(file.read_text(encoding="utf-8"))
             self._phases = {name: Phase(**phase) for name, phase in stored.items()}
-        self._done_before = {name for name, phase in self._phases.items() if phase.finished}
-        self._now: dict[str, float] = {}
+
+        self._finished_before = {name for name, phase in self._phases.items() if phase.finished}
+        self._seconds_now: dict[str, float] = {}
 
     @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Count the block's wall time as the phase's, also that of a block that is cut off.
+    def measure(self, name: str) -> Iterator[None]:
+        """Add the block's wall time to the phase's, even if the block fails.
 
-        Once a block of the phase has ended well its time stands: a later one finds the work done.
+        Once a block of the phase has succeeded its time is final: a later one only finds the work done.
         """
         phase = self._phases.setdefault(name, Phase())
-        began = time.monotonic()
-        finished = False
+        start = time.monotonic()
+        succeeded = False
         try:
             yield
-            finished = True
+            succeeded = True
         finally:
-            self._now[name] = time.monotonic() - began
+            self._seconds_now[name] = time.monotonic() - start
             if not phase.finished:
-                phase.seconds += self._now[name]
-                phase.finished = finished
+                phase.seconds += self._seconds_now[name]
+                phase.finished = succeeded
                 self._write()
 
-    def table(self) -> str:
-        """A line for each phase that this process timed, and their sum."""
+    def format_table(self) -> str:
+        """Return a line for each phase that this process measured, and their total."""
         lines = []
-        for name, now in self._now.items():
-            before = f"   done before; {now:.0f} s now" if name in self._done_before else ""
-            lines.append(f"{name:<14}{self._phases[name].seconds:8.0f} s{before}")
-        whole = sum(self._phases[name].seconds for name in self._now)
-        return "\n".join([*lines, f"{'together':<14}{whole:8.0f} s"])
+        for name, seconds_now in self._seconds_now.items():
+            note = (
+                f"   done before; {seconds_now:.0f} s now" if name in self._finished_before else ""
+            )
+            lines.append(f"{name:<14}{self._phases[name].seconds:8.0f} s{note}")
+
+        total = sum(self._phases[name].seconds for name in self._seconds_now)
+        return "\n".join([*lines, f"{'total':<14}{total:8.0f} s"])
 
     def _write(self) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        beside = self._file.with_name(f"{self._file.name}.{os.getpid()}")
         tree = {name: asdict(phase) for name, phase in self._phases.items()}
-        beside.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
-        beside.replace(self._file)
+        write_atomically(self._file, json.dumps(tree, indent=2) + "\n")
 
 
 def run_command(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run a command to its end, its output going where this process's goes.
+    """Run a command to its end; its output goes where this process's goes.
 
-    It gets a session of its own. If this process is interrupted meanwhile, or told to stop, the command and what
-    it started are stopped first: asked as Ctrl-C asks, and killed where that is not enough.
+    The command gets a session of its own. If this process is interrupted meanwhile, everything in that session is
+    stopped first: with SIGINT, as by Ctrl-C, and after `STOP_TIMEOUT_S` with SIGKILL.
 
     Args:
         command: Program and arguments.
-        environment: Variables that it gets besides this process's own.
+        environment: Variables in addition to this process's own.
 
     Returns:
-        Its exit code; 128 and the signal's number where a signal ended it, as a shell has it.
+        Its exit code; 128 plus the signal's number if a signal ended it, as in a shell.
     """
     process = subprocess.Popen(
         command,
@@ -97,14 +101,15 @@ def run_command(command: Sequence[str], environment: Mapping[str, str]) -> int:
         start_new_session=True,
     )
     try:
-        ended = process.wait()
+        exit_code = process.wait()
     finally:
         _stop(process)
-    return ended if ended >= 0 else 128 - ended
+
+    return exit_code if exit_code >= 0 else 128 - exit_code
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the session of a command: at once if the command itself has ended, gently if it has not."""
+    """End the session of a command: at once if the command itself has ended, else with SIGINT first."""
     try:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGINT)
@@ -112,6 +117,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         pass
     finally:
+        # Also after a second Ctrl-C during the wait, and for children that the command left running.
         _kill_session(process)
 
 

@@ -14,7 +14,7 @@ from ul2r.data.special_tokens import assign_special_tokens, places
 from ul2r.data.tokenizer import encode, load_tokenizer, train_tokenizer, vocabulary_of
 from ul2r.errors import CorpusError
 from ul2r.testing.families import write_random_model
-from ul2r.workflows.inspect_tokenizer import placements
+from ul2r.workflows.inspect_tokenizer import describe_special_tokens
 
 ROOT = Path(__file__).parents[3]
 TEXTS = ["the river sees the sea and the sea sees the river\n", "a letter for the miller\n"] * 9
@@ -125,12 +125,12 @@ def test_too_few_subwords_and_other_tokenizers_are_refused() -> None:
 def test_the_choice_is_told_with_what_it_means_for_the_embedding(tmp_path: Path) -> None:
     write_random_model("Llama 3.2", tmp_path)
     with_reserved(4).save(str(tmp_path / "tokenizer.json"))
-    few = placements(tmp_path, sentinels=10)
+    few = describe_special_tokens(tmp_path, num_sentinels=10)
     assert "(<|reserved_special_token_0|>) .. <extra_id_0>" in few
     assert "<extra_id_1> 290 .. <extra_id_9> 298, 9 in all: a new entry" in few
     assert few.endswith("the embedding's 500 rows are enough; padded to 512 in training")
-    many = placements(tmp_path, sentinels=300)
-    assert "the embedding's 500 rows become 589: 89 new ones" in many
+    many = describe_special_tokens(tmp_path, num_sentinels=300)
+    assert "the embedding grows from 500 to 589 rows: 89 new ones" in many
     assert "each the mean of the others" in many
 
 

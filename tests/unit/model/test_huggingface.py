@@ -17,7 +17,7 @@ from ul2r.config import Architecture, Recipe, load
 from ul2r.config.architecture import RopeScaling
 from ul2r.data.tokenizer import add_special_tokens, load_tokenizer, train_tokenizer
 from ul2r.errors import CheckpointError, RecipeError
-from ul2r.launch.pretrained import check_base, describe_base, fill_model_from_base
+from ul2r.launch.pretrained import check_base, fill_model_from_base
 from ul2r.model.huggingface.config_json import (
     check_family,
     make_config,
@@ -27,6 +27,7 @@ from ul2r.model.huggingface.config_json import (
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.families import make_random_model, write_random_model
 from ul2r.testing.recipes import GEMMA_3, tiny_recipe
+from ul2r.workflows.check_base import describe_base
 
 ROOT = Path(__file__).parents[3]
 

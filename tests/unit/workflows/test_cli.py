@@ -51,7 +51,7 @@ def test_an_interruption_is_code_130(recipe_file: Path, capsys: pytest.CaptureFi
         raise KeyboardInterrupt
 
     assert run_job("A job.", Recipe, action) == 130
-    assert "goes on from here" in capsys.readouterr().err
+    assert "run the same command again" in capsys.readouterr().err
 
 
 def test_a_submitted_job_does_not_write_where_ray_deletes(
@@ -60,7 +60,7 @@ def test_a_submitted_job_does_not_write_where_ray_deletes(
     monkeypatch.setenv(SUBMITTED_VARIABLE, "{}")
     given: list[Recipe] = []
     assert run_job("A job.", Recipe, given.append) == 2
-    assert "give an absolute path that every node sees" in capsys.readouterr().err
+    assert "set an absolute path that every node sees" in capsys.readouterr().err
     assert not given
     monkeypatch.setattr(
         sys, "argv", ["job", str(recipe_file), "--set", f"storage={recipe_file.parent.parent}"]

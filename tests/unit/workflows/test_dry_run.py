@@ -48,7 +48,7 @@ def test_seen_keys_are_those_of_the_rows_that_are_trained_on(prepared: Path, slo
     )
     batches = Batches(recipe, open_dataset(recipe.storage_paths.store))
     rows = [batches.rows(step) for step in range(recipe.training.steps)]
-    seen = [4 * int((one.kv_end - one.kv_start).sum()) for one in rows]
+    seen = [4 * int((batch.kv_end - batch.kv_start).sum()) for batch in rows]
     assert seen_keys_per_row(recipe) == pytest.approx(np.sum(seen) / (4 * 32))
 
 
@@ -93,7 +93,7 @@ def test_a_store_that_is_not_prepared_is_said_to_be_unchecked(tmp_path: Path) ->
     said = facts(tiny_recipe(tmp_path, data={"vocabulary_size": 9999}, base="other"))
     assert said["checked"] == f"recipe and memory only: {tmp_path / 'store'} is not prepared yet"
     assert said["starts from"] == "weights of other"
-    assert said["vocabulary"] == "9,999 as data.vocabulary_size says, embedding padded to 10,112"
+    assert said["vocabulary"] == "9,999 from data.vocabulary_size, embedding padded to 10,112"
 
 
 def test_an_existing_tokenizer_gives_the_vocabulary_before_the_store_is_prepared(

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ul2r.workflows.phases import Phases, run_command
+from ul2r.workflows.phases import PhaseTimer, run_command
 
 SLEEP = "import time; time.sleep(600)"
 
@@ -27,42 +27,42 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_table_has_each_phase_and_their_sum(tmp_path: Path, clock: list[float]) -> None:
-    phases = Phases(tmp_path / "phases.json")
+    timer = PhaseTimer(tmp_path / "phases.json")
     for name, seconds in (("prepare", 12), ("base", 100)):
-        with phases.timed(name):
+        with timer.measure(name):
             clock[0] += seconds
-    assert [line.split() for line in phases.table().splitlines()] == [
+    assert [line.split() for line in timer.format_table().splitlines()] == [
         ["prepare", "12", "s"],
         ["base", "100", "s"],
-        ["together", "112", "s"],
+        ["total", "112", "s"],
     ]
 
 
 def test_time_of_an_interrupted_phase_is_added_to_the_next_attempts(
     tmp_path: Path, clock: list[float]
 ) -> None:
-    phases = Phases(tmp_path / "phases.json")
-    with contextlib.suppress(KeyboardInterrupt), phases.timed("base"):
+    timer = PhaseTimer(tmp_path / "phases.json")
+    with contextlib.suppress(KeyboardInterrupt), timer.measure("base"):
         clock[0] += 30
         raise KeyboardInterrupt
-    again = Phases(tmp_path / "phases.json")
-    with again.timed("base"):
+    again = PhaseTimer(tmp_path / "phases.json")
+    with again.measure("base"):
         clock[0] += 70
-    assert again.table().splitlines()[0].split() == ["base", "100", "s"]
+    assert again.format_table().splitlines()[0].split() == ["base", "100", "s"]
 
 
 def test_finished_phase_keeps_its_first_time(tmp_path: Path, clock: list[float]) -> None:
     for seconds in (100, 5):
-        phases = Phases(tmp_path / "phases.json")
-        with phases.timed("base"):
+        timer = PhaseTimer(tmp_path / "phases.json")
+        with timer.measure("base"):
             clock[0] += seconds
-    first, whole = phases.table().splitlines()
+    first, whole = timer.format_table().splitlines()
     assert first.split() == ["base", "100", "s", "done", "before;", "5", "s", "now"]
-    assert whole.split() == ["together", "100", "s"]
+    assert whole.split() == ["total", "100", "s"]
 
 
 def test_times_are_kept_as_json_with_nothing_beside_it(tmp_path: Path, clock: list[float]) -> None:
-    with Phases(tmp_path / "new" / "phases.json").timed("base"):
+    with PhaseTimer(tmp_path / "new" / "phases.json").measure("base"):
         clock[0] += 1.5
     assert json.loads((tmp_path / "new" / "phases.json").read_text()) == {
         "base": {"seconds": 1.5, "finished": True}

@@ -1,0 +1,41 @@
+"""Check a Hugging Face model that is to be the base of a run."""
+
+from __future__ import annotations
+
+import json
+
+from ul2r.launch.pretrained import check_folder
+from ul2r.model.flops import num_active_parameters, num_parameters
+from ul2r.model.huggingface.config_json import read_architecture
+from ul2r.model.huggingface.safetensors_reader import resolve_model_folder
+
+
+def describe_base(name: str) -> str:
+    """Check a model's config.json, files, shapes and tokenizer, and describe it.
+
+    Args:
+        name: Folder, or name on the Hub.
+
+    Returns:
+        Text to print: its size, and the lines that make it the base of a recipe.
+
+    Raises:
+        CheckpointError: If it cannot be a base.
+    """
+    folder = resolve_model_folder(name)
+    architecture = read_architecture(folder)
+    check_folder(name, architecture)
+
+    total, active = num_parameters(architecture, 0), num_active_parameters(architecture, 0)
+    active_note = f", {active:,} for each token" if active < total else ""
+    settings = architecture.model_dump(exclude_defaults=True)
+    lines = [
+        f"{name}: {architecture.family}, {total / 1e9:.3f} B parameters ({total:,}{active_note}), in {folder}",
+        "",
+        "base:",
+        f"  hf: {json.dumps(name)}",
+        "# model: is read from the base and can be left out:",
+        *(f"#   {key}: {json.dumps(value)}" for key, value in settings.items()),
+    ]
+
+    return "\n".join(lines)

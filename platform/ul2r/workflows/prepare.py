@@ -1,0 +1,48 @@
+"""Make a recipe's token store unless it exists."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+from ul2r.config import Recipe
+from ul2r.data.prepare.prepare import finished, prepare
+from ul2r.data.store.manifest import Manifest
+from ul2r.launch.ray_train.cluster import connect_ray
+
+
+def prepare_store(recipe: Recipe) -> tuple[Manifest, bool]:
+    """Make the recipe's token store, on the Ray cluster at hand or one of this machine's, unless it exists.
+
+    Returns:
+        The store's manifest, and whether the store was made just now.
+
+    Raises:
+        UserError: If the text or storage cannot be used, or a store of other text is in the way.
+    """
+    manifest = finished(recipe)
+    if manifest is not None:
+        return manifest, False
+
+    # A blend only lists stores that exist: nothing to tokenize, so no cluster.
+    with nullcontext() if recipe.data.blend else connect_ray(cpus=1):
+        return prepare(recipe), True
+
+
+def describe_manifest(manifest: Manifest) -> str:
+    """Return text to print: counts of a store's two splits, a line each, and of its vocabulary."""
+    lines = []
+    for name, split in (("train", manifest.train), ("held out", manifest.held_out)):
+        line = f"  {name:<9} {split.documents:,} documents, {split.tokens:,} tokens"
+        if split.text_bytes:
+            line += (
+                f", {split.text_bytes / 1e6:.2f} MB of text"
+                f" ({split.tokens / split.text_bytes:.3f} tokens per byte)"
+            )
+        lines.append(line)
+
+    vocabulary = manifest.vocabulary
+    lines.append(
+        f"  tokenizer {vocabulary.size:,} entries, including {len(vocabulary.sentinels)} sentinels"
+    )
+
+    return "\n".join(lines)
