@@ -13,7 +13,6 @@ import sys
 from rich.console import Console
 
 from ul2r.config import Comparison
-from ul2r.evaluation.comparison import as_table
 from ul2r.workflows.cli import run_job
 from ul2r.workflows.compare import PLOT_FILE, TABLE_FILE, compare
 
@@ -25,7 +24,7 @@ def main(comparison: Comparison) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)  # rich assumes 80 columns for a pipe, too few for the table
-    console.print(as_table(comparison.name, result.arms, result.metrics))
+    console.print(result.table.to_rich())
 
     print(f"table: {result.folder / TABLE_FILE}")
     print(f"picture: {result.folder / PLOT_FILE}")

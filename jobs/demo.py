@@ -25,8 +25,8 @@ import ray
 from rich.console import Console
 from rich.markdown import Markdown
 
-from serving.app import Arguments
-from serving.server import running
+from serving.app import ServingConfig
+from serving.server import serve_model
 from ul2r.config import Recipe, load
 from ul2r.data.prepare.source_files import find_files
 from ul2r.errors import UserError
@@ -130,7 +130,7 @@ class Demo:
         _print_heading("serve", ["jobs/serve.py", model, "--storage", str(self.storage)])
         with (
             self.timer.measure("serve"),
-            running(Arguments(model=model, tracking_uri=uri), find_free_port()) as url,
+            serve_model(ServingConfig(model=model, tracking_uri=uri), find_free_port()) as url,
         ):
             _post(url, "/v1/complete", COMPLETION)
             _post(url, "/v1/infill", INFILLING)
@@ -188,7 +188,10 @@ def _post(url: str, route: str, request: Mapping[str, object]) -> None:
     if response.is_error:
         raise UserError(f"{route} answered {response.status_code}: {body['error']}")
 
-    print(f"answer ({body['tokens_in']} tokens read, {body['tokens_out']} generated):")
+    usage = body["usage"]
+    print(
+        f"answer ({usage['prompt_tokens']} prompt tokens, {usage['completion_tokens']} completion tokens):"
+    )
     print("\n".join(f"  | {line}" for line in body["text"].splitlines()))
     for number, fill in enumerate(body.get("fills", ()), start=1):
         print(f"  slot {number}: {fill!r}")

@@ -2,9 +2,9 @@
 
     python jobs/serve.py MODEL [--port 8000]
 
-MODEL is an export folder, or models:/NAME@ALIAS in the registry of the MLflow server at --tracking-uri (else
-MLFLOW_TRACKING_URI); with --storage the registry in that folder is read, and no server need be up. It stays
-until Ctrl-C. On a cluster use `serve deploy serving/deploy.yaml` instead.
+MODEL is an export folder, or models:/NAME@ALIAS in the registry of the MLflow server at --tracking-uri (default:
+MLFLOW_TRACKING_URI). With --storage the registry is read from that folder, and no MLflow server needs to be running.
+The job serves until Ctrl-C. On a cluster use `serve deploy serving/deploy.yaml` instead.
 """
 
 from __future__ import annotations
@@ -15,60 +15,61 @@ import sys
 import threading
 from pathlib import Path
 
-from serving.app import Arguments, is_registered, locate
-from serving.server import LOCALHOST, check_port, running
+from serving.app import ServingConfig, is_registry_uri, resolve_model
+from serving.server import LOCALHOST, check_port, serve_model
 from ul2r.errors import ServiceError
 from ul2r.launch.ray_train.cluster import connect_ray
+from ul2r.paths import StoragePaths
 from ul2r.workflows.cli import run_and_report
 
 DEFAULT_PORT = 8000
-REGISTRY = "mlflow.db"
 
 
 def main(options: argparse.Namespace) -> None:
-    """Serve until told to stop."""
+    """Serve until interrupted."""
     check_port(options.port, options.host)
-    _stop_on_signals()
+    _handle_signals()
     try:
-        folder = _find(options.model, options.tracking_uri, options.storage)
-        served = Arguments(model=str(folder), cpus=options.cpus, gpus=options.gpus)
-        with connect_ray(served.cpus, served.gpus):
-            _stop_on_signals()  # Ray has set its own
-            with running(served, options.port, options.host) as url:
-                print(_addresses(options.model, url), flush=True)
+        folder = _find_export(options.model, options.tracking_uri, options.storage)
+        config = ServingConfig(model=str(folder), cpus=options.cpus, gpus=options.gpus)
+        with connect_ray(config.cpus, config.gpus):
+            _handle_signals()  # Ray has installed its own handlers
+            with serve_model(config, options.port, options.host) as url:
+                print(_usage(options.model, url), flush=True)
                 threading.Event().wait()
     except KeyboardInterrupt:
         print("stopped", flush=True)
 
 
-def _stop_on_signals() -> None:
-    """End in good order on Ctrl-C and on SIGTERM alike."""
+def _handle_signals() -> None:
+    """Shut down cleanly on SIGTERM as on Ctrl-C."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
 
 
-def _find(model: str, tracking_uri: str | None, storage: Path | None) -> Path:
-    """The export folder, looked up while nothing else has been started."""
-    if storage is None or not is_registered(model):
-        return locate(model, tracking_uri)
-    if not (storage / REGISTRY).is_file():
+def _find_export(model: str, tracking_uri: str | None, storage: Path | None) -> Path:
+    """Return the export folder of a model; a registry in a storage folder is read before Ray is started."""
+    if storage is None or not is_registry_uri(model):
+        return resolve_model(model, tracking_uri)
+    if not StoragePaths(storage).mlflow_database.is_file():
         raise ServiceError(
-            f"no registry in {storage}: run `make demo` first, or name a server with --tracking-uri"
+            f"no model registry in {storage}: run `make demo` first, or give an MLflow server with --tracking-uri"
         )
-    from ul2r.tracking.server import run_mlflow_server  # loads MLflow; a folder needs it not
+    # Importing MLflow takes seconds; serving from a folder does not need it.
+    from ul2r.tracking.server import run_mlflow_server
 
     with run_mlflow_server(storage) as uri:
-        return locate(model, uri)
+        return resolve_model(model, uri)
 
 
-def _addresses(model: str, url: str) -> str:
-    """What to open in a browser, and what to paste into a shell."""
+def _usage(model: str, url: str) -> str:
+    """Return the addresses to open in a browser and commands to paste into a shell."""
     post = "curl -s -H 'content-type: application/json'"
     completion = """'{"prompt": "def area(width, height):", "max_tokens": 32}'"""
     infilling = """'{"prompt": "def area(<slot>):\\n    return <slot>\\n", "max_tokens": 16}'"""
     return "\n".join(
         [
-            f"{model} is up until Ctrl-C",
+            f"serving {model}, press Ctrl-C to stop",
             f"playground  {url}/",
             f"API         {url}/openapi.json",
             f"  curl -s {url}/v1/model",
@@ -79,27 +80,31 @@ def _addresses(model: str, url: str) -> str:
     )
 
 
-def _options() -> argparse.Namespace:
+def _parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", metavar="MODEL", help="export folder, or models:/NAME@ALIAS")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT)
-    parser.add_argument("--host", default=LOCALHOST, help="0.0.0.0 lets other machines in")
-    parser.add_argument("--tracking-uri", metavar="URI", help="MLflow server to ask for a name")
-    parser.add_argument("--storage", type=Path, metavar="FOLDER", help="registry to ask for a name")
-    parser.add_argument("--cpus", type=_positive, default=1, help="cores of the model")
+    parser.add_argument(
+        "--host", default=LOCALHOST, help="0.0.0.0 accepts connections from other machines"
+    )
+    parser.add_argument("--tracking-uri", metavar="URI", help="MLflow server of the registry")
+    parser.add_argument(
+        "--storage", type=Path, metavar="FOLDER", help="storage folder that holds the registry"
+    )
+    parser.add_argument("--cpus", type=_positive_int, default=1, help="cores of the model")
     parser.add_argument("--gpus", type=int, default=0, choices=(0, 1))
     return parser.parse_args()
 
 
-def _positive(text: str) -> int:
+def _positive_int(text: str) -> int:
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
     return number
 
 
 if __name__ == "__main__":
-    arguments = _options()
+    arguments = _parse_options()
     sys.exit(run_and_report(lambda: main(arguments)))

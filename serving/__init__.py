@@ -1,8 +1,8 @@
-"""A Ray Serve application around one exported model: HTTP API and playground page."""
+"""Ray Serve application for one exported model: HTTP API and playground page."""
 
 import os
 
-# Serve's controller ends by killing itself, which Ray reports as a failure. Read when ray is imported.
+# Serve's controller ends by killing itself, which Ray reports as a failure. Ray reads the variable on import.
 os.environ.setdefault(
     "RAY_DEDUP_LOGS_SKIP_REGEX", r"Task ServeController\.graceful_shutdown failed"
 )

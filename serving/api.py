@@ -1,4 +1,4 @@
-"""The HTTP routes, and one JSON shape for everything that is refused. No Ray here."""
+"""HTTP routes, and one JSON shape for all errors. No Ray here."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
 from serving.schema import (
-    CompleteAnswer,
-    CompleteRequest,
-    Health,
-    InfillAnswer,
+    CompletionRequest,
+    CompletionResponse,
+    ErrorResponse,
+    HealthResponse,
     InfillRequest,
-    ModelCard,
-    Refusal,
+    InfillResponse,
+    ModelInfo,
 )
-from serving.service import Service
+from serving.service import InferenceService
 from ul2r.errors import RequestError
 
-SHOWN_CHARACTERS = 60
-"""A refused value longer than this is not repeated to its sender."""
+MAX_SHOWN_CHARACTERS = 60
+"""Longer values are not repeated in an error message."""
 PLAYGROUND = Path(__file__).with_name("playground.html")
 
 
-def make_api(service: Service) -> FastAPI:
-    """The API of one model.
+def create_api(service: InferenceService) -> FastAPI:
+    """Return the API of one model.
 
-    Every refusal is `{"error": "one line"}`: 400 for malformed JSON and for what the model cannot answer, 422 for a
-    field that is unknown, missing, of a wrong type or out of range, 404 and 405 for a wrong address.
+    Every error is `{"error": "one line"}`: 400 for malformed JSON and for requests that the model cannot serve, 422
+    for a field that is unknown, missing, of the wrong type or out of range, 404 and 405 for a wrong URL or method.
     """
     page = PLAYGROUND.read_text(encoding="utf-8")
     api = FastAPI(
         title="UL2R",
-        docs_url=None,  # its page would load scripts from elsewhere
+        docs_url=None,  # FastAPI's documentation pages load their scripts from a CDN
         redoc_url=None,
-        responses={400: {"model": Refusal}, 422: {"model": Refusal}},
+        responses={400: {"model": ErrorResponse}, 422: {"model": ErrorResponse}},
     )
 
     @api.get("/", response_class=HTMLResponse, include_in_schema=False)
@@ -47,58 +47,62 @@ def make_api(service: Service) -> FastAPI:
         return page
 
     @api.get("/healthz")
-    async def health() -> Health:
-        return Health()
+    async def health() -> HealthResponse:
+        return HealthResponse()
 
     @api.get("/v1/model")
-    async def card() -> ModelCard:
-        return service.card()
+    async def model_info() -> ModelInfo:
+        return service.model_info()
 
     @api.post("/v1/complete")
-    async def complete(request: CompleteRequest) -> CompleteAnswer:
+    async def complete(request: CompletionRequest) -> CompletionResponse:
         return await service.complete(request)
 
     @api.post("/v1/infill")
-    async def infill(request: InfillRequest) -> InfillAnswer:
+    async def infill(request: InfillRequest) -> InfillResponse:
         return await service.infill(request)
 
-    _add_refusals(api)
+    _add_error_handlers(api)
     return api
 
 
-def _add_refusals(api: FastAPI) -> None:
+def _add_error_handlers(api: FastAPI) -> None:
     @api.exception_handler(RequestError)
-    async def by_model(_: Request, error: RequestError) -> JSONResponse:
-        return _refusal(400, str(error))
+    async def handle_request_error(_: Request, error: RequestError) -> JSONResponse:
+        return _error_response(400, str(error))
 
     @api.exception_handler(RequestValidationError)
-    async def by_schema(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def handle_validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
-            position, reason = first["loc"][-1], first["ctx"]["error"]
-            return _refusal(400, f"malformed JSON at character {position}: {reason}")
-        return _refusal(422, _reason(error.errors()))
+            position = first["loc"][-1]
+            reason = first["ctx"]["error"]
+            return _error_response(400, f"malformed JSON at character {position}: {reason}")
+        return _error_response(422, _describe(error.errors()))
 
     @api.exception_handler(HTTPException)
-    async def by_address(request: Request, error: HTTPException) -> JSONResponse:
-        return _refusal(
-            error.status_code, f"{request.method} {request.url.path}: {error.detail}", error.headers
-        )
+    async def handle_http_error(request: Request, error: HTTPException) -> JSONResponse:
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        return _error_response(error.status_code, message, error.headers)
 
 
-def _reason(errors: Sequence[Mapping[str, Any]]) -> str:
-    """The first error with its field and a short value, and how many more there are."""
+def _describe(errors: Sequence[Mapping[str, Any]]) -> str:
+    """Return the first validation error with its field and value, and the number of further ones."""
     first = errors[0]
     field = ".".join(str(part) for part in first["loc"][1:]) or "body"
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     if first["type"] == "extra_forbidden":
-        return f"{field}: unknown field, GET /openapi.json lists the known ones{more}"
+        return f"{field}: unknown field, see GET /openapi.json for the known ones{more}"
+
     message = first["msg"][:1].lower() + first["msg"][1:]
-    given = repr(first["input"])
-    shown = "" if first["type"] == "missing" or len(given) > SHOWN_CHARACTERS else f", got {given}"
-    return f"{field}: {message}{shown}{more}"
+    value = repr(first["input"])
+    # A missing field has no value: pydantic reports the whole body as its input.
+    is_shown = first["type"] != "missing" and len(value) <= MAX_SHOWN_CHARACTERS
+    return f"{field}: {message}{f', got {value}' if is_shown else ''}{more}"
 
 
-def _refusal(status: int, reason: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    refusal = Refusal(error=" ".join(reason.split()))
-    return JSONResponse(refusal.model_dump(), status_code=status, headers=headers)
+def _error_response(
+    status: int, message: str, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    body = ErrorResponse(error=" ".join(message.split()))
+    return JSONResponse(body.model_dump(), status_code=status, headers=headers)

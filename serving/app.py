@@ -1,7 +1,7 @@
-"""The Ray Serve application: `serve run serving.app:build model=FOLDER`, or `serve deploy serving/deploy.yaml`."""
+"""Ray Serve application: `serve run serving.app:build model=FOLDER`, or `serve deploy serving/deploy.yaml`."""
 
-# No `from __future__ import annotations` here: Serve turns a deploy file's `args` into `Arguments` only where
-# `build`'s annotation is the class itself.
+# No `from __future__ import annotations` here: Serve parses a deploy file's `args` into `ServingConfig` only if the
+# annotation of `build` is the class itself, not a string.
 
 import re
 from pathlib import Path
@@ -14,81 +14,85 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.schema import LoggingConfig
 
-from serving.api import make_api
-from serving.service import Service
+from serving.api import create_api
+from serving.service import InferenceService
 from ul2r.config.strict_model import StrictModel
 from ul2r.errors import CheckpointError
 from ul2r.inference import LanguageModel, read_export_metadata
 
-REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)@(?P<alias>[^/@]+)")
+REGISTRY_URI = re.compile(r"models:/(?P<name>[^/@]+)@(?P<alias>[^/@]+)")
 
 
-class Arguments(StrictModel):
-    """What `build` takes, from a deploy file or a command line."""
+class ServingConfig(StrictModel):
+    """Arguments of `build`, from a deploy file or a command line."""
 
     model: str
-    """An export folder, or models:/NAME@ALIAS in MLflow's registry."""
+    """An export folder, or models:/NAME@ALIAS in MLflow's model registry."""
     tracking_uri: str | None = None
-    """MLflow server of such a name; without it the environment's MLFLOW_TRACKING_URI."""
+    """MLflow server of the registry. Default: the environment's MLFLOW_TRACKING_URI."""
     cpus: PositiveInt = 1
-    """Cores, hence torch threads, of one replica."""
+    """Cores and torch threads of one replica."""
     gpus: Literal[0, 1] = 0
 
 
-class Replica:
+class ModelDeployment:
     """One copy of the model behind the HTTP API."""
 
-    def __init__(self, folder: str, device: str, threads: int) -> None:
-        torch.set_num_threads(threads)
-        self._service = Service(LanguageModel.load(Path(folder), device))
+    def __init__(self, folder: str, device: str, num_threads: int) -> None:
+        torch.set_num_threads(num_threads)
+        self._service = InferenceService(LanguageModel.load(Path(folder), device))
 
-    # Serve asks for the routes after the constructor, so that they can hold the loaded model.
+    # Serve calls this private hook after the constructor, so the routes can hold the loaded model.
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return make_api(self._service)
+        return create_api(self._service)
 
 
-def build(arguments: Arguments) -> Application:
-    """The application of one model, whose folder is checked before anything starts.
+def build(config: ServingConfig) -> Application:
+    """Return the application of one model; its folder is checked before anything starts.
 
     Raises:
-        CheckpointError: If the folder is no export.
+        CheckpointError: If the folder is not an export.
         ServiceError: If the registry cannot be reached or has no such model.
     """
-    folder = locate(arguments.model, arguments.tracking_uri)
+    folder = resolve_model(config.model, config.tracking_uri)
     read_export_metadata(folder)
+
     deployment = serve.deployment(
-        serve.ingress()(Replica),
+        serve.ingress()(ModelDeployment),
         name="model",
-        ray_actor_options={"num_cpus": arguments.cpus, "num_gpus": arguments.gpus},
-        max_ongoing_requests=32,  # beside the one in work: health checks, the page, those waiting their turn
+        ray_actor_options={"num_cpus": config.cpus, "num_gpus": config.gpus},
+        # One request generates at a time; the others are health checks, page loads and requests that wait.
+        max_ongoing_requests=32,
         max_queued_requests=128,
-        max_constructor_retry_count=1,  # a model that does not load once does not load twice
+        max_constructor_retry_count=1,  # an export that fails to load once will fail again
         graceful_shutdown_timeout_s=10,
         graceful_shutdown_wait_loop_s=0.5,
         logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
     )
-    return deployment.bind(str(folder), "cuda" if arguments.gpus else "cpu", arguments.cpus)
+    return deployment.bind(str(folder), "cuda" if config.gpus else "cpu", config.cpus)
 
 
-def is_registered(model: str) -> bool:
-    """Whether `model` is an address in a registry, not a folder."""
+def is_registry_uri(model: str) -> bool:
+    """Return whether `model` is a URI in a model registry rather than a folder."""
     return model.startswith("models:")
 
 
-def locate(model: str, tracking_uri: str | None = None) -> Path:
-    """The export folder, absolute, that `model` names: a path, or models:/NAME@ALIAS.
+def resolve_model(model: str, tracking_uri: str | None = None) -> Path:
+    """Return the absolute export folder of `model`, which is a path or models:/NAME@ALIAS.
 
     Raises:
-        CheckpointError: If a models:/ address has no name or alias, or its folder is gone.
+        CheckpointError: If a registry URI lacks a name or an alias, or its folder is gone.
         ServiceError: If the registry cannot be reached or has no such model.
     """
-    if not is_registered(model):
+    if not is_registry_uri(model):
         return Path(model).resolve()
-    match = REGISTERED.fullmatch(model)
+
+    match = REGISTRY_URI.fullmatch(model)
     if match is None:
         raise CheckpointError(
-            f"{model!r} is no model address: write models:/NAME@ALIAS, for example models:/ul2r-demo@champion"
+            f"{model!r} is not a registry URI: write models:/NAME@ALIAS, for example models:/ul2r-demo@champion"
         )
-    from ul2r.tracking.mlflow import check_server, resolve  # takes seconds; a folder needs it not
+    # Importing MLflow takes seconds; serving from a folder does not need it.
+    from ul2r.tracking.mlflow import check_server, resolve
 
     return resolve(check_server(tracking_uri), match["name"], match["alias"])

@@ -1,7 +1,7 @@
-"""What the HTTP API takes and gives, as pydantic models.
+"""Requests and responses of the HTTP API.
 
-Only shape and type are checked here. What depends on the model (slots, tokens, modes it was trained on) is checked
-where the model is, by `ul2r.inference`.
+Only shapes and types are validated here. Checks that depend on the model (its modes, slots and maximum length) are in
+`ul2r.inference`, where the model is.
 """
 
 from __future__ import annotations
@@ -11,115 +11,123 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ul2r.config.denoisers import Mode
-from ul2r.inference import Finish
+from ul2r.inference import FinishReason
 
-MAX_CHARACTERS = 1_000_000
-"""A prompt beyond this is refused before it is tokenised."""
+MAX_PROMPT_CHARACTERS = 1_000_000
+"""Longer prompts are refused before they are tokenized."""
 
-Prompt = Annotated[str, Field(max_length=MAX_CHARACTERS)]
+Prompt = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)]
 MaxTokens = Annotated[int, Field(le=1_000_000)]
 Temperature = Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
-class Request(BaseModel):
-    """A request body: JSON types are taken as they are, an unknown field is an error."""
+class GenerationRequest(BaseModel):
+    """Base of request bodies: no type coercion, unknown fields are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class CompleteRequest(Request):
+class CompletionRequest(GenerationRequest):
     """Body of POST /v1/complete."""
 
     prompt: Prompt
     mode: Mode | None = None
-    """Without it S2S for a model trained on denoisers, none for a causal one."""
+    """Default: S2S for a model trained on denoisers, none for a causal one."""
     max_tokens: MaxTokens | None = None
-    """Most tokens of the answer; without it 64, or what there is room for."""
+    """Maximum number of tokens to generate. Default: 64, or fewer where the model's maximum length leaves fewer."""
     temperature: Temperature = 0.0
     seed: Seed = 0
 
 
-class InfillRequest(Request):
+class InfillRequest(GenerationRequest):
     """Body of POST /v1/infill."""
 
     prompt: Prompt
     """Text in which each `slot` marks a place to fill."""
     slot: str = Field(default="<slot>", min_length=1, max_length=100)
-    """The marker; another one serves where the text itself holds "<slot>"."""
+    """Marker of a slot; choose another one if the text itself contains "<slot>"."""
     mode: Literal["NLU", "NLG"] = "NLU"
     max_tokens: MaxTokens | None = None
-    """Most tokens in each slot; without it 64, or what there is room for."""
+    """Maximum number of tokens per slot. Default: 64, or fewer where the model's maximum length leaves fewer."""
     temperature: Temperature = 0.0
     seed: Seed = 0
 
 
-class ModelName(BaseModel):
-    """Which model answered."""
+class ModelIdentity(BaseModel):
+    """Training run that a model comes from."""
 
     run: str
     role: str | None
     step: int | None
 
 
-class Answer(BaseModel):
-    """What every answer states."""
+class Usage(BaseModel):
+    """Token counts of a request."""
 
-    model: ModelName
-    tokens_in: int
-    """Tokens read, mode and sentinels included."""
-    tokens_out: int
-    """Tokens generated, sentinels and eos included."""
-
-
-class CompleteAnswer(Answer):
-    """Answer of POST /v1/complete."""
-
-    text: str
-    """The continuation, without the prompt."""
-    finish: Finish
+    prompt_tokens: int
+    """Tokens read, including mode and sentinels."""
+    completion_tokens: int
+    """Tokens generated, including sentinels and end of text."""
 
 
-class InfillAnswer(Answer):
-    """Answer of POST /v1/infill."""
+class GenerationResponse(BaseModel):
+    """Fields that all generated responses share."""
+
+    model: ModelIdentity
+    usage: Usage
+
+
+class CompletionResponse(GenerationResponse):
+    """Response of POST /v1/complete."""
 
     text: str
-    """The prompt with its slots filled."""
+    """Continuation without the prompt."""
+    finish_reason: FinishReason
+
+
+class InfillResponse(GenerationResponse):
+    """Response of POST /v1/infill."""
+
+    text: str
+    """Prompt with its slots filled."""
     fills: list[str]
-    finish: list[Finish]
+    """Text of each slot."""
+    finish_reasons: list[FinishReason]
+    """Finish reason of each slot."""
 
 
-class Limits(BaseModel):
-    """How much a request may ask for."""
+class ModelLimits(BaseModel):
+    """Largest requests that the model accepts."""
 
-    positions: int
-    """Tokens in and out together."""
-    slots: int
-    """Slots of one prompt; 0 where the model cannot infill."""
+    max_model_len: int
+    """Maximum number of tokens of prompt and completion together."""
+    max_slots: int
+    """Maximum number of slots in a prompt; 0 if the model cannot infill."""
     default_max_tokens: int
 
 
-class ModelCard(ModelName):
-    """Answer of GET /v1/model."""
+class ModelInfo(ModelIdentity):
+    """Response of GET /v1/model."""
 
     attention: Literal["prefix", "causal"]
     modes: list[str]
-    """Modes that may be asked for."""
+    """Modes that a request may name."""
     tokens: int | None
-    """Training tokens, those of the parent runs included."""
+    """Training tokens, including those of the parent runs."""
     flops: float | None
-    """Training FLOPs, those of the parent runs included."""
-    limits: Limits
+    """Training FLOPs, including those of the parent runs."""
+    limits: ModelLimits
 
 
-class Health(BaseModel):
-    """Answer of GET /healthz."""
+class HealthResponse(BaseModel):
+    """Response of GET /healthz."""
 
     status: Literal["ok"] = "ok"
 
 
-class Refusal(BaseModel):
-    """Answer to a bad request, with an HTTP status of 4xx."""
+class ErrorResponse(BaseModel):
+    """Response to a bad request, with an HTTP status of 4xx."""
 
     error: str
-    """One line: what is wrong and what to change."""
+    """One line: the problem and its solution."""

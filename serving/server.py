@@ -1,4 +1,4 @@
-"""An application up for as long as a `with` block lasts, in the Ray that is connected."""
+"""Serve a model for the duration of a `with` block, in the connected Ray cluster."""
 
 from __future__ import annotations
 
@@ -14,90 +14,99 @@ from ray import serve
 from ray.serve.config import HTTPOptions
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
-from serving.app import Arguments, build
+from serving.app import ServingConfig, build
 from ul2r.errors import ServiceError
 
 APPLICATION = "ul2r"
 LOCALHOST = "127.0.0.1"
 START_TIMEOUT_S = 300.0
-"""A start takes 10 s on two free cores; large weights take longer to read."""
+"""A start takes 10 s on two free cores; large weights take longer to load."""
 POLL_S = 0.2
 
 
 @contextmanager
-def running(arguments: Arguments, port: int, host: str = LOCALHOST) -> Iterator[str]:
-    """Serve a model while the block runs; yields the base URL, such as http://127.0.0.1:8000.
+def serve_model(config: ServingConfig, port: int, host: str = LOCALHOST) -> Iterator[str]:
+    """Serve a model until the block ends; yield the base URL, such as http://127.0.0.1:8000.
 
-    Serve is started and shut down here: call `ray.init` first, on a Ray where no Serve runs yet.
+    Serve is started and shut down here: call `ray.init` first, on a cluster where Serve is not running.
 
     Raises:
-        CheckpointError: If the model is no export.
-        ServiceError: If the port is taken, the registry cannot be reached, or the model does not start.
+        CheckpointError: If the model is not an export.
+        ServiceError: If the port is in use, the registry cannot be reached, or the model does not start.
     """
     check_port(port, host)
-    application = build(arguments)
+    application = build(config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     url = f"http://{LOCALHOST if host == '0.0.0.0' else host}:{port}"
+
     try:
         serve.start(
             proxy_location="HeadOnly",
             http_options=HTTPOptions(host=host, port=port),
             logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
         )
+        # `serve.run` would wait forever for a cluster with too few free cores; `_wait_until_ready` has a timeout.
         serve.run_many(
             [serve.RunTarget(application, name=APPLICATION, route_prefix="/")],
             wait_for_applications_running=False,
         )
-        _wait_until_up(url, arguments)
+        _wait_until_ready(url, config)
         yield url
     finally:
         serve.shutdown()
 
 
 def check_port(port: int, host: str = LOCALHOST) -> None:
-    """Make sure that a port can be listened on.
+    """Check that a server can listen on a port.
 
     Raises:
-        ServiceError: If it is taken, is no port number, or cannot be bound on that host.
+        ServiceError: If the port is in use, is not a port number, or cannot be bound on that host.
     """
     if not 1 <= port <= 65535:
-        raise ServiceError(f"port {port} is no port number: choose one of 1 to 65535 with --port")
+        raise ServiceError(
+            f"port {port} is not a port number: choose one from 1 to 65535 with --port"
+        )
+
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one just left is free
+        # Without it a port whose last connections are in TIME_WAIT would count as in use.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                raise ServiceError(f"port {port} is taken: choose another with --port") from error
+                raise ServiceError(f"port {port} is in use: choose another with --port") from error
             raise ServiceError(
                 f"cannot listen on {host}:{port} ({error.strerror}): choose another --host or --port"
             ) from error
 
 
-def _wait_until_up(url: str, arguments: Arguments) -> None:
-    """Wait until the model answers over HTTP.
+def _wait_until_ready(url: str, config: ServingConfig) -> None:
+    """Wait until the model responds over HTTP.
 
     Raises:
-        ServiceError: If its replica fails to start, or is not up in time.
+        ServiceError: If its replica fails to start, or is not ready in time.
     """
     deadline = time.monotonic() + START_TIMEOUT_S
     while not _is_healthy(url):
         application = serve.status().applications[APPLICATION]
+
         if application.status == ApplicationStatus.DEPLOY_FAILED:
-            reasons = [of.message for of in application.deployments.values()] or [
-                application.message
-            ]
-            raise ServiceError(f"the model does not start: {reasons[0].rstrip().splitlines()[-1]}")
+            messages = [deployment.message for deployment in application.deployments.values()]
+            message = messages[0] if messages else application.message
+            # The message is a traceback; its last line is the error itself.
+            raise ServiceError(f"the model failed to start: {message.rstrip().splitlines()[-1]}")
+
         if time.monotonic() > deadline:
             raise ServiceError(
-                f"{arguments.model} is not up after {START_TIMEOUT_S:.0f} s ({application.status.value}): "
-                f"are cpus={arguments.cpus} and gpus={arguments.gpus} free in the cluster?"
+                f"{config.model} is not ready after {START_TIMEOUT_S:.0f} s ({application.status.value}): "
+                f"check that the cluster has cpus={config.cpus} and gpus={config.gpus} free"
             )
         time.sleep(POLL_S)
 
 
 def _is_healthy(url: str) -> bool:
     try:
+        # trust_env=False: a proxy of the environment could not reach this machine's localhost.
         return httpx.get(f"{url}/healthz", timeout=5, trust_env=False).is_success
     except httpx.TransportError:
         return False

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ul2r.config import Architecture, HuggingFaceBase, Recipe
 from ul2r.inference import LanguageModel
-from ul2r.inference.generation import Decoder
+from ul2r.inference.generation import IncrementalDecoder
 from ul2r.model.export_metadata import ExportMetadata
 from ul2r.model.huggingface.checkpoint_reader import MegatronCheckpointReader
 from ul2r.model.huggingface.config_json import read_architecture
@@ -249,7 +249,7 @@ def test_an_export_is_served_token_by_token(
     """Inputs in both directions, then one token at a time with keys and values kept: the trained model's logits."""
     trained = carried[name, "single"].trained[0, :, :VOCABULARY]
     model = LanguageModel.load(exported(storage, name, "single", "trained"))
-    decoder = Decoder(model, tokens[0, :PREFIX].tolist(), bidirectional=True)
+    decoder = IncrementalDecoder(model, tokens[0, :PREFIX].tolist(), bidirectional=True)
     for place in range(PREFIX, PREFIX + 4):
         torch.testing.assert_close(decoder.logits, trained[place - 1], atol=1e-4, rtol=1e-4)
         decoder.feed(int(tokens[0, place]))

@@ -17,8 +17,8 @@ import httpx
 import pytest
 from mlflow import MlflowClient
 
-from serving.app import Arguments
-from serving.server import check_port, running
+from serving.app import ServingConfig
+from serving.server import check_port, serve_model
 from ul2r.errors import ServiceError
 from ul2r.inference import LanguageModel, complete, infill
 from ul2r.launch.ray_train.cluster import connect_ray
@@ -157,14 +157,14 @@ def test_a_taken_port_ends_the_job_in_one_line(served: Served) -> None:
     job = _start(str(served.export), "--port", str(served.port))
     said, _ = job.communicate(timeout=START_TIMEOUT_S)
     assert job.returncode == 2
-    assert said == f"error: port {served.port} is taken: choose another with --port\n"
+    assert said == f"error: port {served.port} is in use: choose another with --port\n"
 
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
         (["{}"], "no export at {}: the folder does not exist"),
-        (["models:/tiny@champion", "--storage", "{}"], "no registry in {}: run `make demo` first"),
+        (["models:/tiny@champion", "--storage", "{}"], "no model registry in {}: run `make demo` first"),
     ],
 )
 def test_a_missing_model_ends_the_job_in_one_line(
@@ -184,11 +184,11 @@ def test_a_model_that_does_not_load_says_why_and_leaves_nothing_behind(tmp_path:
     weights = write_tiny_export(tmp_path / "export") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     port = find_free_port()
-    arguments = Arguments(model=str(tmp_path / "export"))
+    arguments = ServingConfig(model=str(tmp_path / "export"))
     with connect_ray(cpus=1):
         with (
-            pytest.raises(ServiceError, match=r"does not start: .*cannot be loaded: Error while"),
-            running(arguments, port),
+            pytest.raises(ServiceError, match=r"failed to start: .*cannot be loaded: Error while"),
+            serve_model(arguments, port),
         ):
             pytest.fail("it came up")
         check_port(port)

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from serving.app import Arguments
+from serving.app import ServingConfig
 from ul2r.config import Recipe, load
 
 ROOT = Path(__file__).parents[2]
@@ -179,10 +179,10 @@ def test_served_application_has_only_keys_that_serve_knows() -> None:
 def test_served_application_gets_arguments_that_it_takes() -> None:
     service = _resource(CLUSTERS / "kuberay-rayservice.yaml")
     (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
-    arguments = Arguments.model_validate(application["args"])
+    arguments = ServingConfig.model_validate(application["args"])
     module, _, function = application["import_path"].partition(":")
     source = (ROOT / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8")
-    assert f"def {function}(arguments: Arguments)" in source
+    assert f"def {function}(config: ServingConfig)" in source
     (group,) = _cluster(service)["workerGroupSpecs"]
     assert group["rayStartParams"]["num-gpus"] == str(arguments.gpus)
 

@@ -1,4 +1,4 @@
-"""Held-out losses during training against the FLOPs spent on them, from MLflow."""
+"""Held-out losses during training against training FLOPs, read from MLflow."""
 
 from __future__ import annotations
 
@@ -9,37 +9,40 @@ from ul2r.tracking.mlflow import read_metric_history
 
 
 @dataclass(frozen=True)
-class Curve:
-    """One run's held-out losses at N moments of its training.
+class LossCurve:
+    """Held-out losses of one run at N steps of its training.
 
     Attributes:
-        flops: Training FLOPs, the base's included, rising; N of them.
-        causal: Loss of plain text in nats per token.
-        denoisers: Mean of the denoisers' losses, in nats per token.
+        flops: Training FLOPs including the base's, ascending; N values.
+        causal_loss: Loss of plain text in nats per token.
+        denoiser_loss: Mean of the denoisers' losses in nats per token.
     """
 
     flops: tuple[float, ...]
-    causal: tuple[float, ...]
-    denoisers: tuple[float, ...]
+    causal_loss: tuple[float, ...]
+    denoiser_loss: tuple[float, ...]
 
 
-def load_curve(uri: str, run_id: str, denoisers: Sequence[str]) -> Curve:
-    """Read a run's curve; moments that lack one of the metrics are left out.
+def load_loss_curve(uri: str, run_id: str, denoisers: Sequence[str]) -> LossCurve:
+    """Return the curve of a run; steps that lack one of the metrics are left out.
 
     Args:
-        uri: The tracking server.
+        uri: MLflow server.
         run_id: The run.
-        denoisers: Names of those that the mean is taken over.
+        denoisers: Names of the denoisers to average over.
 
     Raises:
         ServiceError: If the server fails.
     """
-    reached = dict(read_metric_history(uri, run_id, "progress/eflops"))
+    eflops = dict(read_metric_history(uri, run_id, "progress/eflops"))
     causal = dict(read_metric_history(uri, run_id, "held_out/loss/causal"))
-    each = [dict(read_metric_history(uri, run_id, f"held_out/loss/{name}")) for name in denoisers]
-    steps = sorted(set(reached).intersection(causal, *each))
-    return Curve(
-        flops=tuple(reached[step] * 1e18 for step in steps),
-        causal=tuple(causal[step] for step in steps),
-        denoisers=tuple(sum(losses[step] for losses in each) / len(each) for step in steps),
+    by_denoiser = [dict(read_metric_history(uri, run_id, f"held_out/loss/{name}")) for name in denoisers]
+
+    steps = sorted(set(eflops).intersection(causal, *by_denoiser))
+    return LossCurve(
+        flops=tuple(eflops[step] * 1e18 for step in steps),
+        causal_loss=tuple(causal[step] for step in steps),
+        denoiser_loss=tuple(
+            sum(losses[step] for losses in by_denoiser) / len(by_denoiser) for step in steps
+        ),
     )

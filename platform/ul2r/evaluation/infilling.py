@@ -9,11 +9,11 @@ from rapidfuzz.distance import Levenshtein
 
 from ul2r.config import Evaluation
 from ul2r.data.store.dataset import TokenDataset
-from ul2r.evaluation.prompts import Tokens, build_scoring_batch, columns
+from ul2r.evaluation.held_out_windows import select_windows
 from ul2r.evaluation.scores import Score, mean_score, token_score
-from ul2r.evaluation.texts import spread_windows
+from ul2r.evaluation.scoring_batch import Tokens, build_scoring_batch, columns
 from ul2r.inference import LanguageModel
-from ul2r.inference.generation import Decoder, Sampler
+from ul2r.inference.generation import IncrementalDecoder, Sampler
 from ul2r.objective import Vocabulary
 
 LONG_SPAN = 12
@@ -43,7 +43,7 @@ class InfillExamples:
             CorpusError: If the held-out split has not two of them.
         """
         context, span = settings.infill_context_length, settings.infill_span_length
-        windows = spread_windows(
+        windows = select_windows(
             dataset.held_out,
             settings.num_infill_examples,
             2 * context + span,
@@ -121,7 +121,7 @@ def _written(
         closer: Sentinel that ends the text; left out of it.
         limit: Tokens after which the text is cut off.
     """
-    decoder = Decoder(model, prompt, bidirectional=model.attention == "prefix")
+    decoder = IncrementalDecoder(model, prompt, bidirectional=model.attention == "prefix")
     if opener is not None:
         decoder.feed(opener)
     sampler = Sampler(model, temperature=0.0, seed=0)

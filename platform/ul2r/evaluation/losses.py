@@ -8,9 +8,9 @@ from ul2r.config import Causal, Denoiser, Prefix, Recipe
 from ul2r.data.sampling.batches import Batches
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.errors import CorpusError
-from ul2r.evaluation.prompts import build_scoring_batch, columns
+from ul2r.evaluation.held_out_windows import select_windows
 from ul2r.evaluation.scores import Score, token_score
-from ul2r.evaluation.texts import spread_windows
+from ul2r.evaluation.scoring_batch import build_scoring_batch, columns
 from ul2r.inference import LanguageModel
 
 
@@ -53,7 +53,7 @@ def second_half_loss(model: LanguageModel, dataset: TokenDataset, recipe: Recipe
     denoiser = Prefix(weight=1.0)
     mode_tokens = len(dataset.vocabulary.modes[denoiser.mode])
     length = recipe.objective.raw_length(denoiser, mode_tokens)
-    texts = spread_windows(dataset.held_out, recipe.evaluation.num_rows, length)
+    texts = select_windows(dataset.held_out, recipe.evaluation.num_rows, length)
     first, second = np.split(texts, [length // 2], axis=1)
     counts = second != dataset.vocabulary.eos
     if not model.metadata.denoising:

@@ -1,8 +1,7 @@
-"""A comparison as one picture: losses by denoiser, losses by FLOPs, and what each arm can do with a text."""
+"""Plot of a comparison: losses by denoiser, losses by training FLOPs, and infilling."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,88 +12,112 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from ul2r.evaluation.comparison import Arm, Role
-from ul2r.evaluation.curves import Curve
+from ul2r.evaluation.comparison_table import ComparisonTable
+from ul2r.evaluation.curves import LossCurve
+from ul2r.filesystem import staged_file
 from ul2r.tracking.view import ROLE_COLORS
 
-NAMES: dict[Role, str] = {"base": "base", "control": "control", "ul2r": "UL2R"}
+ROLE_LABELS: dict[Role, str] = {"base": "base", "control": "control", "ul2r": "UL2R"}
 SIZE_INCHES = (16.0, 9.0)
 DOTS_PER_INCH = 100
 MARGIN_INCHES = 0.15
 BAR_WIDTH = 0.27
-LOSS = "nats per token (lower is better)"
+LOSS_LABEL = "nats per token (lower is better)"
 
 
-def draw(
+def plot_comparison(
     path: Path,
-    title: str,
-    arms: Sequence[Arm],
-    curves: Mapping[Role, Curve],
+    table: ComparisonTable,
+    curves: Mapping[Role, LossCurve],
     denoisers: Sequence[str],
 ) -> None:
-    """Write the picture as a PNG file of 1600 x 900.
+    """Write the plot as a PNG file of 1600 x 900 pixels.
 
     Args:
-        path: Written beside, then put in place.
-        title: Stands on top.
-        arms: Scores, in the order of the bars.
-        curves: Losses during training.
-        denoisers: Names of the denoisers, in the order of the groups of bars.
+        path: File to write, atomically.
+        table: Scores; its name is the title, its arms are the bars of a group, in their order.
+        curves: Held-out losses during training.
+        denoisers: Names of the denoisers, in the order of their groups of bars.
     """
     layout = ConstrainedLayoutEngine(w_pad=MARGIN_INCHES, h_pad=MARGIN_INCHES)
     figure = Figure(SIZE_INCHES, DOTS_PER_INCH, layout=layout)
-    figure.suptitle(f"{title}: on the same held-out text", fontsize=17, fontweight="bold")
+    figure.suptitle(f"{table.name}: on the same held-out text", fontsize=17, fontweight="bold")
     panels = figure.subplot_mosaic(
         [["denoisers", "curves", "loss"], ["denoisers", "curves", "match"]],
         width_ratios=[1.2, 1.2, 0.75],
     )
-    _bars(panels["denoisers"], arms, [f"denoiser_loss/{name}" for name in denoisers], denoisers)
-    panels["denoisers"].set(title="Loss of each denoiser's targets", ylabel=LOSS)
-    _curves(panels["curves"], curves)
-    second, infill = "second\nhalf", "infilled\nspan"
-    _bars(panels["loss"], arms, ["second_half_loss", "infill_loss"], [second, infill])
-    panels["loss"].set(title="Loss, each arm in its own way", ylabel=LOSS)
-    names = ["exact\nmatch", "edit\nsimilarity"]
-    _bars(panels["match"], arms, ["infill_exact_match", "infill_edit_similarity"], names)
-    panels["match"].set(title="Infilling, UL2R sees both sides", ylabel="share (higher is better)")
+
+    _plot_denoiser_losses(panels["denoisers"], table.arms, denoisers)
+    _plot_curves(panels["curves"], curves)
+    _plot_conditional_losses(panels["loss"], table.arms)
+    _plot_infilling(panels["match"], table.arms)
+
     figure.legend(
         handles=[
-            Line2D([], [], color=ROLE_COLORS[arm.role], linewidth=8, label=_label(arm))
-            for arm in arms
+            Line2D([], [], color=ROLE_COLORS[arm.role], linewidth=8, label=_arm_label(arm))
+            for arm in table.arms
         ],
         loc="outside lower center",
-        ncols=len(arms),
+        ncols=len(table.arms),
         frameon=False,
         fontsize=13,
     )
-    beside = path.with_name(f".{path.stem}.{os.getpid()}.png")
-    figure.savefig(beside)
-    beside.replace(path)
+    with staged_file(path) as staging:
+        # The staging name does not end in .png, by which matplotlib would know the format.
+        figure.savefig(staging, format="png")
 
 
-def _bars(axes: Axes, arms: Sequence[Arm], metrics: Sequence[str], groups: Sequence[str]) -> None:
-    """Groups of bars, one for each arm, with standard errors and the numbers on top."""
-    places = np.arange(len(metrics))
+def _plot_denoiser_losses(axes: Axes, arms: Sequence[Arm], denoisers: Sequence[str]) -> None:
+    _plot_bars(axes, arms, {f"denoiser_loss/{name}": name for name in denoisers})
+    axes.set(title="Loss of each denoiser's targets", ylabel=LOSS_LABEL)
+
+
+def _plot_conditional_losses(axes: Axes, arms: Sequence[Arm]) -> None:
+    groups = {"second_half_loss": "second\nhalf", "infill_loss": "infilled\nspan"}
+    _plot_bars(axes, arms, groups)
+    axes.set(title="Loss, each arm in its own way", ylabel=LOSS_LABEL)
+
+
+def _plot_infilling(axes: Axes, arms: Sequence[Arm]) -> None:
+    groups = {
+        "infill_exact_match": "exact\nmatch",
+        "infill_edit_similarity": "edit\nsimilarity",
+    }
+    _plot_bars(axes, arms, groups)
+    axes.set(title="Infilling, UL2R sees both sides", ylabel="share (higher is better)")
+
+
+def _plot_bars(axes: Axes, arms: Sequence[Arm], groups: Mapping[str, str]) -> None:
+    """Plot a group of bars for each metric, one bar for each arm, with standard errors and values.
+
+    Args:
+        axes: Axes to plot on.
+        arms: Bars of a group, from left to right.
+        groups: Labels on the x-axis by metric.
+    """
+    positions = np.arange(len(groups))
     for number, arm in enumerate(arms):
-        scores = [arm.scores[metric] for metric in metrics]
-        drawn = axes.bar(
-            places + (number - (len(arms) - 1) / 2) * BAR_WIDTH,
+        scores = [arm.scores[metric] for metric in groups]
+        bars = axes.bar(
+            positions + (number - (len(arms) - 1) / 2) * BAR_WIDTH,
             [score.mean for score in scores],
             BAR_WIDTH * 0.92,
-            yerr=[score.error for score in scores],
+            yerr=[score.stderr for score in scores],
             color=ROLE_COLORS[arm.role],
             error_kw={"ecolor": "#222222", "elinewidth": 1, "capsize": 2},
         )
-        axes.bar_label(drawn, fmt="%.2f", padding=2, fontsize=9)
-    axes.set_xticks(places, groups, fontsize=12)
-    _plain(axes)
+        axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=9)
+
+    axes.set_xticks(positions, list(groups.values()), fontsize=12)
+    _style_axes(axes)
     axes.margins(y=0.1)
     axes.set_ylim(bottom=0)
 
 
-def _curves(axes: Axes, curves: Mapping[Role, Curve]) -> None:
-    """Loss against FLOPs; dotted lines join the base's end to where each version of it ended."""
+def _plot_curves(axes: Axes, curves: Mapping[Role, LossCurve]) -> None:
+    """Plot loss against FLOPs; dotted lines join the end of the base to the end of its UL2R version."""
     for role, curve in curves.items():
-        for losses, style in ((curve.denoisers, "-"), (curve.causal, "--")):
+        for losses, style in ((curve.denoiser_loss, "-"), (curve.causal_loss, "--")):
             axes.plot(
                 curve.flops,
                 losses,
@@ -104,17 +127,20 @@ def _curves(axes: Axes, curves: Mapping[Role, Curve]) -> None:
                 marker="o",
                 markersize=4,
             )
+
     base = curves.get("base")
-    if base is not None and base.flops and "ul2r" in curves and curves["ul2r"].flops:
-        end = curves["ul2r"]
-        for ours, theirs in ((base.denoisers, end.denoisers), (base.causal, end.causal)):
+    ul2r = curves.get("ul2r")
+    if base is not None and base.flops and ul2r is not None and ul2r.flops:
+        pairs = ((base.denoiser_loss, ul2r.denoiser_loss), (base.causal_loss, ul2r.causal_loss))
+        for base_losses, ul2r_losses in pairs:
             axes.plot(
-                (base.flops[-1], end.flops[-1]),
-                (ours[-1], theirs[-1]),
+                (base.flops[-1], ul2r.flops[-1]),
+                (base_losses[-1], ul2r_losses[-1]),
                 ":",
                 color="black",
                 linewidth=1.5,
             )
+
     axes.legend(
         handles=[
             Line2D([], [], color="black", linestyle="-", label="mean of the denoisers"),
@@ -125,19 +151,20 @@ def _curves(axes: Axes, curves: Mapping[Role, Curve]) -> None:
         fontsize=11,
     )
     axes.set(
-        title="Held-out loss by training compute", xlabel="training FLOPs, the base's included"
+        title="Held-out loss by training compute",
+        xlabel="training FLOPs, the base's included",
+        ylabel=LOSS_LABEL,
     )
-    axes.set_ylabel(LOSS)
     axes.set_xlim(left=0)
-    _plain(axes)
+    _style_axes(axes)
 
 
-def _plain(axes: Axes) -> None:
+def _style_axes(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
     axes.set_axisbelow(True)
 
 
-def _label(arm: Arm) -> str:
+def _arm_label(arm: Arm) -> str:
     tokens = f", {arm.metadata.tokens:,} tokens" if arm.metadata.tokens else ""
-    return f"{NAMES[arm.role]} ({arm.metadata.run}{tokens})"
+    return f"{ROLE_LABELS[arm.role]} ({arm.metadata.run}{tokens})"

@@ -17,12 +17,12 @@ class Score:
 
     Attributes:
         mean: The estimate, in the metric's unit.
-        error: Its standard error: how far another sample of held-out text as large would move it.
+        stderr: Its standard error: how far another sample of held-out text as large would move it.
         count: Rows or examples that it is taken over.
     """
 
     mean: float
-    error: float
+    stderr: float
     count: int
 
 
@@ -52,7 +52,7 @@ def token_score(losses: npt.ArrayLike, mask: npt.ArrayLike) -> Score:
 
 def perplexity(loss: Score) -> Score:
     """The exponential of a loss in nats; its error to first order."""
-    return Score(math.exp(loss.mean), math.exp(loss.mean) * loss.error, loss.count)
+    return Score(math.exp(loss.mean), math.exp(loss.mean) * loss.stderr, loss.count)
 
 
 @dataclass(frozen=True)

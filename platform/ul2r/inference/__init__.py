@@ -1,21 +1,21 @@
 """From an export folder to text: completion and infilling with prefix-LM attention. No Ray here."""
 
 from ul2r.inference.completion import Completion, complete
-from ul2r.inference.generation import DEFAULT_MAX_TOKENS, Finish, generate
-from ul2r.inference.infilling import Infilling, infill, most_slots
+from ul2r.inference.generation import DEFAULT_MAX_TOKENS, FinishReason, generate
+from ul2r.inference.infilling import InfillResult, infill, max_infill_slots
 from ul2r.inference.language_model import LanguageModel
 from ul2r.model.export_metadata import ExportMetadata, read_export_metadata
 
 __all__ = [
     "DEFAULT_MAX_TOKENS",
     "Completion",
-    "Finish",
-    "Infilling",
-    "LanguageModel",
     "ExportMetadata",
+    "FinishReason",
+    "InfillResult",
+    "LanguageModel",
     "complete",
     "generate",
     "infill",
-    "most_slots",
+    "max_infill_slots",
     "read_export_metadata",
 ]

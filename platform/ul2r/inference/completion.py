@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ul2r.config.denoisers import Mode
 from ul2r.errors import RequestError
-from ul2r.inference.generation import Finish, generate, token_limit
+from ul2r.inference.generation import FinishReason, generate, resolve_max_tokens
 from ul2r.inference.infilling import infill
 from ul2r.inference.language_model import LanguageModel
 
@@ -17,15 +17,15 @@ class Completion:
 
     Attributes:
         text: The continuation alone.
-        finish: Whether the model ended it or the token limit did.
-        tokens_in: Tokens read, the mode included.
-        tokens_out: Tokens generated, eos included.
+        finish_reason: Whether the model ended it or the token limit did.
+        prompt_tokens: Tokens read, the mode included.
+        completion_tokens: Tokens generated, eos included.
     """
 
     text: str
-    finish: Finish
-    tokens_in: int
-    tokens_out: int
+    finish_reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
 
 
 def complete(
@@ -64,7 +64,7 @@ def complete(
             temperature=temperature,
             seed=seed,
         )
-        return Completion(filled.fills[0], filled.finish[0], filled.tokens_in, filled.tokens_out)
+        return Completion(filled.fills[0], filled.finish_reasons[0], filled.prompt_tokens, filled.completion_tokens)
     inputs = model.encode(prompt)
     bidirectional = model.attention == "prefix"
     if mode == "S2S" or model.metadata.denoising:
@@ -73,7 +73,7 @@ def complete(
         generate(
             model,
             inputs,
-            max_tokens=token_limit(model, len(inputs), max_tokens),
+            max_tokens=resolve_max_tokens(model, len(inputs), max_tokens),
             stop=model.eos,
             temperature=temperature,
             seed=seed,
@@ -83,7 +83,7 @@ def complete(
     stopped = produced[-1] in model.eos
     return Completion(
         text=model.decode(produced[:-1] if stopped else produced),
-        finish="stop" if stopped else "length",
-        tokens_in=len(inputs),
-        tokens_out=len(produced),
+        finish_reason="stop" if stopped else "length",
+        prompt_tokens=len(inputs),
+        completion_tokens=len(produced),
     )

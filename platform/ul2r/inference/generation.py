@@ -13,13 +13,13 @@ from transformers import DynamicCache
 from ul2r.errors import RequestError
 from ul2r.inference.language_model import LanguageModel
 
-Finish = Literal["stop", "length"]
+FinishReason = Literal["stop", "length"]
 """Why a generated text ended: the model closed it, or its token limit did."""
 
 DEFAULT_MAX_TOKENS = 64
 
 
-class Decoder:
+class IncrementalDecoder:
     """Reads the inputs once, then one token at a time.
 
     With prefix-LM attention each input sees all inputs and each later token all before it; so keys and values,
@@ -92,7 +92,7 @@ def generate(
         seed: Seed of the draws.
         bidirectional: Whether inputs see each other in both directions.
     """
-    decoder = Decoder(model, inputs, bidirectional=bidirectional)
+    decoder = IncrementalDecoder(model, inputs, bidirectional=bidirectional)
     sampler = Sampler(model, temperature, seed)
     for left in reversed(range(max_tokens)):
         token = sampler.choose(decoder.logits, stop)
@@ -102,7 +102,7 @@ def generate(
         decoder.feed(token)
 
 
-def token_limit(
+def resolve_max_tokens(
     model: LanguageModel, inputs: int, asked: int | None, *, spans: int = 1, marks: int = 0
 ) -> int:
     """Tokens that each of `spans` generated texts may have.
@@ -128,7 +128,7 @@ def token_limit(
         return min(room, DEFAULT_MAX_TOKENS)
     if not 1 <= asked <= room:
         raise RequestError(
-            f"max_tokens={asked} is out of range: with {inputs} input tokens of {model.max_position_embeddings} positions it may be "
+            f"max_tokens={asked} is out of range: with {inputs} input tokens of {model.max_position_embeddings} positions choose "
             f"1 to {room}"
         )
     return asked

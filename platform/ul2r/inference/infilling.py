@@ -8,27 +8,27 @@ from itertools import zip_longest
 from typing import Literal
 
 from ul2r.errors import RequestError
-from ul2r.inference.generation import Decoder, Finish, Sampler, token_limit
+from ul2r.inference.generation import FinishReason, IncrementalDecoder, Sampler, resolve_max_tokens
 from ul2r.inference.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
-class Infilling:
+class InfillResult:
     """What filled the slots.
 
     Attributes:
         text: The parts with the fills between them.
         fills: One text for each slot.
-        finish: For each slot, whether the model closed it or its token limit did.
-        tokens_in: Tokens read: mode, parts and sentinels.
-        tokens_out: Tokens of the targets, sentinels and eos included.
+        finish_reasons: For each slot, whether the model closed it or its token limit did.
+        prompt_tokens: Tokens read: mode, parts and sentinels.
+        completion_tokens: Tokens of the targets, sentinels and eos included.
     """
 
     text: str
     fills: tuple[str, ...]
-    finish: tuple[Finish, ...]
-    tokens_in: int
-    tokens_out: int
+    finish_reasons: tuple[FinishReason, ...]
+    prompt_tokens: int
+    completion_tokens: int
 
 
 def infill(
@@ -39,7 +39,7 @@ def infill(
     max_tokens: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
-) -> Infilling:
+) -> InfillResult:
     """Fill the slots between the parts of a text.
 
         infill(model, ["The capital of", " is Paris, that of", " is Rome."])
@@ -66,13 +66,13 @@ def infill(
     """
     vocabulary = model.trained_modes("infilling")
     encoded = [model.encode(part) for part in parts]
-    _check(encoded, most_slots(model))
+    _check(encoded, max_infill_slots(model))
     slots = len(parts) - 1
     marks = vocabulary.sentinels[: slots + bool(encoded[-1])]
     inputs = [*vocabulary.modes[mode], *_joined(encoded, marks)]
-    limit = token_limit(model, len(inputs), max_tokens, spans=slots, marks=1)
+    limit = resolve_max_tokens(model, len(inputs), max_tokens, spans=slots, marks=1)
 
-    decoder = Decoder(model, inputs, bidirectional=model.attention == "prefix")
+    decoder = IncrementalDecoder(model, inputs, bidirectional=model.attention == "prefix")
     sampler = Sampler(model, temperature, seed)
     closers = (*marks, vocabulary.eos)[1 : slots + 1]
     spans = [
@@ -81,18 +81,18 @@ def infill(
     ]
     fills = [model.decode(ids) for ids, _ in spans]
     finish = tuple(finish for _, finish in spans)
-    return Infilling(
+    return InfillResult(
         text="".join(text for pair in zip_longest(parts, fills, fillvalue="") for text in pair),
         fills=tuple(fills),
-        finish=finish,
-        tokens_in=len(inputs),
-        tokens_out=sum(1 + len(ids) for ids, _ in spans) + (finish[-1] == "stop"),
+        finish_reasons=finish,
+        prompt_tokens=len(inputs),
+        completion_tokens=sum(1 + len(ids) for ids, _ in spans) + (finish[-1] == "stop"),
     )
 
 
 def _span(
-    decoder: Decoder, sampler: Sampler, opener: int, closer: int, limit: int
-) -> tuple[list[int], Finish]:
+    decoder: IncrementalDecoder, sampler: Sampler, opener: int, closer: int, limit: int
+) -> tuple[list[int], FinishReason]:
     """The tokens of one slot, 1 to `limit` of them, and why they ended."""
     decoder.feed(opener)
     ids: list[int] = []
@@ -113,7 +113,7 @@ def _joined(parts: Sequence[list[int]], marks: Sequence[int]) -> list[int]:
     return joined
 
 
-def most_slots(model: LanguageModel) -> int:
+def max_infill_slots(model: LanguageModel) -> int:
     """Slots that one text may have: a sentinel for each and one to close the text; 0 for a model without denoisers."""
     if not model.metadata.denoising or model.vocabulary is None:
         return 0
@@ -134,5 +134,5 @@ def _check(parts: Sequence[list[int]], most: int) -> None:
     for slot, between in enumerate(parts[1:-1], start=1):
         if not between:
             raise RequestError(
-                f"slots {slot} and {slot + 1} touch: put text between them, or make them one slot"
+                f"slots {slot} and {slot + 1} are adjacent: put text between them, or merge them"
             )

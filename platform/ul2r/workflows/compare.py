@@ -11,10 +11,11 @@ from typing import Any
 from ul2r.config import Comparison, Recipe, load
 from ul2r.data.store.dataset import open_dataset
 from ul2r.errors import RecipeError
-from ul2r.evaluation.comparison import ROLES, Arm, Role, as_markdown, as_tree, check_comparable
-from ul2r.evaluation.curves import load_curve
-from ul2r.evaluation.evaluate import Metric, export_folder, metrics
-from ul2r.evaluation.plot import draw
+from ul2r.evaluation.comparison import ROLES, Arm, Role, check_comparable
+from ul2r.evaluation.comparison_table import ComparisonTable
+from ul2r.evaluation.curves import load_loss_curve
+from ul2r.evaluation.measure import find_export, list_metrics
+from ul2r.evaluation.plot import plot_comparison
 from ul2r.filesystem import write_atomically
 from ul2r.inference import read_export_metadata
 from ul2r.launch.pretrained import fill_model_from_base
@@ -41,13 +42,11 @@ class ComparisonResult:
 
     Attributes:
         folder: Folder of its files.
-        arms: The runs, base first.
-        metrics: Rows of the table.
+        table: Scores of the runs, base first.
     """
 
     folder: Path
-    arms: tuple[Arm, ...]
-    metrics: tuple[Metric, ...]
+    table: ComparisonTable
 
 
 def compare(comparison: Comparison) -> ComparisonResult:
@@ -67,23 +66,24 @@ def compare(comparison: Comparison) -> ComparisonResult:
     any_recipe = next(iter(recipes.values()))  # they agree in storage and evaluation
     dataset = open_dataset(any_recipe.storage_paths.store)
     run_ids = {role: require_run(uri, recipe) for role, recipe in recipes.items()}
-    exports = [export_folder(recipe, dataset) for recipe in recipes.values()]
+    exports = [find_export(recipe, dataset) for recipe in recipes.values()]
 
     scores = evaluate_runs(list(recipes.values()), dataset)
     for recipe, run_scores in zip(recipes.values(), scores, strict=True):
         log_scores(uri, recipe, dataset, run_scores)
 
-    result = ComparisonResult(
-        folder=StoragePaths(comparison.storage).comparison(comparison.name),
+    table = ComparisonTable(
+        name=comparison.name,
         arms=tuple(
             Arm(role, read_export_metadata(folder), run_scores)
             for role, folder, run_scores in zip(recipes, exports, scores, strict=True)
         ),
-        metrics=metrics(any_recipe.evaluation),
+        metrics=list_metrics(any_recipe.evaluation),
     )
-    if not _is_current(result, comparison.name, run_ids) or find_run(uri, result.folder) is None:
+    result = ComparisonResult(StoragePaths(comparison.storage).comparison(comparison.name), table)
+    if not _is_current(result, run_ids) or find_run(uri, result.folder) is None:
         denoisers = [denoiser.name for denoiser in any_recipe.evaluation.mixture]
-        _write_files(result, comparison.name, uri, run_ids, denoisers)
+        _write_files(result, uri, run_ids, denoisers)
         _log_files(result, comparison, uri)
 
     return result
@@ -114,34 +114,30 @@ def _check_experiment(comparison: Comparison, recipes: Mapping[Role, Recipe]) ->
             )
 
 
-def _as_json(result: ComparisonResult, name: str, run_ids: Mapping[Role, str]) -> dict[str, Any]:
-    return {**as_tree(name, result.arms, result.metrics), "mlflow_runs": dict(run_ids)}
+def _as_json(result: ComparisonResult, run_ids: Mapping[Role, str]) -> dict[str, Any]:
+    return {**result.table.to_dict(), "mlflow_runs": dict(run_ids)}
 
 
-def _is_current(result: ComparisonResult, name: str, run_ids: Mapping[Role, str]) -> bool:
+def _is_current(result: ComparisonResult, run_ids: Mapping[Role, str]) -> bool:
     """Return whether all files exist and show these scores of these runs."""
     if not all((result.folder / file).is_file() for file in FILES):
         return False
 
     written = json.loads((result.folder / JSON_FILE).read_text(encoding="utf-8"))
     # Through JSON and back, which turns tuples into lists.
-    return bool(written == json.loads(json.dumps(_as_json(result, name, run_ids))))
+    return bool(written == json.loads(json.dumps(_as_json(result, run_ids))))
 
 
 def _write_files(
-    result: ComparisonResult,
-    name: str,
-    uri: str,
-    run_ids: Mapping[Role, str],
-    denoisers: Sequence[str],
+    result: ComparisonResult, uri: str, run_ids: Mapping[Role, str], denoisers: Sequence[str]
 ) -> None:
     result.folder.mkdir(parents=True, exist_ok=True)
 
-    curves = {role: load_curve(uri, run_id, denoisers) for role, run_id in run_ids.items()}
-    draw(result.folder / PLOT_FILE, name, result.arms, curves, denoisers)
-    write_atomically(result.folder / TABLE_FILE, as_markdown(name, result.arms, result.metrics))
+    curves = {role: load_loss_curve(uri, run_id, denoisers) for role, run_id in run_ids.items()}
+    plot_comparison(result.folder / PLOT_FILE, result.table, curves, denoisers)
+    write_atomically(result.folder / TABLE_FILE, result.table.to_markdown())
     # Last, since `_is_current` takes it for a description of the other two.
-    tree = _as_json(result, name, run_ids)
+    tree = _as_json(result, run_ids)
     write_atomically(result.folder / JSON_FILE, json.dumps(tree, indent=2) + "\n")
 
 
@@ -153,7 +149,7 @@ def _log_files(result: ComparisonResult, comparison: Comparison, uri: str) -> No
         comparison.name,
         result.folder,
         tags={"ul2r.role": "comparison"},
-        params={arm.role: arm.metadata.run for arm in result.arms},
+        params={arm.role: arm.metadata.run for arm in result.table.arms},
     )
     log_summary(uri, run_id, {}, [result.folder / file for file in FILES])
     end_run(uri, run_id, "FINISHED")

@@ -13,7 +13,7 @@ from ul2r.config import Recipe
 from ul2r.console import show_progress
 from ul2r.data.store.dataset import TokenDataset, open_dataset
 from ul2r.errors import UserError
-from ul2r.evaluation.evaluate import export_folder, measure, metrics, store_scores, stored_scores
+from ul2r.evaluation.measure import find_export, list_metrics, load_scores, measure, save_scores
 from ul2r.evaluation.scores import Scores
 from ul2r.inference import LanguageModel, read_export_metadata
 from ul2r.launch.ray_train.cluster import connect_ray
@@ -48,30 +48,30 @@ def evaluate_runs(recipes: Sequence[Recipe], dataset: TokenDataset) -> list[Scor
     Raises:
         UserError: If an export is missing, or does not fit its recipe or the token store.
     """
-    missing = [recipe for recipe in recipes if stored_scores(recipe, dataset) is None]
+    missing = [recipe for recipe in recipes if load_scores(recipe, dataset) is None]
     if missing:
         gpus = max(recipe.launch.gpus_per_worker for recipe in missing)
         with connect_ray(cpus=1, gpus=gpus):
             _measure_all(missing)
 
-    stored = [stored_scores(recipe, dataset) for recipe in recipes]
+    stored = [load_scores(recipe, dataset) for recipe in recipes]
     complete = [scores for scores in stored if scores is not None]
     for recipe, scores in zip(recipes, complete, strict=True):
-        add_scores(export_folder(recipe, dataset), scores)
+        add_scores(find_export(recipe, dataset), scores)
 
     return complete
 
 
 def log_scores(uri: str, recipe: Recipe, dataset: TokenDataset, scores: Scores) -> None:
-    """Log scores to the run in MLflow: evaluation/<metric>, and evaluation_error/<metric> for standard errors.
+    """Log scores to the run in MLflow: evaluation/<metric>, and evaluation_stderr/<metric> for standard errors.
 
     Raises:
         ServiceError: If the server fails.
     """
     run_id = require_run(uri, recipe)
     means = {f"evaluation/{name}": score.mean for name, score in scores.values.items()}
-    errors = {f"evaluation_error/{name}": score.error for name, score in scores.values.items()}
-    step = read_export_metadata(export_folder(recipe, dataset)).step or 0
+    errors = {f"evaluation_stderr/{name}": score.stderr for name, score in scores.values.items()}
+    step = read_export_metadata(find_export(recipe, dataset)).step or 0
 
     log_summary(uri, run_id, {**means, **errors}, step=step)
 
@@ -82,9 +82,9 @@ def as_table(recipe: Recipe, scores: Scores) -> Table:
     for heading in ("mean", "± standard error", "rows"):
         table.add_column(heading, justify="right")
 
-    for metric in metrics(recipe.evaluation):
+    for metric in list_metrics(recipe.evaluation):
         score = scores[metric.name]
-        mean, error = (f"{value:.{metric.digits}f}" for value in (score.mean, score.error))
+        mean, error = (f"{value:.{metric.digits}f}" for value in (score.mean, score.stderr))
         table.add_row(metric.title, mean, error, str(score.count))
 
     return table
@@ -98,7 +98,7 @@ def _measure_all(recipes: Sequence[Recipe]) -> None:
         ).remote(recipe)
         for recipe in recipes
     }
-    total = sum(len(metrics(recipe.evaluation)) for recipe in recipes)
+    total = sum(len(list_metrics(recipe.evaluation)) for recipe in recipes)
     num_done = 0
 
     with show_progress("evaluate", total, "metrics") as bar:
@@ -124,10 +124,10 @@ def _measure(recipe: Recipe) -> Iterator[str]:
     torch.set_num_threads(1)  # the task reserves one CPU
     dataset = open_dataset(recipe.storage_paths.store)
     device = "cuda" if recipe.launch.gpus_per_worker else "cpu"
-    model = LanguageModel.load(export_folder(recipe, dataset), device)
+    model = LanguageModel.load(find_export(recipe, dataset), device)
 
     scores = {}
     for name, score in measure(model, dataset, recipe):
         scores[name] = score
         yield f"{recipe.name} {name}"
-    store_scores(recipe, dataset, Scores(scores))
+    save_scores(recipe, dataset, Scores(scores))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ul2r.config import HuggingFaceBase, Recipe, dump
 from ul2r.data.store.dataset import TokenDataset
-from ul2r.evaluation.evaluate import stored_scores
+from ul2r.evaluation.measure import load_scores
 from ul2r.evaluation.scores import Scores
 from ul2r.filesystem import write_atomically
 from ul2r.model.export_metadata import ExportMetadata
@@ -31,7 +31,7 @@ def write_card(
     ]
     text = "\n\n".join(sections)
     # The run's scores are those of its last checkpoint, not of one that `export.checkpoint` names.
-    scores = None if recipe.export.checkpoint else stored_scores(recipe, dataset)
+    scores = None if recipe.export.checkpoint else load_scores(recipe, dataset)
 
     _write_if_changed(folder / MODEL_CARD_FILE, text if scores is None else _insert(text, scores))
 
@@ -57,7 +57,7 @@ def _insert(text: str, scores: Scores) -> str:
     before, recipe = text.split(RECIPE_HEADING, 1)
     before = before.split(SCORES_HEADING)[0]  # drops older scores
     rows = [
-        f"| {name} | {score.mean:.4f} | {score.error:.4f} |"
+        f"| {name} | {score.mean:.4f} | {score.stderr:.4f} |"
         for name, score in scores.values.items()
     ]
     section = "\n".join(

@@ -1,5 +1,6 @@
-"""Which runs may be compared, what the table says, and that the picture is drawn."""
+"""Which recipes may be compared, what the table holds, and the plot's size."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,19 +9,11 @@ from rich.console import Console
 
 from ul2r.config import Recipe
 from ul2r.errors import RecipeError
-from ul2r.evaluation.comparison import (
-    Arm,
-    Role,
-    as_markdown,
-    as_table,
-    as_tree,
-    best_roles,
-    check_comparable,
-    notes,
-)
-from ul2r.evaluation.curves import Curve
-from ul2r.evaluation.evaluate import Metric
-from ul2r.evaluation.plot import draw
+from ul2r.evaluation.comparison import ROLES, Arm, Role, check_comparable
+from ul2r.evaluation.comparison_table import ComparisonTable
+from ul2r.evaluation.curves import LossCurve
+from ul2r.evaluation.measure import Metric
+from ul2r.evaluation.plot import plot_comparison
 from ul2r.evaluation.scores import Score, Scores
 from ul2r.inference import ExportMetadata
 
@@ -29,40 +22,55 @@ MATCH = Metric("infill_exact_match", "infilled span, exact match", higher_is_bet
 BUDGETS = {"base": (1000, 2e9), "control": (1500, 3e9), "ul2r": (1500, 3.1e9)}
 
 
-def arm(role: Role, loss: float = 3.0, match: float = 0.5, error: float = 0.1) -> Arm:
+def arm(role: Role, loss: float = 3.0, match: float = 0.5, stderr: float = 0.1) -> Arm:
     tokens, flops = BUDGETS[role]
-    names = ("second_half_loss", "denoiser_loss/S", "infill_loss")
-    scores = {name: Score(loss, error, 64) for name in names}
+    scores = {
+        name: Score(loss, stderr, 64)
+        for name in ("second_half_loss", "denoiser_loss/S", "infill_loss")
+    }
     for name in ("infill_exact_match", "infill_edit_similarity"):
-        scores[name] = Score(match, error, 64)
+        scores[name] = Score(match, stderr, 64)
     metadata = ExportMetadata(run=f"run-{role}", role=role, step=5, tokens=tokens, flops=flops)
     return Arm(role, metadata, Scores(scores))
 
 
-def test_the_best_is_lowest_or_highest_as_the_metric_says() -> None:
-    arms = [arm("base", 5.0, 0.0), arm("control", 4.0, 0.5), arm("ul2r", 3.0, 1.0)]
-    assert best_roles(LOSS, arms) == {"ul2r"}
-    assert best_roles(MATCH, arms) == {"ul2r"}
-    assert best_roles(LOSS, arms[:2]) == {"control"}
+def table(*arms: Arm) -> ComparisonTable:
+    return ComparisonTable("three", arms, [LOSS, MATCH])
 
 
-def test_what_noise_does_not_tell_from_the_best_is_best_as_well() -> None:
-    near = [arm("base", 3.14), arm("control", 3.15), arm("ul2r", 3.0)]  # sqrt(0.1**2 * 2) = 0.1414
-    assert best_roles(LOSS, near) == {"base", "ul2r"}
+def test_the_best_arm_is_the_lowest_or_the_highest_as_the_metric_asks() -> None:
+    base, control, ul2r = arm("base", 5.0, 0.0), arm("control", 4.0, 0.5), arm("ul2r", 3.0, 1.0)
+
+    assert table(base, control, ul2r).best_roles(LOSS) == {"ul2r"}
+    assert table(base, control, ul2r).best_roles(MATCH) == {"ul2r"}
+    assert table(base, control).best_roles(LOSS) == {"control"}
 
 
-def test_notes_say_what_each_arm_had_beyond_the_base() -> None:
-    *_, last = notes([arm("base"), arm("control"), arm("ul2r")])
+def test_arms_within_the_noise_of_the_best_are_best_too() -> None:
+    # The combined standard error is sqrt(0.1**2 * 2) = 0.1414.
+    close = table(arm("base", 3.14), arm("control", 3.15), arm("ul2r", 3.0))
+
+    assert close.best_roles(LOSS) == {"base", "ul2r"}
+
+
+def test_an_arm_without_a_finite_score_is_best_only_if_nothing_is_better() -> None:
+    assert table(arm("base", math.inf)).best_roles(LOSS) == {"base"}
+    assert table(arm("base", math.inf), arm("ul2r")).best_roles(LOSS) == {"ul2r"}
+
+
+def test_notes_state_how_much_each_arm_was_trained_beyond_the_base() -> None:
+    *_, last = table(arm("base"), arm("control"), arm("ul2r")).notes()
+
     assert last == (
         "Beyond the base's 1,000 tokens and 2e+09 FLOPs: control +50.0% tokens and +50.0% FLOPs, "
         "ul2r +50.0% tokens and +55.0% FLOPs."
     )
-    assert "not comparable with each other" in notes([arm("base")])[2]
+    assert "not comparable with each other" in table(arm("base")).notes()[2]
 
 
-def test_markdown_has_a_row_for_each_metric_a_column_for_each_arm_and_the_best_in_bold() -> None:
-    page = as_markdown("three", [arm("base", 5.0), arm("ul2r", 3.0, 0.9)], [LOSS, MATCH])
-    lines = page.splitlines()
+def test_markdown_has_a_row_per_metric_a_column_per_arm_and_the_best_in_bold() -> None:
+    lines = table(arm("base", 5.0), arm("ul2r", 3.0, 0.9)).to_markdown().splitlines()
+
     assert lines[0] == "# three"
     assert lines[2] == "| held out | base (run-base) | ul2r (run-ul2r) |"
     assert lines[4] == "| infilled span, loss ↓ | 5.000 ± 0.100 | **3.000 ± 0.100** \\* |"
@@ -70,41 +78,45 @@ def test_markdown_has_a_row_for_each_metric_a_column_for_each_arm_and_the_best_i
     assert [line[:2] for line in lines[7:]] == ["- "] * 4
 
 
-def test_tree_and_terminal_hold_the_same_numbers() -> None:
-    arms = [arm("base", 5.0), arm("ul2r", 3.0)]
-    tree = as_tree("three", arms, [LOSS])
+def test_json_and_terminal_show_the_same_numbers() -> None:
+    compared = table(arm("base", 5.0), arm("ul2r", 3.0))
+
+    tree = compared.to_dict()
     assert tree["arms"]["ul2r"] == {"run": "run-ul2r", "step": 5, "tokens": 1500, "flops": 3.1e9}
-    (metric,) = tree["metrics"]
-    assert metric["best"] == ["ul2r"]
-    assert metric["scores"]["base"] == {"mean": 5.0, "error": 0.1, "count": 64}
+    loss, _ = tree["metrics"]
+    assert loss["best"] == ["ul2r"]
+    assert loss["scores"]["base"] == {"mean": 5.0, "stderr": 0.1, "count": 64}
+
     console = Console(width=120, force_terminal=False)
     with console.capture() as capture:
-        console.print(as_table("three", arms, [LOSS]))
+        console.print(compared.to_rich())
     assert "5.000 ± 0.100 " in capture.get()
     assert "3.000 ± 0.100 *" in capture.get()
-    assert "both sides" in " ".join(capture.get().split())
+    assert "both contexts" in " ".join(capture.get().split())
 
 
-@pytest.mark.parametrize("started", [True, False])
-def test_the_picture_is_drawn_also_without_a_single_measured_moment(
-    tmp_path: Path, started: bool
+@pytest.mark.parametrize("has_history", [True, False])
+def test_the_plot_is_drawn_with_and_without_losses_during_training(
+    tmp_path: Path, has_history: bool
 ) -> None:
-    roles: tuple[Role, ...] = ("base", "control", "ul2r")
-    full = {
-        "base": Curve((0.0, 1e9, 2e9), (8.0, 6.0, 5.0), (8.0, 7.0, 7.0)),
-        "control": Curve((2e9, 3e9), (5.0, 4.5), (7.0, 7.1)),
-        "ul2r": Curve((2e9, 3.1e9), (5.0, 5.1), (7.0, 5.0)),
+    measured = {
+        "base": LossCurve((0.0, 1e9, 2e9), (8.0, 6.0, 5.0), (8.0, 7.0, 7.0)),
+        "control": LossCurve((2e9, 3e9), (5.0, 4.5), (7.0, 7.1)),
+        "ul2r": LossCurve((2e9, 3.1e9), (5.0, 5.1), (7.0, 5.0)),
     }
-    curves = {role: full[role] if started else Curve((), (), ()) for role in roles}
-    draw(tmp_path / "comparison.png", "three", [arm(role) for role in roles], curves, ["S"])
-    header = (tmp_path / "comparison.png").read_bytes()[:24]
+    curves = {role: measured[role] if has_history else LossCurve((), (), ()) for role in ROLES}
+    path = tmp_path / "comparison.png"
+
+    plot_comparison(path, table(*map(arm, ROLES)), curves, ["S"])
+
+    header = path.read_bytes()[:24]
     assert (int.from_bytes(header[16:20]), int.from_bytes(header[20:24])) == (1600, 900)
-    assert [path.name for path in tmp_path.iterdir()] == ["comparison.png"]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.fixture
-def make(recipe: Recipe) -> Callable[..., dict[Role, Recipe]]:
-    """Three comparable recipes, one of them changed."""
+def comparable(recipe: Recipe) -> Callable[..., dict[Role, Recipe]]:
+    """Build three comparable recipes, then change one of them."""
 
     def build(changed: Role, **changes: object) -> dict[Role, Recipe]:
         recipes: dict[Role, Recipe] = {
@@ -118,33 +130,37 @@ def make(recipe: Recipe) -> Callable[..., dict[Role, Recipe]]:
     return build
 
 
-def test_runs_of_one_base_and_one_text_are_comparable(
-    make: Callable[..., dict[Role, Recipe]],
+def test_runs_of_one_base_on_the_same_text_are_comparable(
+    comparable: Callable[..., dict[Role, Recipe]],
 ) -> None:
-    check_comparable(make("ul2r"))
+    check_comparable(comparable("ul2r"))
 
 
-def test_each_difference_is_named_with_both_values(
-    make: Callable[..., dict[Role, Recipe]], recipe: Recipe
+def test_a_difference_between_recipes_is_refused_with_both_values(
+    comparable: Callable[..., dict[Role, Recipe]], recipe: Recipe
 ) -> None:
     objective = recipe.objective.model_copy(update={"sequence_length": 32})
     evaluation = recipe.evaluation.model_copy(update={"infill_span_length": 4})
     elsewhere = {"storage": Path("/elsewhere")}
+
     for recipes, message in (
         (
-            make("ul2r", objective=objective),
+            comparable("ul2r", objective=objective),
             "objective.sequence_length: control has 64, ul2r has 32",
         ),
         (
-            make("control", evaluation=evaluation),
+            comparable("control", evaluation=evaluation),
             "evaluation.infill_span_length: base has 3, control has 4",
         ),
         (
-            make("ul2r", **elsewhere),
+            comparable("ul2r", **elsewhere),
             f"storage: control has '{recipe.storage}', ul2r has '/elsewhere'",
         ),
-        (make("control", base="other"), "base: control has 'other', the comparison's base is 'b'"),
-        (make("ul2r", role="control"), "recipes.ul2r: recipe 'u' has role=control"),
+        (
+            comparable("control", base="other"),
+            "base: control has 'other', but the comparison's base is 'b'",
+        ),
+        (comparable("ul2r", role="control"), "recipes.ul2r: recipe 'u' has role=control"),
     ):
         with pytest.raises(RecipeError) as caught:
             check_comparable(recipes)
@@ -152,8 +168,8 @@ def test_each_difference_is_named_with_both_values(
         assert "\n" not in str(caught.value)
 
 
-def test_one_run_alone_is_no_comparison(recipe: Recipe) -> None:
+def test_a_single_run_is_refused(recipe: Recipe) -> None:
     with pytest.raises(
-        RecipeError, match="1 given, a comparison needs two or more of base, control"
+        RecipeError, match="1 given, but a comparison needs at least two of base, control"
     ):
         check_comparable({"base": recipe})

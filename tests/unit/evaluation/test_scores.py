@@ -14,7 +14,7 @@ def test_mean_of_values_and_its_error() -> None:
     values = [0.0, 1.0, 1.0, 0.0, 1.0]
     score = mean_score(values)
     assert score.mean == pytest.approx(0.6)
-    assert score.error == pytest.approx(statistics.stdev(values) / math.sqrt(5))
+    assert score.stderr == pytest.approx(statistics.stdev(values) / math.sqrt(5))
     assert score.count == 5
 
 
@@ -29,7 +29,7 @@ def test_rows_of_equal_size_give_the_mean_and_error_of_their_own_means() -> None
     by_rows = mean_score(losses.mean(axis=1))
     by_tokens = token_score(losses, np.ones_like(losses))
     assert by_tokens.mean == pytest.approx(by_rows.mean)
-    assert by_tokens.error == pytest.approx(by_rows.error)
+    assert by_tokens.stderr == pytest.approx(by_rows.stderr)
     assert by_tokens.count == 9
 
 
@@ -41,14 +41,14 @@ def test_rows_of_different_sizes_have_the_error_that_the_jackknife_finds() -> No
         token_score(np.delete(losses, row, 0), np.delete(mask, row, 0)).mean for row in range(200)
     ]
     jackknife = math.sqrt(199 / 200 * sum((m - statistics.mean(without)) ** 2 for m in without))
-    assert token_score(losses, mask).error == pytest.approx(jackknife, rel=0.02)
+    assert token_score(losses, mask).stderr == pytest.approx(jackknife, rel=0.02)
 
 
 def test_perplexity_is_the_exponential_with_the_slope_as_error() -> None:
     loss = Score(2.0, 1e-4, 8)
     above = perplexity(Score(2.0 + 1e-4, 0.0, 8)).mean - perplexity(loss).mean
     assert perplexity(loss).mean == pytest.approx(math.e**2)
-    assert perplexity(loss).error == pytest.approx(above, rel=1e-3)
+    assert perplexity(loss).stderr == pytest.approx(above, rel=1e-3)
 
 
 def test_scores_survive_json() -> None:

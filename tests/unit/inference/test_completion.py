@@ -25,8 +25,8 @@ def test_a_completion_reads_s2s_and_the_prompt_and_ends_at_eos(
     result = complete(scripted, "ab", max_tokens=9)
     assert scripted.read[0] == [*vocabulary.modes["S2S"], a, b]
     assert scripted.open_calls[0]
-    assert (result.text, result.finish) == ("xy", "stop")
-    assert (result.tokens_in, result.tokens_out) == (3, 3)
+    assert (result.text, result.finish_reason) == ("xy", "stop")
+    assert (result.prompt_tokens, result.completion_tokens) == (3, 3)
     assert complete(scripted, "ab", mode="S2S", max_tokens=9) == result
 
 
@@ -40,13 +40,13 @@ def test_nlu_and_nlg_close_the_prompt_with_a_sentinel(
         scripted = ScriptedModel(model, {s0: [x], x: [vocabulary.eos]}, other=a)
         result = complete(scripted, "a", mode=mode, max_tokens=9)
         assert scripted.read == [[*vocabulary.modes[mode], a, s0], [s0], [x]]
-        assert (result.text, result.finish) == ("x", "stop")
+        assert (result.text, result.finish_reason) == ("x", "stop")
 
 
 def test_a_completion_stops_at_its_token_limit(model: LanguageModel) -> None:
     q = ids(model, "q")[0]
     result = complete(ScriptedModel(model, {}, other=q), "ab", max_tokens=4)
-    assert (result.text, result.finish, result.tokens_out) == ("qqqq", "length", 4)
+    assert (result.text, result.finish_reason, result.completion_tokens) == ("qqqq", "length", 4)
 
 
 def test_a_causal_model_completes_the_bare_prompt_causally(causal_model: LanguageModel) -> None:

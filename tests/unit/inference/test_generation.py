@@ -7,7 +7,12 @@ import torch
 
 from ul2r.errors import RequestError
 from ul2r.inference import LanguageModel, generate
-from ul2r.inference.generation import DEFAULT_MAX_TOKENS, Decoder, Sampler, token_limit
+from ul2r.inference.generation import (
+    DEFAULT_MAX_TOKENS,
+    IncrementalDecoder,
+    Sampler,
+    resolve_max_tokens,
+)
 from ul2r.objective.vocabulary import Vocabulary
 
 
@@ -28,7 +33,7 @@ def test_the_cache_gives_what_recomputing_everything_gives(
     assert len(inputs) > 4  # the window
     prefix = len(inputs) if bidirectional else 1
     sequence = list(inputs)
-    decoder = Decoder(model, inputs, bidirectional=bidirectional)
+    decoder = IncrementalDecoder(model, inputs, bidirectional=bidirectional)
     for _ in range(12):
         expected = recomputed(model, sequence, prefix)
         torch.testing.assert_close(decoder.logits, expected, atol=2e-5, rtol=1e-5)
@@ -140,20 +145,20 @@ def test_spans_share_the_positions_that_the_inputs_leave(
     model: LanguageModel, inputs: int, spans: int, marks: int, most: int
 ) -> None:
     assert inputs + spans * (most + marks) <= model.max_position_embeddings
-    assert token_limit(model, inputs, most, spans=spans, marks=marks) == most
-    assert token_limit(model, inputs, None, spans=spans, marks=marks) == most
-    with pytest.raises(RequestError, match=rf"max_tokens={most + 1} .* may be 1 to {most}$"):
-        token_limit(model, inputs, most + 1, spans=spans, marks=marks)
+    assert resolve_max_tokens(model, inputs, most, spans=spans, marks=marks) == most
+    assert resolve_max_tokens(model, inputs, None, spans=spans, marks=marks) == most
+    with pytest.raises(RequestError, match=rf"max_tokens={most + 1} .* choose 1 to {most}$"):
+        resolve_max_tokens(model, inputs, most + 1, spans=spans, marks=marks)
 
 
 def test_without_max_tokens_an_answer_has_the_default(model: LanguageModel) -> None:
-    assert token_limit(model, 10, None) == DEFAULT_MAX_TOKENS
+    assert resolve_max_tokens(model, 10, None) == DEFAULT_MAX_TOKENS
 
 
 @pytest.mark.parametrize("asked", [0, -5])
 def test_no_tokens_at_all_are_refused(model: LanguageModel, asked: int) -> None:
     with pytest.raises(RequestError, match=f"max_tokens={asked} is out of range"):
-        token_limit(model, 10, asked)
+        resolve_max_tokens(model, 10, asked)
 
 
 @pytest.mark.parametrize(
@@ -163,5 +168,5 @@ def test_inputs_that_leave_no_room_are_refused(
     model: LanguageModel, inputs: int, spans: int, marks: int, most: int
 ) -> None:
     with pytest.raises(RequestError, match=rf"it makes {inputs} tokens, {most} is the most"):
-        token_limit(model, inputs, None, spans=spans, marks=marks)
-    assert token_limit(model, most, None, spans=spans, marks=marks) == 1
+        resolve_max_tokens(model, inputs, None, spans=spans, marks=marks)
+    assert resolve_max_tokens(model, most, None, spans=spans, marks=marks) == 1

@@ -44,9 +44,9 @@ def test_spans_end_where_the_model_writes_the_next_sentinel(
     result = infill(scripted, ["a", "b", "c"], max_tokens=5)
     assert result.fills == ("xy", "z")
     assert result.text == "axybzc"
-    assert result.finish == ("stop", "stop")
+    assert result.finish_reasons == ("stop", "stop")
     assert scripted.targets == [s[0], x, y, s[1], z]
-    assert (result.tokens_in, result.tokens_out) == (7, 6)  # mode a s0 b s1 c s2; s0 x y s1 z s2
+    assert (result.prompt_tokens, result.completion_tokens) == (7, 6)  # mode a s0 b s1 c s2; s0 x y s1 z s2
 
 
 def test_eos_ends_a_slot_that_ends_the_text(model: LanguageModel, vocabulary: Vocabulary) -> None:
@@ -54,7 +54,7 @@ def test_eos_ends_a_slot_that_ends_the_text(model: LanguageModel, vocabulary: Vo
     s = vocabulary.sentinels
     scripted = ScriptedModel(model, {s[0]: [x], x: [y], y: [vocabulary.eos]}, other=x)
     result = infill(scripted, ["a", ""], max_tokens=5)
-    assert (result.text, result.finish) == ("axy", ("stop",))
+    assert (result.text, result.finish_reasons) == ("axy", ("stop",))
 
 
 def test_a_span_that_does_not_end_is_closed_and_the_next_one_answered(
@@ -65,7 +65,7 @@ def test_a_span_that_does_not_end_is_closed_and_the_next_one_answered(
     scripted = ScriptedModel(model, {s[1]: [x], x: [s[2]]}, other=q)
     result = infill(scripted, ["a", "b", "c"], max_tokens=3)
     assert result.fills == ("qqq", "x")
-    assert result.finish == ("length", "stop")
+    assert result.finish_reasons == ("length", "stop")
     assert scripted.targets == [s[0], q, q, q, s[1], x]
 
 
@@ -111,8 +111,8 @@ def test_text_after_a_slot_changes_what_fills_it(model: LanguageModel) -> None:
         (["a"], "no slot"),
         ([], "no slot"),
         (["", ""], "the prompt is empty"),
-        (["a", "", "b"], "slots 1 and 2 touch"),
-        (["a", "b", "", "b"], "slots 2 and 3 touch"),
+        (["a", "", "b"], "slots 1 and 2 are adjacent"),
+        (["a", "b", "", "b"], "slots 2 and 3 are adjacent"),
         (["a" * 200, ""], "too long: it makes 202 tokens, 126 is the most"),
     ],
 )
@@ -126,7 +126,7 @@ def test_what_cannot_be_filled_is_refused(
 @pytest.mark.parametrize("max_tokens", [0, 60])
 def test_max_tokens_holds_for_each_slot(model: LanguageModel, max_tokens: int) -> None:
     # 128 positions, 7 inputs, 2 slots that take 1 sentinel each
-    with pytest.raises(RequestError, match=f"max_tokens={max_tokens} .* may be 1 to 59$"):
+    with pytest.raises(RequestError, match=f"max_tokens={max_tokens} .* choose 1 to 59$"):
         infill(model, ["a", "b", "c"], max_tokens=max_tokens)
 
 

@@ -251,7 +251,7 @@ def cut_weights(folder: Path) -> None:
                     "size": 3,
                     "eos": 3,
                     "modes": {},
-                    "num_sentinels": [],
+                    "sentinels": [],
                     "modes_are_text": False,
                 },
             ),

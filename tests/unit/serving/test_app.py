@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from ray.serve.schema import ServeDeploySchema
 
-from serving.app import Arguments, build, is_registered, locate
+from serving.app import ServingConfig, build, is_registry_uri, resolve_model
 from serving.server import check_port
 from ul2r.errors import CheckpointError, ServiceError
 from ul2r.testing.models import write_tiny_export
@@ -44,7 +44,7 @@ def test_the_deploy_file_fits_serve_and_the_builder() -> None:
     assert unknown_keys(tree, ServeDeploySchema) == []
     (application,) = ServeDeploySchema.model_validate(tree).applications
     assert application.import_path == "serving.app:build"
-    Arguments.model_validate(application.args)
+    ServingConfig.model_validate(application.args)
     assert [deployment.name for deployment in application.deployments] == ["model"]
 
 
@@ -59,12 +59,12 @@ def test_a_mistyped_key_of_a_deploy_file_would_be_seen() -> None:
 
 def test_serve_can_see_the_class_that_the_builder_takes() -> None:
     (parameter,) = inspect.signature(build).parameters.values()
-    assert parameter.annotation is Arguments, "as a string, Serve would hand over a bare dict"
+    assert parameter.annotation is ServingConfig, "as a string, Serve would hand over a bare dict"
 
 
 def test_the_builder_makes_one_deployment(tmp_path: Path) -> None:
     write_tiny_export(tmp_path / "export")
-    application = build(Arguments(model=str(tmp_path / "export"), cpus=3))
+    application = build(ServingConfig(model=str(tmp_path / "export"), cpus=3))
     deployment = application._bound_deployment
     assert deployment.name == "model"
     assert deployment.ray_actor_options["num_cpus"] == 3
@@ -73,7 +73,7 @@ def test_the_builder_makes_one_deployment(tmp_path: Path) -> None:
 
 def test_the_builder_refuses_what_is_no_export(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is not an export: it lacks config\.json"):
-        build(Arguments(model=str(tmp_path)))
+        build(ServingConfig(model=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -81,26 +81,28 @@ def test_the_builder_refuses_what_is_no_export(tmp_path: Path) -> None:
 )
 def test_wrong_arguments_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
-        Arguments.model_validate(wrong)
+        ServingConfig.model_validate(wrong)
 
 
 def test_a_path_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert locate("some/export") == tmp_path / "some/export"  # a replica has another working folder
+    assert (
+        resolve_model("some/export") == tmp_path / "some/export"
+    )  # a replica has another working folder
 
 
 @pytest.mark.parametrize(
     "address", ["models:/name", "models:/name/3", "models:/@x", "models:name@x"]
 )
 def test_an_incomplete_address_is_refused(address: str) -> None:
-    assert is_registered(address)
+    assert is_registry_uri(address)
     with pytest.raises(CheckpointError, match="write models:/NAME@ALIAS"):
-        locate(address, "http://127.0.0.1:1")
+        resolve_model(address, "http://127.0.0.1:1")
 
 
 def test_a_registry_that_does_not_answer_is_named() -> None:
     with pytest.raises(ServiceError, match=r"at http://127\.0\.0\.1:1"):
-        locate("models:/name@champion", "http://127.0.0.1:1")
+        resolve_model("models:/name@champion", "http://127.0.0.1:1")
 
 
 def test_a_taken_port_is_refused_and_a_free_one_is_not() -> None:
@@ -108,14 +110,14 @@ def test_a_taken_port_is_refused_and_a_free_one_is_not() -> None:
         other.bind(("127.0.0.1", 0))
         port = other.getsockname()[1]
         other.listen()
-        with pytest.raises(ServiceError, match=f"port {port} is taken: choose another with --port"):
+        with pytest.raises(ServiceError, match=f"port {port} is in use: choose another with --port"):
             check_port(port)
     check_port(port)
 
 
 @pytest.mark.parametrize("port", [0, -1, 65536])
 def test_what_is_no_port_number_is_refused(port: int) -> None:
-    with pytest.raises(ServiceError, match=f"port {port} is no port number"):
+    with pytest.raises(ServiceError, match=f"port {port} is not a port number"):
         check_port(port)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from serving.schema import CompleteRequest
-from serving.service import Service
+from serving.schema import CompletionRequest
+from serving.service import InferenceService
 from ul2r.inference import LanguageModel
 from ul2r.testing.models import ScriptedModel, write_tiny_export
 
@@ -41,20 +41,20 @@ def gated(tmp_path: Path) -> Gated:
     return model
 
 
-def completions(service: Service, prompts: Iterable[str]) -> list[asyncio.Task[str]]:
+def completions(service: InferenceService, prompts: Iterable[str]) -> list[asyncio.Task[str]]:
     async def answer(prompt: str) -> str:
-        return (await service.complete(CompleteRequest(prompt=prompt, max_tokens=2))).text
+        return (await service.complete(CompletionRequest(prompt=prompt, max_tokens=2))).text
 
     return [asyncio.create_task(answer(prompt)) for prompt in prompts]
 
 
 def test_the_event_loop_lives_while_one_thread_generates(gated: Gated) -> None:
     async def scene() -> list[str]:
-        service = Service(gated)
+        service = InferenceService(gated)
         asked = completions(service, ["a", "b"])
         while not gated.threads:
             await asyncio.sleep(0)
-        assert service.card().run == "tiny-ul2r"
+        assert service.model_info().run == "tiny-ul2r"
         assert not any(task.done() for task in asked)
         gated.gate.set()
         return await asyncio.gather(*asked)
@@ -66,7 +66,7 @@ def test_the_event_loop_lives_while_one_thread_generates(gated: Gated) -> None:
 
 def test_a_request_given_up_before_its_turn_is_never_read(gated: Gated) -> None:
     async def scene() -> None:
-        service = Service(gated)
+        service = InferenceService(gated)
         first, second, third = completions(service, ["a", "b", "c"])
         while not gated.threads:
             await asyncio.sleep(0)

@@ -9,7 +9,7 @@ import pytest
 
 from ul2r.config import Recipe
 from ul2r.data.store.dataset import TokenDataset
-from ul2r.evaluation.evaluate import store_scores
+from ul2r.evaluation.measure import save_scores
 from ul2r.evaluation.scores import Score, Scores
 from ul2r.model.export_metadata import ExportMetadata
 from ul2r.testing.corpus import tiny_store
@@ -73,7 +73,7 @@ def test_export_run_again_keeps_the_card_with_its_scores(
     write_card(folder, recipe, dataset, METADATA)
     add_scores(folder, scores(8.5))
     before = (folder / "README.md").stat().st_mtime_ns
-    store_scores(recipe, dataset, scores(8.5))
+    save_scores(recipe, dataset, scores(8.5))
     write_card(folder, recipe, dataset, METADATA)
     assert (folder / "README.md").stat().st_mtime_ns == before
 

@@ -13,11 +13,11 @@ from ul2r.config import Causal, Recipe
 from ul2r.data.sampling.batches import Batches
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.errors import CheckpointError, CorpusError, RecipeError
-from ul2r.evaluation import evaluate, metrics
-from ul2r.evaluation.evaluate import store_scores, stored_scores
+from ul2r.evaluation import evaluate, list_metrics
+from ul2r.evaluation.held_out_windows import select_windows
 from ul2r.evaluation.infilling import InfillExamples, infill_loss, infill_text
 from ul2r.evaluation.losses import causal_loss, denoiser_loss, second_half_loss
-from ul2r.evaluation.texts import spread_windows
+from ul2r.evaluation.measure import load_scores, save_scores
 from ul2r.inference import LanguageModel, infill
 
 
@@ -59,11 +59,11 @@ def test_a_model_without_an_opinion_has_the_loss_of_a_uniform_guess_everywhere(
     uniform_model: LanguageModel, dataset: TokenDataset, recipe: Recipe
 ) -> None:
     scores = evaluate(uniform_model, dataset, recipe)
-    assert list(scores.values) == [metric.name for metric in metrics(recipe.evaluation)]
+    assert list(scores.values) == [metric.name for metric in list_metrics(recipe.evaluation)]
     for name, score in scores.values.items():
         if name.endswith("loss") or name.startswith("denoiser_loss/"):
             assert score.mean == pytest.approx(math.log(dataset.vocabulary.size), abs=1e-5), name
-            assert score.error == pytest.approx(0.0, abs=1e-5), name
+            assert score.stderr == pytest.approx(0.0, abs=1e-5), name
     assert scores["causal_perplexity"].mean == pytest.approx(dataset.vocabulary.size, rel=1e-5)
 
 
@@ -93,7 +93,7 @@ def test_second_half_loss_counts_the_same_text_for_each_arm_in_its_own_way(
 ) -> None:
     length = 63  # [S2S], text and eos make 65 tokens, which are 64 positions
     losses = []
-    for text in spread_windows(dataset.held_out, 6, length).tolist():
+    for text in select_windows(dataset.held_out, 6, length).tolist():
         first, second = text[:31], text[31:]
         if model.metadata.denoising:
             first = [*dataset.vocabulary.modes["S2S"], *first]
@@ -278,20 +278,20 @@ def test_a_model_of_another_vocabulary_is_refused(
 def test_stored_scores_are_those_of_this_export_and_these_settings(
     ul2r_model: LanguageModel, dataset: TokenDataset, recipe: Recipe
 ) -> None:
-    assert stored_scores(recipe, dataset) is None
+    assert load_scores(recipe, dataset) is None
     scores = evaluate(ul2r_model, dataset, recipe)
-    store_scores(recipe, dataset, scores)
-    assert stored_scores(recipe, dataset) == scores
+    save_scores(recipe, dataset, scores)
+    assert load_scores(recipe, dataset) == scores
     fewer = recipe.evaluation.model_copy(update={"num_rows": 5})
-    assert stored_scores(recipe.model_copy(update={"evaluation": fewer}), dataset) is None
+    assert load_scores(recipe.model_copy(update={"evaluation": fewer}), dataset) is None
 
     description = recipe.paths.folder / "export/ul2r.json"
     text = description.read_text()
     description.write_text(text.replace('"step": 3', '"step": 4'))
     assert description.read_text() != text
-    assert stored_scores(recipe, dataset) is None
+    assert load_scores(recipe, dataset) is None
     description.write_text(text)
-    assert stored_scores(recipe, dataset) == scores
+    assert load_scores(recipe, dataset) == scores
 
 
 def test_a_run_without_an_export_says_what_to_run(
@@ -300,4 +300,4 @@ def test_a_run_without_an_export_says_what_to_run(
     with pytest.raises(
         CheckpointError, match=r"has no export at .*: run jobs/export.py RECIPE first"
     ):
-        stored_scores(recipe.model_copy(update={"name": "other"}), dataset)
+        load_scores(recipe.model_copy(update={"name": "other"}), dataset)

@@ -46,7 +46,7 @@ class Metric:
         return f"{self.label} {'↑' if self.higher_is_better else '↓'}"
 
 
-def metrics(settings: Evaluation) -> tuple[Metric, ...]:
+def list_metrics(settings: Evaluation) -> tuple[Metric, ...]:
     """All that `measure` gives, in its order."""
     return (
         Metric("causal_loss", "plain text, loss (nats/token)"),
@@ -91,7 +91,7 @@ def evaluate(model: LanguageModel, dataset: TokenDataset, recipe: Recipe) -> Sco
     return Scores(dict(measure(model, dataset, recipe)))
 
 
-def export_folder(recipe: Recipe, dataset: TokenDataset) -> Path:
+def find_export(recipe: Recipe, dataset: TokenDataset) -> Path:
     """The run's export, made with the tokenizer of the token store.
 
     Raises:
@@ -111,8 +111,8 @@ def export_folder(recipe: Recipe, dataset: TokenDataset) -> Path:
     return folder
 
 
-def stored_scores(recipe: Recipe, dataset: TokenDataset) -> Scores | None:
-    """Scores that `store_scores` kept, if they are of this very export, text and settings.
+def load_scores(recipe: Recipe, dataset: TokenDataset) -> Scores | None:
+    """Scores that `save_scores` kept, if they are of this very export, text and settings.
 
     Raises:
         CheckpointError: If the run has no export.
@@ -127,7 +127,7 @@ def stored_scores(recipe: Recipe, dataset: TokenDataset) -> Scores | None:
     return Scores.from_dict(kept["scores"])
 
 
-def store_scores(recipe: Recipe, dataset: TokenDataset, scores: Scores) -> Path:
+def save_scores(recipe: Recipe, dataset: TokenDataset, scores: Scores) -> Path:
     """Keep the scores in the run's evaluation.json, with all that they depend on; returns the file."""
     path = recipe.paths.folder / FILE
     beside = path.with_name(f".{FILE}.{os.getpid()}")
@@ -137,7 +137,7 @@ def store_scores(recipe: Recipe, dataset: TokenDataset, scores: Scores) -> Path:
     return path
 
 
-def settings(recipe: Recipe) -> dict[str, Any]:
+def evaluation_settings(recipe: Recipe) -> dict[str, Any]:
     """What the held-out text and its rows depend on; arms are compared only where these agree."""
     return {
         "storage": str(recipe.storage.resolve()),
@@ -151,9 +151,9 @@ def _identity(recipe: Recipe, dataset: TokenDataset) -> dict[str, Any]:
     """All that scores depend on, except the code."""
     return {
         "format": FORMAT,
-        "export": hash_export(export_folder(recipe, dataset)),
+        "export": hash_export(find_export(recipe, dataset)),
         "corpus": dataset.manifest.fingerprint,
-        **{key: value for key, value in settings(recipe).items() if key != "storage"},
+        **{key: value for key, value in evaluation_settings(recipe).items() if key != "storage"},
     }
 
 

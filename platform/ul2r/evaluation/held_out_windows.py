@@ -21,7 +21,7 @@ class Store(Protocol):
         """Tokens [start, start + length), of shape (length,)."""
 
 
-def spread_windows(store: Store, count: int, length: int, without: int | None = None) -> Tokens:
+def select_windows(store: Store, count: int, length: int, without: int | None = None) -> Tokens:
     """Up to `count` windows that do not overlap, at equal distances over the store.
 
     The store is cut into `count` equal parts, fewer where it is short; each part gives one window.

@@ -1,0 +1,134 @@
+"""Table of a comparison: metrics by row, arms by column, for Markdown, JSON and the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+
+from ul2r.evaluation.comparison import Arm, Role
+from ul2r.evaluation.measure import Metric
+
+NOTES = (
+    "Every arm is evaluated on the same held-out text. ± is one standard error over rows or examples. * marks the best "
+    "arm and every arm within the combined standard error of the two, which is a cautious rule on the same text.",
+    "Inputs of each arm: plain text, all arms causally; second half, base and control causally, UL2R with [S2S] and "
+    "the first half bidirectionally, unless its attention is causal; denoisers, all arms with the same rows, masks, "
+    "modes and sentinels, on which base and control were never trained; infilling, base and control with the left "
+    "context only and the span's length given, UL2R with both contexts, and it ends the span itself.",
+    "Losses of different denoisers are not comparable with each other, because their targets differ.",
+)
+
+
+@dataclass(frozen=True)
+class ComparisonTable:
+    """Scores of several arms by metric.
+
+    Attributes:
+        name: Title of the table.
+        arms: Columns, base first.
+        metrics: Rows; each arm has a score for each of them.
+    """
+
+    name: str
+    arms: Sequence[Arm]
+    metrics: Sequence[Metric]
+
+    def best_roles(self, metric: Metric) -> set[Role]:
+        """Return the role of the best arm and of every arm that is within the noise of it."""
+        sign = 1 if metric.higher_is_better else -1
+        best = max((arm.scores[metric.name] for arm in self.arms), key=lambda s: sign * s.mean)
+
+        roles: set[Role] = set()
+        for arm in self.arms:
+            score = arm.scores[metric.name]
+            noise = math.hypot(score.stderr, best.stderr)
+            # Equality first: a NaN or infinite mean is within the noise of nothing, not even of itself.
+            if score == best or abs(score.mean - best.mean) <= noise:
+                roles.add(arm.role)
+        return roles
+
+    def notes(self) -> list[str]:
+        """Return the sentences that explain the table."""
+        return [*NOTES, *self._training_budgets()]
+
+    def to_markdown(self) -> str:
+        """Return the table and its notes as a Markdown page."""
+        headings = " | ".join(_heading(arm) for arm in self.arms)
+        lines = [
+            f"# {self.name}",
+            "",
+            f"| held out | {headings} |",
+            f"|---|{'---:|' * len(self.arms)}",
+        ]
+
+        for metric in self.metrics:
+            best = self.best_roles(metric)
+            cells = []
+            for arm in self.arms:
+                cell = _format_score(metric, arm)
+                cells.append(f"**{cell}** \\*" if arm.role in best else cell)
+            lines.append(f"| {metric.title} | {' | '.join(cells)} |")
+
+        return "\n".join([*lines, "", *(f"- {note}" for note in self.notes()), ""])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the table as plain JSON values."""
+        arms = {
+            arm.role: {key: getattr(arm.metadata, key) for key in ("run", "step", "tokens", "flops")}
+            for arm in self.arms
+        }
+        metrics = [
+            {
+                **asdict(metric),
+                "best": sorted(self.best_roles(metric)),
+                "scores": {arm.role: asdict(arm.scores[metric.name]) for arm in self.arms},
+            }
+            for metric in self.metrics
+        ]
+        return {"name": self.name, "arms": arms, "metrics": metrics, "notes": self.notes()}
+
+    def to_rich(self) -> Table:
+        """Return the table for a terminal."""
+        table = Table(title=self.name, caption="\n".join(self.notes()), caption_justify="left")
+        table.add_column("held out")
+        for arm in self.arms:
+            table.add_column(_heading(arm), justify="right", no_wrap=True)
+
+        for metric in self.metrics:
+            best = self.best_roles(metric)
+            cells = []
+            for arm in self.arms:
+                cell = _format_score(metric, arm)
+                # Two blanks in place of " *" keep the digits of a column below each other.
+                cells.append(f"[bold]{cell} *[/]" if arm.role in best else f"{cell}  ")
+            table.add_row(metric.title, *cells)
+        return table
+
+    def _training_budgets(self) -> list[str]:
+        """Return a sentence on how much each arm was trained beyond the base, if the base's budget is known."""
+        base = next((arm.metadata for arm in self.arms if arm.role == "base"), None)
+        if base is None or not base.tokens or not base.flops:
+            return []
+
+        extra = [
+            f"{arm.role} +{(arm.metadata.tokens or 0) / base.tokens - 1:.1%} tokens and "
+            f"+{(arm.metadata.flops or 0) / base.flops - 1:.1%} FLOPs"
+            for arm in self.arms
+            if arm.role != "base"
+        ]
+        return [
+            f"Beyond the base's {base.tokens:,} tokens and {base.flops:.3g} FLOPs: {', '.join(extra)}."
+        ]
+
+
+def _heading(arm: Arm) -> str:
+    return f"{arm.role} ({arm.metadata.run})"
+
+
+def _format_score(metric: Metric, arm: Arm) -> str:
+    score = arm.scores[metric.name]
+    return f"{score.mean:.{metric.digits}f} ± {score.stderr:.{metric.digits}f}"
