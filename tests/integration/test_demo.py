@@ -1,4 +1,4 @@
-"""`python jobs/demo.py` as a user runs it, on its own recipes made tiny: stopped midway, run again, run twice."""
+"""`python jobs/demo.py` as a user runs it, on its own recipes made tiny: interrupted, resumed, repeated."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ SHORT = {"training": {"steps": 4, "global_batch_size": 4, "micro_batch_size": 4,
 
 @dataclass(frozen=True)
 class Demo:
-    """A folder that looks like the repository's root, with tiny recipes."""
+    """A folder laid out like the repository's root, with tiny recipes."""
 
     folder: Path
 
@@ -57,8 +57,8 @@ class Demo:
         return self.folder / "runs/demo-text"
 
     @contextmanager
-    def started(self, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-        """The demo while the block runs; stopped, should it still run after it."""
+    def start(self, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+        """Run the demo during the block; interrupt it if it is still running at the end."""
         command = [sys.executable, "jobs/demo.py", "--corpus", "text"]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         with log.open("wb") as output:
@@ -73,12 +73,13 @@ class Demo:
                 process.wait(STOP_TIMEOUT_S)
 
     def run(self) -> str:
+        """Run the demo to its end and return its output."""
         log = self.folder / "run.log"
-        with self.started(log) as process:
+        with self.start(log) as process:
             exit_code = process.wait(WAIT_S)
-        said = log.read_text()
-        assert exit_code == 0, said
-        return said
+        output = log.read_text()
+        assert exit_code == 0, output
+        return output
 
 
 @pytest.fixture(scope="module")
@@ -97,60 +98,62 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
 
 
 @pytest.fixture(scope="module")
-def stopped(demo: Demo) -> tuple[int, str, list[psutil.Process]]:
-    """Exit code, output and remaining processes of a demo that got Ctrl-C while the base was trained."""
-    log = demo.folder / "stopped.log"
-    with demo.started(log) as process:
+def interrupted(demo: Demo) -> tuple[int, str, list[psutil.Process]]:
+    """Exit code, output and remaining processes of a demo that got Ctrl-C while it trained the base."""
+    log = demo.folder / "interrupted.log"
+    with demo.start(log) as process:
         deadline = time.monotonic() + WAIT_S
         while "demo-base: starting" not in log.read_text():
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        family = psutil.Process(process.pid).children(recursive=True)
+        children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGINT)
         exit_code = process.wait(STOP_TIMEOUT_S)
-    _, alive = psutil.wait_procs(family, timeout=30)
+    _, alive = psutil.wait_procs(children, timeout=30)
     return exit_code, log.read_text(), alive
 
 
 @pytest.fixture(scope="module")
-def resumed(demo: Demo, stopped: object) -> str:
-    """What the same command says when it is run again."""
+def resumed(demo: Demo, interrupted: object) -> str:
+    """Output of the same command, run again."""
     return demo.run()
 
 
 @pytest.fixture(scope="module")
-def runs(demo: Demo, resumed: str) -> dict[Path, int]:
-    """Every finished thing and when it was written."""
+def modification_times(demo: Demo, resumed: str) -> dict[Path, int]:
+    """Finished files, and when each was written."""
     patterns = ("store/*", "runs/*/checkpoints/*/*", "runs/*/export/*", "runs/*/evaluation.json")
-    found = [path for pattern in patterns for path in demo.storage.glob(pattern)]
-    return {path: path.stat().st_mtime_ns for path in found if path.is_file()}
+    files = [path for pattern in patterns for path in demo.storage.glob(pattern)]
+    return {path: path.stat().st_mtime_ns for path in files if path.is_file()}
 
 
-def test_ctrl_c_ends_it_with_130_and_says_how_to_go_on(
-    stopped: tuple[int, str, list[psutil.Process]],
+def test_ctrl_c_ends_with_130_and_says_how_to_continue(
+    interrupted: tuple[int, str, list[psutil.Process]],
 ) -> None:
-    exit_code, said, _ = stopped
+    exit_code, output, _ = interrupted
     assert exit_code == 130
-    assert said.rstrip().endswith("stopped; run the same command again to continue")
-    assert "Traceback" not in said
+    assert output.rstrip().endswith("stopped; run the same command again to continue")
+    assert "Traceback" not in output
 
 
-def test_ctrl_c_leaves_no_process_behind(stopped: tuple[int, str, list[psutil.Process]]) -> None:
-    _, _, alive = stopped
+def test_ctrl_c_leaves_no_process_behind(
+    interrupted: tuple[int, str, list[psutil.Process]],
+) -> None:
+    _, _, alive = interrupted
     assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
 
 
-def test_it_goes_on_with_what_was_finished(resumed: str) -> None:
+def test_resumed_demo_reuses_finished_work(resumed: str) -> None:
     assert "store: up to date" in resumed
     assert "Traceback" not in resumed
 
 
-def test_every_phase_shows_the_command_that_does_the_same(resumed: str) -> None:
+def test_each_phase_shows_the_command_that_runs_it_alone(resumed: str) -> None:
     assert re.findall(r"^== (.*)\n\$ .*jobs/\w+\.py ", resumed, re.MULTILINE) == PHASES
 
 
-def test_times_of_all_phases_are_kept_and_shown(demo: Demo, resumed: str) -> None:
+def test_times_of_all_phases_are_stored_and_printed(demo: Demo, resumed: str) -> None:
     times = json.loads((demo.storage / "phases.json").read_text())
     assert list(times) == PHASES
     assert all(phase["finished"] for phase in times.values())
@@ -164,9 +167,7 @@ def test_served_model_completes_and_fills_two_slots(resumed: str) -> None:
     assert re.findall(r"slot (\d): ", resumed) == ["1", "2"]
 
 
-def test_comparison_is_shown_with_its_picture_and_what_it_is_worth(
-    demo: Demo, resumed: str
-) -> None:
+def test_comparison_is_printed_with_its_plot_and_a_caveat(demo: Demo, resumed: str) -> None:
     ending = resumed.partition("== comparison")[2]
     assert "infilled span" in ending
     picture = re.search(r"^picture: (.*)$", ending, re.MULTILINE)
@@ -176,10 +177,10 @@ def test_comparison_is_shown_with_its_picture_and_what_it_is_worth(
     assert f"make serve STORAGE={demo.storage} MODEL=" in ending
 
 
-def test_run_twice_it_does_nothing_twice(demo: Demo, runs: dict[Path, int]) -> None:
-    said = demo.run()
-    assert {path: path.stat().st_mtime_ns for path in runs} == runs
-    assert said.count("done before") == len(PHASES)
+def test_repeated_demo_does_nothing_again(demo: Demo, modification_times: dict[Path, int]) -> None:
+    output = demo.run()
+    assert {path: path.stat().st_mtime_ns for path in modification_times} == modification_times
+    assert output.count("done before") == len(PHASES)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +190,7 @@ def test_run_twice_it_does_nothing_twice(demo: Demo, runs: dict[Path, int]) -> N
         (["--corpus", "missing"], r"error: \S+/missing: no such file or folder"),
     ],
 )
-def test_mistake_is_one_line_before_anything_starts(
+def test_user_error_is_one_line_before_anything_starts(
     demo: Demo, arguments: list[str], message: str
 ) -> None:
     ran = subprocess.run(
@@ -205,7 +206,7 @@ def test_mistake_is_one_line_before_anything_starts(
     assert len(ran.stderr.splitlines()) == 1
 
 
-def test_failing_phase_ends_it_with_the_commands_own_code(demo: Demo) -> None:
+def test_failed_phase_ends_the_demo_with_the_exit_code_of_its_command(demo: Demo) -> None:
     (demo.folder / "binary.txt").write_bytes(b"\xff\xfe\x00" * 100)
     ran = subprocess.run(
         [sys.executable, "jobs/demo.py", "--corpus", "binary.txt"],

@@ -1,4 +1,4 @@
-"""What every job does with its command line, its mistakes and its interruption."""
+"""The command line that all jobs share: overrides, user errors, interruptions, exit codes."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def recipe_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_the_action_gets_the_recipe_with_its_overrides(recipe_file: Path) -> None:
-    given: list[Recipe] = []
-    assert run_job("A job.", Recipe, given.append) == 0
-    assert [recipe.training.steps for recipe in given] == [9]
+def test_action_receives_the_recipe_with_overrides_applied(recipe_file: Path) -> None:
+    received: list[Recipe] = []
+    assert run_job("A job.", Recipe, received.append) == 0
+    assert [recipe.training.steps for recipe in received] == [9]
 
 
-def test_a_mistake_is_one_line_and_code_2(
+def test_user_error_is_reported_in_one_line_with_exit_code_2(
     recipe_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def action(_: Recipe) -> None:
@@ -38,7 +38,7 @@ def test_a_mistake_is_one_line_and_code_2(
     assert capsys.readouterr().err == "error: too many workers\n"
 
 
-def test_a_fault_of_ours_is_not_hidden(recipe_file: Path) -> None:
+def test_bug_is_not_swallowed(recipe_file: Path) -> None:
     def action(_: Recipe) -> None:
         raise ZeroDivisionError
 
@@ -46,7 +46,9 @@ def test_a_fault_of_ours_is_not_hidden(recipe_file: Path) -> None:
         run_job("A job.", Recipe, action)
 
 
-def test_an_interruption_is_code_130(recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_interruption_ends_with_exit_code_130(
+    recipe_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def action(_: Recipe) -> None:
         raise KeyboardInterrupt
 
@@ -54,35 +56,35 @@ def test_an_interruption_is_code_130(recipe_file: Path, capsys: pytest.CaptureFi
     assert "run the same command again" in capsys.readouterr().err
 
 
-def test_a_submitted_job_does_not_write_where_ray_deletes(
+def test_submitted_job_is_refused_storage_that_ray_deletes(
     recipe_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(SUBMITTED_VARIABLE, "{}")
-    given: list[Recipe] = []
-    assert run_job("A job.", Recipe, given.append) == 2
+    received: list[Recipe] = []
+    assert run_job("A job.", Recipe, received.append) == 2
     assert "set an absolute path that every node sees" in capsys.readouterr().err
-    assert not given
+    assert not received
     monkeypatch.setattr(
         sys, "argv", ["job", str(recipe_file), "--set", f"storage={recipe_file.parent.parent}"]
     )
-    assert run_job("A job.", Recipe, given.append) == 0
-    assert given
+    assert run_job("A job.", Recipe, received.append) == 0
+    assert received
 
 
-def test_a_dry_run_takes_the_place_of_the_action(
+def test_dry_run_is_called_instead_of_the_action(
     recipe_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    acted: list[Recipe] = []
-    tried: list[Recipe] = []
-    assert run_job("A job.", Recipe, acted.append, tried.append) == 0
-    assert (len(acted), len(tried)) == (1, 0)
+    trained: list[Recipe] = []
+    checked: list[Recipe] = []
+    assert run_job("A job.", Recipe, trained.append, checked.append) == 0
+    assert (len(trained), len(checked)) == (1, 0)
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--dry-run"])
-    assert run_job("A job.", Recipe, acted.append, tried.append) == 0
-    assert (len(acted), len(tried)) == (1, 1)
-    assert tried[0].training.steps == 9
+    assert run_job("A job.", Recipe, trained.append, checked.append) == 0
+    assert (len(trained), len(checked)) == (1, 1)
+    assert checked[0].training.steps == 9
 
 
-def test_a_job_without_a_dry_run_refuses_the_option(
+def test_job_without_a_dry_run_rejects_the_option(
     recipe_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--dry-run"])

@@ -1,4 +1,4 @@
-"""The model card of an export says where it comes from, and what was measured of it as soon as that is known."""
+"""The model card of an export: its origin, and its scores as soon as there are any."""
 
 from __future__ import annotations
 
@@ -34,42 +34,40 @@ def dataset(tmp_path: Path) -> TokenDataset:
 @pytest.fixture
 def recipe(tmp_path: Path, dataset: TokenDataset) -> Recipe:
     recipe = tiny_recipe(tmp_path)
-    write_tiny_export(folder_of(recipe))
-    shutil.copy(tmp_path / "store" / "tokenizer.json", folder_of(recipe))
+    write_tiny_export(export_folder(recipe))
+    shutil.copy(tmp_path / "store" / "tokenizer.json", export_folder(recipe))
     return recipe
 
 
-def folder_of(recipe: Recipe) -> Path:
+def export_folder(recipe: Recipe) -> Path:
     return recipe.paths.export
 
 
-def test_card_says_where_the_model_comes_from(recipe: Recipe, dataset: TokenDataset) -> None:
-    write_card(folder_of(recipe), recipe, dataset, METADATA)
-    text = (folder_of(recipe) / "README.md").read_text()
+def test_card_states_the_origin_of_the_model(recipe: Recipe, dataset: TokenDataset) -> None:
+    write_card(export_folder(recipe), recipe, dataset, METADATA)
+    text = (export_folder(recipe) / "README.md").read_text()
     assert "Step 7 of a run on 1,234 row positions and 5e+09 training FLOPs" in text
     assert f"fingerprint `{dataset.manifest.fingerprint}`" in text
     assert "sequence_length: 64" in text
     assert "perplexity" not in text
 
 
-def test_scores_come_into_the_card_and_take_the_place_of_older_ones(
-    recipe: Recipe, dataset: TokenDataset
-) -> None:
-    folder = folder_of(recipe)
+def test_scores_are_inserted_and_replace_older_ones(recipe: Recipe, dataset: TokenDataset) -> None:
+    folder = export_folder(recipe)
     write_card(folder, recipe, dataset, METADATA)
-    bare = (folder / "README.md").read_text()
+    without_scores = (folder / "README.md").read_text()
     for loss in (9.5, 8.5):
         add_scores(folder, scores(loss))
     text = (folder / "README.md").read_text()
     assert "| perplexity | 8.5000 | 0.2500 |" in text
     assert "9.5" not in text
-    assert set(bare.splitlines()) < set(text.splitlines()), "nothing else is lost"
+    assert set(without_scores.splitlines()) < set(text.splitlines()), "something else was lost"
 
 
-def test_export_run_again_keeps_the_card_with_its_scores(
+def test_repeated_export_keeps_the_scores_of_the_card(
     recipe: Recipe, dataset: TokenDataset
 ) -> None:
-    folder = folder_of(recipe)
+    folder = export_folder(recipe)
     write_card(folder, recipe, dataset, METADATA)
     add_scores(folder, scores(8.5))
     before = (folder / "README.md").stat().st_mtime_ns
@@ -78,6 +76,6 @@ def test_export_run_again_keeps_the_card_with_its_scores(
     assert (folder / "README.md").stat().st_mtime_ns == before
 
 
-def test_export_without_a_card_gets_none(tmp_path: Path) -> None:
+def test_scores_do_not_create_a_missing_card(tmp_path: Path) -> None:
     add_scores(tmp_path, scores(8.5))
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Phases' times survive interruptions, and no command outlives the process that runs it."""
+"""Times of phases survive interruptions, and no command outlives the process that runs it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ SLEEP = "import time; time.sleep(600)"
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time that `phases` sees, in seconds, as the one element of a list."""
+    """Time that `phases` sees, in seconds, as the only element of a list."""
     now = [50.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     return now
 
 
-def test_table_has_each_phase_and_their_sum(tmp_path: Path, clock: list[float]) -> None:
+def test_table_lists_each_phase_and_the_total(tmp_path: Path, clock: list[float]) -> None:
     timer = PhaseTimer(tmp_path / "phases.json")
     for name, seconds in (("prepare", 12), ("base", 100)):
         with timer.measure(name):
@@ -38,17 +38,17 @@ def test_table_has_each_phase_and_their_sum(tmp_path: Path, clock: list[float]) 
     ]
 
 
-def test_time_of_an_interrupted_phase_is_added_to_the_next_attempts(
+def test_time_of_an_interrupted_attempt_is_added_to_the_next(
     tmp_path: Path, clock: list[float]
 ) -> None:
     timer = PhaseTimer(tmp_path / "phases.json")
     with contextlib.suppress(KeyboardInterrupt), timer.measure("base"):
         clock[0] += 30
         raise KeyboardInterrupt
-    again = PhaseTimer(tmp_path / "phases.json")
-    with again.measure("base"):
+    second = PhaseTimer(tmp_path / "phases.json")
+    with second.measure("base"):
         clock[0] += 70
-    assert again.format_table().splitlines()[0].split() == ["base", "100", "s"]
+    assert second.format_table().splitlines()[0].split() == ["base", "100", "s"]
 
 
 def test_finished_phase_keeps_its_first_time(tmp_path: Path, clock: list[float]) -> None:
@@ -56,12 +56,14 @@ def test_finished_phase_keeps_its_first_time(tmp_path: Path, clock: list[float])
         timer = PhaseTimer(tmp_path / "phases.json")
         with timer.measure("base"):
             clock[0] += seconds
-    first, whole = timer.format_table().splitlines()
-    assert first.split() == ["base", "100", "s", "done", "before;", "5", "s", "now"]
-    assert whole.split() == ["total", "100", "s"]
+    phase, total = timer.format_table().splitlines()
+    assert phase.split() == ["base", "100", "s", "done", "before;", "5", "s", "now"]
+    assert total.split() == ["total", "100", "s"]
 
 
-def test_times_are_kept_as_json_with_nothing_beside_it(tmp_path: Path, clock: list[float]) -> None:
+def test_times_are_stored_as_json_without_temporary_files(
+    tmp_path: Path, clock: list[float]
+) -> None:
     with PhaseTimer(tmp_path / "new" / "phases.json").measure("base"):
         clock[0] += 1.5
     assert json.loads((tmp_path / "new" / "phases.json").read_text()) == {
@@ -78,23 +80,23 @@ def test_times_are_kept_as_json_with_nothing_beside_it(tmp_path: Path, clock: li
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", 128 + signal.SIGKILL),
     ],
 )
-def test_exit_code_is_as_a_shell_has_it(script: str, exit_code: int) -> None:
+def test_exit_code_follows_shell_conventions(script: str, exit_code: int) -> None:
     assert run_command([sys.executable, "-c", script], {}) == exit_code
 
 
-def test_command_gets_the_variables() -> None:
+def test_command_receives_the_variables() -> None:
     script = "import os, sys; sys.exit(int(os.environ['NUMBER']))"
     assert run_command([sys.executable, "-c", script], {"NUMBER": "7"}) == 7
 
 
-def test_what_a_command_leaves_running_is_ended(tmp_path: Path) -> None:
+def test_processes_left_running_by_a_command_are_killed(tmp_path: Path) -> None:
     parent = (
         "import subprocess, sys; "
         f"left = subprocess.Popen([sys.executable, '-c', {SLEEP!r}]); "
         f"open({str(tmp_path / 'pid')!r}, 'w').write(str(left.pid))"
     )
     assert run_command([sys.executable, "-c", parent], {}) == 0
-    assert _has_ended(int((tmp_path / "pid").read_text()))
+    assert _ends(int((tmp_path / "pid").read_text()))
 
 
 STUBBORN = (
@@ -107,8 +109,8 @@ POLITE = STUBBORN.replace("signal.SIG_IGN", "signal.default_int_handler")
 
 
 @pytest.mark.parametrize("child", [POLITE, STUBBORN], ids=["polite", "stubborn"])
-def test_interruption_ends_the_command_first(tmp_path: Path, child: str) -> None:
-    """The first time it asks the command to stop and waits; the second time it no longer waits."""
+def test_interruption_stops_the_command_first(tmp_path: Path, child: str) -> None:
+    """The first Ctrl-C lets the command stop by itself; a second one kills it."""
     pid = tmp_path / "pid"
     runner = (
         "import sys\n"
@@ -119,19 +121,18 @@ def test_interruption_ends_the_command_first(tmp_path: Path, child: str) -> None
         while not (pid.is_file() and pid.read_text()):
             assert process.poll() is None
             time.sleep(0.02)
-        for _ in range(
-            1 if child is POLITE else 20
-        ):  # the stubborn one's runner waits for it first
+        # The stubborn child ignores the first SIGINT, so its runner needs more than one to give up waiting.
+        for _ in range(1 if child is POLITE else 20):
             process.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(1)
                 break
         assert process.wait(60) in (-signal.SIGINT, 130)
-    assert _has_ended(int(pid.read_text()))
+    assert _ends(int(pid.read_text()))
 
 
-def _has_ended(pid: int) -> bool:
-    """Wait until a process is gone, or only its parent's to be told of."""
+def _ends(pid: int) -> bool:
+    """Return whether a process ends, or is left as a zombie, within a minute."""
     for _ in range(600):
         try:
             if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
