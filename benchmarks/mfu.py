@@ -37,7 +37,7 @@ import torch.distributed as dist
 from ul2r.config import Objective, Parallel, Recipe
 from ul2r.errors import RecipeError
 from ul2r.model.flops import training_flops
-from ul2r.model.sizing import estimate_run
+from ul2r.model.sizing import check_memory
 from ul2r.objective import Batch, Vocabulary, build_batch
 from ul2r.testing.corpus import MadeText
 from ul2r.train.mesh import Mesh
@@ -160,7 +160,7 @@ def measure(
 ) -> dict[str, float | str]:
     """Figures of one model at one row length."""
     try:
-        estimate_run(recipe_of(shape, length, {"attention": attention}), shape.vocabulary)
+        check_memory(recipe_of(shape, length, {"attention": attention}), shape.vocabulary)
     except RecipeError as error:
         return {"left_out": str(error)}
     arms: dict[str, Mapping[str, Any]] = {

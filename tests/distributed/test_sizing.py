@@ -1,4 +1,4 @@
-"""Sizes told beforehand are those of what Megatron-Core then builds and keeps, in every layout."""
+"""Estimated sizes equal what Megatron-Core builds and keeps, in every layout."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "PP 2 x VP 2": {"parallel": VP},
     "PP 2 x VP 2, selective": {"parallel": VP, "training": {"recompute": "selective"}},
     "PP 2 x VP 2, full": {"parallel": VP, "training": {"recompute": "full"}},
-    "num_experts": {"model": EXPERTS},
+    "experts": {"model": EXPERTS},
     "experts, TP 2 x SP": {"model": EXPERTS, "parallel": SP},
     "experts, TP 2 x SP, selective": {
         "model": EXPERTS,
@@ -86,59 +86,71 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What one rank really has."""
+class RankSizes:
+    """Sizes measured on one rank.
+
+    Attributes:
+        num_parameters: Elements of its parameters.
+        num_tensors: Parameter tensors, each of which Megatron pads in its buffers.
+        weights: Bytes of the parameter buffers.
+        gradients: Bytes of the gradient buffers.
+        optimizer: Bytes of its optimizer state.
+        saved: Most bytes that autograd kept at the same time.
+    """
 
     num_parameters: int
-    tensors: int
-    """Parameter tensors, each of which Megatron pads in its buffers."""
+    num_tensors: int
     weights: int
     gradients: int
     optimizer: int
-    kept: int
-    """Bytes that autograd keeps at the same time, at the most."""
+    saved: int
 
 
-def _storage(tensor: Any) -> int:  # noqa: ANN401  a tensor; torch is only imported in the processes
-    place: int = tensor.untyped_storage().data_ptr()
-    return place
+def storage_address(tensor: Any) -> int:  # noqa: ANN401  a tensor; only the workers import torch
+    address: int = tensor.untyped_storage().data_ptr()
+    return address
 
 
-class Kept:
-    """Adds up the storages that autograd holds, each once, and remembers the most there were."""
+class SavedBytes:
+    """Sum of the storages that autograd holds, each counted once, and its peak."""
 
     def __init__(self, ignored: set[int]) -> None:
-        self.ignored, self.holders = ignored, dict[int, int]()
-        self.now = self.most = 0
+        self.ignored = ignored
+        self.num_holders = dict[int, int]()
+        self.current = 0
+        self.peak = 0
 
-    def pack(self, tensor: Any) -> Held:  # noqa: ANN401  as above
-        return Held(self, tensor)
+    def pack(self, tensor: Any) -> SavedTensor:  # noqa: ANN401  as above
+        return SavedTensor(self, tensor)
 
 
-class Held:
-    """A tensor in autograd's hands."""
+class SavedTensor:
+    """Tensor saved for the backward pass; autograd frees it by dropping this object."""
 
-    def __init__(self, kept: Kept, tensor: Any) -> None:  # noqa: ANN401  as above
-        self.kept, self.tensor = kept, tensor
-        self.place, self.size = _storage(tensor), tensor.untyped_storage().nbytes()
-        holders = kept.holders.get(self.place, 0)
-        kept.holders[self.place] = holders + 1
-        if not holders and self.place not in kept.ignored:
-            kept.now += self.size
-            kept.most = max(kept.most, kept.now)
+    def __init__(self, total: SavedBytes, tensor: Any) -> None:  # noqa: ANN401  as above
+        self.total = total
+        self.tensor = tensor
+        self.address = storage_address(tensor)
+        self.nbytes = tensor.untyped_storage().nbytes()
+
+        num_holders = total.num_holders.get(self.address, 0)
+        total.num_holders[self.address] = num_holders + 1
+        if not num_holders and self.address not in total.ignored:
+            total.current += self.nbytes
+            total.peak = max(total.peak, total.current)
 
     def __del__(self) -> None:
-        self.kept.holders[self.place] -= 1
-        if not self.kept.holders[self.place] and self.place not in self.kept.ignored:
-            self.kept.now -= self.size
+        self.total.num_holders[self.address] -= 1
+        if not self.total.num_holders[self.address] and self.address not in self.total.ignored:
+            self.total.current -= self.nbytes
 
 
-def measure_all(*recipes: Recipe) -> list[tuple[int, Measured]]:
+def measure_all(*recipes: Recipe) -> list[tuple[int, RankSizes]]:
     return [measure(recipe) for recipe in recipes]
 
 
-def measure(recipe: Recipe) -> tuple[int, Measured]:
-    """Take a step; the pipeline stage of this rank and what it has."""
+def measure(recipe: Recipe) -> tuple[int, RankSizes]:
+    """Take a step and return this rank's pipeline stage and its sizes."""
     import torch
     from megatron.core import parallel_state
 
@@ -151,27 +163,29 @@ def measure(recipe: Recipe) -> tuple[int, Measured]:
     mesh = Mesh.join(recipe.parallel)
     step = TrainStep(recipe, mesh, dataset.vocabulary.size)
     buffers = [buffer for chunk in step.model for buffer in chunk.buffers]
-    weights = {_storage(buffer.param_data) for buffer in buffers}
-    kept = Kept(weights)
-    rows = Batches(recipe, dataset).rows(0, mesh.data_rank, recipe.parallel.data)
-    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda held: held.tensor):
-        step.train(0, rows)
+    weights = {storage_address(buffer.param_data) for buffer in buffers}
+    saved = SavedBytes(ignored=weights)
+    batch = Batches(recipe, dataset).rows(0, mesh.data_rank, recipe.parallel.data)
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda held: held.tensor):
+        step.train(0, batch)
+
     states = [
         (parameter, state["exp_avg"], state["exp_avg_sq"])
         for part in step.optimizer.chained_optimizers
         for parameter, state in part.optimizer.state.items()
     ]
-    own = [one for state in states for one in state if _storage(one) not in weights]
+    # In fp32 the optimizer's main weights are the model's own: they are not counted twice.
+    own = [tensor for state in states for tensor in state if storage_address(tensor) not in weights]
     parameters = [parameter for chunk in step.chunks for parameter in chunk.parameters()]
     stage = parallel_state.get_pipeline_model_parallel_rank()
     mesh.leave()
-    return stage, Measured(
+    return stage, RankSizes(
         num_parameters=sum(parameter.numel() for parameter in parameters),
-        tensors=len(parameters),
+        num_tensors=len(parameters),
         weights=sum(buffer.param_data.nbytes for buffer in buffers),
         gradients=sum(buffer.grad_data.nbytes for buffer in buffers),
         optimizer=sum(tensor.nbytes for tensor in own),
-        kept=kept.most,
+        saved=saved.peak,
     )
 
 
@@ -183,43 +197,51 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def measured(storage: Path) -> dict[str, list[tuple[int, Measured]]]:
-    """What every rank of each layout has; layouts of as many workers share their processes."""
+def measured(storage: Path) -> dict[str, list[tuple[int, RankSizes]]]:
+    """Sizes of every rank by layout; layouts with the same number of workers share processes."""
     recipes = {layout: tiny_recipe(storage, **changes) for layout, changes in LAYOUTS.items()}
-    results: dict[str, list[tuple[int, Measured]]] = {}
-    for workers in {recipe.parallel.num_workers for recipe in recipes.values()}:
-        here = {name: one for name, one in recipes.items() if one.parallel.num_workers == workers}
-        ranks = run_distributed(measure_all, workers, *here.values())
-        results |= dict(zip(here, map(list, zip(*ranks, strict=True)), strict=True))
+    results: dict[str, list[tuple[int, RankSizes]]] = {}
+    for num_workers in {recipe.parallel.num_workers for recipe in recipes.values()}:
+        group = {
+            layout: recipe
+            for layout, recipe in recipes.items()
+            if recipe.parallel.num_workers == num_workers
+        }
+        ranks = run_distributed(measure_all, num_workers, *group.values())
+        results |= dict(zip(group, map(list, zip(*ranks, strict=True)), strict=True))
     return results
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_sizes_are_those_of_what_is_built(
-    storage: Path, measured: dict[str, list[tuple[int, Measured]]], layout: str
+def test_estimate_equals_what_is_built(
+    storage: Path, measured: dict[str, list[tuple[int, RankSizes]]], layout: str
 ) -> None:
     from ul2r.data.store.dataset import open_dataset
 
     recipe = tiny_recipe(storage, **LAYOUTS[layout])
     parallel = recipe.parallel
-    stages = estimate_run(recipe, open_dataset(recipe.storage_paths.store).vocabulary.size).stages
+    vocabulary = open_dataset(recipe.storage_paths.store).vocabulary
+    stages = estimate_run(recipe, vocabulary.size).stages
     assert len(measured[layout]) == parallel.num_workers
+
     for number, rank in measured[layout]:
         stage = stages[number]
         assert stage.num_parameters == rank.num_parameters
         check_state(stage.memory, rank, parallel.data)
-        # A stage holds what it sends on as well, in Megatron's schedule and not in autograd.
-        sends = stage.microbatches * parallel.virtual_stages - (number == parallel.pipeline - 1)
+
+        # Megatron's schedule also keeps the outputs that a stage sends on, outside of autograd.
+        num_passes = stage.num_live_microbatches * parallel.virtual_stages
+        num_sent = num_passes - (number == parallel.pipeline - 1)
         positions = recipe.training.micro_batch_size * recipe.objective.sequence_length
-        sent = 4 * positions * recipe.model.hidden_size * sends
-        told = stage.memory.activations + stage.memory.logits
-        assert told == pytest.approx(rank.kept + sent, rel=0.01)
+        sent = 4 * positions * recipe.model.hidden_size * num_sent
+        estimated = stage.memory.activations + stage.memory.logits
+        assert estimated == pytest.approx(rank.saved + sent, rel=0.01)
 
 
-def check_state(told: MemoryEstimate, rank: Measured, data: int) -> None:
-    """Megatron begins each parameter at a multiple of 64 elements and pads the whole to one of lcm(data, 128)."""
-    padding = 4 * (63 * rank.tensors + math.lcm(data, 128))
-    assert told.weights <= rank.weights <= told.weights + padding
-    assert told.gradients <= rank.gradients <= told.gradients + padding
-    # The shards of the two moments are equal but for what the padding displaces.
-    assert abs(rank.optimizer - told.optimizer) <= 2 * padding
+def check_state(estimated: MemoryEstimate, rank: RankSizes, data: int) -> None:
+    """Megatron aligns each parameter to 64 elements and pads a buffer to a multiple of lcm(data, 128)."""
+    padding = 4 * (63 * rank.num_tensors + math.lcm(data, 128))
+    assert estimated.weights <= rank.weights <= estimated.weights + padding
+    assert estimated.gradients <= rank.gradients <= estimated.gradients + padding
+    # Shards of the two moments are equal except for what the padding displaces.
+    assert abs(rank.optimizer - estimated.optimizer) <= 2 * padding

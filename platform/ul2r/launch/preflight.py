@@ -15,7 +15,7 @@ from ul2r.data.tokenizer import load_tokenizer, vocabulary_of
 from ul2r.launch.pretrained import check_base
 from ul2r.model.flops import num_parameters
 from ul2r.model.huggingface.config_json import check_family
-from ul2r.model.sizing import estimate_run
+from ul2r.model.sizing import check_memory
 from ul2r.tracking.mlflow import find_run, finish_run, log_artifact, start_run
 from ul2r.tracking.tracker import RunStatus
 from ul2r.train.checkpoint.metadata import CheckpointInfo
@@ -49,7 +49,7 @@ def check_run(recipe: Recipe, dataset: TokenDataset) -> CheckpointInfo | None:
     """
     Batches(recipe, dataset)  # refuses a store that is too short or has too few sentinels
     check_family(recipe.model)
-    estimate_run(recipe, dataset.vocabulary.size)  # refuses what its devices cannot hold
+    check_memory(recipe, dataset.vocabulary.size)
     return check_checkpoints(recipe, dataset)
 
 
@@ -59,7 +59,7 @@ def check_unprepared(recipe: Recipe) -> None:
     Raises:
         UserError: If its devices cannot hold the run, or it names a base that is not there.
     """
-    estimate_run(recipe, planned_vocabulary(recipe))
+    check_memory(recipe, planned_vocabulary(recipe))
     base_checkpoint(recipe)
 
 

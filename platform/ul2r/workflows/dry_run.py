@@ -11,7 +11,14 @@ from ul2r.config import Recipe
 from ul2r.data.store.dataset import open_dataset
 from ul2r.launch.preflight import check_run, planned_vocabulary
 from ul2r.model.flops import num_active_parameters, num_visible_keys, training_flops
-from ul2r.model.sizing import GIB, RunEstimate, estimate_run, estimate_seconds, pad_vocabulary
+from ul2r.model.sizing import (
+    GIB,
+    RunEstimate,
+    check_memory,
+    estimate_run,
+    estimate_seconds,
+    pad_vocabulary,
+)
 from ul2r.objective import Vocabulary, build_batch
 
 SAMPLED_ROWS = 256
@@ -43,6 +50,7 @@ def dry_run(recipe: Recipe) -> str:
         start = _describe_start(recipe)
         checked = f"recipe and memory only: {recipe.storage_paths.store} is not prepared yet"
 
+    check_memory(recipe, vocabulary_size)
     estimate = estimate_run(recipe, vocabulary_size)
     padded = pad_vocabulary(recipe.model.num_used_embeddings(vocabulary_size))
     facts = [
@@ -133,7 +141,7 @@ def _length_and_cost(
         "microbatches",
         f"{recipe.num_microbatches} a step and replica, of {training.micro_batch_size} x {row_length:,} positions",
     )
-    yield "pipeline bubble", f"{estimate.bubble:.1%} of a step"
+    yield "pipeline bubble", f"{estimate.bubble_fraction:.1%} of a step"
     yield (
         "positions",
         f"{_format_count(training.global_batch_size * row_length)} a step, "
@@ -192,9 +200,9 @@ def _stage_rows(estimate: RunEstimate) -> Iterator[tuple[str, ...]]:
         sizes = (*stage.memory.by_kind.values(), stage.memory.total)
         yield (
             str(number),
-            str(stage.layers),
+            str(stage.num_layers),
             f"{stage.num_parameters:,}",
-            f"{stage.microbatches:g}",
+            f"{stage.num_live_microbatches:g}",
             *(f"{size / GIB:.2f}" for size in sizes),
         )
 

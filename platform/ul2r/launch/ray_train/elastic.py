@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from ul2r.config import Recipe
 from ul2r.errors import RecipeError
-from ul2r.model.sizing import estimate_run
+from ul2r.model.sizing import check_memory
 
 
 def resources_per_worker(recipe: Recipe) -> dict[str, float]:
@@ -56,7 +56,7 @@ def shrink_layout(
             smaller = Recipe.model_validate(
                 tree | {"parallel": {**tree["parallel"], "num_workers": workers}}
             )
-            estimate_run(smaller, vocabulary_size)
+            check_memory(smaller, vocabulary_size)
         except (ValidationError, RecipeError):
             continue  # rows that do not divide, or shards too large for a device
         if has_room(smaller, cluster):
