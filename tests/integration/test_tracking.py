@@ -194,7 +194,7 @@ def test_an_export_that_is_gone_is_named_in_one_line(uri: str, tmp_path: Path) -
     export = make_export(tmp_path / "export")
     tracking.register(uri, "tests-gone", export, run_id, "champion")
     export.rename(tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match=r"tests-gone@champion.*/export, where"):
+    with pytest.raises(CheckpointError, match=r"tests-gone@champion.*no export at .*/export"):
         tracking.resolve(uri, "tests-gone", "champion")
     with pytest.raises(CheckpointError, match=r"run jobs/export\.py"):
         tracking.register(uri, "tests-gone", export, run_id, "champion")
@@ -219,7 +219,7 @@ def test_a_second_server_shares_the_storage_and_a_tracker_says_what_is_lost_when
     left.log(101, {"train/loss": 101.0, "train/learning_rate": 1e-4})
     with pytest.raises(
         ServiceError,
-        match=r"2 metric points and 0 files of run .* wait in .*tracking_waiting\.json",
+        match=r"2 metric points and 0 files of run .* are saved in .*tracking_waiting\.json",
     ) as caught:
         left.close()
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: the Tracker protocol, one in memory, one in MLflow."""
+"""Tracking of runs: the Tracker protocol, an implementation in memory and one on MLflow."""
 
 from ul2r.tracking.tracker import MemoryTracker, RunStatus, Tracker
 

@@ -1,4 +1,4 @@
-"""The way to an MLflow server: found, checked, and its failures told in one line."""
+"""Access to an MLflow server: its address, a health check, and one-line errors for its failures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import httpx
 
 from ul2r.errors import ServiceError
 
-# Read by MLflow when it is imported or called; whoever sets them in the environment wins.
+# MLflow reads some of these when it is imported, so they are set first. Values from the user's environment win.
 for _name, _value in {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
@@ -19,7 +19,7 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
-from mlflow import MlflowClient  # noqa: E402  after its environment
+from mlflow import MlflowClient  # noqa: E402  the environment above must be set before
 from mlflow.exceptions import MlflowException  # noqa: E402
 
 HEALTH_TIMEOUT_S = 5.0
@@ -27,16 +27,16 @@ START_HINT = "start one with `python jobs/ui.py --storage FOLDER`"
 
 
 def check_server(uri: str | None) -> str:
-    """Make sure that the tracking server answers.
+    """Check that a tracking server answers.
 
     Args:
-        uri: Its address, http(s)://host:port; None takes MLFLOW_TRACKING_URI from the environment.
+        uri: Address, http(s)://host:port; None takes MLFLOW_TRACKING_URI from the environment.
 
     Returns:
-        The address, without a slash at its end.
+        The address, without a trailing slash.
 
     Raises:
-        ServiceError: If there is no address, or nothing answers there as MLflow does.
+        ServiceError: If there is no address, or no MLflow server answers there.
     """
     found = uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     if not found:
@@ -48,26 +48,28 @@ def check_server(uri: str | None) -> str:
         raise ServiceError(
             f"tracking.uri={found}: the address of an MLflow server begins with http:// or https://; {START_HINT}"
         )
+
     found = found.rstrip("/")
-    reason = health(found, HEALTH_TIMEOUT_S)
-    if reason:
+    problem = find_server_problem(found, HEALTH_TIMEOUT_S)
+    if problem is not None:
         raise ServiceError(
-            f"no MLflow server answers at {found} ({reason}): {START_HINT}, or set tracking.uri to where it is"
+            f"no MLflow server answers at {found} ({problem}): {START_HINT}, or set tracking.uri to a running one"
         )
     return found
 
 
-def health(uri: str, timeout_s: float) -> str:
-    """Why the server at `uri` cannot be used; empty where it can."""
+def find_server_problem(uri: str, timeout_s: float) -> str | None:
+    """Return why the server at `uri` cannot be used, None if it can."""
     try:
-        answer = httpx.get(f"{uri}/health", timeout=timeout_s)
+        response = httpx.get(f"{uri}/health", timeout=timeout_s)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         return str(error) or type(error).__name__
-    return "" if answer.status_code == httpx.codes.OK else f"HTTP {answer.status_code}"
+    return None if response.status_code == httpx.codes.OK else f"HTTP {response.status_code}"
 
 
-def connect(uri: str) -> MlflowClient:
-    """A client of the tracking server and registry at `uri`."""
+def create_client(uri: str) -> MlflowClient:
+    """Create a client of the tracking server and registry at `uri`."""
+    # Without its own address the registry is the one of MLFLOW_REGISTRY_URI, which may be another server.
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
@@ -81,5 +83,6 @@ def translate_errors(uri: str) -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
+        # The lines after the first hold the server's whole response, or a stack trace of urllib3.
         reason = str(error).strip().partition("\n")[0]
         raise ServiceError(f"MLflow at {uri} failed: {reason}") from error

@@ -1,28 +1,28 @@
-"""The MLflow tracker, and with it all that the platform asks of MLflow.
+"""The MLflow tracker; the rest of the platform imports all of its MLflow functions from here.
 
-MLflow's own asynchronous logging drops a batch that the server refuses, with a line in the log only (seen
-with 3.17 on SQLite), so `MlflowTracker` has its own writer: one thread, one batch every `BUFFER_S`, and
-what could not be written stays in line. Nobody waits for the server but that thread: what must not be lost
-is put on disk, where the next attempt at the run finds it.
+MLflow's own asynchronous logging drops a batch that the server refuses, with a line in the log only (seen with 3.17
+on SQLite). `MlflowTracker` therefore has its own writer: one thread, one batch every `BUFFER_S`, and a backlog of what
+could not be written. Only that thread waits for the server. What must not be lost is saved to disk, where the next
+attempt at the run finds it.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Self
 
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
 from ul2r.errors import ServiceError
-from ul2r.tracking.client import check_server, connect
+from ul2r.paths import RunPaths
+from ul2r.tracking.backlog import Backlog, Point
+from ul2r.tracking.client import check_server, create_client
 from ul2r.tracking.registry import register, resolve
 from ul2r.tracking.runs import (
     continue_run,
@@ -55,52 +55,46 @@ __all__ = [
 ]
 
 BUFFER_S = 2.0
-"""Metrics wait this long for others: one request then writes them all."""
+"""Metrics are collected for this long, then written in one request."""
 CLOSE_TIMEOUT_S = 60.0
-"""How long `close` tries to reach a server that does not answer."""
-BATCH_METRICS = 1000
-"""MLflow's limit for one request."""
-BACKLOG = "tracking_waiting.json"
-"""File of a run folder with what the server has not taken yet."""
+"""Time that `close` spends on a server that does not answer."""
+MAX_BATCH_METRICS = 1000
+"""MLflow's limit of one request."""
 
 _log = logging.getLogger(__name__)
 
-
-class Point(NamedTuple):
-    """One value of a metric."""
-
-    key: str
-    value: float
-    step: int
-    rewinds: int
+StoredPoint = tuple[str, int, int]
+"""Metric, step and timestamp in milliseconds."""
 
 
 class MlflowTracker:
-    """Writes metrics and files to a run of an MLflow server, from a thread of its own.
+    """Tracker that writes metrics and files to a run of an MLflow server, from a thread of its own.
 
-    A point is (metric, step, rewinds). One that the run holds already - logged before a restart and replayed now - is
-    left out, so a continued run has each point once. Timestamps are the run's start plus `step` plus `rewinds`
-    milliseconds: the same point written twice by two processes is one row in MLflow's store, and of a step that was
-    taken again the later one is the last.
+    A point is (metric, step, rewinds). One that the run has already, logged before a restart and replayed now, is
+    skipped, so a continued run has each point once. Timestamps are the run's start plus `step` plus `rewinds`
+    milliseconds: the same point written by two processes is one row in MLflow's store, and of a step that was taken
+    again the later value has the later timestamp.
 
-    The server may be away for any time, at the start too. Used as a context, it is closed at the end of the block;
-    after an error what waits is put on disk and left to `finish_run`.
+    The server may be down for any length of time, at the start too. As a context manager it closes at the end of the
+    block; after an error it saves the backlog to disk and leaves the rest to `finish_run`.
 
     Args:
         uri: The tracking server.
-        run_id: A run made by `start_run`.
-        folder: The run's; what waits is kept in its `tracking_waiting.json` where it must not be lost.
+        run_id: A run created by `start_run`.
+        folder: The run's folder; its `tracking_waiting.json` holds the backlog.
     """
 
     def __init__(self, uri: str, run_id: str, folder: Path) -> None:
-        self._uri, self._run_id, self._backlog = uri, run_id, folder / BACKLOG
-        self._client = connect(uri)
-        self._stored: set[tuple[str, int, int]] | None = None
+        self._uri = uri
+        self._run_id = run_id
+        self._client = create_client(uri)
+        self._backlog = Backlog(RunPaths(folder).tracking_backlog)
+
+        self._stored: set[StoredPoint] | None = None
         self._start_ms = 0
-        self._waiting, self._files = _read_backlog(self._backlog)
-        # `_lock` is held while the two are read or changed, so `log` never waits for the network.
-        self._lock, self._writing = threading.Lock(), threading.Lock()
-        self._closing, self._reached = threading.Event(), True
+        self._is_reachable = True
+        self._closing = threading.Event()
+        # A daemon, so that a process that dies of an error does not wait for a server that is down.
         self._writer = threading.Thread(target=self._write, name="mlflow-writer", daemon=True)
         self._writer.start()
 
@@ -119,37 +113,30 @@ class MlflowTracker:
             self.flush()
 
     def log(self, step: int, metrics: Mapping[str, float], rewinds: int = 0) -> None:
-        """Put `metrics` in line; they are written within `BUFFER_S` or so."""
+        """Queue `metrics`; they are written after about `BUFFER_S`."""
         assert not self._closing.is_set(), "logged after close"
-        points = [Point(key, float(value), step, rewinds) for key, value in metrics.items()]
-        with self._lock:
-            self._waiting += points
+        self._backlog.add_points(
+            [Point(key, float(value), step, rewinds) for key, value in metrics.items()]
+        )
 
     def log_artifact(self, file: Path) -> None:
-        """Put a file in line, for the folder of the run's artifacts that has its folder's name."""
-        with self._lock:
-            self._files.append(file)
+        """Queue a file, to be uploaded to the artifact folder with the name of its own folder."""
+        self._backlog.add_file(file)
 
     def flush(self) -> None:
-        """Put what waits on disk; it stays in line."""
-        with self._lock:
-            content = {"points": self._waiting, "files": [str(file) for file in self._files]}
-            if not (self._waiting or self._files):
-                self._backlog.unlink(missing_ok=True)
-                return
-            beside = self._backlog.with_name(f".{BACKLOG}.{os.getpid()}")
-            beside.write_text(json.dumps(content), encoding="utf-8")
-            beside.replace(self._backlog)
+        """Save the backlog to disk; it stays queued."""
+        self._backlog.save()
 
     def close(self, status: RunStatus = "FINISHED") -> None:
-        """Write what waits and set the run's status.
+        """Write the backlog and set the run's status.
 
         Raises:
             ServiceError: If the server could not be reached for `CLOSE_TIMEOUT_S`. After a failed or killed run
-                it is only logged, so that it does not hide what made the run fail.
+                this is only logged: raising would hide the reason of the failure.
         """
         if self._closing.is_set():
             return
+
         self._closing.set()
         self._writer.join()
         self.flush()
@@ -161,54 +148,54 @@ class MlflowTracker:
             _log.error("%s", error)
 
     def _end(self, status: RunStatus) -> None:
-        if self._waiting or self._files:
+        if not self._backlog.is_empty:
             raise ServiceError(
-                f"MLflow at {self._uri} does not answer: {len(self._waiting)} metric points and {len(self._files)} "
-                f"files of run {self._run_id} wait in {self._backlog}: start the server and run the same command again"
+                f"MLflow at {self._uri} does not answer: {self._backlog.num_points} metric points and "
+                f"{self._backlog.num_files} files of run {self._run_id} are saved in {self._backlog.path}: "
+                "start the server and rerun the same command"
             )
         end_run(self._uri, self._run_id, status)
 
     def _write(self) -> None:
-        """Write batches until closed, and then until nothing waits or the time for that is over."""
+        """Write batches until closed, then until the backlog is empty or `CLOSE_TIMEOUT_S` has passed."""
         deadline = float("inf")
         while time.monotonic() < deadline:
             if self._closing.wait(BUFFER_S):
                 deadline = min(deadline, time.monotonic() + CLOSE_TIMEOUT_S)
-            reached = self._write_waiting()
-            if self._closing.is_set() and reached and not (self._waiting or self._files):
+            is_written = self._write_backlog()
+            if self._closing.is_set() and is_written and self._backlog.is_empty:
                 return
-            if not reached:
+            if not is_written:
                 time.sleep(BUFFER_S)
 
-    def _write_waiting(self) -> bool:
-        """Write all that waits; False where the server did not take it."""
+    def _write_backlog(self) -> bool:
+        """Write the whole backlog; return False if the server did not accept it."""
         try:
-            with self._writing:
-                while self._write_batch():
-                    pass
-                while self._write_file():
-                    pass
-        except (
-            MlflowException,
-            OSError,
-        ) as error:  # of uploads, requests' errors, which are OSErrors
-            if self._reached:
+            while self._write_batch():
+                pass
+            while self._write_file():
+                pass
+        except (MlflowException, OSError) as error:
+            # Uploads raise the errors of requests, which are OSErrors, instead of MLflow's own.
+            if self._is_reachable:
                 reason = str(error).partition("\n")[0]
-                _log.warning("MLflow at %s takes nothing, trying on: %s", self._uri, reason)
-            self._reached = False
+                _log.warning("MLflow at %s accepts no metrics, retrying: %s", self._uri, reason)
+            self._is_reachable = False
             return False
-        self._reached = True
+        self._is_reachable = True
         return True
 
     def _write_batch(self) -> bool:
-        """Write the first of the waiting points; False where there are none."""
-        with self._lock:
-            batch = self._waiting[:BATCH_METRICS]
+        """Write the oldest points; return False if there are none."""
+        batch = self._backlog.first_points(MAX_BATCH_METRICS)
         if not batch:
             return False
+
+        # Asked for here and not in the constructor: the server may be down when the run starts.
         if self._stored is None:
-            self._stored = self._ask_for_stored()
-        new = {self._identity(point): point for point in batch}
+            self._stored = self._fetch_stored()
+
+        new = {self._stored_point(point): point for point in batch}
         metrics = [
             Metric(key, point.value, timestamp, step)
             for (key, step, timestamp), point in new.items()
@@ -216,27 +203,30 @@ class MlflowTracker:
         ]
         if metrics:
             self._client.log_batch(self._run_id, metrics=metrics, synchronous=True)
+
         self._stored |= new.keys()
-        with self._lock:
-            del self._waiting[: len(batch)]
+        self._backlog.remove_points(len(batch))
         return True
 
     def _write_file(self) -> bool:
-        """Upload the first of the waiting files; False where there are none."""
-        with self._lock:
-            if not self._files:
-                return False
-            file = self._files[0]
+        """Upload the oldest file; return False if there is none."""
+        file = self._backlog.first_file()
+        if file is None:
+            return False
+
         if file.exists():
             self._client.log_artifact(self._run_id, str(file), file.parent.name)
         else:
-            _log.error("%s is gone and is not among the artifacts of run %s", file, self._run_id)
-        with self._lock:
-            del self._files[0]
+            # Not retried: the file will not come back, and would block those behind it.
+            _log.error(
+                "%s no longer exists and is missing from the artifacts of run %s",
+                file,
+                self._run_id,
+            )
+        self._backlog.remove_file()
         return True
 
-    def _ask_for_stored(self) -> set[tuple[str, int, int]]:
-        """What the run holds."""
+    def _fetch_stored(self) -> set[StoredPoint]:
         run = self._client.get_run(self._run_id)
         self._start_ms = run.info.start_time
         return {
@@ -245,22 +235,16 @@ class MlflowTracker:
             for point in self._client.get_metric_history(self._run_id, key)
         }
 
-    def _identity(self, point: Point) -> tuple[str, int, int]:
+    def _stored_point(self, point: Point) -> StoredPoint:
+        # MLflow's key of a metric row is (run, metric, timestamp, step, value): a timestamp of now would store a
+        # replayed point again.
         return point.key, point.step, self._start_ms + point.step + point.rewinds
 
 
 def finish_run(uri: str, run_id: str, folder: Path, status: RunStatus) -> None:
-    """Write what a worker had to leave on disk, then set the run's status.
+    """Write the backlog that a worker left on disk, then set the run's status.
 
     Raises:
-        ServiceError: If the server cannot be reached after a finished run; after another it is only logged.
+        ServiceError: If the server cannot be reached after a finished run; after a failed one this is only logged.
     """
     MlflowTracker(uri, run_id, folder).close(status)
-
-
-def _read_backlog(file: Path) -> tuple[list[Point], list[Path]]:
-    try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return [], []
-    return [Point(*point) for point in content["points"]], [Path(one) for one in content["files"]]

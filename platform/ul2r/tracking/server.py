@@ -1,4 +1,4 @@
-"""An MLflow server of one storage folder: runs in SQLite, artifacts in a folder, models in the registry."""
+"""An MLflow server on one storage folder: runs in SQLite, artifacts in a folder, models in the registry."""
 
 from __future__ import annotations
 
@@ -14,27 +14,26 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ul2r.errors import ServiceError
-from ul2r.tracking.client import health
+from ul2r.paths import StoragePaths
+from ul2r.tracking.client import find_server_problem
 
 HOST = "127.0.0.1"
 START_TIMEOUT_S = 240.0
-"""A start takes 8 s on two free cores, ten times that on busy ones."""
+"""A start takes 8 s on two idle cores, ten times that on busy ones."""
 STOP_TIMEOUT_S = 10.0
-LOG = "mlflow.log"
-QUIET_PORTS = range(20_000, 32_000)
-"""Between those of Ray's workers and those that Linux gives to whoever asks for any."""
+PORT_RANGE = range(20_000, 32_000)
+"""Above the ports of Ray's workers, below the ephemeral ports that Linux hands out to any program."""
 
 
 @contextmanager
 def run_mlflow_server(storage: Path, port: int | None = None) -> Iterator[str]:
-    """An MLflow server that is up while the block runs.
+    """Run an MLflow server during the block.
 
-    It listens on this machine alone, keeps runs in `storage`/mlflow.db and artifacts in `storage`/artifacts, and
-    writes its own log to `storage`/mlflow.log. Two servers may share a storage: SQLite takes one writer at a
-    time, and the other waits.
+    It listens on this machine only, and keeps its files where `StoragePaths` says: runs in a database, artifacts in a
+    folder, its output in a log. Two servers may share a storage: SQLite takes one writer at a time, the other waits.
 
     Args:
-        storage: Made if it does not exist.
+        storage: Created if it does not exist.
         port: None takes a free one.
 
     Yields:
@@ -45,38 +44,43 @@ def run_mlflow_server(storage: Path, port: int | None = None) -> Iterator[str]:
     """
     if port is not None and _is_taken(port):
         raise ServiceError(f"port {port} is taken: choose another with --port")
+
     port = port or find_free_port()
     storage = storage.resolve()
     storage.mkdir(parents=True, exist_ok=True)
+    paths = StoragePaths(storage)
     uri = f"http://{HOST}:{port}"
-    with (storage / LOG).open("ab") as log:
-        server = _start(storage, port, log.fileno())
+    with paths.mlflow_log.open("ab") as log:
+        server = _start(paths, port, log.fileno())
+
     try:
-        _wait_until_up(server, uri, storage / LOG)
+        _wait_until_up(server, uri, paths.mlflow_log)
         yield uri
     finally:
         _stop(server)
 
 
-def _start(storage: Path, port: int, log: int) -> subprocess.Popen[bytes]:
-    """The server in a session of its own, so that all of its processes can be ended together."""
+def _start(paths: StoragePaths, port: int, log: int) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port)]
-    command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{storage / 'mlflow.db'}"]
-    command += ["--artifacts-destination", str(storage / "artifacts"), "--serve-artifacts"]
+    command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{paths.mlflow_database}"]
+    command += ["--artifacts-destination", str(paths.mlflow_artifacts), "--serve-artifacts"]
+    # Job execution, on by default, would add processes for features that are not used here.
     switches = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+
     return subprocess.Popen(
         command,
         env={**os.environ, **switches},
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,
+        # The server forks workers. In a session of its own they can be ended together.
         start_new_session=True,
     )
 
 
 def _wait_until_up(server: subprocess.Popen[bytes], uri: str, log: Path) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
-    while health(uri, timeout_s=2.0):
+    while find_server_problem(uri, timeout_s=2.0) is not None:
         if server.poll() is not None:
             raise ServiceError(f"the MLflow server ended with code {server.returncode}: see {log}")
         if time.monotonic() > deadline:
@@ -87,7 +91,8 @@ def _wait_until_up(server: subprocess.Popen[bytes], uri: str, log: Path) -> None
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:
-    """End every process of the server's session, at first gently."""
+    """End every process of the server's session: SIGTERM first, then SIGKILL."""
+    # SIGKILL is sent after a clean exit too: workers may outlive the leader, and without any the call fails.
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(server.pid, number)
@@ -101,6 +106,7 @@ def _stop(server: subprocess.Popen[bytes]) -> None:
 
 def _is_taken(port: int) -> bool:
     with socket.socket() as probe:
+        # Without it a port counts as taken for a minute after its server stopped (TIME_WAIT).
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
@@ -110,8 +116,11 @@ def _is_taken(port: int) -> bool:
 
 
 def find_free_port() -> int:
-    """A port of this machine that no other program is given unasked before its owner listens on it."""
+    """Return a free port of `PORT_RANGE`.
+
+    A port that the system chooses may be handed to another program before the caller listens on it.
+    """
     while True:
-        port = random.choice(QUIET_PORTS)
+        port = random.choice(PORT_RANGE)
         if not _is_taken(port):
             return port

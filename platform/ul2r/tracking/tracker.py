@@ -1,4 +1,4 @@
-"""What training needs of a tracker, and the one that keeps everything in memory."""
+"""The Tracker protocol, and an implementation that keeps everything in memory."""
 
 from __future__ import annotations
 
@@ -7,41 +7,45 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
-"""How a run ended; the words are MLflow's."""
+"""Final status of a run, in MLflow's words."""
 
 
 class Tracker(Protocol):
-    """Takes a run's metrics."""
+    """Receiver of a run's metrics and files."""
 
     def log(self, step: int, metrics: Mapping[str, float], rewinds: int = 0) -> None:
-        """Record `metrics` at `step`; may buffer, must not wait for a network.
+        """Record `metrics` at `step`; may buffer, must not wait for the network.
 
         Args:
             step: Step of the run.
             metrics: Values by name.
-            rewinds: How often the run has gone back; what it logs of a step afterwards stands for the step.
+            rewinds: Number of times the run has rewound. Of a step logged under several values, the highest counts.
         """
 
     def log_artifact(self, file: Path) -> None:
-        """Keep a file of the run's folder, which stays there, among the run's artifacts; must not wait either."""
+        """Add a file to the run's artifacts; must not wait for the network.
+
+        Args:
+            file: A file of the run's folder, which stays there: it may be read later.
+        """
 
     def flush(self) -> None:
-        """Write what is buffered, as well as the network allows.
+        """Write buffered metrics as far as possible, without waiting for the network.
 
-        Called before a checkpoint is made valid: a run that resumes there does not log the steps before it again.
+        Called before a checkpoint becomes valid: a run that resumes there does not log the earlier steps again.
         """
 
     def close(self, status: RunStatus = "FINISHED") -> None:
-        """Write what is buffered and end the run; a second call does nothing."""
+        """Write buffered metrics and end the run; a second call does nothing."""
 
 
 class MemoryTracker:
-    """A tracker for tests and for runs that nobody records.
+    """Tracker in memory, for tests and for runs without a tracking server.
 
     Attributes:
         records: (step, metrics) in the order logged.
-        artifacts: Files to keep.
-        status: How the run ended, None while it runs.
+        artifacts: Files in the order logged.
+        status: Final status of the run, None while it is running.
     """
 
     def __init__(self) -> None:
@@ -50,22 +54,22 @@ class MemoryTracker:
         self.status: RunStatus | None = None
 
     def log(self, step: int, metrics: Mapping[str, float], rewinds: int = 0) -> None:  # noqa: ARG002  all records are kept
-        """Keep a copy of `metrics`."""
+        """Record a copy of `metrics`."""
         assert self.status is None, "logged after close"
         self.records.append((step, dict(metrics)))
 
     def log_artifact(self, file: Path) -> None:
-        """Remember the file's place."""
+        """Record the file's path."""
         self.artifacts.append(file)
 
     def flush(self) -> None:
-        """Nothing is buffered."""
+        """Do nothing: nothing is buffered."""
 
     def close(self, status: RunStatus = "FINISHED") -> None:
-        """Remember `status`."""
+        """Record the status of the first call."""
         if self.status is None:
             self.status = status
 
     def series(self, metric: str) -> list[tuple[int, float]]:
-        """(step, value) of one metric, in the order logged."""
+        """Return (step, value) of one metric, in the order logged."""
         return [(step, values[metric]) for step, values in self.records if metric in values]

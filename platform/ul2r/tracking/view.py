@@ -1,7 +1,7 @@
-"""A ready-made page of charts in an MLflow experiment: held-out losses against training compute and tokens.
+"""A ready-made page of charts in an MLflow experiment: held-out losses by training compute and by tokens.
 
-MLflow's web page keeps a shared view in a tag of the experiment. The tag's format is not documented: this is what
-3.17's page reads, seen in a browser. Where a later one reads it otherwise, it shows its usual charts.
+MLflow's web page keeps a shared view in a tag of the experiment. The tag's format is not documented: this is the one
+that 3.17's page reads, verified in a browser. A later version that does not understand it shows its default charts.
 """
 
 from __future__ import annotations
@@ -10,74 +10,76 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ul2r.tracking.client import connect, translate_errors
+from ul2r.tracking.client import create_client, translate_errors
 
-KEY = "ul2r"
-TAG = f"mlflow.sharedViewState.{KEY}"
-TAG_LENGTH = 5000
-"""Characters that MLflow allows a tag of an experiment."""
+VIEW_KEY = "ul2r"
+VIEW_TAG = f"mlflow.sharedViewState.{VIEW_KEY}"
+MAX_TAG_LENGTH = 5000
+"""Characters that MLflow allows in a tag of an experiment."""
 RUN_COLOR_TAG = "mlflow.runColor"
+"""Tag that MLflow's page reads a run's line color from; not documented either."""
 ROLE_COLORS: Mapping[str, str] = {"base": "#999999", "control": "#0072B2", "ul2r": "#D55E00"}
-"""By role; told apart without colour vision (Okabe and Ito 2008)."""
+"""Line color by role; distinguishable without color vision (Okabe and Ito 2008)."""
 SECTIONS = {
     "progress/eflops": "1. Held-out loss by training compute (EFLOPs)",
     "progress/tokens": "2. Held-out loss by training tokens",
 }
-"""Names, by which the page sorts them, by the metric on the x-axis."""
+"""Section titles by the metric of the x-axis. MLflow sorts sections by title, hence the numbers."""
 
 
 def install_view(uri: str, run_id: str, denoisers: Sequence[str]) -> None:
-    """Put the view into the experiment of a run.
+    """Add the view to the experiment of a run.
 
     Args:
         uri: The tracking server.
         run_id: Any run of the experiment.
-        denoisers: Names of those whose held-out losses are logged.
+        denoisers: Names of the denoisers whose held-out losses are logged.
 
     Raises:
         ServiceError: If the server fails.
     """
-    client = connect(uri)
+    client = create_client(uri)
     with translate_errors(uri):
         experiment = client.get_run(run_id).info.experiment_id
-        client.set_experiment_tag(experiment, TAG, view_state(denoisers))
+        client.set_experiment_tag(experiment, VIEW_TAG, build_view_state(denoisers))
 
 
 def list_view_urls(uri: str) -> dict[str, str]:
-    """Addresses of the views, by experiment.
+    """Return the addresses of the views, by name of the experiment.
 
     Raises:
         ServiceError: If the server fails.
     """
     with translate_errors(uri):
-        experiments = connect(uri).search_experiments()
+        experiments = create_client(uri).search_experiments()
+
     return {
         experiment.name: f"{uri}/#/experiments/{experiment.experiment_id}/runs"
-        f"?viewStateShareKey={KEY}&compareRunsMode=CHART"
+        f"?viewStateShareKey={VIEW_KEY}&compareRunsMode=CHART"
         for experiment in experiments
-        if TAG in experiment.tags
+        if VIEW_TAG in experiment.tags
     }
 
 
-def view_state(denoisers: Sequence[str]) -> str:
-    """The tag's text: charts of the causal loss and each denoiser's, the last ones left out where they do not fit."""
+def build_view_state(denoisers: Sequence[str]) -> str:
+    """Return the tag's JSON: charts of the causal loss and of as many denoisers' losses as fit."""
     names = ["causal", *denoisers]
-    while len(state := _state(names)) > TAG_LENGTH:
+    while len(state := _dump_state(names)) > MAX_TAG_LENGTH:
         names.pop()
     return state
 
 
-def _state(names: Sequence[str]) -> str:
+def _dump_state(names: Sequence[str]) -> str:
     sections = [
         {"uuid": x_metric, "name": name, "display": True, "isReordered": False}
         for x_metric, name in SECTIONS.items()
     ]
-    charts = [_chart(name, x_metric) for x_metric in SECTIONS for name in names]
+    charts = [_build_chart(name, x_metric) for x_metric in SECTIONS for name in names]
     state = {"compareRunSections": sections, "compareRunCharts": charts}
     return json.dumps(state, separators=(",", ":"))
 
 
-def _chart(name: str, x_metric: str) -> dict[str, Any]:
+def _build_chart(name: str, x_metric: str) -> dict[str, Any]:
     return {
         "type": "LINE",
         "uuid": f"{x_metric} {name}",
@@ -85,6 +87,7 @@ def _chart(name: str, x_metric: str) -> dict[str, Any]:
         "metricKey": f"held_out/loss/{name}",
         "xAxisKey": "metric",
         "selectedXAxisMetricKey": x_metric,
+        # A chart otherwise follows the page's own x-axis and smoothing, and ignores what is set here.
         "useGlobalXaxisKey": False,
         "lineSmoothness": 0,
         "useGlobalLineSmoothing": False,

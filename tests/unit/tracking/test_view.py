@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from ul2r.tracking.view import view_state
+from ul2r.tracking.view import build_view_state
 
 
 @pytest.mark.parametrize(("denoisers", "shown"), [(1, 2), (4, 5), (7, 8), (40, 8)])
 def test_the_state_fits_the_tag_and_shows_as_many_losses_as_fit(denoisers: int, shown: int) -> None:
     names = [f"denoiser-{number}" for number in range(denoisers)]
-    text = view_state(names)
+    text = build_view_state(names)
     assert len(text) <= 5000
     metrics = {chart["metricKey"] for chart in json.loads(text)["compareRunCharts"]}
     expected = ["held_out/loss/causal", *(f"held_out/loss/{name}" for name in names)]
@@ -18,7 +18,7 @@ def test_the_state_fits_the_tag_and_shows_as_many_losses_as_fit(denoisers: int, 
 
 
 def test_each_chart_stands_in_the_section_of_its_axis() -> None:
-    state = json.loads(view_state(["S"]))
+    state = json.loads(build_view_state(["S"]))
     sections = {section["uuid"] for section in state["compareRunSections"]}
     assert sections == {"progress/eflops", "progress/tokens"}
     for chart in state["compareRunCharts"]:
