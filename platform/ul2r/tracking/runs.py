@@ -99,7 +99,7 @@ def require_run(uri: str, recipe: Recipe) -> str:
     run_id = find_run(uri, recipe.paths.folder)
     if run_id is None:
         raise ServiceError(
-            f"MLflow at {uri} has no run {recipe.name!r}: train it first, or set tracking.uri to the server "
+            f"run {recipe.name!r} is not known to MLflow at {uri}: train it first, or set tracking.uri to the server "
             "it was trained with"
         )
     return run_id
