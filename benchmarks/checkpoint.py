@@ -85,7 +85,7 @@ class SavedRun:
     """A run of one process that takes the same step again and again, and saves."""
 
     def __init__(self, recipe: Recipe) -> None:
-        from ul2r.train.checkpoint.checkpointer import Saver
+        from ul2r.train.checkpoint.checkpointer import Checkpointer
         from ul2r.train.checkpoint.storage import CheckpointStore, acquire_writer_token
         from ul2r.train.mesh import Mesh
         from ul2r.train.step import TrainStep
@@ -95,9 +95,9 @@ class SavedRun:
         self.train_step = TrainStep(recipe, mesh, self.dataset.vocabulary.size)
         self.rows = Batches(recipe, self.dataset).rows(0, 0, 1)
         self.folder = recipe.paths.checkpoints
-        self.store = CheckpointStore.from_recipe(recipe, owner=acquire_writer_token(self.folder))
+        self.store = CheckpointStore.from_recipe(recipe, writer_token=acquire_writer_token(self.folder))
         self.logged: list[dict[str, float]] = []
-        self.saver = Saver(
+        self.checkpointer = Checkpointer(
             self.store,
             mesh,
             log=lambda _, metrics: self.logged.append(dict(metrics)),
@@ -114,24 +114,24 @@ class SavedRun:
         from ul2r.train.checkpoint.metadata import CheckpointInfo
 
         info = CheckpointInfo.from_recipe(self.recipe, self.dataset, step=len(self.logged) + 1)
-        self.saver.save(self.train_step, info)
+        self.checkpointer.save(self.train_step, info)
 
     def save_and_wait(self) -> None:
         """Save."""
         self.save()
-        self.saver.wait()
+        self.checkpointer.wait()
 
     def load(self) -> None:
         """Find the last checkpoint that is sound, and load it."""
         from ul2r.train.checkpoint.sharded_state import load_checkpoint
 
-        path = self.saver.latest_valid(self.store)
+        path = self.checkpointer.latest_valid(self.store)
         assert path is not None
         load_checkpoint(path, self.train_step, optimizer=True)
 
     def files(self) -> list[Path]:
         """Those of the last checkpoint."""
-        return [path for path in self.store.candidates()[0].iterdir() if path.is_file()]
+        return [path for path in self.store.list_checkpoints()[0].iterdir() if path.is_file()]
 
     def slowdown(self, step_s: float) -> float:
         """Save while steps are taken: by how much longer those take together than `step_s` each."""
@@ -139,7 +139,7 @@ class SavedRun:
         self.save()
         while len(self.logged) == before:
             slower += seconds(self.step) - step_s
-            self.saver.poll()
+            self.checkpointer.poll()
         return slower
 
 

@@ -134,7 +134,7 @@ def state(recipe: Recipe) -> State:
         MemoryTracker(),
         on_step=lambda *_: None,
         beat=lambda *_: None,
-        owner="nobody",
+        writer_token="nobody",
     )
     loop.train_step.schedule.set(0)
     (part,) = loop.train_step.optimizer.chained_optimizers

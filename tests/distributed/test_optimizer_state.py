@@ -73,7 +73,7 @@ def save_from_small_buckets(recipe: Recipe, folder: Path) -> int:
 
     from ul2r.data.sampling.batches import Batches
     from ul2r.data.store.dataset import open_dataset
-    from ul2r.train.checkpoint.sharded_state import begin_save, load_checkpoint
+    from ul2r.train.checkpoint.sharded_state import start_save, load_checkpoint
     from ul2r.train.mesh import Mesh
 
     module: Any = import_module("ul2r.train.step")
@@ -86,9 +86,9 @@ def save_from_small_buckets(recipe: Recipe, folder: Path) -> int:
     if mesh.is_rank0:
         folder.mkdir()
     distributed.barrier()
-    write = begin_save(folder, step)
+    write = start_save(folder, step)
     assert write.wait() is None
-    write.describe()
+    write.finalize()
     distributed.barrier()
     load_checkpoint(folder, other, optimizer=True)
     check_equal(other, step)
@@ -103,8 +103,8 @@ def exchange(recipe: Recipe, folder: Path) -> None:
     from ul2r.data.sampling.batches import Batches
     from ul2r.data.store.dataset import open_dataset
     from ul2r.model.build import make_sharded_state_dict, make_sharding_metadata
-    from ul2r.train.checkpoint.async_write import BackgroundWrite
-    from ul2r.train.checkpoint.sharded_state import begin_save, load_checkpoint
+    from ul2r.train.checkpoint.async_write import AsyncWrite
+    from ul2r.train.checkpoint.sharded_state import start_save, load_checkpoint
     from ul2r.train.mesh import Mesh
     from ul2r.train.step import TrainStep
 
@@ -132,12 +132,12 @@ def exchange(recipe: Recipe, folder: Path) -> None:
     distributed.barrier()
     replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
     writes = (
-        begin_save(folder / "boxes", step),
-        BackgroundWrite(gathered, folder / "megatron", replicas),
+        start_save(folder / "boxes", step),
+        AsyncWrite(gathered, folder / "megatron", replicas),
     )
     assert [write.wait() for write in writes] == [None, None]
     for write in reversed(writes):  # each knows its own results, whichever was done first
-        write.describe()
+        write.finalize()
     distributed.barrier()
 
     loaded = dist_checkpointing.load(theirs(other, loading=True), str(folder / "boxes"))
@@ -154,7 +154,7 @@ def exchange(recipe: Recipe, folder: Path) -> None:
 def check_pieces(step: TrainStep) -> None:
     """They are the optimizer's own numbers, each once, where they lie."""
     from ul2r.model.build import make_sharded_state_dict
-    from ul2r.train.checkpoint.optimizer_state import sharded_optimizer
+    from ul2r.train.checkpoint.optimizer_state import shard_optimizer_state
 
     def numbers(tensors: list[torch.Tensor]) -> list[int]:
         each = ((tensor.data_ptr(), tensor.nbytes) for tensor in tensors)
@@ -162,7 +162,7 @@ def check_pieces(step: TrainStep) -> None:
 
     pieces = [
         piece.data
-        for piece in sharded_optimizer(step.optimizer, make_sharded_state_dict(step.chunks))["pieces"]
+        for piece in shard_optimizer_state(step.optimizer, make_sharded_state_dict(step.chunks))["pieces"]
     ]
     own = [tensor for state in states(step) for kind, tensor in state.items() if kind != "step"]
     assert numbers(pieces) == numbers(own)

@@ -70,7 +70,7 @@ def save_and_change(folder: Path) -> list[float]:
     from megatron.core.dist_checkpointing import ShardedTensor
 
     from ul2r.config import Parallel
-    from ul2r.train.checkpoint.async_write import BackgroundWrite
+    from ul2r.train.checkpoint.async_write import AsyncWrite
     from ul2r.train.mesh import Mesh
 
     rank = Mesh.join(Parallel(num_workers=2)).rank
@@ -80,11 +80,11 @@ def save_and_change(folder: Path) -> list[float]:
         "common": ShardedTensor.from_rank_offsets("common", common, replica_id=rank),
     }
     assert dist.group.WORLD is not None
-    write = BackgroundWrite(dict(state), folder, dist.group.WORLD)
+    write = AsyncWrite(dict(state), folder, dist.group.WORLD)
     own.fill_(7.0)
     common.fill_(7.0)
     assert write.wait() is None
-    write.describe()
+    write.finalize()
     dist.barrier()
     loaded = dist_checkpointing.load(dict(state), str(folder))
     return [value for name in state for value in torch.unique(loaded[name]).tolist()]
@@ -189,7 +189,7 @@ def test_a_damaged_base_is_refused_by_every_rank(whole: tuple[Recipe, Losses]) -
     flip(largest(checkpoint(base, 6)))
     recipe = run_named(base.storage, "on-bad-base").model_copy(update={"base": "bad-base"})
     with pytest.raises(
-        ProcessRaisedException, match="base=bad-base stands at step 4 of 6: finish it first"
+        ProcessRaisedException, match="base=bad-base is at step 4 of 6: finish it first"
     ):
         run_distributed(train, 2, recipe)
 

@@ -19,7 +19,7 @@ from ul2r.model.sizing import check_memory
 from ul2r.tracking.mlflow import find_run, finish_run, log_artifact, start_run
 from ul2r.tracking.tracker import RunStatus
 from ul2r.train.checkpoint.metadata import CheckpointInfo
-from ul2r.train.checkpoint.storage import CheckpointStore, base_checkpoint, latest_valid
+from ul2r.train.checkpoint.storage import CheckpointStore, find_base_checkpoint, latest_valid
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 """For workers that asked for no GPU, on a machine that has some."""
@@ -60,7 +60,7 @@ def check_unprepared(recipe: Recipe) -> None:
         UserError: If its devices cannot hold the run, or it names a base that is not there.
     """
     check_memory(recipe, planned_vocabulary(recipe))
-    base_checkpoint(recipe)
+    find_base_checkpoint(recipe)
 
 
 def planned_vocabulary(recipe: Recipe) -> int:
@@ -92,7 +92,7 @@ def check_checkpoints(recipe: Recipe, dataset: TokenDataset) -> CheckpointInfo |
         info.check_same_run(recipe, dataset)
         return info
     check_base(recipe, dataset)
-    base = base_checkpoint(recipe, partial(latest_valid, thorough=False, quiet=True))
+    base = find_base_checkpoint(recipe, partial(latest_valid, thorough=False, quiet=True))
     if base is not None:
         CheckpointInfo.read(base).check_same_model(recipe, dataset)
     return None

@@ -25,7 +25,7 @@ def run_worker(
     on_step: Callable[[TrainState, Mapping[str, float]], None],
     read: BatchSource | None = None,
     *,
-    owner: str | None = None,
+    writer_token: str | None = None,
     fingerprint: str | None = None,
     wish: Callable[[], LoopAction] = go_on,
 ) -> TrainState:
@@ -36,7 +36,7 @@ def run_worker(
         tracker: Where rank 0 logs.
         on_step: Called on rank 0 after each step.
         read: Where batches come from; without it they are computed in this process.
-        owner: The attempt at the run, from `acquire_writer_token`; without it this is one of its own.
+        writer_token: The attempt at the run, from `acquire_writer_token`; without it this is one of its own.
         fingerprint: The token store's that the run was started on; without it any is taken.
         wish: Asked on every rank after each step; the strongest wish of all ranks counts.
 
@@ -52,7 +52,7 @@ def run_worker(
             yield made.rows(batch, mesh.data_rank, recipe.parallel.data)
 
     checkpoints = recipe.paths.checkpoints
-    owner = owner or mesh.broadcast_from_rank0(lambda: acquire_writer_token(checkpoints))
+    writer_token = writer_token or mesh.broadcast_from_rank0(lambda: acquire_writer_token(checkpoints))
     heartbeats, timeout_s = recipe.paths.heartbeats, recipe.guards.hang_timeout_s
     with Watchdog(heartbeats, dist.get_rank(), dist.get_world_size(), timeout_s) as watchdog:
         loop = Trainer(
@@ -62,7 +62,7 @@ def run_worker(
             tracker,
             on_step=on_step,
             beat=watchdog.beat,
-            owner=owner,
+            writer_token=writer_token,
             wish=wish,
         )
         reached = loop.run(read or read_in_process)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ul2r.model.attention import pack_intervals
 from ul2r.model.build import make_sharded_state_dict
-from ul2r.train.checkpoint.async_write import BackgroundWrite
+from ul2r.train.checkpoint.async_write import AsyncWrite
 
 
 @torch.no_grad()
@@ -48,9 +48,9 @@ def save_weights(chunks: Sequence[GPTModel], folder: Path) -> None:
         folder.mkdir(parents=True)
     dist.barrier()
     replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    write = BackgroundWrite({"model": make_sharded_state_dict(list(chunks))}, folder, replicas)
+    write = AsyncWrite({"model": make_sharded_state_dict(list(chunks))}, folder, replicas)
     error = write.wait()
     if error is not None:
         raise error
-    write.describe()
+    write.finalize()
     dist.barrier()

@@ -15,11 +15,11 @@ from ul2r.model.flops import training_flops
 from ul2r.objective.batch import Batch
 from ul2r.tracking.tracker import Tracker
 from ul2r.train.batch_iterator import BatchIterator, BatchSource
-from ul2r.train.checkpoint.checkpointer import Saver
+from ul2r.train.checkpoint.checkpointer import Checkpointer
 from ul2r.train.checkpoint.metadata import CheckpointInfo
 from ul2r.train.checkpoint.pretrained import load_pretrained
 from ul2r.train.checkpoint.sharded_state import load_checkpoint
-from ul2r.train.checkpoint.storage import CheckpointStore, base_checkpoint
+from ul2r.train.checkpoint.storage import CheckpointStore, find_base_checkpoint
 from ul2r.train.mesh import Mesh
 from ul2r.train.monitor.anomaly_report import evidence, layer_norms, write_evidence
 from ul2r.train.monitor.guards import Anomaly, AnomalyGuard, GuardState, StepStats
@@ -58,7 +58,7 @@ class Trainer:
         mesh: This rank's place.
         tracker: Where rank 0 logs.
         on_step: Called on rank 0 after each step.
-        owner: The attempt at the run, from `acquire_writer_token`.
+        writer_token: The attempt at the run, from `acquire_writer_token`.
         wish: Asked on every rank after each step; the strongest wish of all ranks counts.
     """
 
@@ -71,13 +71,13 @@ class Trainer:
         *,
         on_step: Callable[[TrainState, Mapping[str, float]], None],
         beat: Beat,
-        owner: str,
+        writer_token: str,
         wish: Callable[[], LoopAction] = go_on,
     ) -> None:
         self.recipe, self.dataset, self.mesh = recipe, dataset, mesh
         self.tracker, self.on_step, self.beat, self.wish = tracker, on_step, beat, wish
-        self.checkpoints = CheckpointStore.from_recipe(recipe, owner=owner)
-        self.saver = Saver(
+        self.checkpoints = CheckpointStore.from_recipe(recipe, writer_token=writer_token)
+        self.checkpointer = Checkpointer(
             self.checkpoints,
             mesh,
             log=tracker.log,
@@ -102,14 +102,14 @@ class Trainer:
         if start == 0:
             self._log(self._measure())
         if start < steps:
-            self.mesh.broadcast_from_rank0(lambda: self.checkpoints.begin(start))
+            self.mesh.broadcast_from_rank0(lambda: self.checkpoints.start_attempt(start))
             feed = BatchIterator(read, self.mesh, self.pace)
             try:
                 self._take_steps(feed)
             except DivergedError:  # on every rank, so that what was saved before can be finished
-                self.saver.wait()
+                self.checkpointer.wait()
                 raise
-            self.saver.close()
+            self.checkpointer.close()
             if self.progress.step == steps:
                 feed.check_end()
         return self.progress
@@ -118,7 +118,7 @@ class Trainer:
         steps, every = self.recipe.training.steps, self.recipe.checkpoints.every
         while (step := self.progress.step) < steps:
             applied = self._take(step, self._next(feed, step))
-            wish = self.saver.poll(self.wish())
+            wish = self.checkpointer.poll(self.wish())
             if wish or (applied and _due(step, every, steps)):
                 self._save()
             if wish == LoopAction.STOP:
@@ -179,8 +179,8 @@ class Trainer:
         self.beat(step + 1, alarm.kind)
         before = self.guards.state
         batch = step + before.skipped_batches
-        self.saver.wait()
-        saved = bool(self.mesh.broadcast_from_rank0(self.checkpoints.candidates))
+        self.checkpointer.wait()
+        saved = bool(self.mesh.broadcast_from_rank0(self.checkpoints.list_checkpoints))
         decision = self.guards.decide(alarm, batch, can_rewind=saved)
         norms = layer_norms(self.train_step.optimizer)
         said = f"{self.recipe.name}: step {step + 1}, batch {batch}: {alarm.what}"
@@ -251,17 +251,17 @@ class Trainer:
             base_id=self.base,
             guards=self.guards.state.as_json(),
         )
-        self.saver.save(self.train_step, info)
+        self.checkpointer.save(self.train_step, info)
 
     def _load(self) -> TrainState:
         """Resume this run's last sound checkpoint, else start from the base's weights, else from none."""
         began = time.perf_counter()
-        own = self.saver.latest_valid(self.checkpoints)
+        own = self.checkpointer.latest_valid(self.checkpoints)
         foreign = self.recipe.pretrained_base
         if own is None and foreign is not None:
             self.base = load_pretrained(self.recipe, foreign, self.train_step)
             return TrainState()
-        base = None if own else base_checkpoint(self.recipe, self.saver.latest_valid)
+        base = None if own else find_base_checkpoint(self.recipe, self.checkpointer.latest_valid)
         path = own or base
         if path is None:
             return TrainState()

@@ -17,7 +17,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePred
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
 from ul2r.config import Recipe
-from ul2r.train.checkpoint.optimizer_state import only_part
+from ul2r.train.checkpoint.optimizer_state import unwrap_chained_optimizer
 
 
 def build_optimizer(recipe: Recipe, model: list[DistributedDataParallel]) -> MegatronOptimizer:
@@ -43,7 +43,7 @@ def build_optimizer(recipe: Recipe, model: list[DistributedDataParallel]) -> Meg
         )
         overrides[embeddings] = ParamGroupOverride(wd_mult=0.0)
     optimizer = get_megatron_optimizer(config, model, config_overrides=overrides)
-    _allocate_state(only_part(optimizer))
+    _allocate_state(unwrap_chained_optimizer(optimizer))
     return optimizer
 
 
@@ -52,20 +52,20 @@ def _is_embedding(parameter: torch.nn.Parameter, name: str) -> bool:
     return "embedding" in name or getattr(parameter, "shared_embedding", False)
 
 
-def load_settings(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
+def load_optimizer_settings(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
     """Take step counts from a checkpoint whose moments were loaded, and none of its other settings.
 
     Megatron-Core would take rates and decay from there as well, or refuse where they differ.
 
     Args:
         optimizer: The distributed one.
-        loaded: Of `optimizer_state.sharded_optimizer`.
+        loaded: Of `optimizer_state.shard_optimizer_state`.
     """
     own = {group["wd_mult"]: group for group in optimizer.param_groups}
     for group in loaded["optimizer"]["param_groups"]:
         settings = own[group["wd_mult"]]
         group.update({key: settings[key] for key in settings.keys() - {"params", "step"}})
-    part = only_part(optimizer)
+    part = unwrap_chained_optimizer(optimizer)
     part.load_state_dict({"optimizer": loaded["optimizer"]})
     for state in part.optimizer.state.values():
         # Torch's AdamW was given one count for all, and would advance it for each.

@@ -17,7 +17,8 @@ from ul2r.model.huggingface.exporting import convert_tensors, write_export
 from ul2r.model.sizing import GIB
 from ul2r.tracking.mlflow import check_server, find_run, register
 from ul2r.train.checkpoint.checksums import find_damage
-from ul2r.train.checkpoint.metadata import INFO_FILE, CheckpointInfo
+from ul2r.train.checkpoint.layout import INFO_FILE
+from ul2r.train.checkpoint.metadata import CheckpointInfo
 from ul2r.train.checkpoint.storage import CheckpointStore, latest_valid
 from ul2r.workflows.model_card import write_card
 

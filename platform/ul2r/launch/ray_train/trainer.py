@@ -187,7 +187,7 @@ def _fit(recipe: Recipe, fingerprint: str, uri: str, run_id: str, stopped: threa
                 "run_id": run_id,
                 "board": board,
                 "tokens_per_step": per_step,
-                "owner": acquire_writer_token(recipe.paths.checkpoints),
+                "writer_token": acquire_writer_token(recipe.paths.checkpoints),
             },
             torch_config=TorchConfig(backend="nccl" if launch.gpus_per_worker else "gloo"),
             scaling_config=ScalingConfig(

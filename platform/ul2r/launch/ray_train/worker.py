@@ -34,7 +34,7 @@ def train_worker(
     run_id: str,
     board: ActorHandle,
     tokens_per_step: int,
-    owner: str,
+    writer_token: str,
 ) -> None:
     """Train this rank's part; Ray Train has set up its process group.
 
@@ -45,7 +45,7 @@ def train_worker(
         run_id: MLflow's name of the run.
         board: Where rank 0 writes its progress, from `shown_progress`.
         tokens_per_step: Row positions of one step.
-        owner: The attempt at the run, from `acquire_writer_token`.
+        writer_token: The attempt at the run, from `acquire_writer_token`.
     """
     torch.set_num_threads(max(int(recipe.launch.cpus_per_worker), 1))
     rank = ray.train.get_context().get_world_rank()
@@ -57,7 +57,7 @@ def train_worker(
             tracker,
             report.on_step,
             _reader(recipe),
-            owner=owner,
+            writer_token=writer_token,
             fingerprint=fingerprint,
             wish=_Wishes(report),
         )

@@ -1,1 +1,1 @@
-"""Checkpoints: what they hold, how they are written, verified, kept and copied."""
+"""Checkpoints: content, writing, verification, retention and remote copies."""

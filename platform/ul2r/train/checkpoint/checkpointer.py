@@ -1,4 +1,7 @@
-"""Checkpoints of a running loop: begun at a step, written behind it, finished at a later one by all ranks together."""
+"""Asynchronous checkpoints of a training loop: started at one step, written in the background, published at a later one.
+
+All ranks take part in starting and in publishing; rank 0 alone touches the run's folder.
+"""
 
 from __future__ import annotations
 
@@ -12,45 +15,52 @@ from pathlib import Path
 from typing import TypeVar
 
 from ul2r.errors import CheckpointError
-from ul2r.train.checkpoint.async_write import BackgroundWrite
-from ul2r.train.checkpoint.checksums import Digest, find_damage, write_digests
+from ul2r.train.checkpoint.async_write import AsyncWrite
+from ul2r.train.checkpoint.checksums import FileDigest, find_damage, write_digests
 from ul2r.train.checkpoint.metadata import CheckpointInfo
-from ul2r.train.checkpoint.sharded_state import begin_save
+from ul2r.train.checkpoint.sharded_state import start_save
 from ul2r.train.checkpoint.storage import CheckpointStore, first_valid
 from ul2r.train.mesh import Mesh
 from ul2r.train.step import TrainStep
 
 T = TypeVar("T")
 
+REMEDY = "The previous checkpoint is intact. Free disk space and rerun the same command."
+
+LogMetrics = Callable[[int, Mapping[str, float]], None]
+"""Records metrics of a step."""
+
 logger = logging.getLogger(__name__)
-
-REMEDY = (
-    "; the one before it is as it was: make room or mend the disk, then run the same command again"
-)
-
-Log = Callable[[int, Mapping[str, float]], None]
-"""Takes metrics of a step."""
 
 
 @dataclass
-class _Pending:
-    """A checkpoint that is being written."""
+class _PendingSave:
+    """A checkpoint that is being written.
+
+    Attributes:
+        info: Its description.
+        write: This rank's part.
+        start_s: When `save` was called, by time.perf_counter().
+        stall_s: Time that `save` kept the loop waiting.
+    """
 
     info: CheckpointInfo
-    write: BackgroundWrite
-    began: float
+    write: AsyncWrite
+    start_s: float
     stall_s: float
 
 
-class Saver:
-    """Saves a run's checkpoints, one at a time; every rank has one and calls it at the same steps.
+class Checkpointer:
+    """Saves a run's checkpoints, one at a time.
+
+    Every rank has one and calls its methods at the same steps: they contain collectives.
 
     Args:
         store: The run's checkpoints.
         mesh: This rank's place.
-        log: Takes metrics, on rank 0.
-        flush: Called on rank 0, in the background, before a checkpoint becomes the last one.
-        asynchronous: Whether `save` returns before the checkpoint is finished.
+        log: Records metrics, on rank 0.
+        flush: Called on rank 0, in the background, before a checkpoint is published.
+        asynchronous: Whether `save` returns before the checkpoint is written.
     """
 
     def __init__(
@@ -58,35 +68,41 @@ class Saver:
         store: CheckpointStore,
         mesh: Mesh,
         *,
-        log: Log,
+        log: LogMetrics,
         flush: Callable[[], None],
         asynchronous: bool,
     ) -> None:
-        self.store, self.mesh, self.asynchronous = store, mesh, asynchronous
-        self._log, self._flush = log, flush
-        self._pending: _Pending | None = None
-        self._copies = _Copies(store) if store.mirror and mesh.is_rank0 else None
+        self.store = store
+        self.mesh = mesh
+        self.asynchronous = asynchronous
+        self._log = log
+        self._flush = flush
+        self._pending: _PendingSave | None = None
+        self._uploads = _Uploads(store) if store.remote and mesh.is_rank0 else None
 
     def save(self, train_step: TrainStep, info: CheckpointInfo) -> None:
-        """Begin a checkpoint, after the one before it is finished.
+        """Start a checkpoint, after waiting for the previous one.
 
         Raises:
             CheckpointError: If either fails on any rank, or another attempt at the run has begun.
         """
         self.wait()
-        began = time.perf_counter()
-        self._on_first(partial(self.store.open, info.step))
-        last = self._flush if self.mesh.is_rank0 else (lambda: None)
-        write = _told(lambda: begin_save(self.store.beside(info.step), train_step, last))
-        self._pending = _Pending(info, write, began, time.perf_counter() - began)
+        start_s = time.perf_counter()
+        self._run_on_rank0(partial(self.store.create_staging_dir, info.step))
+
+        on_written = self._flush if self.mesh.is_rank0 else (lambda: None)
+        write = translate_disk_errors(
+            lambda: start_save(self.store.staging_dir(info.step), train_step, on_written)
+        )
+        self._pending = _PendingSave(info, write, start_s, time.perf_counter() - start_s)
         if not self.asynchronous:
             self.wait()
 
     def poll(self, number: int = 0) -> int:
-        """Finish the checkpoint if every rank has written its part.
+        """Publish the pending checkpoint if every rank has written its part.
 
         Args:
-            number: Sent along in the same message.
+            number: A number of the caller's, to be reduced in the same collective: polling happens at every step.
 
         Returns:
             The highest `number` of all ranks.
@@ -94,15 +110,17 @@ class Saver:
         Raises:
             CheckpointError: If a rank could not write its part.
         """
-        busy = self._pending is not None and not self._pending.write.done
-        copying = self._copies is not None and self._copies.busy
-        highest, unready = self.mesh.all_reduce_max(number, busy or copying)
-        if self._pending is not None and not unready:
+        is_writing = self._pending is not None and not self._pending.write.is_done
+        # Publishing waits for the upload of the previous checkpoint, which must not stall the loop either.
+        is_uploading = self._uploads is not None and self._uploads.is_busy
+        highest, is_busy = self.mesh.all_reduce_max(number, is_writing or is_uploading)
+
+        if self._pending is not None and not is_busy:
             self._finish(self._pending)
         return highest
 
     def wait(self) -> None:
-        """Wait for the checkpoint that is being written and finish it.
+        """Wait for the pending checkpoint and publish it.
 
         Raises:
             CheckpointError: If a rank could not write its part.
@@ -111,142 +129,164 @@ class Saver:
             self._finish(self._pending)
 
     def close(self) -> None:
-        """Wait for the last checkpoint, and for its copy.
+        """Wait for the last checkpoint and its upload.
 
         Raises:
-            CheckpointError: If it cannot be written or copied.
+            CheckpointError: If it cannot be written or uploaded.
         """
         self.wait()
-        self._on_first(self._copies.close if self._copies else lambda: None)
+        self._run_on_rank0(self._uploads.close if self._uploads else lambda: None)
 
     def latest_valid(self, store: CheckpointStore) -> Path | None:
-        """What `storage.latest_valid` gives, the reading shared between all ranks."""
-        rank, ranks = self.mesh.rank, self.mesh.parallel.num_workers
+        """Return the newest valid checkpoint, as `storage.latest_valid` does; the ranks share the reading.
 
-        def damage_of(path: Path) -> str | None:
-            found = self.mesh.all_gather(find_damage(path, part=rank, parts=ranks))
+        Raises:
+            CheckpointError: If there are checkpoints but no valid one.
+        """
+        rank = self.mesh.rank
+        num_ranks = self.mesh.parallel.num_workers
+
+        def find_damage_of_any_part(path: Path) -> str | None:
+            found = self.mesh.all_gather(find_damage(path, part=rank, num_parts=num_ranks))
             return next((damage for damage in found if damage), None)
 
         return first_valid(
-            self.mesh.broadcast_from_rank0(store.candidates),
-            damage_of,
+            self.mesh.broadcast_from_rank0(store.list_checkpoints),
+            find_damage_of_any_part,
             lambda: self.mesh.broadcast_from_rank0(store.restore),
             quiet=not self.mesh.is_rank0,
         )
 
-    def _finish(self, pending: _Pending) -> None:
-        began = time.perf_counter()
-        self._pending, info = None, pending.info
-        failed = [text for text in self.mesh.all_gather(_failure(pending.write.wait())) if text]
-        if failed:
-            self._on_first(partial(self.store.abandon, info.step))
-            raise CheckpointError(
-                f"checkpoint of step {info.step} cannot be written to {self.store.folder}: {failed[0]}{REMEDY}"
-            )
-        digests = self.mesh.all_gather(_told(pending.write.describe))
-        self._on_first(partial(self._conclude, info, digests, pending, began))
+    def _finish(self, pending: _PendingSave) -> None:
+        start_s = time.perf_counter()
+        info = pending.info
+        # Cleared first: after an error the loop's cleanup must not wait for this checkpoint again.
+        self._pending = None
 
-    def _conclude(
-        self,
-        info: CheckpointInfo,
-        digests: list[dict[str, Digest]],
-        pending: _Pending,
-        began: float,
+        errors = self.mesh.all_gather(_describe_error(pending.write.wait()))
+        failed = [error for error in errors if error]
+        if failed:
+            self._run_on_rank0(partial(self.store.discard, info.step))
+            raise CheckpointError(
+                f"checkpoint of step {info.step} cannot be written to {self.store.folder}: {failed[0]}. {REMEDY}"
+            )
+
+        digests = self.mesh.all_gather(translate_disk_errors(pending.write.finalize))
+        self._run_on_rank0(partial(self._publish, pending, digests, start_s))
+
+    def _publish(
+        self, pending: _PendingSave, digests: list[dict[str, FileDigest]], start_s: float
     ) -> None:
-        """What rank 0 does when all have written."""
-        beside = self.store.beside(info.step)
-        info.write(beside)
-        size = write_digests(
-            beside, {name: digest for part in digests for name, digest in part.items()}
-        )
-        if self._copies:
-            self._copies.wait()  # which may be of one that is to be removed now
-        final = self.store.finish(info.step)
-        if self._copies:
-            self._copies.begin(final)
-        now = time.perf_counter()
+        """Complete the checkpoint's folder and publish it, on rank 0 after all ranks have written.
+
+        Args:
+            pending: The checkpoint.
+            digests: Digests of the files that each rank wrote.
+            start_s: When the loop began to wait for this, by time.perf_counter().
+        """
+        step = pending.info.step
+        staging = self.store.staging_dir(step)
+        pending.info.write(staging)
+        known = {name: digest for part in digests for name, digest in part.items()}
+        num_bytes = write_digests(staging, known)
+
+        # Publishing may remove the checkpoint that is being uploaded, so its upload ends first.
+        if self._uploads:
+            self._uploads.wait()
+        final = self.store.publish(step)
+        if self._uploads:
+            self._uploads.start(final)
+
+        now_s = time.perf_counter()
         self._log(
-            info.step,
+            step,
             {
-                "checkpoint/save_seconds": now - pending.began,
-                "checkpoint/stall_seconds": pending.stall_s + now - began,
-                "checkpoint/bytes": float(size),
+                "checkpoint/save_seconds": now_s - pending.start_s,
+                "checkpoint/stall_seconds": pending.stall_s + now_s - start_s,
+                "checkpoint/bytes": float(num_bytes),
             },
         )
 
-    def _on_first(self, action: Callable[[], None]) -> None:
-        """Do something on rank 0; where it fails, every rank fails."""
-        self.mesh.broadcast_from_rank0(lambda: _told(action))
+    def _run_on_rank0(self, action: Callable[[], None]) -> None:
+        """Run `action` on rank 0; an error there is raised on every rank."""
+        self.mesh.broadcast_from_rank0(lambda: translate_disk_errors(action))
 
 
-class _Copies:
-    """Copies of finished checkpoints, made one after the other by a thread of rank 0."""
+class _Uploads:
+    """Uploads of published checkpoints, one at a time in a thread of rank 0."""
 
     def __init__(self, store: CheckpointStore) -> None:
         self._store = store
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-copy")
-        self._copying: tuple[Path, Future[None]] | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-upload")
+        self._current: tuple[Path, Future[None]] | None = None
 
     @property
-    def busy(self) -> bool:
-        return self._copying is not None and not self._copying[1].done()
+    def is_busy(self) -> bool:
+        return self._current is not None and not self._current[1].done()
 
-    def begin(self, folder: Path) -> None:
-        assert self._store.mirror is not None
-        put = self._store.mirror.put
-        self._copying = folder, self._pool.submit(put, folder, self._store.retention)
+    def start(self, folder: Path) -> None:
+        assert self._store.remote is not None
+        upload = self._store.remote.upload
+        self._current = folder, self._pool.submit(upload, folder, self._store.retention)
 
     def wait(self) -> None:
-        """Wait for the copy that is being made; one that failed is made up for by the next."""
-        if self._copying is None:
+        """Wait for the current upload; if it failed only log that, since the next checkpoint is uploaded as well."""
+        if self._current is None:
             return
-        folder, copied = self._copying
-        error = copied.exception()
+        folder, upload = self._current
+        error = upload.exception()
         if isinstance(error, CheckpointError):
-            logger.warning("%s was not copied, the next checkpoint will be: %s", folder.name, error)
+            logger.warning(
+                "%s was not uploaded, continuing with the next checkpoint: %s", folder.name, error
+            )
         elif error is not None:
             raise error
-        self._copying = None
+        self._current = None
 
     def close(self) -> None:
-        """Wait for the last copy, which is tried twice."""
-        if self._copying is None:
+        """Wait for the last upload; it is tried twice, since no later one makes up for it."""
+        if self._current is None:
             return
-        folder, copied = self._copying
-        if copied.exception() is not None:
+        folder, upload = self._current
+        if upload.exception() is not None:
             self.wait()
-            self.begin(folder)
-            _, copied = self._copying
-        copied.result()
+            self.start(folder)
+            _, upload = self._current
+        upload.result()
         self._pool.shutdown()
 
 
-def _told(work: Callable[[], T]) -> T:
-    """Do something with files; where the disk refuses, that is told in one line.
+def translate_disk_errors(work: Callable[[], T]) -> T:
+    """Run `work` and turn errors of the disk into one line.
 
-    Anything else, such as a rank that is gone, is no mistake of the user's: the run is started again for it.
+    Other errors, such as a lost rank, pass through: they are not the user's, and the run is restarted after them.
+
+    Raises:
+        CheckpointError: If a file cannot be written.
     """
     try:
         return work()
     except (OSError, RuntimeError) as error:
-        reason = _disk_reason(error)
+        reason = _find_disk_error(error)
         if reason is None:
             raise
-        raise CheckpointError(f"checkpoint cannot be written: {reason}{REMEDY}") from error
+        raise CheckpointError(f"checkpoint cannot be written: {reason}. {REMEDY}") from error
 
 
-def _failure(error: BaseException | None) -> str | None:
+def _describe_error(error: BaseException | None) -> str | None:
     if error is None:
         return None
-    return _disk_reason(error) or " ".join(str(error).split()) or type(error).__name__
+    return _find_disk_error(error) or " ".join(str(error).split()) or type(error).__name__
 
 
-def _disk_reason(error: BaseException) -> str | None:
-    """What the system said of a file, also where Torch's own error hides it; None for other errors."""
+def _find_disk_error(error: BaseException) -> str | None:
+    """Return the system's message about a file, None if the error has another reason."""
     cause: BaseException | None = error
     while cause is not None:
+        # ConnectionError is an OSError too, raised when another rank is gone.
         if isinstance(cause, OSError) and not isinstance(cause, ConnectionError):
             return cause.strerror or str(cause)
+        # torch.save raises a RuntimeError that does not say why the write failed.
         if "PytorchStreamWriter failed" in str(cause):
             return "a write failed, as on a full disk"
         cause = cause.__cause__ or cause.__context__

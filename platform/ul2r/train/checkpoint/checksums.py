@@ -1,8 +1,10 @@
-"""Whether a checkpoint on disk is the one that was written: sizes and SHA-256 of its files, kept beside them."""
+"""Verification of checkpoints: the size and SHA-256 of every file, written when the checkpoint is.
+
+digests.json: {"format": 1, "files": {name: {"bytes": size, "sha256": hexadecimal}}}
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -10,44 +12,50 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-DIGESTS_FILE = "digests.json"
+from ul2r.filesystem import sha256_of
+from ul2r.train.checkpoint.layout import DIGESTS_FILE
+
 FORMAT = 1
 SMALL_BYTES = 2**20
-"""Up to this size a file is always read, such as checkpoint.json."""
+"""Files up to this size, such as checkpoint.json, are always read."""
 
 
 @dataclass(frozen=True)
-class Digest:
-    """Size and content of a file."""
+class FileDigest:
+    """Size and content of a file.
+
+    Attributes:
+        bytes: Size.
+        sha256: Digest of the content in hexadecimal.
+    """
 
     bytes: int
     sha256: str
 
     @classmethod
-    def of(cls, path: Path) -> Digest:
+    def from_file(cls, path: Path) -> FileDigest:
         """Read a file."""
-        with path.open("rb") as file:
-            return cls(
-                os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
-            )
+        return cls(path.stat().st_size, sha256_of(path))
 
 
-def digest_files(paths: Iterable[Path]) -> dict[str, Digest]:
-    """Digests of files by name, several read at the same time."""
-    found = list(paths)
-    with ThreadPoolExecutor(_threads()) as pool:
-        return dict(zip((path.name for path in found), pool.map(Digest.of, found), strict=True))
+def digest_files(paths: Iterable[Path]) -> dict[str, FileDigest]:
+    """Return digests of files by name, read in parallel."""
+    listed = list(paths)
+    # hashlib releases the GIL while it hashes: one thread per core is as fast as one process per core.
+    with ThreadPoolExecutor(_num_cores()) as pool:
+        digests = pool.map(FileDigest.from_file, listed)
+        return dict(zip((path.name for path in listed), digests, strict=True))
 
 
-def write_digests(folder: Path, known: Mapping[str, Digest]) -> int:
-    """Write digests of all files of a checkpoint into its folder, the last thing that is written there.
+def write_digests(folder: Path, known: Mapping[str, FileDigest]) -> int:
+    """Write the digests of all files of a checkpoint into its folder; this must be the last file written there.
 
     Args:
         folder: The checkpoint.
-        known: Digests of some of its files by name, such as each rank made of those it wrote.
+        known: Digests of some of its files by name, such as those that each rank computed of its own files.
 
     Returns:
-        Bytes of all its files.
+        Size of all files in bytes.
     """
     others = [path for path in folder.iterdir() if path.name not in known]
     digests = {**known, **digest_files(others)}
@@ -58,48 +66,52 @@ def write_digests(folder: Path, known: Mapping[str, Digest]) -> int:
 
 
 def find_damage(
-    folder: Path, *, part: int = 0, parts: int = 1, thorough: bool = True
+    folder: Path, *, part: int = 0, num_parts: int = 1, thorough: bool = True
 ) -> str | None:
-    """What is wrong with a finished checkpoint, in a few words; None if it is sound.
+    """Verify a finished checkpoint; return a short description of its damage, None if it is valid.
 
     Args:
         folder: The checkpoint.
-        part: Which part of its files to look at, so that ranks can share the work.
-        parts: Number of such parts.
-        thorough: Whether to read all files; without, of large ones only the sizes are looked at.
+        part: Part of its files to verify, so that ranks can share the work.
+        num_parts: Number of such parts.
+        thorough: Whether to read all files; if False, only the sizes of large files are checked.
     """
     if not folder.is_dir():
-        return "is not there"
+        return "does not exist"
     try:
         files = _read_digests(folder)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        return f"has no readable {DIGESTS_FILE} ({_reason(error)})"
-    mine = list(files.items())[part::parts]
-    for name, digest in mine:
+        return f"has no readable {DIGESTS_FILE} ({_describe(error)})"
+
+    own = list(files.items())[part::num_parts]
+    # Sizes of all files first: a truncated file is found without reading gigabytes.
+    for name, digest in own:
         path = folder / name
         if not path.is_file():
             return f"lacks {name}"
         if path.stat().st_size != digest.bytes:
-            return f"holds {path.stat().st_size:,} of {digest.bytes:,} bytes of {name}"
-    read = [name for name, digest in mine if thorough or digest.bytes <= SMALL_BYTES]
+            return f"has {path.stat().st_size:,} of {digest.bytes:,} bytes of {name}"
+
+    to_read = [name for name, digest in own if thorough or digest.bytes <= SMALL_BYTES]
     try:
-        found = digest_files(folder / name for name in read)
+        found = digest_files(folder / name for name in to_read)
     except OSError as error:
-        return f"cannot be read ({_reason(error)})"
-    changed = [name for name in read if found[name] != files[name]]
-    return f"holds {changed[0]} with another SHA-256 than was written" if changed else None
+        return f"cannot be read ({_describe(error)})"
+    changed = [name for name in to_read if found[name] != files[name]]
+    return f"has a {changed[0]} whose SHA-256 is not the one written" if changed else None
 
 
-def _read_digests(folder: Path) -> dict[str, Digest]:
+def _read_digests(folder: Path) -> dict[str, FileDigest]:
     tree = json.loads((folder / DIGESTS_FILE).read_text(encoding="utf-8"))
     if tree["format"] != FORMAT:
         raise ValueError(f"format {tree['format']}, this version reads {FORMAT}")
-    return {str(name): Digest(**fields) for name, fields in tree["files"].items()}
+    return {str(name): FileDigest(**fields) for name, fields in tree["files"].items()}
 
 
-def _reason(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
 
 
-def _threads() -> int:
+def _num_cores() -> int:
+    # The affinity and not os.cpu_count(): Slurm and containers give a process some of the machine's cores.
     return max(len(os.sched_getaffinity(0)), 1)

@@ -11,11 +11,13 @@ from typing import Any, get_args
 
 from ul2r.config import Architecture, Recipe
 from ul2r.config.recipe import Change
+from ul2r.config.renamed_keys import rename_keys
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.errors import CheckpointError
+from ul2r.train.checkpoint.layout import INFO_FILE
 
-INFO_FILE = "checkpoint.json"
 FORMAT = 2
+"""Format 1 had other names of fields and of recipe keys; it is still read."""
 _FORMAT_1_FIELDS = {
     "identity": "checkpoint_id",
     "run": "run_name",
@@ -117,7 +119,7 @@ class CheckpointInfo:
             raise CheckpointError(f"{folder}: not a checkpoint: {INFO_FILE}: {error}") from None
 
         raise CheckpointError(
-            f"{file}: format {found} is not readable by this version, which reads formats 1 and {FORMAT}"
+            f"{file}: format {found} is newer than this version, which reads formats 1 to {FORMAT}: update ul2r"
         )
 
     def write(self, folder: Path) -> None:
@@ -177,8 +179,9 @@ class CheckpointInfo:
 
 
 def _upgrade_format_1(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a description that was written before its own and the recipe's keys were renamed."""
-    return {_FORMAT_1_FIELDS.get(name, name): value for name, value in fields.items()}
+    """Return the fields of a format 1 description under their current names."""
+    renamed = {_FORMAT_1_FIELDS.get(name, name): value for name, value in fields.items()}
+    return {**renamed, "recipe": rename_keys(renamed["recipe"])}
 
 
 def _find_difference(path: str, saved: object, wanted: object) -> str | None:

@@ -27,7 +27,7 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offset and size, axis by axis."""
 
 
-def sharded_optimizer(optimizer: MegatronOptimizer, model: dict[str, Any]) -> dict[str, Any]:
+def shard_optimizer_state(optimizer: MegatronOptimizer, model: dict[str, Any]) -> dict[str, Any]:
     """This rank's part of the optimizer's state, to be saved or to be loaded into.
 
     Args:
@@ -38,7 +38,7 @@ def sharded_optimizer(optimizer: MegatronOptimizer, model: dict[str, Any]) -> di
         Its settings, and `pieces`, whose data are the optimizer's own tensors. Keys and whole shapes are those of
         Megatron-Core's `fully_reshardable` checkpoints.
     """
-    part = only_part(optimizer)
+    part = unwrap_chained_optimizer(optimizer)
     described = {shard.data: shard for shard in nested_values(model)}
     pieces = [
         piece
@@ -50,7 +50,7 @@ def sharded_optimizer(optimizer: MegatronOptimizer, model: dict[str, Any]) -> di
     return {**part.state_dict(), "pieces": pieces}
 
 
-def only_part(optimizer: MegatronOptimizer) -> DistributedOptimizer:
+def unwrap_chained_optimizer(optimizer: MegatronOptimizer) -> DistributedOptimizer:
     """Megatron-Core's chain of optimizers has one link here."""
     (part,) = optimizer.chained_optimizers
     return part

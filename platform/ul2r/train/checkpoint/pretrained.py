@@ -1,4 +1,4 @@
-"""Weights of a base that this platform did not write, into this rank's part of a run."""
+"""Loading of weights that this platform did not write into this rank's part of a run."""
 
 from __future__ import annotations
 
@@ -23,10 +23,8 @@ from ul2r.train.checkpoint.sharded_state import load_checkpoint
 from ul2r.train.step import TrainStep
 
 
-def load_pretrained(
-    recipe: Recipe, base: HuggingFaceBase | MegatronBase, train_step: TrainStep
-) -> str:
-    """Load a base's weights, whatever this rank has of them; the optimizer starts afresh.
+def load_pretrained(recipe: Recipe, base: HuggingFaceBase | MegatronBase, train_step: TrainStep) -> str:
+    """Load this rank's part of a base's weights; the optimizer starts from zero.
 
     Returns:
         The base's identity.
@@ -37,9 +35,11 @@ def load_pretrained(
     if isinstance(base, MegatronBase):
         folder = find_latest_iteration(base.megatron)
         load_checkpoint(folder, train_step, optimizer=False)
-        _fill_new_rows(train_step.chunks, folder)
+        _fill_new_embeddings(train_step.chunks, folder)
+        # Again, after `load_checkpoint` did: the embedding has changed since.
         train_step.optimizer.reload_model_params()
         return compute_foreign_identity(folder)
+
     with SafetensorsReader(resolve_model_folder(base.hf), recipe.model) as source:
         for chunk in train_step.chunks:
             load_weights(chunk, source, recipe.model)
@@ -48,12 +48,13 @@ def load_pretrained(
 
 
 @torch.no_grad()
-def _fill_new_rows(chunks: Iterable[GPTModel], folder: Path) -> None:
-    """Rows of the embedding that the checkpoint has none for become the mean of those that it has."""
+def _fill_new_embeddings(chunks: Iterable[GPTModel], folder: Path) -> None:
+    """Set embeddings of tokens that the checkpoint does not have to the mean of those that it has."""
     stored = MegatronCheckpointReader(folder)
     for shard in chain.from_iterable(map(iter_shards, chunks)):
         if not is_embedding(shard.key):
             continue
-        old = max(stored.num_rows(shard.key) - shard.global_offset[0], 0)
-        if old < len(shard.data):
-            shard.data[old:] = stored.read_tensor(shard.key).float().mean(0)
+        # The vocabulary is split over tensor ranks: rows of this shard that are in the checkpoint.
+        num_stored = max(stored.num_rows(shard.key) - shard.global_offset[0], 0)
+        if num_stored < len(shard.data):
+            shard.data[num_stored:] = stored.read_tensor(shard.key).float().mean(0)

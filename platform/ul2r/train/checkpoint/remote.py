@@ -1,15 +1,12 @@
-"""Copies of a run's finished checkpoints elsewhere (S3, GCS, a file server, whatever fsspec knows).
+"""Remote copies of a run's finished checkpoints (S3, GCS, a file server, any file system of fsspec).
 
-URL/RUN/
-  step_00000100/   as on disk; digests.json is written last
-  latest           the name of the last whole one
+URL/RUN/ has the layout of the run's checkpoint folder (layout.py), without the writer token.
 """
 
 from __future__ import annotations
 
 import logging
 import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,17 +16,19 @@ from typing import Any
 import fsspec
 
 from ul2r.errors import CheckpointError
-from ul2r.train.checkpoint.checksums import DIGESTS_FILE, find_damage
-from ul2r.train.checkpoint.retention import Retention, finished_up_to, name_of, step_of
+from ul2r.filesystem import staging_path
+from ul2r.train.checkpoint.checksums import find_damage
+from ul2r.train.checkpoint.layout import DIGESTS_FILE, LATEST_FILE, list_up_to, parse_step
+from ul2r.train.checkpoint.retention import Retention
 
-STREAMS = 8
-"""Files that are copied at the same time."""
+NUM_STREAMS = 8
+"""Files that are transferred at the same time."""
 
 logger = logging.getLogger(__name__)
 
 
-class Mirror:
-    """The copies of one run's checkpoints.
+class RemoteCheckpoints:
+    """Remote copies of one run's checkpoints.
 
     Args:
         url: Folder or URL that holds the copies of all runs.
@@ -39,98 +38,124 @@ class Mirror:
     def __init__(self, url: str, run: str) -> None:
         self.url = f"{url.rstrip('/')}/{run}"
 
-    def put(self, folder: Path, retention: Retention) -> None:
-        """Copy a finished checkpoint, let it be the last one, and remove those that are kept no longer.
+    def upload(self, folder: Path, retention: Retention) -> None:
+        """Upload a finished checkpoint, make it the latest, and remove those that are not kept.
 
         Raises:
-            CheckpointError: If that fails; what was the last one is still there.
+            CheckpointError: If that fails; the previous latest copy is intact.
         """
-        with self._opened("be copied to") as (files, root):
+        with self._open("uploaded to") as (filesystem, root):
             target = f"{root}/{folder.name}"
-            if files.exists(f"{target}/{DIGESTS_FILE}"):
-                files.rm_file(f"{target}/{DIGESTS_FILE}")  # until it is whole, it counts no more
-            files.makedirs(target, exist_ok=True)
-            names = [path.name for path in folder.iterdir() if path.name != DIGESTS_FILE]
-            _each(lambda name: files.put_file(str(folder / name), f"{target}/{name}"), names)
-            files.put_file(str(folder / DIGESTS_FILE), f"{target}/{DIGESTS_FILE}")
-            files.pipe_file(f"{root}/latest", folder.name.encode())
-            names = self._names(files, root)
-            kept = retention.kept(
-                step for name in names if (step := step_of(name)) <= step_of(folder.name)
-            )
-            for name in names:
-                if step_of(name) not in kept:
-                    files.rm(f"{root}/{name}", recursive=True)
 
-    def holds_any(self) -> bool:
-        """Whether there is a copy.
+            # A copy without digests is not valid: removed first and written last, they cover an interrupted upload.
+            if filesystem.exists(f"{target}/{DIGESTS_FILE}"):
+                filesystem.rm_file(f"{target}/{DIGESTS_FILE}")
+            filesystem.makedirs(target, exist_ok=True)
+            files = [path.name for path in folder.iterdir() if path.name != DIGESTS_FILE]
+            _transfer(
+                lambda name: filesystem.put_file(str(folder / name), f"{target}/{name}"), files
+            )
+            filesystem.put_file(str(folder / DIGESTS_FILE), f"{target}/{DIGESTS_FILE}")
+
+            filesystem.pipe_file(f"{root}/{LATEST_FILE}", folder.name.encode())
+            self._remove_expired(filesystem, root, folder.name, retention)
+
+    def has_checkpoint(self) -> bool:
+        """Return whether there is a copy.
 
         Raises:
-            CheckpointError: If the place cannot be reached.
+            CheckpointError: If the remote folder cannot be reached.
         """
-        with self._opened("be fetched from") as (files, root):
-            return bool(files.exists(f"{root}/latest"))
+        with self._open("downloaded from") as (filesystem, root):
+            return bool(filesystem.exists(f"{root}/{LATEST_FILE}"))
 
-    def fetch(self, into: Path) -> Path:
-        """Copy the last whole checkpoint back to a run's `checkpoints`.
+    def download(self, folder: Path) -> Path:
+        """Download the newest valid copy into a run's checkpoint folder.
 
         Args:
-            into: That folder, which is there.
+            folder: That folder, which exists.
 
         Returns:
-            The checkpoint.
+            The checkpoint's folder.
 
         Raises:
-            CheckpointError: If the copies cannot be read, or none of them is whole.
+            CheckpointError: If the copies cannot be read, or none of them is valid.
         """
         damaged: list[str] = []
-        with self._opened("be fetched from") as (files, root):
-            for name in self._candidates(files, root):
-                beside = into / f"{name}.{uuid.uuid4().hex}.writing"
+        with self._open("downloaded from") as (filesystem, root):
+            pointer = filesystem.cat_file(f"{root}/{LATEST_FILE}").decode(errors="replace")
+
+            for name in list_up_to(pointer, self._list_names(filesystem, root)):
+                target = folder / name
+                staging = staging_path(target)
                 try:
-                    damage = _fetch(files, f"{root}/{name}", beside)
+                    damage = _download(filesystem, f"{root}/{name}", staging)
                     if damage is None:
-                        if (into / name).exists():
-                            shutil.rmtree(into / name)
-                        beside.rename(into / name)
-                        return into / name
+                        if target.exists():
+                            shutil.rmtree(target)
+                        staging.rename(target)
+                        return target
                 finally:
-                    shutil.rmtree(beside, ignore_errors=True)
+                    shutil.rmtree(staging, ignore_errors=True)
+
                 damaged.append(f"{name}: {damage}")
                 logger.warning(
-                    "copy %s/%s is damaged (%s): trying an earlier one", self.url, name, damage
+                    "remote copy %s/%s is damaged (%s): trying an earlier one",
+                    self.url,
+                    name,
+                    damage,
                 )
-        raise CheckpointError(f"{self.url}: no whole copy is left ({'; '.join(damaged)})")
+        raise CheckpointError(f"{self.url}: no valid copy is left ({'; '.join(damaged)})")
 
-    def _candidates(self, files: Any, root: str) -> list[str]:  # noqa: ANN401  fsspec has no types
-        """Names of the copies that may be whole, newest first."""
-        pointer = files.cat_file(f"{root}/latest").decode(errors="replace")
-        return finished_up_to(pointer, self._names(files, root))
+    def _remove_expired(
+        self,
+        filesystem: Any,  # noqa: ANN401  fsspec has no types
+        root: str,
+        latest: str,
+        retention: Retention,
+    ) -> None:
+        last_step = parse_step(latest)
+        assert last_step is not None
+        steps = {name: parse_step(name) for name in self._list_names(filesystem, root)}
+        kept = retention.select_kept(
+            step for step in steps.values() if step is not None and step <= last_step
+        )
+        for name, step in steps.items():
+            if step is not None and step not in kept:
+                filesystem.rm(f"{root}/{name}", recursive=True)
 
-    def _names(self, files: Any, root: str) -> list[str]:  # noqa: ANN401
-        files.invalidate_cache()
-        names = (entry.rstrip("/").rpartition("/")[2] for entry in files.ls(root, detail=False))
-        return [name for name in names if name == name_of(step_of(name))]
+    def _list_names(self, filesystem: Any, root: str) -> list[str]:  # noqa: ANN401
+        # fsspec caches listings per process; another process, or an upload of this one, may have changed the folder.
+        filesystem.invalidate_cache()
+        paths = filesystem.ls(root, detail=False)
+        return [path.rstrip("/").rpartition("/")[2] for path in paths]
 
     @contextmanager
-    def _opened(self, doing: str) -> Iterator[tuple[Any, str]]:
-        """The file system and the path of this run in it; what goes wrong there is told in one line."""
+    def _open(self, action: str) -> Iterator[tuple[Any, str]]:
+        """Yield the file system and the run's path in it; turn errors inside the block into one line."""
         try:
-            files, root = fsspec.core.url_to_fs(self.url)
-            yield files, root.rstrip("/")
+            filesystem, root = fsspec.core.url_to_fs(self.url)
+            yield filesystem, root.rstrip("/")
         except (OSError, ValueError, ImportError) as error:
+            # ValueError: an unknown protocol. ImportError: its package, such as s3fs, is not installed.
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise CheckpointError(f"checkpoints cannot {doing} {self.url}: {reason}") from error
+            raise CheckpointError(
+                f"checkpoints cannot be {action} {self.url}: {reason}: check checkpoints.remote_dir"
+            ) from error
 
 
-def _fetch(files: Any, source: str, beside: Path) -> str | None:  # noqa: ANN401
-    """Copy one checkpoint back; what is wrong with it, None if nothing is."""
-    beside.mkdir()
-    paths = files.ls(source, detail=False)
-    _each(lambda path: files.get_file(path, str(beside / path.rpartition("/")[2])), paths)
-    return find_damage(beside)
+def _download(filesystem: Any, source: str, target: Path) -> str | None:  # noqa: ANN401
+    """Download one checkpoint into a new folder and return its damage, None if it is valid."""
+    target.mkdir()
+    paths = filesystem.ls(source, detail=False)
+    _transfer(
+        lambda path: filesystem.get_file(path, str(target / path.rpartition("/")[2])),
+        paths,
+    )
+    return find_damage(target)
 
 
-def _each(work: Callable[[str], object], names: list[str]) -> None:
-    with ThreadPoolExecutor(STREAMS) as pool:
-        list(pool.map(work, names))
+def _transfer(copy: Callable[[str], object], names: list[str]) -> None:
+    with ThreadPoolExecutor(NUM_STREAMS) as pool:
+        # list() raises the first error of a thread; without it errors are lost.
+        list(pool.map(copy, names))

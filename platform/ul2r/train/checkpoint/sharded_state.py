@@ -1,4 +1,4 @@
-"""Weights and optimizer state of all ranks, to and from a checkpoint, whatever the layout of either side."""
+"""Saving and loading of all ranks' weights and optimizer state, under any layout on either side."""
 
 from __future__ import annotations
 
@@ -14,50 +14,56 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 from torch.distributed import ProcessGroup
 
 from ul2r.model.build import load_model, make_sharded_state_dict
-from ul2r.train.checkpoint.async_write import BackgroundWrite
-from ul2r.train.checkpoint.optimizer_state import sharded_optimizer
-from ul2r.train.optimizer import load_settings
+from ul2r.train.checkpoint.async_write import AsyncWrite
+from ul2r.train.checkpoint.optimizer_state import shard_optimizer_state
+from ul2r.train.optimizer import load_optimizer_settings
 from ul2r.train.step import TrainStep
 
 
-def begin_save(
-    folder: Path, train_step: TrainStep, last: Callable[[], None] = lambda: None
-) -> BackgroundWrite:
-    """Begin to write model and optimizer from all ranks to an empty folder; training may go on at once.
+def start_save(
+    folder: Path, train_step: TrainStep, on_written: Callable[[], None] = lambda: None
+) -> AsyncWrite:
+    """Start to write model and optimizer from all ranks; training may go on when this returns.
 
     Args:
-        folder: Where to.
-        train_step: What to save.
-        last: Called, in the background, when this rank has written its part.
+        folder: An empty folder.
+        train_step: Model and optimizer to save.
+        on_written: Called in the background when this rank has written its part.
     """
-    return BackgroundWrite(_sharded_state(train_step), folder, _replicas(), last)
+    return AsyncWrite(_shard_state(train_step), folder, _replica_group(), on_written)
 
 
 def load_checkpoint(folder: Path, train_step: TrainStep, *, optimizer: bool) -> None:
-    """Load weights, and optimizer state if asked, saved under any layout into this one.
+    """Load weights that were saved under any layout into this one.
 
-    Replicas read a part each, and give it to the others.
+    Args:
+        folder: The checkpoint.
+        train_step: Model and optimizer to load into.
+        optimizer: Whether to load the optimizer's state as well; otherwise it starts from zero.
     """
-    state = _sharded_state(train_step, optimizer=optimizer)
+    state = _shard_state(train_step, optimizer=optimizer)
+    # Without the wrapper every replica would read the whole file; with it each reads a part and broadcasts it.
     strategy = FullyParallelLoadStrategyWrapper(
-        get_default_load_sharded_strategy(str(folder)), _replicas()
+        get_default_load_sharded_strategy(str(folder)), _replica_group()
     )
     loaded = dist_checkpointing.load(state, str(folder), strategy)
+
     load_model(train_step.chunks, loaded["model"])
     if optimizer:
-        load_settings(train_step.optimizer, loaded["optimizer"])
+        load_optimizer_settings(train_step.optimizer, loaded["optimizer"])
     else:
+        # The optimizer has weights of its own in fp32, from before the load.
         train_step.optimizer.reload_model_params()
 
 
-def _replicas() -> ProcessGroup:
-    """The ranks that hold the same part of the model as this one."""
+def _replica_group() -> ProcessGroup:
+    """Return the group of ranks that hold the same part of the model as this one."""
     group: ProcessGroup = parallel_state.get_data_parallel_group(with_context_parallel=True)
     return group
 
 
-def _sharded_state(train_step: TrainStep, *, optimizer: bool = True) -> dict[str, Any]:
+def _shard_state(train_step: TrainStep, *, optimizer: bool = True) -> dict[str, Any]:
     model = make_sharded_state_dict(train_step.chunks)
     if not optimizer:
         return {"model": model}
-    return {"model": model, "optimizer": sharded_optimizer(train_step.optimizer, model)}
+    return {"model": model, "optimizer": shard_optimizer_state(train_step.optimizer, model)}

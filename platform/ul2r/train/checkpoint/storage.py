@@ -1,17 +1,12 @@
-"""The checkpoints of a run on disk: written beside, renamed, then one pointer switched.
+"""The checkpoints of a run on disk: written in a staging folder, renamed, then the `latest` pointer is switched.
 
-checkpoints/
-  step_00000100/   Megatron-Core's distributed checkpoint, checkpoint.json, and digests.json of all files
-  latest           the name of the last finished one
-  owner            the attempt at the run that may write
-
-Nothing here needs torch or Megatron-Core, so that a driver looks at checkpoints without waiting for their import.
+`layout.py` draws the folder. Nothing here needs torch or Megatron-Core, so a driver can look at checkpoints without
+importing them.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
@@ -20,11 +15,18 @@ from pathlib import Path
 
 from ul2r.config import Recipe
 from ul2r.errors import CheckpointError
-from ul2r.filesystem import file_lock
+from ul2r.filesystem import STAGING_SUFFIX, file_lock, write_atomically
 from ul2r.train.checkpoint.checksums import find_damage
+from ul2r.train.checkpoint.layout import (
+    LATEST_FILE,
+    WRITER_TOKEN_FILE,
+    checkpoint_name,
+    list_up_to,
+    parse_step,
+)
 from ul2r.train.checkpoint.metadata import CheckpointInfo
-from ul2r.train.checkpoint.remote import Mirror
-from ul2r.train.checkpoint.retention import Retention, finished_up_to, name_of, step_of
+from ul2r.train.checkpoint.remote import RemoteCheckpoints
+from ul2r.train.checkpoint.retention import Retention
 
 logger = logging.getLogger(__name__)
 
@@ -33,164 +35,191 @@ class CheckpointStore:
     """The checkpoints of one run.
 
     Args:
-        folder: The run's `checkpoints`.
-        retention: Which finished checkpoints stay.
-        owner: The attempt that writes, from `acquire_writer_token`; a store without one only reads.
-        mirror: Where copies of them are.
+        folder: The run's checkpoint folder.
+        retention: Which finished checkpoints to keep.
+        writer_token: Token of the attempt that writes, from `acquire_writer_token`; None for a store that only reads.
+        remote: Remote copies of the checkpoints, None without.
     """
 
     def __init__(
         self,
         folder: Path,
         retention: Retention | None = None,
-        owner: str | None = None,
-        mirror: Mirror | None = None,
+        writer_token: str | None = None,
+        remote: RemoteCheckpoints | None = None,
     ) -> None:
-        self.folder, self.owner, self.mirror = folder, owner, mirror
+        self.folder = folder
         self.retention = retention or Retention()
-        self._resumed, self._written = 0, set[int]()
+        self.writer_token = writer_token
+        self.remote = remote
+        self._resumed_step = 0
+        self._written_steps: set[int] = set()
 
     @classmethod
     def from_recipe(
-        cls, recipe: Recipe, run: str | None = None, owner: str | None = None
+        cls, recipe: Recipe, run: str | None = None, writer_token: str | None = None
     ) -> CheckpointStore:
-        """The checkpoints of a recipe's run, or of another one in the same storage."""
-        settings, name = recipe.checkpoints, run or recipe.name
+        """Open the checkpoints of a recipe's run, or of another run in the same storage."""
+        settings = recipe.checkpoints
+        name = run or recipe.name
         return cls(
             recipe.storage_paths.run(name).checkpoints,
             Retention(settings.keep, settings.keep_every),
-            owner,
-            Mirror(settings.remote_dir, name) if settings.remote_dir else None,
+            writer_token,
+            RemoteCheckpoints(settings.remote_dir, name) if settings.remote_dir else None,
         )
 
-    def candidates(self) -> list[Path]:
-        """Finished checkpoints up to the last one, newest first, whether sound or not."""
+    def list_checkpoints(self) -> list[Path]:
+        """Return the finished checkpoints up to `latest`, newest first; they are not verified."""
         try:
-            pointer = (self.folder / "latest").read_text(encoding="utf-8", errors="replace")
+            pointer = (self.folder / LATEST_FILE).read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return []
         names = (path.name for path in self.folder.iterdir() if path.is_dir())
-        return [self.folder / name for name in finished_up_to(pointer, names)]
+        return [self.folder / name for name in list_up_to(pointer, names)]
 
     def restore(self) -> Path | None:
-        """Fetch the last checkpoint from the mirror, None if there is none.
+        """Download the last remote checkpoint; return None if there is none.
 
         Raises:
-            CheckpointError: If the mirror fails, or none of its copies is whole.
+            CheckpointError: If the remote folder cannot be read, or holds no valid checkpoint.
         """
-        if self.mirror is None or not self.mirror.holds_any():
+        if self.remote is None or not self.remote.has_checkpoint():
             return None
+
         self.folder.mkdir(parents=True, exist_ok=True)
         with file_lock(self.folder / ".restoring"):
-            for path in self.candidates():
+            # Another process may have restored it while this one waited for the lock.
+            for path in self.list_checkpoints():
                 if find_damage(path) is None:
-                    return path  # restored by another process while this one waited
-            fetched = self.mirror.fetch(self.folder)
-            _replace_text(self.folder / "latest", fetched.name)
-            logger.info("%s: %s was fetched from %s", self.folder, fetched.name, self.mirror.url)
-        return fetched
+                    return path
 
-    def begin(self, resumed: int = 0) -> None:
-        """Remove what a killed attempt left unfinished, before the first save; rank 0 calls it.
+            path = self.remote.download(self.folder)
+            write_atomically(self.folder / LATEST_FILE, path.name)
+            logger.info("%s: %s was fetched from %s", self.folder, path.name, self.remote.url)
+        return path
+
+    def start_attempt(self, resumed_step: int = 0) -> None:
+        """Remove unfinished checkpoints of killed attempts; call on rank 0 before the first save.
 
         Args:
-            resumed: The step that this attempt goes on from. Checkpoints of later steps, which are damaged or were
-                undone, go with the first one that is finished.
+            resumed_step: Step that this attempt resumes from. Checkpoints of later steps, which are damaged or were
+                undone by resetting `latest`, are removed by the first `publish`.
 
         Raises:
             CheckpointError: If another attempt at the run has begun since this one did.
         """
-        self._check_owner()
-        self._resumed = resumed
-        for leftover in self.folder.glob("*.writing"):
-            shutil.rmtree(leftover)
+        self._check_writer_token()
+        self._resumed_step = resumed_step
+        for path in self.folder.glob(f"*{STAGING_SUFFIX}"):
+            # Only folders: a file may be the token that a newer attempt is writing at this moment.
+            if path.is_dir():
+                shutil.rmtree(path)
 
-    def open(self, step: int) -> None:
-        """Make the folder `beside` of a step.
+    def staging_dir(self, step: int) -> Path:
+        """Folder in which this attempt writes the checkpoint of a step; no other attempt uses the same one."""
+        return self.folder / f"{checkpoint_name(step)}.{self.writer_token}{STAGING_SUFFIX}"
 
-        Raises:
-            CheckpointError: If another attempt at the run has begun since this one did.
-        """
-        self._check_owner()
-        self.beside(step).mkdir()
-
-    def abandon(self, step: int) -> None:
-        """Remove what was written of a step's checkpoint."""
-        shutil.rmtree(self.beside(step))
-
-    def beside(self, step: int) -> Path:
-        """Where the checkpoint of a step is written until it is finished; each attempt has a place of its own."""
-        return self.folder / f"{name_of(step)}.{self.owner}.writing"
-
-    def finish(self, step: int) -> Path:
-        """Make the wholly written folder of a step the last checkpoint, then remove those that are kept no longer.
-
-        Those of later steps go too: left by an attempt that was killed before it switched the pointer, or
-        undone by a pointer that was set back.
+    def create_staging_dir(self, step: int) -> None:
+        """Create the staging folder of a step.
 
         Raises:
             CheckpointError: If another attempt at the run has begun since this one did.
         """
-        self._check_owner()
-        final = self.folder / name_of(step)
+        self._check_writer_token()
+        self.staging_dir(step).mkdir()
+
+    def discard(self, step: int) -> None:
+        """Remove the staging folder of a step, whose checkpoint could not be written."""
+        shutil.rmtree(self.staging_dir(step))
+
+    def publish(self, step: int) -> Path:
+        """Turn the complete staging folder of a step into the latest checkpoint, then remove those not kept.
+
+        Checkpoints of later steps are removed too: they were left by an attempt that was killed before it switched
+        the pointer, or undone by resetting the pointer.
+
+        Returns:
+            The checkpoint's folder.
+
+        Raises:
+            CheckpointError: If another attempt at the run has begun since this one did.
+        """
+        self._check_writer_token()
+        final = self.folder / checkpoint_name(step)
+
+        # Rename, then switch the pointer, then remove: a crash in between leaves `latest` naming a complete checkpoint.
         if final.exists():
             shutil.rmtree(final)
-        self.beside(step).rename(final)
-        _replace_text(self.folder / "latest", final.name)
-        self._written.add(step)
-        finished = {found for path in self.folder.iterdir() if (found := step_of(path.name)) >= 0}
-        counting = {
-            found
-            for found in finished
-            if found <= step and (found <= self._resumed or found in self._written)
-        }
-        for removed in finished - self.retention.kept(counting):
-            shutil.rmtree(self.folder / name_of(removed))
+        self.staging_dir(step).rename(final)
+        write_atomically(self.folder / LATEST_FILE, final.name)
+        self._written_steps.add(step)
+
+        for old_step in self._find_expired(step):
+            shutil.rmtree(self.folder / checkpoint_name(old_step))
         return final
 
-    def _check_owner(self) -> None:
-        if (self.folder / "owner").read_text(encoding="utf-8") != self.owner:
+    def _find_expired(self, latest_step: int) -> set[int]:
+        """Return the steps of finished checkpoints that are not kept.
+
+        A checkpoint between the resumed step and this attempt's own is damaged or undone; it must not count towards
+        the number that is kept, else it would push out a valid one.
+        """
+        steps = {parse_step(path.name) for path in self.folder.iterdir()}
+        finished = {step for step in steps if step is not None}
+        trusted = {
+            step
+            for step in finished
+            if step <= latest_step and (step <= self._resumed_step or step in self._written_steps)
+        }
+        return finished - self.retention.select_kept(trusted)
+
+    def _check_writer_token(self) -> None:
+        token = (self.folder / WRITER_TOKEN_FILE).read_text(encoding="utf-8")
+        if token != self.writer_token:
             raise CheckpointError(
-                f"another attempt at this run writes to {self.folder}: let it go on, or stop it first"
+                f"another attempt at this run writes to {self.folder}: wait for it to finish, or stop it first"
             )
 
 
 def first_valid(
     candidates: Sequence[Path],
-    damage_of: Callable[[Path], str | None],
+    verify: Callable[[Path], str | None],
     restore: Callable[[], Path | None],
     *,
     quiet: bool = False,
 ) -> Path | None:
-    """The first of some checkpoints that is sound.
+    """Return the first undamaged checkpoint.
 
     Args:
         candidates: Checkpoints, newest first.
-        damage_of: What is wrong with one, None if nothing is.
-        restore: Gets one from elsewhere where none is sound.
-        quiet: Do not log damaged candidates that were passed over: another process reports them.
+        verify: Returns a description of the damage to a checkpoint, None if it is valid.
+        restore: Returns a checkpoint from elsewhere, None if there is none; called if no candidate is valid.
+        quiet: Do not log damaged candidates that were skipped: another process reports them.
 
     Returns:
-        Its folder; None if there are no candidates, nor one elsewhere.
+        Its folder; None if there are no checkpoints at all.
 
     Raises:
-        CheckpointError: If there are some, all are damaged, and there is none elsewhere.
+        CheckpointError: If there are candidates but no valid checkpoint.
     """
     damaged: list[str] = []
     for path in candidates:
-        damage = damage_of(path)
+        damage = verify(path)
         if damage is None:
             if damaged and not quiet:
                 logger.warning(
-                    "%s: %s: taking %s instead", path.parent, "; ".join(damaged), path.name
+                    "%s: %s: using %s instead", path.parent, "; ".join(damaged), path.name
                 )
             return path
         damaged.append(f"{path.name} {damage}")
+
     restored = restore()
     if damaged and restored is None:
+        # Not treated as a new run: that would overwrite what may be recoverable.
         raise CheckpointError(
-            f"{candidates[0].parent}: no sound checkpoint is left ({'; '.join(damaged)}): "
-            "put one back, or delete the folder to begin anew"
+            f"{candidates[0].parent}: no valid checkpoint is left ({'; '.join(damaged)}): "
+            "restore one, or delete the folder to start over"
         )
     return restored
 
@@ -201,45 +230,50 @@ def latest_valid(
     thorough: bool = True,
     quiet: bool = False,
 ) -> Path | None:
-    """The newest sound checkpoint of a run, fetched from its mirror where none is on disk; None before the first.
+    """Return the newest valid checkpoint of a run, downloaded if none is on disk; None before the first.
 
     Args:
         store: The run's checkpoints.
-        thorough: Whether to read all files of a checkpoint; without, of large ones only the sizes are looked at.
-        quiet: Do not log damaged checkpoints that were passed over: another process reports them.
+        thorough: Whether to read all files of a checkpoint; if False, only the sizes of large files are checked.
+        quiet: Do not log damaged checkpoints that were skipped: another process reports them.
 
     Raises:
-        CheckpointError: If there are some, and none is sound.
+        CheckpointError: If there are checkpoints but no valid one.
     """
-    damage_of = partial(find_damage, thorough=thorough)
-    return first_valid(store.candidates(), damage_of, store.restore, quiet=quiet)
+    return first_valid(
+        store.list_checkpoints(),
+        partial(find_damage, thorough=thorough),
+        store.restore,
+        quiet=quiet,
+    )
 
 
-def base_checkpoint(
+def find_base_checkpoint(
     recipe: Recipe, find: Callable[[CheckpointStore], Path | None] = latest_valid
 ) -> Path | None:
-    """The checkpoint that a run starts from, None if it starts from initial weights or from a foreign base.
+    """Return the checkpoint that a run starts from; None for initial weights and for a base from elsewhere.
 
     Args:
         recipe: The run.
-        find: Gives the newest sound checkpoint of the base.
+        find: Returns the newest valid checkpoint of the base.
 
     Raises:
-        CheckpointError: If the recipe names a base that has no sound checkpoint, or is not finished.
+        CheckpointError: If the recipe names a base that has no valid checkpoint, or is not finished.
     """
     if not isinstance(recipe.base, str):
         return None
+
     store = CheckpointStore.from_recipe(recipe, recipe.base)
     path = find(store)
     if path is None:
         raise CheckpointError(
             f"base={recipe.base} has no checkpoint in {store.folder}: train it first with jobs/train.py"
         )
+
     info = CheckpointInfo.read(path)
     if not info.is_finished:
         raise CheckpointError(
-            f"base={recipe.base} stands at step {info.step} of {info.num_steps}: "
-            "finish it first with jobs/train.py"
+            f"base={recipe.base} is at step {info.step} of {info.num_steps}: finish it first with jobs/train.py"
         )
     return path
 
@@ -247,18 +281,13 @@ def base_checkpoint(
 def acquire_writer_token(folder: Path) -> str:
     """Begin an attempt at a run: from now on only it may write checkpoints to `folder`.
 
-    An earlier attempt that still lives, such as workers whose driver was killed, fails at its next checkpoint.
+    The token fences off earlier attempts: one that is still running, such as workers whose driver was killed, fails
+    at its next checkpoint.
 
     Returns:
-        The attempt's name, the `owner` of its `CheckpointStore`.
+        The token, for the attempt's `CheckpointStore`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    owner = uuid.uuid4().hex
-    _replace_text(folder / "owner", owner)
-    return owner
-
-
-def _replace_text(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    token = uuid.uuid4().hex
+    write_atomically(folder / WRITER_TOKEN_FILE, token)
+    return token

@@ -14,7 +14,7 @@ from ul2r.testing.corpus import tiny_store
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.train.checkpoint.checksums import write_digests
 from ul2r.train.checkpoint.metadata import CheckpointInfo
-from ul2r.train.checkpoint.storage import base_checkpoint
+from ul2r.train.checkpoint.storage import find_base_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def test_a_base_without_a_checkpoint_is_named(dataset: TokenDataset, tmp_path: P
     recipe = tiny_recipe(tmp_path, base="nobody")
     with pytest.raises(CheckpointError, match="base=nobody has no checkpoint"):
         check_checkpoints(recipe, dataset)
-    assert base_checkpoint(tiny_recipe(tmp_path)) is None
+    assert find_base_checkpoint(tiny_recipe(tmp_path)) is None
 
 
 def test_a_base_of_another_model_is_refused_before_anything_starts(
@@ -171,5 +171,5 @@ def test_a_base_of_another_model_is_refused_before_anything_starts(
 
 def test_an_unfinished_base_is_refused(dataset: TokenDataset, tmp_path: Path) -> None:
     write_checkpoint(info_of(dataset, tmp_path), tmp_path / "runs" / "tiny" / "checkpoints")
-    with pytest.raises(CheckpointError, match="base=tiny stands at step 3 of 6: finish it"):
-        base_checkpoint(tiny_recipe(tmp_path, name="next", base="tiny"))
+    with pytest.raises(CheckpointError, match="base=tiny is at step 3 of 6: finish it"):
+        find_base_checkpoint(tiny_recipe(tmp_path, name="next", base="tiny"))

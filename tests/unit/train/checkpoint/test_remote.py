@@ -13,7 +13,7 @@ import pytest
 
 from ul2r.errors import CheckpointError
 from ul2r.train.checkpoint.checksums import find_damage, write_digests
-from ul2r.train.checkpoint.remote import Mirror
+from ul2r.train.checkpoint.remote import RemoteCheckpoints
 from ul2r.train.checkpoint.retention import Retention
 from ul2r.train.checkpoint.storage import CheckpointStore, acquire_writer_token, latest_valid
 
@@ -41,14 +41,14 @@ def write(store: CheckpointStore, *steps: int) -> None:
         store.mirror.put(store.finish(step), store.retention)
 
 
-def copied(mirror: Mirror) -> list[str]:
+def copied(mirror: RemoteCheckpoints) -> list[str]:
     files, root = fsspec.core.url_to_fs(mirror.url)
     return sorted(path.rpartition("/")[2] for path in files.ls(root, detail=False))
 
 
 def run_in(folder: Path, url: str, keep: int = 2, keep_every: int | None = None) -> CheckpointStore:
     return CheckpointStore(
-        folder, Retention(keep, keep_every), acquire_writer_token(folder), Mirror(url, "tiny")
+        folder, Retention(keep, keep_every), acquire_writer_token(folder), RemoteCheckpoints(url, "tiny")
     )
 
 
@@ -57,7 +57,7 @@ def test_a_run_whose_disk_is_gone_goes_on_from_the_copy(
 ) -> None:
     caplog.set_level("INFO", "ul2r")
     write(run_in(tmp_path / "old", url), 2, 4)
-    store = CheckpointStore(tmp_path / "new", mirror=Mirror(url, "tiny"))
+    store = CheckpointStore(tmp_path / "new", mirror=RemoteCheckpoints(url, "tiny"))
     path = latest_valid(store)
     assert path == tmp_path / "new" / "step_00000004"
     assert find_damage(path) is None
@@ -99,7 +99,7 @@ def test_a_copy_that_was_cut_off_does_not_count(
     files.pipe_file(f"{root}/step_00000004/weights", b"of")
     files.makedirs(f"{root}/step_00000006", exist_ok=True)
     files.pipe_file(f"{root}/step_00000006/weights", b"of step 6")
-    store = CheckpointStore(tmp_path / "new", mirror=Mirror(url, "tiny"))
+    store = CheckpointStore(tmp_path / "new", mirror=RemoteCheckpoints(url, "tiny"))
     path = latest_valid(store)
     assert path is not None
     assert path.name == "step_00000002"
@@ -114,7 +114,7 @@ def test_a_copy_that_was_cut_off_does_not_count(
 
 
 def test_without_any_copy_there_is_no_checkpoint(tmp_path: Path, url: str) -> None:
-    assert latest_valid(CheckpointStore(tmp_path / "run", mirror=Mirror(url, "tiny"))) is None
+    assert latest_valid(CheckpointStore(tmp_path / "run", mirror=RemoteCheckpoints(url, "tiny"))) is None
     assert not (tmp_path / "run").exists()
 
 
@@ -126,7 +126,7 @@ def test_ranks_that_restore_at_the_same_time_fetch_once(
 
     def restore() -> None:
         latest_valid(
-            CheckpointStore(tmp_path / "new", mirror=Mirror(url, "tiny")),
+            CheckpointStore(tmp_path / "new", mirror=RemoteCheckpoints(url, "tiny")),
         )
 
     threads = [threading.Thread(target=restore) for _ in range(4)]
@@ -146,7 +146,7 @@ def test_a_place_that_cannot_be_reached_is_named(tmp_path: Path) -> None:
     ):
         write(store, 2)
     assert latest_valid(CheckpointStore(tmp_path / "run")) is not None
-    store = CheckpointStore(tmp_path / "new", mirror=Mirror("nowhere://bucket", "tiny"))
+    store = CheckpointStore(tmp_path / "new", mirror=RemoteCheckpoints("nowhere://bucket", "tiny"))
     with pytest.raises(
         CheckpointError, match="cannot be fetched from nowhere://bucket/tiny: Protocol"
     ):

@@ -48,7 +48,7 @@ def taken(store: CheckpointStore, caplog: pytest.LogCaptureFixture) -> tuple[str
 def test_what_was_not_finished_does_not_count(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = CheckpointStore(tmp_path, owner=acquire_writer_token(tmp_path))
+    store = CheckpointStore(tmp_path, writer_token=acquire_writer_token(tmp_path))
     store.open(6)
     assert taken(store, caplog) == (None, [])
     write(store, 3)
@@ -164,5 +164,5 @@ def test_an_attempt_that_was_replaced_writes_no_more(
 
 
 def test_attempts_write_in_places_of_their_own(tmp_path: Path) -> None:
-    stores = [CheckpointStore(tmp_path, owner=acquire_writer_token(tmp_path)) for _ in range(2)]
+    stores = [CheckpointStore(tmp_path, writer_token=acquire_writer_token(tmp_path)) for _ in range(2)]
     assert stores[0].beside(4) != stores[1].beside(4)
