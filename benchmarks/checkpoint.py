@@ -95,7 +95,9 @@ class SavedRun:
         self.train_step = TrainStep(recipe, mesh, self.dataset.vocabulary.size)
         self.rows = Batches(recipe, self.dataset).rows(0, 0, 1)
         self.folder = recipe.paths.checkpoints
-        self.store = CheckpointStore.from_recipe(recipe, writer_token=acquire_writer_token(self.folder))
+        self.store = CheckpointStore.from_recipe(
+            recipe, writer_token=acquire_writer_token(self.folder)
+        )
         self.logged: list[dict[str, float]] = []
         self.checkpointer = Checkpointer(
             self.store,

@@ -152,7 +152,7 @@ def test_an_earlier_checkpoint_is_exported_beside_the_last(
     shutil.rmtree(folder)
     damaged = max(copy.glob("*.distcp"))
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=rf"{copy}: holds .* of {damaged.name}"):
+    with pytest.raises(CheckpointError, match=rf"{copy}: has .* of {damaged.name}"):
         export(chosen)
     assert not folder.exists()
 

@@ -73,7 +73,7 @@ def save_from_small_buckets(recipe: Recipe, folder: Path) -> int:
 
     from ul2r.data.sampling.batches import Batches
     from ul2r.data.store.dataset import open_dataset
-    from ul2r.train.checkpoint.sharded_state import start_save, load_checkpoint
+    from ul2r.train.checkpoint.sharded_state import load_checkpoint, start_save
     from ul2r.train.mesh import Mesh
 
     module: Any = import_module("ul2r.train.step")
@@ -104,7 +104,7 @@ def exchange(recipe: Recipe, folder: Path) -> None:
     from ul2r.data.store.dataset import open_dataset
     from ul2r.model.build import make_sharded_state_dict, make_sharding_metadata
     from ul2r.train.checkpoint.async_write import AsyncWrite
-    from ul2r.train.checkpoint.sharded_state import start_save, load_checkpoint
+    from ul2r.train.checkpoint.sharded_state import load_checkpoint, start_save
     from ul2r.train.mesh import Mesh
     from ul2r.train.step import TrainStep
 
@@ -162,7 +162,9 @@ def check_pieces(step: TrainStep) -> None:
 
     pieces = [
         piece.data
-        for piece in shard_optimizer_state(step.optimizer, make_sharded_state_dict(step.chunks))["pieces"]
+        for piece in shard_optimizer_state(step.optimizer, make_sharded_state_dict(step.chunks))[
+            "pieces"
+        ]
     ]
     own = [tensor for state in states(step) for kind, tensor in state.items() if kind != "step"]
     assert numbers(pieces) == numbers(own)

@@ -245,4 +245,6 @@ def test_palm_is_exported_as_a_class_of_transformers_that_computes_the_same(
     position = torch.arange(40)
     seen = position[None] < torch.clamp(position + 1, min=10)[:, None]
     expected = palm(w, tokens, seen.expand(2, -1, -1))
-    torch.testing.assert_close(compute_reference_logits(model, tokens, 10), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        compute_reference_logits(model, tokens, 10), expected, atol=1e-4, rtol=1e-4
+    )

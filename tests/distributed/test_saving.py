@@ -177,8 +177,8 @@ def test_a_changed_bit_is_noticed_and_the_checkpoint_before_is_taken(
     (losses, said, metrics), (_, said_by_others, _) = run_distributed(train, 2, recipe)
     assert losses == {step: whole[1][step] for step in (3, 4, 5, 6)}
     assert len(said) == 1
-    assert "step_00000006 holds __" in said[0]
-    assert said[0].endswith("with another SHA-256 than was written: taking step_00000002 instead")
+    assert "step_00000006 has a __" in said[0]
+    assert said[0].endswith("whose SHA-256 is not the one written: using step_00000002 instead")
     assert said_by_others == []
     assert "checkpoint/load_seconds" in metrics
     assert find_damage(checkpoint(recipe, 6)) is None
@@ -202,7 +202,7 @@ def test_a_run_whose_disk_is_gone_goes_on_from_its_copy(whole: tuple[Recipe, Los
     losses, said, _ = run_distributed(train, 2, moved)[0]
     assert losses == {step: whole[1][step] for step in (5, 6)}
     assert said == [
-        f"{moved.paths.folder}/checkpoints: step_00000004 was fetched from {recipe.storage}/far/whole"
+        f"{moved.paths.folder}/checkpoints: step_00000004 was downloaded from {recipe.storage}/far/whole"
     ]
     assert (recipe.storage / "far" / "whole" / "latest").read_text() == "step_00000006"
 
@@ -213,7 +213,8 @@ def test_a_last_copy_that_fails_is_an_error_and_the_checkpoint_itself_is_there(
     (storage / "blocked").write_text("a file, where a folder is to be")
     recipe = run_named(storage, "uncopied", remote_dir=str(storage / "blocked"))
     with pytest.raises(
-        ProcessRaisedException, match=r"CheckpointError: checkpoints cannot be copied to .*/blocked"
+        ProcessRaisedException,
+        match=r"CheckpointError: checkpoints cannot be uploaded to .*/blocked",
     ):
         run_distributed(train, 2, recipe)
     assert find_damage(checkpoint(recipe, 6)) is None
@@ -237,7 +238,7 @@ def test_one_rank_that_cannot_write_stops_all_and_leaves_the_checkpoint_before(
     (recipe.paths.checkpoints / "latest").write_text("step_00000002")
     with pytest.raises(
         ProcessRaisedException,
-        match=r"CheckpointError: checkpoint of step 4 cannot be written to .*: File too large; the one before",
+        match=r"CheckpointError: checkpoint of step 4 cannot be written to .*: File too large. The previous checkpoint is intact",
     ):
         run_distributed(train_with_small_files, 2, recipe)
     assert not list((recipe.paths.checkpoints).glob("*.writing"))
@@ -268,7 +269,7 @@ def test_a_full_disk_is_told_in_one_line_and_the_run_goes_on_when_there_is_room(
     shutil.copytree(whole[0].storage_paths.store, recipe.storage_paths.store)
     with pytest.raises(
         ProcessRaisedException,
-        match=r"CheckpointError: checkpoint .*cannot be written.*: .*(No space left|full disk).*; the one before",
+        match=r"CheckpointError: checkpoint .*cannot be written.*: .*(No space left|full disk).* The previous checkpoint is intact",
     ):
         run_distributed(train, 2, recipe)
     before = [path for path in (recipe.paths.checkpoints).iterdir() if "step" in path.name]

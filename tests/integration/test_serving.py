@@ -164,7 +164,10 @@ def test_a_taken_port_ends_the_job_in_one_line(served: Served) -> None:
     ("arguments", "reason"),
     [
         (["{}"], "no export at {}: the folder does not exist"),
-        (["models:/tiny@champion", "--storage", "{}"], "no model registry in {}: run `make demo` first"),
+        (
+            ["models:/tiny@champion", "--storage", "{}"],
+            "no model registry in {}: run `make demo` first",
+        ),
     ],
 )
 def test_a_missing_model_ends_the_job_in_one_line(

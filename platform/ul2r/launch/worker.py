@@ -52,7 +52,9 @@ def run_worker(
             yield made.rows(batch, mesh.data_rank, recipe.parallel.data)
 
     checkpoints = recipe.paths.checkpoints
-    writer_token = writer_token or mesh.broadcast_from_rank0(lambda: acquire_writer_token(checkpoints))
+    writer_token = writer_token or mesh.broadcast_from_rank0(
+        lambda: acquire_writer_token(checkpoints)
+    )
     heartbeats, timeout_s = recipe.paths.heartbeats, recipe.guards.hang_timeout_s
     with Watchdog(heartbeats, dist.get_rank(), dist.get_world_size(), timeout_s) as watchdog:
         loop = Trainer(

@@ -197,7 +197,9 @@ def _fit(recipe: Recipe, fingerprint: str, uri: str, run_id: str, stopped: threa
             ),
             run_config=RunConfig(
                 worker_runtime_env={
-                    "env_vars": gpu_environment(recipe.parallel) if launch.gpus_per_worker else NO_GPU
+                    "env_vars": gpu_environment(recipe.parallel)
+                    if launch.gpus_per_worker
+                    else NO_GPU
                 },
                 storage_path=str(recipe.paths.ray),
                 failure_config=FailureConfig(max_failures=launch.max_failures),

@@ -110,13 +110,14 @@ class CheckpointInfo:
         file = folder / INFO_FILE
         try:
             fields = dict(json.loads(file.read_text(encoding="utf-8")))
-            found = fields.pop("format", None)
-            if found == FORMAT:
-                return cls(**fields)
+            found = int(fields.pop("format"))
             if found == 1:
-                return cls(**_upgrade_format_1(fields))
+                fields = _upgrade_format_1(fields)
+            if found <= FORMAT:
+                return cls(**fields)
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise CheckpointError(f"{folder}: not a checkpoint: {INFO_FILE}: {error}") from None
+            reason = str(error) or type(error).__name__
+            raise CheckpointError(f"{folder}: not a checkpoint: {INFO_FILE}: {reason}") from None
 
         raise CheckpointError(
             f"{file}: format {found} is newer than this version, which reads formats 1 to {FORMAT}: update ul2r"

@@ -23,7 +23,9 @@ from ul2r.train.checkpoint.sharded_state import load_checkpoint
 from ul2r.train.step import TrainStep
 
 
-def load_pretrained(recipe: Recipe, base: HuggingFaceBase | MegatronBase, train_step: TrainStep) -> str:
+def load_pretrained(
+    recipe: Recipe, base: HuggingFaceBase | MegatronBase, train_step: TrainStep
+) -> str:
     """Load this rank's part of a base's weights; the optimizer starts from zero.
 
     Returns:

@@ -96,7 +96,7 @@ class CheckpointStore:
 
             path = self.remote.download(self.folder)
             write_atomically(self.folder / LATEST_FILE, path.name)
-            logger.info("%s: %s was fetched from %s", self.folder, path.name, self.remote.url)
+            logger.info("%s: %s was downloaded from %s", self.folder, path.name, self.remote.url)
         return path
 
     def start_attempt(self, resumed_step: int = 0) -> None:
