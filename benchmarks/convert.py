@@ -41,7 +41,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ul2r.config import Architecture, Causal, HuggingFaceBase, Objective, Parallel, Recipe
-from ul2r.config.recipe import Training
+from ul2r.config.training import Training
 from ul2r.model.huggingface.checkpoint_reader import MegatronCheckpointReader
 from ul2r.model.huggingface.exporting import convert_tensors
 from ul2r.model.huggingface.families import FAMILIES

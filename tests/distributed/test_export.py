@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ul2r.config import HuggingFaceBase, Recipe
-from ul2r.config.recipe import Export
+from ul2r.config.export import Export
 from ul2r.data.store.dataset import open_dataset
 from ul2r.errors import CheckpointError
 from ul2r.launch.pretrained import check_base, fill_model_from_base

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ul2r.config import Recipe
-from ul2r.config.recipe import Export
+from ul2r.config.export import Export
 from ul2r.data.store.dataset import open_dataset
 from ul2r.errors import CheckpointError
 from ul2r.launch.pretrained import check_base

@@ -3,65 +3,81 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from ul2r.config.strict_model import PositiveInt, StrictModel
-
-
-def folder_or_url(store: str) -> str:
-    """A folder from the file system's root, or a URL as it is."""
-    return store if "://" in store else str(Path(store).expanduser().absolute())
+from ul2r.config.field_types import FolderOrUrl, PositiveInt
+from ul2r.config.strict_model import StrictModel
 
 
 class WeightedStore(StrictModel):
     """A token store in a blend."""
 
-    store: Annotated[str, AfterValidator(folder_or_url)]
-    """Its folder, made before by another recipe's prepare, or a URL that fsspec knows (s3://, gs://, https://)."""
+    store: FolderOrUrl
+    """Its folder or URL; another recipe's `jobs/prepare.py` wrote it."""
     weight: float = Field(gt=0)
-    """Its share of the samples is its weight among those of the blend."""
+    """Relative to the weights of the other stores of the blend: its share of the samples."""
 
 
 class Data(StrictModel):
-    """Text and its token store."""
+    """Text, its tokenizer and its token store."""
 
     corpus: tuple[str, ...] = Field(default=("stdlib",), min_length=1)
     """Files or folders of .txt .md .py .jsonl .parquet (plain, .gz or .zst); "stdlib" is Python's own library."""
     order: Literal["shuffled", "streamed"] = "shuffled"
-    """Shuffled text is read in an order of all its windows, and so has to be prepared before. Streamed text is
-    tokenised while training already runs on its first part, and shuffled within parts that double in size."""
+    """Shuffled text is read in a random order of all its windows, so it must be prepared before training. Streamed
+    text is tokenized while training already runs on its first segment, and shuffled within segments that double in
+    size."""
     blend: tuple[WeightedStore, ...] = ()
-    """Token stores of one tokenizer to train on instead of `corpus`, in shares by weight."""
+    """Token stores of one tokenizer to train on instead of `corpus`, in proportion to their weights."""
     held_out_fraction: float = Field(default=0.03, gt=0, lt=0.5)
-    """Share of the documents kept out of training."""
+    """Fraction of the documents kept out of training."""
     tokenizer: Path | None = None
-    """An existing Hugging Face tokenizer.json; without one a byte-level BPE is trained on the corpus."""
+    """An existing Hugging Face tokenizer.json; by default a byte-level BPE is trained on the corpus."""
     vocabulary_size: PositiveInt = 4096
     """Entries of a trained tokenizer, special tokens included."""
     mode_tokens: Literal["special", "text"] = "special"
-    """Modes as tokens of their own, or as the pieces of "[S2S]", "[NLU]" and "[NLG]" (the papers are silent)."""
+    """Modes as tokens of their own, or as the pieces of "[S2S]", "[NLU]" and "[NLG]" (the papers do not say)."""
     num_sentinels: PositiveInt = 256
-    """Sentinel tokens that the tokenizer holds."""
+    """Sentinel tokens of the tokenizer."""
     special_tokens: Literal["reserved", "last_subwords"] = "reserved"
-    """What modes and sentinels take in a given tokenizer: its reserved tokens and then new entries, or its last
-    subwords (arXiv 2210.11399). `jobs/inspect_tokenizer.py` shows what that comes to."""
+    """Tokens of a given tokenizer that become modes and sentinels: its reserved tokens followed by new entries, or its
+    last subwords (arXiv 2210.11399). `jobs/inspect_tokenizer.py` shows the result."""
 
     @model_validator(mode="after")
-    def _blend_is_prepared(self) -> Self:
+    def _check_blend(self) -> Self:
         if self.blend and self.order == "streamed":
             raise ValueError(
-                "order=streamed is for text, the stores of blend are prepared: leave out one of them"
+                "order=streamed tokenizes a corpus, and the stores of blend are tokenized already: remove one of them"
             )
         return self
 
     @model_validator(mode="after")
-    def _bytes_fit(self) -> Self:
+    def _check_vocabulary_size(self) -> Self:
         least = 256 + self.num_sentinels + 4  # every byte, the sentinels, eos and three modes
         if self.tokenizer is None and self.vocabulary_size < least:
             raise ValueError(
-                f"vocabulary_size={self.vocabulary_size} is too small for 256 bytes, num_sentinels={self.num_sentinels}, eos "
-                f"and three modes: raise vocabulary_size to {least} or more, or lower sentinels"
+                f"vocabulary_size={self.vocabulary_size} is too small for 256 bytes, "
+                f"num_sentinels={self.num_sentinels}, eos and three modes: raise vocabulary_size to at least {least} "
+                "or lower num_sentinels"
             )
         return self
+
+
+def check_num_sentinels(data: Data, needed: int, slot_length: int) -> None:
+    """Refuse a tokenizer with fewer sentinels than the examples use.
+
+    Args:
+        data: The tokenizer's settings.
+        needed: Sentinels of the example with the most, in training or evaluation.
+        slot_length: Positions of a slot, for the message.
+
+    Raises:
+        ValueError: With the number that is needed.
+    """
+    if needed > data.num_sentinels:
+        raise ValueError(
+            f"objective.mixture needs {needed} sentinels in slots of {slot_length} tokens, "
+            f"data.num_sentinels={data.num_sentinels}: raise data.num_sentinels to {needed} or shorten the slots"
+        )

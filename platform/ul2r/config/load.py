@@ -1,4 +1,4 @@
-"""Read a recipe: YAML, `extends`, dotted overrides; every mistake is one line that names its place."""
+"""Reading a recipe: YAML, `extends` and dotted overrides; every mistake is one line that names its place."""
 
 from __future__ import annotations
 
@@ -25,24 +25,25 @@ def load(
 ) -> SectionType:
     """Read `path`, apply `overrides` such as "training.steps=10", and validate as `kind`.
 
-    A file may begin with `extends: other.yaml`, a path beside it; its own keys are laid over that file's,
-    group by group, while lists and values are replaced whole.
+    A file may begin with `extends: other.yaml`, a path relative to its own. Its keys are then laid over that file's:
+    groups are merged key by key, lists and values are replaced.
 
     Args:
         path: The YAML file.
-        overrides: Each "dotted.key=value", the value in YAML; a list's item is named by its number from 0.
-        kind: What the file describes.
-        complete: Adds to the tree what other files say, before it is validated.
+        overrides: Each "dotted.key=value", the value in YAML; an item of a list is named by its number from 0.
+        kind: Type of the result, `Recipe` or `Comparison`.
+        complete: Adds settings from other files to the tree before it is validated.
 
     Raises:
         RecipeError: If the file cannot be read or a key, type or value is wrong; one line.
     """
     tree = _read(path, ())
     for override in overrides:
-        _override(tree, override)
+        _apply_override(tree, override)
         _refuse_renamed_keys(tree, f"--set {override}")
     if complete is not None:
         complete(tree)
+
     try:
         return kind.model_validate(tree, context={"folder": path.parent})
     except ValidationError as error:
@@ -50,58 +51,67 @@ def load(
 
 
 def dump(section: StrictModel) -> str:
-    """The section as YAML that `load` reads back."""
+    """Return the section as YAML that `load` reads back."""
     return yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False)
 
 
-class _Yaml(yaml.SafeLoader):
-    """YAML in which a group may hold a key once only; plain YAML silently takes the last."""
+class _Loader(yaml.SafeLoader):
+    """A YAML loader that refuses duplicate keys; PyYAML silently takes the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
             if key.value in seen and isinstance(key, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key.value!r} stands twice in its group",
-                    problem_mark=key.start_mark,
+                    problem=f"duplicate key {key.value!r}", problem_mark=key.start_mark
                 )
             if isinstance(key, yaml.ScalarNode):
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
-def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
-    """The file's tree, laid over that of the file it extends; `chain` are the files that extend this one."""
-    if path.resolve() in (one.resolve() for one in chain):
-        raise RecipeError(f"{path}: extends itself: {' -> '.join(map(str, (*chain, path)))}")
-    by = f" (extended by {chain[-1]})" if chain else ""
+def _read(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
+    """Return the file's tree, laid over that of the file it extends.
+
+    Args:
+        path: The file.
+        extended_by: The files that lead to it by `extends`, the first one first.
+    """
+    if path.resolve() in (file.resolve() for file in extended_by):
+        chain = " -> ".join(map(str, (*extended_by, path)))
+        raise RecipeError(f"{path}: extends itself: {chain}")
+
+    suffix = f" (extended by {extended_by[-1]})" if extended_by else ""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise RecipeError(f"{path}: recipe cannot be read: {reason}{by}") from None
+        raise RecipeError(f"{path}: recipe cannot be read: {reason}{suffix}") from None
     tree = _parse(text, str(path))
     if not isinstance(tree, dict):
-        raise RecipeError(f"{path}: a recipe is a group of keys, this is {type(tree).__name__}{by}")
+        raise RecipeError(
+            f"{path}: a recipe should be a group of keys, got {type(tree).__name__}{suffix}"
+        )
     _refuse_renamed_keys(tree, str(path))
+
     parent = tree.pop("extends", None)
     if parent is None:
         return tree
     if not isinstance(parent, str):
-        raise RecipeError(f"{path}: extends: a file name is needed, got {parent!r}")
-    return _merge(_read(path.parent / parent, (*chain, path)), tree)
+        raise RecipeError(f"{path}: extends: input should be a file name, got {parent!r}")
+    return _merge(_read(path.parent / parent, (*extended_by, path)), tree)
 
 
 def _parse(text: str, where: str) -> Any:  # noqa: ANN401  any YAML value
     try:
-        return yaml.load(text, Loader=_Yaml)
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark and mark.line else ""
+        line = f" line {mark.line + 1}:" if mark and mark.line else ""
         reason = getattr(error, "problem", None) or error
-        raise RecipeError(_one_line(f"{where}:{line} is not YAML: {reason}")) from None
-    except ValueError as error:  # such as the date 2024-13-01
-        raise RecipeError(_one_line(f"{where}: is not YAML: {error}")) from None
+        raise RecipeError(_one_line(f"{where}:{line} invalid YAML: {reason}")) from None
+    except ValueError as error:  # a value such as the date 2024-13-01
+        raise RecipeError(_one_line(f"{where}: invalid YAML: {error}")) from None
 
 
 def _refuse_renamed_keys(tree: dict[str, Any], where: str) -> None:
@@ -120,31 +130,32 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _override(tree: dict[str, Any], override: str) -> None:
+def _apply_override(tree: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     keys = dotted.split(".")
     if not equals or not all(keys):
         raise RecipeError(_one_line(f"--set {override}: write it as key.key=value"))
     value = _parse(text, f"--set {override}")
+
     node: Any = tree
     for depth, key in enumerate(keys[:-1]):
-        place = _place(node, key, override)
-        if isinstance(node, dict) and node.get(place) is None:
-            node[place] = {}
-        node = node[place]
+        index = _index_of(node, key, override)
+        if isinstance(node, dict) and node.get(index) is None:
+            node[index] = {}
+        node = node[index]
         if not isinstance(node, dict | list):
             reached = ".".join(keys[: depth + 1])
             raise RecipeError(f"--set {override}: {reached} is {node!r}, not a group of keys")
-    node[_place(node, keys[-1], override)] = value
+    node[_index_of(node, keys[-1], override)] = value
 
 
-def _place(node: dict[str, Any] | list[Any], key: str, override: str) -> int | str:
-    """The key, or the number where `node` is a list."""
+def _index_of(node: dict[str, Any] | list[Any], key: str, override: str) -> int | str:
+    """Return the key itself, or its number if `node` is a list."""
     if isinstance(node, dict):
         return key
     if not key.isdecimal() or int(key) >= len(node):
         raise RecipeError(
-            f"--set {override}: {key!r} is no item of a list of {len(node)}, numbered from 0"
+            f"--set {override}: {key!r} is not an item of a list of {len(node)}, numbered from 0"
         )
     return int(key)
 

@@ -1,4 +1,4 @@
-"""What a run predicts: a mixture of denoisers in rows of a shape."""
+"""The training objective: a mixture of denoisers, and the shape of the rows that their examples fill."""
 
 from __future__ import annotations
 
@@ -6,97 +6,128 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, model_validator
 
-from ul2r.config.denoisers import MIXTURE_PRESETS, Denoiser, fit
-from ul2r.config.strict_model import PositiveInt, StrictModel
+from ul2r.config.architecture import Architecture
+from ul2r.config.denoisers import MIXTURE_PRESETS, Denoiser, fit_raw_length
+from ul2r.config.field_types import PositiveInt
+from ul2r.config.strict_model import StrictModel
 
 
-def _mixture(value: Any) -> Any:  # noqa: ANN401  whatever stood in the YAML
+def _resolve_mixture(value: Any) -> Any:  # noqa: ANN401  any YAML value
     if not isinstance(value, str):
         return value
     if value not in MIXTURE_PRESETS:
         raise ValueError(
-            f"unknown mixture {value!r}: use one of {', '.join(MIXTURE_PRESETS)}, or a list"
+            f"unknown mixture {value!r}: use one of {', '.join(MIXTURE_PRESETS)}, or a list of denoisers"
         )
     return MIXTURE_PRESETS[value]
 
 
-def _distinct(mixture: tuple[Denoiser, ...]) -> tuple[Denoiser, ...]:
+def _check_names(mixture: tuple[Denoiser, ...]) -> tuple[Denoiser, ...]:
     names = [denoiser.name for denoiser in mixture]
     if not names or len(set(names)) != len(names):
-        raise ValueError(f"one denoiser or more is needed, of different names; these are {names}")
+        raise ValueError(f"needs at least one denoiser, and a different name for each; got {names}")
     return mixture
 
 
-Mixture = Annotated[tuple[Denoiser, ...], BeforeValidator(_mixture), AfterValidator(_distinct)]
+Mixture = Annotated[
+    tuple[Denoiser, ...], BeforeValidator(_resolve_mixture), AfterValidator(_check_names)
+]
 """A preset's name (ul2r, ul2, t5gemma2, span_corruption, fim, causal) or a list of denoisers with weights."""
 
 
 class Objective(StrictModel):
-    """What is predicted, and how examples fill a row."""
+    """The denoisers of a run, and how their examples fill a row."""
 
     mixture: Mixture = MIXTURE_PRESETS["ul2r"]
     sequence_length: PositiveInt = 2048
     slots_per_row: PositiveInt = 1
     attention: Literal["prefix", "causal"] = "prefix"
-    """How inputs are read: each sees all of them, or only those before it, as an engine without prefix-LM serves it."""
+    """Attention among inputs: prefix lets each of them see all of them, causal only those before it (which an engine
+    without prefix-LM support can serve)."""
     within_document: bool = False
-    """Whether an example keeps within one document; short documents then leave positions unused."""
+    """Whether an example stays within one document; short documents then leave positions unused."""
     eos_after_inputs: bool = False
-    """Whether an eos closes the inputs as well as the targets (the papers are silent)."""
+    """Whether an eos closes the inputs as well as the targets (the papers do not say)."""
 
     @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def _check_slots(self) -> Self:
         if self.sequence_length % self.slots_per_row:
             raise ValueError(
-                f"slots_per_row={self.slots_per_row} does not divide sequence_length={self.sequence_length}"
+                f"slots_per_row={self.slots_per_row} does not divide sequence_length={self.sequence_length}: "
+                "change either"
             )
         for denoiser in self.mixture:
             self.raw_length(denoiser)
         return self
 
     def with_mixture(self, *denoisers: Denoiser) -> Objective:
-        """The same rows made of other denoisers."""
+        """Return an objective with the same rows and other denoisers."""
         return self.model_copy(update={"mixture": denoisers})
 
     @property
     def slot_length(self) -> int:
-        """Positions of a row that one example has, where it shares the row."""
+        """Positions of a slot: those of an example that shares its row."""
         return self.sequence_length // self.slots_per_row
 
     def max_example_length(self, denoiser: Denoiser) -> int:
-        """Tokens of the longest example: one more than its positions, since labels are shifted."""
+        """Return the tokens of the longest example: one more than its positions, since labels are shifted."""
         return 1 + (self.sequence_length if denoiser.whole_row else self.slot_length)
 
     def raw_length(self, denoiser: Denoiser, num_mode_tokens: int = 1) -> int:
-        """Raw tokens of the longest example.
+        """Return the raw tokens of the longest example.
 
         Args:
-            denoiser: What makes the example.
+            denoiser: Denoiser of the example.
             num_mode_tokens: Tokens of its mode.
 
         Raises:
             ValueError: If no example fits.
         """
-        return fit(
-            denoiser, self.max_example_length(denoiser), num_mode_tokens + self.eos_after_inputs
+        return fit_raw_length(
+            denoiser,
+            self.max_example_length(denoiser),
+            num_mode_tokens,
+            eos_after_inputs=self.eos_after_inputs,
         )
 
     @property
     def max_raw_length(self) -> int:
-        """Raw tokens that the longest example of any denoiser may have, whatever its marks."""
+        """Upper bound of the raw tokens of any example, for modes of any length."""
         return max(self.max_example_length(denoiser) for denoiser in self.mixture)
 
     @property
     def num_sentinels_needed(self) -> int:
-        """Sentinels that the mixture's worst example uses."""
+        """Sentinels of the example with the most."""
         return max(denoiser.num_sentinels(self.raw_length(denoiser)) for denoiser in self.mixture)
 
     @property
     def is_causal(self) -> bool:
-        """Whether every position sees all before it and none after it."""
+        """Whether no position sees a later one."""
         return self.attention == "causal" or not self.is_denoising
 
     @property
     def is_denoising(self) -> bool:
-        """Whether there are denoisers with inputs, and so modes and sentinels are learned."""
+        """Whether any denoiser has inputs, so that modes and sentinels are trained."""
         return any(denoiser.kind in {"span_corruption", "prefix"} for denoiser in self.mixture)
+
+
+def check_rows_fit_model(objective: Objective, model: Architecture) -> None:
+    """Refuse rows that are longer than the model's positions or window.
+
+    Raises:
+        ValueError: With both lengths.
+    """
+    max_positions = model.max_position_embeddings if model.position_embedding == "learned" else None
+    window = model.sliding_window if model.sliding_window_pattern == 1 else None
+    for key, longest in (("max_position_embeddings", max_positions), ("sliding_window", window)):
+        if longest is not None and objective.sequence_length > longest:
+            raise ValueError(
+                f"objective.sequence_length={objective.sequence_length} is more than model.{key}={longest}, "
+                f"the longest sequence that this model is defined for: lower objective.sequence_length to {longest}"
+            )
+
+    if max_positions is not None and objective.slots_per_row > 1:
+        raise ValueError(
+            f"objective.slots_per_row={objective.slots_per_row} with model.position_embedding=learned: evaluation "
+            "and serving count positions from the start of a row: set objective.slots_per_row to 1"
+        )

@@ -1,4 +1,4 @@
-"""How the workers share one model."""
+"""The parallel layout: how the workers share one model."""
 
 from __future__ import annotations
 
@@ -6,113 +6,169 @@ from typing import Self
 
 from pydantic import model_validator
 
-from ul2r.config.strict_model import PositiveInt, StrictModel
+from ul2r.config.architecture import Architecture
+from ul2r.config.field_types import PositiveInt
+from ul2r.config.strict_model import StrictModel
 
 
 class Parallel(StrictModel):
-    """How the workers share one model. Data-parallel replicas are what is left of `num_workers`."""
+    """Parallel sizes.
+
+    The data-parallel size is what remains: num_workers / (tensor x pipeline).
+    """
 
     num_workers: PositiveInt = 1
     tensor: PositiveInt = 1
     pipeline: PositiveInt = 1
     virtual_stages: PositiveInt = 1
-    """Chunks of layers on each pipeline rank, which takes turns among them: the interleaved schedule of Narayanan
-    et al. 2021, arXiv 2104.04473, 2.2.2."""
+    """Chunks of layers on each pipeline rank, run in turn: the interleaved schedule of Narayanan et al. 2021, arXiv
+    2104.04473, 2.2.2."""
     account_for_embedding_and_loss: bool = False
-    """Whether embedding and output count as a layer each when layers are shared out, so that the first and the last
-    chunk have one fewer (Llama 3, arXiv 2407.21783, 3.3.2)."""
+    """Whether embedding and output count as a layer each when layers are divided into chunks, so that the first and
+    the last chunk have one layer fewer (Llama 3, arXiv 2407.21783, 3.3.2)."""
     sequence_parallel: bool = False
-    """Norms and residuals cut along the row over tensor ranks (Korthikanti et al. 2022, arXiv 2205.05198, 4.2.2)."""
+    """Split norms and residuals along the sequence over tensor ranks (Korthikanti et al. 2022, arXiv 2205.05198,
+    4.2.2)."""
     context: PositiveInt = 1
-    """Ranks that share a row in attention; more than one is refused."""
+    """Context-parallel size; values above 1 are refused."""
 
     @model_validator(mode="after")
-    def _factors(self) -> Self:
+    def _check_sizes(self) -> Self:
         replica = self.tensor * self.pipeline
         if self.num_workers % replica:
             raise ValueError(
-                f"num_workers={self.num_workers} is not a multiple of tensor x pipeline = {self.tensor} x {self.pipeline} "
-                f"= {replica}: set parallel.num_workers to {replica}, {2 * replica}, {3 * replica}, ..."
+                f"num_workers={self.num_workers} is not a multiple of tensor x pipeline = "
+                f"{self.tensor} x {self.pipeline} = {replica}: "
+                f"set parallel.num_workers to {replica}, {2 * replica}, {3 * replica}, ..."
             )
         if self.context > 1:
             raise ValueError(
-                f"context={self.context}: attention by intervals, which prefix-LM needs, has no kernel that shares a "
-                "row among ranks: set parallel.context to 1, and cut long rows' activations with "
+                f"context={self.context}: interval attention, which prefix-LM needs, has no kernel that splits a row "
+                "over ranks: set parallel.context to 1, and reduce the activations of long rows with "
                 "parallel.sequence_parallel or training.recompute"
             )
         if self.sequence_parallel and self.tensor == 1:
             raise ValueError(
-                "sequence_parallel=true cuts rows over tensor ranks, and tensor=1: raise parallel.tensor or leave "
-                "parallel.sequence_parallel out"
+                "sequence_parallel=true splits rows over tensor ranks, and tensor=1: raise parallel.tensor or set "
+                "parallel.sequence_parallel to false"
             )
         if self.virtual_stages > 1 and self.pipeline == 1:
             raise ValueError(
                 f"virtual_stages={self.virtual_stages} interleaves pipeline stages, and pipeline=1: raise "
-                "parallel.pipeline or leave parallel.virtual_stages out"
+                "parallel.pipeline or set parallel.virtual_stages to 1"
             )
         if self.account_for_embedding_and_loss and self.pipeline == 1:
             raise ValueError(
-                "account_for_embedding_and_loss=true is about pipeline stages, and pipeline=1: raise parallel.pipeline or leave "
-                "parallel.account_for_embedding_and_loss out"
+                "account_for_embedding_and_loss=true divides layers among pipeline stages, and pipeline=1: raise "
+                "parallel.pipeline or set parallel.account_for_embedding_and_loss to false"
             )
         return self
 
     @property
     def data(self) -> int:
-        """Model replicas."""
+        """Data-parallel size: the number of model replicas."""
         return self.num_workers // (self.tensor * self.pipeline)
 
     @property
     def num_chunks(self) -> int:
-        """Chunks that the layers are cut into."""
+        """Chunks that the layers are divided into."""
         return self.pipeline * self.virtual_stages
 
-    def layers_per_chunk(self, layers: int) -> tuple[tuple[int, ...], ...]:
-        """Layers of each pipeline stage's chunks, of a model that has `layers`, which must fit."""
+    def layers_per_chunk(self, num_layers: int) -> tuple[tuple[int, ...], ...]:
+        """Return the number of layers of each pipeline stage's chunks, for a model that passed `check_layers`."""
         ends = 1 if self.account_for_embedding_and_loss else 0
-        each = (layers + 2 * ends) // self.num_chunks
-        shares = [[each] * self.virtual_stages for _ in range(self.pipeline)]
-        shares[0][0] -= ends
-        shares[-1][-1] -= ends
-        return tuple(map(tuple, shares))
+        each = (num_layers + 2 * ends) // self.num_chunks
+        stages = [[each] * self.virtual_stages for _ in range(self.pipeline)]
+        stages[0][0] -= ends
+        stages[-1][-1] -= ends
+        return tuple(map(tuple, stages))
 
-    def microbatch_group_size(self, microbatches: int) -> int:
-        """Microbatches that pass through a chunk before the next chunk's turn, in the interleaved schedule.
+    def microbatch_group_size(self, num_microbatches: int) -> int:
+        """Return the microbatches that pass through a chunk before the next chunk's turn, in the interleaved schedule.
 
-        As few as keep every stage busy: no fewer than stages, in the last group neither.
+        The smallest group that keeps every stage busy: no group, not even the last one, is smaller than the number of
+        stages.
         """
-        sizes = range(self.pipeline, microbatches)
-        fits = (size for size in sizes if not 0 < microbatches % size < self.pipeline)
-        return next(fits, microbatches)
+        sizes = range(self.pipeline, num_microbatches)
+        fitting = (size for size in sizes if not 0 < num_microbatches % size < self.pipeline)
+        return next(fitting, num_microbatches)
 
-    def check_fit(self, *, layers: int, sequence_length: int, **microbatches: int) -> None:
-        """Refuse a layout that the layers, the rows or the number of microbatches do not fit.
 
-        Args:
-            layers: Layers of the model.
-            sequence_length: Positions of a row.
-            microbatches: Microbatches of a replica, by what needs them.
+def check_tensor_parallel(parallel: Parallel, model: Architecture) -> None:
+    """Refuse a tensor-parallel size that the model's heads, MLP, norms or experts do not allow.
 
-        Raises:
-            ValueError: With what does not fit.
-        """
-        shared_out = layers + 2 if self.account_for_embedding_and_loss else layers
-        if shared_out % self.num_chunks:
+    Raises:
+        ValueError: With the sizes that do not fit.
+    """
+    tensor = parallel.tensor
+    for key, size in (("num_heads", model.num_heads), ("ffn_hidden_size", model.ffn_hidden_size)):
+        if size % tensor:
+            divisors = [d for d in range(1, size + 1) if size % d == 0 and d <= 16]
             raise ValueError(
-                f"parallel.pipeline x parallel.virtual_stages = {self.pipeline} x {self.virtual_stages} does not "
-                f"divide model.num_layers={layers}{' + 2 (parallel.account_for_embedding_and_loss)' if self.account_for_embedding_and_loss else ''}: "
-                "change either"
+                f"parallel.tensor={tensor} does not divide model.{key}={size}: "
+                f"set parallel.tensor to one of {', '.join(map(str, divisors))}"
             )
-        if self.sequence_parallel and sequence_length % self.tensor:
+
+    if model.num_kv_heads % tensor and tensor % model.num_kv_heads:
+        raise ValueError(
+            f"parallel.tensor={tensor} neither divides model.num_kv_heads={model.num_kv_heads} nor is a multiple of "
+            "it: change either"
+        )
+    if model.qk_norm == "full" and model.num_kv_heads % tensor:
+        raise ValueError(
+            f"parallel.tensor={tensor} does not divide model.num_kv_heads={model.num_kv_heads}, as "
+            "model.qk_norm=full needs: change either"
+        )
+    if model.num_experts is not None and tensor > 1 and not parallel.sequence_parallel:
+        raise ValueError(
+            f"parallel.tensor={tensor} with model.num_experts={model.num_experts}: Megatron-Core supports experts "
+            "under tensor parallelism only with sequence parallelism: set parallel.sequence_parallel to true"
+        )
+
+
+def check_layers(parallel: Parallel, num_layers: int) -> None:
+    """Refuse layers that cannot be divided evenly into pipeline chunks.
+
+    Raises:
+        ValueError: With the number of layers and of chunks.
+    """
+    ends = 2 if parallel.account_for_embedding_and_loss else 0
+    if (num_layers + ends) % parallel.num_chunks:
+        counted = " + 2 (parallel.account_for_embedding_and_loss)" if ends else ""
+        raise ValueError(
+            f"parallel.pipeline x parallel.virtual_stages = {parallel.pipeline} x {parallel.virtual_stages} does not "
+            f"divide model.num_layers={num_layers}{counted}: change either"
+        )
+
+
+def check_sequence_parallel(parallel: Parallel, sequence_length: int) -> None:
+    """Refuse rows that cannot be split evenly over tensor ranks.
+
+    Raises:
+        ValueError: With the length and the number of ranks.
+    """
+    if parallel.sequence_parallel and sequence_length % parallel.tensor:
+        raise ValueError(
+            f"parallel.tensor={parallel.tensor} does not divide objective.sequence_length={sequence_length}, as "
+            "parallel.sequence_parallel needs: change either"
+        )
+
+
+def check_interleaving(parallel: Parallel, **num_microbatches: int) -> None:
+    """Refuse fewer microbatches than the interleaved pipeline schedule needs.
+
+    Args:
+        parallel: The layout.
+        num_microbatches: Microbatches of a replica, by what they are for ("training", "validation").
+
+    Raises:
+        ValueError: With the number of microbatches and of stages.
+    """
+    for purpose, count in num_microbatches.items():
+        if parallel.virtual_stages > 1 and count < parallel.pipeline:
             raise ValueError(
-                f"parallel.tensor={self.tensor} does not divide objective.sequence_length={sequence_length}, as "
-                "parallel.sequence_parallel needs: change either"
+                f"{count} microbatches of {purpose} on each replica are fewer than "
+                f"parallel.pipeline={parallel.pipeline}, which the interleaved schedule of "
+                f"parallel.virtual_stages={parallel.virtual_stages} needs: raise the rows of {purpose}, "
+                "lower training.micro_batch_size or change the layout"
             )
-        for what, count in microbatches.items():
-            if self.virtual_stages > 1 and count < self.pipeline:
-                raise ValueError(
-                    f"{count} microbatches of {what} on each replica are fewer than "
-                    f"parallel.pipeline={self.pipeline}, which the interleaved schedule of "
-                    f"parallel.virtual_stages={self.virtual_stages} needs: raise the rows of {what}, "
-                    "lower training.micro_batch_size or change the layout"
-                )

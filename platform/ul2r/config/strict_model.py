@@ -1,25 +1,23 @@
-"""The base of every part of a recipe: immutable, with unknown keys refused."""
+"""The base class of every section of a recipe: immutable, and unknown keys are errors."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-
-PositiveInt = Annotated[int, Field(gt=0)]
+from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class StrictModel(BaseModel):
-    """A frozen group of settings; an unknown key is an error."""
+    """A frozen group of settings that refuses unknown keys, NaN and infinity."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
-    def _no_switch_for_a_number(cls, tree: Any) -> Any:  # noqa: ANN401  whatever stood in the YAML
-        """Refuse true and false for numbers; pydantic takes them for 1 and 0, and YAML reads "yes" as true."""
+    def _refuse_bool_for_number(cls, tree: Any) -> Any:  # noqa: ANN401  any YAML value
+        """Refuse true and false for numbers: YAML reads "yes" as true, and pydantic converts it to 1."""
         if isinstance(tree, dict):
             for key, field in cls.model_fields.items():
                 if field.annotation in (int, float) and isinstance(tree.get(key), bool):
-                    raise ValueError(f"{key}={str(tree[key]).lower()}: a number is needed")
+                    raise ValueError(f"{key}={str(tree[key]).lower()} should be a number")
         return tree

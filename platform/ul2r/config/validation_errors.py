@@ -1,4 +1,4 @@
-"""A recipe's mistake in one line: where it stands, what is wrong, what was given."""
+"""A recipe's mistake in one line: its place, what is wrong, and the value that was given."""
 
 from __future__ import annotations
 
@@ -11,95 +11,103 @@ from pydantic import ValidationError
 from ul2r.config.denoisers import Denoiser
 from ul2r.config.strict_model import StrictModel
 
-LONGEST_VALUE = 60
-"""Characters of a wrong value that are shown."""
+MAX_SHOWN_CHARACTERS = 60
+"""A wrong value is cut to this length."""
 
 DENOISERS: dict[str, type[StrictModel]] = {
     kind.model_fields["kind"].default: kind for kind in get_args(get_args(Denoiser)[0])
 }
 
-PLAIN = {
+MESSAGES = {
     "missing": "this key is required",
-    "model_type": "a group of keys is needed",
-    "model_attributes_type": "a group of keys is needed",
-    "tuple_type": "a list is needed",
-    "too_short": "the list is empty",
-    "path_type": "a path is needed",
-    "union_tag_not_found": f"needs the key kind, one of {', '.join(DENOISERS)}",
-    "union_tag_invalid": f"its kind is none of {', '.join(DENOISERS)}",
+    "model_type": "input should be a group of keys",
+    "model_attributes_type": "input should be a group of keys",
+    "tuple_type": "input should be a list",
+    "too_short": "input should not be an empty list",
+    "path_type": "input should be a path",
+    "union_tag_not_found": f"the key kind is required: one of {', '.join(DENOISERS)}",
+    "union_tag_invalid": f"kind should be one of {', '.join(DENOISERS)}",
 }
-"""Words for those of pydantic's errors that speak of Python."""
+"""Our own messages for the pydantic errors that speak of Python types."""
 
 
 def explain(error: ValidationError, kind: type[StrictModel]) -> str:
-    """The weightiest mistake, as "key.key: what is wrong, got value (and 2 more)".
+    """Return the most important mistake as "key.key: what is wrong, got value (and 2 more)".
 
-    An unknown key comes first, since it is often what makes another one missing.
+    An unknown key comes first, since it is often the reason why another one is missing.
     """
     mistakes = error.errors(include_url=False)
-    mistake = min(mistakes, key=lambda one: one["type"] != "extra_forbidden")
-    location, given = mistake["loc"], mistake["input"]
+    mistake = min(mistakes, key=lambda candidate: candidate["type"] != "extra_forbidden")
+    location = mistake["loc"]
+
     if mistake["type"] == "extra_forbidden":
-        message = f"unknown key; the nearest known one is {_nearest(location, kind)}"
+        message = f"unknown key; did you mean {_nearest_key(location, kind)}?"
     else:
-        message = PLAIN.get(mistake["type"]) or mistake["msg"].removeprefix("Value error, ")
+        message = MESSAGES.get(mistake["type"]) or mistake["msg"].removeprefix("Value error, ")
         message = message[:1].lower() + message[1:]
-        if mistake["type"] not in ("missing", "value_error"):  # the text of ours names the values
-            message += f", got {_short(given)}"
+        # Messages of our own validators (value_error) contain the values already.
+        if mistake["type"] not in ("missing", "value_error"):
+            message += f", got {_shorten(mistake['input'])}"
+
     more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
     return ": ".join(filter(None, (_dotted(location), message))) + more
 
 
 def _dotted(location: tuple[int | str, ...]) -> str:
-    """A place as it would be written after --set; pydantic puts a denoiser's kind into it as well."""
+    """Return a location as it is written after --set.
+
+    Pydantic adds a denoiser's kind after its index in the mixture, which is not part of the key.
+    """
     shown = [
         str(part)
-        for before, part in zip((None, *location), location, strict=False)
-        if not (isinstance(before, int) and part in DENOISERS)
+        for previous, part in zip((None, *location), location, strict=False)
+        if not (isinstance(previous, int) and part in DENOISERS)
     ]
     return ".".join(shown)
 
 
-def _nearest(location: tuple[int | str, ...], kind: type[StrictModel]) -> str:
-    """The dotted key that was most likely meant by the unknown one at `location`.
+def _nearest_key(location: tuple[int | str, ...], kind: type[StrictModel]) -> str:
+    """Return the dotted key that was most likely meant by the unknown one at `location`.
 
-    That is one of the same group if any is alike, else one of that very name elsewhere, else the most alike.
+    A similar key of the same section if there is one, else a key of exactly that name in another section, else the most
+    similar of the same section.
     """
-    *group, wrong = location
-    keys = _keys(tuple(group), kind)
-    alike = difflib.get_close_matches(str(wrong), keys, n=1)
-    if not alike:
+    *section, wrong = location
+    keys = _known_keys(tuple(section), kind)
+    similar = difflib.get_close_matches(str(wrong), keys, n=1)
+    if not similar:
         for path in _all_keys(kind):
             if path[-1] == wrong:
                 return ".".join(path)
-        alike = difflib.get_close_matches(str(wrong), keys, n=1, cutoff=0)
-    return _dotted((*group, alike[0]))
+        similar = difflib.get_close_matches(str(wrong), keys, n=1, cutoff=0)
+    return _dotted((*section, similar[0]))
 
 
-def _keys(group: tuple[int | str, ...], kind: type[StrictModel]) -> list[str]:
-    """Known keys of the group at a place."""
-    for part in group:
+def _known_keys(location: tuple[int | str, ...], kind: type[StrictModel]) -> list[str]:
+    """Return the known keys of the section at a location."""
+    for part in location:
         if part in DENOISERS:
             kind = DENOISERS[str(part)]
         elif part in kind.model_fields:
-            kind = _section(kind.model_fields[str(part)].annotation) or kind
-    return [*kind.model_fields, *([] if group else ["extends"])]
+            kind = _section_type(kind.model_fields[str(part)].annotation) or kind
+    return [*kind.model_fields, *([] if location else ["extends"])]
 
 
 def _all_keys(kind: type[StrictModel]) -> Iterator[tuple[str, ...]]:
-    """Every key of a section and the sections in it."""
+    """Yield every key of a section and of the sections in it."""
     for name, field in kind.model_fields.items():
         yield (name,)
-        if inner := _section(field.annotation):
+        if inner := _section_type(field.annotation):
             yield from ((name, *path) for path in _all_keys(inner))
 
 
-def _section(annotation: Any) -> type[StrictModel] | None:  # noqa: ANN401  whatever a field is annotated with
-    return (
-        annotation if isinstance(annotation, type) and issubclass(annotation, StrictModel) else None
-    )
+def _section_type(annotation: Any) -> type[StrictModel] | None:  # noqa: ANN401  annotations have no type
+    is_section = isinstance(annotation, type) and issubclass(annotation, StrictModel)
+    return annotation if is_section else None
 
 
-def _short(value: object) -> str:
+def _shorten(value: object) -> str:
     text = repr(value)
-    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]} ..."
+    if len(text) <= MAX_SHOWN_CHARACTERS:
+        return text
+    return f"{text[:MAX_SHOWN_CHARACTERS]} ..."

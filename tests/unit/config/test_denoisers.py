@@ -6,17 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ul2r.config import (
-    MIXTURE_PRESETS,
-    Causal,
-    Denoiser,
-    Fim,
-    Objective,
-    Prefix,
-    SpanCorruption,
-    fit,
-)
-from ul2r.config.denoisers import MINIMUM_RAW_LENGTH
+from ul2r.config import MIXTURE_PRESETS, Causal, Denoiser, Fim, Objective, Prefix, SpanCorruption
+from ul2r.config.denoisers import MINIMUM_RAW_LENGTH, fit_raw_length
 
 corruptions = st.builds(
     SpanCorruption,
@@ -31,18 +22,18 @@ denoisers = st.one_of(
 )
 
 
-def corruption(mean_noise_span_length: float, rate: float) -> SpanCorruption:
+def corruption(mean_noise_span_length: float, noise_density: float) -> SpanCorruption:
     return SpanCorruption(
         name="R",
         mean_noise_span_length=mean_noise_span_length,
-        noise_density=rate,
+        noise_density=noise_density,
         mode="NLU",
         weight=1,
     )
 
 
 @pytest.mark.parametrize(
-    ("mean_noise_span_length", "rate", "raw", "lengths"),
+    ("mean_noise_span_length", "noise_density", "raw_length", "expected"),
     [
         # By hand: 512 * 0.15 = 76.8; 77 / 3 = 25.67; 512 + 2 * 26 + 2.
         (3, 0.15, 512, (77, 26, 566)),
@@ -50,19 +41,22 @@ def corruption(mean_noise_span_length: float, rate: float) -> SpanCorruption:
         (3, 0.5, 512, (256, 85, 684)),
         (64, 0.5, 100, (50, 1, 104)),
         (3, 0.01, 4, (1, 1, 8)),  # at least one token and one span
-        (1, 0.99, 4, (3, 1, 8)),  # at least one kept token, and no span without one before it
+        (1, 0.99, 4, (3, 1, 8)),  # at least one kept token, and a kept token before every span
     ],
 )
 def test_lengths_of_span_corruption(
-    mean_noise_span_length: float, rate: float, raw: int, lengths: tuple[int, int, int]
+    mean_noise_span_length: float,
+    noise_density: float,
+    raw_length: int,
+    expected: tuple[int, int, int],
 ) -> None:
-    denoiser = corruption(mean_noise_span_length, rate)
+    denoiser = corruption(mean_noise_span_length, noise_density)
     found = (
-        denoiser.num_noise_tokens(raw),
-        denoiser.num_sentinels(raw),
-        denoiser.example_length(raw),
+        denoiser.num_noise_tokens(raw_length),
+        denoiser.num_sentinels(raw_length),
+        denoiser.example_length(raw_length),
     )
-    assert found == lengths
+    assert found == expected
 
 
 def test_lengths_of_prefix_and_causal() -> None:
@@ -71,68 +65,82 @@ def test_lengths_of_prefix_and_causal() -> None:
 
 
 @given(corruptions, st.integers(2, 3000))
-def test_every_run_can_hold_a_token(denoiser: SpanCorruption, raw: int) -> None:
-    noise, spans = denoiser.num_noise_tokens(raw), denoiser.num_sentinels(raw)
-    assert 1 <= spans <= noise < raw
-    assert spans <= raw - noise
+def test_every_run_has_at_least_one_token(denoiser: SpanCorruption, raw_length: int) -> None:
+    noise = denoiser.num_noise_tokens(raw_length)
+    spans = denoiser.num_sentinels(raw_length)
+    assert 1 <= spans <= noise < raw_length
+    assert spans <= raw_length - noise
 
 
 @given(denoisers, st.integers(16, 600))
-def test_fitted_raw_length_is_the_longest_that_fits(denoiser: Denoiser, room: int) -> None:
-    lengths = range(MINIMUM_RAW_LENGTH, room + 1)
-    longest = max(raw for raw in lengths if denoiser.example_length(raw) <= room)
-    assert fit(denoiser, room) == longest
+def test_fitted_raw_length_is_the_longest_that_fits(denoiser: Denoiser, limit: int) -> None:
+    lengths = range(MINIMUM_RAW_LENGTH, limit + 1)
+    longest = max(length for length in lengths if denoiser.example_length(length) <= limit)
+    assert fit_raw_length(denoiser, limit) == longest
 
 
 @given(denoisers, st.integers(16, 4096))
-def test_slot_is_filled_to_within_two_tokens(denoiser: Denoiser, room: int) -> None:
-    assert room - 2 <= denoiser.example_length(fit(denoiser, room)) <= room
+def test_at_most_two_tokens_of_a_slot_are_left_over(denoiser: Denoiser, limit: int) -> None:
+    assert limit - 2 <= denoiser.example_length(fit_raw_length(denoiser, limit)) <= limit
 
 
 @pytest.mark.parametrize("name", MIXTURE_PRESETS)
-def test_published_rows_carry_tokens_in_998_of_1000_positions(name: str) -> None:
-    """R with inputs of a fixed 1,024 tokens fills 1,253 of 2,048 positions; the raw length is solved for instead."""
+def test_published_mixtures_fill_998_of_1000_positions(name: str) -> None:
+    """R with inputs of a fixed 1,024 tokens fills 1,253 of 2,048 positions; here the raw length is solved for."""
     objective = Objective(mixture=MIXTURE_PRESETS[name], sequence_length=2048)
     for denoiser in objective.mixture:
         used = denoiser.example_length(objective.raw_length(denoiser)) - 1
         assert used >= 0.998 * 2048
 
 
-def test_marks_that_an_example_carries_are_counted() -> None:
-    assert corruption(3, 0.15).example_length(512, marks=3) == 568
-    assert Prefix(weight=1, sentinel=True).example_length(100, marks=2) == 105
+def test_mode_sentinels_and_eos_count_towards_the_length() -> None:
+    assert corruption(3, 0.15).example_length(512, 2, eos_after_inputs=True) == 568
+    assert corruption(3, 0.15).example_length(512, 3) == 568
+    assert Prefix(weight=1, sentinel=True).example_length(100, 2) == 105
+    assert Prefix(weight=1, sentinel=True).example_length(100, 1, eos_after_inputs=True) == 105
     assert Fim(weight=1).example_length(100) == 104
-    closed = Objective(mixture=(Prefix(weight=1),), sequence_length=64, eos_after_inputs=True)
-    assert closed.raw_length(closed.mixture[0], num_mode_tokens=4) == 65 - 4 - 1 - 1
+
+    objective = Objective(mixture=(Prefix(weight=1),), sequence_length=64, eos_after_inputs=True)
+    assert objective.raw_length(objective.mixture[0], num_mode_tokens=4) == 65 - 4 - 1 - 1
 
 
-def test_example_with_a_row_to_itself_has_the_room_of_all_slots() -> None:
-    whole, shared = Prefix(weight=1, whole_row=True), corruption(3, 0.15)
+@pytest.mark.parametrize("denoiser", [Fim(weight=1), Causal()])
+def test_denoisers_without_inputs_have_neither_mode_nor_eos_after_inputs(
+    denoiser: Denoiser,
+) -> None:
+    length = denoiser.example_length(100)
+    assert denoiser.example_length(100, 3, eos_after_inputs=True) == length
+
+
+def test_example_with_a_row_to_itself_may_fill_all_slots() -> None:
+    whole = Prefix(weight=1, whole_row=True)
+    shared = corruption(3, 0.15)
     objective = Objective(mixture=(whole, shared), sequence_length=128, slots_per_row=4)
-    assert (objective.max_example_length(whole), objective.max_example_length(shared)) == (129, 33)
+    assert objective.max_example_length(whole) == 129
+    assert objective.max_example_length(shared) == 33
     assert objective.max_raw_length == 129
     assert objective.with_mixture(shared).max_raw_length == 33
 
 
 def test_ul2_mixture_is_the_papers_seven() -> None:
-    """arXiv 2205.05131, table 1, by (mean span, rate); S has a quarter of the text as its target."""
-    corruptions = {
+    """arXiv 2205.05131, table 1, as (mean span length, noise density); S has a quarter of the text as its target."""
+    corrupting = {
         (d.mean_noise_span_length, d.noise_density)
         for d in MIXTURE_PRESETS["ul2"]
         if d.kind == "span_corruption"
     }
-    assert corruptions == {(3, 0.15), (8, 0.15), (3, 0.5), (8, 0.5), (64, 0.15), (64, 0.5)}
+    assert corrupting == {(3, 0.15), (8, 0.15), (3, 0.5), (8, 0.5), (64, 0.15), (64, 0.5)}
     assert [d.noise_density for d in MIXTURE_PRESETS["ul2"] if d.kind == "prefix"] == [0.25]
     assert len({d.weight for d in MIXTURE_PRESETS["ul2"]}) == 1
 
 
 @given(denoisers, st.integers(1, 12))
-def test_slot_that_is_too_short_is_refused(denoiser: Denoiser, room: int) -> None:
-    if denoiser.example_length(MINIMUM_RAW_LENGTH) <= room:
-        fit(denoiser, room)
+def test_slot_that_is_too_short_is_refused(denoiser: Denoiser, limit: int) -> None:
+    if denoiser.example_length(MINIMUM_RAW_LENGTH) <= limit:
+        fit_raw_length(denoiser, limit)
         return
-    with pytest.raises(ValueError, match=f"{room} tokens are too few for denoiser"):
-        fit(denoiser, room)
+    with pytest.raises(ValueError, match=f"{limit} tokens are too few for denoiser"):
+        fit_raw_length(denoiser, limit)
 
 
 def test_ul2r_mixture_is_the_papers() -> None:
@@ -142,6 +150,7 @@ def test_ul2r_mixture_is_the_papers() -> None:
         kind = denoiser.name[0]
         shares[kind] = shares.get(kind, Fraction(0)) + Fraction(denoiser.weight)
     assert shares == {"S": Fraction(1, 2), "R": Fraction(1, 4), "X": Fraction(1, 4)}
+
     modes = {
         d.name[0]: d.mode
         for d in MIXTURE_PRESETS["ul2r"]

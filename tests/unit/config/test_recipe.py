@@ -43,17 +43,17 @@ def refusal(**changes: object) -> str:
     return explain(caught.value, Recipe)
 
 
-def test_workers_that_are_no_multiple_of_tensor_times_pipeline_are_refused() -> None:
+def test_workers_must_be_a_multiple_of_tensor_times_pipeline() -> None:
     assert refusal(parallel={"num_workers": 6, "tensor": 2, "pipeline": 2}) == (
         "parallel: num_workers=6 is not a multiple of tensor x pipeline = 2 x 2 = 4: "
         "set parallel.num_workers to 4, 8, 12, ..."
     )
 
 
-def test_data_parallel_replicas_are_what_is_left_of_the_workers() -> None:
-    made = recipe(parallel={"num_workers": 8, "tensor": 2, "pipeline": 2})
-    assert made.parallel.data == 2
-    assert made.num_microbatches == 4
+def test_data_parallel_size_is_workers_over_tensor_times_pipeline() -> None:
+    built = recipe(parallel={"num_workers": 8, "tensor": 2, "pipeline": 2})
+    assert built.parallel.data == 2
+    assert built.num_microbatches == 4
 
 
 @pytest.mark.parametrize(
@@ -73,15 +73,15 @@ def test_data_parallel_replicas_are_what_is_left_of_the_workers() -> None:
         ),
         (
             {"model": {"sliding_window_pattern": 2, "sliding_window": 64}},
-            "model: sliding_window_pattern=2 with local_rope_theta=None: give both or neither",
+            "model: sliding_window_pattern=2 with local_rope_theta=None: set both or neither",
         ),
         (
             {"model": {"sliding_window_pattern": 2, "local_rope_theta": 100}},
-            "model: sliding_window_pattern=2 needs sliding_window, rotary positions that are not interleaved, and no",
+            "model: sliding_window_pattern=2 needs sliding_window, rotary positions that are not interleaved, and",
         ),
         (
             {"model": {"norm": "layer", "norm_zero_centered": True}},
-            "model: norm_zero_centered=true needs norm=rms and no qk_norm=full",
+            "model: norm_zero_centered=true needs norm=rms and is not implemented for qk_norm=full",
         ),
         (
             {"model": {"sliding_window": 64}},
@@ -125,7 +125,7 @@ def test_data_parallel_replicas_are_what_is_left_of_the_workers() -> None:
         ),
         (
             {"parallel": {"account_for_embedding_and_loss": True}},
-            "parallel: account_for_embedding_and_loss=true is about pipeline stages, and pipeline=1: raise parallel.pipeline",
+            "parallel: account_for_embedding_and_loss=true divides layers among pipeline stages, and pipeline=1: raise",
         ),
         (
             {
@@ -145,12 +145,12 @@ def test_data_parallel_replicas_are_what_is_left_of_the_workers() -> None:
         ),
         (
             {"parallel": {"sequence_parallel": True}},
-            "parallel: sequence_parallel=true cuts rows over tensor ranks, and tensor=1: raise parallel.tensor",
+            "parallel: sequence_parallel=true splits rows over tensor ranks, and tensor=1: raise parallel.tensor",
         ),
         (
             {"parallel": {"num_workers": 2, "tensor": 2}, "model": EXPERTS},
-            "parallel.tensor=2 with model.num_experts=4: Megatron-Core shares experts out by parts of a row alone; set "
-            "parallel.sequence_parallel to true",
+            "parallel.tensor=2 with model.num_experts=4: Megatron-Core supports experts under tensor "
+            "parallelism only with sequence parallelism: set parallel.sequence_parallel to true",
         ),
         (
             {"model": {**EXPERTS, "num_experts_per_token": 5}},
@@ -158,11 +158,11 @@ def test_data_parallel_replicas_are_what_is_left_of_the_workers() -> None:
         ),
         (
             {"model": {"num_experts": 4}},
-            "model: num_experts=4 and num_experts_per_token=None belong together: give both or neither",
+            "model: num_experts=4 with num_experts_per_token=None: set both or neither",
         ),
         (
             {"model": {"family": "mixtral"}},
-            "model: family=mixtral has experts: set experts and num_experts_per_token",
+            "model: family=mixtral needs experts: set num_experts and num_experts_per_token",
         ),
         (
             {
@@ -173,8 +173,8 @@ def test_data_parallel_replicas_are_what_is_left_of_the_workers() -> None:
         ),
         (
             {"parallel": {"num_workers": 2, "context": 2}},
-            "parallel: context=2: attention by intervals, which prefix-LM needs, has no kernel that shares a row "
-            "among ranks: set parallel.context to 1",
+            "parallel: context=2: interval attention, which prefix-LM needs, has no kernel that splits a row over "
+            "ranks: set parallel.context to 1",
         ),
         (
             {"training": {"precision": "bf16"}},
@@ -190,7 +190,7 @@ def test_data_parallel_replicas_are_what_is_left_of_the_workers() -> None:
                 "launch": {"gpus_per_worker": 1},
                 "model": EXPERTS,
             },
-            "training.precision=fp8 with model.num_experts=4: Megatron-Core 0.16 cannot save what TransformerEngine's",
+            "training.precision=fp8 with model.num_experts=4: Megatron-Core 0.16 cannot save TransformerEngine's",
         ),
         (
             {
@@ -203,11 +203,11 @@ def test_data_parallel_replicas_are_what_is_left_of_the_workers() -> None:
         (
             {"optimizer": {"schedule": "wsd", "warmup_fraction": 0.5, "decay_fraction": 0.6}},
             "optimizer.warmup_fraction=0.5 and optimizer.decay_fraction=0.6 make 5 + 6 steps, training.steps=10: "
-            "lower either share",
+            "lower either fraction",
         ),
         (
             {"optimizer": {"load_optimizer_state": True}},
-            "optimizer.load_optimizer_state=true needs a base that is a run of this storage: set base to one, or set "
+            "optimizer.load_optimizer_state=true needs a base that is a run of this storage: set base to one, or "
             "optimizer.load_optimizer_state to false",
         ),
         (
@@ -223,7 +223,7 @@ def test_data_parallel_replicas_are_what_is_left_of_the_workers() -> None:
             {"objective": {"sequence_length": 4, "mixture": "causal"}},
             "5 tokens are too few for denoiser 'S'",
         ),
-        ({"base": "small"}, "base=small is the run's own name: name the run to continue"),
+        ({"base": "small"}, "base=small is the run's own name: set base to the run to continue"),
         (
             {"optimizer": {"learning_rate": 1e-7}},
             "final_learning_rate=1e-06 is above learning_rate=1e-07",
@@ -240,11 +240,11 @@ def test_data_parallel_replicas_are_what_is_left_of_the_workers() -> None:
         (
             {"data": {"vocabulary_size": 515}},
             "data: vocabulary_size=515 is too small for 256 bytes, num_sentinels=256, eos and three modes: "
-            "raise vocabulary_size to 516 or more, or lower sentinels",
+            "raise vocabulary_size to at least 516 or lower num_sentinels",
         ),
     ],
 )
-def test_parts_that_do_not_fit_each_other_are_refused(
+def test_sections_that_do_not_fit_each_other_are_refused(
     changes: dict[str, Any], expected: str
 ) -> None:
     assert expected in refusal(**changes)
@@ -255,7 +255,7 @@ def test_warm_up_may_last_until_the_last_step() -> None:
     assert recipe(training={"steps": 1}).warmup_steps == 0
 
 
-def test_precision_is_what_the_devices_train_in_unless_the_recipe_says_otherwise() -> None:
+def test_default_precision_depends_on_the_devices() -> None:
     assert recipe().precision == "fp32"
     gpu = {"gpus_per_worker": 1}
     assert recipe(launch=gpu).precision == "bf16"
@@ -263,7 +263,7 @@ def test_precision_is_what_the_devices_train_in_unless_the_recipe_says_otherwise
     assert recipe(launch=gpu, training={"precision": "fp8"}).precision == "fp8"
 
 
-def test_the_device_of_a_gpu_worker_is_an_h100_unless_the_recipe_says_otherwise() -> None:
+def test_default_gpu_is_an_h100() -> None:
     assert (recipe().launch.memory_gib, recipe().launch.peak_tflops) == (None, None)
     on_gpu = recipe(launch={"gpus_per_worker": 1}).launch
     assert (on_gpu.memory_gib, on_gpu.peak_tflops) == (76, 989)
@@ -272,15 +272,15 @@ def test_the_device_of_a_gpu_worker_is_an_h100_unless_the_recipe_says_otherwise(
     assert (other.memory_gib, other.peak_tflops) == (141, 312)
 
 
-def test_denoisers_of_one_name_are_refused() -> None:
+def test_denoisers_with_the_same_name_are_refused() -> None:
     twice = [{"kind": "prefix", "weight": 1}, {"kind": "prefix", "weight": 2}]
     assert refusal(objective={"mixture": twice}) == (
-        "objective.mixture: one denoiser or more is needed, of different names; these are ['S', 'S']"
+        "objective.mixture: needs at least one denoiser, and a different name for each; got ['S', 'S']"
     )
 
 
 @pytest.mark.parametrize(("row", "needed"), [(1024, 128), (2048, 256)])
-def test_too_few_sentinels_are_refused_saying_how_many_are_needed(row: int, needed: int) -> None:
+def test_too_few_sentinels_are_refused_with_the_number_needed(row: int, needed: int) -> None:
     """The counts that other code bases ran out of: an eighth of the row for (3, 0.5)."""
     assert refusal(objective={"sequence_length": row}, data={"num_sentinels": needed - 1}) == (
         f"objective.mixture needs {needed} sentinels in slots of {row} tokens, data.num_sentinels={needed - 1}: "
@@ -289,19 +289,19 @@ def test_too_few_sentinels_are_refused_saying_how_many_are_needed(row: int, need
     recipe(objective={"sequence_length": row}, data={"num_sentinels": needed})
 
 
-def test_sentinels_of_the_evaluation_count_as_well() -> None:
+def test_evaluation_needs_sentinels_too() -> None:
     causal = {"sequence_length": 2048, "mixture": "causal"}
     assert "needs 256 sentinels" in refusal(objective=causal, data={"num_sentinels": 255})
     recipe(objective=causal, data={"num_sentinels": 1}, evaluation={"mixture": "causal"})
 
 
-def test_storage_does_not_depend_on_the_folder_a_worker_runs_in() -> None:
-    made = recipe(storage="runs/demo")
-    assert made.storage == Path.cwd() / "runs/demo"
-    assert made.storage_paths.run("base").folder == Path.cwd() / "runs/demo/runs/base"
+def test_storage_is_an_absolute_path() -> None:
+    built = recipe(storage="runs/demo")
+    assert built.storage == Path.cwd() / "runs/demo"
+    assert built.storage_paths.run("base").folder == Path.cwd() / "runs/demo/runs/base"
 
 
-def test_recipe_cannot_be_changed() -> None:
+def test_recipe_is_immutable() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         recipe().seed = 3  # type: ignore[misc]  # that it is refused is what is tested
 
@@ -314,7 +314,7 @@ def test_config_imports_nothing_heavy() -> None:
     )
 
 
-def test_attention_is_what_fits_the_device_and_the_heads() -> None:
+def test_default_attention_depends_on_the_device_and_the_head_size() -> None:
     wide = {"hidden_size": 192}
     assert recipe(model=wide).attention_backend == "sdpa"
     assert recipe(model=wide, launch={"gpus_per_worker": 1}).attention_backend == "flex"
@@ -325,32 +325,33 @@ def test_attention_is_what_fits_the_device_and_the_heads() -> None:
 
 @pytest.mark.parametrize("backend", ["flex", "te"])
 def test_attention_that_does_not_train_on_a_cpu_is_refused_there(backend: str) -> None:
-    said = refusal(attention=backend)
-    assert said.startswith(f"attention={backend} does not train on a CPU")
-    assert said.endswith(
+    message = refusal(attention=backend)
+    assert message.startswith(f"attention={backend} does not train on a CPU")
+    assert message.endswith(
         "launch.gpus_per_worker=0: set attention to auto or sdpa, or launch.gpus_per_worker to 1"
     )
 
 
-def test_windows_of_some_layers_are_for_longer_rows_and_not_for_transformer_engine() -> None:
+def test_sliding_windows_of_some_layers_allow_longer_rows_but_not_transformer_engine() -> None:
     windows = {"sliding_window": 64, "sliding_window_pattern": 3, "local_rope_theta": 100}
     assert recipe(model=windows).model.layer_windows == (64, 64, None, 64)
     assert refusal(model=windows, attention="te", launch={"gpus_per_worker": 1}) == (
-        "attention=te has no windows, and model.sliding_window_pattern=3 asks for them: set attention to auto, flex or sdpa"
+        "attention=te does not support sliding windows, and model.sliding_window_pattern=3: "
+        "set attention to auto, flex or sdpa"
     )
 
 
-def test_transformer_engines_attention_is_for_bf16_alone() -> None:
+def test_transformer_engine_attention_needs_bf16() -> None:
     training = {"precision": "fp32"}
     assert refusal(attention="te", training=training, launch={"gpus_per_worker": 1}) == (
-        "attention=te has kernels for bf16 alone, and training.precision=fp32: set attention to auto, flex or sdpa, "
-        "or the precision to bf16"
+        "attention=te has bf16 kernels only, and training.precision=fp32: set attention to auto, flex or sdpa, "
+        "or training.precision to bf16"
     )
 
 
 def test_flex_attention_of_narrow_heads_is_refused() -> None:
     assert refusal(attention="flex", launch={"gpus_per_worker": 1}) == (
-        "attention=flex needs heads of 16 dimensions or more, the model's have hidden_size/num_heads=8: "
+        "attention=flex needs heads of at least 16 dimensions, the model's have hidden_size/num_heads=8: "
         "set attention to auto or sdpa, or lower model.num_heads"
     )
 
@@ -364,8 +365,8 @@ def test_flex_attention_of_narrow_heads_is_refused() -> None:
         ({"mixture": "fim"}, True, False),
     ],
 )
-def test_how_inputs_are_read_and_whether_there_are_any_are_two_things(
+def test_causal_attention_and_denoising_are_independent(
     objective: dict[str, str], causal: bool, denoising: bool
 ) -> None:
-    made = recipe(objective=objective).objective
-    assert (made.is_causal, made.is_denoising) == (causal, denoising)
+    built = recipe(objective=objective).objective
+    assert (built.is_causal, built.is_denoising) == (causal, denoising)

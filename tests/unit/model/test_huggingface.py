@@ -261,10 +261,10 @@ def test_a_token_store_of_another_tokenizer_is_refused(llama: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("base", "message"),
     [
-        ({"hub": "x"}, r"base: a run's name, .*is needed, got \{'hub': 'x'\}"),
-        ({"hf": 3}, r"base: a run's name, .*got \{'hf': 3\}"),
-        ({"hf": "a", "megatron": "b"}, "base: a run's name"),
-        ("two words", "base: 'two words' is no run's name"),
+        ({"hub": "x"}, r"base: should be a run's name, .*, got \{'hub': 'x'\}"),
+        ({"hf": 3}, r"base: should be a run's name, .*got \{'hf': 3\}"),
+        ({"hf": "a", "megatron": "b"}, "base: should be a run's name"),
+        ("two words", r"base: should be a run's name, .* got 'two words'"),
     ],
 )
 def test_a_base_of_no_known_kind_is_refused(tmp_path: Path, base: object, message: str) -> None:

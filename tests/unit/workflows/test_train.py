@@ -80,7 +80,7 @@ def test_the_job_ends_with_one_line_and_code_2(tmp_path: Path) -> None:
     done = run(str(path), "--set", "parallel.worker=2")
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        f"error: {path}: parallel.worker: unknown key; the nearest known one is parallel.num_workers"
+        f"error: {path}: parallel.worker: unknown key; did you mean parallel.num_workers?"
     ]
     assert not (tmp_path / "runs").exists()
 

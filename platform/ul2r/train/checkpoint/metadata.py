@@ -9,8 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from ul2r.config import Architecture, Recipe
-from ul2r.config.recipe import Change
+from ul2r.config import Architecture, Change, Recipe
 from ul2r.config.renamed_keys import rename_keys
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.errors import CheckpointError

@@ -1,0 +1,13 @@
+"""The experiment tracker."""
+
+from __future__ import annotations
+
+from ul2r.config.strict_model import StrictModel
+
+
+class Tracking(StrictModel):
+    """The MLflow experiment that runs are recorded in."""
+
+    uri: str | None = None
+    """MLflow tracking server; by default the environment's MLFLOW_TRACKING_URI."""
+    experiment: str = "ul2r"
