@@ -73,15 +73,55 @@ def test_docstring_of_a_job_holds_the_command_that_runs_it(job: str) -> None:
     assert f"python jobs/{job}" in (docstring or "")
 
 
-@pytest.mark.parametrize("document", ["README.md", "clusters/README.md"])
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "clusters/README.md")
+DOCUMENTS = [*PAGES, *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_commands_in_a_document_name_jobs_and_recipes_that_load(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8").replace("\\\n", " ")
-    commands = re.findall(r"python (jobs/\w+\.py) (jobs/recipes/\S+)((?: +--set \S+)*)", text)
-    assert commands
-    for job, recipe, overrides in commands:
+    for job in re.findall(r"python (jobs/\w+\.py)", text):
+        assert (ROOT / job).is_file(), job
+    for recipe, overrides in re.findall(r"(jobs/recipes/[\w.-]+\.yaml)((?: +--set \S+)*)", text):
         kind = Comparison if recipe.endswith("-compare.yaml") else Recipe
-        assert (ROOT / job).is_file()
         load(ROOT / recipe, re.findall(r"--set (\S+)", overrides), kind)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_in_a_document_lead_to_files_and_headings(document: str) -> None:
+    path = ROOT / document
+    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+        if link.startswith(("http://", "https://")):
+            continue
+        file, _, heading = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.exists(), link
+        if heading:
+            assert heading in _heading_ids(target), link
+
+
+def _heading_ids(document: Path) -> set[str]:
+    """Return the ids that GitHub gives the headings of a document."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_table_of_recipe_keys_lists_each_section_with_the_file_of_its_defaults() -> None:
+    page = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*`) \| .* \| (`.*`) \|$", page, re.MULTILINE)
+    files = {
+        key: re.findall(r"`(\S+)`", row[1])
+        for row in rows
+        for key in re.findall(r"`(\w+)`", row[0])
+    }
+    assert list(files) == [*dict.fromkeys(files)]
+    assert set(files) == set(Recipe.model_fields)
+    for key, names in files.items():
+        section = type(Recipe.model_fields[key].default)
+        module = section.__module__.removeprefix("ul2r.config.")
+        if section.__module__.startswith("ul2r.config."):
+            assert f"{module}.py" in names, key
+        assert all((ROOT / "platform/ul2r/config" / name).is_file() for name in names), key
 
 
 # Recipes. A family is one storage folder; `demo.yaml` holds what its runs share and is only ever extended.
