@@ -1,4 +1,4 @@
-"""What a run is worth on held-out text, and runs set side by side."""
+"""Held-out evaluation of exported models, and comparison of several runs."""
 
 from ul2r.evaluation.measure import evaluate, list_metrics, measure
 from ul2r.evaluation.scores import Score, Scores

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from ul2r.config import Recipe
 from ul2r.errors import RecipeError
-from ul2r.evaluation.measure import evaluation_settings
 from ul2r.evaluation.scores import Scores
+from ul2r.evaluation.stored_scores import evaluation_settings
 from ul2r.inference import ExportMetadata
 
 Role = Literal["base", "control", "ul2r"]

@@ -78,7 +78,9 @@ class ComparisonTable:
     def to_dict(self) -> dict[str, Any]:
         """Return the table as plain JSON values."""
         arms = {
-            arm.role: {key: getattr(arm.metadata, key) for key in ("run", "step", "tokens", "flops")}
+            arm.role: {
+                key: getattr(arm.metadata, key) for key in ("run", "step", "tokens", "flops")
+            }
             for arm in self.arms
         }
         metrics = [

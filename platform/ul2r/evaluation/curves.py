@@ -36,7 +36,9 @@ def load_loss_curve(uri: str, run_id: str, denoisers: Sequence[str]) -> LossCurv
     """
     eflops = dict(read_metric_history(uri, run_id, "progress/eflops"))
     causal = dict(read_metric_history(uri, run_id, "held_out/loss/causal"))
-    by_denoiser = [dict(read_metric_history(uri, run_id, f"held_out/loss/{name}")) for name in denoisers]
+    by_denoiser = [
+        dict(read_metric_history(uri, run_id, f"held_out/loss/{name}")) for name in denoisers
+    ]
 
     steps = sorted(set(eflops).intersection(causal, *by_denoiser))
     return LossCurve(

@@ -1,4 +1,4 @@
-"""Held-out text to measure on: windows spread over the whole split, the same ones for every arm."""
+"""Held-out text to evaluate on: windows spread over the whole split, the same for every arm."""
 
 from __future__ import annotations
 
@@ -9,56 +9,69 @@ import numpy.typing as npt
 
 from ul2r.errors import CorpusError
 
-Tokens = npt.NDArray[np.int32]
+TokenArray = npt.NDArray[np.int32]
 
 
 class Store(Protocol):
-    """A run of tokens."""
+    """A sequence of tokens."""
 
     def __len__(self) -> int: ...
 
-    def tokens(self, start: int, length: int) -> Tokens:
-        """Tokens [start, start + length), of shape (length,)."""
+    def tokens(self, start: int, length: int) -> TokenArray:
+        """Return tokens [start, start + length), of shape (length,)."""
 
 
-def select_windows(store: Store, count: int, length: int, without: int | None = None) -> Tokens:
-    """Up to `count` windows that do not overlap, at equal distances over the store.
+def select_windows(
+    store: Store, max_windows: int, length: int, excluded_token: int | None = None
+) -> TokenArray:
+    """Return up to `max_windows` windows of text that do not overlap, evenly spread over the store.
 
-    The store is cut into `count` equal parts, fewer where it is short; each part gives one window.
+    The store is divided into `max_windows` equal parts, or fewer if it is short; each part yields one window.
 
     Args:
         store: Held-out tokens.
-        count: Windows wanted.
+        max_windows: Maximum number of windows.
         length: L, tokens of a window.
-        without: A token (eos) that no window may hold; a part that has no such window gives none.
+        excluded_token: A token (eos) that no window may contain; a part without such a window yields none.
 
     Returns:
-        int32 (B, L), 2 <= B <= count.
+        int32 (B, L), 2 <= B <= `max_windows`.
 
     Raises:
-        CorpusError: If there are not two such windows, the fewest that a standard error can be had from.
+        CorpusError: If there are fewer than two windows; a standard error needs at least two.
     """
-    parts = min(count, len(store) // length)
-    size = len(store) // max(parts, 1)
-    found = [_window(store.tokens(part * size, size), length, without) for part in range(parts)]
-    windows = [window for window in found if window is not None]
+    num_parts = min(max_windows, len(store) // length)
+    part_length = len(store) // max(num_parts, 1)
+
+    windows = []
+    for part in range(num_parts):
+        tokens = store.tokens(part * part_length, part_length)
+        window = _select_window(tokens, length, excluded_token)
+        if window is not None:
+            windows.append(window)
+
     if len(windows) < 2:
-        within = " within one document" if without is not None else ""
+        within = " within one document" if excluded_token is not None else ""
         raise CorpusError(
-            f"the held-out split of {len(store)} tokens has {len(windows)} windows of {length} tokens{within}, and 2 "
-            "are needed: raise data.held_out_fraction, give more text, or lower objective.sequence_length or "
+            f"the held-out split of {len(store)} tokens has {len(windows)} windows of {length} tokens{within}, but at "
+            "least 2 are needed: raise data.held_out_fraction, add text, or lower objective.sequence_length or "
             "evaluation.infill_context_length"
         )
     return np.stack(windows)  # (B, L)
 
 
-def _window(tokens: Tokens, length: int, without: int | None) -> Tokens | None:
-    """The middle of the longest stretch of `tokens` that does not hold `without`, if it is long enough."""
-    breaks = np.flatnonzero(tokens == without) if without is not None else np.empty(0, np.int64)
+def _select_window(
+    tokens: TokenArray, length: int, excluded_token: int | None
+) -> TokenArray | None:
+    """Return the middle of the longest stretch without the excluded token, or None if no stretch is long enough."""
+    breaks = np.empty(0, np.int64)
+    if excluded_token is not None:
+        breaks = np.flatnonzero(tokens == excluded_token)
     starts = np.concatenate(([0], breaks + 1))
-    stretches = np.concatenate((breaks, [len(tokens)])) - starts
-    longest = int(stretches.argmax())
-    if stretches[longest] < length:
+    lengths = np.concatenate((breaks, [len(tokens)])) - starts
+
+    longest = int(lengths.argmax())
+    if lengths[longest] < length:
         return None
-    start = int(starts[longest] + (stretches[longest] - length) // 2)
+    start = int(starts[longest] + (lengths[longest] - length) // 2)
     return tokens[start : start + length]

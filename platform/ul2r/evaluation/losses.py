@@ -1,4 +1,4 @@
-"""Held-out losses in nats per token: plain text, a text's second half, and each denoiser's targets."""
+"""Held-out losses in nats per token: plain text, second half of a text, and targets of each denoiser."""
 
 from __future__ import annotations
 
@@ -9,58 +9,61 @@ from ul2r.data.sampling.batches import Batches
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.errors import CorpusError
 from ul2r.evaluation.held_out_windows import select_windows
-from ul2r.evaluation.scores import Score, token_score
-from ul2r.evaluation.scoring_batch import build_scoring_batch, columns
+from ul2r.evaluation.scores import Score, average_tokens
+from ul2r.evaluation.scoring_batch import build_scoring_batch, concat_columns
 from ul2r.inference import LanguageModel
 
 
-def denoiser_loss(
+def measure_denoiser_loss(
     model: LanguageModel, dataset: TokenDataset, recipe: Recipe, denoiser: Denoiser
 ) -> Score:
-    """Mean loss of the targets that `denoiser` makes of held-out text.
+    """Return the mean loss of the targets of `denoiser` on held-out text.
 
     Every arm gets exactly the same rows, masks, modes and sentinels, whether it was trained on them or not: with
-    prefix-LM attention, but causal for the causal denoiser and where `objective.attention` is. They are the rows that
-    training measures itself on, as many of `evaluation.num_rows` as the held-out split has without reading a token twice.
+    prefix-LM attention, but causal for the causal denoiser and if `objective.attention` is causal. The rows are those
+    of validation during training: `evaluation.num_rows` of them, or as many as the held-out split has without reading
+    a token twice.
 
     Raises:
-        CorpusError: If the held-out split has not two rows.
+        CorpusError: If the held-out split has fewer than two rows.
     """
     batches = Batches(recipe, dataset)
-    count = min(recipe.evaluation.num_rows, batches.held_out_rows)
-    if count < 2:
+    num_rows = min(recipe.evaluation.num_rows, batches.held_out_rows)
+    if num_rows < 2:
         raise CorpusError(
-            f"the held-out split of {len(dataset.held_out)} tokens has {count} rows of "
-            f"{recipe.objective.sequence_length} tokens, and 2 are needed: raise data.held_out_fraction or give more text"
+            f"the held-out split of {len(dataset.held_out)} tokens has {num_rows} rows of "
+            f"{recipe.objective.sequence_length} tokens, but at least 2 are needed: raise data.held_out_fraction or "
+            "add text"
         )
-    rows = batches.held_out(denoiser, count)
-    return token_score(model.token_losses(rows), rows.loss_mask)
+
+    batch = batches.held_out(denoiser, num_rows)
+    return average_tokens(model.token_losses(batch), batch.loss_mask)
 
 
-def causal_loss(model: LanguageModel, dataset: TokenDataset, recipe: Recipe) -> Score:
-    """Mean next-token loss of plain held-out text; every arm reads it causally and without a mode."""
-    return denoiser_loss(model, dataset, recipe, Causal())
+def measure_causal_loss(model: LanguageModel, dataset: TokenDataset, recipe: Recipe) -> Score:
+    """Return the mean next-token loss of plain held-out text; every arm reads it causally and without a mode."""
+    return measure_denoiser_loss(model, dataset, recipe, Causal())
 
 
-def second_half_loss(model: LanguageModel, dataset: TokenDataset, recipe: Recipe) -> Score:
-    """Mean loss of a text's second half given the first half, each arm in its own way.
+def measure_second_half_loss(model: LanguageModel, dataset: TokenDataset, recipe: Recipe) -> Score:
+    """Return the mean loss of the second half of a text given the first half, each arm in its own way.
 
     A causal arm reads the text causally. A UL2R arm reads [S2S] and the first half, in both directions unless its
-    attention is causal, and then the second half causally, as it would continue a prompt. The same raw tokens count
-    for every arm: the second half's, without the eos of documents that end in it. The closing eos of S training is
-    not asked for.
+    attention is causal, and then the second half causally, as when it continues a prompt. The same raw tokens count
+    for every arm: those of the second half, except the eos of documents that end in it. The closing eos of S training
+    is not scored.
     """
     denoiser = Prefix(weight=1.0)
-    mode_tokens = len(dataset.vocabulary.modes[denoiser.mode])
-    length = recipe.objective.raw_length(denoiser, mode_tokens)
-    texts = select_windows(dataset.held_out, recipe.evaluation.num_rows, length)
-    first, second = np.split(texts, [length // 2], axis=1)
-    counts = second != dataset.vocabulary.eos
-    if not model.metadata.denoising:
-        rows = build_scoring_batch(first, second, counts, bidirectional=False)
-    else:
-        inputs = columns(len(texts), *dataset.vocabulary.modes[denoiser.mode], first)
-        rows = build_scoring_batch(
-            inputs, second, counts, bidirectional=model.attention == "prefix"
-        )
-    return token_score(model.token_losses(rows), rows.loss_mask)
+    mode = dataset.vocabulary.modes[denoiser.mode]
+    length = recipe.objective.raw_length(denoiser, len(mode))
+    windows = select_windows(dataset.held_out, recipe.evaluation.num_rows, length)
+    first, second = np.split(windows, [length // 2], axis=1)
+
+    is_denoising = model.metadata.denoising
+    batch = build_scoring_batch(
+        concat_columns(len(windows), *mode, first) if is_denoising else first,
+        second,
+        second != dataset.vocabulary.eos,
+        bidirectional=is_denoising and model.attention == "prefix",
+    )
+    return average_tokens(model.token_losses(batch), batch.loss_mask)

@@ -1,4 +1,4 @@
-"""Means with their standard errors, by metric name."""
+"""Means with standard errors, by metric name."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Score:
 
     Attributes:
         mean: The estimate, in the metric's unit.
-        stderr: Its standard error: how far another sample of held-out text as large would move it.
-        count: Rows or examples that it is taken over.
+        stderr: Standard error of the mean, as from one sample of held-out text of this size to another.
+        count: Number of rows or examples averaged.
     """
 
     mean: float
@@ -26,41 +26,45 @@ class Score:
     count: int
 
 
-def mean_score(values: npt.ArrayLike) -> Score:
-    """Mean of independent values (B,), B >= 2, and the standard error of that mean."""
+def average(values: npt.ArrayLike) -> Score:
+    """Return the mean of independent values (B,), B >= 2, with its standard error."""
     array = np.asarray(values, np.float64)
-    return Score(float(array.mean()), float(array.std(ddof=1) / math.sqrt(len(array))), len(array))
+    stderr = array.std(ddof=1) / math.sqrt(len(array))
+    return Score(float(array.mean()), float(stderr), len(array))
 
 
-def token_score(losses: npt.ArrayLike, mask: npt.ArrayLike) -> Score:
-    """Mean loss of the masked tokens; rows, not tokens, are the independent draws.
+def average_tokens(losses: npt.ArrayLike, mask: npt.ArrayLike) -> Score:
+    """Return the mean loss of the masked tokens; the independent samples are rows, not tokens.
 
-    The mean is a ratio of sums over rows, sum(l_r) / sum(n_r), whose standard error is that of the residuals
+    The mean is a ratio of sums over rows, sum(l_r) / sum(n_r). Its standard error is that of the residuals
     l_r - mean * n_r (Cochran, Sampling Techniques, 1977, 6.4), so rows may have different numbers of tokens.
 
     Args:
         losses: Nats, float (B, S).
         mask: 1 where a token counts, (B, S); B >= 2.
     """
-    counted = np.asarray(mask, bool)
-    totals = np.where(counted, np.asarray(losses, np.float64), 0.0).sum(axis=1)  # (B,)
-    tokens = counted.sum(axis=1)
-    mean = totals.sum() / tokens.sum()
-    spread = np.square(totals - mean * tokens).sum() * len(totals) / (len(totals) - 1)
-    return Score(float(mean), float(math.sqrt(spread) / tokens.sum()), len(totals))
+    is_counted = np.asarray(mask, bool)
+    # np.where, since losses outside the mask may be NaN, which no multiplication by 0 removes.
+    row_losses = np.where(is_counted, np.asarray(losses, np.float64), 0.0).sum(axis=1)  # (B,)
+    row_tokens = is_counted.sum(axis=1)  # (B,)
+    num_rows = len(row_losses)
+
+    mean = row_losses.sum() / row_tokens.sum()
+    squares = np.square(row_losses - mean * row_tokens).sum() * num_rows / (num_rows - 1)
+    return Score(float(mean), float(math.sqrt(squares) / row_tokens.sum()), num_rows)
 
 
-def perplexity(loss: Score) -> Score:
-    """The exponential of a loss in nats; its error to first order."""
+def to_perplexity(loss: Score) -> Score:
+    """Return the exponential of a loss in nats; its standard error is of first order."""
     return Score(math.exp(loss.mean), math.exp(loss.mean) * loss.stderr, loss.count)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What was measured of one run.
+    """Scores of one run.
 
     Attributes:
-        values: Scores by metric name; the names are listed in `ul2r.evaluation.metrics`.
+        values: Scores by metric name; `ul2r.evaluation.list_metrics` lists the names.
     """
 
     values: Mapping[str, Score]
@@ -69,10 +73,10 @@ class Scores:
         return self.values[metric]
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Plain JSON values that `from_dict` reads back."""
+        """Return plain JSON values that `from_dict` reads back."""
         return {metric: asdict(score) for metric, score in self.values.items()}
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Mapping[str, Any]]) -> Self:
-        """Read what `to_dict` wrote."""
+        """Parse the result of `to_dict`."""
         return cls({metric: Score(**fields) for metric, fields in tree.items()})

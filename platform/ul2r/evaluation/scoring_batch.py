@@ -1,4 +1,4 @@
-"""Rows that score known targets after known inputs."""
+"""Batches that score given targets after given inputs."""
 
 from __future__ import annotations
 
@@ -9,48 +9,55 @@ import numpy.typing as npt
 
 from ul2r.objective import Batch
 
-Tokens = npt.NDArray[np.int32]
+TokenArray = npt.NDArray[np.int32]
 
 
 def build_scoring_batch(
-    inputs: Tokens, targets: Tokens, counts: npt.NDArray[np.bool_], *, bidirectional: bool
+    inputs: TokenArray,
+    targets: TokenArray,
+    target_mask: npt.NDArray[np.bool_],
+    *,
+    bidirectional: bool,
 ) -> Batch:
-    """One example in each row: inputs, then targets whose losses are asked for.
+    """Build a batch with one example per row: inputs, then the targets to score.
 
     Args:
         inputs: int32 (B, P), P >= 1.
-        targets: int32 (B, T); each sees the inputs and the targets before it.
-        counts: bool (B, T), the targets whose loss counts.
-        bidirectional: Whether inputs see all inputs, or only those before them.
+        targets: int32 (B, T); each attends to the inputs and the targets before it.
+        target_mask: bool (B, T), True for targets whose loss counts.
+        bidirectional: True if inputs attend to all inputs, False if only to those before them.
 
     Returns:
-        Rows of S = P + T - 1 positions.
+        A batch of B rows of S = P + T - 1 positions.
     """
     tokens = np.concatenate((inputs, targets), axis=1)  # (B, P + T)
-    rows, length = tokens.shape[0], tokens.shape[1] - 1
-    shape = rows, length
-    seen_inputs = inputs.shape[1]
-    place = np.broadcast_to(np.arange(length, dtype=np.int32), shape)
-    mask = np.zeros(shape, np.uint8)
-    mask[:, seen_inputs - 1 :] = counts
+    num_rows = tokens.shape[0]
+    length = tokens.shape[1] - 1
+    num_inputs = inputs.shape[1]
+    shape = (num_rows, length)
+
+    position_ids = np.broadcast_to(np.arange(length, dtype=np.int32), shape).copy()
+    prefix = num_inputs if bidirectional else 0
+    # The last input predicts the first target.
+    loss_mask = np.zeros(shape, np.uint8)
+    loss_mask[:, num_inputs - 1 :] = target_mask
+
     return Batch(
         tokens=tokens[:, :-1],
         labels=tokens[:, 1:],
-        loss_mask=mask,
+        loss_mask=loss_mask,
         kv_start=np.zeros(shape, np.int32),
-        kv_end=np.maximum(place + 1, seen_inputs if bidirectional else 0).astype(np.int32),
-        position_ids=place.copy(),
+        kv_end=np.maximum(position_ids + 1, prefix).astype(np.int32),
+        position_ids=position_ids,
         denoiser_ids=np.zeros(shape, np.int8),
-        sample_ids=np.arange(rows, dtype=np.int64)[:, None],
+        sample_ids=np.arange(num_rows, dtype=np.int64)[:, None],
     )
 
 
-def columns(rows: int, *parts: int | npt.NDArray[Any]) -> Tokens:
-    """Tokens side by side: an id stands in every row, an array (rows, n) gives n columns."""
-    return np.concatenate(
-        [
-            np.full((rows, 1), part, np.int32) if isinstance(part, int) else part.astype(np.int32)
-            for part in parts
-        ],
-        axis=1,
-    )
+def concat_columns(num_rows: int, *parts: int | npt.NDArray[Any]) -> TokenArray:
+    """Concatenate tokens along rows: an id becomes a column, an array (num_rows, n) n columns."""
+    columns = [
+        np.full((num_rows, 1), part, np.int32) if isinstance(part, int) else part.astype(np.int32)
+        for part in parts
+    ]
+    return np.concatenate(columns, axis=1)

@@ -1,4 +1,4 @@
-"""A text's continuation, from all of it in sight."""
+"""Completion: continues a prompt that is read as a whole."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ul2r.inference.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
-class Completion:
-    """What follows a prompt.
+class CompletionResult:
+    """Continuation of a prompt.
 
     Attributes:
-        text: The continuation alone.
-        finish_reason: Whether the model ended it or the token limit did.
-        prompt_tokens: Tokens read, the mode included.
-        completion_tokens: Tokens generated, eos included.
+        text: The continuation without the prompt.
+        finish_reason: "stop" if the model ended the text, "length" if its token limit did.
+        prompt_tokens: Number of tokens read, including the mode.
+        completion_tokens: Number of tokens generated, including eos.
     """
 
     text: str
@@ -36,26 +36,27 @@ def complete(
     max_tokens: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
-) -> Completion:
+) -> CompletionResult:
     """Continue a prompt.
 
     Args:
         model: Any model; one trained with prefix-LM attention reads the prompt in both directions.
-        prompt: Text, one token or more.
+        prompt: Text of at least one token.
         mode: S2S is trained on continuations. NLU and NLG close the prompt with one sentinel, as the paper prompts
-            them (arXiv 2210.11399), and what follows it is the answer. Without a mode: S2S for a model
-            trained on denoisers, and the bare prompt for a causal one, which knows none.
-        max_tokens: Most tokens; without it 64, or what there is room for.
+            them (arXiv 2210.11399), and generate the text of that sentinel. Default: S2S for a model trained on
+            denoisers, and the bare prompt for a causal one, which knows no modes.
+        max_tokens: Maximum number of tokens to generate; default 64, or fewer where fewer fit.
         temperature: 0 is greedy.
-        seed: Seed of the draws.
+        seed: Seed of the sampling.
 
     Raises:
-        RequestError: If the request cannot be answered as asked.
+        RequestError: If the request does not fit the model.
     """
     if not prompt:
         raise RequestError("the prompt is empty: give some text to continue")
+
     if mode in ("NLU", "NLG"):
-        model.trained_modes(f"mode {mode}")
+        model.require_denoising(f"mode {mode}")
         filled = infill(
             model,
             [prompt, ""],
@@ -64,26 +65,32 @@ def complete(
             temperature=temperature,
             seed=seed,
         )
-        return Completion(filled.fills[0], filled.finish_reasons[0], filled.prompt_tokens, filled.completion_tokens)
-    inputs = model.encode(prompt)
-    bidirectional = model.attention == "prefix"
+        return CompletionResult(
+            text=filled.fills[0],
+            finish_reason=filled.finish_reasons[0],
+            prompt_tokens=filled.prompt_tokens,
+            completion_tokens=filled.completion_tokens,
+        )
+
+    tokens = model.encode(prompt)
     if mode == "S2S" or model.metadata.denoising:
-        inputs = [*model.trained_modes("mode S2S").modes["S2S"], *inputs]
-    produced = list(
+        tokens = [*model.require_denoising("mode S2S").modes["S2S"], *tokens]
+
+    generated = list(
         generate(
             model,
-            inputs,
-            max_tokens=resolve_max_tokens(model, len(inputs), max_tokens),
-            stop=model.eos,
+            tokens,
+            max_tokens=resolve_max_tokens(model, len(tokens), max_tokens),
+            stop=model.eos_token_ids,
             temperature=temperature,
             seed=seed,
-            bidirectional=bidirectional,
+            bidirectional=model.attention == "prefix",
         )
     )
-    stopped = produced[-1] in model.eos
-    return Completion(
-        text=model.decode(produced[:-1] if stopped else produced),
-        finish_reason="stop" if stopped else "length",
-        prompt_tokens=len(inputs),
-        completion_tokens=len(produced),
+    is_stopped = generated[-1] in model.eos_token_ids
+    return CompletionResult(
+        text=model.decode(generated[:-1] if is_stopped else generated),
+        finish_reason="stop" if is_stopped else "length",
+        prompt_tokens=len(tokens),
+        completion_tokens=len(generated),
     )

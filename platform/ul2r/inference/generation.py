@@ -1,4 +1,4 @@
-"""Token by token from inputs read in both directions, with their keys and values kept."""
+"""Incremental decoding with a key-value cache, after a prompt with causal or bidirectional attention."""
 
 from __future__ import annotations
 
@@ -14,30 +14,31 @@ from ul2r.errors import RequestError
 from ul2r.inference.language_model import LanguageModel
 
 FinishReason = Literal["stop", "length"]
-"""Why a generated text ended: the model closed it, or its token limit did."""
+"""Why a generated text ended: the model ended it, or it reached its token limit."""
 
 DEFAULT_MAX_TOKENS = 64
 
 
 class IncrementalDecoder:
-    """Reads the inputs once, then one token at a time.
+    """Decoding state: reads a prompt at once, then one token at a time.
 
-    With prefix-LM attention each input sees all inputs and each later token all before it; so keys and values,
-    once computed, never change, and the cache gives what a full recomputation would.
+    With prefix-LM attention every prompt token attends to the whole prompt and every later token to all tokens before
+    it. So keys and values never change once computed, and the cache gives the same logits as a full recomputation.
 
     Attributes:
         logits: float32 (V,), for the token after those read so far.
     """
 
-    def __init__(self, model: LanguageModel, inputs: Sequence[int], *, bidirectional: bool) -> None:
+    def __init__(self, model: LanguageModel, prompt: Sequence[int], *, bidirectional: bool) -> None:
         self._model = model
         self._cache = DynamicCache(config=model.network.config)
-        count = len(inputs)
-        mask = torch.ones(1, 1, count, count, dtype=torch.bool) if bidirectional else None
-        self.logits = self._read(inputs, mask)
+
+        length = len(prompt)
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool) if bidirectional else None
+        self.logits = self._read(prompt, mask)
 
     def feed(self, token: int) -> None:
-        """Read one more token; it sees everything before it."""
+        """Read one more token, which attends to all tokens before it."""
         self.logits = self._read([token], None)
 
     def _read(self, tokens: Sequence[int], mask: Tensor | None) -> Tensor:
@@ -46,34 +47,41 @@ class IncrementalDecoder:
 
 
 class Sampler:
-    """Chooses the next token: the likeliest at temperature 0, else a seeded draw.
+    """Selects the next token: the most likely one at temperature 0, else a seeded random one.
 
-    Only text and the tokens explicitly allowed can be chosen, so that neither modes nor sentinels nor ids without
-    a meaning get into a text.
+    Only text tokens and explicitly allowed ones are selected, so modes, sentinels and unused ids never end up in a
+    generated text.
     """
 
     def __init__(self, model: LanguageModel, temperature: float, seed: int) -> None:
         if not 0 <= temperature < math.inf:
-            raise RequestError(f"temperature={temperature} must be a number of 0 or more")
+            raise RequestError(f"temperature={temperature} is out of range: choose 0 or more")
         self._is_text = model.is_text
         self._temperature = temperature
         self._generator = torch.Generator().manual_seed(seed)
 
-    def choose(self, logits: Tensor, also: Collection[int]) -> int:
-        """One id, of text or of `also`; logits are float32 (V,)."""
+    def sample(self, logits: Tensor, also_allowed: Collection[int]) -> int:
+        """Return the id of a text token or of one in `also_allowed`.
+
+        Args:
+            logits: float32 (V,).
+            also_allowed: Ids that may be selected besides text.
+        """
         allowed = self._is_text.clone()
-        allowed[list(also)] = True
+        allowed[list(also_allowed)] = True
         logits = logits.masked_fill(~allowed, -torch.inf)
         if self._temperature == 0:
             return int(logits.argmax())
-        below = (logits - logits.max()).double()  # so that no temperature, however small, overflows
-        chances = torch.softmax(below / self._temperature, dim=-1)
-        return int(torch.multinomial(chances, 1, generator=self._generator))
+
+        # With a maximum of 0, dividing by a tiny temperature overflows to -inf at worst, never to inf or NaN.
+        shifted = (logits - logits.max()).double()
+        probabilities = torch.softmax(shifted / self._temperature, dim=-1)
+        return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
 
 def generate(
     model: LanguageModel,
-    inputs: Sequence[int],
+    prompt: Sequence[int],
     *,
     max_tokens: int,
     stop: Collection[int],
@@ -81,54 +89,62 @@ def generate(
     seed: int = 0,
     bidirectional: bool,
 ) -> Iterator[int]:
-    """Yield up to `max_tokens` tokens that follow `inputs`; a token of `stop` is yielded and is the last.
+    """Yield up to `max_tokens` tokens that follow a prompt; a stop token is yielded and is the last one.
 
     Args:
-        model: Model to ask.
-        inputs: One token or more.
-        max_tokens: Most tokens yielded.
+        model: Model to decode with.
+        prompt: At least one token.
+        max_tokens: Maximum number of tokens.
         stop: Ids that end the text.
         temperature: 0 is greedy.
-        seed: Seed of the draws.
-        bidirectional: Whether inputs see each other in both directions.
+        seed: Seed of the sampling.
+        bidirectional: True if prompt tokens attend to each other in both directions.
     """
-    decoder = IncrementalDecoder(model, inputs, bidirectional=bidirectional)
+    decoder = IncrementalDecoder(model, prompt, bidirectional=bidirectional)
     sampler = Sampler(model, temperature, seed)
-    for left in reversed(range(max_tokens)):
-        token = sampler.choose(decoder.logits, stop)
+
+    for remaining in reversed(range(max_tokens)):
+        token = sampler.sample(decoder.logits, stop)
         yield token
-        if token in stop or not left:
+        if token in stop or not remaining:
             return
         decoder.feed(token)
 
 
 def resolve_max_tokens(
-    model: LanguageModel, inputs: int, asked: int | None, *, spans: int = 1, marks: int = 0
+    model: LanguageModel,
+    prompt_tokens: int,
+    max_tokens: int | None,
+    *,
+    num_spans: int = 1,
+    extra_tokens_per_span: int = 0,
 ) -> int:
-    """Tokens that each of `spans` generated texts may have.
+    """Return the token limit of each generated text, after checking it against the model's maximum length.
 
     Args:
-        model: Model whose positions inputs and outputs share.
-        inputs: Input tokens, the mode and sentinels included.
-        asked: What the request asks for; None is `DEFAULT_MAX_TOKENS` or what there is room for.
-        spans: Texts to generate.
-        marks: Tokens besides the text that each span takes.
+        model: Model whose maximum length prompt and completion share.
+        prompt_tokens: Number of tokens of the prompt, including mode and sentinels.
+        max_tokens: Limit in the request; None stands for `DEFAULT_MAX_TOKENS`, or fewer where fewer fit.
+        num_spans: Number of texts to generate.
+        extra_tokens_per_span: Tokens of each text beyond its limit, such as its sentinel.
 
     Raises:
-        RequestError: If the inputs leave no room, or `asked` is out of range.
+        RequestError: If the prompt leaves no room, or `max_tokens` is out of range.
     """
-    room = (model.max_position_embeddings - inputs) // spans - marks
+    max_length = model.max_position_embeddings
+    room = (max_length - prompt_tokens) // num_spans - extra_tokens_per_span
     if room < 1:
-        most = model.max_position_embeddings - spans * (1 + marks)
+        longest_prompt = max_length - num_spans * (1 + extra_tokens_per_span)
         raise RequestError(
-            f"the prompt is too long: it makes {inputs} tokens, {most} is the most that leaves room for an answer in "
-            f"{model.max_position_embeddings} positions; shorten it"
+            f"the prompt is too long: it has {prompt_tokens} tokens, and at most {longest_prompt} leave room for a "
+            f"completion within the model's maximum length of {max_length}: shorten it"
         )
-    if asked is None:
+
+    if max_tokens is None:
         return min(room, DEFAULT_MAX_TOKENS)
-    if not 1 <= asked <= room:
+    if not 1 <= max_tokens <= room:
         raise RequestError(
-            f"max_tokens={asked} is out of range: with {inputs} input tokens of {model.max_position_embeddings} positions choose "
-            f"1 to {room}"
+            f"max_tokens={max_tokens} is out of range: with {prompt_tokens} prompt tokens and a maximum length of "
+            f"{max_length}, choose 1 to {room}"
         )
-    return asked
+    return max_tokens

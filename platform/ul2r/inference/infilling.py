@@ -1,4 +1,4 @@
-"""Slots anywhere in a text, filled with what stands on both sides in sight."""
+"""Infilling: slots anywhere in a text are filled with the text on both sides as context."""
 
 from __future__ import annotations
 
@@ -8,20 +8,25 @@ from itertools import zip_longest
 from typing import Literal
 
 from ul2r.errors import RequestError
-from ul2r.inference.generation import FinishReason, IncrementalDecoder, Sampler, resolve_max_tokens
+from ul2r.inference.generation import (
+    FinishReason,
+    IncrementalDecoder,
+    Sampler,
+    resolve_max_tokens,
+)
 from ul2r.inference.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
 class InfillResult:
-    """What filled the slots.
+    """Text with its slots filled.
 
     Attributes:
         text: The parts with the fills between them.
-        fills: One text for each slot.
-        finish_reasons: For each slot, whether the model closed it or its token limit did.
-        prompt_tokens: Tokens read: mode, parts and sentinels.
-        completion_tokens: Tokens of the targets, sentinels and eos included.
+        fills: Text of each slot.
+        finish_reasons: For each slot, whether the model ended it ("stop") or its token limit did ("length").
+        prompt_tokens: Number of tokens read: mode, parts and sentinels.
+        completion_tokens: Number of tokens of the targets, including sentinels and eos.
     """
 
     text: str
@@ -44,60 +49,78 @@ def infill(
 
         infill(model, ["The capital of", " is Paris, that of", " is Rome."])
 
-    The model is shown what span corruption showed it in training (arXiv 2205.05131, 3.1): the parts, each slot as
-    its sentinel, and it writes each sentinel followed by its span. An input of training always ends in a sentinel;
-    so where text follows the last slot one more sentinel closes the input. Its span stands for what comes after the
-    text, and generation stops where it would begin.
+    The prompt has the form of span corruption in training (arXiv 2205.05131, 3.1): the parts with a sentinel in place
+    of each slot; the model then writes each sentinel followed by its span. A training input always ends in a sentinel,
+    so one more sentinel closes the prompt if text follows the last slot. That sentinel's span stands for the text
+    after the prompt, and generation stops where it would begin.
 
-    Sentinels come in order whatever the model prefers: inside a span only text and the sentinel of the next slot can
-    be chosen (eos in a slot that ends the text), that closing token only after one token of text, and at its token
-    limit a span is closed for the model. Hence each slot gets an answer.
+    Sentinels come in order whatever the model's preference: inside a span only text and the sentinel of the next slot
+    are allowed (eos for a slot at the end of the text), the closing token only after at least one token of text, and a
+    span that reaches its token limit is closed for the model. Hence every slot gets filled.
 
     Args:
         model: A model trained on denoisers.
         parts: n + 1 texts around n slots; the first and the last may be empty.
         mode: NLU was trained on short spans, NLG on long or many ones.
-        max_tokens: Most tokens in each slot; without it 64, or what there is room for.
+        max_tokens: Maximum number of tokens per slot; default 64, or fewer where fewer fit.
         temperature: 0 is greedy.
-        seed: Seed of the draws.
+        seed: Seed of the sampling.
 
     Raises:
-        RequestError: If the model was trained causally, or the request cannot be answered as asked.
+        RequestError: If the model was trained causally, or the request does not fit the model.
     """
-    vocabulary = model.trained_modes("infilling")
+    vocabulary = model.require_denoising("infilling")
     encoded = [model.encode(part) for part in parts]
-    _check(encoded, max_infill_slots(model))
-    slots = len(parts) - 1
-    marks = vocabulary.sentinels[: slots + bool(encoded[-1])]
-    inputs = [*vocabulary.modes[mode], *_joined(encoded, marks)]
-    limit = resolve_max_tokens(model, len(inputs), max_tokens, spans=slots, marks=1)
+    _check_parts(encoded, max_infill_slots(model))
 
-    decoder = IncrementalDecoder(model, inputs, bidirectional=model.attention == "prefix")
+    num_slots = len(parts) - 1
+    sentinels = vocabulary.sentinels[: num_slots + bool(encoded[-1])]
+    prompt = [*vocabulary.modes[mode], *_interleave(encoded, sentinels)]
+    limit = resolve_max_tokens(
+        model, len(prompt), max_tokens, num_spans=num_slots, extra_tokens_per_span=1
+    )
+
+    decoder = IncrementalDecoder(model, prompt, bidirectional=model.attention == "prefix")
     sampler = Sampler(model, temperature, seed)
-    closers = (*marks, vocabulary.eos)[1 : slots + 1]
+    closers = (*sentinels, vocabulary.eos)[1 : num_slots + 1]
     spans = [
-        _span(decoder, sampler, opener, closer, limit)
-        for opener, closer in zip(marks[:slots], closers, strict=True)
+        generate_span(decoder, sampler, opener, closer, limit)
+        for opener, closer in zip(sentinels[:num_slots], closers, strict=True)
     ]
+
     fills = [model.decode(ids) for ids, _ in spans]
-    finish = tuple(finish for _, finish in spans)
+    finish_reasons = tuple(finish_reason for _, finish_reason in spans)
+    # The closer of the last slot is generated too, unless the span reached its limit.
+    completion_tokens = sum(1 + len(ids) for ids, _ in spans) + (finish_reasons[-1] == "stop")
     return InfillResult(
         text="".join(text for pair in zip_longest(parts, fills, fillvalue="") for text in pair),
         fills=tuple(fills),
-        finish_reasons=finish,
-        prompt_tokens=len(inputs),
-        completion_tokens=sum(1 + len(ids) for ids, _ in spans) + (finish[-1] == "stop"),
+        finish_reasons=finish_reasons,
+        prompt_tokens=len(prompt),
+        completion_tokens=completion_tokens,
     )
 
 
-def _span(
+def generate_span(
     decoder: IncrementalDecoder, sampler: Sampler, opener: int, closer: int, limit: int
 ) -> tuple[list[int], FinishReason]:
-    """The tokens of one slot, 1 to `limit` of them, and why they ended."""
+    """Generate the text of one slot.
+
+    Args:
+        decoder: State after the prompt and earlier spans; it reads the opener and the span.
+        sampler: Selects the tokens.
+        opener: Sentinel of the slot.
+        closer: Token that ends the span: the next sentinel, or eos.
+        limit: Maximum number of tokens.
+
+    Returns:
+        1 to `limit` tokens of text without opener and closer, and why they ended.
+    """
     decoder.feed(opener)
     ids: list[int] = []
     while len(ids) < limit:
-        token = sampler.choose(decoder.logits, [closer] if ids else [])
+        # The first token must be text: an empty span never occurs in training.
+        token = sampler.sample(decoder.logits, [closer] if ids else [])
         if token == closer:
             return ids, "stop"
         ids.append(token)
@@ -105,32 +128,35 @@ def _span(
     return ids, "length"
 
 
-def _joined(parts: Sequence[list[int]], marks: Sequence[int]) -> list[int]:
-    """Parts and marks in turn, starting with a part."""
-    joined: list[int] = []
-    for part, mark in zip_longest(parts, marks):
-        joined += part if mark is None else [*part, mark]
-    return joined
-
-
 def max_infill_slots(model: LanguageModel) -> int:
-    """Slots that one text may have: a sentinel for each and one to close the text; 0 for a model without denoisers."""
+    """Return the maximum number of slots in a text; 0 for a model that was not trained on denoisers.
+
+    Each slot takes a sentinel, and one more closes the text.
+    """
     if not model.metadata.denoising or model.vocabulary is None:
         return 0
     return len(model.vocabulary.sentinels) - 1
 
 
-def _check(parts: Sequence[list[int]], most: int) -> None:
-    """Refuse what no training example looks like."""
-    slots = len(parts) - 1
-    if slots < 1:
-        raise RequestError("the prompt has no slot: mark one place or more to fill")
-    if slots > most:
+def _interleave(parts: Sequence[list[int]], sentinels: Sequence[int]) -> list[int]:
+    """Return parts and sentinels alternately, starting with a part."""
+    tokens: list[int] = []
+    for part, sentinel in zip_longest(parts, sentinels):
+        tokens += part if sentinel is None else [*part, sentinel]
+    return tokens
+
+
+def _check_parts(parts: Sequence[list[int]], max_slots: int) -> None:
+    """Refuse prompts that no training example looks like."""
+    num_slots = len(parts) - 1
+    if num_slots < 1:
+        raise RequestError("the prompt has no slot: mark at least one place to fill")
+    if num_slots > max_slots:
         raise RequestError(
-            f"the prompt has {slots} slots, the model can tell {most} apart: use fewer"
+            f"the prompt has {num_slots} slots, but the model has sentinels for {max_slots}: use fewer slots"
         )
     if not any(parts):
-        raise RequestError("the prompt is empty: there must be text before or after a slot")
+        raise RequestError("the prompt is empty: add text before or after a slot")
     for slot, between in enumerate(parts[1:-1], start=1):
         if not between:
             raise RequestError(

@@ -1,4 +1,4 @@
-"""A loaded export: text to tokens, tokens to logits under interval attention, and back to text."""
+"""A loaded export: text to tokens, tokens to logits under interval attention, and tokens to text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from ul2r.errors import RequestError
-from ul2r.inference.loading import eos_ids, read_network, read_tokenizer, text_ids
+from ul2r.inference.loading import (
+    load_export_tokenizer,
+    load_network,
+    mark_text_ids,
+    read_eos_token_ids,
+)
 from ul2r.model.export_metadata import Attention, ExportMetadata, read_export_metadata
 from ul2r.objective.vocabulary import Vocabulary
 
@@ -22,20 +27,23 @@ if TYPE_CHECKING:
 
     from ul2r.objective.batch import Batch
 
-LOGITS_AT_ONCE = 2**26
+MAX_LOGITS = 2**26
 """Logits that `token_losses` holds at a time: 256 MiB in float32."""
 
 
 class LanguageModel:
-    """A causal Transformer with its tokenizer, whose attention can be opened over the inputs.
+    """A causal Transformer with its tokenizer, whose attention can be bidirectional over the prompt.
 
         model = LanguageModel.load(Path("runs/demo/runs/ul2r/export"))
         model.decode(model.encode("def area"))     # "def area"
 
     Attributes:
-        metadata: What the folder says about itself.
-        positions: Tokens of the longest sequence, inputs and outputs together.
-        eos: Ids that end a text.
+        network: Model of transformers.
+        tokenizer: Set to encode the names of special tokens as plain text.
+        metadata: Content of the export's ul2r.json.
+        eos_token_ids: Ids that end a text.
+        device: Device of the network.
+        max_position_embeddings: Maximum length of a sequence, prompt and completion together.
         is_text: bool (V,), True for ids that stand for text: neither special nor beyond the tokenizer.
     """
 
@@ -44,27 +52,29 @@ class LanguageModel:
         network: PreTrainedModel,
         tokenizer: Tokenizer,
         metadata: ExportMetadata,
-        eos: frozenset[int],
+        eos_token_ids: frozenset[int],
     ) -> None:
         self.network = network
         self.tokenizer = tokenizer
         self.metadata = metadata
-        self.eos = eos
+        self.eos_token_ids = eos_token_ids
         self.device: torch.device = network.device
         self.max_position_embeddings: int = network.config.max_position_embeddings
-        self.is_text = text_ids(tokenizer, metadata.vocabulary, eos, network.config.vocab_size)
+        self.is_text = mark_text_ids(
+            tokenizer, metadata.vocabulary, eos_token_ids, network.config.vocab_size
+        )
 
     @classmethod
     def load(cls, folder: Path, device: str = "cpu") -> LanguageModel:
-        """Load an export, in float32 on a CPU and as stored elsewhere.
+        """Load an export, in float32 on a CPU and in the stored precision elsewhere.
 
         Raises:
-            CheckpointError: If the folder is no export, or its parts do not fit each other.
+            CheckpointError: If the folder is not an export, or its files do not belong together.
         """
         metadata = read_export_metadata(folder)
-        network = read_network(folder, device)
-        tokenizer = read_tokenizer(folder, metadata, network.config.vocab_size)
-        return cls(network, tokenizer, metadata, eos_ids(folder, metadata))
+        network = load_network(folder, device)
+        tokenizer = load_export_tokenizer(folder, metadata, network.config.vocab_size)
+        return cls(network, tokenizer, metadata, read_eos_token_ids(folder, metadata))
 
     @property
     def vocabulary(self) -> Vocabulary | None:
@@ -73,29 +83,29 @@ class LanguageModel:
 
     @property
     def attention(self) -> Attention:
-        """How inputs are seen: "prefix" is in both directions."""
+        """Attention over the prompt: "prefix" is bidirectional."""
         return self.metadata.attention
 
-    def trained_modes(self, purpose: str) -> Vocabulary:
-        """The vocabulary of a model trained on denoisers.
+    def require_denoising(self, feature: str) -> Vocabulary:
+        """Return the vocabulary of a model trained on denoisers; `feature` is what needs one.
 
         Raises:
             RequestError: If the model was trained on plain text and so knows neither modes nor sentinels.
         """
         if not self.metadata.denoising or self.vocabulary is None:
             raise RequestError(
-                f"{purpose} needs a model trained on denoisers; {self.metadata.run!r} was trained causally and has "
-                "learned no mode and no sentinel: ask for a plain completion, or serve a UL2R export"
+                f"{feature} needs a model trained on denoisers; {self.metadata.run!r} was trained causally and has "
+                "learned neither modes nor sentinels: request a completion without a mode, or serve a UL2R export"
             )
         return self.vocabulary
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a text; what looks like a special token in it is taken as text."""
+        """Return the tokens of a text; the names of special tokens in it are encoded as plain text."""
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        """The text of tokens, special ones included."""
+        """Return the text of tokens, including special ones."""
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     @torch.inference_mode()
@@ -107,13 +117,13 @@ class LanguageModel:
         *,
         last_only: bool = False,
     ) -> Tensor:
-        """Logits after each token, or only after the last.
+        """Return the logits after each token, or only after the last one.
 
         Args:
             tokens: int64 (B, S).
-            mask: bool (B, 1, S, S), True where a query sees a key, in layers with a window if it is within that; None
-                is causal, and the only one after earlier tokens.
-            cache: Keys and values of earlier tokens, to which these are added.
+            mask: bool (B, 1, S, S), True where a query attends to a key; layers with a sliding window also require
+                the key to be within it. None is causal, and the only choice with earlier tokens in the cache.
+            cache: Keys and values of earlier tokens, to which those of `tokens` are appended.
             last_only: Return (B, 1, V).
 
         Returns:
@@ -121,7 +131,7 @@ class LanguageModel:
         """
         output = self.network(
             input_ids=tokens.to(self.device),
-            attention_mask=None if mask is None else self._windowed(mask.to(self.device)),
+            attention_mask=None if mask is None else self._apply_window(mask.to(self.device)),
             past_key_values=cache,
             use_cache=cache is not None,
             logits_to_keep=1 if last_only else 0,
@@ -129,29 +139,34 @@ class LanguageModel:
         logits: Tensor = output.logits
         return logits.float()
 
-    def _windowed(self, mask: Tensor) -> Tensor | dict[str, Tensor]:
-        """A mask as transformers wants it, which cuts none that it is given to the model's window.
+    def _apply_window(self, mask: Tensor) -> Tensor | dict[str, Tensor]:
+        """Return a mask restricted to the model's sliding window, in the form that transformers expects.
 
-        The window is that of `ul2r.model.window`. Where not all layers have it, there is a mask for each kind of them.
+        The window is that of `ul2r.model.window`. A model in which only some layers have it takes one mask for each
+        type of layer.
         """
+        # transformers applies the window to masks that it builds itself, never to one that it is given.
         config = self.network.config
-        window, kinds = (getattr(config, key, None) for key in ("sliding_window", "layer_types"))
+        window = getattr(config, "sliding_window", None)
         if window is None:
             return mask
-        place = torch.arange(mask.shape[-1], device=mask.device)
-        near = mask & ((place[:, None] - place).abs() < window)
-        return near if kinds is None else {"full_attention": mask, "sliding_attention": near}
+
+        positions = torch.arange(mask.shape[-1], device=mask.device)
+        windowed: Tensor = mask & ((positions[:, None] - positions).abs() < window)
+        if getattr(config, "layer_types", None) is None:
+            return windowed
+        return {"full_attention": mask, "sliding_attention": windowed}
 
     def logits(self, tokens: Tensor, kv_start: Tensor, kv_end: Tensor) -> Tensor:
-        """Logits under interval attention: query i of a row sees the keys [kv_start[i], kv_end[i]) of that row.
+        """Return logits under interval attention: query i of a row attends to its keys [kv_start[i], kv_end[i]).
 
-        Positions count from the row's start; rotary embeddings see only differences, so several examples in a row
-        need no restart.
+        Positions count from the start of the row. Rotary embeddings depend only on differences of positions, so they
+        need not restart at each of several examples in a row.
 
         Args:
             tokens: int64 (B, S).
-            kv_start: int32 (B, S), first key seen.
-            kv_end: int32 (B, S), one past the last key seen; kv_start < kv_end.
+            kv_start: int32 (B, S), first key attended to.
+            kv_end: int32 (B, S), one past the last key attended to; kv_start < kv_end.
 
         Returns:
             float32 (B, S, V).
@@ -160,28 +175,32 @@ class LanguageModel:
         mask = (kv_start[..., None] <= keys) & (keys < kv_end[..., None])  # (B, S, S)
         return self.forward(tokens, mask[:, None])
 
-    def token_losses(self, rows: Batch) -> npt.NDArray[np.float32]:
-        """Loss of each label in nats.
+    def token_losses(self, batch: Batch) -> npt.NDArray[np.float32]:
+        """Return the loss of each label in nats.
 
         Args:
-            rows: B rows of length S.
+            batch: B rows of length S.
 
         Returns:
-            float32 (B, S); meaningful where `rows.loss_mask` is set.
+            float32 (B, S); meaningful where `batch.loss_mask` is set.
         """
-        batch, length = rows.tokens.shape
-        at_once = max(1, LOGITS_AT_ONCE // (length * self.network.config.vocab_size))
-        losses = np.empty((batch, length), dtype=np.float32)
-        for start in range(0, batch, at_once):
-            part = slice(start, start + at_once)
+        num_rows, length = batch.tokens.shape
+        rows_at_once = max(1, MAX_LOGITS // (length * self.network.config.vocab_size))
+        losses = np.empty((num_rows, length), dtype=np.float32)
+
+        for start in range(0, num_rows, rows_at_once):
+            part = slice(start, start + rows_at_once)
             logits = self.logits(
-                *(_long(array[part]) for array in (rows.tokens, rows.kv_start, rows.kv_end))
+                _as_int64(batch.tokens[part]),
+                _as_int64(batch.kv_start[part]),
+                _as_int64(batch.kv_end[part]),
             )
-            labels = _long(rows.labels[part]).to(self.device)
+            labels = _as_int64(batch.labels[part]).to(self.device)
+            # cross_entropy takes the classes in dimension 1: (B, V, S).
             loss = functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
             losses[part] = loss.cpu().numpy()
         return losses
 
 
-def _long(array: npt.NDArray[np.int32]) -> Tensor:
+def _as_int64(array: npt.NDArray[np.int32]) -> Tensor:
     return torch.from_numpy(array.astype(np.int64))

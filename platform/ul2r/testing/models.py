@@ -122,7 +122,7 @@ class ScriptedModel(LanguageModel):
 
     def __init__(self, real: LanguageModel, wants: Mapping[int, Sequence[int]], other: int) -> None:
         """A script over `real`'s tokens; `other` is what it wants where nothing else is left."""
-        super().__init__(real.network, real.tokenizer, real.metadata, real.eos)
+        super().__init__(real.network, real.tokenizer, real.metadata, real.eos_token_ids)
         self.wants, self.other = wants, other
         self.read: list[list[int]] = []
         self.open_calls: list[bool] = []

@@ -14,8 +14,9 @@ from ul2r.errors import RecipeError
 from ul2r.evaluation.comparison import ROLES, Arm, Role, check_comparable
 from ul2r.evaluation.comparison_table import ComparisonTable
 from ul2r.evaluation.curves import load_loss_curve
-from ul2r.evaluation.measure import find_export, list_metrics
+from ul2r.evaluation.measure import list_metrics
 from ul2r.evaluation.plot import plot_comparison
+from ul2r.evaluation.stored_scores import find_export
 from ul2r.filesystem import write_atomically
 from ul2r.inference import read_export_metadata
 from ul2r.launch.pretrained import fill_model_from_base

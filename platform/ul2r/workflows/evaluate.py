@@ -13,8 +13,9 @@ from ul2r.config import Recipe
 from ul2r.console import show_progress
 from ul2r.data.store.dataset import TokenDataset, open_dataset
 from ul2r.errors import UserError
-from ul2r.evaluation.measure import find_export, list_metrics, load_scores, measure, save_scores
+from ul2r.evaluation.measure import list_metrics, measure
 from ul2r.evaluation.scores import Scores
+from ul2r.evaluation.stored_scores import find_export, load_scores, save_scores
 from ul2r.inference import LanguageModel, read_export_metadata
 from ul2r.launch.ray_train.cluster import connect_ray
 from ul2r.tracking.mlflow import check_server, log_summary, require_run

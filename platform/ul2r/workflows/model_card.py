@@ -6,8 +6,8 @@ from pathlib import Path
 
 from ul2r.config import HuggingFaceBase, Recipe, dump
 from ul2r.data.store.dataset import TokenDataset
-from ul2r.evaluation.measure import load_scores
 from ul2r.evaluation.scores import Scores
+from ul2r.evaluation.stored_scores import load_scores
 from ul2r.filesystem import write_atomically
 from ul2r.model.export_metadata import ExportMetadata
 from ul2r.paths import EXPORT_METADATA_FILE, MODEL_CARD_FILE

@@ -15,9 +15,13 @@ from ul2r.data.store.dataset import TokenDataset
 from ul2r.errors import CheckpointError, CorpusError, RecipeError
 from ul2r.evaluation import evaluate, list_metrics
 from ul2r.evaluation.held_out_windows import select_windows
-from ul2r.evaluation.infilling import InfillExamples, infill_loss, infill_text
-from ul2r.evaluation.losses import causal_loss, denoiser_loss, second_half_loss
-from ul2r.evaluation.measure import load_scores, save_scores
+from ul2r.evaluation.infilling import InfillExamples, measure_infill_loss, measure_infill_match
+from ul2r.evaluation.losses import (
+    measure_causal_loss,
+    measure_denoiser_loss,
+    measure_second_half_loss,
+)
+from ul2r.evaluation.stored_scores import load_scores, save_scores
 from ul2r.inference import LanguageModel, infill
 
 
@@ -30,7 +34,7 @@ def model(request: pytest.FixtureRequest) -> LanguageModel:
 
 @pytest.fixture(scope="session")
 def gaps(dataset: TokenDataset, recipe: Recipe) -> InfillExamples:
-    return InfillExamples.of(dataset, recipe.evaluation)
+    return InfillExamples.build(dataset, recipe.evaluation)
 
 
 def log_chances(model: LanguageModel, tokens: list[int], inputs: int) -> torch.Tensor:
@@ -74,7 +78,7 @@ def test_plain_text_is_read_causally_by_every_arm(
     losses = [
         loss for text in texts for loss in losses_of(model, text[:1], text[1:], bidirectional=False)
     ]
-    score = causal_loss(model, dataset, recipe)
+    score = measure_causal_loss(model, dataset, recipe)
     assert score.mean == pytest.approx(np.mean(losses), abs=1e-5)
     assert score.count == len(texts) == 6
 
@@ -104,7 +108,7 @@ def test_second_half_loss_counts_the_same_text_for_each_arm_in_its_own_way(
             if token != dataset.vocabulary.eos
         ]
     assert len(losses) < 6 * 32  # one window at least crosses a document's end
-    assert second_half_loss(model, dataset, recipe).mean == pytest.approx(np.mean(losses), abs=1e-5)
+    assert measure_second_half_loss(model, dataset, recipe).mean == pytest.approx(np.mean(losses), abs=1e-5)
 
 
 def test_every_arm_is_given_the_same_denoiser_rows(
@@ -121,7 +125,7 @@ def test_every_arm_is_given_the_same_denoiser_rows(
                 int(rows.labels[row, scored[-1]]),
             ]
             losses += losses_of(model, tokens[:inputs], tokens[inputs:], bidirectional=True)
-        score = denoiser_loss(model, dataset, recipe, denoiser)
+        score = measure_denoiser_loss(model, dataset, recipe, denoiser)
         assert score.mean == pytest.approx(np.mean(losses), abs=1e-5), denoiser.name
 
 
@@ -140,14 +144,14 @@ def test_infill_loss_counts_the_span_alone(
             both = model.attention == "prefix"
             losses += losses_of(model, inputs, [sentinels[0], *span], bidirectional=both)[1:]
     assert len(losses) == gaps.span.size
-    score = infill_loss(model, gaps, dataset.vocabulary)
+    score = measure_infill_loss(model, gaps, dataset.vocabulary)
     assert score.mean == pytest.approx(np.mean(losses), abs=1e-5)
 
 
 def test_long_spans_get_the_mode_of_long_spans(
     ul2r_model: LanguageModel, dataset: TokenDataset, recipe: Recipe
 ) -> None:
-    wide = InfillExamples.of(
+    wide = InfillExamples.build(
         dataset, recipe.evaluation.model_copy(update={"infill_span_length": 12})
     )
     modes, sentinels = dataset.vocabulary.modes, dataset.vocabulary.sentinels
@@ -157,7 +161,7 @@ def test_long_spans_get_the_mode_of_long_spans(
     ):
         inputs = [*modes["NLG"], *left, sentinels[0], *right, sentinels[1]]
         losses += losses_of(ul2r_model, inputs, [sentinels[0], *span], bidirectional=True)[1:]
-    score = infill_loss(ul2r_model, wide, dataset.vocabulary)
+    score = measure_infill_loss(ul2r_model, wide, dataset.vocabulary)
     assert score.mean == pytest.approx(np.mean(losses), abs=1e-5)
 
 
@@ -191,7 +195,7 @@ def test_infilled_text_is_what_the_arm_likes_best(
         for left, right in zip(gaps.left.tolist(), gaps.right.tolist(), strict=True)
     ]
     true = [model.decode(span) for span in gaps.span.tolist()]
-    exact, similar = infill_text(model, gaps, dataset.vocabulary)
+    exact, similar = measure_infill_match(model, gaps, dataset.vocabulary)
     assert exact.mean == np.mean([a == b for a, b in zip(texts, true, strict=True)])
     expected = [
         1 - Levenshtein.distance(a, b) / max(len(a), len(b))
@@ -212,7 +216,7 @@ def test_an_arm_that_writes_the_span_matches_it_exactly(
             chances = log_chances(causal_model, tokens, 0)[-1]
             tokens.append(int(chances.masked_fill(~causal_model.is_text, -torch.inf).argmax()))
             own[row, place] = tokens[-1]
-    exact, similar = infill_text(causal_model, replace(gaps, span=own), dataset.vocabulary)
+    exact, similar = measure_infill_match(causal_model, replace(gaps, span=own), dataset.vocabulary)
     assert exact.mean == pytest.approx(1 - 1 / len(own))
     assert similar.mean >= exact.mean
 
@@ -226,7 +230,7 @@ def test_causal_arms_do_not_see_the_right_side_and_ul2r_does(
     other = replace(gaps, right=gaps.right[::-1].copy())
     vocabulary = dataset.vocabulary
     for measured, sees in ((causal_model, False), (ul2r_model, True)):
-        before, after = (infill_loss(measured, each, vocabulary) for each in (gaps, other))
+        before, after = (measure_infill_loss(measured, each, vocabulary) for each in (gaps, other))
         assert (before != after) == sees
 
 
@@ -244,7 +248,7 @@ def test_a_ul2r_arm_is_measured_as_it_is_served(
         one = InfillExamples(
             *(np.repeat(a[row : row + 1], 2, 0) for a in (gaps.left, gaps.span, gaps.right))
         )
-        _, similar = infill_text(ul2r_model, one, dataset.vocabulary)
+        _, similar = measure_infill_match(ul2r_model, one, dataset.vocabulary)
         true = ul2r_model.decode(gaps.span[row].tolist())
         assert similar.mean == pytest.approx(Levenshtein.normalized_similarity(filled, true))
     assert compared
@@ -263,7 +267,7 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_measured(
         "objective": recipe.objective.model_copy(update={"sequence_length": 2048, **plain}),
         "evaluation": recipe.evaluation.model_copy(update=plain),
     }
-    with pytest.raises(CorpusError, match="has 1 rows of 2048 tokens, and 2 are needed"):
+    with pytest.raises(CorpusError, match="has 1 rows of 2048 tokens, but at least 2 are needed"):
         evaluate(ul2r_model, dataset, recipe.model_copy(update=long))
 
 

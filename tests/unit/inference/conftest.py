@@ -12,7 +12,7 @@ from ul2r.testing.models import write_tiny_export
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An export trained on denoisers; not to be written to."""
+    """Export trained on denoisers; tests must not write to it."""
     return write_tiny_export(tmp_path_factory.mktemp("exports") / "prefix")
 
 
@@ -23,7 +23,7 @@ def model(folder: Path) -> LanguageModel:
 
 @pytest.fixture(scope="session")
 def windowed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An export whose queries see keys less than 4 positions away: Mistral's class computes what Llama's does."""
+    """Export with a sliding window of 4; apart from it, Mistral's class computes the same as Llama's."""
     folder = write_tiny_export(tmp_path_factory.mktemp("exports") / "windowed")
     config = folder / "config.json"
     changes = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}

@@ -1,3 +1,5 @@
+"""Prompts that a completion reads, and how it ends."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -11,18 +13,20 @@ from ul2r.objective.vocabulary import Vocabulary
 from ul2r.testing.models import ScriptedModel, write_tiny_export
 
 
-def ids(model: LanguageModel, text: str) -> list[int]:
-    found = model.encode(text)
-    assert len(found) == len(text), "the test wants one token a character"
-    return found
+def encode_characters(model: LanguageModel, text: str) -> list[int]:
+    ids = model.encode(text)
+    assert len(ids) == len(text), "this test needs one token per character"
+    return ids
 
 
 def test_a_completion_reads_s2s_and_the_prompt_and_ends_at_eos(
     model: LanguageModel, vocabulary: Vocabulary
 ) -> None:
-    a, b, x, y = ids(model, "abxy")
+    a, b, x, y = encode_characters(model, "abxy")
     scripted = ScriptedModel(model, {b: [x], x: [y], y: [vocabulary.eos]}, other=a)
+
     result = complete(scripted, "ab", max_tokens=9)
+
     assert scripted.read[0] == [*vocabulary.modes["S2S"], a, b]
     assert scripted.open_calls[0]
     assert (result.text, result.finish_reason) == ("xy", "stop")
@@ -33,26 +37,31 @@ def test_a_completion_reads_s2s_and_the_prompt_and_ends_at_eos(
 def test_nlu_and_nlg_close_the_prompt_with_a_sentinel(
     model: LanguageModel, vocabulary: Vocabulary
 ) -> None:
-    a, x = ids(model, "ax")
-    s0 = vocabulary.sentinels[0]
+    a, x = encode_characters(model, "ax")
+    sentinel = vocabulary.sentinels[0]
     modes: tuple[Mode, ...] = ("NLU", "NLG")
+
     for mode in modes:
-        scripted = ScriptedModel(model, {s0: [x], x: [vocabulary.eos]}, other=a)
+        scripted = ScriptedModel(model, {sentinel: [x], x: [vocabulary.eos]}, other=a)
         result = complete(scripted, "a", mode=mode, max_tokens=9)
-        assert scripted.read == [[*vocabulary.modes[mode], a, s0], [s0], [x]]
+        assert scripted.read == [[*vocabulary.modes[mode], a, sentinel], [sentinel], [x]]
         assert (result.text, result.finish_reason) == ("x", "stop")
 
 
 def test_a_completion_stops_at_its_token_limit(model: LanguageModel) -> None:
-    q = ids(model, "q")[0]
+    (q,) = encode_characters(model, "q")
+
     result = complete(ScriptedModel(model, {}, other=q), "ab", max_tokens=4)
+
     assert (result.text, result.finish_reason, result.completion_tokens) == ("qqqq", "length", 4)
 
 
-def test_a_causal_model_completes_the_bare_prompt_causally(causal_model: LanguageModel) -> None:
-    a, b, q = ids(causal_model, "abq")
+def test_a_causal_model_continues_the_bare_prompt_causally(causal_model: LanguageModel) -> None:
+    a, b, q = encode_characters(causal_model, "abq")
     scripted = ScriptedModel(causal_model, {}, other=q)
+
     complete(scripted, "ab", max_tokens=2)
+
     assert scripted.read[0] == [a, b]
     assert scripted.open_calls == [False, False]
 
@@ -64,27 +73,36 @@ def test_a_causal_model_refuses_modes(causal_model: LanguageModel, mode: Mode) -
 
 
 @pytest.mark.parametrize(
-    ("prompt", "reason"),
-    [("", "the prompt is empty"), ("a" * 200, "too long: it makes 201 tokens, 127 is the most")],
+    ("prompt", "message"),
+    [
+        ("", "the prompt is empty"),
+        ("a" * 200, "too long: it has 201 tokens, and at most 127 leave room"),
+    ],
 )
-def test_a_prompt_that_cannot_be_completed_is_refused(
-    model: LanguageModel, prompt: str, reason: str
+def test_an_empty_or_too_long_prompt_is_refused(
+    model: LanguageModel, prompt: str, message: str
 ) -> None:
-    with pytest.raises(RequestError, match=reason):
+    with pytest.raises(RequestError, match=message):
         complete(model, prompt)
 
 
-def test_a_denoiser_with_causal_attention_reads_its_mode_and_its_prompt_causally(
+def test_a_denoising_model_with_causal_attention_gets_modes_and_reads_causally(
     tmp_path: Path,
 ) -> None:
-    """For engines that know no prefix-LM: what it is told is as in training, how it reads as well."""
-    model = LanguageModel.load(write_tiny_export(tmp_path / "it", attention="causal", denoising=True))
-    (q,) = ids(model, "q")
+    """Such models are for engines without prefix-LM attention: prompts and attention are those of training."""
+    folder = write_tiny_export(tmp_path / "export", attention="causal", denoising=True)
+    model = LanguageModel.load(folder)
     assert model.vocabulary is not None
+    (q,) = encode_characters(model, "q")
     scripted = ScriptedModel(model, {}, other=q)
+
     complete(scripted, "ab", max_tokens=1)
     infill(scripted, ["ab", "ab"], max_tokens=1)
-    completed, infilled = scripted.read[0], scripted.read[1]
-    assert completed == [*model.vocabulary.modes["S2S"], *ids(model, "ab")]
-    assert infilled[:1] == [*model.vocabulary.modes["NLU"]]
+
+    completion_prompt, infill_prompt = scripted.read[:2]
+    assert completion_prompt == [
+        *model.vocabulary.modes["S2S"],
+        *encode_characters(model, "ab"),
+    ]
+    assert infill_prompt[:1] == [*model.vocabulary.modes["NLU"]]
     assert not any(scripted.open_calls)

@@ -9,8 +9,8 @@ import pytest
 
 from ul2r.config import Recipe
 from ul2r.data.store.dataset import TokenDataset
-from ul2r.evaluation.measure import save_scores
 from ul2r.evaluation.scores import Score, Scores
+from ul2r.evaluation.stored_scores import save_scores
 from ul2r.model.export_metadata import ExportMetadata
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.models import write_tiny_export

@@ -1,0 +1,85 @@
+"""Scores on disk, valid as long as the export, the held-out text and the evaluation settings stay the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ul2r.config import Recipe
+from ul2r.data.store.dataset import TokenDataset
+from ul2r.errors import CheckpointError
+from ul2r.evaluation.scores import Scores
+from ul2r.filesystem import sha256_of, write_atomically
+from ul2r.paths import TOKENIZER_FILE
+from ul2r.tracking.registry import hash_export
+
+FORMAT = 2
+"""Raised when a metric's meaning or this file's fields change, so that older evaluations are repeated."""
+
+
+def find_export(recipe: Recipe, dataset: TokenDataset) -> Path:
+    """Return the folder of the run's export, after checking that it has the token store's tokenizer.
+
+    Raises:
+        CheckpointError: If there is no export, or it has another tokenizer.
+    """
+    folder = recipe.paths.export
+    tokenizer = folder / TOKENIZER_FILE
+    if not tokenizer.is_file():
+        raise CheckpointError(
+            f"run {recipe.name!r} has no export at {folder}: run jobs/export.py RECIPE first"
+        )
+    if sha256_of(tokenizer) != dataset.manifest.tokenizer:
+        raise CheckpointError(
+            f"{tokenizer} is not the tokenizer of {recipe.storage_paths.store}: the run was trained on another token "
+            "store; train and export it again, or restore that token store"
+        )
+    return folder
+
+
+def load_scores(recipe: Recipe, dataset: TokenDataset) -> Scores | None:
+    """Return the stored scores, or None if there are none of this very export, text and settings.
+
+    Raises:
+        CheckpointError: If the run has no export.
+    """
+    conditions = _conditions(recipe, dataset)
+    path = recipe.paths.evaluation
+    if not path.is_file():
+        return None
+
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    if any(stored.get(key) != value for key, value in conditions.items()):
+        return None
+    return Scores.from_dict(stored["scores"])
+
+
+def save_scores(recipe: Recipe, dataset: TokenDataset, scores: Scores) -> Path:
+    """Write the scores, with everything they depend on, to the run's evaluation.json and return its path."""
+    path = recipe.paths.evaluation
+    tree = {**_conditions(recipe, dataset), "scores": scores.to_dict()}
+    write_atomically(path, json.dumps(tree, indent=2) + "\n")
+    return path
+
+
+def evaluation_settings(recipe: Recipe) -> dict[str, Any]:
+    """Return the settings that held-out text and rows depend on; only runs that agree in them are comparable."""
+    return {
+        "storage": str(recipe.storage.resolve()),
+        "evaluation": recipe.evaluation.model_dump(mode="json"),
+        "objective.sequence_length": recipe.objective.sequence_length,
+        "objective.slots_per_row": recipe.objective.slots_per_row,
+    }
+
+
+def _conditions(recipe: Recipe, dataset: TokenDataset) -> dict[str, Any]:
+    """Return everything that scores depend on, except the code."""
+    settings = evaluation_settings(recipe)
+    del settings["storage"]  # a moved storage has the same text, by its fingerprint
+    return {
+        "format": FORMAT,
+        "export": hash_export(find_export(recipe, dataset)),
+        "token_store": dataset.manifest.fingerprint,
+        **settings,
+    }
