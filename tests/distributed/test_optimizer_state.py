@@ -20,7 +20,7 @@ from ul2r.model.tensors import iter_tensors
 from ul2r.testing.corpus import tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.recipes import tiny_recipe
-from ul2r.train.checkpoint.optimizer_state import boxes
+from ul2r.train.checkpoint.optimizer_state import split_into_boxes
 
 if TYPE_CHECKING:
     from ul2r.train.step import TrainStep
@@ -57,7 +57,7 @@ def test_boxes_are_the_numbers_of_a_run_in_order(run: tuple[tuple[int, ...], int
     whole = np.arange(math.prod(shape)).reshape(shape)
     found = [
         whole[tuple(slice(a, a + b) for a, b in zip(offset, size, strict=True))].ravel()
-        for offset, size in boxes(shape, start, stop)
+        for offset, size in split_into_boxes(shape, start, stop)
     ]
     np.testing.assert_array_equal(np.concatenate(found), np.arange(start, stop))
     assert len(found) <= 2 * len(shape) - 1

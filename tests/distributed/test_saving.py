@@ -1,4 +1,4 @@
-"""Checkpoints written behind the loop by several processes: exact, and sound or not counted, whatever happens."""
+"""Checkpoints that several processes write in the background: exact, and either valid or not used."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,26 @@ from ul2r.train.checkpoint.checksums import find_damage
 pytestmark = pytest.mark.distributed
 
 Losses = dict[int, float]
-TWO = {"num_workers": 2}
+PARALLEL = {"num_workers": 2}
 
 
-def train(recipe: Recipe, stop_after: int | None = None) -> tuple[Losses, list[str], list[str]]:
-    """Loss of each step taken, what was said, and the names of the metrics of checkpoints.
+@dataclass(frozen=True)
+class TrainResult:
+    """Outcome of a run on one rank.
 
-    Args:
-        recipe: The run.
-        stop_after: Rank 1 wishes to stop after this step.
+    Attributes:
+        losses: By step.
+        messages: Lines that the run logged.
+        metrics: Names of the metrics about checkpoints.
     """
+
+    losses: Losses
+    messages: list[str]
+    metrics: list[str]
+
+
+def train(recipe: Recipe, stop_after: int | None = None) -> TrainResult:
+    """Train; if `stop_after` is given, rank 1 requests to stop after that many steps."""
     import torch.distributed as dist
 
     from ul2r.launch.logs import forward_logs
@@ -38,23 +49,27 @@ def train(recipe: Recipe, stop_after: int | None = None) -> tuple[Losses, list[s
     from ul2r.tracking.tracker import MemoryTracker
     from ul2r.train.loop import LoopAction
 
-    tracker, said, asked = MemoryTracker(), list[str](), list[int]()
+    tracker = MemoryTracker()
+    messages: list[str] = []
+    num_requests = 0
     rank = dist.get_rank()
 
     def wish() -> LoopAction:
-        asked.append(1)
-        stops = rank == 1 and len(asked) == stop_after
-        return LoopAction.STOP if stops else LoopAction.CONTINUE
+        nonlocal num_requests
+        num_requests += 1
+        is_stopping = rank == 1 and num_requests == stop_after
+        return LoopAction.STOP if is_stopping else LoopAction.CONTINUE
 
-    with forward_logs(lambda *record: said.append(record[-1]), rank):
+    with forward_logs(lambda *record: messages.append(record[-1]), rank):
         run_worker(recipe, tracker, lambda *_: None, wish=wish)
+
     names = {name for _, metrics in tracker.records for name in metrics}
-    found = sorted(name for name in names if name.startswith("checkpoint/"))
-    return dict(tracker.series("train/loss")), said, found
+    metrics = sorted(name for name in names if name.startswith("checkpoint/"))
+    return TrainResult(dict(tracker.series("train/loss")), messages, metrics)
 
 
 def train_with_small_files(recipe: Recipe) -> None:
-    """Train where rank 1 may not write what a checkpoint takes."""
+    """Train while rank 1 may not write files as large as those of a checkpoint."""
     import torch.distributed as dist
 
     if dist.get_rank() == 1:
@@ -63,7 +78,7 @@ def train_with_small_files(recipe: Recipe) -> None:
 
 
 def save_and_change(folder: Path) -> list[float]:
-    """Begin to save a tensor of each rank and one of both, change them at once, and load: what is found in each."""
+    """Save a tensor of each rank and a shared one, change both at once, and return the values found by loading."""
     import torch
     import torch.distributed as dist
     from megatron.core import dist_checkpointing
@@ -74,18 +89,21 @@ def save_and_change(folder: Path) -> list[float]:
     from ul2r.train.mesh import Mesh
 
     rank = Mesh.join(Parallel(num_workers=2)).rank
-    own, common = torch.full((2**21,), 1.0 + rank), torch.full((2**21,), 3.0)
+    own = torch.full((2**21,), 1.0 + rank)
+    shared = torch.full((2**21,), 3.0)
     state = {
         "own": ShardedTensor.from_rank_offsets("own", own, (0, rank, 2)),
-        "common": ShardedTensor.from_rank_offsets("common", common, replica_id=rank),
+        "shared": ShardedTensor.from_rank_offsets("shared", shared, replica_id=rank),
     }
+
     assert dist.group.WORLD is not None
     write = AsyncWrite(dict(state), folder, dist.group.WORLD)
     own.fill_(7.0)
-    common.fill_(7.0)
+    shared.fill_(7.0)
     assert write.wait() is None
     write.finalize()
     dist.barrier()
+
     loaded = dist_checkpointing.load(dict(state), str(folder))
     return [value for name in state for value in torch.unique(loaded[name]).tolist()]
 
@@ -97,9 +115,9 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_named(storage: Path, name: str, **checkpoints: Any) -> Recipe:  # noqa: ANN401  of a recipe
+def make_recipe(storage: Path, name: str, **checkpoints: Any) -> Recipe:  # noqa: ANN401  values of a recipe
     return tiny_recipe(
-        storage, name=name, parallel=TWO, checkpoints={"every": 2, "keep": 3, **checkpoints}
+        storage, name=name, parallel=PARALLEL, checkpoints={"every": 2, "keep": 3, **checkpoints}
     )
 
 
@@ -108,110 +126,114 @@ def checkpoint(recipe: Recipe, step: int) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(storage: Path) -> tuple[Recipe, Losses]:
-    """A run of which nothing disturbed, its checkpoints copied to a folder elsewhere."""
-    recipe = run_named(storage, "whole", remote_dir=str(storage / "far"))
-    losses, said, metrics = run_distributed(train, 2, recipe)[0]
-    assert said == []
-    assert metrics == [
+def undisturbed(storage: Path) -> tuple[Recipe, Losses]:
+    """An undisturbed run whose checkpoints were uploaded."""
+    recipe = make_recipe(storage, "undisturbed", remote_dir=str(storage / "far"))
+    result = run_distributed(train, 2, recipe)[0]
+    assert result.messages == []
+    assert result.metrics == [
         "checkpoint/bytes",
         "checkpoint/save_seconds",
         "checkpoint/stall_seconds",
     ]
-    return recipe, losses
+    return recipe, result.losses
 
 
-def started_like(whole: Recipe, name: str, **checkpoints: Any) -> Recipe:  # noqa: ANN401
-    """Another run with the checkpoints of `whole`."""
-    recipe = run_named(whole.storage, name, **checkpoints)
-    shutil.copytree(whole.paths.folder, recipe.paths.folder)
+def copy_run(source: Recipe, name: str, **checkpoints: Any) -> Recipe:  # noqa: ANN401  values of a recipe
+    """Make another run with the checkpoints of `source`."""
+    recipe = make_recipe(source.storage, name, **checkpoints)
+    shutil.copytree(source.paths.folder, recipe.paths.folder)
     return recipe
 
 
-def flip(path: Path) -> None:
+def flip_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
-def largest(folder: Path) -> Path:
+def largest_file(folder: Path) -> Path:
     return max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size)
 
 
-def test_every_checkpoint_and_its_copy_is_whole(whole: tuple[Recipe, Losses]) -> None:
-    recipe, _ = whole
+def test_every_checkpoint_and_its_remote_copy_is_valid(undisturbed: tuple[Recipe, Losses]) -> None:
+    recipe, _ = undisturbed
     for step in (2, 4, 6):
-        copy = recipe.storage / "far" / "whole" / f"step_{step:08d}"
+        copy = recipe.storage / "far" / "undisturbed" / f"step_{step:08d}"
         assert find_damage(checkpoint(recipe, step)) is None
         assert find_damage(copy) is None
-    folders = {path.name for path in (recipe.paths.checkpoints).glob("[!.]*")}
-    assert folders == {"latest", "owner", *(f"step_0000000{step}" for step in (2, 4, 6))}
+    names = {path.name for path in recipe.paths.checkpoints.glob("[!.]*")}
+    assert names == {"latest", "owner", *(f"step_0000000{step}" for step in (2, 4, 6))}
 
 
-def test_what_is_saved_is_not_changed_by_what_comes_after(tmp_path: Path) -> None:
+def test_changes_after_save_returns_are_not_saved(tmp_path: Path) -> None:
     assert run_distributed(save_and_change, 2, tmp_path) == [[1.0, 3.0], [2.0, 3.0]]
 
 
-def test_replicas_share_the_writing(whole: tuple[Recipe, Losses]) -> None:
+def test_replicas_share_the_writing(undisturbed: tuple[Recipe, Losses]) -> None:
+    folder = checkpoint(undisturbed[0], 6)
     sizes = [
-        sum(path.stat().st_size for path in checkpoint(whole[0], 6).glob(f"__{rank}_*.distcp"))
-        for rank in range(2)
+        sum(path.stat().st_size for path in folder.glob(f"__{rank}_*.distcp")) for rank in range(2)
     ]
     assert 0.8 < sizes[0] / sizes[1] < 1.25
 
 
-def test_saving_with_the_loop_waiting_gives_the_same_run(
-    storage: Path, whole: tuple[Recipe, Losses]
+def test_synchronous_saving_gives_the_same_run(
+    storage: Path, undisturbed: tuple[Recipe, Losses]
 ) -> None:
-    recipe = run_named(storage, "waiting", asynchronous=False)
-    losses, _, _ = run_distributed(train, 2, recipe)[0]
-    assert losses == whole[1]
+    recipe = make_recipe(storage, "synchronous", asynchronous=False)
+    result = run_distributed(train, 2, recipe)[0]
+    assert result.losses == undisturbed[1]
 
 
-def test_a_changed_bit_is_noticed_and_the_checkpoint_before_is_taken(
-    whole: tuple[Recipe, Losses],
+def test_run_resumes_before_checkpoints_with_a_flipped_bit(
+    undisturbed: tuple[Recipe, Losses],
 ) -> None:
-    recipe = started_like(whole[0], "bit")
-    flip(largest(checkpoint(recipe, 6)))
-    flip(largest(checkpoint(recipe, 4)))
-    (losses, said, metrics), (_, said_by_others, _) = run_distributed(train, 2, recipe)
-    assert losses == {step: whole[1][step] for step in (3, 4, 5, 6)}
-    assert len(said) == 1
-    assert "step_00000006 has a __" in said[0]
-    assert said[0].endswith("whose SHA-256 is not the one written: using step_00000002 instead")
-    assert said_by_others == []
-    assert "checkpoint/load_seconds" in metrics
+    recipe = copy_run(undisturbed[0], "bit")
+    flip_bit(largest_file(checkpoint(recipe, 6)))
+    flip_bit(largest_file(checkpoint(recipe, 4)))
+
+    result, other = run_distributed(train, 2, recipe)
+    assert result.losses == {step: undisturbed[1][step] for step in (3, 4, 5, 6)}
+    (message,) = result.messages
+    assert "step_00000006 has a __" in message
+    assert message.endswith("whose SHA-256 is not the one written: using step_00000002 instead")
+    assert other.messages == []
+    assert "checkpoint/load_seconds" in result.metrics
     assert find_damage(checkpoint(recipe, 6)) is None
 
 
-def test_a_damaged_base_is_refused_by_every_rank(whole: tuple[Recipe, Losses]) -> None:
-    base = started_like(whole[0], "bad-base")
-    flip(largest(checkpoint(base, 6)))
-    recipe = run_named(base.storage, "on-bad-base").model_copy(update={"base": "bad-base"})
+def test_damaged_base_is_refused_by_every_rank(undisturbed: tuple[Recipe, Losses]) -> None:
+    base = copy_run(undisturbed[0], "bad-base")
+    flip_bit(largest_file(checkpoint(base, 6)))
+    recipe = make_recipe(base.storage, "on-bad-base").model_copy(update={"base": "bad-base"})
     with pytest.raises(
         ProcessRaisedException, match="base=bad-base is at step 4 of 6: finish it first"
     ):
         run_distributed(train, 2, recipe)
 
 
-def test_a_run_whose_disk_is_gone_goes_on_from_its_copy(whole: tuple[Recipe, Losses]) -> None:
-    recipe = run_named(whole[0].storage, "whole", remote_dir=str(whole[0].storage / "far"))
-    moved = recipe.model_copy(update={"storage": whole[0].storage / "fresh"})
-    shutil.copytree(recipe.storage_paths.store, moved.storage_paths.store)
-    (recipe.storage / "far" / "whole" / "latest").write_text("step_00000004")
-    losses, said, _ = run_distributed(train, 2, moved)[0]
-    assert losses == {step: whole[1][step] for step in (5, 6)}
-    assert said == [
-        f"{moved.paths.folder}/checkpoints: step_00000004 was downloaded from {recipe.storage}/far/whole"
-    ]
-    assert (recipe.storage / "far" / "whole" / "latest").read_text() == "step_00000006"
-
-
-def test_a_last_copy_that_fails_is_an_error_and_the_checkpoint_itself_is_there(
-    storage: Path,
+def test_run_whose_disk_is_lost_resumes_from_the_remote_copy(
+    undisturbed: tuple[Recipe, Losses],
 ) -> None:
-    (storage / "blocked").write_text("a file, where a folder is to be")
-    recipe = run_named(storage, "uncopied", remote_dir=str(storage / "blocked"))
+    storage = undisturbed[0].storage
+    far = storage / "far" / "undisturbed"
+    recipe = make_recipe(storage, "undisturbed", remote_dir=str(storage / "far"))
+    moved = recipe.model_copy(update={"storage": storage / "fresh"})
+    shutil.copytree(recipe.storage_paths.store, moved.storage_paths.store)
+    (far / "latest").write_text("step_00000004")
+
+    result = run_distributed(train, 2, moved)[0]
+    assert result.losses == {step: undisturbed[1][step] for step in (5, 6)}
+    assert result.messages == [
+        f"{moved.paths.checkpoints}: step_00000004 was downloaded from {far}"
+    ]
+    assert (far / "latest").read_text() == "step_00000006"
+
+
+def test_failure_of_the_last_upload_is_an_error_that_leaves_the_checkpoint(storage: Path) -> None:
+    (storage / "blocked").write_text("a file instead of a folder")
+    recipe = make_recipe(storage, "not-uploaded", remote_dir=str(storage / "blocked"))
     with pytest.raises(
         ProcessRaisedException,
         match=r"CheckpointError: checkpoints cannot be uploaded to .*/blocked",
@@ -221,29 +243,30 @@ def test_a_last_copy_that_fails_is_an_error_and_the_checkpoint_itself_is_there(
     assert (recipe.paths.checkpoints / "latest").read_text() == "step_00000006"
 
 
-def test_one_rank_that_wishes_to_stop_stops_all_after_a_checkpoint(
-    storage: Path, whole: tuple[Recipe, Losses]
+def test_stop_requested_by_one_rank_stops_all_after_a_checkpoint(
+    storage: Path, undisturbed: tuple[Recipe, Losses]
 ) -> None:
-    recipe = run_named(storage, "stopped")
-    losses, _, _ = run_distributed(train, 2, recipe, 3)[0]
-    assert losses == {step: whole[1][step] for step in (1, 2, 3)}
-    rest, _, _ = run_distributed(train, 2, recipe)[0]
-    assert rest == {step: whole[1][step] for step in (4, 5, 6)}
+    recipe = make_recipe(storage, "stopped")
+    first = run_distributed(train, 2, recipe, 3)[0]
+    assert first.losses == {step: undisturbed[1][step] for step in (1, 2, 3)}
+    rest = run_distributed(train, 2, recipe)[0]
+    assert rest.losses == {step: undisturbed[1][step] for step in (4, 5, 6)}
 
 
-def test_one_rank_that_cannot_write_stops_all_and_leaves_the_checkpoint_before(
-    whole: tuple[Recipe, Losses],
+def test_rank_that_cannot_write_stops_all_and_leaves_the_previous_checkpoint(
+    undisturbed: tuple[Recipe, Losses],
 ) -> None:
-    recipe = started_like(whole[0], "small-files")
+    recipe = copy_run(undisturbed[0], "small-files")
     (recipe.paths.checkpoints / "latest").write_text("step_00000002")
-    with pytest.raises(
-        ProcessRaisedException,
-        match=r"CheckpointError: checkpoint of step 4 cannot be written to .*: File too large. The previous checkpoint is intact",
-    ):
+    error = (
+        r"checkpoint of step 4 cannot be written to .*: File too large\. The previous checkpoint is"
+    )
+    with pytest.raises(ProcessRaisedException, match=f"CheckpointError: {error}"):
         run_distributed(train_with_small_files, 2, recipe)
-    assert not list((recipe.paths.checkpoints).glob("*.writing"))
-    losses, _, _ = run_distributed(train, 2, recipe)[0]
-    assert losses == {step: whole[1][step] for step in (3, 4, 5, 6)}
+    assert not list(recipe.paths.checkpoints.glob("*.writing"))
+
+    result = run_distributed(train, 2, recipe)[0]
+    assert result.losses == {step: undisturbed[1][step] for step in (3, 4, 5, 6)}
 
 
 def mount(folder: Path, *options: str) -> None:
@@ -251,32 +274,35 @@ def mount(folder: Path, *options: str) -> None:
         ["mount", *options, "tmpfs", str(folder)], capture_output=True, text=True, check=False
     )
     if done.returncode:
-        pytest.skip(f"a small disk needs the right to mount one: {done.stderr.strip()}")
+        pytest.skip(f"needs the permission to mount a small disk: {done.stderr.strip()}")
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk that two checkpoints do not fit on."""
+    """A disk with room for one checkpoint."""
     mount(tmp_path, "-t", "tmpfs", "-o", "size=2500k")
     yield tmp_path
     subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-def test_a_full_disk_is_told_in_one_line_and_the_run_goes_on_when_there_is_room(
-    small_disk: Path, whole: tuple[Recipe, Losses]
+def test_full_disk_is_reported_in_one_line_and_the_run_resumes_once_there_is_room(
+    small_disk: Path, undisturbed: tuple[Recipe, Losses]
 ) -> None:
-    recipe = run_named(small_disk, "full")
-    shutil.copytree(whole[0].storage_paths.store, recipe.storage_paths.store)
+    recipe = make_recipe(small_disk, "full")
+    shutil.copytree(undisturbed[0].storage_paths.store, recipe.storage_paths.store)
+    reason = r"(No space left|full disk).*\. The previous checkpoint is intact"
     with pytest.raises(
         ProcessRaisedException,
-        match=r"CheckpointError: checkpoint .*cannot be written.*: .*(No space left|full disk).* The previous checkpoint is intact",
+        match=rf"CheckpointError: checkpoint .*cannot be written.*: .*{reason}",
     ):
         run_distributed(train, 2, recipe)
-    before = [path for path in (recipe.paths.checkpoints).iterdir() if "step" in path.name]
-    assert before
-    assert all(find_damage(path) is None for path in before if not path.suffix)
+    left = [path for path in recipe.paths.checkpoints.iterdir() if "step" in path.name]
+    assert left
+    assert all(find_damage(path) is None for path in left if not path.suffix)
+
     mount(small_disk, "-o", "remount,size=25m")
-    losses, said, _ = run_distributed(train, 2, recipe)[0]
-    assert losses == {step: whole[1][step] for step in range(7 - len(losses), 7)}
-    assert len(losses) < 6, "it began anew instead of going on"
-    assert said == []
+    result = run_distributed(train, 2, recipe)[0]
+    num_steps = len(result.losses)
+    assert num_steps < 6, "it started over instead of resuming"
+    assert result.losses == {step: undisturbed[1][step] for step in range(7 - num_steps, 7)}
+    assert result.messages == []

@@ -1,4 +1,4 @@
-"""AdamW of Megatron-Core, sharded over data-parallel ranks, and its learning rate by step."""
+"""Megatron-Core's AdamW, sharded over data-parallel ranks, and its learning rate by step."""
 
 from __future__ import annotations
 
@@ -21,9 +21,12 @@ from ul2r.train.checkpoint.optimizer_state import unwrap_chained_optimizer
 
 
 def build_optimizer(recipe: Recipe, model: list[DistributedDataParallel]) -> MegatronOptimizer:
-    """The distributed optimizer; norms, biases and, unless the recipe says so, embeddings have no weight decay."""
+    """Build the distributed optimizer.
+
+    Norms and biases have no weight decay, nor have embeddings unless the recipe says so.
+    """
     settings = recipe.optimizer
-    low = recipe.precision != "fp32"
+    is_low_precision = recipe.precision != "fp32"
     config = OptimizerConfig(
         optimizer="adam",
         lr=settings.learning_rate,
@@ -33,51 +36,58 @@ def build_optimizer(recipe: Recipe, model: list[DistributedDataParallel]) -> Meg
         adam_beta2=settings.beta2,
         clip_grad=settings.max_grad_norm,
         use_distributed_optimizer=True,
-        bf16=low,
-        params_dtype=torch.bfloat16 if low else torch.float32,
+        bf16=is_low_precision,
+        params_dtype=torch.bfloat16 if is_low_precision else torch.float32,
     )
+
+    # Megatron-Core's overrides exempt norms and biases.
     overrides = get_standard_config_overrides(config)
     if not settings.decay_embeddings:
         embeddings = ParamKey(
             with_name_predicate=ParamWithNamePredicate("embedding", _is_embedding)
         )
         overrides[embeddings] = ParamGroupOverride(wd_mult=0.0)
+
     optimizer = get_megatron_optimizer(config, model, config_overrides=overrides)
     _allocate_state(unwrap_chained_optimizer(optimizer))
     return optimizer
 
 
 def _is_embedding(parameter: torch.nn.Parameter, name: str) -> bool:
-    """Whether it is the embedding, or the copy of a tied one on the last pipeline stage."""
+    # The last pipeline stage's copy of a tied embedding is called output_layer; Megatron-Core marks it.
     return "embedding" in name or getattr(parameter, "shared_embedding", False)
 
 
 def load_optimizer_settings(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
-    """Take step counts from a checkpoint whose moments were loaded, and none of its other settings.
+    """Load the step counts of a checkpoint whose moments have been loaded, and none of its other settings.
 
-    Megatron-Core would take rates and decay from there as well, or refuse where they differ.
+    Megatron-Core would load learning rates and weight decay as well, or refuse if they differ from the recipe's.
 
     Args:
-        optimizer: The distributed one.
-        loaded: Of `optimizer_state.shard_optimizer_state`.
+        optimizer: The distributed optimizer.
+        loaded: State from `optimizer_state.shard_optimizer_state`, after loading.
     """
+    # Groups differ in `wd_mult`; Megatron-Core gives them no name that is the same in both lists.
     own = {group["wd_mult"]: group for group in optimizer.param_groups}
     for group in loaded["optimizer"]["param_groups"]:
         settings = own[group["wd_mult"]]
         group.update({key: settings[key] for key in settings.keys() - {"params", "step"}})
-    part = unwrap_chained_optimizer(optimizer)
-    part.load_state_dict({"optimizer": loaded["optimizer"]})
-    for state in part.optimizer.state.values():
-        # Torch's AdamW was given one count for all, and would advance it for each.
+
+    distributed = unwrap_chained_optimizer(optimizer)
+    distributed.load_state_dict({"optimizer": loaded["optimizer"]})
+    # Megatron-Core gives all parameters of torch's AdamW the same count tensor; each of them would advance it.
+    for state in distributed.optimizer.state.values():
         if "step" in state:
             state["step"] = state["step"].clone()
 
 
-def _allocate_state(part: DistributedOptimizer) -> None:
-    """Give it zero moments now, which are saved and loaded into before the first step too."""
-    part.init_state_fn(part.optimizer, part.config)
-    if isinstance(part.optimizer, torch.optim.AdamW):  # TransformerEngine's counts by group
-        for state in part.optimizer.state.values():
+def _allocate_state(distributed: DistributedOptimizer) -> None:
+    """Allocate zero moments, which torch would do at the first step: they are saved and loaded before it too."""
+    distributed.init_state_fn(distributed.optimizer, distributed.config)
+    # Megatron-Core's function leaves out the count, which its own `state_dict` reads from each parameter of torch's
+    # AdamW. TransformerEngine's optimizer, which is used where it is installed, counts by group.
+    if isinstance(distributed.optimizer, torch.optim.AdamW):
+        for state in distributed.optimizer.state.values():
             state["step"] = torch.zeros((), dtype=torch.float32)
 
 
@@ -85,14 +95,14 @@ class LearningRateSchedule:
     """Learning rate as a function of the step alone."""
 
     def __init__(self, recipe: Recipe, optimizer: MegatronOptimizer) -> None:
-        settings, steps = recipe.optimizer, recipe.training.steps
+        settings = recipe.optimizer
         self._scheduler = OptimizerParamScheduler(
             optimizer,
             init_lr=0.0,
             max_lr=settings.learning_rate,
             min_lr=settings.final_learning_rate,
             lr_warmup_steps=recipe.warmup_steps,
-            lr_decay_steps=steps,
+            lr_decay_steps=recipe.training.steps,
             lr_decay_style="WSD" if settings.schedule == "wsd" else settings.schedule,
             wsd_decay_steps=recipe.decay_steps,
             lr_wsd_decay_style="minus_sqrt",
@@ -103,6 +113,7 @@ class LearningRateSchedule:
         )
 
     def set(self, step: int) -> None:
-        """Set the rate for `step`, counted from 0; the first warm-up step is above zero."""
+        """Set the rate for `step`, counted from 0; that of the first warm-up step is above zero."""
+        # The scheduler counts steps itself. Set back to zero each time, it depends on nothing but `step`.
         self._scheduler.num_steps = 0
         self._scheduler.step(step + 1)

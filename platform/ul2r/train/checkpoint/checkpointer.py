@@ -1,4 +1,4 @@
-"""Asynchronous checkpoints of a training loop: started at one step, written in the background, published at a later one.
+"""Asynchronous checkpoints of a training loop: started at one step, written in the background, published later.
 
 All ranks take part in starting and in publishing; rank 0 alone touches the run's folder.
 """

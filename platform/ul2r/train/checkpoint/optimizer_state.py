@@ -1,9 +1,12 @@
-"""The optimizer's state in a checkpoint: each rank's own part of it, where it belongs in the whole tensors.
+"""The optimizer's state in a checkpoint: each rank's own part, described as boxes of the whole tensors.
 
-The distributed optimizer (ZeRO, arXiv 1910.02054, 5.1) cuts what replicas share into equal runs of numbers, wherever
-tensors begin and end. Megatron-Core's way of saving that independently of the layout has every replica gather all of
-it in host memory first. But a run of a matrix's numbers is at most three boxes: the end of a row, whole rows, the
-beginning of a row. Boxes need no other rank, neither to be written nor to be read, under any layout.
+The distributed optimizer (ZeRO, arXiv 1910.02054, 5.1) splits the parameters that replicas share into equal ranges of
+elements, regardless of where tensors begin and end. To save that independently of the layout, Megatron-Core lets every
+replica gather all of it in host memory first. But a range of a matrix's elements is at most three boxes: the end of a
+row, whole rows, the beginning of a row. A rank can write and read its boxes without any other rank, under any layout.
+
+The ranges and the states by parameter are private to Megatron-Core's DistributedOptimizer (0.16);
+tests/distributed/test_optimizer_state.py compares the boxes with what Megatron-Core gathers.
 """
 
 from __future__ import annotations
@@ -21,103 +24,152 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-KINDS = ("param", "exp_avg", "exp_avg_sq")
-"""Of state: weights in fp32, and AdamW's two moments."""
+STATE_KINDS = ("param", "exp_avg", "exp_avg_sq")
+"""Weights in fp32, and AdamW's two moments. Its step count is a setting here: it is the same for all parameters."""
 Box = tuple[tuple[int, ...], tuple[int, ...]]
-"""Offset and size, axis by axis."""
+"""Offset and size along each axis."""
 
 
 def shard_optimizer_state(optimizer: MegatronOptimizer, model: dict[str, Any]) -> dict[str, Any]:
-    """This rank's part of the optimizer's state, to be saved or to be loaded into.
+    """Describe this rank's part of the optimizer's state, to be saved or to be loaded into.
 
     Args:
-        optimizer: The distributed one.
-        model: Of `build.make_sharded_state_dict`, of the same parameters.
+        optimizer: The distributed optimizer.
+        model: Sharded state of the same parameters, from `build.make_sharded_state_dict`.
 
     Returns:
-        Its settings, and `pieces`, whose data are the optimizer's own tensors. Keys and whole shapes are those of
-        Megatron-Core's `fully_reshardable` checkpoints.
+        The optimizer's settings, and under `pieces` sharded tensors that share memory with the optimizer's own. Keys
+        and global shapes are those of Megatron-Core's `fully_reshardable` checkpoints.
     """
-    part = unwrap_chained_optimizer(optimizer)
-    described = {shard.data: shard for shard in nested_values(model)}
-    pieces = [
-        piece
-        for parameter, numbers in _own_runs(part)
-        for kind, tensor in part._get_main_param_and_optimizer_states(parameter).items()
-        if kind in KINDS
-        for piece in _pieces(described[parameter], f"optimizer.state.{kind}", tensor, numbers.start)
-    ]
-    return {**part.state_dict(), "pieces": pieces}
+    distributed = unwrap_chained_optimizer(optimizer)
+    shards = {shard.data: shard for shard in nested_values(model)}
+
+    pieces: list[ShardedTensor] = []
+    for parameter, owned in _iter_owned_ranges(distributed):
+        # Fp32 weights and moments of the owned range only, flattened.
+        states = distributed._get_main_param_and_optimizer_states(parameter)
+        for kind, values in states.items():
+            if kind in STATE_KINDS:
+                prefix = f"optimizer.state.{kind}"
+                pieces += _shard_range(shards[parameter], prefix, values, owned.start)
+    return {**distributed.state_dict(), "pieces": pieces}
 
 
 def unwrap_chained_optimizer(optimizer: MegatronOptimizer) -> DistributedOptimizer:
-    """Megatron-Core's chain of optimizers has one link here."""
-    (part,) = optimizer.chained_optimizers
-    return part
+    """Return the only optimizer of the chain that `get_megatron_optimizer` builds.
+
+    The chain would have a second one for experts under expert parallelism, which recipes do not offer.
+    """
+    (distributed,) = optimizer.chained_optimizers
+    return distributed
 
 
-def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
-    """Cut numbers `start` to `stop` of a tensor that is laid out row by row into as few boxes as hold them in order."""
+def split_into_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
+    """Split a range of a tensor's elements into as few boxes as possible, in the order of the elements.
+
+    Elements 2 to 9 of a tensor of shape (3, 4):
+
+        .  .  2  3      end of a row         offset (0, 2), size (1, 2)
+        4  5  6  7      whole rows           offset (1, 0), size (1, 4)
+        8  9  .  .      beginning of a row   offset (2, 0), size (1, 2)
+
+    Args:
+        shape: Of a contiguous tensor.
+        start: First element.
+        stop: One past the last element.
+    """
     if len(shape) == 1:
         yield (start,), (stop - start,)
         return
-    row = prod(shape[1:])
-    first, last = -(-start // row), stop // row  # whole rows
-    if first > last:
-        yield from _within(shape, last, start, stop)
+
+    row_size = prod(shape[1:])
+    first_whole = -(-start // row_size)
+    end_whole = stop // row_size
+    if first_whole > end_whole:
+        # The range lies within one row.
+        yield from _split_row(shape, end_whole, start, stop)
         return
-    if start < first * row:
-        yield from _within(shape, first - 1, start, first * row)
-    if first < last:
-        yield (first, *[0] * (len(shape) - 1)), (last - first, *shape[1:])
-    if last * row < stop:
-        yield from _within(shape, last, last * row, stop)
+
+    if start < first_whole * row_size:
+        yield from _split_row(shape, first_whole - 1, start, first_whole * row_size)
+    if first_whole < end_whole:
+        offset = (first_whole, *[0] * (len(shape) - 1))
+        yield offset, (end_whole - first_whole, *shape[1:])
+    if end_whole * row_size < stop:
+        yield from _split_row(shape, end_whole, end_whole * row_size, stop)
 
 
-def _within(shape: tuple[int, ...], row: int, start: int, stop: int) -> Iterator[Box]:
-    """The same of numbers of one row."""
-    begin = row * prod(shape[1:])
-    for offset, size in boxes(shape[1:], start - begin, stop - begin):
+def _split_row(shape: tuple[int, ...], row: int, start: int, stop: int) -> Iterator[Box]:
+    """Split a range of elements within one row, counted from the start of the tensor."""
+    row_start = row * prod(shape[1:])
+    for offset, size in split_into_boxes(shape[1:], start - row_start, stop - row_start):
         yield (row, *offset), (1, *size)
 
 
-def _own_runs(part: DistributedOptimizer) -> Iterator[tuple[torch.nn.Parameter, Any]]:
-    """The parameters that this rank updates numbers of, and from which to which."""
-    for by_dtype in part.gbuf_ranges:
-        for bucket in chain.from_iterable(by_dtype.values()):
+def _iter_owned_ranges(
+    distributed: DistributedOptimizer,
+) -> Iterator[tuple[torch.nn.Parameter, Any]]:
+    """Yield each parameter that this rank updates elements of, with the range of those elements in it."""
+    # gbuf_ranges: per gradient buffer a dict by dtype, of lists of buckets. "param" is the range within the
+    # parameter; the other ranges of an entry count from the start of the buffer.
+    for ranges_by_dtype in distributed.gbuf_ranges:
+        for bucket in chain.from_iterable(ranges_by_dtype.values()):
             for parameter, ranges in bucket["param_map"].items():
                 yield parameter, ranges["param"]
 
 
-def _pieces(
-    shard: ShardedTensor | ShardedTensorFactory, prefix: str, run: Tensor, start: int
+def _shard_range(
+    shard: ShardedTensor | ShardedTensorFactory, prefix: str, values: Tensor, start: int
 ) -> Iterator[ShardedTensor]:
-    """A run of numbers from `start` of a parameter, flattened, as boxes of the whole tensors it is a part of."""
+    """Describe values of a range of a parameter's elements as boxes of the global tensors that it belongs to.
+
+    Args:
+        shard: This rank's shard of the parameter.
+        prefix: Of the keys.
+        values: (elements), contiguous.
+        start: Position of the first one in the flattened parameter.
+    """
+    # On the meta device: only the shapes and offsets that a factory gives its parts are of interest.
     outline = replace(shard, data=torch.empty_like(shard.data, device="meta"))
     leaves = outline.build() if isinstance(outline, ShardedTensorFactory) else [outline]
+
     for leaf in nested_values(leaves):
-        begin = leaf.data.storage_offset()  # a factory cuts by rows: gate and linear part of an MLP
-        first, last = max(start, begin), min(start + len(run), begin + leaf.data.numel())
-        if first >= last:
+        # A factory splits by rows, such as the gate and linear parts of an MLP: each leaf is a range as well.
+        leaf_start = leaf.data.storage_offset()
+        first = max(start, leaf_start)
+        end = min(start + len(values), leaf_start + leaf.data.numel())
+        if first >= end:
             continue
-        axes = leaf.prepend_axis_num
-        at = first - start
-        for offset, size in boxes(leaf.local_shape, first - begin, last - begin):
-            numbers = run[at : at + prod(size)]
-            at += len(numbers)
-            shape = (*[1] * axes, *size)
-            place = (
-                *leaf.global_offset[:axes],
-                *(a + b for a, b in zip(leaf.global_offset[axes:], offset, strict=True)),
-            )
-            yield ShardedTensor(
-                key=f"{prefix}.{leaf.key}",
-                data=numbers.view(shape),
-                dtype=numbers.dtype,
-                local_shape=shape,
-                global_shape=leaf.global_shape,
-                global_offset=place,
-                axis_fragmentations=None,
-                replica_id=(*leaf.replica_id[:-1], 0),  # no other data-parallel rank has it
-                allow_shape_mismatch=leaf.allow_shape_mismatch,
-            )
+
+        position = first - start
+        for offset, size in split_into_boxes(
+            leaf.local_shape, first - leaf_start, end - leaf_start
+        ):
+            box = values[position : position + prod(size)]
+            position += len(box)
+            yield _shard_box(leaf, f"{prefix}.{leaf.key}", box, offset, size)
+
+
+def _shard_box(
+    leaf: ShardedTensor, key: str, values: Tensor, offset: tuple[int, ...], size: tuple[int, ...]
+) -> ShardedTensor:
+    """Describe values of one box of a shard as a shard of the same global tensor."""
+    # Stacked layers: the global tensor has leading axes, such as the layer, that local shapes do not.
+    num_prepended = leaf.prepend_axis_num
+    shape = (*[1] * num_prepended, *size)
+    within = zip(leaf.global_offset[num_prepended:], offset, strict=True)
+    global_offset = (*leaf.global_offset[:num_prepended], *(a + b for a, b in within))
+
+    return ShardedTensor(
+        key=key,
+        data=values.view(shape),
+        dtype=values.dtype,
+        local_shape=shape,
+        global_shape=leaf.global_shape,
+        global_offset=global_offset,
+        # None marks an irregular grid of shards; otherwise offsets would have to be multiples of the shape.
+        axis_fragmentations=None,
+        # The last number counts data-parallel replicas: of this box there is only this one.
+        replica_id=(*leaf.replica_id[:-1], 0),
+        allow_shape_mismatch=leaf.allow_shape_mismatch,
+    )
