@@ -100,6 +100,14 @@ def test_links_in_a_document_lead_to_files_and_headings(document: str) -> None:
             assert heading in _heading_ids(target), link
 
 
+@pytest.mark.parametrize("document", [name for name in DOCUMENTS if name != "CHANGELOG.md"])
+def test_source_files_named_in_a_document_exist(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    files = re.findall(r"`([\w/.-]+/[\w.-]+\.(?:py|yaml|sbatch))`", text)
+    roots = (ROOT, ROOT / "platform/ul2r")
+    assert [file for file in files if not any((root / file).is_file() for root in roots)] == []
+
+
 def _heading_ids(document: Path) -> set[str]:
     """Return the ids that GitHub gives the headings of a document."""
     headings = re.findall(r"^#+ (.+)$", document.read_text(encoding="utf-8"), re.MULTILINE)
