@@ -1,4 +1,4 @@
-# What people type. `make` alone lists the words; each word sets up .venv by itself, once.
+# Commands for people. `make` alone lists the targets; each target installs into .venv first, once.
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
@@ -13,35 +13,35 @@ ready := .venv/.installed
 .DEFAULT_GOAL := help
 .PHONY: help demo test check fix ui serve bench
 
-help:  ## list these words
+help:  ## list these targets
 	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
 
-demo: $(ready)  ## text -> base -> UL2R -> comparison -> served model; CORPUS=path takes your own text
+demo: $(ready)  ## text -> base -> UL2R -> comparison -> served model; CORPUS=path for your own text
 	@$(bin)/python jobs/demo.py $(if $(CORPUS),--corpus '$(CORPUS)')
 
-# Two files at a time: most of a test's time is spent waiting for processes to start.
-test: $(ready)  ## every test that this machine can run; ARGS="-k words" picks some
+# Two files at a time: tests spend most of their time waiting for processes to start.
+test: $(ready)  ## every test that this machine can run; ARGS="-k spans" selects some
 	@$(bin)/pytest -n 2 --dist loadfile $(ARGS)
 
-check: $(ready)  ## lint, format and types, changing nothing
+check: $(ready)  ## check lint, format and types; change nothing
 	@$(bin)/ruff check
 	@$(bin)/ruff format --check
 	@$(bin)/mypy
 
-fix: $(ready)  ## mend what lint and format can mend by themselves
+fix: $(ready)  ## fix what ruff can fix
 	@$(bin)/ruff check --fix
 	@$(bin)/ruff format
 
-ui: $(ready)  ## MLflow on what the demo recorded; UI_PORT=5000, STORAGE=runs/demo
+ui: $(ready)  ## MLflow with the demo's runs, until Ctrl-C; UI_PORT=5000, STORAGE=runs/demo
 	@$(bin)/python jobs/ui.py --storage '$(STORAGE)' --port $(UI_PORT)
 
-serve: $(ready)  ## the demo's champion over HTTP, until Ctrl-C; PORT=8000, STORAGE=runs/demo
+serve: $(ready)  ## the demo's UL2R model over HTTP, until Ctrl-C; PORT=8000, STORAGE=runs/demo
 	@$(bin)/python jobs/serve.py models:/$(MODEL)@champion --storage '$(STORAGE)' --port $(PORT)
 
-bench: $(ready)  ## every benchmark; each prints one JSON line
+bench: $(ready)  ## run every benchmark; each prints one JSON line
 	@for file in benchmarks/*.py; do $(bin)/python $$file || exit; done
 
-# The stamp is written last, so an installation that was cut off is begun again.
+# The stamp is written last, so an interrupted installation starts again.
 $(ready): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found: apt install python3 python3-venv, or make PYTHON=/path/to/python" >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "error: PYTHON=$(PYTHON) is not Python 3.11 or newer: make PYTHON=/path/to/a/newer/python" >&2; exit 2; }
