@@ -1,4 +1,4 @@
-"""Optimizer state in boxes: what Megatron-Core writes and reads by gathering everything, without gathering anything."""
+"""Optimizer state as boxes holds what Megatron-Core gathers, and each can load what the other has saved."""
 
 from __future__ import annotations
 
@@ -39,35 +39,45 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "model": {**EXPERTS, "tie_embeddings": False},
     },
 }
-STEPS = 2
+NUM_STEPS = 2
 
 
 @st.composite
-def runs(draw: st.DrawFn) -> tuple[tuple[int, ...], int, int]:
-    """The shape of a tensor, and where a run of its numbers begins and ends."""
+def ranges(draw: st.DrawFn) -> tuple[tuple[int, ...], int, int]:
+    """Draw the shape of a tensor, and the start and end of a range of its elements."""
     shape = tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=4)))
     size = math.prod(shape)
     start = draw(st.integers(0, size - 1))
     return shape, start, draw(st.integers(start + 1, size))
 
 
-@given(runs())
-def test_boxes_are_the_numbers_of_a_run_in_order(run: tuple[tuple[int, ...], int, int]) -> None:
-    shape, start, stop = run
-    whole = np.arange(math.prod(shape)).reshape(shape)
-    found = [
-        whole[tuple(slice(a, a + b) for a, b in zip(offset, size, strict=True))].ravel()
+@given(ranges())
+def test_boxes_hold_the_elements_of_a_range_in_order(
+    drawn: tuple[tuple[int, ...], int, int],
+) -> None:
+    shape, start, stop = drawn
+    tensor = np.arange(math.prod(shape)).reshape(shape)
+    boxes = [
+        tensor[tuple(slice(a, a + b) for a, b in zip(offset, size, strict=True))].ravel()
         for offset, size in split_into_boxes(shape, start, stop)
     ]
-    np.testing.assert_array_equal(np.concatenate(found), np.arange(start, stop))
-    assert len(found) <= 2 * len(shape) - 1
+    np.testing.assert_array_equal(np.concatenate(boxes), np.arange(start, stop))
+    assert len(boxes) <= 2 * len(shape) - 1
+
+
+def test_example_of_the_docstring() -> None:
+    assert list(split_into_boxes((3, 4), 2, 10)) == [
+        ((0, 2), (1, 2)),
+        ((1, 0), (1, 4)),
+        ((2, 0), (1, 2)),
+    ]
 
 
 def save_from_small_buckets(recipe: Recipe, folder: Path) -> int:
-    """Save and load, where gradients are added up in several parts, as those of large models are.
+    """Save and load with several gradient buckets per buffer, as large models have.
 
     Returns:
-        How many parts.
+        Number of buckets.
     """
     from torch import distributed
 
@@ -76,6 +86,7 @@ def save_from_small_buckets(recipe: Recipe, folder: Path) -> int:
     from ul2r.train.checkpoint.sharded_state import load_checkpoint, start_save
     from ul2r.train.mesh import Mesh
 
+    # Megatron-Core's default bucket is larger than the tiny model.
     module: Any = import_module("ul2r.train.step")
     settings = module.DistributedDataParallelConfig
     module.DistributedDataParallelConfig = partial(settings, bucket_size=5000)
@@ -96,7 +107,7 @@ def save_from_small_buckets(recipe: Recipe, folder: Path) -> int:
 
 
 def exchange(recipe: Recipe, folder: Path) -> None:
-    """Train, save by boxes and by Megatron-Core's own way, and let each be read the other way, on every rank."""
+    """Train, save as boxes and as Megatron-Core does, and load each the other way; runs on every rank."""
     from megatron.core import dist_checkpointing, parallel_state
     from torch import distributed
 
@@ -108,7 +119,7 @@ def exchange(recipe: Recipe, folder: Path) -> None:
     from ul2r.train.mesh import Mesh
     from ul2r.train.step import TrainStep
 
-    def theirs(step: TrainStep, *, loading: bool) -> dict[str, Any]:
+    def shard_as_megatron(step: TrainStep, *, loading: bool) -> dict[str, Any]:
         model = make_sharded_state_dict(step.chunks)
         metadata = {**make_sharding_metadata(), "distrib_optim_sharding_type": "fully_reshardable"}
         state = step.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
@@ -117,10 +128,10 @@ def exchange(recipe: Recipe, folder: Path) -> None:
     mesh, dataset = Mesh.join(recipe.parallel), open_dataset(recipe.storage_paths.store)
     step, other = (TrainStep(recipe, mesh, dataset.vocabulary.size) for _ in range(2))
     batches = Batches(recipe, dataset)
-    for number in range(STEPS):
+    for number in range(NUM_STEPS):
         step.train(number, batches.rows(number, mesh.data_rank, recipe.parallel.data))
     check_pieces(step)
-    gathered = theirs(step, loading=False)
+    gathered = shard_as_megatron(step, loading=False)
     whole = {
         (number, kind): shard.data.clone()
         for number, kinds in gathered["optimizer"]["param_state"].items()
@@ -136,29 +147,30 @@ def exchange(recipe: Recipe, folder: Path) -> None:
         AsyncWrite(gathered, folder / "megatron", replicas),
     )
     assert [write.wait() for write in writes] == [None, None]
-    for write in reversed(writes):  # each knows its own results, whichever was done first
+    # In the other order: each write must know its own results.
+    for write in reversed(writes):
         write.finalize()
     distributed.barrier()
 
-    loaded = dist_checkpointing.load(theirs(other, loading=True), str(folder / "boxes"))
+    loaded = dist_checkpointing.load(shard_as_megatron(other, loading=True), str(folder / "boxes"))
     for (number, kind), expected in whole.items():
         assert torch.equal(loaded["optimizer"]["param_state"][number][kind], expected), kind
 
     load_checkpoint(folder / "megatron", other, optimizer=True)
     check_equal(other, step)
-    assert {float(state["step"]) for state in states(other)} == {STEPS}
-    other.train(STEPS, batches.rows(STEPS, mesh.data_rank, recipe.parallel.data))
-    assert {float(state["step"]) for state in states(other)} == {STEPS + 1}
+    assert {float(state["step"]) for state in list_states(other)} == {NUM_STEPS}
+    other.train(NUM_STEPS, batches.rows(NUM_STEPS, mesh.data_rank, recipe.parallel.data))
+    assert {float(state["step"]) for state in list_states(other)} == {NUM_STEPS + 1}
 
 
 def check_pieces(step: TrainStep) -> None:
-    """They are the optimizer's own numbers, each once, where they lie."""
+    """Check that the pieces share memory with the optimizer's own tensors, and cover each element once."""
     from ul2r.model.build import make_sharded_state_dict
     from ul2r.train.checkpoint.optimizer_state import shard_optimizer_state
 
-    def numbers(tensors: list[torch.Tensor]) -> list[int]:
-        each = ((tensor.data_ptr(), tensor.nbytes) for tensor in tensors)
-        return sorted(byte for place, size in each for byte in range(place, place + size, 4))
+    def addresses(tensors: list[torch.Tensor]) -> list[int]:
+        blocks = ((tensor.data_ptr(), tensor.nbytes) for tensor in tensors)
+        return sorted(byte for start, size in blocks for byte in range(start, start + size, 4))
 
     pieces = [
         piece.data
@@ -166,29 +178,31 @@ def check_pieces(step: TrainStep) -> None:
             "pieces"
         ]
     ]
-    own = [tensor for state in states(step) for kind, tensor in state.items() if kind != "step"]
-    assert numbers(pieces) == numbers(own)
+    own = [
+        tensor for state in list_states(step) for kind, tensor in state.items() if kind != "step"
+    ]
+    assert addresses(pieces) == addresses(own)
 
 
-def check_equal(one: TrainStep, other: TrainStep) -> None:
-    """Both are to take the same next step."""
-    for ours, expected in zip(states(one), states(other), strict=True):
+def check_equal(step: TrainStep, expected_step: TrainStep) -> None:
+    """Check that both have the same weights, moments and step counts."""
+    for ours, expected in zip(list_states(step), list_states(expected_step), strict=True):
         assert ours.keys() == expected.keys()
         assert all(torch.equal(ours[kind], expected[kind]) for kind in ours)
 
 
-def states(step: TrainStep) -> list[dict[str, torch.Tensor]]:
-    """What this rank updates and remembers, parameter by parameter."""
-    (part,) = step.optimizer.chained_optimizers
+def list_states(step: TrainStep) -> list[dict[str, torch.Tensor]]:
+    """Return the fp32 weights and optimizer state of this rank, by parameter."""
+    (distributed_optimizer,) = step.optimizer.chained_optimizers
     return [
-        {"param": parameter.detach(), **part.optimizer.state[parameter]}
-        for group in part.optimizer.param_groups
+        {"param": parameter.detach(), **distributed_optimizer.optimizer.state[parameter]}
+        for group in distributed_optimizer.optimizer.param_groups
         for parameter in group["params"]
     ]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_boxes_are_what_megatron_gathers_and_either_way_reads_the_other(
+def test_boxes_equal_what_megatron_gathers_and_each_loads_the_other(
     tmp_path: Path, layout: str
 ) -> None:
     tiny_store(tmp_path / "store")
@@ -196,8 +210,11 @@ def test_boxes_are_what_megatron_gathers_and_either_way_reads_the_other(
     run_distributed(exchange, recipe.parallel.num_workers, recipe, tmp_path / "checkpoints")
 
 
-def test_boxes_of_several_buckets_are_where_the_weights_are(tmp_path: Path) -> None:
-    """In fp32 weights are saved twice. (Megatron-Core's own gathering overlooks the padding between buckets.)"""
+def test_boxes_of_several_buckets_are_at_the_position_of_the_weights(tmp_path: Path) -> None:
+    """In fp32 the model's and the optimizer's weights are equal, and both are saved.
+
+    Megatron-Core's own gathering ignores the padding between buckets, so it is no reference here.
+    """
     tiny_store(tmp_path / "store")
     recipe, folder = tiny_recipe(tmp_path, parallel={"num_workers": 2}), tmp_path / "checkpoint"
     buckets = run_distributed(save_from_small_buckets, 2, recipe, folder)

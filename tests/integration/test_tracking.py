@@ -41,21 +41,19 @@ def uri(storage: Path) -> Iterator[str]:
         yield address
 
 
-def make_run(uri: str, folder: Path, name: str = "run") -> str:
-    return tracking.continue_run(uri, "tests", name, folder, tags={"ul2r.role": "base"}, params={})
+def make_run(uri: str, folder: Path) -> str:
+    return tracking.continue_run(uri, "tests", "run", folder, tags={"ul2r.role": "base"}, params={})
 
 
-def stored_steps(uri: str, run_id: str, metric: str) -> list[int]:
+def read_steps(uri: str, run_id: str, metric: str) -> list[int]:
     return [point.step for point in MlflowClient(uri, uri).get_metric_history(run_id, metric)]
 
 
-def status(uri: str, run_id: str) -> str:
+def read_status(uri: str, run_id: str) -> str:
     return str(MlflowClient(uri, uri).get_run(run_id).info.status)
 
 
-def test_more_points_than_one_request_takes_are_all_there_after_close(
-    uri: str, tmp_path: Path
-) -> None:
+def test_close_writes_more_points_than_fit_into_one_request(uri: str, tmp_path: Path) -> None:
     run_id = make_run(uri, tmp_path)
     tracker = MlflowTracker(uri, run_id, tmp_path)
     for step in range(1, 1201):
@@ -65,18 +63,18 @@ def test_more_points_than_one_request_takes_are_all_there_after_close(
     assert tracking.read_metric_history(uri, run_id, "train/loss") == expected
     assert len(tracking.read_metric_history(uri, run_id, "progress/tokens")) == 1200
     assert tracking.read_metric_history(uri, run_id, "train/never_logged") == []
-    assert status(uri, run_id) == "FINISHED"
+    assert read_status(uri, run_id) == "FINISHED"
 
 
 @pytest.mark.parametrize("end", ["FINISHED", "FAILED", "KILLED"])
-def test_a_run_ends_as_it_did(uri: str, tmp_path: Path, end: RunStatus) -> None:
+def test_run_ends_with_the_status_given_to_close(uri: str, tmp_path: Path, end: RunStatus) -> None:
     run_id = make_run(uri, tmp_path)
     tracker = MlflowTracker(uri, run_id, tmp_path)
     tracker.log(1, {"train/loss": 1.0})
-    assert status(uri, run_id) == "RUNNING"
+    assert read_status(uri, run_id) == "RUNNING"
     tracker.close(end)
-    assert status(uri, run_id) == end
-    assert stored_steps(uri, run_id, "train/loss") == [1]
+    assert read_status(uri, run_id) == end
+    assert read_steps(uri, run_id, "train/loss") == [1]
 
 
 KILLED_PROGRAM = """
@@ -90,7 +88,7 @@ KILLED_PROGRAM = """
 """
 
 
-def test_a_killed_run_continues_under_its_id_and_replayed_points_are_stored_once(
+def test_killed_run_continues_under_its_id_and_stores_replayed_points_once(
     uri: str, tmp_path: Path
 ) -> None:
     run_id = make_run(uri, tmp_path)
@@ -98,38 +96,35 @@ def test_a_killed_run_continues_under_its_id_and_replayed_points_are_stored_once
     with subprocess.Popen(program) as process:
         deadline = time.monotonic() + 300
         try:
-            while stored_steps(uri, run_id, "train/tokens_per_second")[-1:] != [8]:
+            while read_steps(uri, run_id, "train/tokens_per_second")[-1:] != [8]:
                 assert process.poll() is None
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
         finally:
             process.kill()
-    assert status(uri, run_id) == "RUNNING"
+    assert read_status(uri, run_id) == "RUNNING"
 
     assert make_run(uri, tmp_path) == run_id
     tracker = MlflowTracker(uri, run_id, tmp_path)
-    for step in range(5, 13):  # the last checkpoint was at step 4; speed differs when replayed
+    # The last checkpoint was at step 4. Throughput differs when a step is replayed, the loss does not.
+    for step in range(5, 13):
         tracker.log(step, {"train/loss": 1 / step, "train/tokens_per_second": 100.0 + step})
     tracker.close()
     for metric in ("train/loss", "train/tokens_per_second"):
-        assert sorted(stored_steps(uri, run_id, metric)) == list(range(1, 13))
+        assert sorted(read_steps(uri, run_id, metric)) == list(range(1, 13))
     assert tracking.read_metric_history(uri, run_id, "train/loss") == [
         (step, 1 / step) for step in range(1, 13)
     ]
 
 
-def test_a_record_of_a_run_that_the_server_does_not_have_starts_a_new_one(
-    uri: str, tmp_path: Path
-) -> None:
+def test_run_that_the_server_does_not_have_is_created_again(uri: str, tmp_path: Path) -> None:
     (tmp_path / "tracking.json").write_text(json.dumps({"run_id": "0" * 32}))
     assert tracking.find_run(uri, tmp_path) is None
     run_id = make_run(uri, tmp_path)
     assert tracking.find_run(uri, tmp_path) == run_id != "0" * 32
 
 
-def test_tags_are_brought_up_to_date_and_parameters_keep_their_first_value(
-    uri: str, tmp_path: Path
-) -> None:
+def test_tags_are_updated_and_parameters_keep_their_first_value(uri: str, tmp_path: Path) -> None:
     first = tracking.continue_run(
         uri, "tests", "run", tmp_path, tags={"digest": "a"}, params={"steps": 10}
     )
@@ -142,16 +137,14 @@ def test_tags_are_brought_up_to_date_and_parameters_keep_their_first_value(
     assert data.params == {"steps": "10", "num_rows": "4"}
 
 
-def test_results_are_added_once_and_a_new_value_replaces_the_old_one(
-    uri: str, tmp_path: Path
-) -> None:
+def test_unchanged_results_are_not_added_again(uri: str, tmp_path: Path) -> None:
     run_id = make_run(uri, tmp_path)
     picture = tmp_path / "comparison.png"
     picture.write_bytes(b"picture")
     for value in (0.5, 0.5, 0.25):
         tracking.log_summary(uri, run_id, {"evaluation/infill_loss": value}, [picture], step=7)
     client = MlflowClient(uri, uri)
-    assert stored_steps(uri, run_id, "evaluation/infill_loss") == [7, 7]
+    assert read_steps(uri, run_id, "evaluation/infill_loss") == [7, 7]
     assert client.get_run(run_id).data.metrics["evaluation/infill_loss"] == 0.25
     assert [artifact.path for artifact in client.list_artifacts(run_id)] == ["comparison.png"]
 
@@ -163,9 +156,7 @@ def make_export(folder: Path, weights: bytes = b"weights") -> Path:
     return folder
 
 
-def test_a_registered_export_is_found_by_its_alias_and_registered_once(
-    uri: str, tmp_path: Path
-) -> None:
+def test_export_is_registered_once_and_found_by_its_alias(uri: str, tmp_path: Path) -> None:
     run_id = make_run(uri, tmp_path)
     first = make_export(tmp_path / "first export")
     second = make_export(tmp_path / "second", b"better weights")
@@ -178,9 +169,7 @@ def test_a_registered_export_is_found_by_its_alias_and_registered_once(
     assert tracking.resolve(uri, "tests-alias", "previous") == first
 
 
-def test_a_model_or_alias_that_is_not_registered_is_named_in_one_line(
-    uri: str, tmp_path: Path
-) -> None:
+def test_unknown_model_or_alias_is_refused_in_one_line(uri: str, tmp_path: Path) -> None:
     run_id = make_run(uri, tmp_path)
     tracking.register(uri, "tests-known", make_export(tmp_path / "export"), run_id, "champion")
     for name, alias in (("tests-known", "challenger"), ("tests-unknown", "champion")):
@@ -189,7 +178,7 @@ def test_a_model_or_alias_that_is_not_registered_is_named_in_one_line(
         assert "\n" not in str(caught.value)
 
 
-def test_an_export_that_is_gone_is_named_in_one_line(uri: str, tmp_path: Path) -> None:
+def test_missing_export_folder_is_reported_in_one_line(uri: str, tmp_path: Path) -> None:
     run_id = make_run(uri, tmp_path)
     export = make_export(tmp_path / "export")
     tracking.register(uri, "tests-gone", export, run_id, "champion")
@@ -200,11 +189,11 @@ def test_an_export_that_is_gone_is_named_in_one_line(uri: str, tmp_path: Path) -
         tracking.register(uri, "tests-gone", export, run_id, "champion")
 
 
-def test_a_second_server_shares_the_storage_and_a_tracker_says_what_is_lost_when_it_stops(
+def test_two_servers_share_a_storage_and_a_tracker_reports_its_backlog_when_one_stops(
     uri: str, storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_id = make_run(uri, tmp_path)
-    with ui_job(storage) as other:
+    with run_ui_job(storage) as other:
         trackers = {address: MlflowTracker(address, run_id, tmp_path) for address in (uri, other)}
         for step in range(1, 101):
             trackers[uri].log(step, {"train/loss": float(step)})
@@ -227,47 +216,48 @@ def test_a_second_server_shares_the_storage_and_a_tracker_says_what_is_lost_when
         tracking.resolve(other, "tests-alias", "champion")
 
 
-def test_a_killed_server_costs_no_point_and_no_waiting(
+def test_killed_server_loses_no_points_and_does_not_block_the_run(
     storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is killed while a run logs, and started again; what was logged meanwhile also outlives the run."""
+    """The server is killed during a run and restarted; points logged in between survive the end of the run as well."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     port = find_free_port()
     with run_mlflow_server(storage, port) as address:
         run_id = make_run(address, tmp_path)
         tracker = MlflowTracker(address, run_id, tmp_path)
         tracker.log(1, {"train/loss": 1.0})
-        wait_until(lambda: stored_steps(address, run_id, "train/loss") == [1])
-        leader, *_ = processes_with(str(port))
+        wait_until(lambda: read_steps(address, run_id, "train/loss") == [1])
+        leader, *_ = list_processes(str(port))
         os.killpg(os.getpgid(int(leader)), signal.SIGKILL)
         wait_until(lambda: is_free(port))
         for step in range(2, 101):
             tracker.log(step, {"train/loss": 1 / step})
-        evidence = tmp_path / "guards" / "step_00000100.json"
-        evidence.parent.mkdir()
-        evidence.write_text("{}")
-        tracker.log_artifact(evidence)
+        report = tmp_path / "guards" / "step_00000100.json"
+        report.parent.mkdir()
+        report.write_text("{}")
+        tracker.log_artifact(report)
         tracker.flush()
-        waiting = json.loads((tmp_path / "tracking_waiting.json").read_text())
-        assert [step for _, _, step, _ in waiting["points"]] == list(range(2, 101))
-    # A worker that starts while there is no server.
-    killed_too = MlflowTracker(address, run_id, tmp_path)
-    killed_too.log(101, {"train/loss": 1 / 101})
-    killed_too.flush()
+        backlog = json.loads((tmp_path / "tracking_waiting.json").read_text())
+        assert [step for _, _, step, _ in backlog["points"]] == list(range(2, 101))
+
+    # A worker that starts while the server is down.
+    second = MlflowTracker(address, run_id, tmp_path)
+    second.log(101, {"train/loss": 1 / 101})
+    second.flush()
     with run_mlflow_server(storage, port):
-        wait_until(lambda: len(stored_steps(address, run_id, "train/loss")) == 101)
+        wait_until(lambda: len(read_steps(address, run_id, "train/loss")) == 101)
         tracking.finish_run(address, run_id, tmp_path, "FAILED")
         expected = [(step, 1 / step) for step in range(1, 102)]
         assert tracking.read_metric_history(address, run_id, "train/loss") == expected
-        assert sorted(stored_steps(address, run_id, "train/loss")) == list(range(1, 102))
+        assert sorted(read_steps(address, run_id, "train/loss")) == list(range(1, 102))
         artifacts = MlflowClient(address, address).list_artifacts(run_id, "guards")
         assert [artifact.path for artifact in artifacts] == ["guards/step_00000100.json"]
-        assert status(address, run_id) == "FAILED"
+        assert read_status(address, run_id) == "FAILED"
     assert not (tmp_path / "tracking_waiting.json").exists()
 
 
-def test_a_step_taken_again_stands_for_the_step(uri: str, tmp_path: Path) -> None:
-    """The run went back from step 3 to step 1; replayed after a restart, both ways are stored once."""
+def test_step_taken_again_after_a_rewind_replaces_the_first_value(uri: str, tmp_path: Path) -> None:
+    """The run rewinds from step 3 to step 1; after a restart both passes are replayed, and stored once."""
     run_id = make_run(uri, tmp_path)
     for _ in range(2):
         tracker = MlflowTracker(uri, run_id, tmp_path)
@@ -281,33 +271,33 @@ def test_a_step_taken_again_stands_for_the_step(uri: str, tmp_path: Path) -> Non
             tracker.log(step, {"train/loss": loss}, rewinds)
         tracker.close()
     assert tracking.read_metric_history(uri, run_id, "train/loss") == [(1, 4.0), (2, 3.5), (3, 3.0)]
-    assert sorted(stored_steps(uri, run_id, "train/loss")) == [1, 2, 2, 3, 3]
+    assert sorted(read_steps(uri, run_id, "train/loss")) == [1, 2, 2, 3, 3]
     assert MlflowClient(uri, uri).get_run(run_id).data.metrics["train/loss"] == 3.0
 
 
 @pytest.mark.parametrize(
     ("error", "end"), [(None, "FINISHED"), (RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED")]
 )
-def test_a_recorded_run_ends_as_its_block_does_with_all_that_a_worker_left_behind(
+def test_tracked_run_ends_as_its_block_does_and_writes_the_backlog_of_its_workers(
     uri: str, tmp_path: Path, error: type[BaseException] | None, end: str
 ) -> None:
-    """The worker that trains is another process, which was killed after its last checkpoint."""
+    """The worker is another process, which was killed after its last checkpoint."""
     dataset, recipe = tiny_store(tmp_path / "store", documents=12), tiny_recipe(tmp_path)
     with (
         contextlib.suppress(RuntimeError, KeyboardInterrupt),
         track_run(recipe, dataset, uri) as run_id,
     ):
-        assert status(uri, run_id) == "RUNNING"
+        assert read_status(uri, run_id) == "RUNNING"
         recipe.paths.folder.joinpath("tracking_waiting.json").write_text(
             json.dumps({"points": [["train/loss", 2.5, 3, 0]], "files": []})
         )
         if error is not None:
             raise error("stopped")
-    assert status(uri, run_id) == end
+    assert read_status(uri, run_id) == end
     assert tracking.read_metric_history(uri, run_id, "train/loss") == [(3, 2.5)]
 
 
-def test_what_made_a_run_fail_is_not_hidden_by_a_server_that_is_gone(
+def test_reason_of_a_failed_run_is_not_hidden_by_a_server_that_is_down(
     storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -315,7 +305,7 @@ def test_what_made_a_run_fail_is_not_hidden_by_a_server_that_is_gone(
     dataset, recipe = tiny_store(tmp_path / "store", documents=12), tiny_recipe(tmp_path)
     with contextlib.ExitStack() as server:
         address = server.enter_context(run_mlflow_server(storage))
-        with (  # noqa: PT012  # the server goes while the block runs
+        with (  # noqa: PT012  the server stops while the block runs
             pytest.raises(RuntimeError, match="the real reason"),
             track_run(recipe, dataset, address),
         ):
@@ -324,10 +314,10 @@ def test_what_made_a_run_fail_is_not_hidden_by_a_server_that_is_gone(
     assert f"MLflow at {address} failed" in caplog.text
 
 
-def wait_until(what: Callable[[], bool]) -> None:
+def wait_until(is_true: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
-    while not what():
-        assert time.monotonic() < deadline, "waited in vain"
+    while not is_true():
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.2)
 
 
@@ -341,8 +331,8 @@ def is_free(port: int) -> bool:
 
 
 @contextmanager
-def ui_job(storage: Path) -> Iterator[str]:
-    """jobs/ui.py in a process of its own, told to stop after the block; none of its processes is left."""
+def run_ui_job(storage: Path) -> Iterator[str]:
+    """Run jobs/ui.py during the block, then stop it and check that none of its processes is left."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = str(probe.getsockname()[1])
     command = [sys.executable, "jobs/ui.py", "--storage", str(storage), "--port", port]
@@ -351,14 +341,14 @@ def ui_job(storage: Path) -> Iterator[str]:
         assert job.stdout.readline() == f"MLflow is up until Ctrl-C: http://127.0.0.1:{port}\n"
         try:
             yield f"http://127.0.0.1:{port}"
-            assert processes_with(port)
+            assert list_processes(port)
         finally:
             job.send_signal(signal.SIGTERM)
         assert job.wait() == 0
-    assert not processes_with(port)
+    assert not list_processes(port)
 
 
-def test_a_taken_port_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_taken_port_is_refused_in_one_line(tmp_path: Path) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -371,8 +361,8 @@ def test_a_taken_port_is_refused_in_one_line(tmp_path: Path) -> None:
     assert not (tmp_path / "storage").exists()
 
 
-def test_a_server_that_cannot_start_points_to_its_log(tmp_path: Path) -> None:
-    (tmp_path / "mlflow.db").write_text("this is no database")
+def test_server_that_cannot_start_points_to_its_log(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("not a database")
     with (
         pytest.raises(ServiceError, match=r"ended with code .*mlflow\.log"),
         run_mlflow_server(tmp_path),
@@ -380,7 +370,8 @@ def test_a_server_that_cannot_start_points_to_its_log(tmp_path: Path) -> None:
         pass
 
 
-def processes_with(argument: str) -> list[str]:
+def list_processes(argument: str) -> list[str]:
+    """Return the ids of other processes with this argument in their command line."""
     found = []
     for entry in Path("/proc").iterdir():
         try:

@@ -52,7 +52,7 @@ class Backlog:
 
     @property
     def is_empty(self) -> bool:
-        """Whether everything has been uploaded."""
+        """True if everything has been uploaded."""
         return not (self._points or self._files)
 
     def add_points(self, points: Sequence[Point]) -> None:

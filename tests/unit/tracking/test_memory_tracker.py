@@ -1,11 +1,11 @@
-"""The tracker that tests and untracked runs use."""
+"""The tracker of tests and of runs without a server."""
 
 import pytest
 
 from ul2r.tracking import MemoryTracker
 
 
-def test_it_keeps_copies_of_what_is_logged_in_order() -> None:
+def test_copies_of_metrics_are_kept_in_order() -> None:
     tracker = MemoryTracker()
     metrics = {"train/loss": 3.0}
     tracker.log(1, metrics)
@@ -19,7 +19,7 @@ def test_it_keeps_copies_of_what_is_logged_in_order() -> None:
     assert tracker.series("held_out/loss/S") == [(2, 4.0)]
 
 
-def test_the_first_status_stays() -> None:
+def test_first_status_is_kept() -> None:
     tracker = MemoryTracker()
     assert tracker.status is None
     tracker.close("FAILED")
@@ -27,7 +27,7 @@ def test_the_first_status_stays() -> None:
     assert tracker.status == "FAILED"
 
 
-def test_logging_after_the_end_is_a_bug() -> None:
+def test_logging_after_close_fails() -> None:
     tracker = MemoryTracker()
     tracker.close()
     with pytest.raises(AssertionError):

@@ -1,4 +1,4 @@
-"""What MLflow's page of charts is told."""
+"""State of the page of charts in MLflow."""
 
 import json
 
@@ -8,7 +8,7 @@ from ul2r.tracking.view import build_view_state
 
 
 @pytest.mark.parametrize(("denoisers", "shown"), [(1, 2), (4, 5), (7, 8), (40, 8)])
-def test_the_state_fits_the_tag_and_shows_as_many_losses_as_fit(denoisers: int, shown: int) -> None:
+def test_state_fits_the_tag_and_shows_as_many_losses_as_fit(denoisers: int, shown: int) -> None:
     names = [f"denoiser-{number}" for number in range(denoisers)]
     text = build_view_state(names)
     assert len(text) <= 5000
@@ -17,7 +17,7 @@ def test_the_state_fits_the_tag_and_shows_as_many_losses_as_fit(denoisers: int, 
     assert metrics == set(expected[:shown])
 
 
-def test_each_chart_stands_in_the_section_of_its_axis() -> None:
+def test_each_chart_is_in_the_section_of_its_axis() -> None:
     state = json.loads(build_view_state(["S"]))
     sections = {section["uuid"] for section in state["compareRunSections"]}
     assert sections == {"progress/eflops", "progress/tokens"}

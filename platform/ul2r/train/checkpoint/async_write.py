@@ -77,7 +77,7 @@ class AsyncWrite:
 
     @property
     def is_done(self) -> bool:
-        """Whether this rank has written its files, or has failed to."""
+        """True once this rank has written its files, or has failed to."""
         return self._result.done()
 
     def wait(self) -> BaseException | None:

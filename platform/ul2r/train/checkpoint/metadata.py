@@ -91,7 +91,7 @@ class CheckpointInfo:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run has taken all its steps."""
+        """True if the run has taken all its steps."""
         return self.step >= self.num_steps
 
     @property
