@@ -33,7 +33,7 @@ from ul2r.model.attention import Backend, DenseMask, pack_intervals
 from ul2r.model.attention.variable_length import TransformerEngineKernel, VariableLength
 from ul2r.objective import Batch, Vocabulary, build_batch
 from ul2r.testing.attention import attend_by_segment
-from ul2r.testing.corpus import MadeText
+from ul2r.testing.corpus import SyntheticWindows
 
 TURNS = 7
 
@@ -79,7 +79,7 @@ def rows_of(length: int, count: int) -> Batch:
         objective=objective,
         vocabulary=Vocabulary(4 + len(sentinels), 0, modes, sentinels),
         seed=1,
-        text_windows=MadeText(lambda _, size: np.zeros(size)),
+        text_windows=SyntheticWindows(lambda _, size: np.zeros(size)),
     )
 
 

@@ -32,9 +32,9 @@ from functools import partial
 from pathlib import Path
 
 from ul2r.config import Recipe
-from ul2r.data.sampling.batches import Batches
+from ul2r.data.sampling.batches import BatchBuilder
 from ul2r.data.store.dataset import open_dataset
-from ul2r.testing.corpus import tiny_store
+from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.recipes import tiny_recipe
 
@@ -93,7 +93,7 @@ class SavedRun:
         self.recipe, self.dataset = recipe, open_dataset(recipe.storage_paths.store)
         mesh = Mesh.join(recipe.parallel)
         self.train_step = TrainStep(recipe, mesh, self.dataset.vocabulary.size)
-        self.rows = Batches(recipe, self.dataset).rows(0, 0, 1)
+        self.rows = BatchBuilder(recipe, self.dataset).build(0, 0, 1)
         self.folder = recipe.paths.checkpoints
         self.store = CheckpointStore.from_recipe(
             recipe, writer_token=acquire_writer_token(self.folder)
@@ -184,7 +184,7 @@ def measure(recipe: Recipe) -> dict[str, float]:
 def main() -> None:
     """Measure and print."""
     with tempfile.TemporaryDirectory(dir=sys.argv[1] if sys.argv[1:] else None) as folder:
-        tiny_store(Path(folder) / "store")
+        make_tiny_store(Path(folder) / "store")
         recipe = tiny_recipe(
             Path(folder),
             model={

@@ -39,7 +39,7 @@ from ul2r.errors import RecipeError
 from ul2r.model.flops import training_flops
 from ul2r.model.sizing import check_memory
 from ul2r.objective import Batch, Vocabulary, build_batch
-from ul2r.testing.corpus import MadeText
+from ul2r.testing.corpus import SyntheticWindows
 from ul2r.train.mesh import Mesh
 from ul2r.train.step import TrainStep
 
@@ -121,7 +121,7 @@ def rows_of(recipe: Recipe, step: int) -> Batch:
             size, 0, {"S2S": (1,), "NLU": (2,), "NLG": (3,)}, tuple(range(4, 4 + sentinels))
         ),
         seed=recipe.seed,
-        text_windows=MadeText(lambda _, length: draw.integers(4 + sentinels, size, length)),
+        text_windows=SyntheticWindows(lambda _, length: draw.integers(4 + sentinels, size, length)),
     )
 
 

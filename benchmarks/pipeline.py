@@ -32,11 +32,11 @@ from ray._private.internal_api import node_stats
 
 from ul2r.config import Recipe
 from ul2r.data import loader
-from ul2r.data.sampling.batches import Batches
+from ul2r.data.sampling.batches import BatchBuilder
 from ul2r.data.store.dataset import open_dataset
 from ul2r.launch.ray_train.cluster import connect_ray
 from ul2r.objective import Batch
-from ul2r.testing.corpus import tiny_store
+from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.recipes import tiny_recipe
 
 BATCH_ROWS = 32
@@ -71,14 +71,14 @@ def ray_rows(recipe: Recipe, first_index: int) -> Iterator[Batch]:
     """Rows as a worker gets them."""
     step = first_index // BATCH_ROWS
     batches = range(step, recipe.training.steps)
-    (iterator,) = loader.split(loader.make_dataset(recipe, batches, 1), 1)
-    return loader.read(iterator, recipe, batches, 0, 1)
+    (iterator,) = loader.split_for_replicas(loader.make_dataset(recipe, batches, 1), 1)
+    return loader.iter_batches(iterator, recipe, batches, 0, 1)
 
 
 def own_rows(recipe: Recipe) -> Iterator[Batch]:
     """The same rows, made here."""
-    batches = Batches(recipe, open_dataset(recipe.storage_paths.store))
-    return map(batches.rows, range(recipe.training.steps))
+    batches = BatchBuilder(recipe, open_dataset(recipe.storage_paths.store))
+    return map(batches.build, range(recipe.training.steps))
 
 
 def rate(recipe: Recipe, rows: Iterator[Batch]) -> tuple[float, int]:
@@ -179,7 +179,7 @@ def object_store() -> Iterator[dict[str, int]]:
 
 def measure(folder: Path) -> dict[str, float]:
     """The figures of the line that is printed."""
-    tiny_store(folder / "store", documents=2000, sentinels=256, vocabulary_size=1024)
+    make_tiny_store(folder / "store", num_documents=2000, num_sentinels=256, vocabulary_size=1024)
     few, many = (recipe_in(folder, 0, steps) for steps in (FEW_STEPS, MANY_STEPS))
     far = recipe_in(folder, FAR_INDEX, FEW_STEPS)
     with connect_ray(cpus=2), object_store() as store:

@@ -24,9 +24,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ul2r.data.prepare.documents import read_documents
-from ul2r.data.prepare.shards import Group, write_shard
+from ul2r.data.prepare.shards import FileGroup, write_shard
 from ul2r.data.prepare.source_files import find_files
-from ul2r.data.tokenizer import train_tokenizer, vocabulary_of
+from ul2r.data.tokenizer import build_vocabulary, train_tokenizer
 
 VOCABULARY, SENTINELS = 4096, 256
 BYTES, TURNS = 4 * 2**20, 5
@@ -48,7 +48,7 @@ def main() -> None:
             size += file.size
     texts = [text for file in files for text, _ in read_documents(file)]
     tokenizer = train_tokenizer(texts, VOCABULARY, SENTINELS)
-    vocabulary, megabytes = vocabulary_of(tokenizer), sum(map(len, map(str.encode, texts))) / 1e6
+    vocabulary, megabytes = build_vocabulary(tokenizer), sum(map(len, map(str.encode, texts))) / 1e6
     numbers = iter(range(2 * TURNS))
 
     def alone() -> None:
@@ -59,7 +59,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
 
         def ours() -> None:
-            write_shard(Group(next(numbers), tuple(files)), Path(folder), tokenizer, vocabulary)
+            write_shard(FileGroup(next(numbers), tuple(files)), Path(folder), tokenizer, vocabulary)
 
         for _ in range(TURNS):
             rates["ours"].append(megabytes / seconds(ours))

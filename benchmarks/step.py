@@ -36,7 +36,7 @@ import torch.distributed as dist
 from ul2r.config import Recipe
 from ul2r.data import loader
 from ul2r.data.prepare.prepare import prepare
-from ul2r.data.sampling.batches import Batches
+from ul2r.data.sampling.batches import BatchBuilder
 from ul2r.data.sampling.text_windows import DocumentWindows
 from ul2r.data.store.dataset import TokenDataset, open_dataset
 from ul2r.launch.preflight import NO_GPU, track_run
@@ -150,8 +150,8 @@ class Turns:
     def __init__(
         self, recipe: Recipe, dataset: TokenDataset, weights: Mapping[str, torch.Tensor]
     ) -> None:
-        batches, steps = Batches(recipe, dataset), range(recipe.training.steps)
-        self.rows = [batches.rows(step) for step in steps]
+        batches, steps = BatchBuilder(recipe, dataset), range(recipe.training.steps)
+        self.rows = [batches.build(step) for step in steps]
         self.padded = [padded_rows(recipe, dataset, step) for step in steps]
         self.loops, self.seconds = list[BareLoop](), list[float]()
         vocabulary = len(weights["embedding.word_embeddings.weight"])
@@ -201,8 +201,8 @@ def initial_weights(recipe: Recipe, vocabulary_size: int) -> dict[str, torch.Ten
 
 def read_from_ray(recipe: Recipe, batches: range) -> Iterator[Batch]:
     """Rows as a worker under Ray Train gets them."""
-    (iterator,) = loader.split(loader.make_dataset(recipe, batches, 1), 1)
-    return loader.read(iterator, recipe, batches, 0, 1)
+    (iterator,) = loader.split_for_replicas(loader.make_dataset(recipe, batches, 1), 1)
+    return loader.iter_batches(iterator, recipe, batches, 0, 1)
 
 
 def measure(folder: Path) -> dict[str, float]:

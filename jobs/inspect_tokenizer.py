@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import get_args
 
 from ul2r.config import Data
-from ul2r.data.special_tokens import Taken
+from ul2r.data.special_tokens import SpecialTokenSource
 from ul2r.data.tokenizer import ModeTokens
 from ul2r.workflows.cli import run_and_report
 from ul2r.workflows.inspect_tokenizer import describe_special_tokens
@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("tokenizer", type=Path, metavar="TOKENIZER")
     parser.add_argument("--sentinels", type=int, default=default.num_sentinels)
     parser.add_argument("--mode-tokens", choices=get_args(ModeTokens), default=default.mode_tokens)
-    parser.add_argument("--special-tokens", choices=get_args(Taken), default=default.special_tokens)
+    parser.add_argument("--special-tokens", choices=get_args(SpecialTokenSource), default=default.special_tokens)
     options = parser.parse_args()
 
     return run_and_report(

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from ul2r.config import Recipe
-from ul2r.testing.corpus import tiny_store
+from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.recipes import tiny_recipe
 
@@ -62,7 +62,7 @@ def steps(*recipes: Recipe) -> list[Steps]:
 
 def router_gradients(*recipes: Recipe) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Each recipe's gradient of its last layer's router; what that router read, by microbatch; and its weight."""
-    from ul2r.data.sampling.batches import Batches
+    from ul2r.data.sampling.batches import BatchBuilder
     from ul2r.data.store.dataset import open_dataset
     from ul2r.train.mesh import Mesh
     from ul2r.train.step import TrainStep
@@ -77,7 +77,7 @@ def router_gradients(*recipes: Recipe) -> tuple[list[Tensor], list[Tensor], Tens
         router.register_forward_hook(
             lambda _, given, __, read=read: read.append(given[0].detach().flatten(0, 1))
         )
-        step.train(0, Batches(recipe, dataset).rows(0, 0, 1), admit=lambda _: False)
+        step.train(0, BatchBuilder(recipe, dataset).build(0, 0, 1), admit=lambda _: False)
         gradients.append(router.weight.main_grad.clone())
         weight = router.weight.detach().clone()
     mesh.leave()
@@ -98,7 +98,7 @@ def balancing_loss(read: Tensor, weight: Tensor) -> Tensor:
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("experts")
-    tiny_store(folder / "store")
+    make_tiny_store(folder / "store")
     return folder
 
 

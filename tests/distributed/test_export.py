@@ -15,7 +15,7 @@ from ul2r.config.export import Export
 from ul2r.data.store.dataset import open_dataset
 from ul2r.errors import CheckpointError
 from ul2r.launch.pretrained import check_base, fill_model_from_base
-from ul2r.testing.corpus import tiny_store
+from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.train.checkpoint.metadata import CheckpointInfo
@@ -55,7 +55,7 @@ def train_and_run(recipe: Recipe, tokens: torch.Tensor, prefix: int) -> torch.Te
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     folder = tmp_path_factory.mktemp("export")
-    tiny_store(folder / "store", vocabulary_size=500)  # not a multiple of 128: the padding must go
+    make_tiny_store(folder / "store", vocabulary_size=500)  # not a multiple of 128: the padding must go
     return tiny_recipe(
         folder,
         training={"steps": 3},

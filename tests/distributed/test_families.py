@@ -19,7 +19,7 @@ from ul2r.model.export_metadata import ExportMetadata
 from ul2r.model.huggingface.checkpoint_reader import MegatronCheckpointReader
 from ul2r.model.huggingface.config_json import read_architecture
 from ul2r.model.huggingface.exporting import convert_tensors, write_export
-from ul2r.testing.corpus import tiny_store
+from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.families import MODELS, compute_reference_logits, write_random_model
 from ul2r.testing.recipes import GEMMA_3, tiny_recipe
@@ -49,7 +49,7 @@ class Carried:
 
 def carry(recipes: list[Recipe], tokens: Tensor) -> list[Carried | None]:
     """Import, save, take two steps and save again, each recipe in turn; None on ranks without logits."""
-    from ul2r.data.sampling.batches import Batches
+    from ul2r.data.sampling.batches import BatchBuilder
     from ul2r.data.store.dataset import open_dataset
     from ul2r.testing.layouts import gather_logits, save_weights
     from ul2r.train.checkpoint.pretrained import load_pretrained
@@ -65,9 +65,9 @@ def carry(recipes: list[Recipe], tokens: Tensor) -> list[Carried | None]:
         load_pretrained(recipe, recipe.base, step)
         imported = gather_logits(step.chunks[0], tokens, PREFIX)
         save_weights(step.chunks, recipe.paths.folder / "imported")
-        batches = Batches(recipe, dataset)
+        batches = BatchBuilder(recipe, dataset)
         taken = [
-            step.train(number, batches.rows(number, mesh.data_rank, recipe.parallel.data))
+            step.train(number, batches.build(number, mesh.data_rank, recipe.parallel.data))
             for number in range(2)
         ]
         trained = gather_logits(step.chunks[0], tokens, PREFIX)
@@ -97,7 +97,7 @@ def embedding_of(recipe: Recipe, vocabulary_size: int) -> Tensor:
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("families")
-    tiny_store(folder / "store", vocabulary_size=VOCABULARY)
+    make_tiny_store(folder / "store", vocabulary_size=VOCABULARY)
     return folder
 
 
@@ -143,7 +143,7 @@ def exported(storage: Path, name: str, layout: str, what: str) -> Path:
     """The checkpoint of a run as a Hugging Face folder."""
     recipe = recipe_of(storage, name, layout)
     architecture: Architecture = recipe.model
-    dataset = tiny_store(storage / "vocabulary", vocabulary_size=VOCABULARY)
+    dataset = make_tiny_store(storage / "vocabulary", vocabulary_size=VOCABULARY)
     folder = recipe.paths.folder / f"{what}-export"
     write_export(
         folder,

@@ -16,7 +16,7 @@ from torch.multiprocessing.spawn import ProcessExitedException
 from ul2r.config import Recipe
 from ul2r.errors import DivergedError
 from ul2r.objective import Batch
-from ul2r.testing.corpus import tiny_store
+from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.recipes import tiny_recipe
 
@@ -52,7 +52,7 @@ class Result:
 
 def train(recipe: Recipe, faults: Faults, order: list[int] | None = None) -> Result:
     """Train on this rank; `order` are the batches that it reads, in place of 0, 1, 2, ..."""
-    from ul2r.data.sampling.batches import Batches
+    from ul2r.data.sampling.batches import BatchBuilder
     from ul2r.data.store.dataset import open_dataset
     from ul2r.launch.worker import run_worker
     from ul2r.tracking.tracker import MemoryTracker
@@ -82,12 +82,12 @@ def train(recipe: Recipe, faults: Faults, order: list[int] | None = None) -> Res
                 hook.remove()
 
     def read(mesh: Mesh, batches: range) -> Iterator[Batch]:
-        made = Batches(recipe, open_dataset(recipe.storage_paths.store))
+        made = BatchBuilder(recipe, open_dataset(recipe.storage_paths.store))
         for batch in batches:
             if batch == faults.kill:
                 os.kill(os.getpid(), signal.SIGKILL)
             was_read.append(order[batch] if order else batch)
-            yield made.rows(was_read[-1], mesh.data_rank, recipe.parallel.data)
+            yield made.build(was_read[-1], mesh.data_rank, recipe.parallel.data)
 
     pytest.MonkeyPatch().setattr("ul2r.train.loop.TrainStep", FaultyStep)
     tracker, error = MemoryTracker(), ""
@@ -107,7 +107,7 @@ def train_several(*runs: tuple[Recipe, Faults, list[int] | None]) -> list[Result
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("guards")
-    tiny_store(folder / "store")
+    make_tiny_store(folder / "store")
     return folder
 
 

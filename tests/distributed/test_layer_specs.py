@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from ul2r.config import Parallel, Recipe
-from ul2r.testing.corpus import tiny_store
+from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.recipes import tiny_recipe
 
@@ -159,7 +159,7 @@ def hand_over(source: Recipe, target: Recipe) -> None:
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Found]:
     storage = tmp_path_factory.mktemp("specs")
-    tiny_store(storage / "store")
+    make_tiny_store(storage / "store")
 
     def recipe(name: str) -> Recipe:
         return tiny_recipe(storage, name=name, evaluation={"mixture": "causal"})

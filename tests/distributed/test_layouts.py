@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ul2r.config import Recipe
-from ul2r.testing.corpus import tiny_store
+from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.recipes import GEMMA_3, tiny_recipe
 
@@ -62,7 +62,7 @@ def losses(*recipes: Recipe) -> list[Result]:
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("layouts")
-    tiny_store(folder / "store")
+    make_tiny_store(folder / "store")
     return folder
 
 

@@ -16,7 +16,7 @@ from ul2r.config.export import Export
 from ul2r.data.store.dataset import open_dataset
 from ul2r.errors import CheckpointError
 from ul2r.launch.pretrained import check_base
-from ul2r.testing.corpus import tiny_store
+from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.workflows.export import export
@@ -88,7 +88,7 @@ def write_with_megatron(folder: Path, tokens: Tensor) -> Tensor:
 
 def start_from(recipe: Recipe, tokens: Tensor) -> tuple[Tensor, Tensor, float]:
     """The run's logits and output matrix before its first step, and the loss of that step."""
-    from ul2r.data.sampling.batches import Batches
+    from ul2r.data.sampling.batches import BatchBuilder
     from ul2r.testing.layouts import gather_logits
     from ul2r.train.checkpoint.pretrained import load_pretrained
     from ul2r.train.mesh import Mesh
@@ -101,14 +101,14 @@ def start_from(recipe: Recipe, tokens: Tensor) -> tuple[Tensor, Tensor, float]:
     assert load_pretrained(recipe, recipe.base, step).startswith("megatron-")
     logits = gather_logits(step.chunks[0], tokens, prefix=0)
     output = step.chunks[0].output_layer.weight if mesh.is_last_stage else logits
-    result = step.train(0, Batches(recipe, dataset).rows(0, 0, 1))
+    result = step.train(0, BatchBuilder(recipe, dataset).build(0, 0, 1))
     return logits, output.detach().clone(), result.losses.mean
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     storage = tmp_path_factory.mktemp("megatron")
-    tiny_store(storage / "store", vocabulary_size=500)  # more than the base has rows for
+    make_tiny_store(storage / "store", vocabulary_size=500)  # more than the base has rows for
     return tiny_recipe(
         storage,
         base={"megatron": str(storage / "theirs")},
@@ -162,7 +162,7 @@ def test_what_megatron_wrote_is_exported_as_the_same_function(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    tiny_store(recipe.storage / "smaller" / "store", vocabulary_size=ROWS)
+    make_tiny_store(recipe.storage / "smaller" / "store", vocabulary_size=ROWS)
     chosen = Export(checkpoint=recipe.storage / "theirs")
     changes = {"storage": recipe.storage / "smaller", "export": chosen, "base": None}
     folder = export(recipe.model_copy(update=changes))

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from ul2r.config import Recipe
-from ul2r.data.sampling.batches import Batches
+from ul2r.data.sampling.batches import BatchBuilder
 from ul2r.data.store.dataset import open_dataset
-from ul2r.testing.corpus import tiny_store
+from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.recipes import tiny_recipe
 
@@ -40,7 +40,7 @@ def train(recipe: Recipe) -> tuple[Records, list[str], list[Path]]:
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     folder = tmp_path_factory.mktemp("metrics")
-    tiny_store(folder / "store")
+    make_tiny_store(folder / "store")
     return tiny_recipe(
         folder,
         parallel={"num_workers": 2},
@@ -60,7 +60,7 @@ def test_rates_agree_with_what_was_trained_on(
 ) -> None:
     """Their ratios do not depend on the time: source tokens and FLOPs for each row position, MFU for each TFLOP."""
     dataset = open_dataset(recipe.storage_paths.store)
-    batches, positions = Batches(recipe, dataset), 8 * 64
+    batches, positions = BatchBuilder(recipe, dataset), 8 * 64
     special = [dataset.vocabulary.eos, *dataset.vocabulary.non_text_ids]
     eflops = 0.0
     (records, _, _), _ = seen
@@ -68,7 +68,7 @@ def test_rates_agree_with_what_was_trained_on(
     assert [step for step, _ in rated] == [2, 3, 4, 6]
     before = 0
     for step, metrics in rated:
-        read = [batches.rows(number) for number in range(before, step)]
+        read = [batches.build(number) for number in range(before, step)]
         text = sum(
             int(np.isin(rows.tokens[rows.denoiser_ids >= 0], special, invert=True).sum())
             for rows in read

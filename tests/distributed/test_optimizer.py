@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ul2r.config import Parallel, Recipe
-from ul2r.testing.corpus import tiny_store
+from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.recipes import tiny_recipe
 
@@ -107,7 +107,7 @@ def find_decayed(without: Recipe, with_decay: Recipe) -> set[str]:
 
 
 def take_step(recipe: Recipe) -> Any:  # noqa: ANN401  a TrainStep; its module is imported in the processes only
-    from ul2r.data.sampling.batches import Batches
+    from ul2r.data.sampling.batches import BatchBuilder
     from ul2r.data.store.dataset import open_dataset
     from ul2r.train.mesh import Mesh
     from ul2r.train.step import TrainStep
@@ -115,7 +115,7 @@ def take_step(recipe: Recipe) -> Any:  # noqa: ANN401  a TrainStep; its module i
     dataset = open_dataset(recipe.storage_paths.store)
     mesh = Mesh.join(recipe.parallel)
     step = TrainStep(recipe, mesh, dataset.vocabulary.size)
-    batch = Batches(recipe, dataset).rows(0, mesh.data_rank, recipe.parallel.data)
+    batch = BatchBuilder(recipe, dataset).build(0, mesh.data_rank, recipe.parallel.data)
     step.train(0, batch)
     mesh.leave()
     return step
@@ -167,7 +167,7 @@ def train(recipe: Recipe) -> list[tuple[float, float]]:
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("optimizer")
-    tiny_store(folder / "store")
+    make_tiny_store(folder / "store")
     return folder
 
 

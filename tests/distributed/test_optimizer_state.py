@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from ul2r.config import Recipe
 from ul2r.model.huggingface.checkpoint_reader import MegatronCheckpointReader
 from ul2r.model.tensors import iter_tensors
-from ul2r.testing.corpus import tiny_store
+from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.train.checkpoint.optimizer_state import split_into_boxes
@@ -81,7 +81,7 @@ def save_from_small_buckets(recipe: Recipe, folder: Path) -> int:
     """
     from torch import distributed
 
-    from ul2r.data.sampling.batches import Batches
+    from ul2r.data.sampling.batches import BatchBuilder
     from ul2r.data.store.dataset import open_dataset
     from ul2r.train.checkpoint.sharded_state import load_checkpoint, start_save
     from ul2r.train.mesh import Mesh
@@ -92,7 +92,7 @@ def save_from_small_buckets(recipe: Recipe, folder: Path) -> int:
     module.DistributedDataParallelConfig = partial(settings, bucket_size=5000)
     mesh, dataset = Mesh.join(recipe.parallel), open_dataset(recipe.storage_paths.store)
     step, other = (module.TrainStep(recipe, mesh, dataset.vocabulary.size) for _ in range(2))
-    step.train(0, Batches(recipe, dataset).rows(0, mesh.data_rank, recipe.parallel.data))
+    step.train(0, BatchBuilder(recipe, dataset).build(0, mesh.data_rank, recipe.parallel.data))
     check_pieces(step)
     if mesh.is_rank0:
         folder.mkdir()
@@ -111,7 +111,7 @@ def exchange(recipe: Recipe, folder: Path) -> None:
     from megatron.core import dist_checkpointing, parallel_state
     from torch import distributed
 
-    from ul2r.data.sampling.batches import Batches
+    from ul2r.data.sampling.batches import BatchBuilder
     from ul2r.data.store.dataset import open_dataset
     from ul2r.model.build import make_sharded_state_dict, make_sharding_metadata
     from ul2r.train.checkpoint.async_write import AsyncWrite
@@ -127,9 +127,9 @@ def exchange(recipe: Recipe, folder: Path) -> None:
 
     mesh, dataset = Mesh.join(recipe.parallel), open_dataset(recipe.storage_paths.store)
     step, other = (TrainStep(recipe, mesh, dataset.vocabulary.size) for _ in range(2))
-    batches = Batches(recipe, dataset)
+    batches = BatchBuilder(recipe, dataset)
     for number in range(NUM_STEPS):
-        step.train(number, batches.rows(number, mesh.data_rank, recipe.parallel.data))
+        step.train(number, batches.build(number, mesh.data_rank, recipe.parallel.data))
     check_pieces(step)
     gathered = shard_as_megatron(step, loading=False)
     whole = {
@@ -159,7 +159,7 @@ def exchange(recipe: Recipe, folder: Path) -> None:
     load_checkpoint(folder / "megatron", other, optimizer=True)
     check_equal(other, step)
     assert {float(state["step"]) for state in list_states(other)} == {NUM_STEPS}
-    other.train(NUM_STEPS, batches.rows(NUM_STEPS, mesh.data_rank, recipe.parallel.data))
+    other.train(NUM_STEPS, batches.build(NUM_STEPS, mesh.data_rank, recipe.parallel.data))
     assert {float(state["step"]) for state in list_states(other)} == {NUM_STEPS + 1}
 
 
@@ -205,7 +205,7 @@ def list_states(step: TrainStep) -> list[dict[str, torch.Tensor]]:
 def test_boxes_equal_what_megatron_gathers_and_each_loads_the_other(
     tmp_path: Path, layout: str
 ) -> None:
-    tiny_store(tmp_path / "store")
+    make_tiny_store(tmp_path / "store")
     recipe = tiny_recipe(tmp_path, **LAYOUTS[layout])
     run_distributed(exchange, recipe.parallel.num_workers, recipe, tmp_path / "checkpoints")
 
@@ -215,7 +215,7 @@ def test_boxes_of_several_buckets_are_at_the_position_of_the_weights(tmp_path: P
 
     Megatron-Core's own gathering ignores the padding between buckets, so it is no reference here.
     """
-    tiny_store(tmp_path / "store")
+    make_tiny_store(tmp_path / "store")
     recipe, folder = tiny_recipe(tmp_path, parallel={"num_workers": 2}), tmp_path / "checkpoint"
     buckets = run_distributed(save_from_small_buckets, 2, recipe, folder)
     assert buckets[0] > 1

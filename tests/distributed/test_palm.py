@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from ul2r.config import Recipe
 from ul2r.config.architecture import MODEL_PRESETS, Architecture
-from ul2r.data.sampling.batches import Batches
+from ul2r.data.sampling.batches import BatchBuilder
 from ul2r.data.store.dataset import open_dataset
 from ul2r.model.export_metadata import ExportMetadata
 from ul2r.model.flops import num_parameters
@@ -22,7 +22,7 @@ from ul2r.model.huggingface.config_json import check_family
 from ul2r.model.huggingface.exporting import convert_tensors, write_export
 from ul2r.model.huggingface.safetensors_writer import StreamedTensor
 from ul2r.objective.batch import Batch
-from ul2r.testing.corpus import tiny_store
+from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.families import compute_reference_logits
 from ul2r.testing.recipes import tiny_recipe
@@ -67,9 +67,9 @@ def train(recipe: Recipe) -> tuple[list[float], list[float], list[float]]:
     dataset, mesh = open_dataset(recipe.storage_paths.store), Mesh.join(recipe.parallel)
     step = TrainStep(recipe, mesh, dataset.vocabulary.size)
     save_weights(step.chunks, recipe.paths.folder / "before")
-    batches = Batches(recipe, dataset)
+    batches = BatchBuilder(recipe, dataset)
     taken = [
-        step.train(number, batches.rows(number, mesh.data_rank, recipe.parallel.data))
+        step.train(number, batches.build(number, mesh.data_rank, recipe.parallel.data))
         for number in range(STEPS)
     ]
     save_weights(step.chunks, recipe.paths.folder / "after")
@@ -83,7 +83,7 @@ def train(recipe: Recipe) -> tuple[list[float], list[float], list[float]]:
 @pytest.fixture(scope="module")
 def recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Recipe]:
     storage = tmp_path_factory.mktemp("palm")
-    tiny_store(storage / "store", vocabulary_size=VOCABULARY)
+    make_tiny_store(storage / "store", vocabulary_size=VOCABULARY)
     return {
         layout: replaced_model(
             tiny_recipe(storage, name=layout.replace(" ", "-"), parallel=parallel)
@@ -172,10 +172,10 @@ def plain(
         {"params": [one for one in w.values() if one.dim() == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2))
-    batches = Batches(recipe, open_dataset(recipe.storage_paths.store))
+    batches = BatchBuilder(recipe, open_dataset(recipe.storage_paths.store))
     losses, norms = [], []
     for number, rate in enumerate(rates):
-        found = loss(w, batches.rows(number, 0, 1))
+        found = loss(w, batches.build(number, 0, 1))
         optimizer.zero_grad()
         found.backward()  # type: ignore[no-untyped-call]  # torch has no type for it
         norms.append(

@@ -14,7 +14,7 @@ import pytest
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from ul2r.config import Recipe
-from ul2r.testing.corpus import tiny_store
+from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.train.checkpoint.checksums import find_damage
@@ -111,7 +111,7 @@ def save_and_change(folder: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saving")
-    tiny_store(folder / "store")
+    make_tiny_store(folder / "store")
     return folder
 
 

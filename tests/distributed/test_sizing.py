@@ -11,7 +11,7 @@ import pytest
 
 from ul2r.config import Recipe
 from ul2r.model.sizing import MemoryEstimate, estimate_run
-from ul2r.testing.corpus import tiny_store
+from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.recipes import GEMMA_3, tiny_recipe
 
@@ -154,7 +154,7 @@ def measure(recipe: Recipe) -> tuple[int, RankSizes]:
     import torch
     from megatron.core import parallel_state
 
-    from ul2r.data.sampling.batches import Batches
+    from ul2r.data.sampling.batches import BatchBuilder
     from ul2r.data.store.dataset import open_dataset
     from ul2r.train.mesh import Mesh
     from ul2r.train.step import TrainStep
@@ -165,7 +165,7 @@ def measure(recipe: Recipe) -> tuple[int, RankSizes]:
     buffers = [buffer for chunk in step.model for buffer in chunk.buffers]
     weights = {storage_address(buffer.param_data) for buffer in buffers}
     saved = SavedBytes(ignored=weights)
-    batch = Batches(recipe, dataset).rows(0, mesh.data_rank, recipe.parallel.data)
+    batch = BatchBuilder(recipe, dataset).build(0, mesh.data_rank, recipe.parallel.data)
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda held: held.tensor):
         step.train(0, batch)
 
@@ -192,7 +192,7 @@ def measure(recipe: Recipe) -> tuple[int, RankSizes]:
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sizing")
-    tiny_store(folder / "store")
+    make_tiny_store(folder / "store")
     return folder
 
 

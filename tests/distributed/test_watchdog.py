@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ul2r.config import dump
-from ul2r.testing.corpus import tiny_store
+from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.train.monitor.watchdog import HUNG_EXIT
 
@@ -22,8 +22,8 @@ WORKER = """
     from pathlib import Path
     import torch.distributed as dist
     from ul2r.config import Recipe, load
-    from ul2r.data.sampling.batches import Batches
-    from ul2r.data.store.dataset import open_corpus
+    from ul2r.data.sampling.batches import BatchBuilder
+    from ul2r.data.store.dataset import open_dataset
     from ul2r.launch.worker import run_worker
     from ul2r.tracking.tracker import MemoryTracker
 
@@ -32,18 +32,18 @@ WORKER = """
     dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
 
     def read(mesh, batches):
-        made = Batches(recipe, open_corpus(recipe.storage_paths.store))
+        builder = BatchBuilder(recipe, open_dataset(recipe.storage_paths.store))
         for batch in batches:
             if batch == 2 and rank == 1:
                 os.kill(os.getpid(), signal.SIGSTOP)
-            yield made.rows(batch, mesh.data_rank, recipe.parallel.data)
+            yield builder.build(batch, mesh.data_rank, recipe.parallel.data)
 
     run_worker(recipe, MemoryTracker(), lambda *_: None, read)
 """
 
 
 def test_a_stopped_rank_is_named_and_the_others_end(tmp_path: Path) -> None:
-    tiny_store(tmp_path / "store")
+    make_tiny_store(tmp_path / "store")
     recipe = tiny_recipe(tmp_path, parallel={"num_workers": 2}, guards={"hang_timeout_s": 4})
     (tmp_path / "recipe.yaml").write_text(dump(recipe))
     ranks = [

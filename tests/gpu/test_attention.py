@@ -17,7 +17,7 @@ from ul2r.model.attention.flex import Flex
 from ul2r.model.attention.variable_length import TransformerEngineKernel, VariableLength
 from ul2r.objective import Batch, Vocabulary, build_batch
 from ul2r.testing.attention import attend_by_segment, dense_attention
-from ul2r.testing.corpus import counted_text, tiny_store
+from ul2r.testing.corpus import counting_windows, make_tiny_store
 from ul2r.testing.distributed import join_alone
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.tracking.tracker import MemoryTracker
@@ -68,7 +68,7 @@ def packed_rows(slots: int, length: int, seed: int) -> Batch:
             2**31 - 1, 0, {"S2S": (1,), "NLU": (2,), "NLG": (3,)}, tuple(range(4, 400))
         ),
         seed=seed,
-        text_windows=counted_text(lambda sample: 1000 * (sample % 1000)),
+        text_windows=counting_windows(lambda sample: 1000 * (sample % 1000)),
     )
 
 
@@ -109,7 +109,7 @@ def test_attention_and_gradients_equal_dense_float64(
 def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     """Losses of a run with each backend."""
     folder = tmp_path_factory.mktemp("attention")
-    tiny_store(folder / "store")
+    make_tiny_store(folder / "store")
     found = {}
     for name in ("sdpa", "flex", *(["te"] if find_spec("transformer_engine") else [])):
         recipe = tiny_recipe(

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ul2r.launch.worker import run_worker
-from ul2r.testing.corpus import tiny_store
+from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.distributed import join_alone
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.tracking.tracker import MemoryTracker
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 
 
 def test_a_run_learns_in_bf16_and_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
-    tiny_store(tmp_path / "store")
+    make_tiny_store(tmp_path / "store")
     recipe = tiny_recipe(tmp_path, launch={"gpus_per_worker": 1})
     join_alone(tmp_path / "rendezvous")
     try:

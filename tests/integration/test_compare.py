@@ -18,7 +18,7 @@ from ul2r.errors import CheckpointError, RecipeError, ServiceError
 from ul2r.evaluation import evaluate
 from ul2r.evaluation.comparison import ROLES, Role
 from ul2r.inference import LanguageModel
-from ul2r.testing.corpus import tiny_store
+from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.models import write_tiny_export
 from ul2r.tracking.mlflow import MlflowTracker, list_view_urls, start_run
 from ul2r.tracking.server import run_mlflow_server
@@ -48,11 +48,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         describe(export, run=role, tokens=3000 if role == "base" else 4500, flops=3e9)
     vocabulary_size = LanguageModel.load(export).metadata.vocabulary
     assert vocabulary_size is not None
-    tiny_store(
+    make_tiny_store(
         storage / "store",
-        documents=40,
+        num_documents=40,
         vocabulary_size=vocabulary_size.size,
-        sentinels=SENTINELS,
+        num_sentinels=SENTINELS,
     )
     for role in ROLES:
         shutil.copy(storage / "store/tokenizer.json", storage / "runs" / role / "export")

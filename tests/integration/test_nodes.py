@@ -18,7 +18,7 @@ from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
 from ul2r.config import Recipe, dump
-from ul2r.testing.corpus import tiny_store
+from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.tracking.mlflow import find_run, read_metric_history
@@ -77,7 +77,7 @@ def announce(cluster: Cluster, node: str) -> None:
 def test_a_run_saves_before_a_machine_is_taken_and_goes_on_with_fewer_replicas(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    tiny_store(tmp_path / "store")
+    make_tiny_store(tmp_path / "store")
     recipe = tiny_recipe(
         tmp_path,
         parallel={"num_workers": 2},

@@ -13,7 +13,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from ul2r.config import Recipe, dump
-from ul2r.data.prepare.prepare import finished, prepare
+from ul2r.data.prepare.prepare import load_finished, prepare
 from ul2r.data.prepare.source_files import find_files
 from ul2r.data.store.dataset import open_dataset
 from ul2r.data.store.manifest import Manifest
@@ -74,15 +74,15 @@ def text(connection: None, tmp_path: Path) -> Recipe:
     write_texts(tmp_path / "texts")
     data = {"corpus": [str(tmp_path / "texts")], "vocabulary_size": 512}
     recipe = tiny_recipe(tmp_path / "text", data=data)
-    assert finished(recipe) is None
-    assert prepare(recipe) == finished(recipe)
+    assert load_finished(recipe) is None
+    assert prepare(recipe) == load_finished(recipe)
     return recipe
 
 
 def _documents(folder: Path) -> list[list[int]]:
     """All documents of both sides, sorted."""
     stores = [TokenStore.open(folder / side) for side in ("train", "held_out")]
-    return sorted(store.document(n).tolist() for store in stores for n in range(store.documents))
+    return sorted(store.read_document(n).tolist() for store in stores for n in range(store.num_documents))
 
 
 def _command(recipe: Recipe, folder: Path) -> list[str]:
@@ -137,16 +137,16 @@ def test_the_standard_library_becomes_a_store(three_cpus: Recipe) -> None:
     dataset = open_dataset(three_cpus.storage_paths.store)
     manifest = dataset.manifest
     with_text = [file for file in find_files(["stdlib"]) if file.size]
-    assert manifest.train.documents + manifest.held_out.documents == len(with_text)
-    assert manifest.held_out.documents == round(0.03 * len(with_text))
+    assert manifest.train.num_documents + manifest.held_out.num_documents == len(with_text)
+    assert manifest.held_out.num_documents == round(0.03 * len(with_text))
     assert manifest.train.text_bytes + manifest.held_out.text_bytes == sum(
         file.size for file in with_text
     )
     assert dataset.vocabulary.size == 4096
     tokenizer = Tokenizer.from_file(str(dataset.tokenizer_file))
     texts = {file.path.read_text(encoding="utf-8") for file in with_text}
-    for number in range(dataset.held_out.documents):
-        ids = dataset.held_out.document(number)
+    for number in range(dataset.held_out.num_documents):
+        ids = dataset.held_out.read_document(number)
         assert ids[-1] == dataset.vocabulary.eos
         assert tokenizer.decode(ids[:-1].tolist()) in texts
 
@@ -197,7 +197,7 @@ def test_a_store_made_of_something_else_is_not_taken(
     three_cpus: Recipe, data: dict[str, object], reason: str
 ) -> None:
     with pytest.raises(CorpusError) as caught:
-        finished(tiny_recipe(three_cpus.storage, data=data))
+        load_finished(tiny_recipe(three_cpus.storage, data=data))
     assert reason in str(caught.value)
     assert "set storage to another folder, or delete" in str(caught.value)
 
@@ -206,7 +206,7 @@ def test_a_store_of_changed_text_is_not_taken(text: Recipe) -> None:
     (path, *_) = sorted(Path(text.data.corpus[0]).iterdir())
     path.write_text("something else\n", encoding="utf-8")
     with pytest.raises(CorpusError, match=r"files of data\.corpus=.* changed since it was made"):
-        finished(text)
+        load_finished(text)
 
 
 def test_the_tokens_of_a_megatron_user_are_split_again(text: Recipe, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 
 from ul2r.errors import CheckpointError, ServiceError
 from ul2r.launch.preflight import track_run
-from ul2r.testing.corpus import tiny_store
+from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.tracking import RunStatus
 from ul2r.tracking import mlflow as tracking
@@ -282,7 +282,7 @@ def test_tracked_run_ends_as_its_block_does_and_writes_the_backlog_of_its_worker
     uri: str, tmp_path: Path, error: type[BaseException] | None, end: str
 ) -> None:
     """The worker is another process, which was killed after its last checkpoint."""
-    dataset, recipe = tiny_store(tmp_path / "store", documents=12), tiny_recipe(tmp_path)
+    dataset, recipe = make_tiny_store(tmp_path / "store", num_documents=12), tiny_recipe(tmp_path)
     with (
         contextlib.suppress(RuntimeError, KeyboardInterrupt),
         track_run(recipe, dataset, uri) as run_id,
@@ -302,7 +302,7 @@ def test_reason_of_a_failed_run_is_not_hidden_by_a_server_that_is_down(
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr("ul2r.tracking.mlflow.CLOSE_TIMEOUT_S", 0.5)
-    dataset, recipe = tiny_store(tmp_path / "store", documents=12), tiny_recipe(tmp_path)
+    dataset, recipe = make_tiny_store(tmp_path / "store", num_documents=12), tiny_recipe(tmp_path)
     with contextlib.ExitStack() as server:
         address = server.enter_context(run_mlflow_server(storage))
         with (  # noqa: PT012  the server stops while the block runs

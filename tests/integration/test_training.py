@@ -21,7 +21,7 @@ import pytest
 from mlflow import MlflowClient
 
 from ul2r.config import Recipe, dump
-from ul2r.testing.corpus import tiny_store
+from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.tracking.server import find_free_port, run_mlflow_server
 from ul2r.train.checkpoint.checksums import find_damage
@@ -61,7 +61,7 @@ def wait_for(what: Callable[[], Any], process: subprocess.Popen[bytes] | None = 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("training")
-    tiny_store(folder / "store")
+    make_tiny_store(folder / "store")
     return folder
 
 
@@ -325,7 +325,7 @@ def test_damaged_token_store_ends_the_run_in_one_line(
     tmp_path: Path, environment: dict[str, str], tracking_uri: str
 ) -> None:
     """No check before the start reads all tokens, so a worker meets them."""
-    dataset = tiny_store(tmp_path / "store")
+    dataset = make_tiny_store(tmp_path / "store")
     recipe, path = recipe_named(tmp_path, "damaged")
     tokens = tmp_path / "store" / "train.bin"
     tokens.write_bytes(b"\xff" * tokens.stat().st_size)

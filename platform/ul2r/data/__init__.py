@@ -1,1 +1,1 @@
-"""Text to token store, and token store to batches: a batch is a pure function of (recipe, seed, step)."""
+"""Data: text on disk, tokens in stores, batches of denoising examples."""

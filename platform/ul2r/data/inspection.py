@@ -1,8 +1,7 @@
-"""What a run is trained on, to look at: a page of examples of each denoiser and the mixture's measured numbers."""
+"""A page that shows the training data of a run: examples of each denoiser, and measured statistics of the mixture."""
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,143 +14,175 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from ul2r.config import Denoiser, Recipe
-from ul2r.data.sampling.batches import Batches
+from ul2r.data.sampling.batches import BatchBuilder
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.data.tokenizer import load_tokenizer
+from ul2r.filesystem import write_atomically
 from ul2r.objective import Batch, Vocabulary
 from ul2r.objective.batch import mode_tokens
 
-PAGE = "data.html"
-"""Name of the page in a run's folder and among its artifacts."""
 MEASURED_ROWS = 512
-"""First rows of the run that the numbers come from, rounded up to whole steps."""
-EXAMPLES = 2
-"""Shown of each denoiser."""
-SHOWN_TOKENS = 300
-"""Of an example's inputs, and of its targets; half of them from the beginning and half from the end."""
-PICTURE = 100
-"""Width and height of an attention picture, in its own units."""
-BARS = 24
-"""Longest span with a bar of its own."""
+"""Rows from the beginning of the run that are measured, rounded up to whole batches."""
+EXAMPLES_PER_DENOISER = 2
+MAX_SHOWN_TOKENS = 300
+"""Tokens shown of an example's inputs, and of its targets; half from the beginning and half from the end."""
+PICTURE_SIZE = 100
+"""Width and height of an attention picture in its own units."""
+MAX_BAR_LENGTH = 24
+"""Longest span with a histogram bar of its own."""
 
-Kind = Literal["mode", "sentinel", "eos", "text", "left out"]
+TokenKind = Literal["mode", "sentinel", "eos", "text", "omitted"]
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A token as it is shown."""
+class DisplayToken:
+    """A token as it is displayed."""
 
     text: str
-    kind: Kind
-    id: int = 0
+    kind: TokenKind
+    token_id: int = 0
 
 
 @dataclass(frozen=True)
 class Example:
-    """One example, taken back out of its row."""
+    """An example extracted from its row.
+
+    Attributes:
+        row: Index of the row in the run.
+        sample: Index of the sample.
+        inputs: Input tokens.
+        targets: Target tokens.
+        kv_start: First key that each position sees, relative to the example's first one, int32 (N - 1,).
+        kv_end: One past the last key that each position sees, likewise.
+        max_positions: Positions that its slot has.
+    """
 
     row: int
     sample: int
     inputs: list[int]
     targets: list[int]
     kv_start: npt.NDArray[np.int32]
-    """First key that each position sees, from the example's own first one, int32 (N - 1,)."""
     kv_end: npt.NDArray[np.int32]
-    room: int
-    """Positions of its slot."""
+    max_positions: int
 
     @property
-    def positions(self) -> int:
+    def num_positions(self) -> int:
         """Positions that it fills."""
         return len(self.inputs) + len(self.targets) - 1
 
     def span_lengths(self, sentinels: frozenset[int]) -> list[int]:
-        """Lengths of the masked spans: runs of targets between sentinels, the last one's closing eos aside."""
-        places = [place for place, token in enumerate(self.targets) if token in sentinels]
-        ends = [*places[1:], len(self.targets) - 1]
-        return [end - begin - 1 for begin, end in zip(places, ends, strict=True)]
+        """Return the lengths of the masked spans: the targets between sentinels, without the eos at the end."""
+        begins = [place for place, token in enumerate(self.targets) if token in sentinels]
+        ends = [*begins[1:], len(self.targets) - 1]
+        return [end - begin - 1 for begin, end in zip(begins, ends, strict=True)]
 
 
 @dataclass
-class Measured:
-    """One denoiser of the mixture, as set and as found in the run's first rows."""
+class DenoiserStats:
+    """One denoiser of the mixture, as configured and as measured in the run's first rows.
+
+    Attributes:
+        denoiser: The denoiser.
+        target_fraction: Configured fraction of the examples.
+        raw_length: Raw tokens of an example.
+        fraction: Measured fraction of the examples.
+        num_examples: Measured examples.
+        raw_tokens: Raw tokens of all measured examples; counted for span corruption only.
+        filled: Fraction of its slots' positions that carry tokens.
+        with_loss: Fraction of its positions that count in the loss.
+        spans: Number of masked spans by length.
+        examples: The first examples.
+    """
 
     denoiser: Denoiser
-    weight: float
-    """Its share of the examples, as set."""
+    target_fraction: float
     raw_length: int
-    share: float = 0.0
-    """Its share of the examples, as found."""
-    count: int = 0
+    fraction: float = 0.0
+    num_examples: int = 0
     raw_tokens: int = 0
-    """Of all its examples of span corruption."""
-    fill: float = 0.0
-    """Share of its slots' positions that carry tokens."""
-    targets: float = 0.0
-    """Share of its positions whose loss counts."""
+    filled: float = 0.0
+    with_loss: float = 0.0
     spans: Counter[int] = field(default_factory=Counter)
-    """How many masked spans there are of each length."""
     examples: list[Example] = field(default_factory=list)
 
     @property
-    def span_count(self) -> float:
-        """Masked spans of an example, on average."""
-        return self.spans.total() / max(self.count, 1)
+    def mean_spans(self) -> float:
+        """Mean number of masked spans per example."""
+        return self.spans.total() / max(self.num_examples, 1)
 
     @property
     def masked(self) -> float:
-        """Masked tokens' share of the raw ones."""
-        tokens = sum(length * number for length, number in self.spans.items())
-        return tokens / max(self.raw_tokens, 1)
+        """Fraction of the raw tokens that are masked."""
+        num_masked = sum(length * count for length, count in self.spans.items())
+        return num_masked / max(self.raw_tokens, 1)
 
     @property
     def bars(self) -> list[tuple[str, float]]:
-        """Share of the spans that have each length, the longest together."""
-        counts = [self.spans[length] for length in range(1, BARS + 1)]
+        """Histogram of span lengths as (label, height relative to the highest); the last bar has all longer spans."""
+        counts = [self.spans[length] for length in range(1, MAX_BAR_LENGTH + 1)]
         counts.append(self.spans.total() - sum(counts))
-        labels = [*map(str, range(1, BARS + 1)), f"{BARS + 1}+"]
+        labels = [*map(str, range(1, MAX_BAR_LENGTH + 1)), f"{MAX_BAR_LENGTH + 1}+"]
         highest = max(counts, default=0) or 1
         return [(label, count / highest) for label, count in zip(labels, counts, strict=True)]
 
 
-def measure(recipe: Recipe, dataset: TokenDataset) -> list[Measured]:
-    """Measure the first rows of a run, and keep the first examples of each denoiser."""
-    objective, mixture = recipe.objective, recipe.objective.mixture
-    total = sum(denoiser.weight for denoiser in mixture)
-    found = [
-        Measured(
-            denoiser,
-            denoiser.weight / total,
-            objective.raw_length(denoiser, len(mode_tokens(denoiser, dataset.vocabulary))),
-        )
-        for denoiser in mixture
-    ]
-    sentinels = frozenset(dataset.vocabulary.sentinels)
-    positions, room, targets = ([0] * len(mixture) for _ in range(3))
-    for choice, example in _examples(recipe, dataset):
-        one = found[choice]
-        one.count += 1
-        if one.denoiser.kind == "span_corruption":
-            spans = example.span_lengths(sentinels)
-            mode = mode_tokens(one.denoiser, dataset.vocabulary)
-            marks = len(mode) + 1 + objective.eos_after_inputs + 2 * len(spans)
-            one.spans.update(spans)
-            one.raw_tokens += len(example.inputs) + len(example.targets) - marks
-        positions[choice] += example.positions
-        room[choice] += example.room
-        targets[choice] += len(example.targets) - (0 if example.inputs else 1)
-        if len(one.examples) < EXAMPLES:
-            one.examples.append(example)
-    count = sum(one.count for one in found)
-    for one, filled, whole, lost in zip(found, positions, room, targets, strict=True):
-        one.share = one.count / count
-        one.fill, one.targets = filled / max(whole, 1), lost / max(filled, 1)
-    return found
+@dataclass
+class _PositionCounts:
+    """Positions of one denoiser's examples."""
+
+    num_filled: int = 0
+    num_available: int = 0
+    num_targets: int = 0
+
+
+def measure_mixture(recipe: Recipe, dataset: TokenDataset) -> list[DenoiserStats]:
+    """Measure the first rows of a run, and collect the first examples of each denoiser."""
+    mixture = recipe.objective.mixture
+    total_weight = sum(denoiser.weight for denoiser in mixture)
+    stats = []
+    for denoiser in mixture:
+        num_mode_tokens = len(mode_tokens(denoiser, dataset.vocabulary))
+        raw_length = recipe.objective.raw_length(denoiser, num_mode_tokens)
+        stats.append(DenoiserStats(denoiser, denoiser.weight / total_weight, raw_length))
+    positions = [_PositionCounts() for _ in mixture]
+
+    for denoiser_id, example in _iter_examples(recipe, dataset):
+        denoiser_stats = stats[denoiser_id]
+        denoiser_stats.num_examples += 1
+        if denoiser_stats.denoiser.kind == "span_corruption":
+            _count_spans(denoiser_stats, example, recipe, dataset.vocabulary)
+        if len(denoiser_stats.examples) < EXAMPLES_PER_DENOISER:
+            denoiser_stats.examples.append(example)
+
+        counts = positions[denoiser_id]
+        counts.num_filled += example.num_positions
+        counts.num_available += example.max_positions
+        # Without inputs (causal), the first token is not predicted.
+        counts.num_targets += len(example.targets) - (0 if example.inputs else 1)
+
+    num_examples = sum(denoiser_stats.num_examples for denoiser_stats in stats)
+    for denoiser_stats, counts in zip(stats, positions, strict=True):
+        denoiser_stats.fraction = denoiser_stats.num_examples / num_examples
+        denoiser_stats.filled = counts.num_filled / max(counts.num_available, 1)
+        denoiser_stats.with_loss = counts.num_targets / max(counts.num_filled, 1)
+    return stats
+
+
+def _count_spans(
+    stats: DenoiserStats, example: Example, recipe: Recipe, vocabulary: Vocabulary
+) -> None:
+    spans = example.span_lengths(frozenset(vocabulary.sentinels))
+    stats.spans.update(spans)
+
+    # Each span has a sentinel among the inputs and one among the targets, which end with an eos.
+    num_mode_tokens = len(mode_tokens(stats.denoiser, vocabulary))
+    num_special = num_mode_tokens + 1 + recipe.objective.eos_after_inputs + 2 * len(spans)
+    stats.raw_tokens += len(example.inputs) + len(example.targets) - num_special
 
 
 def write_page(recipe: Recipe, dataset: TokenDataset) -> Path:
-    """Write the page of a run into the run's folder, whole or not at all; returns its path."""
-    tokenizer, vocabulary = load_tokenizer(dataset.tokenizer_file), dataset.vocabulary
+    """Write the page of a run into the run's folder atomically; return its path."""
+    tokenizer = load_tokenizer(dataset.tokenizer_file)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -162,41 +193,41 @@ def write_page(recipe: Recipe, dataset: TokenDataset) -> Path:
     page = environment.get_template("inspection.html").render(
         recipe=recipe,
         manifest=dataset.manifest,
-        measured=measure(recipe, dataset),
-        pieces=lambda tokens: shown(tokens, tokenizer, vocabulary),
-        outline=outline,
-        picture=PICTURE,
+        mixture=measure_mixture(recipe, dataset),
+        render_tokens=lambda tokens: render_tokens(tokens, tokenizer, dataset.vocabulary),
+        draw_attention=draw_attention,
+        picture_size=PICTURE_SIZE,
     )
-    path = recipe.paths.folder / PAGE
+    path = recipe.paths.data_page
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(page, encoding="utf-8")
-    beside.replace(path)
+    write_atomically(path, page)
     return path
 
 
-def shown(tokens: list[int], tokenizer: Tokenizer, vocabulary: Vocabulary) -> list[Piece]:
-    """Tokens as text, those in the middle of a long run left out."""
-    kinds: dict[int, Kind] = dict.fromkeys(vocabulary.sentinels, "sentinel")
+def render_tokens(
+    tokens: list[int], tokenizer: Tokenizer, vocabulary: Vocabulary
+) -> list[DisplayToken]:
+    """Return tokens as text; the middle of a long list is replaced by its length."""
+    kinds: dict[int, TokenKind] = dict.fromkeys(vocabulary.sentinels, "sentinel")
     if not vocabulary.modes_are_text:
-        kinds |= {token: "mode" for tokens in vocabulary.modes.values() for token in tokens}
+        kinds |= {token: "mode" for mode in vocabulary.modes.values() for token in mode}
     kinds[vocabulary.eos] = "eos"
 
-    def piece(token: int) -> Piece:
-        kind = kinds.get(token, "text")
+    def render(token: int) -> DisplayToken:
         text = tokenizer.decode([token], skip_special_tokens=False)
-        return Piece(text, kind, token)
+        return DisplayToken(text, kinds.get(token, "text"), token)
 
-    half = SHOWN_TOKENS // 2
-    if len(tokens) <= SHOWN_TOKENS:
-        return [piece(token) for token in tokens]
-    middle = Piece(f" … {len(tokens) - 2 * half} tokens … ", "left out")
-    return [*map(piece, tokens[:half]), middle, *map(piece, tokens[-half:])]
+    if len(tokens) <= MAX_SHOWN_TOKENS:
+        return [render(token) for token in tokens]
+    half = MAX_SHOWN_TOKENS // 2
+    omitted = DisplayToken(f" … {len(tokens) - 2 * half} tokens … ", "omitted")
+    return [*map(render, tokens[:half]), omitted, *map(render, tokens[-half:])]
 
 
-def outline(example: Example) -> str:
-    """The attention intervals as the points of an SVG polygon: across the keys seen, downwards the queries."""
-    scale, size = PICTURE / example.positions, example.positions
+def draw_attention(example: Example) -> str:
+    """Return the attention intervals as the points of an SVG polygon: keys from left to right, queries downwards."""
+    size = example.num_positions
+    scale = PICTURE_SIZE / size
     left = [
         (kv_start, query + edge)
         for query, kv_start in enumerate(example.kv_start)
@@ -205,38 +236,45 @@ def outline(example: Example) -> str:
     right = [
         (kv_end, query + edge) for query, kv_end in enumerate(example.kv_end) for edge in (0, 1)
     ]
-    step = max(1, size // PICTURE)  # finer than a pixel is never seen
+
+    step = max(1, size // PICTURE_SIZE)  # details finer than a pixel are invisible
     points = [*left[:: 2 * step], left[-1], right[-1], *right[:: 2 * step][::-1]]
     return " ".join(f"{x * scale:.1f},{y * scale:.1f}" for x, y in points)
 
 
-def _examples(recipe: Recipe, dataset: TokenDataset) -> Iterator[tuple[int, Example]]:
-    """Denoiser and example, of the run's first rows."""
-    batches, batch = Batches(recipe, dataset), recipe.training.global_batch_size
-    steps = min(-(-MEASURED_ROWS // batch), recipe.training.steps)
-    for step in range(steps):
-        rows = batches.rows(step)
-        for line in range(len(rows)):
-            for slot in np.flatnonzero(rows.sample_ids[line] >= 0).tolist():
-                yield _example(recipe, rows, line, slot, step * batch + line)
+def _iter_examples(recipe: Recipe, dataset: TokenDataset) -> Iterator[tuple[int, Example]]:
+    """Yield denoiser index and example for each example of the run's first rows."""
+    builder = BatchBuilder(recipe, dataset)
+    batch_size = recipe.training.global_batch_size
+    num_batches = min(-(-MEASURED_ROWS // batch_size), recipe.training.steps)
+    for batch_index in range(num_batches):
+        batch = builder.build(batch_index)
+        for line in range(len(batch)):
+            for slot in np.flatnonzero(batch.sample_ids[line] >= 0).tolist():
+                yield _extract_example(recipe, batch, line, slot, batch_index * batch_size + line)
 
 
-def _example(recipe: Recipe, rows: Batch, line: int, slot: int, row: int) -> tuple[int, Example]:
+def _extract_example(
+    recipe: Recipe, batch: Batch, line: int, slot: int, row: int
+) -> tuple[int, Example]:
     objective = recipe.objective
     begin = slot * objective.slot_length
-    choice = int(rows.denoiser_ids[line, begin])
-    room = objective.max_example_length(objective.mixture[choice]) - 1
-    used = int((rows.denoiser_ids[line, begin : begin + room] >= 0).sum())
-    here = line, slice(begin, begin + used)
-    tokens = [*rows.tokens[here].tolist(), int(rows.labels[here][-1])]
-    first = int(rows.loss_mask[here].argmax())
-    inputs = first + 1 if first or rows.kv_end[here][0] > begin + 1 else 0
-    return choice, Example(
+    denoiser_id = int(batch.denoiser_ids[line, begin])
+    max_positions = objective.max_example_length(objective.mixture[denoiser_id]) - 1
+    num_positions = int((batch.denoiser_ids[line, begin : begin + max_positions] >= 0).sum())
+
+    # Labels are the tokens shifted by one, so tokens and the last label are the whole example.
+    span = line, slice(begin, begin + num_positions)
+    tokens = [*batch.tokens[span].tolist(), int(batch.labels[span][-1])]
+    first_loss = int(batch.loss_mask[span].argmax())
+    has_inputs = first_loss or batch.kv_end[span][0] > begin + 1
+    num_inputs = first_loss + 1 if has_inputs else 0
+    return denoiser_id, Example(
         row=row,
-        sample=int(rows.sample_ids[line, slot]),
-        inputs=tokens[:inputs],
-        targets=tokens[inputs:],
-        kv_start=rows.kv_start[here] - begin,
-        kv_end=rows.kv_end[here] - begin,
-        room=room,
+        sample=int(batch.sample_ids[line, slot]),
+        inputs=tokens[:num_inputs],
+        targets=tokens[num_inputs:],
+        kv_start=batch.kv_start[span] - begin,
+        kv_end=batch.kv_end[span] - begin,
+        max_positions=max_positions,
     )

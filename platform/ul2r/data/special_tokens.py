@@ -1,7 +1,7 @@
-"""Where modes and sentinels go in a tokenizer that exists: tokens that are spare, the last subwords, or new entries.
+"""Modes and sentinels in an existing tokenizer: on its reserved tokens, its last subwords, or new entries.
 
-The choice is written into the tokenizer itself: what is taken is renamed and keeps its number. Nothing else has to
-know of it.
+The choice is written into the tokenizer itself: a token that is taken is renamed and keeps its id. No other code needs
+to know about it.
 """
 
 from __future__ import annotations
@@ -14,111 +14,132 @@ from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
-from ul2r.data.tokenizer import ModeTokens, add_special_tokens, for_plain_text, objective_tokens
+from ul2r.data.tokenizer import (
+    ModeTokens,
+    add_special_tokens,
+    configure_for_plain_text,
+    list_objective_tokens,
+)
 from ul2r.errors import CorpusError
 
-Taken = Literal["reserved", "last_subwords"]
+SpecialTokenSource = Literal["reserved", "last_subwords"]
 RESERVED = re.compile(
     r"<\|reserved_special_token_\d+\|>|<\|extra_\d+\|>|<unused\d+>|\[unused\d+\]|<SPECIAL_\d+>"
     r"|<｜place▁holder▁no▁\d+｜>"  # noqa: RUF001  DeepSeek's
 )
-"""What Llama 3, Qwen's first, Gemma, BERT's descendants, Mistral NeMo and DeepSeek call tokens that mean nothing."""
+"""Names of meaningless tokens in Llama 3, Qwen's first, Gemma, BERT's descendants, Mistral NeMo and DeepSeek."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """A special token's place.
+class TokenAssignment:
+    """Id that a special token was assigned to.
 
     Attributes:
-        text: The token.
-        number: Its id.
-        was: What had the id before, None for a new entry.
+        text: The special token.
+        token_id: Its id.
+        previous_text: Text that had the id before; None for a new entry.
     """
 
     text: str
-    number: int
-    was: str | None
+    token_id: int
+    previous_text: str | None
 
     @property
-    def kind(self) -> str:
-        """In words."""
-        if self.was == self.text:
-            return "there already"
-        if self.was is None:
-            return "a new entry"
-        return "a reserved token's" if RESERVED.fullmatch(self.was) else "a subword's"
+    def origin(self) -> str:
+        """Origin of the id, in words."""
+        if self.previous_text == self.text:
+            return "existing token"
+        if self.previous_text is None:
+            return "new entry"
+        return "was a reserved token" if RESERVED.fullmatch(self.previous_text) else "was a subword"
 
 
 def assign_special_tokens(
-    tokenizer: Tokenizer, sentinels: int, modes: ModeTokens = "special", taken: Taken = "reserved"
+    tokenizer: Tokenizer,
+    num_sentinels: int,
+    mode_tokens: ModeTokens = "special",
+    source: SpecialTokenSource = "reserved",
 ) -> Tokenizer:
-    """A tokenizer with the eos, modes and sentinels that `tokenizer` lacks.
+    """Return a copy of `tokenizer` with the eos, modes and sentinels that it lacks.
 
     Args:
-        tokenizer: What there is; it stays as it is.
-        sentinels: Number of sentinel tokens.
-        modes: Whether modes get tokens of their own.
-        taken: "reserved" takes tokens that are known to stand for nothing, and new entries when there are no more;
-            "last_subwords" takes the subwords with the highest numbers, as UL2R did with PaLM's vocabulary (arXiv
-            2210.11399, 3.1), which text then falls into smaller pieces without.
+        tokenizer: The existing tokenizer; it is not changed.
+        num_sentinels: Sentinel tokens.
+        mode_tokens: "special" gives each mode a token of its own.
+        source: "reserved" takes tokens that are known to be meaningless, and new entries when there are no more;
+            "last_subwords" takes the subwords with the highest ids, as UL2R did with PaLM's vocabulary (arXiv
+            2210.11399, 3.1): text is then encoded with smaller pieces in their place.
 
     Raises:
-        CorpusError: If the tokenizer has no subwords that could be taken, or `add_special_tokens` refuses it.
+        CorpusError: If the tokenizer has too few subwords to take, or `add_special_tokens` refuses it.
     """
     tree = json.loads(tokenizer.to_str())
     entries = tokenizer.get_vocab()
-    lacking = [t for t in objective_tokens(tokenizer, sentinels, modes) if t not in entries]
-    if taken == "reserved":
-        spare = sorted(filter(RESERVED.fullmatch, entries), key=entries.__getitem__)
+    needed = list_objective_tokens(tokenizer, num_sentinels, mode_tokens)
+    missing = [text for text in needed if text not in entries]
+    if source == "reserved":
+        available = sorted(filter(RESERVED.fullmatch, entries), key=entries.__getitem__)
     else:
-        spare = _remove_subwords(tree, len(lacking))
-    _rename(tree, dict(zip(spare, lacking, strict=False)), entries)
-    placed = for_plain_text(Tokenizer.from_str(json.dumps(tree)))
-    add_special_tokens(placed, sentinels, modes)
-    return placed
+        available = _remove_last_subwords(tree, len(missing))
+    _rename_tokens(tree, dict(zip(available, missing, strict=False)), entries)
+
+    assigned = configure_for_plain_text(Tokenizer.from_str(json.dumps(tree)))
+    add_special_tokens(assigned, num_sentinels, mode_tokens)
+    return assigned
 
 
-def places(before: Tokenizer, after: Tokenizer, texts: Sequence[str]) -> list[Place]:
-    """Where each of the tokens went, in order of `texts`."""
+def list_assignments(
+    before: Tokenizer, after: Tokenizer, texts: Sequence[str]
+) -> list[TokenAssignment]:
+    """List the ids that special tokens were assigned to, in order of `texts`."""
     entries = after.get_vocab()
-    return [Place(text, entries[text], before.id_to_token(entries[text])) for text in texts]
+    return [
+        TokenAssignment(text, entries[text], before.id_to_token(entries[text])) for text in texts
+    ]
 
 
-def _remove_subwords(tree: dict[str, Any], count: int) -> list[str]:
-    """Take the merges that make the last `count` subwords out of a BPE; the subwords, by number."""
+def _remove_last_subwords(tree: dict[str, Any], count: int) -> list[str]:
+    """Remove the merges that produce the last `count` subwords of a BPE; return those subwords in order of ids."""
     model = tree["model"]
     if model["type"] != "BPE":
         raise CorpusError(
             f"data.special_tokens=last_subwords needs a BPE tokenizer, this is {model['type']}: use reserved"
         )
-    vocabulary: dict[str, int] = model["vocab"]
+
+    # Older files spell a merge as "a b", newer ones as ["a", "b"].
     pairs = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-    made = {"".join(pair) for pair in pairs}
+    merged = {"".join(pair) for pair in pairs}
+    vocabulary: dict[str, int] = model["vocab"]
     added = {entry["content"] for entry in tree["added_tokens"]}
-    subwords = sorted((made & vocabulary.keys()) - added, key=vocabulary.__getitem__)
+    subwords = sorted((merged & vocabulary.keys()) - added, key=vocabulary.__getitem__)
     if len(subwords) < count:
         raise CorpusError(
             f"data.special_tokens=last_subwords: the tokenizer has {len(subwords)} subwords, {count} are needed: "
             "lower data.num_sentinels"
         )
-    last = subwords[len(subwords) - count :]  # none, where none is needed
-    gone = set(last)
+
+    last = subwords[len(subwords) - count :]  # not [-count:], which would be all of them for 0
+    removed = set(last)
     model["merges"] = [
         merge
         for merge, pair in zip(model["merges"], pairs, strict=True)
-        if not gone & {*pair, "".join(pair)}
+        if not removed & {*pair, "".join(pair)}
     ]
     return last
 
 
-def _rename(tree: dict[str, Any], names: dict[str, str], numbers: dict[str, int]) -> None:
-    """Give tokens other texts and make them special; their numbers stay."""
+def _rename_tokens(
+    tree: dict[str, Any], new_texts: dict[str, str], token_ids: dict[str, int]
+) -> None:
+    """Rename tokens and mark them as special; their ids stay."""
     vocabulary = tree["model"].get("vocab")
     if isinstance(vocabulary, dict):
-        tree["model"]["vocab"] = {names.get(text, text): n for text, n in vocabulary.items()}
+        tree["model"]["vocab"] = {new_texts.get(text, text): n for text, n in vocabulary.items()}
+
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     renamed = [
-        {"id": numbers[old], "content": new, **flags, "special": True} for old, new in names.items()
+        {"id": token_ids[old], "content": new, **flags, "special": True}
+        for old, new in new_texts.items()
     ]
-    kept = [entry for entry in tree["added_tokens"] if entry["content"] not in names]
+    kept = [entry for entry in tree["added_tokens"] if entry["content"] not in new_texts]
     tree["added_tokens"] = sorted(kept + renamed, key=lambda entry: entry["id"])

@@ -1,4 +1,4 @@
-"""Tokenizers: a byte-level BPE trained on the corpus, or one that is given, with the tokens the objective needs.
+"""Tokenizers: a byte-level BPE trained on the corpus, or a given one, with the tokens that the objective needs.
 
 Special tokens never come out of text: a document that happens to hold "[S2S]" or "<extra_id_0>" is encoded by
 its characters, so those ids always mean what the objective put there.
@@ -22,157 +22,176 @@ EXISTING_EOS = (
     *("</s>", "<|endoftext|>", "<|end_of_text|>", "<EOS_TOKEN>", "<｜end▁of▁sentence｜>"),  # noqa: RUF001  DeepSeek's
     EOS,
 )
-"""What a special token of a given tokenizer that ends a text may be called, in order of preference."""
+"""Possible names of a given tokenizer's special token that ends a text, in order of preference."""
 ModeTokens = Literal["special", "text"]
 MODES = {"S2S": "[S2S]", "NLU": "[NLU]", "NLG": "[NLG]"}
-BYTES = 256
+NUM_BYTES = 256
 
 
 def train_tokenizer(
-    texts: Iterable[str], size: int, sentinels: int, modes: ModeTokens = "special"
+    texts: Iterable[str],
+    vocabulary_size: int,
+    num_sentinels: int,
+    mode_tokens: ModeTokens = "special",
 ) -> Tokenizer:
     """Train a byte-level BPE; equal texts give an equal tokenizer.
 
     Args:
-        texts: What to learn merges from.
-        size: Entries, special tokens included; fewer come out where the texts are too short.
-        sentinels: Number of sentinel tokens.
-        modes: Whether modes get tokens of their own.
+        texts: Text to learn merges from.
+        vocabulary_size: Entries, special tokens included; short texts give fewer.
+        num_sentinels: Sentinel tokens.
+        mode_tokens: "special" gives each mode a token of its own.
 
     Returns:
-        A tokenizer that encodes any text without loss. Ids begin with eos, the modes and the sentinels.
+        A tokenizer that encodes any text without loss. Its ids begin with eos, the modes and the sentinels.
 
     Raises:
-        RecipeError: If `size` is too small for the special tokens and the 256 bytes.
+        RecipeError: If `vocabulary_size` is too small for the special tokens and the 256 bytes.
     """
-    special = special_tokens(sentinels, size, modes)
+    special_tokens = list_special_tokens(num_sentinels, vocabulary_size, mode_tokens)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=special,
+        vocab_size=vocabulary_size,
+        special_tokens=special_tokens,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return for_plain_text(tokenizer)
+    return configure_for_plain_text(tokenizer)
 
 
-def special_tokens(sentinels: int, size: int, modes: ModeTokens = "special") -> list[str]:
-    """Texts of the special tokens in a trained tokenizer of `size` entries, in order of their ids.
+def list_special_tokens(
+    num_sentinels: int, vocabulary_size: int, mode_tokens: ModeTokens = "special"
+) -> list[str]:
+    """Return the special tokens of a trained tokenizer of `vocabulary_size` entries, in order of their ids.
 
     Raises:
-        RecipeError: If `size` does not even hold them and the 256 bytes.
+        RecipeError: If the vocabulary is too small for them and the 256 bytes.
     """
-    names = MODES.values() if modes == "special" else ()
-    special = [EOS, *names, *map(sentinel, range(sentinels))]
-    if size < len(special) + BYTES:
+    modes = _list_mode_tokens(mode_tokens)
+    special_tokens = [EOS, *modes, *map(format_sentinel, range(num_sentinels))]
+    if vocabulary_size < len(special_tokens) + NUM_BYTES:
         raise RecipeError(
-            f"data.vocabulary_size={size} is too small: eos, {len(names)} modes, {sentinels} sentinels and "
-            f"{BYTES} bytes need {len(special) + BYTES}; raise it or lower data.num_sentinels"
+            f"data.vocabulary_size={vocabulary_size} is too small: eos, {len(modes)} modes, {num_sentinels} sentinels "
+            f"and {NUM_BYTES} bytes need {len(special_tokens) + NUM_BYTES}: raise it or lower data.num_sentinels"
         )
-    return special
+    return special_tokens
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Read a Hugging Face tokenizer.json, set to encode whole texts without special tokens.
+    """Load a Hugging Face tokenizer.json, configured to encode whole texts without special tokens.
 
     Raises:
-        CorpusError: If it cannot be read or is no tokenizer.
+        CorpusError: If it cannot be read or is not a tokenizer.
     """
     if path.is_dir():
-        raise CorpusError(f"{path}: is a folder; give the tokenizer.json in it")
+        raise CorpusError(f"{path}: is a folder; use the tokenizer.json in it")
     try:
-        return for_plain_text(Tokenizer.from_str(path.read_text(encoding="utf-8")))
+        return configure_for_plain_text(Tokenizer.from_str(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise CorpusError(f"{path}: tokenizer cannot be read: {reason}") from None
     except Exception as error:  # noqa: BLE001  tokenizers raises nothing narrower for a file it does not understand
-        raise CorpusError(f"{path}: is not a Hugging Face tokenizer.json: {error}") from None
+        raise CorpusError(f"{path}: not a Hugging Face tokenizer.json: {error}") from None
 
 
-def add_special_tokens(tokenizer: Tokenizer, sentinels: int, modes: ModeTokens = "special") -> None:
-    """Give a tokenizer the eos, modes and sentinels that it lacks, behind its own entries.
+def add_special_tokens(
+    tokenizer: Tokenizer, num_sentinels: int, mode_tokens: ModeTokens = "special"
+) -> None:
+    """Add the missing eos, modes and sentinels to a tokenizer, after its own entries.
 
     Raises:
-        CorpusError: If it makes one of them out of plain text, or has gaps in its ids, which the new ones would fill
-            up to ids that are taken.
+        CorpusError: If it encodes plain text as one of them, or has gaps in its ids: new entries would get ids that
+            are taken.
     """
-    needed = objective_tokens(tokenizer, sentinels, modes)
+    needed = list_objective_tokens(tokenizer, num_sentinels, mode_tokens)
     tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in needed])
+
+    # tokenizers derives a new entry's id from the number of entries, so with gaps that id may be in use already.
     ids = tokenizer.get_vocab().values()
     if len(set(ids)) < len(ids):
         raise CorpusError(
-            "the tokenizer's ids have gaps, so its special tokens would share ids with others: number its entries "
-            "from 0 without gaps, or let a tokenizer be trained"
+            "the tokenizer's ids have gaps, so its special tokens would share ids with other entries: number its "
+            "entries from 0 without gaps, or unset data.tokenizer to train one"
         )
-    special = {tokenizer.token_to_id(text) for text in needed}
+
+    special_ids = {tokenizer.token_to_id(text) for text in needed}
     for text in needed:
-        if special & set(encode(tokenizer, f"{text} {text}.{text}").tolist()):
+        if special_ids & set(encode(tokenizer, f"{text} {text}.{text}").tolist()):
             raise CorpusError(
-                f"the tokenizer makes the special token {text} out of plain text, so a document could hold it; "
-                "use another tokenizer, or let one be trained"
+                f"the tokenizer encodes plain text as the special token {text}, so a document could contain it: "
+                "use another tokenizer, or unset data.tokenizer to train one"
             )
 
 
-def objective_tokens(
-    tokenizer: Tokenizer, sentinels: int, modes: ModeTokens = "special"
+def list_objective_tokens(
+    tokenizer: Tokenizer, num_sentinels: int, mode_tokens: ModeTokens = "special"
 ) -> list[str]:
-    """Texts of the eos, modes and sentinels that a tokenizer has or must be given."""
-    names = MODES.values() if modes == "special" else ()
-    return [_eos(tokenizer) or EOS, *names, *map(sentinel, range(sentinels))]
+    """Return the eos, modes and sentinels that the objective needs, whether the tokenizer has them or not."""
+    modes = _list_mode_tokens(mode_tokens)
+    return [_find_eos(tokenizer) or EOS, *modes, *map(format_sentinel, range(num_sentinels))]
 
 
-def vocabulary_of(tokenizer: Tokenizer, modes: ModeTokens = "special") -> Vocabulary:
-    """Ids of a tokenizer's special tokens, and of its modes' names if those are text.
+def build_vocabulary(tokenizer: Tokenizer, mode_tokens: ModeTokens = "special") -> Vocabulary:
+    """Look up the ids of a tokenizer's special tokens, and encode the modes' names if those are text.
 
     Raises:
-        CorpusError: If it lacks one.
+        CorpusError: If a special token is missing.
     """
     entries = tokenizer.get_vocab()
-    eos = _eos(tokenizer)
-    needed = (*(MODES.values() if modes == "special" else ()), sentinel(0))
+    eos = _find_eos(tokenizer)
+    needed = (*_list_mode_tokens(mode_tokens), format_sentinel(0))
     missing = [text for text in needed if text not in entries]
     if eos is None or missing:
         raise CorpusError(f"the tokenizer lacks the special token {missing[0] if missing else EOS}")
-    count = next(number for number in range(len(entries) + 1) if sentinel(number) not in entries)
+
+    if mode_tokens == "special":
+        modes = {mode: (entries[text],) for mode, text in MODES.items()}
+    else:
+        modes = {mode: tuple(encode(tokenizer, text).tolist()) for mode, text in MODES.items()}
+
+    num_sentinels = next(
+        number for number in range(len(entries) + 1) if format_sentinel(number) not in entries
+    )
     return Vocabulary(
         size=max(entries.values()) + 1,
         eos=entries[eos],
-        modes={
-            mode: (entries[text],)
-            if modes == "special"
-            else tuple(encode(tokenizer, text).tolist())
-            for mode, text in MODES.items()
-        },
-        sentinels=tuple(entries[sentinel(number)] for number in range(count)),
-        modes_are_text=modes == "text",
+        modes=modes,
+        sentinels=tuple(entries[format_sentinel(number)] for number in range(num_sentinels)),
+        modes_are_text=mode_tokens == "text",
     )
 
 
 def encode(tokenizer: Tokenizer, text: str) -> npt.NDArray[np.int32]:
-    """Token ids of a text, no special ones among them."""
+    """Return the token ids of a text, int32 (length,), without special tokens."""
+    # Without offsets, which nothing here needs, it is faster; for a single text there is no such method.
     (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
     return np.array(encoding.ids, np.int32)
 
 
-def sentinel(number: int) -> str:
-    """Text of the sentinel that marks an example's span `number`, counted from 0."""
+def format_sentinel(number: int) -> str:
+    """Return the sentinel token of an example's span `number`, counted from 0."""
     return f"<extra_id_{number}>"
 
 
-def _eos(tokenizer: Tokenizer) -> str | None:
-    """The special token that ends a text; Qwen's vocabulary has a subword "</s>", which is none."""
-    special = {
-        token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special
-    }
-    return next((text for text in EXISTING_EOS if text in special), None)
-
-
-def for_plain_text(tokenizer: Tokenizer) -> Tokenizer:
-    """Set what tokenizer.json does not keep, or keeps for other uses: texts are whole and hold no commands."""
+def configure_for_plain_text(tokenizer: Tokenizer) -> Tokenizer:
+    """Configure a tokenizer to encode whole texts, in which special tokens are plain characters."""
+    # tokenizer.json does not keep the first setting, and may hold the other two for other uses.
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _list_mode_tokens(mode_tokens: ModeTokens) -> list[str]:
+    return list(MODES.values()) if mode_tokens == "special" else []
+
+
+def _find_eos(tokenizer: Tokenizer) -> str | None:
+    # Only special tokens count: Qwen's vocabulary has an ordinary subword "</s>".
+    special = {
+        token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special
+    }
+    return next((text for text in EXISTING_EOS if text in special), None)

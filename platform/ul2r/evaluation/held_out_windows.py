@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import numpy as np
 import numpy.typing as npt
 
+from ul2r.data.store.token_source import TokenSource
 from ul2r.errors import CorpusError
 
 TokenArray = npt.NDArray[np.int32]
 
 
-class Store(Protocol):
-    """A sequence of tokens."""
-
-    def __len__(self) -> int: ...
-
-    def tokens(self, start: int, length: int) -> TokenArray:
-        """Return tokens [start, start + length), of shape (length,)."""
-
-
 def select_windows(
-    store: Store, max_windows: int, length: int, excluded_token: int | None = None
+    store: TokenSource, max_windows: int, length: int, excluded_token: int | None = None
 ) -> TokenArray:
     """Return up to `max_windows` windows of text that do not overlap, evenly spread over the store.
 
@@ -45,7 +35,7 @@ def select_windows(
 
     windows = []
     for part in range(num_parts):
-        tokens = store.tokens(part * part_length, part_length)
+        tokens = store.read_tokens(part * part_length, part_length)
         window = _select_window(tokens, length, excluded_token)
         if window is not None:
             windows.append(window)

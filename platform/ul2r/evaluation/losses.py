@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ul2r.config import Causal, Denoiser, Prefix, Recipe
-from ul2r.data.sampling.batches import Batches
+from ul2r.data.sampling.batches import BatchBuilder
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.errors import CorpusError
 from ul2r.evaluation.held_out_windows import select_windows
@@ -27,8 +27,8 @@ def measure_denoiser_loss(
     Raises:
         CorpusError: If the held-out split has fewer than two rows.
     """
-    batches = Batches(recipe, dataset)
-    num_rows = min(recipe.evaluation.num_rows, batches.held_out_rows)
+    batches = BatchBuilder(recipe, dataset)
+    num_rows = min(recipe.evaluation.num_rows, batches.num_held_out_rows)
     if num_rows < 2:
         raise CorpusError(
             f"the held-out split of {len(dataset.held_out)} tokens has {num_rows} rows of "
@@ -36,7 +36,7 @@ def measure_denoiser_loss(
             "add text"
         )
 
-    batch = batches.held_out(denoiser, num_rows)
+    batch = batches.build_held_out(denoiser, num_rows)
     return average_tokens(model.token_losses(batch), batch.loss_mask)
 
 

@@ -8,10 +8,10 @@ from functools import partial
 
 from ul2r.config import Parallel, Recipe
 from ul2r.data.inspection import write_page
-from ul2r.data.sampling.batches import Batches
+from ul2r.data.sampling.batches import BatchBuilder
 from ul2r.data.special_tokens import assign_special_tokens
 from ul2r.data.store.dataset import TokenDataset
-from ul2r.data.tokenizer import load_tokenizer, vocabulary_of
+from ul2r.data.tokenizer import build_vocabulary, load_tokenizer
 from ul2r.launch.pretrained import check_base
 from ul2r.model.flops import num_parameters
 from ul2r.model.huggingface.config_json import check_family
@@ -47,7 +47,7 @@ def check_run(recipe: Recipe, dataset: TokenDataset) -> CheckpointInfo | None:
     Raises:
         UserError: If one of the checks fails.
     """
-    Batches(recipe, dataset)  # refuses a store that is too short or has too few sentinels
+    BatchBuilder(recipe, dataset)  # refuses a store that is too short or has too few sentinels
     check_family(recipe.model)
     check_memory(recipe, dataset.vocabulary.size)
     return check_checkpoints(recipe, dataset)
@@ -71,7 +71,7 @@ def planned_vocabulary(recipe: Recipe) -> int:
     tokenizer = assign_special_tokens(
         load_tokenizer(data.tokenizer), data.num_sentinels, data.mode_tokens, data.special_tokens
     )
-    return vocabulary_of(tokenizer, data.mode_tokens).size
+    return build_vocabulary(tokenizer, data.mode_tokens).size
 
 
 def check_checkpoints(recipe: Recipe, dataset: TokenDataset) -> CheckpointInfo | None:

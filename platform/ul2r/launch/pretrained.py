@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from ul2r.config import Architecture, HuggingFaceBase, MegatronBase, Recipe
 from ul2r.config.architecture import resolve_preset
 from ul2r.data.store.dataset import TokenDataset
-from ul2r.data.tokenizer import load_tokenizer, objective_tokens
+from ul2r.data.tokenizer import list_objective_tokens, load_tokenizer
 from ul2r.errors import CheckpointError, RecipeError
 
 TOKENIZER = "tokenizer.json"
@@ -68,7 +68,7 @@ def check_base(recipe: Recipe, dataset: TokenDataset) -> None:
     if not (folder / TOKENIZER).is_file():
         return  # nothing to compare with
     theirs, ours = map(load_tokenizer, (folder / TOKENIZER, dataset.tokenizer_file))
-    placed = set(objective_tokens(ours, recipe.data.num_sentinels, recipe.data.mode_tokens))
+    placed = set(list_objective_tokens(ours, recipe.data.num_sentinels, recipe.data.mode_tokens))
     other = [
         token
         for token, number in theirs.get_vocab().items()

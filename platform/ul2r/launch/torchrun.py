@@ -44,7 +44,7 @@ def train(recipe: Recipe) -> CheckpointInfo:
         KeyboardInterrupt: After a checkpoint, if any of the processes got SIGTERM.
     """
     dataset = open_dataset(recipe.storage_paths.store)
-    if not dataset.manifest.complete:
+    if not dataset.manifest.is_complete:
         raise CorpusError(
             f"{recipe.storage_paths.store}: is not complete, and only Ray makes the rest while a run trains: run "
             "jobs/prepare.py RECIPE first, or train without torchrun"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch.distributed as dist
 
 from ul2r.config import Recipe
-from ul2r.data.sampling.batches import Batches
+from ul2r.data.sampling.batches import BatchBuilder
 from ul2r.data.store.dataset import open_dataset
 from ul2r.objective.batch import Batch
 from ul2r.tracking.tracker import Tracker
@@ -47,9 +47,9 @@ def run_worker(
     mesh = Mesh.join(recipe.parallel)
 
     def read_in_process(mesh: Mesh, batches: range) -> Iterator[Batch]:
-        made = Batches(recipe, dataset)
+        made = BatchBuilder(recipe, dataset)
         for batch in batches:
-            yield made.rows(batch, mesh.data_rank, recipe.parallel.data)
+            yield made.build(batch, mesh.data_rank, recipe.parallel.data)
 
     checkpoints = recipe.paths.checkpoints
     writer_token = writer_token or mesh.broadcast_from_rank0(

@@ -1,4 +1,4 @@
-"""A tiny corpus and its token store, the same wherever and whenever they are made."""
+"""A tiny corpus and its token store, identical wherever and whenever they are made."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from ul2r.data.prepare.merge import merge_shards
 from ul2r.data.prepare.shards import group_files, write_shard
 from ul2r.data.prepare.source_files import find_files
 from ul2r.data.store.dataset import TokenDataset, open_dataset
-from ul2r.data.tokenizer import load_tokenizer, train_tokenizer, vocabulary_of
+from ul2r.data.tokenizer import build_vocabulary, load_tokenizer, train_tokenizer
+from ul2r.paths import TOKENIZER_FILE
 
 SUBJECTS = [
     "the cat",
@@ -36,73 +37,75 @@ OBJECTS = [
     "the sea",
     "snow",
 ]
-ENDS = [".", "!", "?", ", and then rests.", "; so it was in the year 1887."]
+ENDINGS = [".", "!", "?", ", and then rests.", "; so it was in the year 1887."]
 
 
-def write_texts(folder: Path, documents: int = 64, sentences: int = 40, seed: int = 0) -> list[str]:
-    """Write `documents` different .txt files of plain sentences to `folder`; return their texts in name order."""
+def write_texts(
+    folder: Path, num_documents: int = 64, num_sentences: int = 40, seed: int = 0
+) -> list[str]:
+    """Write different .txt files of plain sentences to `folder`; return their texts in order of their names."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = []
-    for document in range(documents):
-        draw = np.random.Generator(np.random.Philox(key=[seed, document]))
+    for document in range(num_documents):
+        generator = np.random.Generator(np.random.Philox(key=[seed, document]))
         lines = [f"Story {document}\n"]
-        for _ in range(sentences):
-            words = (str(draw.choice(choices)) for choices in (SUBJECTS, VERBS, OBJECTS))
-            lines.append(" ".join(words).capitalize() + str(draw.choice(ENDS)) + "\n")
+        for _ in range(num_sentences):
+            words = (str(generator.choice(choices)) for choices in (SUBJECTS, VERBS, OBJECTS))
+            lines.append(" ".join(words).capitalize() + str(generator.choice(ENDINGS)) + "\n")
         texts.append("".join(lines))
         (folder / f"story_{document:04d}.txt").write_text(texts[-1], encoding="utf-8")
     return texts
 
 
-def tiny_store(
+def make_tiny_store(
     folder: Path,
     *,
-    documents: int = 64,
-    sentences: int = 40,
+    num_documents: int = 64,
+    num_sentences: int = 40,
     vocabulary_size: int = 512,
-    sentinels: int = 64,
-    held_out: float = 0.1,
+    num_sentinels: int = 64,
+    held_out_fraction: float = 0.1,
     seed: int = 0,
     tokenizer: Path | None = None,
 ) -> TokenDataset:
-    """Make a whole token store in `folder` (a recipe's `storage_paths.store`) from `write_texts`, in this process.
+    """Make a complete token store from `write_texts` in this process, without Ray.
 
     Args:
-        folder: Where the store goes; made if need be.
-        documents: Number of documents, train and held out together.
-        sentences: Sentences of each, of about 15 tokens.
-        vocabulary_size: Entries of the tokenizer; at least 260 + `sentinels`.
-        sentinels: Sentinel tokens.
-        held_out: Share of the documents held out.
-        seed: Of the text.
+        folder: Folder of the store (a recipe's `storage_paths.store`); created if missing.
+        num_documents: Documents, held-out ones included.
+        num_sentences: Sentences per document, about 15 tokens each.
+        vocabulary_size: Entries of the tokenizer; at least 260 + `num_sentinels`.
+        num_sentinels: Sentinel tokens.
+        held_out_fraction: Fraction of the documents to hold out.
+        seed: Seed of the text.
         tokenizer: A tokenizer.json to use instead of training one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as texts_folder:
-        texts = write_texts(Path(texts_folder), documents, sentences, seed)
-        trained = (
-            load_tokenizer(tokenizer)
-            if tokenizer
-            else train_tokenizer(texts, vocabulary_size, sentinels)
-        )
-        trained.save(str(folder / "tokenizer.json"))
-        vocabulary = vocabulary_of(trained)
+        texts = write_texts(Path(texts_folder), num_documents, num_sentences, seed)
+        if tokenizer:
+            loaded = load_tokenizer(tokenizer)
+        else:
+            loaded = train_tokenizer(texts, vocabulary_size, num_sentinels)
+        loaded.save(str(folder / TOKENIZER_FILE))
+
+        vocabulary = build_vocabulary(loaded)
         groups = group_files(find_files([texts_folder]))
         for group in groups:
-            write_shard(group, folder, trained, vocabulary)
-    merge_shards(folder, len(groups), held_out, vocabulary, inputs={"corpus": "testing"})
+            write_shard(group, folder, loaded, vocabulary)
+    merge_shards(folder, len(groups), held_out_fraction, vocabulary, inputs={"corpus": "testing"})
     return open_dataset(folder)
 
 
-class MadeText:
-    """A `WindowSource` of made tokens.
+class SyntheticWindows:
+    """A `WindowSource` of computed tokens.
 
     Args:
-        window: From a sample and a length to that many tokens.
+        make_window: Maps a sample and a length to that many tokens.
     """
 
-    def __init__(self, window: Callable[[int, int], npt.ArrayLike]) -> None:
-        self.window = window
+    def __init__(self, make_window: Callable[[int, int], npt.ArrayLike]) -> None:
+        self._make_window = make_window
 
     def read(
         self,
@@ -113,9 +116,9 @@ class MadeText:
         """Write each sample's tokens to its line."""
         for line, sample, length in zip(windows, samples.tolist(), lengths.tolist(), strict=True):
             if sample >= 0:
-                line[:length] = self.window(sample, length)
+                line[:length] = self._make_window(sample, length)
 
 
-def counted_text(first: Callable[[int], int]) -> MadeText:
-    """Sample k reads the tokens `first(k)`, `first(k) + 1` and on."""
-    return MadeText(lambda sample, length: np.arange(first(sample), first(sample) + length))
+def counting_windows(first: Callable[[int], int]) -> SyntheticWindows:
+    """Return windows in which sample k reads the tokens `first(k)`, `first(k) + 1` and so on."""
+    return SyntheticWindows(lambda sample, length: np.arange(first(sample), first(sample) + length))

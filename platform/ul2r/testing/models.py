@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ul2r.config import Architecture
-from ul2r.data.tokenizer import train_tokenizer, vocabulary_of
+from ul2r.data.tokenizer import build_vocabulary, train_tokenizer
 from ul2r.inference import LanguageModel
 from ul2r.model.export_metadata import ExportMetadata
 from ul2r.model.huggingface.exporting import write_export
@@ -55,8 +55,8 @@ def write_tiny_export(
     architecture = Architecture(
         num_layers=layers, hidden_size=32, ffn_hidden_size=64, num_heads=4, num_kv_heads=2
     )
-    tokenizer = train_tokenizer(texts, size=256 + 4 + sentinels + 32, sentinels=sentinels)
-    vocabulary = vocabulary_of(tokenizer)
+    tokenizer = train_tokenizer(texts, vocabulary_size=256 + 4 + sentinels + 32, num_sentinels=sentinels)
+    vocabulary = build_vocabulary(tokenizer)
     denoising = attention == "prefix" if denoising is None else denoising
     role = "ul2r" if denoising else "base"
     with TemporaryDirectory() as beside:

@@ -23,7 +23,7 @@ GEMMA_3 = {
 
 
 def tiny_recipe(storage: Path, **changes: Any) -> Recipe:  # noqa: ANN401  values of a recipe
-    """A 4-layer model on rows of 64 tokens for 6 steps, over a `tiny_store` in `storage`/store.
+    """A 4-layer model on rows of 64 tokens for 6 steps, over a `make_tiny_store` in `storage`/store.
 
     Args:
         storage: The recipe's storage.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from enum import IntEnum
 
 from ul2r.config import Causal, Recipe
-from ul2r.data.sampling.batches import Batches
+from ul2r.data.sampling.batches import BatchBuilder
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.errors import DivergedError
 from ul2r.model.flops import training_flops
@@ -295,10 +295,10 @@ def _due(step: int, every: int, steps: int) -> bool:
 
 def _held_out_rows(recipe: Recipe, dataset: TokenDataset, mesh: Mesh) -> dict[str, Batch]:
     """This replica's share of each denoiser's held-out rows, plain causal ones among them."""
-    batches = Batches(recipe, dataset)
+    batches = BatchBuilder(recipe, dataset)
     share = recipe.validation.num_rows // recipe.parallel.data
     start = mesh.data_rank * share
     return {
-        denoiser.name: batches.held_out(denoiser, recipe.validation.num_rows)[start : start + share]
+        denoiser.name: batches.build_held_out(denoiser, recipe.validation.num_rows)[start : start + share]
         for denoiser in (Causal(), *recipe.evaluation.mixture)
     }

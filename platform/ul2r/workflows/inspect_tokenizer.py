@@ -8,8 +8,13 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from ul2r.data.special_tokens import Place, Taken, assign_special_tokens, places
-from ul2r.data.tokenizer import ModeTokens, load_tokenizer, objective_tokens, vocabulary_of
+from ul2r.data.special_tokens import (
+    SpecialTokenSource,
+    TokenAssignment,
+    assign_special_tokens,
+    list_assignments,
+)
+from ul2r.data.tokenizer import ModeTokens, build_vocabulary, list_objective_tokens, load_tokenizer
 from ul2r.errors import RecipeError
 from ul2r.model.huggingface.config_json import read_architecture
 from ul2r.model.sizing import pad_vocabulary
@@ -17,15 +22,18 @@ from ul2r.paths import TOKENIZER_FILE
 
 
 def describe_special_tokens(
-    path: Path, num_sentinels: int, modes: ModeTokens = "special", taken: Taken = "reserved"
+    path: Path,
+    num_sentinels: int,
+    mode_tokens: ModeTokens = "special",
+    source: SpecialTokenSource = "reserved",
 ) -> str:
     """Assign modes and sentinels to a tokenizer, and describe the result and its effect on the model's embedding.
 
     Args:
         path: A tokenizer.json, or a model's folder.
         num_sentinels: Number of sentinel tokens.
-        modes: "special" gives modes tokens of their own, "text" writes them as text.
-        taken: Tokens that modes and sentinels replace.
+        mode_tokens: "special" gives modes tokens of their own, "text" writes them as text.
+        source: Tokens that modes and sentinels replace.
 
     Returns:
         Text to print.
@@ -37,28 +45,30 @@ def describe_special_tokens(
         raise RecipeError(f"--sentinels {num_sentinels}: must be 1 or more")
 
     before = load_tokenizer(path / TOKENIZER_FILE if path.is_dir() else path)
-    after = assign_special_tokens(before, num_sentinels, modes, taken)
-    assigned = places(before, after, objective_tokens(after, num_sentinels, modes))
+    after = assign_special_tokens(before, num_sentinels, mode_tokens, source)
+    assigned = list_assignments(
+        before, after, list_objective_tokens(after, num_sentinels, mode_tokens)
+    )
     old_size = max(before.get_vocab().values()) + 1
-    new_size = vocabulary_of(after, modes).size
+    new_size = build_vocabulary(after, mode_tokens).size
 
     lines = [f"{path}: {old_size:,} entries, {new_size:,} afterwards"]
-    for kind, group in groupby(assigned, key=lambda token: token.kind):
-        lines.append(f"  {_describe_group(list(group), before)}: {kind}")
+    for origin, group in groupby(assigned, key=lambda token: token.origin):
+        lines.append(f"  {_describe_group(list(group), before)}: {origin}")
     if path.is_dir():
         lines.append(_describe_embedding(path, new_size))
 
     return "\n".join(lines)
 
 
-def _describe_group(tokens: Sequence[Place], before: Tokenizer) -> str:
+def _describe_group(tokens: Sequence[TokenAssignment], before: Tokenizer) -> str:
     """Return the first and last token with their ids, and the text that had these ids before."""
 
-    def describe(token: Place) -> str:
-        text = f"{token.text} {token.number}"
-        if token.was in (None, token.text):
+    def describe(token: TokenAssignment) -> str:
+        text = f"{token.text} {token.token_id}"
+        if token.previous_text in (None, token.text):
             return text
-        return f"{text} ({before.decode([token.number], skip_special_tokens=False)})"
+        return f"{text} ({before.decode([token.token_id], skip_special_tokens=False)})"
 
     if len(tokens) == 1:
         return describe(tokens[0])

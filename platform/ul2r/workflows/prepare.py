@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 from ul2r.config import Recipe
-from ul2r.data.prepare.prepare import finished, prepare
+from ul2r.data.prepare.prepare import load_finished, prepare
 from ul2r.data.store.manifest import Manifest
 from ul2r.launch.ray_train.cluster import connect_ray
 
@@ -19,7 +19,7 @@ def prepare_store(recipe: Recipe) -> tuple[Manifest, bool]:
     Raises:
         UserError: If the text or storage cannot be used, or a store of other text is in the way.
     """
-    manifest = finished(recipe)
+    manifest = load_finished(recipe)
     if manifest is not None:
         return manifest, False
 
@@ -32,11 +32,11 @@ def describe_manifest(manifest: Manifest) -> str:
     """Return text to print: counts of a store's two splits, a line each, and of its vocabulary."""
     lines = []
     for name, split in (("train", manifest.train), ("held out", manifest.held_out)):
-        line = f"  {name:<9} {split.documents:,} documents, {split.tokens:,} tokens"
+        line = f"  {name:<9} {split.num_documents:,} documents, {split.num_tokens:,} tokens"
         if split.text_bytes:
             line += (
                 f", {split.text_bytes / 1e6:.2f} MB of text"
-                f" ({split.tokens / split.text_bytes:.3f} tokens per byte)"
+                f" ({split.num_tokens / split.text_bytes:.3f} tokens per byte)"
             )
         lines.append(line)
 

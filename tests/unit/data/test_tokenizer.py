@@ -14,10 +14,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from ul2r.data.tokenizer import (
     add_special_tokens,
+    build_vocabulary,
     encode,
     load_tokenizer,
     train_tokenizer,
-    vocabulary_of,
 )
 from ul2r.errors import CorpusError, RecipeError
 
@@ -27,7 +27,7 @@ SPECIAL = ["<eos>", "[S2S]", "[NLU]", "[NLG]", *(f"<extra_id_{n}>" for n in rang
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return train_tokenizer(TEXTS, size=400, sentinels=20)
+    return train_tokenizer(TEXTS, vocabulary_size=400, num_sentinels=20)
 
 
 def _without_special_tokens(tokenizer: Tokenizer, first_id: int = 0) -> Tokenizer:
@@ -83,7 +83,7 @@ def test_special_tokens_stay_text_after_loading(tokenizer: Tokenizer, tmp_path: 
 
 def test_special_tokens_come_first_in_their_order(tokenizer: Tokenizer) -> None:
     assert [tokenizer.id_to_token(n) for n in range(len(SPECIAL))] == SPECIAL
-    vocabulary = vocabulary_of(tokenizer)
+    vocabulary = build_vocabulary(tokenizer)
     assert vocabulary.size == len(tokenizer.get_vocab())
     assert vocabulary.eos == 0
     assert vocabulary.modes == {"S2S": (1,), "NLU": (2,), "NLG": (3,)}
@@ -112,15 +112,17 @@ def test_frequent_words_become_one_token(tokenizer: Tokenizer) -> None:
 
 def test_a_vocabulary_without_room_for_all_bytes_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"vocabulary_size=279 .* need 280"):
-        train_tokenizer(TEXTS, size=279, sentinels=20)
-    assert vocabulary_of(train_tokenizer(TEXTS, size=280, sentinels=20)).size == 280
+        train_tokenizer(TEXTS, vocabulary_size=279, num_sentinels=20)
+    assert (
+        build_vocabulary(train_tokenizer(TEXTS, vocabulary_size=280, num_sentinels=20)).size == 280
+    )
 
 
 def test_a_given_tokenizer_keeps_its_ids_and_gets_what_it_lacks(given_tokenizer: Path) -> None:
     before = Tokenizer.from_file(str(given_tokenizer)).get_vocab()
     tokenizer = load_tokenizer(given_tokenizer)
-    add_special_tokens(tokenizer, sentinels=5)
-    vocabulary = vocabulary_of(tokenizer)
+    add_special_tokens(tokenizer, num_sentinels=5)
+    vocabulary = build_vocabulary(tokenizer)
     assert {text: tokenizer.token_to_id(text) for text in before} == before
     assert vocabulary.eos == before["<|endoftext|>"]
     added = tuple(sorted(vocabulary.non_text_ids))
@@ -138,14 +140,14 @@ def test_a_given_tokenizer_neither_cuts_nor_pads_nor_frames(given_tokenizer: Pat
 def test_special_tokens_that_are_there_already_are_kept(tokenizer: Tokenizer) -> None:
     again = Tokenizer.from_str(tokenizer.to_str())
     again.encode_special_tokens = True
-    add_special_tokens(again, sentinels=20)
+    add_special_tokens(again, num_sentinels=20)
     assert again.get_vocab() == tokenizer.get_vocab()
 
 
 def test_a_tokenizer_whose_ids_have_gaps_is_refused(tokenizer: Tokenizer) -> None:
     gapped = _without_special_tokens(tokenizer, first_id=7)
     with pytest.raises(CorpusError, match="ids have gaps"):
-        add_special_tokens(gapped, sentinels=9)
+        add_special_tokens(gapped, num_sentinels=9)
 
 
 def test_a_tokenizer_that_makes_special_tokens_of_text_is_refused() -> None:
@@ -154,13 +156,13 @@ def test_a_tokenizer_that_makes_special_tokens_of_text_is_refused() -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.encode_special_tokens = True
     with pytest.raises(CorpusError, match=r"makes the special token .* out of plain text"):
-        add_special_tokens(tokenizer, sentinels=1)
+        add_special_tokens(tokenizer, num_sentinels=1)
 
 
 def test_missing_special_tokens_are_named() -> None:
     tokenizer = Tokenizer(models.WordLevel({"<eos>": 0, "[S2S]": 1}, unk_token="<eos>"))
     with pytest.raises(CorpusError, match=r"lacks the special token \[NLU\]"):
-        vocabulary_of(tokenizer)
+        build_vocabulary(tokenizer)
 
 
 def test_files_that_hold_no_tokenizer_are_refused(tmp_path: Path) -> None:
@@ -177,20 +179,25 @@ def test_files_that_hold_no_tokenizer_are_refused(tmp_path: Path) -> None:
 
 
 def test_modes_as_text_are_pieces_of_their_names_and_take_no_entries() -> None:
-    tokenizer = train_tokenizer(TEXTS, size=400, sentinels=20, modes="text")
+    tokenizer = train_tokenizer(TEXTS, vocabulary_size=400, num_sentinels=20, mode_tokens="text")
     assert not {"[S2S]", "[NLU]", "[NLG]"} & set(tokenizer.get_vocab())
-    vocabulary = vocabulary_of(tokenizer, "text")
+    vocabulary = build_vocabulary(tokenizer, "text")
     for mode, tokens in vocabulary.modes.items():
         assert tokenizer.decode(list(tokens)) == f"[{mode}]"
         assert encode(tokenizer, f"[{mode}]").tolist() == list(tokens), "a document may hold it"
     assert vocabulary.non_text_ids == set(vocabulary.sentinels)
-    assert train_tokenizer(TEXTS, size=277, sentinels=20, modes="text").get_vocab_size() == 277
+    assert (
+        train_tokenizer(
+            TEXTS, vocabulary_size=277, num_sentinels=20, mode_tokens="text"
+        ).get_vocab_size()
+        == 277
+    )
 
 
 def test_modes_as_text_leave_a_given_tokenizer_without_mode_tokens(given_tokenizer: Path) -> None:
     tokenizer = load_tokenizer(given_tokenizer)
-    add_special_tokens(tokenizer, sentinels=5, modes="text")
+    add_special_tokens(tokenizer, num_sentinels=5, mode_tokens="text")
     assert tokenizer.token_to_id("[S2S]") is None
-    assert len(vocabulary_of(tokenizer, "text").modes["NLG"]) > 1
+    assert len(build_vocabulary(tokenizer, "text").modes["NLG"]) > 1
     with pytest.raises(CorpusError, match=r"lacks the special token \[S2S\]"):
-        vocabulary_of(tokenizer)
+        build_vocabulary(tokenizer)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from ul2r.config import Architecture, Recipe
 from ul2r.data.store.dataset import TokenDataset, open_dataset
 from ul2r.inference import LanguageModel, read_export_metadata
-from ul2r.testing.corpus import tiny_store
+from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.models import write_tiny_export
 
 SENTINELS = 16
@@ -22,8 +22,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     export = write_tiny_export(storage / "runs/arm/export", sentinels=SENTINELS)
     vocabulary = read_export_metadata(export).vocabulary
     assert vocabulary is not None
-    tiny_store(
-        storage / "store", documents=40, vocabulary_size=vocabulary.size, sentinels=SENTINELS
+    make_tiny_store(
+        storage / "store", num_documents=40, vocabulary_size=vocabulary.size, num_sentinels=SENTINELS
     )
     shutil.copy(storage / "store/tokenizer.json", export)
     return Recipe.model_validate(

@@ -21,7 +21,7 @@ class Numbered:
     def __len__(self) -> int:
         return len(self.all)
 
-    def tokens(self, start: int, length: int) -> TokenArray:
+    def read_tokens(self, start: int, length: int) -> TokenArray:
         return self.all[start : start + length]
 
 

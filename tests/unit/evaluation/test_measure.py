@@ -10,7 +10,7 @@ import torch
 from rapidfuzz.distance import Levenshtein
 
 from ul2r.config import Causal, Recipe
-from ul2r.data.sampling.batches import Batches
+from ul2r.data.sampling.batches import BatchBuilder
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.errors import CheckpointError, CorpusError, RecipeError
 from ul2r.evaluation import evaluate, list_metrics
@@ -85,7 +85,7 @@ def test_plain_text_is_read_causally_by_every_arm(
 
 def causal_windows(dataset: TokenDataset, recipe: Recipe) -> list[list[int]]:
     """The text of the held-out rows: tokens, and the last one's label."""
-    rows = Batches(recipe, dataset).held_out(Causal(), recipe.evaluation.num_rows)
+    rows = BatchBuilder(recipe, dataset).build_held_out(Causal(), recipe.evaluation.num_rows)
     return [
         [*tokens, labels[-1]]
         for tokens, labels in zip(rows.tokens.tolist(), rows.labels.tolist(), strict=True)
@@ -115,7 +115,7 @@ def test_every_arm_is_given_the_same_denoiser_rows(
     model: LanguageModel, dataset: TokenDataset, recipe: Recipe
 ) -> None:
     for denoiser in recipe.evaluation.mixture:
-        rows = Batches(recipe, dataset).held_out(denoiser, recipe.evaluation.num_rows)
+        rows = BatchBuilder(recipe, dataset).build_held_out(denoiser, recipe.evaluation.num_rows)
         losses = []
         for row in range(len(rows)):
             scored = np.flatnonzero(rows.loss_mask[row])

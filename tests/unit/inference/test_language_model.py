@@ -17,7 +17,7 @@ from ul2r.errors import CheckpointError
 from ul2r.inference import LanguageModel, language_model
 from ul2r.objective.batch import Batch, build_batch
 from ul2r.objective.vocabulary import Vocabulary
-from ul2r.testing.corpus import MadeText
+from ul2r.testing.corpus import SyntheticWindows
 from ul2r.testing.models import write_tiny_export
 
 Array = npt.NDArray[np.float64]
@@ -96,10 +96,10 @@ class DenseLlama:
         return np.concatenate([rotated.real, rotated.imag], axis=-1)
 
 
-def random_text(model: LanguageModel) -> MadeText:
+def random_text(model: LanguageModel) -> SyntheticWindows:
     """Return windows of random text tokens, a different one for each sample."""
     ids = torch.nonzero(model.is_text).flatten().numpy()
-    return MadeText(lambda sample, length: np.random.default_rng(sample).choice(ids, length))
+    return SyntheticWindows(lambda sample, length: np.random.default_rng(sample).choice(ids, length))
 
 
 def ul2r_batch(model: LanguageModel, num_rows: int) -> Batch:

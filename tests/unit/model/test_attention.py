@@ -29,7 +29,7 @@ from ul2r.model.attention.variable_length import VariableLength
 from ul2r.model.window import clip_to_window
 from ul2r.objective import Batch, Vocabulary, build_batch
 from ul2r.testing.attention import attend_by_segment, dense_attention
-from ul2r.testing.corpus import counted_text
+from ul2r.testing.corpus import counting_windows
 from ul2r.testing.distributed import run_distributed
 
 CPU = torch.device("cpu")
@@ -58,7 +58,7 @@ def rows_of(objective: Objective, count: int, seed: int) -> Batch:
         objective=objective,
         vocabulary=VOCABULARY,
         seed=seed,
-        text_windows=counted_text(lambda sample: 1000 * (sample % 1000)),
+        text_windows=counting_windows(lambda sample: 1000 * (sample % 1000)),
     )
 
 

@@ -24,7 +24,7 @@ from ul2r.model.huggingface.config_json import (
     parse_architecture,
     read_architecture,
 )
-from ul2r.testing.corpus import tiny_store
+from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.families import make_random_model, write_random_model
 from ul2r.testing.recipes import GEMMA_3, tiny_recipe
 from ul2r.workflows.check_base import describe_base
@@ -37,7 +37,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole Llama in three files and more, with a tokenizer."""
     folder = tmp_path_factory.mktemp("base") / "llama"
     write_random_model("Llama 2", folder, shard_size="40KB")
-    train_tokenizer(["some text of no importance"], size=300, sentinels=2).save(
+    train_tokenizer(["some text of no importance"], vocabulary_size=300, num_sentinels=2).save(
         str(folder / "tokenizer.json")
     )
     return folder
@@ -247,14 +247,14 @@ def test_a_recipe_whose_model_is_another_than_its_bases_is_refused(
 
 def test_a_token_store_of_another_tokenizer_is_refused(llama: Path, tmp_path: Path) -> None:
     recipe = load(recipe_file(tmp_path, llama), (), Recipe, fill_model_from_base)
-    other = tiny_store(tmp_path / "other", documents=12)
+    other = make_tiny_store(tmp_path / "other", num_documents=12)
     with pytest.raises(RecipeError, match=r"tokenizer gives .* tokens another number"):
         check_base(recipe, other)
     extended = load_tokenizer(llama / "tokenizer.json")
-    add_special_tokens(extended, sentinels=4)
+    add_special_tokens(extended, num_sentinels=4)
     extended.save(str(tmp_path / "extended.json"))
     check_base(
-        recipe, tiny_store(tmp_path / "store", documents=12, tokenizer=tmp_path / "extended.json")
+        recipe, make_tiny_store(tmp_path / "store", num_documents=12, tokenizer=tmp_path / "extended.json")
     )
 
 
@@ -327,7 +327,7 @@ def test_a_written_configuration_is_read_back(settings: dict[str, Any]) -> None:
 
 def grow_tokenizer(folder: Path) -> None:
     tokenizer = load_tokenizer(folder / "tokenizer.json")
-    add_special_tokens(tokenizer, sentinels=400)
+    add_special_tokens(tokenizer, num_sentinels=400)
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
@@ -401,7 +401,7 @@ def test_a_name_on_the_hub_that_was_fetched_before_needs_no_network(
 def test_training_from_a_broken_base_ends_in_one_line_before_anything_starts(
     broken: Path, tmp_path: Path
 ) -> None:
-    tiny_store(tmp_path / "store")
+    make_tiny_store(tmp_path / "store")
     one_shard(broken).unlink()
     recipe = recipe_file(tmp_path, broken)
     assert "names model-00001-of-" in of_job("jobs/train.py", str(recipe), folder=tmp_path)

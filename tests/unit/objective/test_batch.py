@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ul2r.config import Causal, Denoiser, Fim, Objective, Prefix, SpanCorruption
 from ul2r.objective import Batch, Vocabulary, build_batch
 from ul2r.objective.batch import bytes_per_row
-from ul2r.testing.corpus import counted_text
+from ul2r.testing.corpus import counting_windows
 from ul2r.testing.reference import reference_row
 
 TEXT = 1000
@@ -96,7 +96,7 @@ def rows_of(
         objective=objective,
         vocabulary=vocabulary,
         seed=seed,
-        text_windows=counted_text(first_token),
+        text_windows=counting_windows(first_token),
     )
 
 
@@ -145,7 +145,7 @@ def test_worked_example_in_the_docstring_is_what_is_made() -> None:
             sentinels=(letters["<0>"], letters["<1>"]),
         ),
         seed=25,
-        text_windows=counted_text(lambda sample: letters["ag"[sample]]),
+        text_windows=counting_windows(lambda sample: letters["ag"[sample]]),
     )
     drawn = {}
     for line in (inspect.getdoc(build_batch) or "").splitlines():
@@ -300,7 +300,7 @@ def test_slots_of_one_row_are_masked_differently() -> None:
         objective=objective,
         vocabulary=VOCABULARY,
         seed=1,
-        text_windows=counted_text(lambda _: TEXT),
+        text_windows=counting_windows(lambda _: TEXT),
     )
     assert len({slot.tobytes() for row in rows.tokens for slot in np.split(row, 4)}) == 32
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ul2r.config import Causal, Denoiser, Fim, Objective, Prefix, SpanCorruption
 from ul2r.objective import Vocabulary, build_batch
-from ul2r.testing.corpus import counted_text
+from ul2r.testing.corpus import counting_windows
 
 TEXT = 1000
 """Raw tokens are TEXT, TEXT + 1, ...; special ones lie below."""
@@ -61,7 +61,7 @@ def example_of(
         objective=objective,
         vocabulary=vocabulary,
         seed=seed,
-        text_windows=counted_text(lambda _: TEXT),
+        text_windows=counting_windows(lambda _: TEXT),
     )
     used = int((rows.denoiser_ids >= 0).sum())
     tokens = [*rows.tokens[0, :used].tolist(), int(rows.labels[0, used - 1])]

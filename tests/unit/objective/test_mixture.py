@@ -8,7 +8,7 @@ import pytest
 
 from ul2r.config import MIXTURE_PRESETS, Denoiser, Objective
 from ul2r.objective import Vocabulary, build_batch
-from ul2r.testing.corpus import counted_text
+from ul2r.testing.corpus import counting_windows
 
 VOCABULARY = Vocabulary(
     size=100_000,
@@ -27,7 +27,7 @@ def choices(mixture: Sequence[Denoiser], rows: int, seed: int = 1, slots: int = 
         ),
         vocabulary=VOCABULARY,
         seed=seed,
-        text_windows=counted_text(lambda _: 1000),
+        text_windows=counting_windows(lambda _: 1000),
     )
     first = made.denoiser_ids[:, :: made.denoiser_ids.shape[1] // slots]
     found: list[int] = first[made.sample_ids >= 0].tolist()

@@ -10,10 +10,10 @@ import pytest
 import ray
 
 from ul2r.config import Recipe, load
-from ul2r.data.sampling.batches import Batches
+from ul2r.data.sampling.batches import BatchBuilder
 from ul2r.data.store.dataset import open_dataset
 from ul2r.errors import CheckpointError, CorpusError, RecipeError
-from ul2r.testing.corpus import tiny_store
+from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.workflows.dry_run import dry_run, seen_keys_per_row
 
@@ -22,7 +22,7 @@ RECIPES = Path(__file__).parents[3] / "jobs/recipes"
 
 @pytest.fixture
 def prepared(tmp_path: Path) -> Path:
-    tiny_store(tmp_path / "store", documents=12)
+    make_tiny_store(tmp_path / "store", num_documents=12)
     return tmp_path
 
 
@@ -45,12 +45,12 @@ def test_seen_keys_match_the_rows_that_training_uses(prepared: Path, slots: int)
         training={"steps": 4, "global_batch_size": 32},
         validation={"num_rows": 32},
     )
-    batches = Batches(recipe, open_dataset(recipe.storage_paths.store))
+    batches = BatchBuilder(recipe, open_dataset(recipe.storage_paths.store))
     num_steps = recipe.training.steps
 
     num_seen = 0
     for step in range(num_steps):
-        batch = batches.rows(step)
+        batch = batches.build(step)
         num_seen += 4 * int((batch.kv_end - batch.kv_start).sum())  # 4 layers
 
     assert seen_keys_per_row(recipe) == pytest.approx(num_seen / (num_steps * 32))

@@ -12,7 +12,7 @@ from ul2r.data.store.dataset import TokenDataset
 from ul2r.evaluation.scores import Score, Scores
 from ul2r.evaluation.stored_scores import save_scores
 from ul2r.model.export_metadata import ExportMetadata
-from ul2r.testing.corpus import tiny_store
+from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.models import write_tiny_export
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.workflows.model_card import add_scores, write_card
@@ -28,7 +28,7 @@ def scores(loss: float) -> Scores:
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> TokenDataset:
-    return tiny_store(tmp_path / "store", documents=12)
+    return make_tiny_store(tmp_path / "store", num_documents=12)
 
 
 @pytest.fixture

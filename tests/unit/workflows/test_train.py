@@ -15,7 +15,7 @@ from ul2r.data.store.manifest import Manifest
 from ul2r.errors import CheckpointError, CorpusError, RecipeError, ServiceError
 from ul2r.launch import torchrun
 from ul2r.launch.ray_train.trainer import train
-from ul2r.testing.corpus import tiny_store
+from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.recipes import tiny_recipe
 
 ROOT = Path(__file__).parents[3]
@@ -23,7 +23,7 @@ NOBODY = "http://127.0.0.1:9"  # the discard port, where nothing listens
 
 
 def test_a_server_that_is_down_is_found_before_ray_starts(tmp_path: Path) -> None:
-    tiny_store(tmp_path / "store", documents=12)
+    make_tiny_store(tmp_path / "store", num_documents=12)
     recipe = tiny_recipe(tmp_path, tracking={"uri": NOBODY})
     with pytest.raises(ServiceError, match=f"no MLflow server answers at {NOBODY}"):
         train(recipe)
@@ -31,7 +31,7 @@ def test_a_server_that_is_down_is_found_before_ray_starts(tmp_path: Path) -> Non
 
 
 def test_a_model_that_no_worker_can_hold_is_found_before_anything_starts(tmp_path: Path) -> None:
-    tiny_store(tmp_path / "store", documents=12)
+    make_tiny_store(tmp_path / "store", num_documents=12)
     recipe = tiny_recipe(tmp_path, tracking={"uri": NOBODY}, launch={"device_memory_gib": 0.001})
     with pytest.raises(RecipeError, match=r"its device has launch\.device_memory_gib=0\.001"):
         train(recipe)
@@ -54,9 +54,9 @@ def test_text_that_is_not_prepared_is_checked_before_anything_starts(tmp_path: P
 def test_the_rest_of_a_store_that_torchrun_cannot_make_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny_store(tmp_path / "store", documents=12)
+    make_tiny_store(tmp_path / "store", num_documents=12)
     folder = tmp_path / "store"
-    replace(Manifest.read(folder), complete=False).write(folder)
+    replace(Manifest.read(folder), is_complete=False).write(folder)
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(CorpusError, match=r"is not complete, .* run jobs/prepare\.py RECIPE first"):
         torchrun.train(tiny_recipe(tmp_path))

@@ -1,1 +1,1 @@
-"""From text to a token store."""
+"""From text files to a token store."""

@@ -1,6 +1,6 @@
-"""Documents of a text file, in pieces of bounded size, so that the size of a file or document does not matter.
+"""Documents of a text file, read in chunks, so that memory does not grow with the file or the document.
 
-A .txt, .md or .py file is one document; a .jsonl line and a .parquet row are one each, their text under "text".
+A .txt, .md or .py file is one document; each .jsonl line and .parquet row is one, its text under "text".
 Every file may be plain, .gz or .zst, and holds UTF-8.
 """
 
@@ -19,159 +19,167 @@ from typing import IO, Any, NamedTuple
 import pyarrow
 import pyarrow.parquet
 
-from ul2r.data.prepare.source_files import COMPRESSIONS, SourceFile, kind
+from ul2r.data.prepare.source_files import COMPRESSIONS, SourceFile, text_suffix
 from ul2r.errors import CorpusError
 
-PIECE_SIZE = 2**16
-"""Characters of a piece, at most."""
-ROWS_AT_A_TIME = 64
+CHUNK_SIZE = 2**16
+"""Characters of a chunk, at most."""
+ROWS_PER_BATCH = 64
 
 
-class Piece(NamedTuple):
+class TextChunk(NamedTuple):
     """A part of a document's text, never empty."""
 
     text: str
     ends_document: bool
 
 
-def read_documents(file: SourceFile) -> Iterator[Piece]:
-    """Read the documents of a file, or of a part of one, one after the other; those without text are left out.
+def read_documents(file: SourceFile) -> Iterator[TextChunk]:
+    """Read the documents of a file, or of a part of one, in order; skip those without text.
 
-    How a document is cut into pieces depends on its text alone, not on the kind of file it came in. A part has the
-    lines whose first bytes lie in it, so that the parts of a file have each of them once.
+    The chunks of a document depend on its text alone, not on the kind of file it came in. A part of a file holds the
+    lines whose first bytes lie in it, so each line belongs to exactly one part.
 
     Raises:
-        CorpusError: If the file cannot be read; names the line or row where there is one.
+        CorpusError: If the file cannot be read; the message names the line or row if there is one.
     """
     path = file.path
     try:
-        with _decompressed(path) as stream:
-            if kind(path) == ".jsonl":
-                for text in _json_texts(file, stream):
-                    yield from pieces([text])
-            elif kind(path) == ".parquet":
-                for text in _parquet_texts(path, stream):
-                    yield from pieces([text])
+        with _open_decompressed(path) as stream:
+            if text_suffix(path) == ".jsonl":
+                for text in _read_json_texts(file, stream):
+                    yield from split_into_chunks([text])
+            elif text_suffix(path) == ".parquet":
+                for text in _read_parquet_texts(path, stream):
+                    yield from split_into_chunks([text])
             else:
-                yield from pieces(_decoded(path, stream))
+                yield from split_into_chunks(_decode(path, stream))
     except OSError as error:
         raise CorpusError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def pieces(texts: Iterable[str]) -> Iterator[Piece]:
-    """Cut the document that `texts` join to, behind the last line's end in reach wherever there is one."""
+def split_into_chunks(texts: Iterable[str]) -> Iterator[TextChunk]:
+    """Split the document that `texts` concatenate to, after the last line break within reach if there is one."""
     rest = ""
     for text in texts:
         rest += text
         start = 0
-        while len(rest) - start > PIECE_SIZE:
-            end = rest.rfind("\n", start, start + PIECE_SIZE) + 1 or start + PIECE_SIZE
-            yield Piece(rest[start:end], ends_document=False)
+        while len(rest) - start > CHUNK_SIZE:
+            end = rest.rfind("\n", start, start + CHUNK_SIZE) + 1 or start + CHUNK_SIZE
+            yield TextChunk(rest[start:end], ends_document=False)
             start = end
         rest = rest[start:]
     if rest:
-        yield Piece(rest, ends_document=True)
+        yield TextChunk(rest, ends_document=True)
 
 
-def _decompressed(path: Path) -> IO[bytes]:
-    """The file's content as a stream; Arrow's decompressors refuse a file that was cut."""
+def _open_decompressed(path: Path) -> IO[bytes]:
     compression = COMPRESSIONS.get(path.suffix)
     if compression is None:
         return path.open("rb")
+    # Arrow's decompressors raise on a truncated file instead of returning its beginning.
     return io.BufferedReader(pyarrow.input_stream(path, compression=compression))
 
 
-def _decoded(path: Path, stream: IO[bytes]) -> Iterator[str]:
+def _decode(path: Path, stream: IO[bytes]) -> Iterator[str]:
+    # The incremental decoder keeps a character that two chunks share; "utf-8-sig" drops a byte order mark.
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    lines, final = 0, False
-    while not final:
-        chunk = stream.read(PIECE_SIZE)
-        final = not chunk
+    num_lines = 0
+    is_final = False
+    while not is_final:
+        chunk = stream.read(CHUNK_SIZE)
+        is_final = not chunk
         try:
-            yield decoder.decode(chunk, final)
+            yield decoder.decode(chunk, is_final)
         except UnicodeDecodeError as error:
-            line = lines + error.object[: error.start].count(b"\n") + 1
-            raise CorpusError(f"{path}: line {line}: {_not_utf8(error)}") from None
-        lines += chunk.count(b"\n")
+            line = num_lines + error.object[: error.start].count(b"\n") + 1
+            raise CorpusError(f"{path}: line {line}: {_describe_bad_byte(error)}") from None
+        num_lines += chunk.count(b"\n")
 
 
-def _json_texts(file: SourceFile, stream: IO[bytes]) -> Iterator[str]:
-    for number, line in enumerate(_lines(file, stream), 1):
+def _read_json_texts(file: SourceFile, stream: IO[bytes]) -> Iterator[str]:
+    for number, line in enumerate(_read_lines(file, stream), 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
-            raise CorpusError(f"{_line(file, number)}: {_not_utf8(error)}") from None
+            location = _locate_line(file, number)
+            raise CorpusError(f"{location}: {_describe_bad_byte(error)}") from None
         except json.JSONDecodeError as error:
-            raise CorpusError(f"{_line(file, number)}: not JSON: {error.msg}") from None
+            raise CorpusError(f"{_locate_line(file, number)}: not JSON: {error.msg}") from None
         text = record.get("text") if isinstance(record, dict) else None
-        yield _checked(text, partial(_line, file, number))
+        yield _check_text(text, partial(_locate_line, file, number))
 
 
-def _lines(file: SourceFile, stream: IO[bytes]) -> Iterator[bytes]:
-    """The lines that begin in the part of the file; of a file that cannot be cut, all."""
-    if not file.can_be_cut:
+def _read_lines(file: SourceFile, stream: IO[bytes]) -> Iterator[bytes]:
+    """Yield the lines that begin in this part of the file; all lines if the file cannot be split."""
+    if not file.is_splittable:
         yield from stream
         return
+
     if file.begin:
+        # From one byte earlier: this skips the previous part's last line, and nothing if a line begins right here.
         stream.seek(file.begin - 1)
-        stream.readline()  # one that began before, or the end of one
-    place, end = stream.tell(), file.begin + file.size
-    while place < end and (line := stream.readline()):
+        stream.readline()
+    position = stream.tell()
+    end = file.begin + file.size
+    while position < end and (line := stream.readline()):
         yield line
-        place += len(line)
+        position += len(line)
 
 
-def _line(file: SourceFile, number: int) -> str:
-    """Names the line `number` of a part, counted from 1, by its number in the file."""
+def _locate_line(file: SourceFile, number: int) -> str:
+    """Return "PATH: line N" for a line of a part: `number` counts from 1 in the part, N in the file."""
     if file.begin:
         with file.path.open("rb") as stream:
             left = file.begin - 1
-            while left and (chunk := stream.read(min(left, PIECE_SIZE))):
-                number, left = number + chunk.count(b"\n"), left - len(chunk)
-        number += 1  # the line that the part's first one follows
+            while left and (chunk := stream.read(min(left, CHUNK_SIZE))):
+                number += chunk.count(b"\n")
+                left -= len(chunk)
+        number += 1  # the rest of the previous part's last line
     return f"{file.path}: line {number}"
 
 
-def _parquet_texts(path: Path, stream: IO[bytes]) -> Iterator[str]:
+def _read_parquet_texts(path: Path, stream: IO[bytes]) -> Iterator[str]:
     with tempfile.TemporaryFile() as seekable:
+        # Parquet keeps its index at the end of the file, so a compressed one is unpacked first.
         if path.suffix in COMPRESSIONS:
             shutil.copyfileobj(stream, seekable)
             stream = seekable
+
         try:
             table = pyarrow.parquet.ParquetFile(stream)
             columns = table.schema_arrow.names
             if "text" not in columns:
                 raise CorpusError(f'{path}: no column "text"; it has {", ".join(columns)}')
             row = 0
-            for batch in table.iter_batches(ROWS_AT_A_TIME, columns=["text"]):
+            for batch in table.iter_batches(ROWS_PER_BATCH, columns=["text"]):
                 for value in batch.column(0):
                     row += 1
-                    yield _checked(_python_value(value), partial("{}: row {}".format, path, row))
+                    yield _check_text(_to_python(value), partial("{}: row {}".format, path, row))
         except pyarrow.ArrowException as error:
             raise CorpusError(f"{path}: not a readable parquet file: {error}") from None
 
 
-def _python_value(value: pyarrow.Scalar) -> Any:  # noqa: ANN401  whatever type the column has
+def _to_python(value: pyarrow.Scalar) -> Any:  # noqa: ANN401  any type that the column may have
     try:
         return value.as_py()
     except UnicodeDecodeError:
         return None
 
 
-def _checked(text: Any, where: Callable[[], str]) -> str:  # noqa: ANN401  whatever stood in the file
-    """The text, if it is one and UTF-8 can hold it (JSON's escapes can spell halves of surrogate pairs)."""
+def _check_text(text: Any, locate: Callable[[], str]) -> str:  # noqa: ANN401  any value found in the file
+    """Return `text` if it is a string that UTF-8 can encode: JSON escapes can spell unpaired surrogates."""
     if not isinstance(text, str):
-        raise CorpusError(f'{where()}: no text under "text"')
+        raise CorpusError(f'{locate()}: no text under "text"')
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise CorpusError(f"{where()}: {error.reason} at character {error.start + 1}") from None
+        raise CorpusError(f"{locate()}: {error.reason} at character {error.start + 1}") from None
     return text
 
 
-def _not_utf8(error: UnicodeDecodeError) -> str:
-    return (
-        f"not UTF-8 text: byte 0x{error.object[error.start]:02x}; convert the file or leave it out"
-    )
+def _describe_bad_byte(error: UnicodeDecodeError) -> str:
+    byte = error.object[error.start]
+    return f"not UTF-8 text: byte 0x{byte:02x}; convert the file or leave it out"

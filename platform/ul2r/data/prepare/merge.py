@@ -1,8 +1,8 @@
-"""Shards joined to a store: to a shuffled one all at once, to a streamed one chapter by chapter.
+"""Shards merged into a store: a shuffled store at once, a streamed one segment by segment.
 
-Documents with the smallest keys are held out: the choice is as good as random, holds whatever else changes, and puts
-equal documents on one side. A streamed store holds out documents of its first chapter; equal ones of later chapters are
-left out of training.
+The documents with the smallest keys are held out: this choice is as good as random, does not depend on anything else,
+and puts equal documents on one side. A streamed store holds out documents of its first segment; copies of them in later
+segments are excluded from training.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ul2r.data.prepare.shards import remove_shard, shard_documents, shard_prefix
-from ul2r.data.store.manifest import STORE_FILES, Manifest, Split, digest
+from ul2r.data.prepare.shards import load_document_table, remove_shard, shard_prefix
+from ul2r.data.store.manifest import STORE_FILES, Manifest, SplitCounts
 from ul2r.data.store.token_store import TokenStore, TokenWriter
 from ul2r.errors import CorpusError
+from ul2r.filesystem import sha256_of
 from ul2r.objective.vocabulary import Vocabulary
 
 HELD_OUT_KEYS = "held_out.npy"
@@ -28,129 +29,141 @@ Keys = npt.NDArray[np.uint64]
 
 def merge_shards(
     folder: Path,
-    shards: int,
-    held_out: float,
+    num_shards: int,
+    held_out_fraction: float,
     vocabulary: Vocabulary,
     inputs: Mapping[str, Any],
 ) -> Manifest:
-    """Join the shards in `folder` to a token store there, beside its tokenizer.json, and remove them.
+    """Merge the shards in `folder` into a token store there, next to its tokenizer.json, and remove them.
 
     Args:
-        folder: Where `write_shard` wrote, and the store's files go; the manifest comes last.
-        shards: Number of shards.
-        held_out: Share of the documents to hold out; one at least is, and one at least is not.
-        vocabulary: Of the tokenizer.
+        folder: Folder of the shards and of the store; the manifest is written last.
+        num_shards: Number of shards.
+        held_out_fraction: Fraction of the documents to hold out; at least one document is, and at least one is not.
+        vocabulary: Vocabulary of the tokenizer.
         inputs: See `Manifest`.
 
     Raises:
         CorpusError: If there are not two different documents.
     """
-    train, held = _split(folder, range(shards), folder / "train", held_out, vocabulary)
-    files = {name: digest(folder / name) for name in STORE_FILES}
-    for number in range(shards):
+    train, held_out = _split_documents(
+        folder, range(num_shards), folder / "train", held_out_fraction, vocabulary
+    )
+    files = {name: sha256_of(folder / name) for name in STORE_FILES}
+    for number in range(num_shards):
         remove_shard(folder, number)
-    manifest = Manifest(inputs, vocabulary, train, held, files)
+
+    manifest = Manifest(inputs, vocabulary, train, held_out, files)
     manifest.write(folder)
     return manifest
 
 
-def merge_first(
-    work: Path,
+def merge_first_segment(
+    work_folder: Path,
     shards: Sequence[int],
     prefix: Path,
-    held_out: float,
+    held_out_fraction: float,
     vocabulary: Vocabulary,
-) -> tuple[Split, Split]:
-    """Join shards to the first chapter of a streamed store; they stay.
+) -> tuple[SplitCounts, SplitCounts]:
+    """Merge shards into the first segment of a streamed store; the shards are kept.
 
     Args:
-        work: Where the shards are.
+        work_folder: Folder of the shards.
         shards: Their numbers.
-        prefix: Where its tokens go; what is held out goes beside them.
-        held_out: As in `merge_shards`, here of the chapter's documents.
-        vocabulary: Of the tokenizer.
+        prefix: Prefix of the segment; the held-out files are written to the same folder.
+        held_out_fraction: As in `merge_shards`, but of the segment's documents.
+        vocabulary: Vocabulary of the tokenizer.
 
     Returns:
-        What is to train on and what is held out.
+        Sizes of the training and the held-out split.
 
     Raises:
         CorpusError: If there are not two different documents.
     """
-    keys = _keys(work, shards)
-    splits = _split(work, shards, prefix, held_out, vocabulary)
-    np.save(prefix.parent / HELD_OUT_KEYS, np.unique(keys[keys <= _held_out_limit(keys, held_out)]))
-    return splits
+    keys = _load_keys(work_folder, shards)
+    counts = _split_documents(work_folder, shards, prefix, held_out_fraction, vocabulary)
+    held_out = keys[keys <= _largest_held_out_key(keys, held_out_fraction)]
+    np.save(prefix.parent / HELD_OUT_KEYS, np.unique(held_out))
+    return counts
 
 
-def merge_next(work: Path, shards: Sequence[int], prefix: Path, vocabulary: Vocabulary) -> Split:
-    """Join shards to a later chapter; documents that the first one holds out are left out. See `merge_first`."""
+def merge_next_segment(
+    work_folder: Path, shards: Sequence[int], prefix: Path, vocabulary: Vocabulary
+) -> SplitCounts:
+    """Merge shards into a later segment, without copies of held-out documents; see `merge_first_segment`."""
     held_out: Keys = np.load(prefix.parent / HELD_OUT_KEYS)
     with TokenWriter(prefix, vocabulary.size) as train:
         text_bytes = 0
         for number in shards:
-            left_out = np.isin(shard_documents(work, number)["key"], held_out)
-            text_bytes += _copy(work, number, ~left_out, train)
-    return Split(train.documents, train.tokens, text_bytes)
+            is_held_out = np.isin(load_document_table(work_folder, number)["key"], held_out)
+            text_bytes += _copy_documents(work_folder, number, ~is_held_out, train)
+    return SplitCounts(train.num_documents, train.num_tokens, text_bytes)
 
 
-def can_be_split(work: Path, shards: Sequence[int]) -> bool:
-    """Whether the shards hold two different documents."""
-    keys = _keys(work, shards)
+def can_hold_out(work_folder: Path, shards: Sequence[int]) -> bool:
+    """Return whether the shards hold two different documents."""
+    keys = _load_keys(work_folder, shards)
     return bool((keys[1:] != keys[:-1]).any())
 
 
-def _split(
-    work: Path,
+def _split_documents(
+    work_folder: Path,
     shards: Sequence[int],
     prefix: Path,
-    held_out: float,
+    held_out_fraction: float,
     vocabulary: Vocabulary,
-) -> tuple[Split, Split]:
-    """Copy the shards' documents to `prefix` and, a share of them, to held_out beside it."""
-    limit = _held_out_limit(_keys(work, shards), held_out)
-    sizes = [0, 0]
+) -> tuple[SplitCounts, SplitCounts]:
+    """Copy the shards' documents to `prefix`, and the held-out ones to "held_out" in the same folder."""
+    limit = _largest_held_out_key(_load_keys(work_folder, shards), held_out_fraction)
+    train_bytes = 0
+    held_out_bytes = 0
     with (
         TokenWriter(prefix, vocabulary.size) as train,
-        TokenWriter(prefix.with_name("held_out"), vocabulary.size) as held,
+        TokenWriter(prefix.with_name("held_out"), vocabulary.size) as held_out,
     ):
         for number in shards:
-            is_held = shard_documents(work, number)["key"] <= limit
-            sizes[0] += _copy(work, number, ~is_held, train)
-            sizes[1] += _copy(work, number, is_held, held)
+            is_held_out = load_document_table(work_folder, number)["key"] <= limit
+            train_bytes += _copy_documents(work_folder, number, ~is_held_out, train)
+            held_out_bytes += _copy_documents(work_folder, number, is_held_out, held_out)
+
     return (
-        Split(train.documents, train.tokens, sizes[0]),
-        Split(held.documents, held.tokens, sizes[1]),
+        SplitCounts(train.num_documents, train.num_tokens, train_bytes),
+        SplitCounts(held_out.num_documents, held_out.num_tokens, held_out_bytes),
     )
 
 
-def _copy(work: Path, number: int, chosen: npt.NDArray[np.bool_], writer: TokenWriter) -> int:
-    """Copy the chosen documents of a shard; returns the bytes of their text."""
-    if not chosen.any():
+def _copy_documents(
+    work_folder: Path, shard: int, is_chosen: npt.NDArray[np.bool_], writer: TokenWriter
+) -> int:
+    """Copy the chosen documents of a shard; return the bytes of their text."""
+    if not is_chosen.any():
         return 0
-    store = TokenStore.open(shard_prefix(work, number))
-    for document in np.flatnonzero(chosen).tolist():
-        writer.append(store.document(document))
+    store = TokenStore.open(shard_prefix(work_folder, shard))
+    for document in np.flatnonzero(is_chosen).tolist():
+        writer.append(store.read_document(document))
         writer.end_document()
-    return int(shard_documents(work, number)["text_bytes"][chosen].sum())
+    return int(load_document_table(work_folder, shard)["text_bytes"][is_chosen].sum())
 
 
-def _keys(work: Path, shards: Sequence[int]) -> Keys:
-    keys: Keys = np.concatenate([shard_documents(work, number)["key"] for number in shards])
+def _load_keys(work_folder: Path, shards: Sequence[int]) -> Keys:
+    tables = [load_document_table(work_folder, number)["key"] for number in shards]
+    keys: Keys = np.concatenate(tables)
     return keys
 
 
-def _held_out_limit(keys: Keys, share: float) -> int:
-    """The largest key held out."""
+def _largest_held_out_key(keys: Keys, fraction: float) -> int:
     count = len(keys)
     if not count:
         raise CorpusError(
-            "the corpus holds no text: all its files are empty; set data.corpus to your text"
+            "the corpus has no text, all its files are empty: set data.corpus to your text"
         )
     if np.all(keys == keys[0]):
         raise CorpusError(
-            f"the corpus holds one document (in {count} copies), but one must be held out from training: "
-            "add more text to data.corpus, or give one document a line as .jsonl"
+            f"the corpus has one document (in {count} copies), but one must be held out from training: "
+            "add more text to data.corpus, or write one document per line as .jsonl"
         )
-    smallest = np.sort(keys)[: min(max(round(share * count), 1), count - 1)]
+
+    smallest = np.sort(keys)[: min(max(round(fraction * count), 1), count - 1)]
     limit = smallest[-1]
+    # Copies of one document share a key: if they reached the largest, no document would be left to train on.
     return int(limit if limit < keys.max() else np.max(keys[keys < limit]))

@@ -1,14 +1,12 @@
-"""From text to a token store: train a tokenizer, have files read and tokenised in parallel, join.
+"""From text to a token store: train a tokenizer, tokenize files in parallel, merge the shards.
 
-Work is done in a folder beside the store, from which a shuffled store takes its place when it is whole, a streamed one
-with its first chapter. Stopped and run again with the same inputs, `prepare` goes on behind the shards that were
-finished.
+The work is done in a folder next to the store, which becomes the store when a shuffled one is complete; a streamed
+store appears with its first segment. If `prepare` is interrupted and run again with the same inputs, it continues after
+the shards that were finished.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,52 +17,55 @@ from typing import Any
 from ul2r.config import Data, Recipe
 from ul2r.console import show_progress
 from ul2r.data.prepare.documents import read_documents
+from ul2r.data.prepare.inputs import collect_inputs, describe_difference, digest_inputs
 from ul2r.data.prepare.merge import merge_shards
-from ul2r.data.prepare.shards import group_files, shard_is_done
+from ul2r.data.prepare.shards import group_files, is_shard_done
 from ul2r.data.prepare.source_files import SourceFile, find_files
-from ul2r.data.prepare.streaming import StreamingStoreBuilder, stream_groups
-from ul2r.data.prepare.tokenize_shards import TOKENIZER_FILE, made_shards
+from ul2r.data.prepare.streaming import StreamingStoreBuilder, group_streamed_files
+from ul2r.data.prepare.tokenize_shards import tokenize_shards
 from ul2r.data.special_tokens import assign_special_tokens
-from ul2r.data.store.dataset import BLEND, blend_inputs, open_dataset, write_blend
-from ul2r.data.store.manifest import ORDER, Manifest, digest
-from ul2r.data.tokenizer import (
-    load_tokenizer,
-    special_tokens,
-    train_tokenizer,
-    vocabulary_of,
-)
+from ul2r.data.store.blend import write_blend
+from ul2r.data.store.dataset import open_dataset
+from ul2r.data.store.manifest import Manifest
+from ul2r.data.tokenizer import build_vocabulary, load_tokenizer, train_tokenizer
 from ul2r.errors import CorpusError, RecipeError, UserError
-from ul2r.filesystem import file_lock
+from ul2r.filesystem import file_lock, staged_file
 from ul2r.objective import Vocabulary
+from ul2r.paths import TOKENIZER_FILE
 
-TAKEN = "data.special_tokens"
-SAMPLE_SIZE = 2**25
+MAX_TRAINING_CHARACTERS = 2**25
 """Characters that a tokenizer is trained on, at most."""
-SAMPLE_FILES = 2**12
-"""Files that they come from, at most."""
-PARTIAL = "store.partial-"
-"""How the names of folders begin in which stores are being made."""
+MAX_TRAINING_FILES = 2**12
+"""Files that these characters come from, at most."""
+WORK_PREFIX = "store.partial-"
+"""Beginning of the names of work folders."""
 MEGABYTE = 1e6
 
 
-def finished(recipe: Recipe) -> Manifest | None:
-    """Description of the recipe's token store, if it is there and complete, made of the same text by the same settings.
+def load_finished(recipe: Recipe) -> Manifest | None:
+    """Return the manifest of the recipe's token store, or None if it is missing or incomplete.
 
     Raises:
-        CorpusError: If the text cannot be found, or a store made of something else is in the way.
+        CorpusError: If the text cannot be found, or a store made from other inputs is in the way.
     """
-    manifest = begun(recipe)
-    return manifest if manifest is not None and manifest.complete else None
+    manifest = check_resumable(recipe)
+    return manifest if manifest is not None and manifest.is_complete else None
 
 
-def begun(recipe: Recipe) -> Manifest | None:
-    """As `finished`, also of a streamed store that is not complete yet."""
-    inputs = _inputs(recipe.data)
+def check_resumable(recipe: Recipe) -> Manifest | None:
+    """Check that the recipe's token store, if there is one, was made from the recipe's inputs, and return its manifest.
+
+    Unlike `load_finished`, it also returns the manifest of a streamed store that is not complete yet.
+
+    Raises:
+        CorpusError: As `load_finished`.
+    """
+    inputs = collect_inputs(recipe.data)
     store = recipe.storage_paths.store
     if not store.exists():
         return None
     manifest = open_dataset(store).manifest
-    difference = _difference(manifest.inputs, inputs)
+    difference = describe_difference(manifest.inputs, inputs)
     if difference:
         raise CorpusError(
             f"{store}: {difference}: set storage to another folder, or delete {store}"
@@ -73,95 +74,95 @@ def begun(recipe: Recipe) -> Manifest | None:
 
 
 def prepare(recipe: Recipe) -> Manifest:
-    """Make the recipe's token store, on the Ray cluster that is connected; a blend of stores needs none.
+    """Make the recipe's token store on the connected Ray cluster; a blend of stores needs no cluster.
 
-    Storage and corpus must lie where every node of the cluster can reach them.
+    Storage and corpus must be on file systems that every node of the cluster can reach.
 
     Raises:
-        CorpusError: If the text cannot be read; storage is left without a trace then, or with the chapters that a
-            streamed store had.
-        RecipeError: If storage cannot be written, or the vocabulary is too small for its special tokens.
+        CorpusError: If the text cannot be read; storage is then left as it was, or with the segments that a streamed
+            store already had.
+        RecipeError: If storage is not writable, or the vocabulary is too small for its special tokens.
     """
+    store = recipe.storage_paths.store
     if recipe.data.order == "streamed":
-        for _ in _shown(stream(recipe), total_size(recipe)):
-            pass
-        return open_dataset(recipe.storage_paths.store).manifest
-    inputs = _inputs(recipe.data)
-    work = _work_folder(recipe, inputs)
-    with _removed_after_a_mistake(work):
+        _show_bytes(build_streaming_store(recipe), count_corpus_bytes(recipe))
+        return open_dataset(store).manifest
+
+    inputs = collect_inputs(recipe.data)
+    work_folder = _make_work_folder(recipe, inputs)
+    with _remove_on_user_error(work_folder):
         if recipe.data.blend:
-            manifest = write_blend(work, inputs)
+            manifest = write_blend(work_folder, inputs)
         else:
-            manifest = _make(work, recipe.data, find_files(recipe.data.corpus), inputs)
-    work.replace(recipe.storage_paths.store)
+            manifest = _build_shuffled_store(
+                work_folder, recipe.data, find_files(recipe.data.corpus), inputs
+            )
+    work_folder.replace(store)
     return manifest
 
 
-def stream(recipe: Recipe, cpus: float | None = None) -> Generator[int]:
-    """Make what is missing of the recipe's streamed store, on the Ray cluster that is connected.
+def build_streaming_store(recipe: Recipe, cpus: float | None = None) -> Generator[int]:
+    """Build what is missing of the recipe's streamed store on the connected Ray cluster.
 
     Args:
-        recipe: Its corpus and storage must lie where every node of the cluster can reach them.
-        cpus: CPUs that it may take; without it all.
+        recipe: Its corpus and storage must be on file systems that every node of the cluster can reach.
+        cpus: CPUs to use; all by default.
 
     Yields:
-        Bytes of text tokenised so far.
+        Bytes of text tokenized so far.
 
     Raises:
         UserError: As `prepare`.
     """
-    files, inputs = find_files(recipe.data.corpus), _inputs(recipe.data)
-    folder = recipe.storage_paths.store
-    _make_folder(recipe, folder.parent)
-    with file_lock(folder):
-        if folder.exists() and Manifest.read(folder).complete:
+    files = find_files(recipe.data.corpus)
+    inputs = collect_inputs(recipe.data)
+    store = recipe.storage_paths.store
+    _make_folder(recipe, store.parent)
+
+    # A run and jobs/prepare.py may both build the store; the second one waits, then finds it complete.
+    with file_lock(store):
+        if store.exists() and Manifest.read(store).is_complete:
             return
-        work = _work_folder(recipe, inputs)
-        with _removed_after_a_mistake(work):
-            if folder.exists():
-                shutil.copyfile(folder / TOKENIZER_FILE, work / TOKENIZER_FILE)
-            vocabulary = _tokenizer(work, recipe.data, files)
-            groups = stream_groups(files)
-            store = StreamingStoreBuilder(
-                folder, work, groups, recipe.data.held_out_fraction, vocabulary, inputs
+        work_folder = _make_work_folder(recipe, inputs)
+        with _remove_on_user_error(work_folder):
+            if store.exists():
+                shutil.copyfile(store / TOKENIZER_FILE, work_folder / TOKENIZER_FILE)
+            builder = StreamingStoreBuilder(
+                folder=store,
+                work_folder=work_folder,
+                groups=group_streamed_files(files),
+                held_out_fraction=recipe.data.held_out_fraction,
+                vocabulary=_make_tokenizer(work_folder, recipe.data, files),
+                inputs=inputs,
             )
-            yield from store.grow(cpus)
-        shutil.rmtree(work)
+            yield from builder.build(cpus)
+        shutil.rmtree(work_folder)
 
 
-def total_size(recipe: Recipe) -> int:
-    """Bytes of the recipe's corpus."""
+def count_corpus_bytes(recipe: Recipe) -> int:
+    """Return the size of the recipe's corpus in bytes."""
     return sum(file.size for file in find_files(recipe.data.corpus))
 
 
-@contextmanager
-def _removed_after_a_mistake(work: Path) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        # Under another name first: a task that is still at work must not find its folder again.
-        shutil.rmtree(work.replace(work.with_name(f"{PARTIAL}abandoned")))
-        raise
-
-
-def _make(
-    work: Path, data: Data, files: Sequence[SourceFile], inputs: Mapping[str, Any]
+def _build_shuffled_store(
+    work_folder: Path, data: Data, files: Sequence[SourceFile], inputs: Mapping[str, Any]
 ) -> Manifest:
-    vocabulary, groups = _tokenizer(work, data, files), group_files(files)
-    already = sum(group.size for group in groups if shard_is_done(group, work))
-    sizes = (group.size for group in made_shards(groups, work, vocabulary))
-    for _ in _shown(accumulate(sizes), sum(group.size for group in groups), already):
-        pass
-    return merge_shards(work, len(groups), data.held_out_fraction, vocabulary, inputs)
+    vocabulary = _make_tokenizer(work_folder, data, files)
+    groups = group_files(files)
+    total = sum(group.size for group in groups)
+    already_done = sum(group.size for group in groups if is_shard_done(group, work_folder))
+    sizes = (group.size for group in tokenize_shards(groups, work_folder, vocabulary))
+    _show_bytes(accumulate(sizes), total, already_done)
+    return merge_shards(work_folder, len(groups), data.held_out_fraction, vocabulary, inputs)
 
 
-def _tokenizer(work: Path, data: Data, files: Sequence[SourceFile]) -> Vocabulary:
-    """Make the tokenizer in `work`, unless it is there."""
-    tokenizer_file = work / TOKENIZER_FILE
+def _make_tokenizer(work_folder: Path, data: Data, files: Sequence[SourceFile]) -> Vocabulary:
+    """Write the tokenizer to the work folder unless it exists; return its vocabulary."""
+    tokenizer_file = work_folder / TOKENIZER_FILE
     if not tokenizer_file.is_file():
         if data.tokenizer is None:
             tokenizer = train_tokenizer(
-                _sample(files), data.vocabulary_size, data.num_sentinels, data.mode_tokens
+                _sample_text(files), data.vocabulary_size, data.num_sentinels, data.mode_tokens
             )
         else:
             tokenizer = assign_special_tokens(
@@ -170,123 +171,69 @@ def _tokenizer(work: Path, data: Data, files: Sequence[SourceFile]) -> Vocabular
                 data.mode_tokens,
                 data.special_tokens,
             )
-        beside = work / f"{TOKENIZER_FILE}.part"
-        tokenizer.save(str(beside))
-        beside.replace(tokenizer_file)
-    return vocabulary_of(load_tokenizer(tokenizer_file), data.mode_tokens)
+        with staged_file(tokenizer_file) as staging:
+            tokenizer.save(str(staging))
+
+    # Read back from the file: shards must be tokenized with what is on disk, also when this run resumes.
+    return build_vocabulary(load_tokenizer(tokenizer_file), data.mode_tokens)
 
 
-def _sample(files: Sequence[SourceFile]) -> Iterator[str]:
-    """The beginnings of evenly spaced files, all of them where they are few and small."""
-    chosen = [file for file in files[:: -(-len(files) // SAMPLE_FILES)] if not file.holds_tokens]
-    fits = sum(file.size for file in chosen) <= SAMPLE_SIZE
-    share = SAMPLE_SIZE if fits else SAMPLE_SIZE // len(chosen)
-    taken = 0
-    for file in chosen:
-        end = min(taken + share, SAMPLE_SIZE)
+def _sample_text(files: Sequence[SourceFile]) -> Iterator[str]:
+    """Yield the beginnings of evenly spaced files; all text if the files are few and small."""
+    stride = -(-len(files) // MAX_TRAINING_FILES)
+    sampled = [file for file in files[::stride] if not file.holds_tokens]
+    fits = sum(file.size for file in sampled) <= MAX_TRAINING_CHARACTERS
+    per_file = MAX_TRAINING_CHARACTERS if fits else MAX_TRAINING_CHARACTERS // len(sampled)
+
+    num_characters = 0
+    for file in sampled:
+        end = min(num_characters + per_file, MAX_TRAINING_CHARACTERS)
         for text, _ in read_documents(file):
-            if taken >= end:
+            if num_characters >= end:
                 break
             yield text
-            taken += len(text)
+            num_characters += len(text)
 
 
-def _shown(done: Iterable[int], total: int, already: int = 0) -> Iterator[int]:
-    """Show a bar of the bytes done of `total` while they are counted; `already` were done before."""
-    with show_progress("tokenise", total / MEGABYTE, "MB", completed=already / MEGABYTE) as bar:
+def _show_bytes(done: Iterable[int], total: int, already_done: int = 0) -> None:
+    """Run `done` to its end and show its byte counts as a progress bar.
+
+    Args:
+        done: Bytes done so far, rising to `total`.
+        total: Bytes to do.
+        already_done: Bytes that an earlier call had done, which do not count for the rate.
+    """
+    with show_progress(
+        "tokenize", total / MEGABYTE, "MB", completed=already_done / MEGABYTE
+    ) as bar:
         for count in done:
-            bar.update(max(count, already) / MEGABYTE)
-            yield count
+            bar.update(max(count, already_done) / MEGABYTE)
 
 
-def _inputs(data: Data) -> dict[str, Any]:
-    """What a store depends on, in plain JSON values."""
-    if data.blend:
-        return blend_inputs(data.blend)
-    files = find_files(data.corpus)
-    if data.tokenizer is None and any(file.holds_tokens for file in files):
-        raise CorpusError(
-            "data.corpus holds tokens (.bin, .idx): set data.tokenizer to the one they were made with"
-        )
-    taken = {} if data.special_tokens == "reserved" else {TAKEN: data.special_tokens}
-    if taken and any(file.holds_tokens for file in files):
-        raise CorpusError(
-            f"{TAKEN}={data.special_tokens}: data.corpus holds tokens (.bin, .idx), and among them those that would "
-            f"be taken: set {TAKEN} to reserved"
-        )
-    if data.tokenizer is None:
-        special_tokens(data.num_sentinels, data.vocabulary_size, data.mode_tokens)
-    else:
-        load_tokenizer(data.tokenizer)
-    listing = [(file.name, file.size, file.modified_ns) for file in files]
-    return {
-        "data.corpus": list(data.corpus),
-        "data.held_out_fraction": data.held_out_fraction,
-        "data.mode_tokens": data.mode_tokens,
-        "data.num_sentinels": data.num_sentinels,
-        "data.tokenizer": digest(data.tokenizer) if data.tokenizer else None,
-        "data.vocabulary_size": None if data.tokenizer else data.vocabulary_size,
-        **({ORDER: data.order} if data.order == "streamed" else {}),
-        "files": len(files),
-        "bytes": sum(file.size for file in files),
-        "listing": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
-        **taken,
-    }
+@contextmanager
+def _remove_on_user_error(work_folder: Path) -> Iterator[None]:
+    """Remove the work folder if the block raises a `UserError`; keep it after anything else, to resume."""
+    try:
+        yield
+    except UserError:
+        # Renamed first: a task that is still running must not find its folder again.
+        shutil.rmtree(work_folder.replace(work_folder.with_name(f"{WORK_PREFIX}abandoned")))
+        raise
 
 
-def _difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What of a store's inputs is not as the recipe has it, in words; nothing if that cannot matter."""
-    if BLEND in then or BLEND in now:
-        return "" if then == now else f"was made with {_blend(then)}, the recipe says {_blend(now)}"
-    settings = (
-        "held_out",
-        "mode_tokens",
-        "sentinels",
-        "special_tokens",
-        "tokenizer",
-        "vocabulary_size",
-        "order",
-    )
-    for key in (f"data.{setting}" for setting in settings):
-        if then.get(key) != now.get(key):
-            unset = {ORDER: "shuffled", TAKEN: "reserved"}.get(key)
-            return (
-                f"was made with {key}={then.get(key, unset)}, the recipe says {now.get(key, unset)}"
-            )
-    if then.get("listing") == now["listing"]:
-        return ""
-    if then.get("data.corpus") != now["data.corpus"]:
-        return f"was made of data.corpus={then.get('data.corpus')}, the recipe says {now['data.corpus']}"
-    return (
-        f"files of data.corpus={now['data.corpus']} changed since it was made ({then.get('files')} files of "
-        f"{then.get('bytes')} bytes then, {now['files']} of {now['bytes']} now)"
-    )
-
-
-def _blend(inputs: Mapping[str, Any]) -> str:
-    stores = [
-        f"{entry['store']} ({entry['fingerprint'][:8]}) x {entry['weight']:g}"
-        for entry in inputs.get(BLEND, ())
-    ]
-    return f"data.blend={', '.join(stores) or 'none'}"
-
-
-def _work_folder(recipe: Recipe, inputs: Mapping[str, Any]) -> Path:
-    """The folder in which a store of these inputs is made; what is left of others is removed."""
-    name = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
+def _make_work_folder(recipe: Recipe, inputs: Mapping[str, Any]) -> Path:
+    """Make the folder in which a store of these inputs is made; remove those of other inputs."""
     storage = recipe.storage.absolute()
-    work = storage / f"{PARTIAL}{name}"
-    for old in storage.glob(f"{PARTIAL}*"):
-        if old != work:
+    work_folder = storage / f"{WORK_PREFIX}{digest_inputs(inputs)}"
+    for old in storage.glob(f"{WORK_PREFIX}*"):
+        if old != work_folder:
             shutil.rmtree(old)
-    _make_folder(recipe, work)
-    return work
+    _make_folder(recipe, work_folder)
+    return work_folder
 
 
 def _make_folder(recipe: Recipe, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RecipeError(
-            f"storage={recipe.storage}: cannot be written: {error.strerror}"
-        ) from None
+        raise RecipeError(f"storage={recipe.storage}: not writable: {error.strerror}") from None

@@ -1,6 +1,7 @@
-"""From files to tokens, in shards that can be made anywhere and in any order.
+"""Shards of tokens, which can be made on any machine and in any order.
 
-`group_files` cuts the corpus into groups, `write_shard` tokenises one of them; `data/prepare/merge.py` makes a store of them.
+`group_files` divides the corpus into groups, `write_shard` tokenizes one of them; `data/prepare/merge.py` merges the
+shards into a store.
 """
 
 from __future__ import annotations
@@ -17,28 +18,36 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from ul2r.data.prepare.documents import read_documents
-from ul2r.data.prepare.source_files import ONE_DOCUMENT_SUFFIXES, SourceFile, kind
-from ul2r.data.store.token_store import TokenStore, TokenWriter, suffixed
+from ul2r.data.prepare.source_files import ONE_DOCUMENT_SUFFIXES, SourceFile, text_suffix
+from ul2r.data.store.token_store import TokenStore, TokenWriter, append_suffix
 from ul2r.data.tokenizer import encode
 from ul2r.errors import CorpusError
+from ul2r.filesystem import staged_file
 from ul2r.objective.vocabulary import Vocabulary
 
-SHARDS = 64
-"""Groups that a corpus is cut into, as far as the sizes below allow."""
-SMALLEST_SHARD, LARGEST_SHARD = 2**20, 2**28
-"""Bytes: a task costs Ray about 0.1 s, and a large corpus should show progress and lose little when stopped."""
-DOCUMENT = np.dtype([("key", "<u8"), ("text_bytes", "<i8")])
-"""What a shard keeps of each document: a digest that decides its side of the split, and its size."""
+TARGET_SHARDS = 64
+"""Groups that a corpus is divided into, within the size limits below."""
+MIN_SHARD_BYTES = 2**20
+"""A Ray task costs about 0.1 s."""
+MAX_SHARD_BYTES = 2**28
+"""A large corpus should show progress and lose little work when stopped."""
+DOCUMENT_DTYPE = np.dtype([("key", "<u8"), ("text_bytes", "<i8")])
+"""Record of a document in a shard: a digest that decides its side of the held-out split, and its size."""
 
 
 @dataclass(frozen=True)
-class Group:
-    """Files that make one shard."""
+class FileGroup:
+    """Files that become one shard.
+
+    Attributes:
+        number: Number of the shard.
+        files: Its files, or parts of files.
+        split_documents: Whether each chunk is a document of its own, so that a corpus of one long text can be split.
+    """
 
     number: int
     files: tuple[SourceFile, ...]
-    cut_documents: bool = False
-    """Whether each piece of a document stands for itself, so that a corpus of one long text can be split."""
+    split_documents: bool = False
 
     @property
     def size(self) -> int:
@@ -46,119 +55,144 @@ class Group:
         return sum(file.size for file in self.files)
 
 
-class _Part(NamedTuple):
-    """A part of a document on its way into a shard."""
+class _TokenChunk(NamedTuple):
+    """A part of a document, tokenized.
+
+    Attributes:
+        tokens: Its tokens, int32 (length,).
+        content: Bytes that the document's key is a digest of.
+        text_bytes: UTF-8 bytes of its text.
+        ends_document: Whether the document ends with it.
+    """
 
     tokens: npt.NDArray[np.int32]
-    source: bytes
-    """What the document's key is made from."""
+    content: bytes
     text_bytes: int
     ends_document: bool
 
 
 def group_files(
     files: Sequence[SourceFile],
-    largest: int = LARGEST_SHARD,
-    key: Callable[[SourceFile], bytes] | None = None,
-) -> list[Group]:
-    """Cut the files into groups of about equal size.
+    max_bytes: int = MAX_SHARD_BYTES,
+    sort_key: Callable[[SourceFile], bytes] | None = None,
+) -> list[FileGroup]:
+    """Divide the files into groups of about equal size.
 
     Args:
         files: The corpus.
-        largest: Bytes of a group, at most, unless a file that cannot be cut is larger.
-        key: Sorts the files and their parts; without it they keep their order.
+        max_bytes: Largest group, unless an unsplittable file is larger.
+        sort_key: Sorts the files and their parts; without it they keep their order.
     """
     total = sum(file.size for file in files)
-    target = min(max(total // SHARDS, SMALLEST_SHARD), largest)
-    parts = [part for file in files for part in file.parts(target)]
+    target = min(max(total // TARGET_SHARDS, MIN_SHARD_BYTES), max_bytes)
+    parts = [part for file in files for part in file.split(target)]
+    if sort_key is not None:
+        parts.sort(key=sort_key)
+
     groups: list[list[SourceFile]] = []
     room = 0
-    for part in parts if key is None else sorted(parts, key=key):
+    for part in parts:
         if room <= 0:
             groups.append([])
             room = target
         groups[-1].append(part)
         room -= part.size
-    alone = len(files) == 1 and kind(files[0].path) in ONE_DOCUMENT_SUFFIXES
-    return [Group(number, tuple(group), alone) for number, group in enumerate(groups)]
+
+    is_one_document = len(files) == 1 and text_suffix(files[0].path) in ONE_DOCUMENT_SUFFIXES
+    return [FileGroup(number, tuple(group), is_one_document) for number, group in enumerate(groups)]
 
 
-def shard_is_done(group: Group, folder: Path) -> bool:
-    """Whether `write_shard` has finished this group in `folder`."""
-    return _documents_file(folder, group.number).is_file()
+def is_shard_done(group: FileGroup, folder: Path) -> bool:
+    """Return whether `write_shard` has finished this group in `folder`."""
+    return _document_table_file(folder, group.number).is_file()
 
 
-def write_shard(group: Group, folder: Path, tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
-    """Tokenise a group's documents, each closed by an eos, into a shard in `folder`.
+def write_shard(
+    group: FileGroup, folder: Path, tokenizer: Tokenizer, vocabulary: Vocabulary
+) -> None:
+    """Tokenize a group's documents, each ended by an eos, into a shard in `folder`.
 
     Raises:
-        CorpusError: If a file cannot be read, or holds tokens that are not this tokenizer's.
+        CorpusError: If a file cannot be read, or holds tokens that do not fit this tokenizer.
     """
-    keys, sizes = array("Q"), array("q")
+    keys = array("Q")
+    sizes = array("q")
     with TokenWriter(shard_prefix(folder, group.number), vocabulary.size) as writer:
-        key, size = hashlib.blake2b(digest_size=8), 0
-        for part in _parts(group, tokenizer, vocabulary):
-            writer.append(part.tokens)
-            key.update(part.source)
-            size += part.text_bytes
-            if part.ends_document or group.cut_documents:
-                if part.tokens[-1] != vocabulary.eos:
+        key = hashlib.blake2b(digest_size=8)
+        size = 0
+        for chunk in _read_chunks(group, tokenizer, vocabulary):
+            writer.append(chunk.tokens)
+            key.update(chunk.content)
+            size += chunk.text_bytes
+
+            if chunk.ends_document or group.split_documents:
+                if chunk.tokens[-1] != vocabulary.eos:
                     writer.append([vocabulary.eos])
                 writer.end_document()
                 keys.append(int.from_bytes(key.digest(), "little"))
                 sizes.append(size)
-                key, size = hashlib.blake2b(digest_size=8), 0
-    documents = np.empty(len(keys), DOCUMENT)
-    documents["key"], documents["text_bytes"] = keys, sizes
-    beside = suffixed(shard_prefix(folder, group.number), ".part.npy")
-    np.save(beside, documents)
-    beside.replace(_documents_file(folder, group.number))
+                key = hashlib.blake2b(digest_size=8)
+                size = 0
+
+    # Written last: a shard counts as done once this file exists.
+    documents = np.empty(len(keys), DOCUMENT_DTYPE)
+    documents["key"] = keys
+    documents["text_bytes"] = sizes
+    with (
+        staged_file(_document_table_file(folder, group.number)) as staging,
+        staging.open("wb") as file,
+    ):
+        np.save(file, documents)
 
 
-def _parts(group: Group, tokenizer: Tokenizer, vocabulary: Vocabulary) -> Iterator[_Part]:
-    for file in group.files:
-        if file.holds_tokens:
-            yield from _token_parts(file.path, vocabulary)
-        else:
-            for text, ends_document in read_documents(file):
-                source = text.encode()
-                yield _Part(encode(tokenizer, text), source, len(source), ends_document)
-
-
-def _token_parts(path: Path, vocabulary: Vocabulary) -> Iterator[_Part]:
-    """Documents of an existing token store, each whole, if their tokens can be this tokenizer's text."""
-    is_text = np.ones(vocabulary.size, np.bool_)
-    is_text[list(vocabulary.non_text_ids)] = False
-    store = TokenStore.open(path.with_suffix(""))
-    for number in range(store.documents):
-        tokens = store.document(number)
-        if not len(tokens):
-            continue
-        inside = (tokens >= 0) & (tokens < vocabulary.size)
-        if not inside.all() or not is_text[tokens].all():
-            raise CorpusError(
-                f"{path}: document {number} has tokens {tokens.min()} to {tokens.max()}; some are no text in the "
-                f"tokenizer of {vocabulary.size} entries: set data.tokenizer to the one it was made with"
-            )
-        yield _Part(tokens, tokens.tobytes(), text_bytes=0, ends_document=True)
-
-
-def shard_documents(folder: Path, number: int) -> npt.NDArray[np.void]:
-    """What a finished shard keeps of its documents, `DOCUMENT` (D,)."""
-    documents: npt.NDArray[np.void] = np.load(_documents_file(folder, number))
+def load_document_table(folder: Path, number: int) -> npt.NDArray[np.void]:
+    """Load the records of a finished shard's documents, `DOCUMENT_DTYPE` (D,)."""
+    documents: npt.NDArray[np.void] = np.load(_document_table_file(folder, number))
     return documents
 
 
 def shard_prefix(folder: Path, number: int) -> Path:
-    """Where a shard's tokens lie; one without documents has no store there."""
+    """Return the prefix of a shard's token store; a shard without documents has no tokens."""
     return folder / f"shard_{number:05d}"
 
 
 def remove_shard(folder: Path, number: int) -> None:
-    """Remove a shard's files, those that are still there."""
-    for suffix in (".npy", ".bin", ".idx"):  # it counts as done by the first
-        suffixed(shard_prefix(folder, number), suffix).unlink(missing_ok=True)
+    """Remove those of a shard's files that exist."""
+    # The document table first: without it the shard does not count as done, should this be interrupted.
+    for suffix in (".npy", ".bin", ".idx"):
+        append_suffix(shard_prefix(folder, number), suffix).unlink(missing_ok=True)
 
 
-def _documents_file(folder: Path, number: int) -> Path:
-    return suffixed(shard_prefix(folder, number), ".npy")
+def _document_table_file(folder: Path, number: int) -> Path:
+    return append_suffix(shard_prefix(folder, number), ".npy")
+
+
+def _read_chunks(
+    group: FileGroup, tokenizer: Tokenizer, vocabulary: Vocabulary
+) -> Iterator[_TokenChunk]:
+    for file in group.files:
+        if file.holds_tokens:
+            yield from _read_token_documents(file.path, vocabulary)
+        else:
+            for text, ends_document in read_documents(file):
+                content = text.encode()
+                yield _TokenChunk(encode(tokenizer, text), content, len(content), ends_document)
+
+
+def _read_token_documents(path: Path, vocabulary: Vocabulary) -> Iterator[_TokenChunk]:
+    """Yield the documents of an existing token store, each whole, after checking them against the vocabulary."""
+    is_text = np.ones(vocabulary.size, np.bool_)
+    is_text[list(vocabulary.non_text_ids)] = False
+
+    store = TokenStore.open(path.with_suffix(""))
+    for number in range(store.num_documents):
+        tokens = store.read_document(number)
+        if not len(tokens):
+            continue
+        is_known = (tokens >= 0) & (tokens < vocabulary.size)
+        if not is_known.all() or not is_text[tokens].all():
+            raise CorpusError(
+                f"{path}: document {number} has tokens {tokens.min()} to {tokens.max()}; some are not text in the "
+                f"tokenizer of {vocabulary.size} entries: set data.tokenizer to the one it was made with"
+            )
+        yield _TokenChunk(tokens, tokens.tobytes(), text_bytes=0, ends_document=True)

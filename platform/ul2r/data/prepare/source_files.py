@@ -1,4 +1,4 @@
-"""Which files a corpus is made of."""
+"""Files that a corpus consists of."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 from ul2r.errors import CorpusError
 
 STANDARD_LIBRARY = "stdlib"
-NOT_LIBRARY = frozenset({"test", "tests", "idlelib", "site-packages"})
-"""Folders of the installed library that hold tests, a program, or what others installed."""
+SKIPPED_LIBRARY_FOLDERS = frozenset({"test", "tests", "idlelib", "site-packages"})
+"""Folders of the installed standard library with tests, a program, or third-party packages."""
 ONE_DOCUMENT_SUFFIXES = (".txt", ".md", ".py")
 TEXT_SUFFIXES = (*ONE_DOCUMENT_SUFFIXES, ".jsonl", ".parquet")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -22,31 +22,35 @@ TOKEN_SUFFIXES = (".bin", ".idx")
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file of the corpus, as it was when listed, or a part of one."""
+    """A file of the corpus as it was when listed, or a part of it.
+
+    Attributes:
+        path: Absolute path.
+        name: Path below the corpus entry that led to it: the same wherever that entry lies.
+        size: Bytes.
+        modified_ns: Time of the last modification.
+        begin: First byte of the part.
+    """
 
     path: Path
-    """Absolute."""
     name: str
-    """Path below the corpus entry that led to it: the same wherever that entry lies."""
     size: int
-    """Bytes."""
     modified_ns: int
     begin: int = 0
-    """Byte of the file that a part begins with."""
 
     @property
     def holds_tokens(self) -> bool:
-        """Whether it is the `.bin` of a token store of Megatron's instead of text."""
+        """Whether it is the `.bin` file of a Megatron token store, not text."""
         return self.path.suffix in TOKEN_SUFFIXES
 
     @property
-    def can_be_cut(self) -> bool:
-        """Whether parts of it can be read for themselves: lines that are found from any byte of the file."""
+    def is_splittable(self) -> bool:
+        """Whether its parts can be read independently: lines are found from any byte of the file."""
         return self.path.suffix == ".jsonl"
 
-    def parts(self, size: int) -> list[SourceFile]:
-        """The file cut into parts of about `size` bytes, as few as that takes; one if it cannot be cut."""
-        count = -(-self.size // size) if self.can_be_cut and self.size else 1
+    def split(self, size: int) -> list[SourceFile]:
+        """Split the file into the fewest parts of about `size` bytes; an unsplittable file is one part."""
+        count = -(-self.size // size) if self.is_splittable and self.size else 1
         edges = [number * self.size // count for number in range(count + 1)]
         return [
             replace(self, begin=self.begin + begin, size=end - begin)
@@ -55,45 +59,54 @@ class SourceFile:
 
 
 def find_files(entries: Sequence[str]) -> list[SourceFile]:
-    """Files of a corpus in a fixed order: entries as given, files of a folder by name.
+    """List the files of a corpus in a fixed order: entries as given, files of a folder by name.
 
     Args:
-        entries: Files, folders (searched in depth; hidden files and folders are passed over), or "stdlib".
+        entries: Files, folders (searched recursively; hidden files and folders are skipped), or "stdlib".
 
     Raises:
         CorpusError: If an entry is missing or holds nothing readable.
     """
-    return [file for entry in entries for file in _entry(entry)]
+    return [file for entry in entries for file in _find_entry_files(entry)]
 
 
-def _entry(entry: str) -> list[SourceFile]:
+def text_suffix(path: Path) -> str:
+    """Return the suffix that tells the content, without that of a compression."""
+    return path.with_suffix("").suffix if path.suffix in COMPRESSIONS else path.suffix
+
+
+def _find_entry_files(entry: str) -> list[SourceFile]:
     if entry == STANDARD_LIBRARY:
-        return _folder(Path(sysconfig.get_path("stdlib")), (".py",), NOT_LIBRARY)
+        return _walk_folder(Path(sysconfig.get_path("stdlib")), (".py",), SKIPPED_LIBRARY_FOLDERS)
+
     path = Path(entry).absolute()
     if path.is_dir():
-        files = _folder(path, TEXT_SUFFIXES, frozenset())
+        files = _walk_folder(path, TEXT_SUFFIXES, frozenset())
         if not files:
-            raise CorpusError(f"{entry}: no {_readable()} in this folder")
+            raise CorpusError(f"{entry}: this folder has no {_readable_suffixes()}")
         return files
     if not path.exists():
-        raise CorpusError(f"{entry}: no such file or folder; set data.corpus to your text")
+        raise CorpusError(f"{entry}: no such file or folder: set data.corpus to your text")
     if path.suffix in TOKEN_SUFFIXES:
-        return [_source(path.with_suffix(".bin"), path.parent)]
-    if kind(path) not in TEXT_SUFFIXES:
-        raise CorpusError(f"{entry}: cannot be read as a corpus; give {_readable()}")
-    return [_source(path, path.parent)]
+        return [_describe_file(path.with_suffix(".bin"), path.parent)]
+    if text_suffix(path) not in TEXT_SUFFIXES:
+        raise CorpusError(f"{entry}: unsupported corpus file: use {_readable_suffixes()}")
+    return [_describe_file(path, path.parent)]
 
 
-def _folder(root: Path, suffixes: Sequence[str], skipped: frozenset[str]) -> list[SourceFile]:
+def _walk_folder(root: Path, suffixes: Sequence[str], skipped: frozenset[str]) -> list[SourceFile]:
     found = []
-    for folder, below, names in os.walk(root):
-        below[:] = [name for name in below if name not in skipped and not name.startswith(".")]
+    for folder, subfolders, names in os.walk(root):
+        # In place: os.walk descends into what is left of this list.
+        subfolders[:] = [
+            name for name in subfolders if name not in skipped and not name.startswith(".")
+        ]
         paths = (Path(folder) / name for name in names if not name.startswith("."))
-        found += [path for path in paths if kind(path) in suffixes and path.is_file()]
-    return [_source(path, root) for path in sorted(found)]
+        found += [path for path in paths if text_suffix(path) in suffixes and path.is_file()]
+    return [_describe_file(path, root) for path in sorted(found)]
 
 
-def _source(path: Path, root: Path) -> SourceFile:
+def _describe_file(path: Path, root: Path) -> SourceFile:
     if not path.is_file():
         raise CorpusError(f"{path}: missing")
     status = path.stat()
@@ -101,10 +114,5 @@ def _source(path: Path, root: Path) -> SourceFile:
     return SourceFile(path, name, status.st_size, status.st_mtime_ns)
 
 
-def kind(path: Path) -> str:
-    """The suffix that says what is inside, below a compression's."""
-    return path.with_suffix("").suffix if path.suffix in COMPRESSIONS else path.suffix
-
-
-def _readable() -> str:
+def _readable_suffixes() -> str:
     return f"{', '.join(TEXT_SUFFIXES)} (each plain, {' or '.join(COMPRESSIONS)})"

@@ -1,158 +1,191 @@
-"""Making a streamed store: shards in a folder beside, joined to one chapter after the other; see `data/store/segments.py`."""
+"""Builds a streamed store: shards in a work folder, merged into one segment after another.
+
+See `data/store/segments.py` for how such a store is read.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ul2r.data.prepare.merge import HELD_OUT_KEYS, can_be_split, merge_first, merge_next
-from ul2r.data.prepare.shards import Group, group_files, remove_shard, shard_prefix
+from ul2r.data.prepare.merge import (
+    HELD_OUT_KEYS,
+    can_hold_out,
+    merge_first_segment,
+    merge_next_segment,
+)
+from ul2r.data.prepare.shards import FileGroup, group_files, remove_shard, shard_prefix
 from ul2r.data.prepare.source_files import SourceFile
-from ul2r.data.prepare.tokenize_shards import TOKENIZER_FILE, made_shards
-from ul2r.data.store.manifest import Manifest, Segment, Split, digest
-from ul2r.data.store.segments import chapter_prefix
+from ul2r.data.prepare.tokenize_shards import tokenize_shards
+from ul2r.data.store.manifest import Manifest, Segment
+from ul2r.data.store.segments import segment_prefix
 from ul2r.data.store.token_store import TokenStore
 from ul2r.errors import UserError
+from ul2r.filesystem import sha256_of
 from ul2r.objective import Vocabulary
+from ul2r.paths import TOKENIZER_FILE
 
-LARGEST_STREAMED_SHARD = 2**24
-"""Bytes of text, as far as files are so small: half a minute's work of a core, so that a run begins soon."""
-HELD_OUT_TOKENS = 2**16
-"""Tokens that the first chapter holds out at least, as far as there is text: enough to measure losses on."""
-
-
-def stream_groups(files: Sequence[SourceFile]) -> list[Group]:
-    """Groups of files in the order in which a streamed store reads them: by digests of their names."""
-    return group_files(files, LARGEST_STREAMED_SHARD, _digest)
+MAX_STREAMED_SHARD_BYTES = 2**24
+"""Half a minute's work of a core, so that a run starts soon; an unsplittable file may be larger."""
+MIN_HELD_OUT_TOKENS = 2**16
+"""Tokens that the first segment holds out if there is enough text: enough to measure losses on."""
 
 
-def _digest(part: SourceFile) -> bytes:
+def group_streamed_files(files: Sequence[SourceFile]) -> list[FileGroup]:
+    """Group files in the order in which a streamed store reads them: by digests of their names."""
+    return group_files(files, MAX_STREAMED_SHARD_BYTES, _name_digest)
+
+
+def _name_digest(part: SourceFile) -> bytes:
     return hashlib.blake2b(f"{part.name}:{part.begin}".encode()).digest()
 
 
 @dataclass
 class StreamingStoreBuilder:
-    """A streamed store in the making.
+    """Builder of a streamed store.
 
     Attributes:
-        folder: Where it is, from its first chapter on.
-        work: Where its shards and its tokenizer are.
-        groups: What its shards are made of.
-        held_out: See `merge_first`.
-        vocabulary: Of the tokenizer.
+        folder: Folder of the store; it exists from the first segment on.
+        work_folder: Folder of the shards and the tokenizer.
+        groups: Files of each shard.
+        held_out_fraction: See `merge_first_segment`.
+        vocabulary: Vocabulary of the tokenizer.
         inputs: See `Manifest`.
     """
 
     folder: Path
-    work: Path
-    groups: Sequence[Group]
-    held_out: float
+    work_folder: Path
+    groups: Sequence[FileGroup]
+    held_out_fraction: float
     vocabulary: Vocabulary
     inputs: Mapping[str, Any]
 
-    def grow(self, cpus: float | None = None) -> Iterator[int]:
-        """Make what is missing, with Ray; the folder must be `locked`, so that nobody else does.
+    def build(self, cpus: float | None = None) -> Iterator[int]:
+        """Build the missing segments with Ray; the caller holds the folder's `file_lock`, so nobody else does.
 
         Args:
-            cpus: As in `made_shards`.
+            cpus: As in `tokenize_shards`.
 
         Yields:
-            Bytes of text that are in shards, after each.
+            Bytes of text tokenized so far, after each shard.
 
         Raises:
-            CorpusError: If a file cannot be read; those who wait for the next chapter are told so.
+            CorpusError: If a file cannot be read; processes that wait for the next segment get the same error.
         """
         try:
-            yield from self._grow(self._begun(), cpus)
+            yield from self._build_segments(self._load_progress(), cpus)
         except UserError as error:
             if self.folder.exists():
-                replace(Manifest.read(self.folder), mistake=str(error)).write(self.folder)
+                replace(Manifest.read(self.folder), error=str(error)).write(self.folder)
             raise
 
-    def _grow(self, manifest: Manifest | None, cpus: float | None) -> Iterator[int]:
-        joined = sum(chapter.shards for chapter in manifest.chapters) if manifest else 0
-        done = sum(group.size for group in self.groups[:joined])
-        yield done
-        waiting: list[int] = []
-        for group in made_shards(self.groups[joined:], self.work, self.vocabulary, cpus):
-            done += group.size
-            yield done
-            waiting.append(group.number)
-            if self._makes_a_chapter(waiting, manifest):
-                manifest = self._join(waiting, manifest)
-                waiting = []
+    def _build_segments(self, manifest: Manifest | None, cpus: float | None) -> Iterator[int]:
+        num_merged = _count_merged_shards(manifest)
+        done_bytes = sum(group.size for group in self.groups[:num_merged])
+        yield done_bytes
 
-    def _begun(self) -> Manifest | None:
-        """What is made so far; shards that are joined already are removed."""
+        pending: list[int] = []
+        for group in tokenize_shards(
+            self.groups[num_merged:], self.work_folder, self.vocabulary, cpus
+        ):
+            done_bytes += group.size
+            yield done_bytes
+            pending.append(group.number)
+            if self._fills_segment(pending, manifest):
+                manifest = self._merge_segment(pending, manifest)
+                pending = []
+
+    def _load_progress(self) -> Manifest | None:
+        """Return the manifest of the finished segments; clear an earlier error and remove shards already merged."""
         if not self.folder.exists():
             return None
-        manifest = replace(Manifest.read(self.folder), mistake="")
+        manifest = replace(Manifest.read(self.folder), error="")
         manifest.write(self.folder)
-        for number in range(sum(chapter.shards for chapter in manifest.chapters)):
-            remove_shard(self.work, number)
+        for number in range(_count_merged_shards(manifest)):
+            remove_shard(self.work_folder, number)
         return manifest
 
-    def _makes_a_chapter(self, shards: Sequence[int], manifest: Manifest | None) -> bool:
-        """Whether these shards, which come next, are enough for a chapter or all that is left."""
+    def _fills_segment(self, shards: Sequence[int], manifest: Manifest | None) -> bool:
+        """Return whether the next shards are enough for a segment, or all that is left."""
         if shards[-1] == len(self.groups) - 1:
             return True
         if manifest is not None:
-            return len(shards) == shards[0]  # as many as all before
-        tokens = sum(
-            len(TokenStore.open(shard_prefix(self.work, number)))
+            # Shards are numbered from 0, so this segment is as long as all before it together.
+            return len(shards) == shards[0]
+
+        num_tokens = sum(
+            len(TokenStore.open(shard_prefix(self.work_folder, number)))
             for number in shards
-            if can_be_split(self.work, [number])
+            if can_hold_out(self.work_folder, [number])
         )
-        return tokens * self.held_out >= HELD_OUT_TOKENS
+        return num_tokens * self.held_out_fraction >= MIN_HELD_OUT_TOKENS
 
-    def _join(self, shards: Sequence[int], before: Manifest | None) -> Manifest:
-        manifest = self._first(shards) if before is None else self._next(shards, before)
+    def _merge_segment(self, shards: Sequence[int], manifest: Manifest | None) -> Manifest:
+        if manifest is None:
+            merged = self._merge_first(shards)
+        else:
+            merged = self._merge_next(shards, manifest)
+
+        # Only now: should this be interrupted before, the manifest does not count the shards as merged.
         for number in shards:
-            remove_shard(self.work, number)
-        return manifest
+            remove_shard(self.work_folder, number)
+        return merged
 
-    def _first(self, shards: Sequence[int]) -> Manifest:
-        beside = self.work / "store"
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
-        shutil.copyfile(self.work / TOKENIZER_FILE, beside / TOKENIZER_FILE)
-        prefix = chapter_prefix(beside, 0)
-        train, held_out = merge_first(self.work, shards, prefix, self.held_out, self.vocabulary)
-        names = (TOKENIZER_FILE, HELD_OUT_KEYS, "held_out.bin", "held_out.idx", *_files(prefix))
+    def _merge_first(self, shards: Sequence[int]) -> Manifest:
+        # In the work folder: what an interrupted attempt left is removed here, or together with that folder.
+        staging = self.work_folder / "store"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        shutil.copyfile(self.work_folder / TOKENIZER_FILE, staging / TOKENIZER_FILE)
+        prefix = segment_prefix(staging, 0)
+        train, held_out = merge_first_segment(
+            self.work_folder, shards, prefix, self.held_out_fraction, self.vocabulary
+        )
+
+        names = (
+            TOKENIZER_FILE,
+            HELD_OUT_KEYS,
+            "held_out.bin",
+            "held_out.idx",
+            *_file_names(prefix),
+        )
         manifest = Manifest(
             inputs=self.inputs,
             vocabulary=self.vocabulary,
             train=train,
             held_out=held_out,
-            files={name: digest(beside / name) for name in names},
-            chapters=(Segment(len(shards), train.tokens),),
-            complete=len(shards) == len(self.groups),
+            files={name: sha256_of(staging / name) for name in names},
+            segments=(Segment(len(shards), train.num_tokens),),
+            is_complete=len(shards) == len(self.groups),
         )
-        manifest.write(beside)
-        beside.replace(self.folder)
+        manifest.write(staging)
+        staging.replace(self.folder)
         return manifest
 
-    def _next(self, shards: Sequence[int], before: Manifest) -> Manifest:
-        prefix = chapter_prefix(self.folder, len(before.chapters))
-        train = merge_next(self.work, shards, prefix, self.vocabulary)
-        sums = zip(astuple(before.train), astuple(train), strict=True)
-        manifest = replace(
-            before,
-            train=Split(*map(sum, sums)),
-            files={
-                **before.files,
-                **{name: digest(self.folder / name) for name in _files(prefix)},
-            },
-            chapters=(*before.chapters, Segment(len(shards), train.tokens)),
-            complete=shards[-1] == len(self.groups) - 1,
+    def _merge_next(self, shards: Sequence[int], manifest: Manifest) -> Manifest:
+        prefix = segment_prefix(self.folder, len(manifest.segments))
+        train = merge_next_segment(self.work_folder, shards, prefix, self.vocabulary)
+        new_files = {name: sha256_of(self.folder / name) for name in _file_names(prefix)}
+        extended = replace(
+            manifest,
+            train=manifest.train + train,
+            files={**manifest.files, **new_files},
+            segments=(*manifest.segments, Segment(len(shards), train.num_tokens)),
+            is_complete=shards[-1] == len(self.groups) - 1,
         )
-        manifest.write(self.folder)
-        return manifest
+
+        # Readers find the segment through the manifest, so its files are complete when they open them.
+        extended.write(self.folder)
+        return extended
 
 
-def _files(prefix: Path) -> tuple[str, str]:
+def _count_merged_shards(manifest: Manifest | None) -> int:
+    return sum(segment.num_shards for segment in manifest.segments) if manifest else 0
+
+
+def _file_names(prefix: Path) -> tuple[str, str]:
     return f"{prefix.name}.bin", f"{prefix.name}.idx"

@@ -12,59 +12,66 @@ from typing import Any
 import ray.data
 from ray.data import DataContext, ExecutionResources
 
-from ul2r.data.prepare.shards import Group, shard_is_done, write_shard
+from ul2r.data.prepare.shards import FileGroup, is_shard_done, write_shard
 from ul2r.data.tokenizer import load_tokenizer
 from ul2r.errors import CorpusError, UserError
 from ul2r.objective import Vocabulary
+from ul2r.paths import TOKENIZER_FILE
 
-TOKENIZER_FILE = "tokenizer.json"
 
-
-def made_shards(
-    groups: Sequence[Group], work: Path, vocabulary: Vocabulary, cpus: float | None = None
-) -> Iterator[Group]:
-    """Make the shards that are not there yet, each in a task of Ray's.
+def tokenize_shards(
+    groups: Sequence[FileGroup],
+    work_folder: Path,
+    vocabulary: Vocabulary,
+    cpus: float | None = None,
+) -> Iterator[FileGroup]:
+    """Make the missing shards, each in a Ray task.
 
     Args:
-        groups: What shards are made of.
-        work: Folder of the shards, with the tokenizer.
-        vocabulary: Of the tokenizer.
-        cpus: CPUs of the cluster that they may take; without it all.
+        groups: Files of each shard.
+        work_folder: Folder of the shards, with the tokenizer.
+        vocabulary: Vocabulary of the tokenizer.
+        cpus: CPUs of the cluster to use; all by default.
 
     Yields:
-        Each group whose shard is there, in their order.
+        Each group once its shard exists, in their order.
 
     Raises:
-        CorpusError: If a file cannot be read; of two such, always the first.
+        CorpusError: If a file cannot be read; of several, always the first.
     """
-    left = {group.number: group for group in groups if not shard_is_done(group, work)}
-    tasks = [{"task": pickle.dumps((group, work, vocabulary))} for group in left.values()]
-    with closing(_answers(tasks, cpus)) as answers:
+    missing = {group.number: group for group in groups if not is_shard_done(group, work_folder)}
+    tasks = [{"task": pickle.dumps((group, work_folder, vocabulary))} for group in missing.values()]
+
+    # Closing the generator stops Ray Data's executor; else it would keep making shards after an error.
+    with closing(_run_tasks(tasks, cpus)) as results:
         for group in groups:
-            if group.number in left:
-                mistake = next(answers)["mistake"]
-                if mistake:
-                    raise CorpusError(mistake)
+            if group.number in missing:
+                error = next(results)["error"]
+                if error:
+                    raise CorpusError(error)
             yield group
 
 
-def _answers(tasks: list[dict[str, bytes]], cpus: float | None) -> Generator[dict[str, str]]:
-    """What the tasks answer, in their order."""
+def _run_tasks(tasks: list[dict[str, bytes]], cpus: float | None) -> Generator[dict[str, str]]:
+    """Yield the results of the tasks in their order."""
     if not tasks:
         return
-    with _quiet_in_order(cpus):
-        dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(_shard_task)
+    with _quiet_ordered_context(cpus):
+        dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(_run_shard_task)
     yield from dataset.iter_rows()
 
 
 @contextmanager
-def _quiet_in_order(cpus: float | None) -> Iterator[None]:
-    """Data sets made here show no bars beside ours, and give their rows in order."""
+def _quiet_ordered_context(cpus: float | None) -> Iterator[None]:
+    """Make data sets created in the block yield their rows in order and show no progress bars of their own."""
+    # `enable_progress_bars` leaves the plan and the progress summaries that Ray Data 2.60 logs.
     for name, level in (
         ("ray.data", logging.WARNING),
         ("ray.data._internal.progress", logging.ERROR),
     ):
         logging.getLogger(name).setLevel(level)
+
+    # A data set copies the current context when it is created, so the block need not last until it runs.
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
@@ -74,11 +81,11 @@ def _quiet_in_order(cpus: float | None) -> Iterator[None]:
         yield
 
 
-def _shard_task(row: dict[str, Any]) -> dict[str, str]:
-    """Make one shard; a user's mistake is an answer, since an exception would come back wrapped in Ray's."""
-    group, work, vocabulary = pickle.loads(row["task"])
+def _run_shard_task(row: dict[str, Any]) -> dict[str, str]:
+    """Make one shard; return a user error's message, since Ray would wrap the exception in its own."""
+    group, work_folder, vocabulary = pickle.loads(row["task"])
     try:
-        write_shard(group, work, load_tokenizer(work / TOKENIZER_FILE), vocabulary)
+        write_shard(group, work_folder, load_tokenizer(work_folder / TOKENIZER_FILE), vocabulary)
     except UserError as error:
-        return {"mistake": str(error)}
-    return {"mistake": ""}
+        return {"error": str(error)}
+    return {"error": ""}

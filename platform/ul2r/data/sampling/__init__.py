@@ -1,1 +1,1 @@
-"""From a sample index to a batch."""
+"""From sample indices to batches."""

@@ -1,107 +1,126 @@
-"""A batch is a pure function of (recipe, seed, number of the batch).
+"""Batches as a pure function of recipe, seed and batch index.
 
-It is the number of the step that takes it, as long as the run has skipped no batch.
+The batch index is the number of the step that trains on the batch, as long as the run has skipped none.
 """
 
 from __future__ import annotations
 
 from ul2r.config import Denoiser, Recipe
 from ul2r.data.sampling.blend import Blend
+from ul2r.data.sampling.streaming_windows import StreamingWindows
 from ul2r.data.sampling.text_windows import DocumentWindows, TextWindows
 from ul2r.data.store.dataset import TokenDataset
-from ul2r.data.store.segments import SegmentedStore, StreamingWindows
+from ul2r.data.store.segments import SegmentedStore
 from ul2r.errors import CorpusError
-from ul2r.objective import Batch, build_batch
+from ul2r.objective import Batch, WindowSource, build_batch
 
 HELD_OUT_SEED = 0
-"""Held-out rows do not follow the recipe's seed: runs are compared on the same ones."""
+"""Held-out rows do not depend on the recipe's seed, so all runs are compared on the same ones."""
 
 
-def replica_rows(recipe: Recipe, batch: int, replica: int, replicas: int) -> range:
-    """Numbers of the rows of a batch that a replica trains on."""
-    size = recipe.training.global_batch_size
-    assert size % replicas == 0, (size, replicas)
-    share = size // replicas
-    first = batch * size + replica * share
-    return range(first, first + share)
+def replica_row_indices(recipe: Recipe, batch_index: int, replica: int, num_replicas: int) -> range:
+    """Return the indices of the rows of a batch that a replica trains on."""
+    global_rows = recipe.training.global_batch_size
+    assert global_rows % num_replicas == 0, (global_rows, num_replicas)
+    replica_rows = global_rows // num_replicas
+    first = batch_index * global_rows + replica * replica_rows
+    return range(first, first + replica_rows)
 
 
-class Batches:
-    """Training and held-out rows of a recipe."""
+class BatchBuilder:
+    """Builds training and held-out batches of a recipe."""
 
     def __init__(self, recipe: Recipe, dataset: TokenDataset) -> None:
-        """Join a recipe and a prepared corpus.
+        """Combine a recipe and a data set.
 
         Raises:
-            CorpusError: If the corpus is shorter than one window, or its tokenizer has too few sentinels.
+            CorpusError: If the data set is shorter than one window, or its tokenizer has too few sentinels.
         """
-        vocabulary, needed = dataset.vocabulary, recipe.num_sentinels_needed
-        if len(vocabulary.sentinels) < needed:
+        num_sentinels = len(dataset.vocabulary.sentinels)
+        if num_sentinels < recipe.num_sentinels_needed:
             raise CorpusError(
-                f"{recipe.storage_paths.store}: the tokenizer has {len(vocabulary.sentinels)} sentinels, the mixture "
-                f"needs {needed}: raise data.num_sentinels and prepare again, or lower objective.sequence_length"
+                f"{recipe.storage_paths.store}: the tokenizer has {num_sentinels} sentinels, the mixture needs "
+                f"{recipe.num_sentinels_needed}: raise data.num_sentinels and prepare again, or lower "
+                "objective.sequence_length"
             )
-        self._recipe, self._vocabulary = recipe, vocabulary
-        length = recipe.objective.max_raw_length
-        cut = DocumentWindows if recipe.objective.within_document else TextWindows
-        stores = [
-            StreamingWindows(share.store, cut, length, recipe.seed, source=number)
-            if isinstance(share.store, SegmentedStore)
-            else cut(share.store, length, recipe.seed, source=number)
-            for number, share in enumerate(dataset.train)
-        ]
-        weights = [share.weight for share in dataset.train]
-        self._train = stores[0] if len(stores) == 1 else Blend(stores, weights, recipe.seed)
-        self._held_out = cut(dataset.held_out, length, HELD_OUT_SEED, split="held-out")
+        self._recipe = recipe
+        self._vocabulary = dataset.vocabulary
+        self._train = _training_windows(recipe, dataset)
+        self._held_out = _window_type(recipe)(
+            dataset.held_out, recipe.objective.max_raw_length, HELD_OUT_SEED, split="held-out"
+        )
 
-    def rows(self, batch: int, replica: int = 0, replicas: int = 1) -> Batch:
-        """Rows of one batch that one model replica trains on.
+    def build(self, batch_index: int, replica: int = 0, num_replicas: int = 1) -> Batch:
+        """Build the part of a global batch that one model replica trains on.
 
         Args:
-            batch: Number of the batch in the run, from 0.
-            replica: Which of the model replicas.
-            replicas: Model replicas; a divisor of the global batch.
+            batch_index: Number of the batch in the run, from 0.
+            replica: Number of the model replica.
+            num_replicas: Model replicas; a divisor of the global batch size.
 
         Returns:
-            B = global_batch_size / replicas rows; the replicas' rows in turn are the global batch.
+            B = global_batch_size / num_replicas rows; those of all replicas in order are the global batch.
 
         Raises:
-            CorpusError: If the store holds tokens that are none of its vocabulary.
+            CorpusError: If the store holds tokens outside its vocabulary.
         """
-        rows = build_batch(
-            replica_rows(self._recipe, batch, replica, replicas),
+        batch = build_batch(
+            replica_row_indices(self._recipe, batch_index, replica, num_replicas),
             objective=self._recipe.objective,
             vocabulary=self._vocabulary,
             seed=self._recipe.seed,
             text_windows=self._train,
         )
-        if rows.tokens.min() < 0 or rows.tokens.max() >= self._vocabulary.size:
+        lowest = batch.tokens.min()
+        highest = batch.tokens.max()
+        if lowest < 0 or highest >= self._vocabulary.size:
             raise CorpusError(
-                f"{self._recipe.storage_paths.store}: holds tokens {rows.tokens.min()} to {rows.tokens.max()}, its "
-                f"vocabulary has {self._vocabulary.size}: its files were damaged or changed; delete it and prepare "
-                "it again"
+                f"{self._recipe.storage_paths.store}: holds tokens {lowest} to {highest}, but its vocabulary has "
+                f"{self._vocabulary.size}: its files are damaged or changed; delete it and prepare it again"
             )
-        return rows
+        return batch
 
     @property
-    def held_out_rows(self) -> int:
-        """Held-out rows that read no token twice."""
+    def num_held_out_rows(self) -> int:
+        """Held-out rows available without reading any token twice."""
         return len(self._held_out) // self._recipe.objective.slots_per_row
 
-    def held_out(self, denoiser: Denoiser, rows: int) -> Batch:
-        """Held-out rows made by one denoiser, to measure its loss on.
+    def build_held_out(self, denoiser: Denoiser, num_rows: int) -> Batch:
+        """Build held-out rows with a single denoiser, to measure its loss.
 
-        They are the same for every recipe of the same token store and row shape, and all denoisers read the
-        same windows. Rows beyond the split's windows read it again, cut elsewhere.
+        They are the same for every recipe with the same token store and row shape, and all denoisers read the same
+        windows. Rows beyond the split's windows read it again, cut at other places.
 
         Args:
-            denoiser: The only denoiser, whether or not it is in the recipe's mixture.
-            rows: How many rows; fewer rows are a prefix of more.
+            denoiser: The only denoiser; it need not be part of the recipe's mixture.
+            num_rows: Number of rows; fewer rows are a prefix of more.
         """
         return build_batch(
-            range(rows),
+            range(num_rows),
             objective=self._recipe.objective.with_mixture(denoiser),
             vocabulary=self._vocabulary,
             seed=HELD_OUT_SEED,
             text_windows=self._held_out,
         )
+
+
+def _window_type(recipe: Recipe) -> type[TextWindows] | type[DocumentWindows]:
+    return DocumentWindows if recipe.objective.within_document else TextWindows
+
+
+def _training_windows(recipe: Recipe, dataset: TokenDataset) -> WindowSource:
+    length = recipe.objective.max_raw_length
+    window_type = _window_type(recipe)
+
+    sources: list[WindowSource] = []
+    for number, source in enumerate(dataset.train):
+        if isinstance(source.store, SegmentedStore):
+            sources.append(
+                StreamingWindows(source.store, window_type, length, recipe.seed, source=number)
+            )
+        else:
+            sources.append(window_type(source.store, length, recipe.seed, source=number))
+
+    if len(sources) == 1:
+        return sources[0]
+    return Blend(sources, [source.weight for source in dataset.train], recipe.seed)

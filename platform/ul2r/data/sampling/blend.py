@@ -1,32 +1,23 @@
-"""Several token stores read as one, in shares by weight: which store each sample reads is computed, not remembered.
-
-A store folder that holds a blend has a manifest and a tokenizer, but no tokens: those stay in the stores it names.
-"""
+"""Sampling from several token stores by weight: the store of each sample is computed, not remembered."""
 
 from __future__ import annotations
 
-import bisect
-import math
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from ul2r.data.sampling.shuffle import Int64s, index_shuffle
-from ul2r.errors import CorpusError
+from ul2r.data.store.blend import BLOCK, allocate_samples
 from ul2r.objective import WindowSource
 from ul2r.objective.randomness import Purpose
 
-BLOCK = 10_000
-"""Samples in which every store has its exact share."""
-
 
 class Blend:
-    """Windows of several stores. In every block of `BLOCK` samples each store has its share, in an order of its own.
+    """Windows of several stores; in every block of `BLOCK` samples each store has its share, shuffled.
 
-    A store's samples are read one after the other, whatever stands between them, so that each of its windows is read
-    once in each of its epochs.
+    The samples of a store are numbered consecutively, whatever lies between them, so each of its windows is read once
+    in each of its epochs.
     """
 
     def __init__(
@@ -36,138 +27,52 @@ class Blend:
 
         Args:
             sources: Windows of each store.
-            weights: Their shares, of any sum.
+            weights: Their weights; they need not sum to 1.
             seed: The run's seed.
 
         Raises:
-            CorpusError: If a share is too small for a single sample in a block.
+            CorpusError: If a weight is too small for a single sample in a block.
         """
-        self._sources, self._seed = sources, seed
-        self._counts = np.array(shares(weights))
+        self._sources = sources
+        self._seed = seed
+        self._counts = np.array(allocate_samples(weights))
         self._ends = np.cumsum(self._counts)
 
     def locate(self, samples: Int64s) -> tuple[Int64s, Int64s]:
-        """The store of each sample and the sample's number in it, int64 (N,) each."""
-        _, places = index_shuffle(self._seed, Purpose.BLEND, samples, BLOCK)
-        source = np.searchsorted(self._ends, places, side="right")
+        """Return the store of each sample and the sample's number within it, int64 (N,) each."""
+        _, positions = index_shuffle(self._seed, Purpose.BLEND, samples, BLOCK)
+        source = np.searchsorted(self._ends, positions, side="right")
         count = self._counts[source]
-        return source, samples // BLOCK * count + places - (self._ends[source] - count)
+        return source, samples // BLOCK * count + positions - (self._ends[source] - count)
 
     def read(self, samples: Int64s, lengths: Int64s, windows: npt.NDArray[np.int32]) -> None:
         """Read each sample's window from its store; see `WindowSource`."""
-        read_each(self._sources, self.locate(samples), samples, lengths, windows)
+        read_from_sources(self._sources, self.locate(samples), samples, lengths, windows)
 
 
-def read_each(
+def read_from_sources(
     sources: Sequence[WindowSource],
     located: tuple[Int64s, Int64s],
     samples: Int64s,
     lengths: Int64s,
     windows: npt.NDArray[np.int32],
 ) -> None:
-    """Read each sample's window from the source that has it; see `WindowSource`.
+    """Read each sample's window from the source that it is located in.
 
     Args:
-        sources: Those that samples are read from.
-        located: The source of each sample and the sample's number in it, int64 (N,) each.
-        samples: As in `WindowSource`.
-        lengths: As there.
-        windows: As there.
+        sources: Sources of the samples.
+        located: Source of each sample and the sample's number within it, int64 (N,) each.
+        samples: As in `WindowSource.read`.
+        lengths: As in `WindowSource.read`.
+        windows: As in `WindowSource.read`.
     """
-    source, own = located
-    for number in np.unique(source[samples >= 0]).tolist():
-        mine = (source == number) & (samples >= 0)
-        wanted = lengths[mine]
-        text = np.empty((len(wanted), windows.shape[1]), np.int32)
-        sources[number].read(own[mine], wanted, text)
-        lengths[mine], windows[mine] = wanted, text
+    source, numbers = located
+    for index in np.unique(source[samples >= 0]).tolist():
+        is_from_source = (source == index) & (samples >= 0)
 
-
-def shares(weights: Sequence[float]) -> list[int]:
-    """`BLOCK` samples shared out by weight: rounded down, then one more for those that lost most by it.
-
-    Raises:
-        CorpusError: If a share is too small for a single sample.
-    """
-    exact = [weight / math.fsum(weights) * BLOCK for weight in weights]
-    counts = [int(share) for share in exact]
-    by_loss = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
-    for i in by_loss[: BLOCK - sum(counts)]:
-        counts[i] += 1
-    if 0 in counts:
-        small = counts.index(0)
-        raise CorpusError(
-            f"data.blend.{small}.weight={weights[small]:g} of {math.fsum(weights):g} is less than one sample in "
-            f"{BLOCK}: raise it, or leave the store out"
-        )
-    return counts
-
-
-class Documents(Protocol):
-    """Documents of tokens, one behind the other."""
-
-    def __len__(self) -> int: ...
-
-    @property
-    def documents(self) -> int:
-        """Number of documents."""
-
-    @property
-    def document_bounds(self) -> Int64s:
-        """Number of the token that each document begins with, and of all tokens, int64 (D + 1,)."""
-
-    def document(self, number: int) -> npt.NDArray[np.int32]:
-        """Tokens of one document."""
-
-    def tokens(self, start: int, length: int) -> npt.NDArray[np.int32]:
-        """Tokens [start, start + length), going round."""
-
-
-class MergedStores:
-    """Stores one behind the other, read as a `TokenStore` is."""
-
-    def __init__(self, stores: Sequence[Documents]) -> None:
-        self._stores = stores
-        self._ends = np.cumsum([len(store) for store in stores], dtype=np.int64).tolist()
-        self._documents = np.cumsum([store.documents for store in stores], dtype=np.int64).tolist()
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    @property
-    def documents(self) -> int:
-        """Number of documents."""
-        return int(self._documents[-1])
-
-    @property
-    def document_bounds(self) -> Int64s:
-        """Number of the token that each document begins with, and of all tokens, int64 (D + 1,)."""
-        begins = [0, *self._ends]
-        parts = [
-            store.document_bounds[:-1] + begin
-            for store, begin in zip(self._stores, begins, strict=False)
-        ]
-        return np.concatenate([*parts, [len(self)]])
-
-    def document(self, number: int) -> npt.NDArray[np.int32]:
-        """Tokens of one document, as a copy.
-
-        Raises:
-            IndexError: If there is no such document.
-        """
-        store = bisect.bisect_right(self._documents, number)
-        if not 0 <= number < self.documents:
-            raise IndexError(f"document {number} of {self.documents}")
-        return self._stores[store].document(number - (self._documents[store - 1] if store else 0))
-
-    def tokens(self, start: int, length: int) -> npt.NDArray[np.int32]:
-        """Tokens [start, start + length) as a copy; after the last token comes the first again."""
-        parts: list[npt.NDArray[np.int32]] = []
-        while length:
-            start %= len(self)
-            store = bisect.bisect_right(self._ends, start)
-            size = min(length, self._ends[store] - start)
-            begin = start - (self._ends[store - 1] if store else 0)
-            parts.append(self._stores[store].tokens(begin, size))
-            start, length = start + size, length - size
-        return np.concatenate(parts) if parts else np.empty(0, np.int32)
+        # Boolean indexing copies, so results are written back: a source may have shortened the lengths.
+        source_lengths = lengths[is_from_source]
+        text = np.empty((len(source_lengths), windows.shape[1]), np.int32)
+        sources[index].read(numbers[is_from_source], source_lengths, text)
+        lengths[is_from_source] = source_lengths
+        windows[is_from_source] = text

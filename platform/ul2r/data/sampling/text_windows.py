@@ -1,38 +1,20 @@
-"""Which text a sample reads: a sample index becomes a window of the token store by a keyed permutation, not a table.
+"""Windows of text by sample index: a keyed permutation maps samples to windows of a token store, without a table.
 
-`TextWindows` cuts all tokens into windows of equal length, whose documents end where they end. In each epoch every window
-is read once, in a new order and with the cuts moved by a new random shift, so that an epoch sees other windows and
-other ends left over. `DocumentWindows` cuts each document for itself.
+`TextWindows` cuts the whole token sequence into windows of equal length, across documents. In each epoch every window
+is read once, in a new order and with all cuts moved by a new random shift, so epochs differ in their windows and in the
+tokens left over. `DocumentWindows` cuts each document separately.
 """
 
 from __future__ import annotations
-
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from ul2r.config.denoisers import MINIMUM_RAW_LENGTH
 from ul2r.data.sampling.shuffle import Int64s, index_shuffle
+from ul2r.data.store.token_source import DocumentSource, TokenSource
 from ul2r.errors import CorpusError
 from ul2r.objective.randomness import Purpose
-
-
-class Tokens(Protocol):
-    """A run of tokens that goes round: after the last comes the first."""
-
-    def __len__(self) -> int: ...
-
-    def tokens(self, start: int, length: int) -> npt.NDArray[np.int32]:
-        """Tokens [start, start + length), of shape (length,)."""
-
-
-class Documents(Tokens, Protocol):
-    """Tokens of documents, one behind the other."""
-
-    @property
-    def document_bounds(self) -> Int64s:
-        """Where each document begins, and the last one ends, int64 (D + 1,)."""
 
 
 class TextWindows:
@@ -44,7 +26,7 @@ class TextWindows:
 
     def __init__(
         self,
-        store: Tokens,
+        store: TokenSource,
         length: int,
         seed: int,
         *,
@@ -58,33 +40,36 @@ class TextWindows:
             store: The tokens.
             length: Tokens of a window.
             seed: The run's seed.
-            split: Name of the store in the error's text; without one there may be no window.
-            source: Number of the store among those of a blend, or of a chapter.
-            purpose: What the orders of its epochs are drawn for.
+            split: Name of the split in error messages; None allows a store without windows.
+            source: Number of the store in a blend, or of a segment; sources are shuffled independently.
+            purpose: Stream of random numbers that shuffles the epochs.
 
         Raises:
             CorpusError: If the store is shorter than one window.
         """
         if split is not None and len(store) < length:
             raise CorpusError(
-                f"the {split} split holds {len(store)} tokens, one window needs {length}: "
-                "give more text, shorten objective.sequence_length or raise objective.slots_per_row"
+                f"the {split} split has {len(store)} tokens, one window needs {length}: "
+                "add text, lower objective.sequence_length or raise objective.slots_per_row"
             )
         self.length = length
-        self._store, self._seed, self._source, self._purpose = store, seed, source, purpose
+        self._store = store
+        self._seed = seed
+        self._source = source
+        self._purpose = purpose
 
     def __len__(self) -> int:
         """Windows in an epoch."""
         return len(self._store) // self.length
 
     def read(self, samples: Int64s, lengths: Int64s, windows: npt.NDArray[np.int32]) -> None:
-        """Read the first `lengths[i]` tokens of each sample's window to `windows[i]`; nothing for sample -1."""
+        """Read the first `lengths[i]` tokens of each sample's window into `windows[i]`; nothing for sample -1."""
         assert lengths.max(initial=0) <= self.length, (lengths.max(), self.length)
-        _copy(self._store, self.starts(samples), lengths, windows)
+        _copy_tokens(self._store, self.starts(samples), lengths, windows)
 
     def starts(self, samples: Int64s) -> Int64s:
-        """Number of the token that each sample's window begins with, int64 (N,)."""
-        shifts, places = index_shuffle(
+        """Return the token at which each sample's window begins, int64 (N,)."""
+        shifts, positions = index_shuffle(
             self._seed,
             self._purpose,
             samples,
@@ -92,20 +77,20 @@ class TextWindows:
             bound=len(self._store),
             source=self._source,
         )
-        return (shifts + places * self.length) % len(self._store)
+        return (shifts + positions * self.length) % len(self._store)
 
 
 class DocumentWindows:
-    """Windows of at most `length` tokens that lie within a document each.
+    """Windows of at most `length` tokens, each within one document.
 
-    A document of n tokens is cut into ceil(n / length) windows, as equal as can be. Sample k is window `k % n` of
-    epoch `k // n`, where n counts all documents' windows; every epoch reads each of them once, in a new order. Whole
-    documents of less than `MINIMUM_RAW_LENGTH` tokens are left out.
+    A document of n tokens is cut into ceil(n / length) windows of nearly equal length. Sample k is window `k % n` of
+    epoch `k // n`, where n counts the windows of all documents; every epoch reads each of them once, in a new order.
+    Documents shorter than `MINIMUM_RAW_LENGTH` tokens are left out.
     """
 
     def __init__(
         self,
-        store: Documents,
+        store: DocumentSource,
         length: int,
         seed: int,
         *,
@@ -113,42 +98,50 @@ class DocumentWindows:
         source: int = 0,
         purpose: Purpose = Purpose.ORDER,
     ) -> None:
-        """Cut the documents of `store`; arguments are those of `TextWindows`.
+        """Cut the documents of `store`; the arguments are those of `TextWindows`.
 
         Raises:
             CorpusError: If no document is long enough.
         """
         self.length = length
-        self._store, self._seed, self._source, self._purpose = store, seed, source, purpose
-        self._bounds = store.document_bounds
+        self._store = store
+        self._seed = seed
+        self._source = source
+        self._purpose = purpose
+
+        self._bounds = store.document_bounds  # (D + 1,)
         sizes = np.diff(self._bounds)
         self._counts = np.where(sizes < MINIMUM_RAW_LENGTH, 0, -(-sizes // length))
-        self._before = np.cumsum(self._counts)  # windows of a document and of those before it
+        self._ends = np.cumsum(self._counts)
         if split is not None and not len(self):
             raise CorpusError(
-                f"the {split} split has no document of {MINIMUM_RAW_LENGTH} tokens or more: give other text, or set "
+                f"the {split} split has no document of {MINIMUM_RAW_LENGTH} tokens or more: use other text, or set "
                 "objective.within_document to false"
             )
 
     def __len__(self) -> int:
         """Windows in an epoch."""
-        return int(self._before[-1]) if len(self._before) else 0
+        return int(self._ends[-1]) if len(self._ends) else 0
 
     def read(self, samples: Int64s, lengths: Int64s, windows: npt.NDArray[np.int32]) -> None:
-        """Read each sample's window to `windows[i]`; `lengths[i]` becomes less where it has fewer tokens."""
-        _, places = index_shuffle(
+        """Read each sample's window into `windows[i]`; reduce `lengths[i]` where the window has fewer tokens."""
+        _, positions = index_shuffle(
             self._seed, self._purpose, samples, len(self), source=self._source
         )
-        documents = np.searchsorted(self._before, places, side="right")
+        documents = np.searchsorted(self._ends, positions, side="right")
         counts = self._counts[documents]
-        part = places - (self._before[documents] - counts)
-        first, size = self._bounds[documents], np.diff(self._bounds)[documents]
-        starts = first + part * size // counts
-        ends = first + (part + 1) * size // counts
+        part = positions - (self._ends[documents] - counts)
+
+        begins = self._bounds[documents]
+        sizes = np.diff(self._bounds)[documents]
+        starts = begins + part * sizes // counts
+        ends = begins + (part + 1) * sizes // counts
         np.minimum(lengths, ends - starts, out=lengths)
-        _copy(self._store, starts, lengths, windows)
+        _copy_tokens(self._store, starts, lengths, windows)
 
 
-def _copy(store: Tokens, starts: Int64s, lengths: Int64s, windows: npt.NDArray[np.int32]) -> None:
+def _copy_tokens(
+    store: TokenSource, starts: Int64s, lengths: Int64s, windows: npt.NDArray[np.int32]
+) -> None:
     for window, start, length in zip(windows, starts.tolist(), lengths.tolist(), strict=True):
-        window[:length] = store.tokens(start, length)
+        window[:length] = store.read_tokens(start, length)

@@ -1,1 +1,1 @@
-"""What lies on disk: token stores, their manifests, and data sets made of them."""
+"""Token stores on disk: their files, their manifests, and the data sets opened from them."""

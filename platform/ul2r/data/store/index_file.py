@@ -1,4 +1,4 @@
-r"""The `.idx` half of Megatron-Core's indexed format: where each document's tokens stand in the `.bin` half.
+r"""The `.idx` half of Megatron-Core's indexed format: the position of each document in the `.bin` half.
 
 The layout is that of `megatron/core/datasets/indexed_dataset.py`, little-endian:
 
@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ul2r.errors import CorpusError
+from ul2r.filesystem import staged_file
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -38,91 +39,109 @@ TOKEN_TYPES: dict[int, type[np.integer[Any]]] = {
     5: np.int64,
     8: np.uint16,
 }
+"""Integer types by their code in the header. Codes 6 and 7 are Megatron's float64 and float32, which hold no tokens."""
 
 
 @dataclass(frozen=True)
 class IndexFile:
-    """An `.idx` file, memory-mapped."""
+    """A memory-mapped `.idx` file.
+
+    Attributes:
+        dtype: Type of the tokens in `.bin`.
+        sequence_lengths: Tokens of each sequence, int32 (N,).
+        sequence_pointers: Byte of `.bin` at which each sequence begins, int64 (N,).
+        document_indices: Sequence at which each document begins, and N, int64 (D + 1,).
+    """
 
     dtype: type[np.integer[Any]]
-    """Type of the tokens in `.bin`."""
-    lengths: npt.NDArray[np.int32]
-    """(N,) tokens of each sequence."""
-    starts: npt.NDArray[np.int64]
-    """(N,) bytes in `.bin`."""
-    first: npt.NDArray[np.int64]
-    """(D + 1,) the sequence at which each document begins, and N."""
+    sequence_lengths: npt.NDArray[np.int32]
+    sequence_pointers: npt.NDArray[np.int64]
+    document_indices: npt.NDArray[np.int64]
 
     @classmethod
     def read(cls, path: Path) -> IndexFile:
         """Map the file.
 
         Raises:
-            CorpusError: If it is not an index, was cut, or does not index tokens.
+            CorpusError: If it is not an index, is truncated, or does not index tokens.
         """
-        with path.open("rb") as stream:
-            header = stream.read(HEADER.size)
+        with path.open("rb") as file:
+            header = file.read(HEADER.size)
         if len(header) < HEADER.size or not header.startswith(MAGIC):
             raise CorpusError(f"{path}: not an index of Megatron's indexed format")
-        _, version, code, sequences, documents = HEADER.unpack(header)
+
+        # Megatron stores D + 1 in the header: it counts the entries of `document_indices`, not the documents.
+        _, version, code, num_sequences, num_indices = HEADER.unpack(header)
         if version != VERSION or code not in TOKEN_TYPES:
             known = ", ".join(f"{c} ({t.__name__})" for c, t in TOKEN_TYPES.items())
             raise CorpusError(
-                f"{path}: version {version}, token type {code}; "
-                f"readable are version {VERSION} and token types {known}"
+                f"{path}: version {version} with token type {code} is not supported; "
+                f"supported are version {VERSION} with token types {known}"
             )
-        size, needed = path.stat().st_size, HEADER.size + 12 * sequences + 8 * documents
-        if size < needed or documents < 1:
+
+        size = path.stat().st_size
+        needed = HEADER.size + 12 * num_sequences + 8 * num_indices
+        if size < needed or num_indices < 1:
             raise CorpusError(
-                f"{path}: {size} bytes, but its header describes {needed}: it was cut"
+                f"{path}: has {size} bytes, but its header describes {needed}: the file is truncated"
             )
+
+        # The header's 34 bytes leave the int64 arrays unaligned; numpy reads them all the same.
         raw = np.memmap(path, mode="r")
-        starts_at = HEADER.size + 4 * sequences
+        pointers_at = HEADER.size + 4 * num_sequences
         index = cls(
             TOKEN_TYPES[code],
-            np.frombuffer(raw, "<i4", sequences, HEADER.size),
-            np.frombuffer(raw, "<i8", sequences, starts_at),
-            np.frombuffer(raw, "<i8", documents, starts_at + 8 * sequences),
+            np.frombuffer(raw, "<i4", num_sequences, HEADER.size),
+            np.frombuffer(raw, "<i8", num_sequences, pointers_at),
+            np.frombuffer(raw, "<i8", num_indices, pointers_at + 8 * num_sequences),
         )
-        if index.first[0] != 0 or index.first[-1] != sequences:
-            raise CorpusError(f"{path}: its documents do not cover its {sequences} sequences")
+        if index.document_indices[0] != 0 or index.document_indices[-1] != num_sequences:
+            raise CorpusError(f"{path}: its documents do not cover its {num_sequences} sequences")
         return index
 
     @property
-    def documents(self) -> int:
+    def num_documents(self) -> int:
         """Number of documents."""
-        return len(self.first) - 1
+        return len(self.document_indices) - 1
 
     @property
     def data_bytes(self) -> int:
-        """Bytes that `.bin` must have."""
-        if not len(self.starts):
+        """Required size of `.bin` in bytes."""
+        if not len(self.sequence_pointers):
             return 0
-        return int(self.starts[-1]) + int(self.lengths[-1]) * np.dtype(self.dtype).itemsize
+        last_bytes = int(self.sequence_lengths[-1]) * np.dtype(self.dtype).itemsize
+        return int(self.sequence_pointers[-1]) + last_bytes
 
-    def extent(self, document: int) -> tuple[int, int]:
-        """The tokens [begin, end) of a document, counted from the beginning of `.bin`."""
-        begin, end = self.first[document : document + 2]
-        return self._token_at(int(begin)), self._token_at(int(end))
-
+    @property
     def document_bounds(self) -> npt.NDArray[np.int64]:
-        """The token at which each document begins, and the number of all tokens, int64 (D + 1,)."""
-        bytes_before = np.append(self.starts, self.data_bytes)[self.first]
-        return bytes_before // np.dtype(self.dtype).itemsize
+        """Token at which each document begins, and the total number of tokens, int64 (D + 1,)."""
+        byte_bounds = np.append(self.sequence_pointers, self.data_bytes)[self.document_indices]
+        return byte_bounds // np.dtype(self.dtype).itemsize
 
-    def _token_at(self, sequence: int) -> int:
-        at = self.data_bytes if sequence == len(self.starts) else int(self.starts[sequence])
-        return at // np.dtype(self.dtype).itemsize
+    def document_range(self, number: int) -> tuple[int, int]:
+        """Return the tokens [begin, end) of one document, counted from the beginning of `.bin`."""
+        begin, end = self.document_indices[number : number + 2]
+        return self._token_offset(int(begin)), self._token_offset(int(end))
+
+    def _token_offset(self, sequence: int) -> int:
+        is_end = sequence == len(self.sequence_pointers)
+        offset = self.data_bytes if is_end else int(self.sequence_pointers[sequence])
+        return offset // np.dtype(self.dtype).itemsize
 
 
 def write_index(path: Path, lengths: npt.NDArray[np.int32], dtype: type[np.integer[Any]]) -> None:
-    """Write an `.idx` file, whole or not at all, for documents of `lengths` (D,) tokens of type `dtype`."""
+    """Write an `.idx` file atomically.
+
+    Args:
+        path: The file.
+        lengths: Tokens of each document, int32 (D,).
+        dtype: Type of the tokens in `.bin`.
+    """
     code = next(code for code, known in TOKEN_TYPES.items() if known is dtype)
     sizes = lengths.astype(np.int64) * np.dtype(dtype).itemsize
-    beside = path.with_name(f"{path.name}.part")
-    with beside.open("wb") as stream:
-        stream.write(HEADER.pack(MAGIC, VERSION, code, len(lengths), len(lengths) + 1))
-        stream.write(lengths.tobytes())
-        stream.write((np.cumsum(sizes) - sizes).tobytes())
-        stream.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
-    beside.replace(path)
+
+    with staged_file(path) as staging, staging.open("wb") as file:
+        file.write(HEADER.pack(MAGIC, VERSION, code, len(lengths), len(lengths) + 1))
+        file.write(lengths.tobytes())
+        file.write((np.cumsum(sizes) - sizes).tobytes())
+        file.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes())

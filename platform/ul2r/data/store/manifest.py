@@ -1,132 +1,173 @@
-"""What a token store is, written beside it: how it was made, what its tokens mean, and digests of its files."""
+"""The description of a token store, in its folder: its inputs, its vocabulary, and digests of its files."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ul2r.errors import CorpusError
+from ul2r.filesystem import write_atomically
 from ul2r.objective.vocabulary import Vocabulary
+from ul2r.paths import TOKENIZER_FILE
 
 MANIFEST_FILE = "manifest.json"
-STORE_FILES = ("tokenizer.json", "train.bin", "train.idx", "held_out.bin", "held_out.idx")
+STORE_FILES = (TOKENIZER_FILE, "train.bin", "train.idx", "held_out.bin", "held_out.idx")
 FORMAT = 2
-ORDER = "data.order"
-"""Stands among the inputs of a streamed store."""
+ORDER_KEY = "data.order"
+"""Input that only streamed stores have."""
+BLEND_KEY = "data.blend"
+"""Input that only blends have: the stores that they name."""
 
 
 @dataclass(frozen=True)
-class Split:
-    """Counts of one side of the held-out split."""
+class SplitCounts:
+    """Size of one side of the held-out split.
 
-    documents: int
-    tokens: int
-    """With one eos for each document."""
+    Attributes:
+        num_documents: Documents.
+        num_tokens: Tokens, one eos per document included.
+        text_bytes: UTF-8 bytes of the text; 0 for documents that were given as tokens.
+    """
+
+    num_documents: int
+    num_tokens: int
     text_bytes: int
-    """UTF-8 bytes of the text; 0 for documents that came as tokens."""
+
+    def __add__(self, other: SplitCounts) -> SplitCounts:
+        return SplitCounts(
+            self.num_documents + other.num_documents,
+            self.num_tokens + other.num_tokens,
+            self.text_bytes + other.text_bytes,
+        )
+
+    def to_dict(self) -> dict[str, int]:
+        """Return the counts as they are written to the manifest."""
+        return {
+            "documents": self.num_documents,
+            "tokens": self.num_tokens,
+            "text_bytes": self.text_bytes,
+        }
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, int]) -> SplitCounts:
+        """Read what `to_dict` wrote."""
+        return cls(tree["documents"], tree["tokens"], tree["text_bytes"])
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a streamed store, read before those behind it."""
+    """A part of a streamed store, read before the parts after it.
 
-    shards: int
-    """Shards that it was joined from."""
-    tokens: int
-    """To train on; without any it has no files."""
+    Attributes:
+        num_shards: Shards that were merged into it.
+        num_tokens: Training tokens; a segment with none has no files.
+    """
+
+    num_shards: int
+    num_tokens: int
+
+    def to_dict(self) -> dict[str, int]:
+        """Return the segment as it is written to the manifest."""
+        return {"shards": self.num_shards, "tokens": self.num_tokens}
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, int]) -> Segment:
+        """Read what `to_dict` wrote."""
+        return cls(tree["shards"], tree["tokens"])
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A token store's description.
+    """Description of a token store.
 
-    `inputs` are the settings and files it was made from: the same inputs need no second run.
+    Attributes:
+        inputs: Settings and files that the store was made from: the same inputs need no second run.
+        vocabulary: Meaning of the token ids.
+        train: Size of the training split.
+        held_out: Size of the held-out split.
+        files: SHA-256 of each file of the store, by name.
+        segments: Finished segments of a streamed store (see `data/store/segments.py`).
+        is_complete: False while segments are missing; only a streamed store can be read before it is complete.
+        error: Reason why a streamed store cannot be finished, for the processes that wait for more of it.
     """
 
     inputs: Mapping[str, Any]
     vocabulary: Vocabulary
-    train: Split
-    held_out: Split
+    train: SplitCounts
+    held_out: SplitCounts
     files: Mapping[str, str]
-    """SHA-256 of each file of the store, by name."""
-    chapters: tuple[Segment, ...] = ()
-    """Of a streamed store (see `data/store/segments.py`), those that are made."""
-    complete: bool = True
-    """Whether nothing is missing; only a streamed store can be read before."""
-    mistake: str = ""
-    """Why the rest of a streamed store cannot be made, for those who wait for it."""
+    segments: tuple[Segment, ...] = ()
+    is_complete: bool = True
+    error: str = ""
 
     @property
     def tokenizer(self) -> str:
         """SHA-256 of tokenizer.json."""
-        return self.files["tokenizer.json"]
+        return self.files[TOKENIZER_FILE]
 
     @property
     def fingerprint(self) -> str:
-        """A digest of all tokens and of what they mean; equal stores have equal ones.
+        """Digest of all tokens and their meaning; equal stores have equal fingerprints.
 
-        A streamed store, which is known by its fingerprint before it is complete, has that of its inputs instead.
+        A streamed store is identified before it is complete, so its fingerprint is a digest of its inputs instead.
         """
-        identity = self.inputs if ORDER in self.inputs else self.files
+        identity = self.inputs if ORDER_KEY in self.inputs else self.files
         return hashlib.sha256(json.dumps(dict(sorted(identity.items()))).encode()).hexdigest()
 
     def write(self, folder: Path) -> None:
-        """Write `folder`/manifest.json, whole or not at all."""
+        """Write `folder`/manifest.json atomically."""
+        # The keys are the file format: they stay as they were first written, whatever the attributes are called.
         tree = {
             "format": FORMAT,
             "inputs": dict(self.inputs),
             "vocabulary": self.vocabulary.to_dict(),
-            "train": asdict(self.train),
-            "held_out": asdict(self.held_out),
+            "train": self.train.to_dict(),
+            "held_out": self.held_out.to_dict(),
             "files": dict(self.files),
-            "chapters": [asdict(chapter) for chapter in self.chapters],
-            "complete": self.complete,
-            "mistake": self.mistake,
+            "chapters": [segment.to_dict() for segment in self.segments],
+            "complete": self.is_complete,
+            "mistake": self.error,
         }
-        beside = folder / f"{MANIFEST_FILE}.part"
-        beside.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-        beside.replace(folder / MANIFEST_FILE)
+        write_atomically(folder / MANIFEST_FILE, json.dumps(tree, indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
         """Read `folder`/manifest.json.
 
         Raises:
-            CorpusError: If there is none, or it is not one that this version writes.
+            CorpusError: If there is none, or this version cannot read it.
         """
         path = folder / MANIFEST_FILE
         if not path.is_file():
             if folder.exists():
                 raise CorpusError(
-                    f"{folder}: is in the way of a token store, but is none (no {MANIFEST_FILE}): "
-                    "delete it, then run jobs/prepare.py RECIPE"
+                    f"{folder}: not a token store (no {MANIFEST_FILE}): "
+                    "delete this folder, then run jobs/prepare.py RECIPE"
                 )
-            raise CorpusError(f"{folder}: no token store here: run jobs/prepare.py RECIPE first")
+            raise CorpusError(f"{folder}: no token store: run jobs/prepare.py RECIPE first")
+
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))
             if tree["format"] != FORMAT:
-                raise CorpusError(f"{path}: format {tree['format']}, this version reads {FORMAT}")
+                raise CorpusError(
+                    f"{path}: has format {tree['format']}, this version reads format {FORMAT}: "
+                    f"delete {folder} and run jobs/prepare.py RECIPE"
+                )
             return cls(
                 inputs=tree["inputs"],
                 vocabulary=Vocabulary.from_dict(tree["vocabulary"]),
-                train=Split(**tree["train"]),
-                held_out=Split(**tree["held_out"]),
+                train=SplitCounts.from_dict(tree["train"]),
+                held_out=SplitCounts.from_dict(tree["held_out"]),
                 files=tree["files"],
-                chapters=tuple(Segment(**chapter) for chapter in tree.get("chapters", ())),
-                complete=tree.get("complete", True),
-                mistake=tree.get("mistake", ""),
+                segments=tuple(map(Segment.from_dict, tree.get("chapters", ()))),
+                is_complete=tree.get("complete", True),
+                error=tree.get("mistake", ""),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise CorpusError(
-                f"{path}: damaged ({type(error).__name__}: {error}); delete {folder} and prepare it again"
+                f"{path}: damaged ({type(error).__name__}: {error}): delete {folder} and prepare it again"
             ) from None
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

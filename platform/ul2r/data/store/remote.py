@@ -1,7 +1,7 @@
-"""Token stores that lie elsewhere (S3, GCS, HTTP, whatever fsspec knows): fetched once to a folder of this machine.
+"""Remote token stores (S3, GCS, HTTP, anything fsspec knows): downloaded once to a local cache.
 
-A fetched store is kept under its fingerprint, so that it is found again without asking, and another one never
-mistaken for it.
+A downloaded store is cached under its fingerprint: it is found again without a request, and never mistaken for
+another one.
 """
 
 from __future__ import annotations
@@ -16,71 +16,73 @@ import fsspec
 
 from ul2r.data.store.manifest import MANIFEST_FILE, Manifest
 from ul2r.errors import CorpusError
-from ul2r.filesystem import file_lock
+from ul2r.filesystem import file_lock, staging_dir
 
 CACHE_VARIABLE = "UL2R_CACHE"
-"""Folder for fetched stores; without it, `ul2r` in the user's cache folder."""
+"""Environment variable with the folder for downloaded stores; the default is `ul2r` in the user's cache folder."""
 
 
 def is_remote(store: str) -> bool:
-    """Whether a store is named by a URL."""
+    """Return whether a store is named by a URL."""
     return "://" in store
 
 
-def local_store(store: str, fingerprint: str | None = None) -> Path:
-    """Folder of a store on this machine, which is fetched first where it lies elsewhere.
+def fetch_store(store: str, fingerprint: str | None = None) -> Path:
+    """Return the local folder of a store; download it first if it is remote and not cached.
 
     Args:
         store: Folder or URL.
-        fingerprint: Of the store, where it is known; one that was fetched before is then used without asking.
+        fingerprint: Fingerprint of the store if known; a cached copy is then used without a request.
 
     Raises:
-        CorpusError: If it cannot be fetched.
+        CorpusError: If it cannot be downloaded.
     """
     if not is_remote(store):
         return Path(store)
-    if fingerprint is not None and (kept := _kept(fingerprint)).is_dir():
-        return kept
-    beside = Path(tempfile.mkdtemp(prefix="fetching-", dir=_cache()))
-    try:
-        _fetch(store, MANIFEST_FILE, beside)
-        manifest = Manifest.read(beside)
-        if not manifest.complete:
+    if fingerprint is not None and (cached := _cached_store(fingerprint)).is_dir():
+        return cached
+
+    with tempfile.TemporaryDirectory() as folder:
+        manifest_file = _download(store, MANIFEST_FILE, Path(folder))
+        manifest = Manifest.read(Path(folder))
+        if not manifest.is_complete:
             raise CorpusError(
-                f"{store}: is not complete yet: run jobs/prepare.py with its recipe first"
+                f"{store}: not complete yet: run jobs/prepare.py with its recipe first"
             )
-        kept = _kept(manifest.fingerprint)
-        with file_lock(
-            kept
-        ):  # processes of one machine that need it at the same time fetch it once
-            if not kept.is_dir():
-                for name in manifest.files:
-                    _fetch(store, name, beside)
-                beside.rename(kept)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    return kept
+
+        cached = _cached_store(manifest.fingerprint)
+        # Several processes of a machine may need the store at once; the first one downloads it.
+        with file_lock(cached):
+            if not cached.is_dir():
+                with staging_dir(cached) as staging:
+                    shutil.copyfile(manifest_file, staging / MANIFEST_FILE)
+                    for name in manifest.files:
+                        _download(store, name, staging)
+    return cached
 
 
-def _cache() -> Path:
+def _cache_folder() -> Path:
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(os.environ.get(CACHE_VARIABLE) or Path(home) / "ul2r")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def _kept(fingerprint: str) -> Path:
-    return _cache() / f"store-{fingerprint[:32]}"
+def _cached_store(fingerprint: str) -> Path:
+    return _cache_folder() / f"store-{fingerprint[:32]}"
 
 
-def _fetch(store: str, name: str, folder: Path) -> None:
+def _download(store: str, name: str, folder: Path) -> Path:
     url = f"{store.rstrip('/')}/{name}"
     try:
         filesystem: Any
         filesystem, path = fsspec.core.url_to_fs(url)
         filesystem.get_file(path, str(folder / name))
     except FileNotFoundError:
-        raise CorpusError(f"{url}: not there; a token store is what jobs/prepare.py made") from None
+        raise CorpusError(
+            f"{url}: not found; give the URL of a folder that jobs/prepare.py wrote"
+        ) from None
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise CorpusError(f"{url}: cannot be fetched: {reason}") from None
+        raise CorpusError(f"{url}: download failed: {reason}") from None
+    return folder / name

@@ -17,14 +17,14 @@ from ul2r.errors import CorpusError
 
 UINT16_VOCABULARY = 65_500
 """Vocabularies below this size are stored as uint16, others as int32 (Megatron's `optimal_dtype`)."""
-MAXIMUM_DOCUMENT = 2**31 - 1
-"""Tokens; the index counts those of a sequence in 32 bits."""
+MAX_DOCUMENT_TOKENS = 2**31 - 1
+"""The index counts the tokens of a sequence in 32 bits."""
 
 
 class TokenStore:
-    """Documents of tokens, memory-mapped; also readable as one run of tokens from end to end.
+    """A memory-mapped store, read by document or as one circular sequence of tokens.
 
-    Pickles as its path, so it costs nothing to send to another process of a shared file system.
+    It pickles as its path, so sending it to another process on a shared file system costs nothing.
     """
 
     def __init__(
@@ -39,20 +39,25 @@ class TokenStore:
         """Map `prefix.bin` and `prefix.idx`.
 
         Raises:
-            CorpusError: If either is missing, damaged, or holds something else than tokens.
+            CorpusError: If either is missing or damaged, or does not hold tokens.
         """
-        index_path, data_path = suffixed(prefix, ".idx"), suffixed(prefix, ".bin")
+        index_path = append_suffix(prefix, ".idx")
+        data_path = append_suffix(prefix, ".bin")
         for path in (index_path, data_path):
             if not path.is_file():
-                raise CorpusError(f"{path}: missing; a token store is a .bin and an .idx file")
-        index, size = IndexFile.read(index_path), data_path.stat().st_size
+                raise CorpusError(
+                    f"{path}: missing; a token store consists of a .bin and an .idx file"
+                )
+
+        index = IndexFile.read(index_path)
+        size = data_path.stat().st_size
         if size != index.data_bytes:
             raise CorpusError(
-                f"{data_path}: {size} bytes, but {index_path.name} describes {index.data_bytes}: "
-                "the pair is damaged or of two different stores"
+                f"{data_path}: has {size} bytes, but {index_path.name} describes {index.data_bytes}: "
+                "the pair is damaged or comes from two different stores"
             )
         if not size:
-            raise CorpusError(f"{data_path}: holds no tokens")
+            raise CorpusError(f"{data_path}: contains no tokens")
         return cls(prefix, np.memmap(data_path, dtype=index.dtype, mode="r"), index)
 
     def __len__(self) -> int:
@@ -62,51 +67,53 @@ class TokenStore:
         return TokenStore.open, (self.prefix,)
 
     @property
-    def documents(self) -> int:
-        """Number of documents."""
-        return self._index.documents
+    def num_documents(self) -> int:
+        """Number of documents, D."""
+        return self._index.num_documents
 
     @property
     def document_bounds(self) -> npt.NDArray[np.int64]:
-        """Number of the token that each document begins with, and of all tokens, int64 (D + 1,)."""
-        return self._index.document_bounds()
+        """Token at which each document begins, and the total number of tokens, int64 (D + 1,)."""
+        return self._index.document_bounds
 
-    def document(self, number: int) -> npt.NDArray[np.int32]:
-        """Tokens of one document, as a copy.
+    def read_document(self, number: int) -> npt.NDArray[np.int32]:
+        """Return a copy of one document's tokens.
 
         Raises:
             IndexError: If there is no such document.
-            CorpusError: If the index puts it where there are no tokens.
+            CorpusError: If the index places it outside the tokens.
         """
-        if not 0 <= number < self.documents:
-            raise IndexError(f"document {number} of {self.documents}")
-        begin, end = self._index.extent(number)
+        if not 0 <= number < self.num_documents:
+            raise IndexError(f"document {number} of {self.num_documents}")
+        begin, end = self._index.document_range(number)
         if not 0 <= begin <= end <= len(self):
             raise CorpusError(
-                f"{suffixed(self.prefix, '.idx')}: document {number} has tokens {begin} to {end} of "
-                f"{len(self)}: the index is damaged; make the pair again"
+                f"{append_suffix(self.prefix, '.idx')}: document {number} has tokens {begin} to {end} of "
+                f"{len(self)}: the index is damaged; prepare the store again"
             )
         return self._tokens[begin:end].astype(np.int32)
 
-    def tokens(self, start: int, length: int) -> npt.NDArray[np.int32]:
-        """Tokens [start, start + length) as a copy; after the last token comes the first again."""
+    def read_tokens(self, start: int, length: int) -> npt.NDArray[np.int32]:
+        """Return a copy of tokens [start, start + length), int32 (length,); the first token follows the last."""
         out = np.empty(length, np.int32)
-        start, filled = start % len(self), 0
+        position = start % len(self)
+        filled = 0
         while filled < length:
-            part = self._tokens[start : start + length - filled]
+            part = self._tokens[position : position + length - filled]
             out[filled : filled + len(part)] = part
-            start, filled = 0, filled + len(part)
+            filled += len(part)
+            position = 0
         return out
 
 
 class TokenWriter:
-    """Streams documents into a token store; the `.idx` file, written last, makes it one.
+    """Streams documents into a token store; the store exists once the `.idx` file, written last, does.
 
         with TokenWriter(folder / "train", vocabulary_size=4096) as writer:
             writer.append([5, 6, 7])
             writer.end_document()
 
-    Nothing is left if the block raises.
+    If the block raises, both files are removed.
     """
 
     def __init__(self, prefix: Path, vocabulary_size: int) -> None:
@@ -114,38 +121,38 @@ class TokenWriter:
         self.dtype: type[np.integer[Any]] = (
             np.uint16 if vocabulary_size < UINT16_VOCABULARY else np.int32
         )
-        self.tokens = 0
+        self.num_tokens = 0
         self._lengths = array("i")
         self._open_length = 0
 
     @property
-    def documents(self) -> int:
+    def num_documents(self) -> int:
         """Number of finished documents."""
         return len(self._lengths)
 
     def __enter__(self) -> Self:
-        self._data = suffixed(self.prefix, ".bin").open("wb")
+        self._data = append_suffix(self.prefix, ".bin").open("wb")
         return self
 
     def append(self, tokens: npt.ArrayLike) -> None:
-        """Add tokens to the document being written."""
+        """Add tokens to the current document."""
         values = np.asarray(tokens, dtype=self.dtype)
         self._data.write(values.tobytes())
         self._open_length += values.size
 
     def end_document(self) -> None:
-        """Finish the document being written.
+        """Finish the current document.
 
         Raises:
             CorpusError: If it has more tokens than the format can count.
         """
-        if self._open_length > MAXIMUM_DOCUMENT:
+        if self._open_length > MAX_DOCUMENT_TOKENS:
             raise CorpusError(
-                f"a document of {self._open_length} tokens is longer than the {MAXIMUM_DOCUMENT} "
-                "that a token store can hold in one: split its file"
+                f"a document has {self._open_length} tokens, a token store holds at most {MAX_DOCUMENT_TOKENS} "
+                "in one document: split its file"
             )
         self._lengths.append(self._open_length)
-        self.tokens += self._open_length
+        self.num_tokens += self._open_length
         self._open_length = 0
 
     def __exit__(
@@ -156,13 +163,13 @@ class TokenWriter:
     ) -> None:
         self._data.close()
         if kind is not None:
-            suffixed(self.prefix, ".bin").unlink()
+            append_suffix(self.prefix, ".bin").unlink()
             return
         assert not self._open_length, "the last document was not ended"
         lengths = np.array(self._lengths, np.int32)
-        write_index(suffixed(self.prefix, ".idx"), lengths, self.dtype)
+        write_index(append_suffix(self.prefix, ".idx"), lengths, self.dtype)
 
 
-def suffixed(prefix: Path, suffix: str) -> Path:
-    """`prefix` with `suffix` put behind it; dots in its name are left as they are."""
+def append_suffix(prefix: Path, suffix: str) -> Path:
+    """Return `prefix` with `suffix` appended; unlike `Path.with_suffix`, it keeps any dots in the name."""
     return Path(f"{os.fspath(prefix)}{suffix}")

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import ray
 
 from ul2r.config import Recipe
-from ul2r.data.prepare.prepare import stream, total_size
+from ul2r.data.prepare.prepare import build_streaming_store, count_corpus_bytes
 from ul2r.data.store.dataset import TokenDataset, open_dataset
 from ul2r.errors import CorpusError, UserError
 
@@ -38,7 +38,7 @@ def build_store_in_background(recipe: Recipe, cpus: float) -> Iterator[TokenData
     made = ray.remote(num_cpus=0)(_grow).remote(recipe, spare)
     try:
         if not recipe.storage_paths.store.exists():
-            megabytes = total_size(recipe) / 1e6
+            megabytes = count_corpus_bytes(recipe) / 1e6
             logger.info(
                 "%s: tokenizing the first of %s MB of text, the rest while it trains",
                 recipe.name,
@@ -64,7 +64,7 @@ def _mistake(made: ray.ObjectRef[str], wait_s: float) -> str:
 def _grow(recipe: Recipe, cpus: float) -> str:
     """Make the store, in a task; a user's mistake is an answer, since an exception would come back wrapped in Ray's."""
     try:
-        for _ in stream(recipe, cpus):
+        for _ in build_streaming_store(recipe, cpus):
             pass
     except UserError as error:
         return str(error)

@@ -21,7 +21,7 @@ from ray.train.v2.api.callback import RayTrainCallback
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from ul2r.config import Recipe
-from ul2r.data.prepare.prepare import begun
+from ul2r.data.prepare.prepare import check_resumable
 from ul2r.data.store.dataset import TokenDataset, open_dataset
 from ul2r.errors import UserError
 from ul2r.launch.preflight import (
@@ -69,9 +69,9 @@ def train(recipe: Recipe) -> CheckpointInfo:
     if reached is not None and reached.is_finished:
         mark_finished(recipe, uri)
         return reached
-    grows = dataset is None or not dataset.manifest.complete
+    grows = dataset is None or not dataset.manifest.is_complete
     if grows:
-        begun(recipe)  # refuses what the rest of its store cannot be made of
+        check_resumable(recipe)  # refuses what the rest of its store cannot be made of
     cpus, gpus = cpus_needed(recipe), recipe.parallel.num_workers * recipe.launch.gpus_per_worker
     with (
         connect_ray(cpus + grows, gpus, smaller="lower parallel.num_workers"),

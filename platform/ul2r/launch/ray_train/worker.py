@@ -100,12 +100,12 @@ def _reader(recipe: Recipe) -> BatchSource:
     def read(mesh: Mesh, batches: range) -> Iterator[Batch]:
         replicas = recipe.parallel.data
         iterators = broadcast_from_rank_zero(
-            loader.split(loader.make_dataset(recipe, batches, replicas), replicas)
+            loader.split_for_replicas(loader.make_dataset(recipe, batches, replicas), replicas)
             if mesh.is_rank0
             else None
         )
         if not mesh.is_reader:
             return iter(())
-        return loader.read(iterators[mesh.data_rank], recipe, batches, mesh.data_rank, replicas)
+        return loader.iter_batches(iterators[mesh.data_rank], recipe, batches, mesh.data_rank, replicas)
 
     return read

@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
 from ul2r.config import Recipe
-from ul2r.data.sampling.batches import replica_rows
+from ul2r.data.sampling.batches import replica_row_indices
 from ul2r.train.monitor.guards import Anomaly, Decision, GuardState
 from ul2r.train.step import StepResult
 
@@ -96,7 +96,7 @@ def evidence(
         Step from 1, batch, first and last of its rows and samples, what was seen and what was to be expected.
     """
     batch = step + state.skipped_batches
-    rows, slots = replica_rows(recipe, batch, 0, 1), recipe.objective.slots_per_row
+    rows, slots = replica_row_indices(recipe, batch, 0, 1), recipe.objective.slots_per_row
     names = tuple(denoiser.name for denoiser in recipe.objective.mixture)
     return {
         "guard": alarm.kind,

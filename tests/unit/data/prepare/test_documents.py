@@ -16,7 +16,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ul2r.data.prepare.documents import PIECE_SIZE, pieces, read_documents
+from ul2r.data.prepare.documents import CHUNK_SIZE, read_documents, split_into_chunks
 from ul2r.data.prepare.source_files import SourceFile, find_files
 from ul2r.errors import CorpusError
 
@@ -107,15 +107,17 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     )
 )
 def test_pieces_are_bounded_and_depend_on_the_text_alone(texts: list[str]) -> None:
-    cut = list(pieces(texts))
+    cut = list(split_into_chunks(texts))
     assert "".join(piece.text for piece in cut) == "".join(texts)
-    assert all(0 < len(piece.text) <= PIECE_SIZE for piece in cut)
+    assert all(0 < len(piece.text) <= CHUNK_SIZE for piece in cut)
     assert [piece.ends_document for piece in cut] == [False] * (len(cut) - 1) + [True] * bool(cut)
-    assert cut == list(pieces(["".join(texts)]))
+    assert cut == list(split_into_chunks(["".join(texts)]))
 
 
 def test_pieces_end_with_lines_where_lines_are_short_enough() -> None:
-    assert all(piece.text.endswith("\n") for piece in pieces(["a line of text\n" * 50_000]))
+    assert all(
+        piece.text.endswith("\n") for piece in split_into_chunks(["a line of text\n" * 50_000])
+    )
 
 
 @pytest.mark.parametrize("compression", COMPRESS)
@@ -200,7 +202,7 @@ def test_parts_of_a_file_of_lines_have_each_of_them_once(
     data = _json_lines(*({"text": text} for text in texts))
     path.write_bytes(data if ends else data[:-1])
     (file,) = find_files([str(path)])
-    parts = file.parts(size)
+    parts = file.split(size)
     assert [part.size for part in parts] == [
         end.begin - part.begin for part, end in pairwise(parts)
     ] + [file.size - parts[-1].begin]
@@ -213,10 +215,10 @@ def test_line_of_a_part_is_named_by_its_number_in_the_file(tmp_path: Path, size:
     (tmp_path / "a.jsonl").write_bytes(good + b"{\n" + good)
     (file,) = find_files([str(tmp_path / "a.jsonl")])
     with pytest.raises(CorpusError, match=r"a\.jsonl: line 10: not JSON"):
-        deque(map(_texts_of, file.parts(size)))
+        deque(map(_texts_of, file.split(size)))
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl.gz", "a.parquet"])
 def test_what_is_not_read_line_by_line_stays_whole(name: str) -> None:
     file = SourceFile(Path(name), name, 1000, 0)
-    assert file.parts(10) == [file]
+    assert file.split(10) == [file]

@@ -14,18 +14,18 @@ from tokenizers import Tokenizer
 
 from ul2r.data.prepare.merge import merge_shards
 from ul2r.data.prepare.shards import (
-    LARGEST_SHARD,
-    SMALLEST_SHARD,
-    Group,
+    MAX_SHARD_BYTES,
+    MIN_SHARD_BYTES,
+    FileGroup,
     group_files,
-    shard_is_done,
+    is_shard_done,
     write_shard,
 )
 from ul2r.data.prepare.source_files import SourceFile, find_files
-from ul2r.data.sampling.blend import Documents
 from ul2r.data.store.dataset import TokenDataset, open_dataset
 from ul2r.data.store.manifest import Manifest
-from ul2r.data.tokenizer import train_tokenizer, vocabulary_of
+from ul2r.data.store.token_source import DocumentSource
+from ul2r.data.tokenizer import build_vocabulary, train_tokenizer
 from ul2r.errors import CorpusError
 from ul2r.testing.corpus import write_texts
 
@@ -36,19 +36,19 @@ def tokenizer() -> Tokenizer:
 
 
 def _store(
-    folder: Path, groups: list[Group], tokenizer: Tokenizer, held_out: float = 0.25
+    folder: Path, groups: list[FileGroup], tokenizer: Tokenizer, held_out: float = 0.25
 ) -> TokenDataset:
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
-    vocabulary = vocabulary_of(tokenizer)
+    vocabulary = build_vocabulary(tokenizer)
     for group in reversed(groups):
         write_shard(group, folder, tokenizer, vocabulary)
     merge_shards(folder, len(groups), held_out, vocabulary, {"made": "here"})
     return open_dataset(folder)
 
 
-def _texts(store: Documents, tokenizer: Tokenizer) -> list[str]:
-    documents = [store.document(n).tolist() for n in range(store.documents)]
+def _texts(store: DocumentSource, tokenizer: Tokenizer) -> list[str]:
+    documents = [store.read_document(n).tolist() for n in range(store.num_documents)]
     return [tokenizer.decode(ids, skip_special_tokens=False) for ids in documents]
 
 
@@ -59,7 +59,7 @@ def _file(size: int) -> SourceFile:
 def test_every_document_is_on_one_side_whole_and_closed(
     tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
-    texts = write_texts(tmp_path / "texts", documents=40, sentences=3)
+    texts = write_texts(tmp_path / "texts", num_documents=40, num_sentences=3)
     dataset = _store(
         tmp_path / "store", group_files(find_files([str(tmp_path / "texts")])), tokenizer
     )
@@ -71,27 +71,30 @@ def test_every_document_is_on_one_side_whole_and_closed(
 
 
 def test_counts_are_those_of_the_store(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    texts = write_texts(tmp_path / "texts", documents=12, sentences=3)
+    texts = write_texts(tmp_path / "texts", num_documents=12, num_sentences=3)
     dataset = _store(
         tmp_path / "store", group_files(find_files([str(tmp_path / "texts")])), tokenizer
     )
     train, held_out = dataset.manifest.train, dataset.manifest.held_out
-    assert (train.documents, held_out.documents) == (9, 3)
-    assert (train.tokens, held_out.tokens) == (len(dataset.train[0].store), len(dataset.held_out))
+    assert (train.num_documents, held_out.num_documents) == (9, 3)
+    assert (train.num_tokens, held_out.num_tokens) == (
+        len(dataset.train[0].store),
+        len(dataset.held_out),
+    )
     assert train.text_bytes + held_out.text_bytes == sum(len(text.encode()) for text in texts)
 
 
 def test_a_store_does_not_depend_on_how_the_files_were_grouped(
     tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
-    write_texts(tmp_path / "texts", documents=10, sentences=3)
+    write_texts(tmp_path / "texts", num_documents=10, num_sentences=3)
     files = find_files([str(tmp_path / "texts")])
     cuts = [[0, 10], [0, 1, 4, 10], list(range(11))]
     manifests = [
         _store(
             tmp_path / f"store{len(cut)}",
             [
-                Group(number, tuple(files[start:end]))
+                FileGroup(number, tuple(files[start:end]))
                 for number, (start, end) in enumerate(pairwise(cut))
             ],
             tokenizer,
@@ -107,7 +110,7 @@ def test_the_split_of_other_documents_does_not_move_a_document(
     sides = []
     for documents in (400, 440):
         folder = tmp_path / str(documents)
-        write_texts(folder / "texts", documents, sentences=1)
+        write_texts(folder / "texts", documents, num_sentences=1)
         dataset = _store(
             folder / "store", group_files(find_files([str(folder / "texts")])), tokenizer
         )
@@ -117,7 +120,7 @@ def test_the_split_of_other_documents_does_not_move_a_document(
 
 def test_equal_documents_are_on_one_side(tmp_path: Path, tokenizer: Tokenizer) -> None:
     texts = tmp_path / "texts"
-    write_texts(texts, documents=8, sentences=3)
+    write_texts(texts, num_documents=8, num_sentences=3)
     for path in list(texts.iterdir()):
         (texts / f"copy_{path.name}").write_bytes(path.read_bytes())
     dataset = _store(tmp_path / "store", group_files(find_files([str(texts)])), tokenizer, 0.3)
@@ -130,11 +133,11 @@ def test_equal_documents_are_on_one_side(tmp_path: Path, tokenizer: Tokenizer) -
 def test_two_documents_are_one_for_each_side(
     tmp_path: Path, tokenizer: Tokenizer, share: float
 ) -> None:
-    write_texts(tmp_path / "texts", documents=2)
+    write_texts(tmp_path / "texts", num_documents=2)
     dataset = _store(
         tmp_path / "store", group_files(find_files([str(tmp_path / "texts")])), tokenizer, share
     )
-    assert (dataset.train[0].store.documents, dataset.held_out.documents) == (1, 1)
+    assert (dataset.train[0].store.num_documents, dataset.held_out.num_documents) == (1, 1)
 
 
 def test_a_corpus_of_one_long_text_is_cut_at_line_ends(
@@ -145,7 +148,7 @@ def test_a_corpus_of_one_long_text_is_cut_at_line_ends(
     groups = group_files(find_files([str(tmp_path / "book.txt")]))
     dataset = _store(tmp_path / "store", groups, tokenizer)
     parts = _texts(dataset.train[0].store, tokenizer) + _texts(dataset.held_out, tokenizer)
-    assert dataset.held_out.documents == 1
+    assert dataset.held_out.num_documents == 1
     assert len(parts) > 3
     assert all(part.endswith("\n<eos>") for part in parts)
     assert sorted("".join(parts).replace("<eos>", "").splitlines()) == sorted(text.splitlines())
@@ -175,15 +178,15 @@ def test_a_shard_is_done_when_all_of_it_is_written(tmp_path: Path, tokenizer: To
     folder = tmp_path / "store"
     folder.mkdir()
     with pytest.raises(CorpusError, match=r"b\.txt: line 1"):
-        write_shard(Group(0, (good, bad)), folder, tokenizer, vocabulary_of(tokenizer))
-    assert not shard_is_done(Group(0, (good, bad)), folder)
+        write_shard(FileGroup(0, (good, bad)), folder, tokenizer, build_vocabulary(tokenizer))
+    assert not is_shard_done(FileGroup(0, (good, bad)), folder)
     assert list(folder.iterdir()) == []
-    write_shard(Group(0, (good,)), folder, tokenizer, vocabulary_of(tokenizer))
-    assert shard_is_done(Group(0, (good,)), folder)
+    write_shard(FileGroup(0, (good,)), folder, tokenizer, build_vocabulary(tokenizer))
+    assert is_shard_done(FileGroup(0, (good,)), folder)
 
 
 def test_only_the_store_is_left(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    write_texts(tmp_path / "texts", documents=4)
+    write_texts(tmp_path / "texts", num_documents=4)
     _store(tmp_path / "store", group_files(find_files([str(tmp_path / "texts")])), tokenizer)
     assert {path.name for path in (tmp_path / "store").iterdir()} == {
         *Manifest.read(tmp_path / "store").files,
@@ -200,15 +203,15 @@ def _megatron_corpus(prefix: Path, documents: list[list[int]]) -> None:
 
 
 def test_an_existing_token_store_is_split_as_it_is(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    eos = vocabulary_of(tokenizer).eos
+    eos = build_vocabulary(tokenizer).eos
     documents = [[100, 101 + number, eos] for number in range(20)] + [[200, 201]]
     _megatron_corpus(tmp_path / "theirs", documents)
     files = find_files([str(tmp_path / "theirs.idx")])
     dataset = _store(tmp_path / "store", group_files(files), tokenizer)
     stores = (dataset.train[0].store, dataset.held_out)
-    got = [store.document(n).tolist() for store in stores for n in range(store.documents)]
+    got = [store.read_document(n).tolist() for store in stores for n in range(store.num_documents)]
     assert sorted(got) == sorted([*documents[:20], [200, 201, eos]])
-    assert dataset.held_out.documents == 5
+    assert dataset.held_out.num_documents == 5
     assert dataset.manifest.train.text_bytes == 0
 
 
@@ -226,10 +229,10 @@ def test_tokens_of_another_tokenizer_are_refused(
     ("sizes", "expected"),
     [
         ([10] * 100, 1),
-        ([SMALLEST_SHARD // 2] * 20, 10),
+        ([MIN_SHARD_BYTES // 2] * 20, 10),
         ([2**24] * 256, 64),
-        ([LARGEST_SHARD // 4] * 1024, 256),
-        ([LARGEST_SHARD * 9, 1, 1], 65),
+        ([MAX_SHARD_BYTES // 4] * 1024, 256),
+        ([MAX_SHARD_BYTES * 9, 1, 1], 65),
     ],
 )
 def test_groups_are_few_and_of_like_size(sizes: list[int], expected: int) -> None:
@@ -245,5 +248,5 @@ def test_groups_are_few_and_of_like_size(sizes: list[int], expected: int) -> Non
 
 
 def test_file_that_cannot_be_cut_is_a_group_of_any_size() -> None:
-    files = [SourceFile(Path("a.gz"), "a.gz", size, 0) for size in (LARGEST_SHARD * 9, 1, 1)]
-    assert [group.size for group in group_files(files)] == [LARGEST_SHARD * 9, 2]
+    files = [SourceFile(Path("a.gz"), "a.gz", size, 0) for size in (MAX_SHARD_BYTES * 9, 1, 1)]
+    assert [group.size for group in group_files(files)] == [MAX_SHARD_BYTES * 9, 2]

@@ -15,14 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ul2r.config import Recipe, dump
-from ul2r.data.prepare.prepare import finished, prepare
-from ul2r.data.sampling.batches import Batches
-from ul2r.data.sampling.blend import BLOCK, Blend, MergedStores, shares
+from ul2r.data.prepare.prepare import load_finished, prepare
+from ul2r.data.sampling.batches import BatchBuilder
+from ul2r.data.sampling.blend import Blend
+from ul2r.data.store.blend import BLOCK, allocate_samples
 from ul2r.data.store.dataset import open_dataset
 from ul2r.data.store.manifest import Manifest
+from ul2r.data.store.merged import MergedStores
 from ul2r.data.store.token_store import TokenStore, TokenWriter
 from ul2r.errors import CorpusError
-from ul2r.testing.corpus import counted_text, tiny_store
+from ul2r.testing.corpus import counting_windows, make_tiny_store
 from ul2r.testing.recipes import tiny_recipe
 
 ROOT = Path(__file__).parents[4]
@@ -31,13 +33,13 @@ seeds = st.integers(0, 2**63 - 1)
 
 
 def blend_of(parts: list[float], seed: int) -> Blend:
-    return Blend([counted_text(lambda sample: sample) for _ in parts], parts, seed)
+    return Blend([counting_windows(lambda sample: sample) for _ in parts], parts, seed)
 
 
 @given(weights)
 def test_shares_are_the_weights_rounded_by_less_than_one(parts: list[float]) -> None:
     total = sum(map(Fraction, parts))
-    counts = shares(parts)
+    counts = allocate_samples(parts)
     assert sum(counts) == BLOCK
     for weight, count in zip(parts, counts, strict=True):
         assert abs(Fraction(weight) / total * BLOCK - count) < 1 + Fraction(1, 10**9)
@@ -46,7 +48,7 @@ def test_shares_are_the_weights_rounded_by_less_than_one(parts: list[float]) -> 
 @given(weights, seeds, st.integers(0, 10**9))
 def test_every_block_holds_the_exact_shares(parts: list[float], seed: int, block: int) -> None:
     source, _ = blend_of(parts, seed).locate(np.arange(block * BLOCK, (block + 1) * BLOCK))
-    assert np.bincount(source, minlength=len(parts)).tolist() == shares(parts)
+    assert np.bincount(source, minlength=len(parts)).tolist() == allocate_samples(parts)
 
 
 @given(weights, seeds, st.integers(0, 10**6))
@@ -54,7 +56,7 @@ def test_each_store_is_read_sample_by_sample_without_gaps(
     parts: list[float], seed: int, block: int
 ) -> None:
     source, own = blend_of(parts, seed).locate(np.arange(block * BLOCK, (block + 2) * BLOCK))
-    for number, count in enumerate(shares(parts)):
+    for number, count in enumerate(allocate_samples(parts)):
         assert sorted(own[source == number]) == list(range(block * count, (block + 2) * count))
 
 
@@ -71,8 +73,8 @@ def test_stores_stand_mixed_within_a_block_and_differently_in_each() -> None:
 def test_text_is_that_of_the_sample_in_its_store(seed: int, first: int, count: int) -> None:
     """Stores are told apart by their tokens; what a batch is cut into does not matter."""
     stores = [
-        counted_text(lambda sample: 3 * sample % 2**20),
-        counted_text(lambda sample: 2**21 + sample % 2**20),
+        counting_windows(lambda sample: 3 * sample % 2**20),
+        counting_windows(lambda sample: 2**21 + sample % 2**20),
     ]
     blend = Blend(stores, [2, 1], seed)
     samples = np.arange(first, first + count)
@@ -89,7 +91,7 @@ def test_text_is_that_of_the_sample_in_its_store(seed: int, first: int, count: i
 
 def test_share_of_less_than_a_sample_is_refused() -> None:
     with pytest.raises(CorpusError, match=r"data\.blend\.1\.weight=1e-06 of 1 is less than one"):
-        shares([1.0, 1e-6])
+        allocate_samples([1.0, 1e-6])
 
 
 @given(
@@ -105,7 +107,9 @@ def test_joined_stores_read_as_one(sizes: list[int], start: int, length: int) ->
 
         documents = 1
 
-        def tokens(self, start: int, length: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+        def read_tokens(
+            self, start: int, length: int
+        ) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
             assert start >= 0
             assert start + length <= len(self)
             return self.numbers[start : start + length]
@@ -114,7 +118,7 @@ def test_joined_stores_read_as_one(sizes: list[int], start: int, length: int) ->
     joined = MergedStores([Numbers(*pair) for pair in zip(begins, sizes, strict=False)])
     total = sum(sizes)
     expected = [place % total for place in range(start, start + length)]
-    assert joined.tokens(start, length).tolist() == expected
+    assert joined.read_tokens(start, length).tolist() == expected
 
 
 def test_documents_of_joined_stores_follow_each_other(tmp_path: Path) -> None:
@@ -125,20 +129,20 @@ def test_documents_of_joined_stores_follow_each_other(tmp_path: Path) -> None:
                 writer.append(tokens)
                 writer.end_document()
     joined = MergedStores([TokenStore.open(tmp_path / name) for name in "ab"])
-    assert (len(joined), joined.documents) == (7, 4)
-    assert [joined.document(number).tolist() for number in range(4)] == documents
+    assert (len(joined), joined.num_documents) == (7, 4)
+    assert [joined.read_document(number).tolist() for number in range(4)] == documents
     assert joined.document_bounds.tolist() == [0, 2, 3, 6, 7]
     for number in (-1, 4):
         with pytest.raises(IndexError):
-            joined.document(number)
+            joined.read_document(number)
 
 
 @pytest.fixture
 def stores(tmp_path: Path) -> list[Path]:
     """Two stores of one tokenizer and other texts."""
     first, second = tmp_path / "first" / "store", tmp_path / "second" / "store"
-    tiny_store(first)
-    tiny_store(second, seed=1, tokenizer=first / "tokenizer.json")
+    make_tiny_store(first)
+    make_tiny_store(second, seed=1, tokenizer=first / "tokenizer.json")
     return [first, second]
 
 
@@ -150,18 +154,18 @@ def blend_recipe(storage: Path, stores: list[Path], *parts: float) -> Recipe:
 
 def test_blend_is_trained_on_in_its_shares(stores: list[Path], tmp_path: Path) -> None:
     recipe = blend_recipe(tmp_path, stores, 3, 1)
-    assert finished(recipe) is None
-    assert prepare(recipe) == finished(recipe)
+    assert load_finished(recipe) is None
+    assert prepare(recipe) == load_finished(recipe)
     dataset = open_dataset(recipe.storage_paths.store)
     objective = recipe.objective.model_copy(
         update={"mixture": tiny_recipe(tmp_path, objective={"mixture": "causal"}).objective.mixture}
     )
-    rows = Batches(recipe.model_copy(update={"objective": objective}), dataset)
+    rows = BatchBuilder(recipe.model_copy(update={"objective": objective}), dataset)
     own = [open_dataset(store).train[0].store for store in stores]
-    texts = [store.tokens(0, len(store) + 64).tobytes() for store in own]
+    texts = [store.read_tokens(0, len(store) + 64).tobytes() for store in own]
     found: Counter[int] = Counter()
     for step in range(20):
-        for row in rows.rows(step).tokens:
+        for row in rows.build(step).tokens:
             found.update(i for i, text in enumerate(texts) if row.tobytes() in text)
     assert 95 <= found[0] <= 145, "120 of 160 expected, standard deviation 5.5"
     assert found.total() == 160
@@ -173,7 +177,7 @@ def test_held_out_text_and_counts_are_those_of_all_stores(
     manifest = prepare(blend_recipe(tmp_path, stores, 1, 1))
     corpora = [open_dataset(store) for store in stores]
     dataset = open_dataset(tmp_path / "store")
-    assert manifest.train.tokens == sum(one.manifest.train.tokens for one in corpora)
+    assert manifest.train.num_tokens == sum(one.manifest.train.num_tokens for one in corpora)
     assert len(dataset.held_out) == sum(len(one.held_out) for one in corpora)
     assert dataset.vocabulary == corpora[0].vocabulary
 
@@ -192,19 +196,19 @@ def test_blend_of_a_store_that_was_made_anew_is_refused(stores: list[Path], tmp_
     tokenizer = tmp_path / "tokenizer.json"
     shutil.copy(stores[1] / "tokenizer.json", tokenizer)
     shutil.rmtree(stores[1])
-    tiny_store(stores[1], seed=2, tokenizer=tokenizer)
+    make_tiny_store(stores[1], seed=2, tokenizer=tokenizer)
     with pytest.raises(
         CorpusError, match=r"second/store: was made anew since .*/store was blended"
     ):
         open_dataset(recipe.storage_paths.store)
     with pytest.raises(CorpusError, match=r"was made anew"):
-        finished(recipe)
+        load_finished(recipe)
 
 
 def test_blend_of_a_store_that_is_not_complete_is_refused(
     stores: list[Path], tmp_path: Path
 ) -> None:
-    replace(Manifest.read(stores[1]), complete=False).write(stores[1])
+    replace(Manifest.read(stores[1]), is_complete=False).write(stores[1])
     with pytest.raises(
         CorpusError, match=r"second/store is not complete yet: run jobs/prepare\.py"
     ):
@@ -216,12 +220,12 @@ def test_blend_of_other_weights_is_refused_with_both(stores: list[Path], tmp_pat
     with pytest.raises(
         CorpusError, match=r"was made with data\.blend=.* x 1, the recipe says .* x 2"
     ):
-        finished(blend_recipe(tmp_path, stores, 1, 2))
+        load_finished(blend_recipe(tmp_path, stores, 1, 2))
 
 
 def test_stores_that_cannot_be_blended_are_named(stores: list[Path], tmp_path: Path) -> None:
     other = tmp_path / "other" / "store"
-    tiny_store(other, vocabulary_size=400)
+    make_tiny_store(other, vocabulary_size=400)
     prepare(blend_recipe(tmp_path / "blend", stores, 1, 1))
     for second, message in {
         other: r"other/store has another tokenizer than .*first/store: prepare it again with the first",

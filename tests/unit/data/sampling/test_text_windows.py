@@ -25,7 +25,7 @@ class Numbers:
     def __len__(self) -> int:
         return self.size
 
-    def tokens(self, start: int, length: int) -> npt.NDArray[np.int32]:
+    def read_tokens(self, start: int, length: int) -> npt.NDArray[np.int32]:
         places = [(start + place) % self.size % 2**31 for place in range(length)]
         return np.array(places, np.int32)
 
@@ -144,6 +144,14 @@ class Documents(Numbers):
     @property
     def document_bounds(self) -> npt.NDArray[np.int64]:
         return np.cumsum([0, *self.sizes])
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.sizes)
+
+    def read_document(self, number: int) -> npt.NDArray[np.int32]:
+        begin, end = self.document_bounds[number : number + 2].tolist()
+        return self.read_tokens(begin, end - begin)
 
 
 document_sizes = st.lists(st.integers(0, 90), min_size=1, max_size=30).filter(

@@ -16,7 +16,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 from ul2r.data.store.dataset import open_dataset
 from ul2r.data.store.token_store import TokenStore, TokenWriter
 from ul2r.errors import CorpusError
-from ul2r.testing.corpus import tiny_store
+from ul2r.testing.corpus import make_tiny_store
 
 DOCUMENTS = [[[5, 6, 7], [8]], [[200]], [[1, 2], [3, 4, 5], [6]]]
 """Documents of several sequences."""
@@ -48,10 +48,10 @@ def _flat(document: list[list[int]]) -> list[int]:
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64])
 def test_reads_what_megatron_wrote(tmp_path: Path, dtype: type[np.integer[Any]]) -> None:
     store = TokenStore.open(_written_by_megatron(tmp_path, dtype))
-    assert [store.document(n).tolist() for n in range(store.documents)] == [
+    assert [store.read_document(n).tolist() for n in range(store.num_documents)] == [
         _flat(document) for document in DOCUMENTS
     ]
-    assert store.document(0).dtype == np.int32
+    assert store.read_document(0).dtype == np.int32
     assert len(store) == 11
 
 
@@ -68,22 +68,22 @@ def test_megatron_reads_what_is_written_here(
 def test_tokens_go_on_at_the_beginning_after_the_end(tmp_path: Path) -> None:
     store = TokenStore.open(_written_here(tmp_path))
     everything = [token for document in DOCUMENTS for token in _flat(document)]
-    assert store.tokens(2, 5).tolist() == everything[2:7]
-    assert store.tokens(9, 25).tolist() == (everything * 4)[9:34]
-    assert store.tokens(11 * 7 + 3, 4).tolist() == everything[3:7]
+    assert store.read_tokens(2, 5).tolist() == everything[2:7]
+    assert store.read_tokens(9, 25).tolist() == (everything * 4)[9:34]
+    assert store.read_tokens(11 * 7 + 3, 4).tolist() == everything[3:7]
 
 
 def test_tokens_are_a_copy(tmp_path: Path) -> None:
     store = TokenStore.open(_written_here(tmp_path))
-    store.tokens(0, 3)[:] = 0
-    assert store.tokens(0, 3).tolist() == [5, 6, 7]
+    store.read_tokens(0, 3)[:] = 0
+    assert store.read_tokens(0, 3).tolist() == [5, 6, 7]
 
 
 def test_there_is_no_document_behind_the_last(tmp_path: Path) -> None:
     store = TokenStore.open(_written_here(tmp_path))
     for number in (-1, 3):
         with pytest.raises(IndexError, match="of 3"):
-            store.document(number)
+            store.read_document(number)
 
 
 def test_a_store_is_sent_as_its_path(tmp_path: Path) -> None:
@@ -147,11 +147,11 @@ def test_halves_of_a_pair_that_changed_names_are_refused(tmp_path: Path) -> None
 
 
 def test_data_of_another_store_is_refused(tmp_path: Path) -> None:
-    dataset = tiny_store(tmp_path / "store")
+    dataset = make_tiny_store(tmp_path / "store")
     held_out = (tmp_path / "store" / "held_out.bin").read_bytes()
     (tmp_path / "store" / "train.bin").write_bytes(held_out)
     message = (
-        rf"train\.bin: {len(held_out)} bytes, .* describes {2 * dataset.manifest.train.tokens}"
+        rf"train\.bin: {len(held_out)} bytes, .* describes {2 * dataset.manifest.train.num_tokens}"
     )
     with pytest.raises(CorpusError, match=message):
         open_dataset(tmp_path / "store")
@@ -167,14 +167,14 @@ def test_a_document_that_the_index_puts_past_the_end_is_refused(tmp_path: Path, 
     store = TokenStore.open(tmp_path / "own")
     for number in (0, 1):
         with pytest.raises(CorpusError, match=rf"own\.idx: document {number} has tokens .* of 11"):
-            store.document(number)
+            store.read_document(number)
 
 
 def test_a_run_refuses_a_store_made_anew(tmp_path: Path) -> None:
-    first = tiny_store(tmp_path / "store").manifest.fingerprint
+    first = make_tiny_store(tmp_path / "store").manifest.fingerprint
     assert open_dataset(tmp_path / "store", first).manifest.fingerprint == first
     shutil.rmtree(tmp_path / "store")
-    second = tiny_store(tmp_path / "store", seed=1).manifest.fingerprint
+    second = make_tiny_store(tmp_path / "store", seed=1).manifest.fingerprint
     message = f"made anew .*fingerprint {first[:8]} then, {second[:8]} now"
     with pytest.raises(CorpusError, match=message):
         open_dataset(tmp_path / "store", first)
@@ -188,21 +188,21 @@ def test_a_store_without_tokens_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_corpus_opens_with_its_counts_and_vocabulary(tmp_path: Path) -> None:
-    made = tiny_store(tmp_path / "store")
+    made = make_tiny_store(tmp_path / "store")
     dataset = open_dataset(tmp_path / "store")
     assert dataset.manifest == made.manifest
-    assert (len(dataset.train[0].store), dataset.train[0].store.documents) == (
-        dataset.manifest.train.tokens,
-        dataset.manifest.train.documents,
+    assert (len(dataset.train[0].store), dataset.train[0].store.num_documents) == (
+        dataset.manifest.train.num_tokens,
+        dataset.manifest.train.num_documents,
     )
     assert dataset.vocabulary.size == 512
     assert len(dataset.vocabulary.sentinels) == 64
 
 
 def test_fingerprints_tell_stores_apart(tmp_path: Path) -> None:
-    first = tiny_store(tmp_path / "first").manifest
-    again = tiny_store(tmp_path / "again").manifest
-    other = tiny_store(tmp_path / "other", seed=1).manifest
+    first = make_tiny_store(tmp_path / "first").manifest
+    again = make_tiny_store(tmp_path / "again").manifest
+    other = make_tiny_store(tmp_path / "other", seed=1).manifest
     assert first.fingerprint == again.fingerprint != other.fingerprint
 
 
@@ -218,15 +218,15 @@ def test_a_folder_that_is_no_corpus_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["train.bin", "held_out.idx", "tokenizer.json"])
 def test_an_incomplete_corpus_is_refused(tmp_path: Path, name: str) -> None:
-    tiny_store(tmp_path)
+    make_tiny_store(tmp_path)
     (tmp_path / name).unlink()
     with pytest.raises(CorpusError, match=f"{name}: .*missing"):
         open_dataset(tmp_path)
 
 
 def test_another_tokenizer_in_a_corpus_is_refused(tmp_path: Path) -> None:
-    tiny_store(tmp_path / "a")
-    tiny_store(tmp_path / "b", seed=1)
+    make_tiny_store(tmp_path / "a")
+    make_tiny_store(tmp_path / "b", seed=1)
     shutil.copy(tmp_path / "b" / "tokenizer.json", tmp_path / "a")
     with pytest.raises(CorpusError, match=r"tokenizer\.json: is missing or not the one"):
         open_dataset(tmp_path / "a")

@@ -11,7 +11,7 @@ import pytest
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.errors import CheckpointError
 from ul2r.launch.preflight import check_checkpoints
-from ul2r.testing.corpus import tiny_store
+from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.train.checkpoint.checksums import write_digests
 from ul2r.train.checkpoint.metadata import CheckpointInfo
@@ -68,7 +68,7 @@ FORMAT_1_CHANGES: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
-    return tiny_store(tmp_path_factory.mktemp("store"), documents=12)
+    return make_tiny_store(tmp_path_factory.mktemp("store"), num_documents=12)
 
 
 def make_info(dataset: TokenDataset, folder: Path, step: int = 3) -> CheckpointInfo:
@@ -112,7 +112,7 @@ def test_another_model_is_refused(
 
 
 def test_another_tokenizer_is_refused(dataset: TokenDataset, tmp_path: Path) -> None:
-    other = tiny_store(tmp_path / "other", documents=12, vocabulary_size=400)
+    other = make_tiny_store(tmp_path / "other", num_documents=12, vocabulary_size=400)
     with pytest.raises(
         CheckpointError, match=r"tokenizer: \w{64} in the checkpoint, \w{64} in the"
     ):
@@ -149,7 +149,7 @@ def test_another_seed_or_data_set_is_accepted_if_the_recipe_says_so(
 ) -> None:
     info = make_info(dataset, tmp_path)
     write_checkpoint(info, tmp_path / "runs" / "tiny" / "checkpoints")
-    other = tiny_store(tmp_path / "other", documents=12, seed=1, tokenizer=dataset.tokenizer_file)
+    other = make_tiny_store(tmp_path / "other", num_documents=12, seed=1, tokenizer=dataset.tokenizer_file)
     changes = ["seed", "data"]
     for accepted in ([], changes[:1], changes[1:]):
         recipe = tiny_recipe(tmp_path, seed=2, checkpoints={"accept_changes": accepted})
@@ -167,7 +167,7 @@ def test_another_tokenizer_is_accepted_if_the_recipe_says_so_but_another_model_n
     dataset: TokenDataset, tmp_path: Path
 ) -> None:
     info = make_info(dataset, tmp_path)
-    other = tiny_store(tmp_path / "other", documents=12, seed=1)
+    other = make_tiny_store(tmp_path / "other", num_documents=12, seed=1)
     accepting = {"accept_changes": ["tokenizer", "data"]}
     info.check_same_run(tiny_recipe(tmp_path, checkpoints=accepting), other)
     with pytest.raises(

@@ -8,7 +8,7 @@ import pytest
 from ul2r.config import MIXTURE_PRESETS, Denoiser, Fim, Objective
 from ul2r.objective import Vocabulary
 from ul2r.objective.batch import build_batch
-from ul2r.testing.corpus import counted_text
+from ul2r.testing.corpus import counting_windows
 from ul2r.train.monitor.throughput import SourceTokens, ThroughputMonitor
 
 
@@ -94,7 +94,7 @@ def test_source_tokens_are_the_raw_tokens_that_examples_are_made_of(
         objective=objective,
         vocabulary=vocabulary,
         seed=1,
-        text_windows=counted_text(lambda _: 1000),
+        text_windows=counting_windows(lambda _: 1000),
     )
     raw = 0
     for row in range(8):

@@ -14,10 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ul2r.data.sampling.blend import Blend
+from ul2r.data.sampling.streaming_windows import StreamingWindows
 from ul2r.data.sampling.text_windows import DocumentWindows, TextWindows
-from ul2r.data.store import segments as chapters_module
-from ul2r.data.store.manifest import Manifest, Segment, Split
-from ul2r.data.store.segments import SegmentedStore, StreamingWindows, chapter_prefix
+from ul2r.data.store import segments as segments_module
+from ul2r.data.store.manifest import Manifest, Segment, SplitCounts
+from ul2r.data.store.segments import SegmentedStore, segment_prefix
 from ul2r.data.store.token_store import TokenWriter
 from ul2r.errors import CorpusError
 from ul2r.filesystem import file_lock
@@ -32,7 +33,7 @@ def write(folder: Path, sizes: list[int], *, complete: bool) -> Manifest:
     folder.mkdir(parents=True, exist_ok=True)
     first = 0
     for number, size in enumerate(sizes):
-        with TokenWriter(chapter_prefix(folder, number), 2**20) as writer:
+        with TokenWriter(segment_prefix(folder, number), 2**20) as writer:
             if size:
                 writer.append(np.arange(first, first + size))
                 writer.end_document()
@@ -40,11 +41,11 @@ def write(folder: Path, sizes: list[int], *, complete: bool) -> Manifest:
     manifest = Manifest(
         inputs=INPUTS,
         vocabulary=Vocabulary(2**20, 0, {"S2S": (1,), "NLU": (2,), "NLG": (3,)}, (4, 5)),
-        train=Split(len(sizes), first, first),
-        held_out=Split(1, 1, 1),
+        train=SplitCounts(len(sizes), first, first),
+        held_out=SplitCounts(1, 1, 1),
         files={"tokenizer.json": "digest"},
-        chapters=tuple(Segment(1, size) for size in sizes),
-        complete=complete,
+        segments=tuple(Segment(1, size) for size in sizes),
+        is_complete=complete,
     )
     manifest.write(folder)
     return manifest
@@ -99,7 +100,7 @@ def test_sample_is_the_same_whatever_was_made_when_it_was_read(
     manifest = write(folder, sizes, complete=True)
     complete = opened(folder)
     made = data.draw(st.integers(1, len(sizes)))
-    replace(manifest, chapters=manifest.chapters[:made], complete=False).write(folder)
+    replace(manifest, segments=manifest.segments[:made], is_complete=False).write(folder)
     readable = sum(size // LENGTH for size in sizes[:made])
     samples = data.draw(st.lists(st.integers(-1, readable - 1), min_size=1, max_size=8))
     growing = opened(folder)
@@ -146,7 +147,7 @@ def test_a_blend_takes_a_complete_streamed_store(tmp_path: Path) -> None:
 
 def test_the_next_chapter_is_waited_for(tmp_path: Path) -> None:
     manifest = write(tmp_path, [20, 30], complete=True)
-    replace(manifest, chapters=manifest.chapters[:1], complete=False).write(tmp_path)
+    replace(manifest, segments=manifest.segments[:1], is_complete=False).write(tmp_path)
     windows, found = opened(tmp_path), []
     with file_lock(tmp_path):
         reader = threading.Thread(target=lambda: found.append(read(windows, [2, 3, 4])))
@@ -166,7 +167,7 @@ def unfinished(folder: Path) -> StreamingWindows:
 def test_who_waits_hears_why_the_rest_cannot_be_made(tmp_path: Path) -> None:
     windows = unfinished(tmp_path)
     manifest = Manifest.read(tmp_path)
-    replace(manifest, mistake="b.txt: line 3: not UTF-8 text").write(tmp_path)
+    replace(manifest, error="b.txt: line 3: not UTF-8 text").write(tmp_path)
     with pytest.raises(CorpusError, match=r"b\.txt: line 3"):
         read(windows, [2])
     assert read(windows, [1]).min() >= 0, "what is there can be read"
@@ -175,7 +176,7 @@ def test_who_waits_hears_why_the_rest_cannot_be_made(tmp_path: Path) -> None:
 def test_text_that_nobody_makes_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chapters_module, "NOBODY_S", 0.0)
+    monkeypatch.setattr(segments_module, "BUILDER_TIMEOUT_S", 0.0)
     windows = unfinished(tmp_path)
     with pytest.raises(CorpusError, match=r"holds 1 chapters, .* run jobs/prepare\.py RECIPE"):
         read(windows, [2])
