@@ -14,12 +14,12 @@ from rich.console import Console
 
 from ul2r.config import Recipe
 from ul2r.workflows.cli import run_job
-from ul2r.workflows.evaluate import as_table, evaluate_run
+from ul2r.workflows.evaluate import evaluate_run, make_score_table
 
 
 def main(recipe: Recipe) -> None:
     """Measure and record the run, then print its scores."""
-    Console().print(as_table(recipe, evaluate_run(recipe)))
+    Console().print(make_score_table(recipe, evaluate_run(recipe)))
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def run_job(
     parser.set_defaults(action=action)
     arguments = parser.parse_args()
 
-    # SIGTERM ends a job as Ctrl-C does; training handles both itself once its workers run.
+    # SIGTERM ends a job as Ctrl-C does; while it trains, training has a handler of its own, which saves a checkpoint.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     configure_console(int(os.environ.get("RANK", "0")))  # torchrun sets RANK
 
@@ -71,11 +71,13 @@ def run_and_report(work: Callable[[], None]) -> int:
 
     Returns:
         0 if it succeeded; 2 after a `UserError`, whose message is printed to stderr as one line; 130 if Ctrl-C or
-        SIGTERM stopped it (training saves a checkpoint first). Any other exception is a bug and passes through.
+        SIGTERM stopped it (on SIGTERM, training saves a checkpoint first). Any other exception is a bug and passes
+        through.
     """
     try:
         work()
     except UserError as error:
+        # A message may quote another library's, which may have several lines.
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return USER_ERROR_EXIT
     except KeyboardInterrupt:

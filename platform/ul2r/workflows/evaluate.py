@@ -77,7 +77,7 @@ def log_scores(uri: str, recipe: Recipe, dataset: TokenDataset, scores: Scores) 
     log_summary(uri, run_id, {**means, **errors}, step=step)
 
 
-def as_table(recipe: Recipe, scores: Scores) -> Table:
+def make_score_table(recipe: Recipe, scores: Scores) -> Table:
     """Return a run's scores as a table for a terminal."""
     table = Table("held out", title=recipe.name)
     for heading in ("mean", "± standard error", "rows"):
@@ -93,12 +93,13 @@ def as_table(recipe: Recipe, scores: Scores) -> Table:
 
 def _measure_all(recipes: Sequence[Recipe]) -> None:
     """Run a task for each recipe and show how many metrics are done."""
-    tasks = {
-        ray.remote(num_cpus=1, num_gpus=recipe.launch.gpus_per_worker, num_returns="streaming")(
-            _measure
-        ).remote(recipe)
-        for recipe in recipes
-    }
+    tasks = set()
+    for recipe in recipes:
+        gpus = recipe.launch.gpus_per_worker
+        # "streaming" makes the task a generator, whose notes arrive one by one while it runs.
+        task = ray.remote(num_cpus=1, num_gpus=gpus, num_returns="streaming")(_measure)
+        tasks.add(task.remote(recipe))
+
     total = sum(len(list_metrics(recipe.evaluation)) for recipe in recipes)
     num_done = 0
 
