@@ -1,21 +1,21 @@
-"""What it takes to save and load a checkpoint, beside a plain write and read of the same bytes.
+"""Time to save and load a checkpoint, compared with a plain write and read of the same bytes.
 
     python benchmarks/checkpoint.py [FOLDER]
 
-Weights and optimizer state of a model of 26 million parameters, in one process, on the disk of FOLDER (a temporary
-one without). What is written is synced to the disk on both sides, what is read was dropped from memory before on
-both sides. One JSON line:
+Weights and optimizer state of a model of 26 million parameters, in one process, on the disk of FOLDER (default: a
+temporary folder). Both writes are synced to the disk, and both reads come from the disk: the page cache is dropped
+before. Prints one JSON line:
 
-    save_ratio                 share of the rate of the plain write, from the loop's call to the switched pointer
-    load_ratio                 share of the rate of the plain read, all digests checked
-    stall_seconds              how long an asynchronous save keeps the loop from going on
-    synchronous_seconds        how long one does that it waits for
-    slowdown_seconds           by how much longer the steps take, in all, that are taken while files are written
-    step_seconds               one step
+    save_ratio                 throughput of a save, from the call to the switched pointer, by that of the plain write
+    load_ratio                 throughput of a load, all digests verified, by that of the plain read
+    stall_seconds              time that an asynchronous save keeps the loop waiting
+    synchronous_seconds        time of a synchronous save
+    slowdown_seconds           additional time, in all, of the steps that are taken while files are written
+    step_seconds               time of one step
     bytes                      size of the checkpoint
     save_bytes_per_second, plain_write_bytes_per_second, load_bytes_per_second, plain_read_bytes_per_second
 
-All of them take turns in one process; each figure is the median of its turns.
+All are measured in turns in one process; each figure is the median of its turns.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.recipes import tiny_recipe
 
-TURNS = 5
+NUM_TURNS = 5
 CHUNK_BYTES = 2**24
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Wall time of one turn."""
-    began = time.perf_counter()
+def time_call(work: Callable[[], object]) -> float:
+    """Return the wall time of a call in seconds."""
+    start_s = time.perf_counter()
     work()
-    return time.perf_counter() - began
+    return time.perf_counter() - start_s
 
 
 def write_plainly(folder: Path, contents: list[bytes]) -> None:
-    """Write files to the disk itself, all at once."""
+    """Write files in parallel and sync them to the disk."""
 
     def write(number: int, content: bytes) -> None:
         with (folder / f"plain_{number}").open("wb") as file:
@@ -63,7 +63,7 @@ def write_plainly(folder: Path, contents: list[bytes]) -> None:
 
 
 def read_plainly(files: list[Path]) -> None:
-    """Read files, all at once."""
+    """Read files in parallel."""
 
     def read(path: Path) -> None:
         with path.open("rb", buffering=0) as file:
@@ -74,15 +74,15 @@ def read_plainly(files: list[Path]) -> None:
         list(pool.map(read, files))
 
 
-def drop(files: list[Path]) -> None:
-    """Forget what memory holds of files."""
+def drop_from_cache(files: list[Path]) -> None:
+    """Drop files from the page cache, so that the next read comes from the disk."""
     for path in files:
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class SavedRun:
-    """A run of one process that takes the same step again and again, and saves."""
+    """A run of one process that repeats the same step, and saves."""
 
     def __init__(self, recipe: Recipe) -> None:
         from ul2r.train.checkpoint.checkpointer import Checkpointer
@@ -90,10 +90,11 @@ class SavedRun:
         from ul2r.train.mesh import Mesh
         from ul2r.train.step import TrainStep
 
-        self.recipe, self.dataset = recipe, open_dataset(recipe.storage_paths.store)
+        self.recipe = recipe
+        self.dataset = open_dataset(recipe.storage_paths.store)
         mesh = Mesh.join(recipe.parallel)
         self.train_step = TrainStep(recipe, mesh, self.dataset.vocabulary.size)
-        self.rows = BatchBuilder(recipe, self.dataset).build(0, 0, 1)
+        self.batch = BatchBuilder(recipe, self.dataset).build(0, 0, 1)
         self.folder = recipe.paths.checkpoints
         self.store = CheckpointStore.from_recipe(
             recipe, writer_token=acquire_writer_token(self.folder)
@@ -108,81 +109,85 @@ class SavedRun:
         )
 
     def step(self) -> None:
-        """Train."""
-        self.train_step.train(0, self.rows)
+        """Take one step."""
+        self.train_step.train(0, self.batch)
 
     def save(self) -> None:
-        """Begin to save."""
+        """Start a save."""
         from ul2r.train.checkpoint.metadata import CheckpointInfo
 
         info = CheckpointInfo.from_recipe(self.recipe, self.dataset, step=len(self.logged) + 1)
         self.checkpointer.save(self.train_step, info)
 
     def save_and_wait(self) -> None:
-        """Save."""
+        """Save and wait for the end."""
         self.save()
         self.checkpointer.wait()
 
     def load(self) -> None:
-        """Find the last checkpoint that is sound, and load it."""
+        """Find the latest valid checkpoint and load it."""
         from ul2r.train.checkpoint.sharded_state import load_checkpoint
 
         path = self.checkpointer.latest_valid(self.store)
         assert path is not None
         load_checkpoint(path, self.train_step, optimizer=True)
 
-    def files(self) -> list[Path]:
-        """Those of the last checkpoint."""
+    def list_files(self) -> list[Path]:
+        """Return the files of the last checkpoint."""
         return [path for path in self.store.list_checkpoints()[0].iterdir() if path.is_file()]
 
-    def slowdown(self, step_s: float) -> float:
-        """Save while steps are taken: by how much longer those take together than `step_s` each."""
-        before, slower = len(self.logged), 0.0
+    def measure_slowdown(self, step_s: float) -> float:
+        """Take steps during a save; return the seconds that they take in addition to `step_s` each."""
+        num_saves = len(self.logged)
+        slowdown_s = 0.0
         self.save()
-        while len(self.logged) == before:
-            slower += seconds(self.step) - step_s
+        while len(self.logged) == num_saves:
+            slowdown_s += time_call(self.step) - step_s
             self.checkpointer.poll()
-        return slower
+        return slowdown_s
 
 
 def measure(recipe: Recipe) -> dict[str, float]:
-    """The figures of the line that is printed, in a process of the run."""
+    """Return the figures of the printed line; runs in the process of the run."""
     run = SavedRun(recipe)
+    # A warm-up step, and a save whose files the first plain write copies.
     run.step()
     run.save_and_wait()
+
     turns = []
-    for _ in range(TURNS):
-        contents = [path.read_bytes() for path in run.files()]
+    for _ in range(NUM_TURNS):
+        contents = [path.read_bytes() for path in run.list_files()]
         turn = {
-            "write": seconds(partial(write_plainly, run.folder, contents)),
-            "save": seconds(run.save_and_wait),
+            "write": time_call(partial(write_plainly, run.folder, contents)),
+            "save": time_call(run.save_and_wait),
         }
-        drop(run.files())
-        turn["read"] = seconds(partial(read_plainly, run.files()))
-        drop(run.files())
-        turn["load"] = seconds(run.load)
-        turn["step"] = seconds(run.step)
-        turn["slowdown"] = run.slowdown(turn["step"])
+        drop_from_cache(run.list_files())
+        turn["read"] = time_call(partial(read_plainly, run.list_files()))
+        drop_from_cache(run.list_files())
+        turn["load"] = time_call(run.load)
+        turn["step"] = time_call(run.step)
+        turn["slowdown"] = run.measure_slowdown(turn["step"])
         turns.append(turn | {"stall": run.logged[-1]["checkpoint/stall_seconds"]})
-    found = {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
+
+    medians = {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
     size = run.logged[-1]["checkpoint/bytes"]
     return {
-        "save_ratio": round(found["write"] / found["save"], 3),
-        "load_ratio": round(found["read"] / found["load"], 3),
-        "stall_seconds": round(found["stall"], 3),
-        "synchronous_seconds": round(found["save"], 3),
-        "slowdown_seconds": round(found["slowdown"], 3),
-        "step_seconds": round(found["step"], 3),
+        "save_ratio": round(medians["write"] / medians["save"], 3),
+        "load_ratio": round(medians["read"] / medians["load"], 3),
+        "stall_seconds": round(medians["stall"], 3),
+        "synchronous_seconds": round(medians["save"], 3),
+        "slowdown_seconds": round(medians["slowdown"], 3),
+        "step_seconds": round(medians["step"], 3),
         "bytes": size,
-        "save_bytes_per_second": round(size / found["save"]),
-        "plain_write_bytes_per_second": round(size / found["write"]),
-        "load_bytes_per_second": round(size / found["load"]),
-        "plain_read_bytes_per_second": round(size / found["read"]),
+        "save_bytes_per_second": round(size / medians["save"]),
+        "plain_write_bytes_per_second": round(size / medians["write"]),
+        "load_bytes_per_second": round(size / medians["load"]),
+        "plain_read_bytes_per_second": round(size / medians["read"]),
     }
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the figures."""
     with tempfile.TemporaryDirectory(dir=sys.argv[1] if sys.argv[1:] else None) as folder:
         make_tiny_store(Path(folder) / "store")
         recipe = tiny_recipe(
@@ -196,8 +201,8 @@ def main() -> None:
             },
             training={"steps": 1000},
         )
-        (found,) = run_distributed(measure, 1, recipe)
-    print(json.dumps({"benchmark": "checkpoint", **found}))
+        (figures,) = run_distributed(measure, 1, recipe)
+    print(json.dumps({"benchmark": "checkpoint", **figures}))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Cluster files obey the rules that KubeRay, Ray Serve and this project's own recipes would enforce.
+"""Cluster files follow the rules that KubeRay, Ray Serve and the recipes would enforce.
 
-KubeRay's rules are those of its v1.7 operator (validation.go and the fields of rayjob_types.go), which no API
-server checks here: names of at most 47 characters, string values in rayStartParams, and so on.
+There is no API server here, so the rules of KubeRay's v1.7 operator (validation.go and the fields of
+rayjob_types.go) are repeated: names of at most 47 characters, string values in rayStartParams, and so on.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ WORKER_KEYS = {
 }
 
 
-def _resource(path: Path) -> dict[str, Any]:
+def _load_resource(path: Path) -> dict[str, Any]:
     tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert isinstance(tree, dict)
     return tree
@@ -65,16 +65,16 @@ def _groups(cluster: dict[str, Any]) -> list[dict[str, Any]]:
 
 @pytest.fixture(params=RESOURCES, ids=lambda path: path.name)
 def resource(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return _resource(request.param)
+    return _load_resource(request.param)
 
 
 @pytest.fixture(scope="module")
 def job() -> dict[str, Any]:
-    return _resource(CLUSTERS / "kuberay-rayjob.yaml")
+    return _load_resource(CLUSTERS / "kuberay-rayjob.yaml")
 
 
-def test_both_kinds_are_there() -> None:
-    assert {_resource(path)["kind"] for path in RESOURCES} == set(SPEC_KEYS)
+def test_there_is_a_file_of_each_kind() -> None:
+    assert {_load_resource(path)["kind"] for path in RESOURCES} == set(SPEC_KEYS)
 
 
 def test_resource_has_only_keys_that_the_operator_knows(resource: dict[str, Any]) -> None:
@@ -86,7 +86,7 @@ def test_resource_has_only_keys_that_the_operator_knows(resource: dict[str, Any]
         assert set(group) <= WORKER_KEYS
 
 
-def test_name_is_short_enough_for_the_names_made_from_it(resource: dict[str, Any]) -> None:
+def test_name_is_short_enough_for_the_names_derived_from_it(resource: dict[str, Any]) -> None:
     assert re.fullmatch(r"[a-z]([-a-z0-9]{0,45}[a-z0-9])?", resource["metadata"]["name"])
 
 
@@ -104,7 +104,7 @@ def test_ray_start_parameters_are_strings(resource: dict[str, Any]) -> None:
         assert all(isinstance(value, str) for value in group["rayStartParams"].values())
 
 
-def test_worker_groups_have_possible_sizes_and_different_names(resource: dict[str, Any]) -> None:
+def test_worker_groups_have_consistent_sizes_and_distinct_names(resource: dict[str, Any]) -> None:
     groups = _cluster(resource)["workerGroupSpecs"]
     assert all(
         group["minReplicas"] <= group["replicas"] <= group["maxReplicas"] for group in groups
@@ -113,7 +113,7 @@ def test_worker_groups_have_possible_sizes_and_different_names(resource: dict[st
 
 
 def test_pods_are_complete(resource: dict[str, Any]) -> None:
-    """A container at least; every mount's volume; limits equal to requests, as extended resources need."""
+    """Each has a container and the volume of every mount; limits equal requests, as extended resources require."""
     for group in _groups(_cluster(resource)):
         pod = group["template"]["spec"]
         volumes = {volume["name"] for volume in pod["volumes"]}
@@ -128,25 +128,25 @@ def test_every_pod_runs_the_same_image(resource: dict[str, Any]) -> None:
     assert len({container["image"] for pod in pods for container in pod["containers"]}) == 1
 
 
-def test_gpus_of_ray_and_of_kubernetes_agree(resource: dict[str, Any]) -> None:
+def test_ray_and_kubernetes_count_the_same_gpus(resource: dict[str, Any]) -> None:
     for group in _groups(_cluster(resource)):
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
         assert group["rayStartParams"].get("num-gpus") == limits.get("nvidia.com/gpu", "0")
 
 
-def test_job_that_is_suspended_or_expires_shuts_its_cluster_down(job: dict[str, Any]) -> None:
+def test_job_that_is_suspended_or_expires_shuts_down_its_cluster(job: dict[str, Any]) -> None:
     spec = job["spec"]
     if spec.get("suspend") or spec.get("ttlSecondsAfterFinished"):
         assert spec["shutdownAfterJobFinishes"] is True
 
 
-def test_job_is_not_retried_beside_itself(job: dict[str, Any]) -> None:
+def test_job_is_not_retried_while_the_first_attempt_may_run(job: dict[str, Any]) -> None:
     assert job["spec"]["backoffLimit"] == 0
 
 
 def test_job_starts_all_its_workers_at_once(job: dict[str, Any]) -> None:
-    """A training run has a fixed size, and every GPU of its machines has a worker."""
-    recipe = _recipe(job["spec"]["entrypoint"])
+    """A training run has a fixed size, with one worker per GPU."""
+    recipe = _load_recipe(job["spec"]["entrypoint"])
     groups = _cluster(job)["workerGroupSpecs"]
     gpus = sum(group["replicas"] * int(group["rayStartParams"]["num-gpus"]) for group in groups)
     assert all(group["minReplicas"] == group["maxReplicas"] for group in groups)
@@ -154,7 +154,7 @@ def test_job_starts_all_its_workers_at_once(job: dict[str, Any]) -> None:
     assert recipe.parallel.num_workers == gpus
 
 
-def test_machines_that_talk_over_infiniband_may_lock_memory_and_share_it(
+def test_pods_with_infiniband_may_lock_memory_and_have_shared_memory(
     job: dict[str, Any],
 ) -> None:
     pod = _cluster(job)["workerGroupSpecs"][0]["template"]["spec"]
@@ -169,15 +169,15 @@ def test_machines_that_talk_over_infiniband_may_lock_memory_and_share_it(
 
 
 def test_served_application_has_only_keys_that_serve_knows() -> None:
-    """Ray Serve itself ignores a misspelt key without a word."""
-    service = _resource(CLUSTERS / "kuberay-rayservice.yaml")
+    """Ray Serve itself silently ignores a misspelled key."""
+    service = _load_resource(CLUSTERS / "kuberay-rayservice.yaml")
     tree = yaml.safe_load(service["spec"]["serveConfigV2"])
     known = ServeDeploySchema.model_validate(tree).model_dump(exclude_unset=True)
     assert known == tree
 
 
-def test_served_application_gets_arguments_that_it_takes() -> None:
-    service = _resource(CLUSTERS / "kuberay-rayservice.yaml")
+def test_served_application_accepts_its_arguments() -> None:
+    service = _load_resource(CLUSTERS / "kuberay-rayservice.yaml")
     (application,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
     arguments = ServingConfig.model_validate(application["args"])
     module, _, function = application["import_path"].partition(":")
@@ -187,14 +187,14 @@ def test_served_application_gets_arguments_that_it_takes() -> None:
     assert group["rayStartParams"]["num-gpus"] == str(arguments.gpus)
 
 
-def test_slurm_script_is_bash_and_its_example_is_a_recipe() -> None:
+def test_slurm_script_is_valid_bash_and_its_example_loads() -> None:
     script = CLUSTERS / "slurm.sbatch"
     subprocess.run(["bash", "-n", str(script)], check=True)
     example = re.search(
         r"sbatch clusters/slurm\.sbatch((?:[^\n]*\\\n#)*[^\n]*)", script.read_text()
     )
     assert example is not None
-    recipe = _recipe("jobs/train.py " + example[1].replace("\\\n#", " "))
+    recipe = _load_recipe("jobs/train.py " + example[1].replace("\\\n#", " "))
     directives = dict(re.findall(r"#SBATCH --([\w-]+)=(\d+)", script.read_text()))
     assert recipe.parallel.num_workers == int(directives["nodes"]) * int(
         directives["gpus-per-node"]
@@ -202,13 +202,13 @@ def test_slurm_script_is_bash_and_its_example_is_a_recipe() -> None:
 
 
 @pytest.mark.parametrize("name", ["Dockerfile", "kuberay-rayjob.yaml", "kuberay-rayservice.yaml"])
-def test_file_says_first_what_was_not_run(name: str) -> None:
+def test_file_begins_by_saying_that_it_was_never_run(name: str) -> None:
     top = (CLUSTERS / name).read_text(encoding="utf-8").splitlines()[:3]
     assert re.search(r"Never (applied|built)", " ".join(top))
 
 
-def _recipe(command: str) -> Recipe:
-    """The recipe of `... jobs/train.py RECIPE --set KEY=VALUE ...`, read with its overrides."""
+def _load_recipe(command: str) -> Recipe:
+    """Load the recipe of `... jobs/train.py RECIPE --set KEY=VALUE ...` with its overrides."""
     words = shlex.split(command)
     recipe, *rest = words[words.index("jobs/train.py") + 1 :]
     assert rest[0::2] == ["--set"] * len(rest[1::2])
