@@ -35,7 +35,7 @@ from ul2r.config import Recipe
 from ul2r.data.sampling.batches import BatchBuilder
 from ul2r.data.store.dataset import open_dataset
 from ul2r.testing.corpus import make_tiny_store
-from ul2r.testing.distributed import run_distributed
+from ul2r.testing.distributed import run_distributed, take_step
 from ul2r.testing.recipes import tiny_recipe
 
 NUM_TURNS = 5
@@ -110,7 +110,7 @@ class SavedRun:
 
     def step(self) -> None:
         """Take one step."""
-        self.train_step.train(0, self.batch)
+        take_step(self.train_step, 0, self.batch)
 
     def save(self) -> None:
         """Start a save."""

@@ -40,6 +40,7 @@ from ul2r.model.flops import training_flops
 from ul2r.model.sizing import check_memory
 from ul2r.objective import Batch, Vocabulary, build_batch
 from ul2r.testing.corpus import SyntheticWindows
+from ul2r.testing.distributed import take_step
 from ul2r.train.mesh import Mesh
 from ul2r.train.step import TrainStep
 
@@ -134,7 +135,7 @@ def trained(recipe: Recipe, mesh: Mesh, peak: float) -> dict[str, float]:
     for step in range(WARM_UP + STEPS):
         rows = rows_of(recipe, step)
         began = time.perf_counter()
-        losses = train_step.train(step, rows).losses  # known to the host: the device is done
+        losses = take_step(train_step, step, rows).losses  # known to the host: the device is done
         seconds.append(time.perf_counter() - began)
         flops.append(
             training_flops(

@@ -47,6 +47,7 @@ from ul2r.testing.plain_model import PlainModel
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.tracking.mlflow import MlflowTracker, read_metric_history
 from ul2r.tracking.server import run_mlflow_server
+from ul2r.train.callbacks import Callback
 from ul2r.train.mesh import Mesh
 from ul2r.train.state import TrainState
 from ul2r.train.step import TrainStep
@@ -144,7 +145,7 @@ def padded_rows(recipe: Recipe, dataset: TokenDataset, step: int) -> Batch:
     )
 
 
-class Turns:
+class Turns(Callback):
     """What happens after each step of the platform: the two bare loops take theirs, off the platform's clock."""
 
     def __init__(
@@ -161,10 +162,10 @@ class Turns:
             self.loops.append(BareLoop(recipe, model))
         self.began = time.perf_counter()
 
-    def __call__(self, reached: TrainState, metrics: Mapping[str, float]) -> None:
+    def on_progress(self, state: TrainState, metrics: Mapping[str, float]) -> None:
         """Let the bare loops follow the platform's step."""
         self.seconds.append(time.perf_counter() - self.began)
-        step, rate = reached.step - 1, metrics["train/learning_rate"]
+        step, rate = state.step - 1, metrics["train/learning_rate"]
         bare, simple = self.loops
         loss = bare.step(self.rows[step], rate)
         np.testing.assert_allclose(metrics["train/loss"], loss, rtol=1e-4)
@@ -218,7 +219,12 @@ def measure(folder: Path) -> dict[str, float]:
         with track_run(recipe, dataset, uri) as run_id:
             tracker = MlflowTracker(uri, run_id, recipe.paths.folder)
             turns = Turns(recipe, dataset, initial_weights(recipe, dataset.vocabulary.size))
-            run_worker(recipe, tracker, turns, lambda _, batches: read_from_ray(recipe, batches))
+            run_worker(
+                recipe,
+                tracker,
+                lambda _, numbers: read_from_ray(recipe, numbers),
+                callbacks=[turns],
+            )
             tracker.close()
         waits = [share for _, share in read_metric_history(uri, run_id, "train/data_wait_fraction")]
         dist.destroy_process_group()

@@ -1,6 +1,7 @@
 """Errors, named for who must act.
 
 Ul2rError
+├── RunInterrupted         nobody: a run was asked to stop and has saved; ends a job with exit code 130
 └── UserError              the person who typed the command; ends a job with one line and exit code 2
     ├── RecipeError        a recipe's key, type or value
     ├── CorpusError        the text given to `prepare`, or a token store
@@ -18,6 +19,10 @@ from __future__ import annotations
 
 class Ul2rError(Exception):
     """Base of every error that this library raises on purpose."""
+
+
+class RunInterrupted(Ul2rError):  # noqa: N818  no error: the run did as it was asked
+    """A run that was asked to stop before its last step; its state is saved."""
 
 
 class UserError(Ul2rError):

@@ -51,7 +51,7 @@ def steps(*recipes: Recipe) -> list[Steps]:
     found = []
     for recipe in recipes:
         tracker = MemoryTracker()
-        run_worker(recipe, tracker, lambda *_: None)
+        run_worker(recipe, tracker)
         losses, norms = (
             [value for _, value in tracker.series(f"train/{name}")]
             for name in ("loss", "grad_norm")
@@ -77,7 +77,7 @@ def router_gradients(*recipes: Recipe) -> tuple[list[Tensor], list[Tensor], Tens
         router.register_forward_hook(
             lambda _, given, __, read=read: read.append(given[0].detach().flatten(0, 1))
         )
-        step.train(0, BatchBuilder(recipe, dataset).build(0, 0, 1), admit=lambda _: False)
+        step.forward_backward(0, BatchBuilder(recipe, dataset).build(0, 0, 1))
         gradients.append(router.weight.main_grad.clone())
         weight = router.weight.detach().clone()
     mesh.leave()

@@ -39,7 +39,7 @@ def train_and_run(recipe: Recipe, tokens: torch.Tensor, prefix: int) -> torch.Te
     from ul2r.train.mesh import Mesh
     from ul2r.train.step import TrainStep
 
-    run_worker(recipe, MemoryTracker(), lambda *_: None)
+    run_worker(recipe, MemoryTracker())
     mesh = Mesh.join(recipe.parallel)
     step = TrainStep(recipe, mesh, open_dataset(recipe.storage_paths.store).vocabulary.size)
     latest = latest_valid(CheckpointStore.from_recipe(recipe))
@@ -96,7 +96,7 @@ def held_out(recipe: Recipe) -> list[dict[str, float]]:
     from ul2r.tracking.tracker import MemoryTracker
 
     tracker = MemoryTracker()
-    run_worker(recipe, tracker, lambda *_: None)
+    run_worker(recipe, tracker)
     measured = [
         {name: value for name, value in metrics.items() if name.startswith("held_out/")}
         for _, metrics in tracker.records

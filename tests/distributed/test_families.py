@@ -20,7 +20,7 @@ from ul2r.model.huggingface.checkpoint_reader import MegatronCheckpointReader
 from ul2r.model.huggingface.config_json import read_architecture
 from ul2r.model.huggingface.exporting import convert_tensors, write_export
 from ul2r.testing.corpus import make_tiny_store
-from ul2r.testing.distributed import run_distributed
+from ul2r.testing.distributed import run_distributed, take_step
 from ul2r.testing.families import MODELS, compute_reference_logits, write_random_model
 from ul2r.testing.recipes import GEMMA_3, tiny_recipe
 
@@ -67,7 +67,7 @@ def carry(recipes: list[Recipe], tokens: Tensor) -> list[Carried | None]:
         save_weights(step.chunks, recipe.paths.folder / "imported")
         batches = BatchBuilder(recipe, dataset)
         taken = [
-            step.train(number, batches.build(number, mesh.data_rank, recipe.parallel.data))
+            take_step(step, number, batches.build(number, mesh.data_rank, recipe.parallel.data))
             for number in range(2)
         ]
         trained = gather_logits(step.chunks[0], tokens, PREFIX)

@@ -1,4 +1,4 @@
-"""Steps that really go wrong on real ranks: skipped, gone back from, or stopped at, and the same after a kill."""
+"""Bad steps on real ranks: skipped, rewound or stopped at, and the same again after a kill."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,14 +25,14 @@ pytestmark = pytest.mark.distributed
 LAYOUTS = {"DP 2": {"num_workers": 2}, "PP 2": {"num_workers": 2, "pipeline": 2}}
 STEPS, SAVED_EVERY, WINDOW = 16, 4, 8
 NOT_A_NUMBER, DAMAGE, KILL = 5, 15, 18
-"""Batches on which activations become nan, the weights are damaged, and every rank is killed."""
+"""BatchBuilder at which activations become NaN, the weights are damaged, and every rank is killed."""
 GOOD = [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12, 16, 17, 18, 19]
-"""Batches that are left: without the one of nan, and without those between the checkpoint and the damage."""
+"""BatchBuilder that are left, without the one of NaN and without those between the last checkpoint and the damage."""
 
 
 @dataclass(frozen=True)
 class Faults:
-    """What goes wrong on this machine: batches of nan, of damaged weights, and the one at which each rank is killed."""
+    """Faults of this machine: batches of NaN, the batch that damages the weights, and the one at which ranks are killed."""
 
     nan: tuple[int, ...] = ()
     damage: int = -1
@@ -41,17 +41,17 @@ class Faults:
 
 @dataclass(frozen=True)
 class Result:
-    """What a rank has seen: each step's last loss and count of skipped batches, the batches it read, its end."""
+    """Record of a rank: last loss and number of skipped batches by step, batches read, artifacts, error message."""
 
     loss: dict[int, float]
     skipped: dict[int, float]
     read: list[int]
-    kept: list[Path]
+    artifacts: list[Path]
     error: str
 
 
 def train(recipe: Recipe, faults: Faults, order: list[int] | None = None) -> Result:
-    """Train on this rank; `order` are the batches that it reads, in place of 0, 1, 2, ..."""
+    """Train on this rank, on the batches of `order` in place of 0, 1, 2, ..."""
     from ul2r.data.sampling.batches import BatchBuilder
     from ul2r.data.store.dataset import open_dataset
     from ul2r.launch.worker import run_worker
@@ -59,48 +59,48 @@ def train(recipe: Recipe, faults: Faults, order: list[int] | None = None) -> Res
     from ul2r.train.mesh import Mesh
     from ul2r.train.step import StepResult, TrainStep
 
-    was_read: list[int] = []
+    numbers_read: list[int] = []
     samples_per_batch = recipe.training.global_batch_size * recipe.objective.slots_per_row
 
     class FaultyStep(TrainStep):
-        """The real step on a machine that is out of order."""
+        """The real step on a faulty machine."""
 
-        def train(self, step: int, rows: Batch, *admit: Callable[..., bool]) -> StepResult:
-            batch = int(rows.sample_ids.max()) // samples_per_batch
-            if batch == faults.damage:
+        def forward_backward(self, step: int, batch: Batch) -> StepResult:
+            number = int(batch.sample_ids.max()) // samples_per_batch
+            if number == faults.damage:
                 for parameter in self.chunks[0].parameters():
                     parameter.data.mul_(10)
-            factor = math.nan if batch in faults.nan else 1.0
+            factor = math.nan if number in faults.nan else 1.0
             hook = (
                 self.chunks[0]
                 .decoder.layers[0]
                 .register_forward_hook(lambda _, __, output: (output[0] * factor, *output[1:]))
             )
             try:
-                return super().train(step, rows, *admit)
+                return super().forward_backward(step, batch)
             finally:
                 hook.remove()
 
     def read(mesh: Mesh, batches: range) -> Iterator[Batch]:
-        made = BatchBuilder(recipe, open_dataset(recipe.storage_paths.store))
+        builder = BatchBuilder(recipe, open_dataset(recipe.storage_paths.store))
         for batch in batches:
             if batch == faults.kill:
                 os.kill(os.getpid(), signal.SIGKILL)
-            was_read.append(order[batch] if order else batch)
-            yield made.build(was_read[-1], mesh.data_rank, recipe.parallel.data)
+            numbers_read.append(order[batch] if order else batch)
+            yield builder.build(numbers_read[-1], mesh.data_rank, recipe.parallel.data)
 
     pytest.MonkeyPatch().setattr("ul2r.train.loop.TrainStep", FaultyStep)
     tracker, error = MemoryTracker(), ""
     try:
-        run_worker(recipe, tracker, lambda *_: None, read)
+        run_worker(recipe, tracker, read)
     except DivergedError as diverged:
         error = str(diverged)
     loss, skipped = (dict(tracker.series(f"train/{name}")) for name in ("loss", "skipped_batches"))
-    return Result(loss, skipped, was_read, tracker.artifacts, error)
+    return Result(loss, skipped, numbers_read, tracker.artifacts, error)
 
 
 def train_several(*runs: tuple[Recipe, Faults, list[int] | None]) -> list[Result]:
-    """Train one after the other; only the last may diverge."""
+    """Train several runs in turn; only the last may diverge."""
     return [train(*run) for run in runs]
 
 
@@ -129,7 +129,7 @@ def layout(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def runs(storage: Path, layout: str) -> list[Result]:
-    """Rank 0 of a run with faults, of one that reads the good batches alone, and of one that cannot be helped."""
+    """Rank 0 of a run with faults, of one that reads the good batches only, and of one whose budget does not suffice."""
     faults = Faults(nan=(NOT_A_NUMBER,), damage=DAMAGE)
     seen: list[list[Result]] = run_distributed(
         train_several,
@@ -142,7 +142,7 @@ def runs(storage: Path, layout: str) -> list[Result]:
 
 
 def test_skipped_and_rewound_batches_leave_no_trace_in_the_weights(runs: list[Result]) -> None:
-    """The losses are those of a run that never saw them, bit for bit."""
+    """The losses equal those of a run that never saw these batches, bit for bit."""
     faulty, good, _ = runs
     assert faulty.read == list(range(20))
     assert list(faulty.loss) == list(range(1, STEPS + 1))
@@ -151,13 +151,13 @@ def test_skipped_and_rewound_batches_leave_no_trace_in_the_weights(runs: list[Re
     assert good.skipped[STEPS] == 0
 
 
-def test_each_alarm_leaves_its_evidence(storage: Path, layout: str, runs: list[Result]) -> None:
+def test_each_anomaly_leaves_a_report(storage: Path, layout: str, runs: list[Result]) -> None:
     folder = storage / "runs" / f"faulty {layout}".replace(" ", "-") / "guards"
     files = [
         folder / "step_00000006_batch_00000005.json",
         folder / "step_00000015_batch_00000015.json",
     ]
-    assert runs[0].kept == files
+    assert runs[0].artifacts == files
     nan, damaged = (json.loads(file.read_text()) for file in files)
     assert (nan["guard"], nan["decision"], nan["loss"]) == ("non_finite", "skip", "nan")
     assert (damaged["guard"], damaged["decision"]) == ("loss_spike", "rewind")
@@ -176,21 +176,21 @@ def test_each_alarm_leaves_its_evidence(storage: Path, layout: str, runs: list[R
     )
 
 
-def test_a_spent_budget_stops_the_run_with_its_evidence(runs: list[Result]) -> None:
+def test_spent_budget_stops_the_run_with_a_report(runs: list[Result]) -> None:
     helpless = runs[2]
     assert list(helpless.loss) == [1, 2, 3]
     assert helpless.read == [0, 1, 2, 3, 4, 5]
     assert "\n" not in helpless.error
     assert "step 4, batch 5: loss nan and gradient norm nan" in helpless.error
-    assert "of guards.max_skips=2 among 8 batches 2 are spent" in helpless.error
-    decisions = [json.loads(file.read_text())["decision"] for file in helpless.kept]
+    assert "with 2 of guards.max_skips=2 used within 8 batches" in helpless.error
+    decisions = [json.loads(file.read_text())["decision"] for file in helpless.artifacts]
     assert decisions == ["skip", "skip", "stop"]
 
 
-def test_a_run_killed_after_it_went_back_is_the_same_run(
+def test_run_killed_after_a_rewind_repeats_itself(
     storage: Path, layout: str, runs: list[Result]
 ) -> None:
-    """It goes on from the checkpoint before the damage, meets it again, and decides the same."""
+    """It resumes from the checkpoint before the damage, meets it again, and decides the same."""
     recipe = recipe_of(storage, layout, "killed")
     faults = Faults(nan=(NOT_A_NUMBER,), damage=DAMAGE, kill=KILL)
     with pytest.raises(ProcessExitedException, match="SIGKILL"):

@@ -59,7 +59,7 @@ def found(kind: str, *recipes: Recipe) -> Found:
     losses = {}
     for recipe in recipes:
         tracker = MemoryTracker()
-        run_worker(recipe, tracker, lambda *_: None)
+        run_worker(recipe, tracker)
         losses[recipe.name] = [loss for _, loss in tracker.series("train/loss")]
     return Found(
         parameters={name for name, _ in chunks[0].named_parameters()},

@@ -45,7 +45,7 @@ def losses(*recipes: Recipe) -> list[Result]:
     results = []
     for recipe in recipes:
         tracker = MemoryTracker()
-        run_worker(recipe, tracker, lambda *_: None)
+        run_worker(recipe, tracker)
         held_out = {
             step: {k: v for k, v in metrics.items() if k.startswith("held_out/")}
             for step, metrics in tracker.records

@@ -17,7 +17,7 @@ from ul2r.data.store.dataset import open_dataset
 from ul2r.errors import CheckpointError
 from ul2r.launch.pretrained import check_base
 from ul2r.testing.corpus import make_tiny_store
-from ul2r.testing.distributed import run_distributed
+from ul2r.testing.distributed import run_distributed, take_step
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.workflows.export import export
 
@@ -101,7 +101,7 @@ def start_from(recipe: Recipe, tokens: Tensor) -> tuple[Tensor, Tensor, float]:
     assert load_pretrained(recipe, recipe.base, step).startswith("megatron-")
     logits = gather_logits(step.chunks[0], tokens, prefix=0)
     output = step.chunks[0].output_layer.weight if mesh.is_last_stage else logits
-    result = step.train(0, BatchBuilder(recipe, dataset).build(0, 0, 1))
+    result = take_step(step, 0, BatchBuilder(recipe, dataset).build(0, 0, 1))
     return logits, output.detach().clone(), result.losses.mean
 
 

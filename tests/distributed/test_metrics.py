@@ -1,10 +1,11 @@
-"""What an operator sees of a run of two ranks, on two nodes as far as their names tell."""
+"""Metrics, progress notes and traces of a run of two ranks, which believe that they are on two nodes."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,17 +25,24 @@ EVERY = 2
 
 
 def train(recipe: Recipe) -> tuple[Records, list[str], list[Path]]:
-    """Train on this rank, each on a node of its own name; what was logged, said on the console, and kept."""
+    """Train on this rank, on a node with a name of its own; return records, progress notes and artifacts."""
     import torch.distributed as dist
 
     from ul2r.launch.worker import run_worker
     from ul2r.tracking.tracker import MemoryTracker
-    from ul2r.train.state import summary
+    from ul2r.train.callbacks import Callback
+    from ul2r.train.monitor.progress import describe_progress
+    from ul2r.train.state import TrainState
+
+    class NoteRecorder(Callback):
+        def on_progress(self, state: TrainState, metrics: Mapping[str, float]) -> None:
+            assert state.step == len(notes) + 1
+            notes.append(describe_progress(metrics))
 
     pytest.MonkeyPatch().setattr(socket, "gethostname", lambda: f"node-{dist.get_rank()}")
-    tracker, said = MemoryTracker(), list[str]()
-    run_worker(recipe, tracker, lambda _, metrics: said.append(summary(metrics)))
-    return tracker.records, said, tracker.artifacts
+    tracker, notes = MemoryTracker(), list[str]()
+    run_worker(recipe, tracker, callbacks=[NoteRecorder()])
+    return tracker.records, notes, tracker.artifacts
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +63,10 @@ def seen(recipe: Recipe) -> list[tuple[Records, list[str], list[Path]]]:
     return run_distributed(train, 2, recipe)
 
 
-def test_rates_agree_with_what_was_trained_on(
+def test_rates_agree_with_the_batches(
     recipe: Recipe, seen: list[tuple[Records, list[str], list[Path]]]
 ) -> None:
-    """Their ratios do not depend on the time: source tokens and FLOPs for each row position, MFU for each TFLOP."""
+    """Ratios of rates do not depend on time: source tokens and FLOPs per row position, MFU per TFLOP."""
     dataset = open_dataset(recipe.storage_paths.store)
     batches, positions = BatchBuilder(recipe, dataset), 8 * 64
     special = [dataset.vocabulary.eos, *dataset.vocabulary.non_text_ids]
@@ -83,7 +91,7 @@ def test_rates_agree_with_what_was_trained_on(
         before, eflops = step, metrics["progress/eflops"]
 
 
-def test_memory_and_the_load_of_each_node_are_in_the_one_run(
+def test_memory_and_load_of_every_node_are_logged_by_rank_0(
     seen: list[tuple[Records, list[str], list[Path]]],
 ) -> None:
     (records, _, _), (others, _, _) = seen
@@ -95,16 +103,19 @@ def test_memory_and_the_load_of_each_node_are_in_the_one_run(
     assert others == [], "rank 0 logs for all"
 
 
-def test_the_console_says_loss_and_mfu(seen: list[tuple[Records, list[str], list[Path]]]) -> None:
-    said = seen[0][1]
-    assert len(said) == 6
-    assert said[0].startswith("loss ")
-    assert "MFU" not in said[0], "not known before the first is measured"
-    assert "MFU" in said[-1]
-    assert "skipped" not in said[-1]
+def test_progress_notes_hold_loss_and_mfu(
+    seen: list[tuple[Records, list[str], list[Path]]],
+) -> None:
+    (_, notes, _), (_, notes_of_others, _) = seen
+    assert len(notes) == 6
+    assert notes[0].startswith("loss ")
+    assert "MFU" not in notes[0], "not known before metrics are logged"
+    assert "MFU" in notes[-1]
+    assert "skipped" not in notes[-1]
+    assert notes_of_others == [], "only rank 0 shows progress"
 
 
-def test_the_trace_of_a_chosen_step_is_kept(
+def test_trace_of_a_chosen_step_is_an_artifact(
     recipe: Recipe, seen: list[tuple[Records, list[str], list[Path]]]
 ) -> None:
     trace = recipe.paths.profiles / "step_00000003.json.gz"

@@ -116,7 +116,8 @@ def take_step(recipe: Recipe) -> Any:  # noqa: ANN401  a TrainStep; its module i
     mesh = Mesh.join(recipe.parallel)
     step = TrainStep(recipe, mesh, dataset.vocabulary.size)
     batch = BatchBuilder(recipe, dataset).build(0, mesh.data_rank, recipe.parallel.data)
-    step.train(0, batch)
+    step.forward_backward(0, batch)
+    step.optimizer_step()
     mesh.leave()
     return step
 
@@ -134,8 +135,6 @@ def read_initial_state(recipe: Recipe) -> OptimizerState:
         open_dataset(recipe.storage_paths.store),
         mesh,
         MemoryTracker(),
-        on_step=lambda *_: None,
-        beat=lambda *_: None,
         writer_token="nobody",
     )
     trainer.train_step.schedule.set(0)
@@ -159,7 +158,7 @@ def train(recipe: Recipe) -> list[tuple[float, float]]:
     from ul2r.tracking.tracker import MemoryTracker
 
     tracker = MemoryTracker()
-    run_worker(recipe, tracker, lambda *_: None)
+    run_worker(recipe, tracker)
     losses, norms = (tracker.series(f"train/{name}") for name in ("loss", "grad_norm"))
     return [(loss, norm) for (_, loss), (_, norm) in zip(losses, norms, strict=True)]
 

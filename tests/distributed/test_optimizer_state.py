@@ -18,7 +18,7 @@ from ul2r.config import Recipe
 from ul2r.model.huggingface.checkpoint_reader import MegatronCheckpointReader
 from ul2r.model.tensors import iter_tensors
 from ul2r.testing.corpus import make_tiny_store
-from ul2r.testing.distributed import run_distributed
+from ul2r.testing.distributed import run_distributed, take_step
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.train.checkpoint.optimizer_state import split_into_boxes
 
@@ -92,7 +92,7 @@ def save_from_small_buckets(recipe: Recipe, folder: Path) -> int:
     module.DistributedDataParallelConfig = partial(settings, bucket_size=5000)
     mesh, dataset = Mesh.join(recipe.parallel), open_dataset(recipe.storage_paths.store)
     step, other = (module.TrainStep(recipe, mesh, dataset.vocabulary.size) for _ in range(2))
-    step.train(0, BatchBuilder(recipe, dataset).build(0, mesh.data_rank, recipe.parallel.data))
+    take_step(step, 0, BatchBuilder(recipe, dataset).build(0, mesh.data_rank, recipe.parallel.data))
     check_pieces(step)
     if mesh.is_rank0:
         folder.mkdir()
@@ -129,7 +129,7 @@ def exchange(recipe: Recipe, folder: Path) -> None:
     step, other = (TrainStep(recipe, mesh, dataset.vocabulary.size) for _ in range(2))
     batches = BatchBuilder(recipe, dataset)
     for number in range(NUM_STEPS):
-        step.train(number, batches.build(number, mesh.data_rank, recipe.parallel.data))
+        take_step(step, number, batches.build(number, mesh.data_rank, recipe.parallel.data))
     check_pieces(step)
     gathered = shard_as_megatron(step, loading=False)
     whole = {
@@ -159,7 +159,7 @@ def exchange(recipe: Recipe, folder: Path) -> None:
     load_checkpoint(folder / "megatron", other, optimizer=True)
     check_equal(other, step)
     assert {float(state["step"]) for state in list_states(other)} == {NUM_STEPS}
-    other.train(NUM_STEPS, batches.build(NUM_STEPS, mesh.data_rank, recipe.parallel.data))
+    take_step(other, NUM_STEPS, batches.build(NUM_STEPS, mesh.data_rank, recipe.parallel.data))
     assert {float(state["step"]) for state in list_states(other)} == {NUM_STEPS + 1}
 
 

@@ -23,7 +23,7 @@ from ul2r.model.huggingface.exporting import convert_tensors, write_export
 from ul2r.model.huggingface.safetensors_writer import StreamedTensor
 from ul2r.objective.batch import Batch
 from ul2r.testing.corpus import make_tiny_store
-from ul2r.testing.distributed import run_distributed
+from ul2r.testing.distributed import run_distributed, take_step
 from ul2r.testing.families import compute_reference_logits
 from ul2r.testing.recipes import tiny_recipe
 
@@ -69,7 +69,7 @@ def train(recipe: Recipe) -> tuple[list[float], list[float], list[float]]:
     save_weights(step.chunks, recipe.paths.folder / "before")
     batches = BatchBuilder(recipe, dataset)
     taken = [
-        step.train(number, batches.build(number, mesh.data_rank, recipe.parallel.data))
+        take_step(step, number, batches.build(number, mesh.data_rank, recipe.parallel.data))
         for number in range(STEPS)
     ]
     save_weights(step.chunks, recipe.paths.folder / "after")

@@ -47,21 +47,22 @@ def train(recipe: Recipe, stop_after: int | None = None) -> TrainResult:
     from ul2r.launch.logs import forward_logs
     from ul2r.launch.worker import run_worker
     from ul2r.tracking.tracker import MemoryTracker
-    from ul2r.train.loop import LoopAction
+    from ul2r.train.callbacks import Callback, LoopAction
 
     tracker = MemoryTracker()
     messages: list[str] = []
     num_requests = 0
     rank = dist.get_rank()
 
-    def wish() -> LoopAction:
-        nonlocal num_requests
-        num_requests += 1
-        is_stopping = rank == 1 and num_requests == stop_after
-        return LoopAction.STOP if is_stopping else LoopAction.CONTINUE
+    class StopRequest(Callback):
+        def requested_action(self) -> LoopAction:
+            nonlocal num_requests
+            num_requests += 1
+            is_stopping = rank == 1 and num_requests == stop_after
+            return LoopAction.STOP if is_stopping else LoopAction.CONTINUE
 
     with forward_logs(lambda *record: messages.append(record[-1]), rank):
-        run_worker(recipe, tracker, lambda *_: None, wish=wish)
+        run_worker(recipe, tracker, callbacks=[StopRequest()])
 
     names = {name for _, metrics in tracker.records for name in metrics}
     metrics = sorted(name for name in names if name.startswith("checkpoint/"))

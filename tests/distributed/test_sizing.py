@@ -12,7 +12,7 @@ import pytest
 from ul2r.config import Recipe
 from ul2r.model.sizing import MemoryEstimate, estimate_run
 from ul2r.testing.corpus import make_tiny_store
-from ul2r.testing.distributed import run_distributed
+from ul2r.testing.distributed import run_distributed, take_step
 from ul2r.testing.recipes import GEMMA_3, tiny_recipe
 
 pytestmark = pytest.mark.distributed
@@ -167,7 +167,7 @@ def measure(recipe: Recipe) -> tuple[int, RankSizes]:
     saved = SavedBytes(ignored=weights)
     batch = BatchBuilder(recipe, dataset).build(0, mesh.data_rank, recipe.parallel.data)
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda held: held.tensor):
-        step.train(0, batch)
+        take_step(step, 0, batch)
 
     states = [
         (parameter, state["exp_avg"], state["exp_avg_sq"])

@@ -1,4 +1,4 @@
-"""A rank that hangs, for real: it stops itself, and the other says who it was and ends."""
+"""A rank that really hangs: the other one names it and ends itself."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from ul2r.config import dump
 from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.recipes import tiny_recipe
-from ul2r.train.monitor.watchdog import HUNG_EXIT
+from ul2r.train.monitor.watchdog import HANG_EXIT_CODE
 
 pytestmark = pytest.mark.distributed
 
@@ -31,18 +31,18 @@ WORKER = """
     recipe = load(folder / "recipe.yaml", (), Recipe)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
 
-    def read(mesh, batches):
+    def read(mesh, numbers):
         builder = BatchBuilder(recipe, open_dataset(recipe.storage_paths.store))
-        for batch in batches:
-            if batch == 2 and rank == 1:
+        for number in numbers:
+            if number == 2 and rank == 1:
                 os.kill(os.getpid(), signal.SIGSTOP)
-            yield builder.build(batch, mesh.data_rank, recipe.parallel.data)
+            yield builder.build(number, mesh.data_rank, recipe.parallel.data)
 
-    run_worker(recipe, MemoryTracker(), lambda *_: None, read)
+    run_worker(recipe, MemoryTracker(), read)
 """
 
 
-def test_a_stopped_rank_is_named_and_the_others_end(tmp_path: Path) -> None:
+def test_hanging_rank_is_named_and_the_others_end(tmp_path: Path) -> None:
     make_tiny_store(tmp_path / "store")
     recipe = tiny_recipe(tmp_path, parallel={"num_workers": 2}, guards={"hang_timeout_s": 4})
     (tmp_path / "recipe.yaml").write_text(dump(recipe))
@@ -56,14 +56,14 @@ def test_a_stopped_rank_is_named_and_the_others_end(tmp_path: Path) -> None:
         for rank in range(2)
     ]
     try:
-        _, said = ranks[0].communicate(timeout=240)
-        assert ranks[0].returncode == HUNG_EXIT
+        _, errors = ranks[0].communicate(timeout=240)
+        assert ranks[0].returncode == HANG_EXIT_CODE
         assert ranks[1].poll() is None, "it still hangs"
     finally:
         ranks[1].kill()
         ranks[1].communicate()
-    (line,) = [line for line in said.splitlines() if line.startswith("no progress for 4 s")]
-    own, other = line.split(" Behind: ")
+    (line,) = [line for line in errors.splitlines() if line.startswith("no progress for 4 s")]
+    own, other = line.split(" Waiting for: ")
     assert f"rank 0 (process {ranks[0].pid} on " in own
     assert "in step 3, phase 'train', in " in own
     assert " called by " in own, "the collective is named"

@@ -122,7 +122,7 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
         )
         join_alone(folder / name)
         tracker = MemoryTracker()
-        run_worker(recipe, tracker, lambda *_: None)
+        run_worker(recipe, tracker)
         dist.destroy_process_group()
         found[name] = [value for _, value in tracker.series("train/loss")]
     return found

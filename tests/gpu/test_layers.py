@@ -35,7 +35,7 @@ def recipe(storage: Path, name: str, **training: Any) -> Recipe:  # noqa: ANN401
 
 def losses(run: Recipe) -> list[float]:
     tracker = MemoryTracker()
-    run_worker(run, tracker, lambda *_: None)
+    run_worker(run, tracker)
     return [value for _, value in tracker.series("train/loss")]
 
 

@@ -23,11 +23,11 @@ def test_a_run_learns_in_bf16_and_goes_on_from_its_checkpoint(tmp_path: Path) ->
     join_alone(tmp_path / "rendezvous")
     try:
         whole = MemoryTracker()
-        run_worker(recipe, whole, lambda *_: None)
+        run_worker(recipe, whole)
         checkpoints = recipe.paths.checkpoints
         (checkpoints / "latest").write_text("step_00000003")
         resumed = MemoryTracker()
-        run_worker(recipe, resumed, lambda *_: None)
+        run_worker(recipe, resumed)
     finally:
         dist.destroy_process_group()
     losses = [value for _, value in whole.series("train/loss")]

@@ -59,7 +59,7 @@ def losses(recipe: Recipe) -> list[float]:
     from ul2r.tracking.tracker import MemoryTracker
 
     tracker = MemoryTracker()
-    run_worker(recipe, tracker, lambda *_: None)
+    run_worker(recipe, tracker)
     return [loss for _, loss in tracker.series("train/loss")]
 
 

@@ -147,6 +147,11 @@ class Recipe(StrictModel):
         return self.optimizer.decay_steps(self.training.steps)
 
     @property
+    def tokens_per_step(self) -> int:
+        """Row positions of one step, over all replicas."""
+        return self.training.global_batch_size * self.objective.sequence_length
+
+    @property
     def num_microbatches(self) -> int:
         """Microbatches of one step on one replica."""
         return self.training.global_batch_size // self.training.rows_per_microbatch(self.parallel)

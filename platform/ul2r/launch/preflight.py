@@ -1,4 +1,4 @@
-"""What surrounds a run's training, whoever starts its workers: the checks before it, its record in MLflow."""
+"""Checks before a run starts, and its record in MLflow while it trains, whoever starts the workers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from functools import partial
 
 from ul2r.config import Parallel, Recipe
 from ul2r.data.inspection import write_page
-from ul2r.data.sampling.batches import BatchBuilder
+from ul2r.data.sampling.batches import check_dataset
 from ul2r.data.special_tokens import assign_special_tokens
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.data.tokenizer import build_vocabulary, load_tokenizer
+from ul2r.errors import RunInterrupted
 from ul2r.launch.pretrained import check_base
 from ul2r.model.flops import num_parameters
 from ul2r.model.huggingface.config_json import check_family
@@ -22,49 +23,62 @@ from ul2r.train.checkpoint.metadata import CheckpointInfo
 from ul2r.train.checkpoint.storage import CheckpointStore, find_base_checkpoint, latest_valid
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
-"""For workers that asked for no GPU, on a machine that has some."""
+"""Environment of workers that asked for no GPU, on a machine that has some."""
 
 
 def gpu_environment(parallel: Parallel) -> dict[str, str]:
-    """Environment of a worker with a GPU, set before CUDA starts.
+    """Return the environment of a worker with a GPU, which must be set before CUDA starts.
 
-    Megatron-Core's tensor-parallel layers ask for one connection: what they send is then queued before the product
-    that it overlaps with.
+    Megatron-Core's tensor-parallel layers ask for one connection: communication is then queued ahead of the matrix
+    product that it overlaps with.
     """
     return {"CUDA_DEVICE_MAX_CONNECTIONS": "1"} if parallel.tensor > 1 else {}
 
 
-def check_run(recipe: Recipe, dataset: TokenDataset) -> CheckpointInfo | None:
-    """Check a recipe against its store, its checkpoints and its devices.
+def check_run(recipe: Recipe, dataset: TokenDataset, resumed: CheckpointInfo | None) -> None:
+    """Check a recipe against its token store, its devices and the weights that it starts from.
 
     Args:
         recipe: The run.
-        dataset: What it is trained on.
-
-    Returns:
-        What the run's last sound checkpoint says, None before the first.
+        dataset: Its token store.
+        resumed: Checkpoint that it goes on from, as `find_resume_checkpoint` returns it.
 
     Raises:
-        UserError: If one of the checks fails.
+        UserError: If a check fails.
     """
-    BatchBuilder(recipe, dataset)  # refuses a store that is too short or has too few sentinels
+    check_dataset(recipe, dataset)
     check_family(recipe.model)
     check_memory(recipe, dataset.vocabulary.size)
-    return check_checkpoints(recipe, dataset)
+    if resumed is not None:
+        resumed.check_same_run(recipe, dataset)
+    else:
+        check_base(recipe, dataset)
+        check_base_run(recipe, dataset)
 
 
 def check_unprepared(recipe: Recipe) -> None:
-    """Check what can be checked of a recipe whose store is not there yet.
+    """Check what can be checked of a recipe whose token store does not exist yet.
 
     Raises:
-        UserError: If its devices cannot hold the run, or it names a base that is not there.
+        UserError: If its devices cannot hold the run, or its base is missing.
     """
     check_memory(recipe, planned_vocabulary(recipe))
-    find_base_checkpoint(recipe)
+    find_base_checkpoint(recipe, partial(latest_valid, thorough=False, quiet=True))
+
+
+def check_base_run(recipe: Recipe, dataset: TokenDataset) -> None:
+    """Check the last checkpoint of the run that a recipe names as its base, if it names one.
+
+    Raises:
+        CheckpointError: If it is missing, damaged or holds another model.
+    """
+    base = find_base_checkpoint(recipe, partial(latest_valid, thorough=False, quiet=True))
+    if base is not None:
+        CheckpointInfo.read(base).check_same_model(recipe, dataset)
 
 
 def planned_vocabulary(recipe: Recipe) -> int:
-    """Entries that the tokenizer of a store that is not there yet will have."""
+    """Return the size that the tokenizer of a store will have which does not exist yet."""
     data = recipe.data
     if data.tokenizer is None:
         return data.vocabulary_size
@@ -74,39 +88,46 @@ def planned_vocabulary(recipe: Recipe) -> int:
     return build_vocabulary(tokenizer, data.mode_tokens).size
 
 
-def check_checkpoints(recipe: Recipe, dataset: TokenDataset) -> CheckpointInfo | None:
-    """What the run's last sound checkpoint says, None before the first.
+def find_resume_checkpoint(recipe: Recipe) -> CheckpointInfo | None:
+    """Return the metadata of the run's last valid checkpoint, None before the first.
 
-    One that the run goes on from is read by the workers, all at once, so only its small files are read here; one
-    that ends the run is read wholly.
+    Damage that is passed over is not logged: the workers meet it again and report it.
 
     Raises:
-        CheckpointError: If it, or before it the base's, is damaged or differs from the recipe.
+        CheckpointError: If there are checkpoints and none is valid.
     """
     store = CheckpointStore.from_recipe(recipe)
-    own = latest_valid(store, thorough=False, quiet=True)
-    if own is not None and CheckpointInfo.read(own).is_finished:
-        own = latest_valid(store, quiet=True)
-    if own is not None:
-        info = CheckpointInfo.read(own)
-        info.check_same_run(recipe, dataset)
-        return info
-    check_base(recipe, dataset)
-    base = find_base_checkpoint(recipe, partial(latest_valid, thorough=False, quiet=True))
-    if base is not None:
-        CheckpointInfo.read(base).check_same_model(recipe, dataset)
-    return None
+    # Workers read a checkpoint that they go on from, each of them its part; here only sizes are compared. One that
+    # ends the run nobody else reads, so all of it is verified.
+    path = latest_valid(store, thorough=False, quiet=True)
+    if path is not None and CheckpointInfo.read(path).is_finished:
+        path = latest_valid(store, quiet=True)
+    return CheckpointInfo.read(path) if path is not None else None
 
 
 def latest_checkpoint_info(recipe: Recipe) -> CheckpointInfo:
-    """The last checkpoint of a run that was trained just now."""
+    """Return the metadata of the last checkpoint of a run that was just trained."""
     path = latest_valid(CheckpointStore.from_recipe(recipe), thorough=False)
     assert path is not None
     return CheckpointInfo.read(path)
 
 
+def finished_run_info(recipe: Recipe) -> CheckpointInfo:
+    """Return the metadata of the last checkpoint of a run that was just trained to its end.
+
+    Raises:
+        RunInterrupted: If the run was asked to stop before its last step.
+    """
+    info = latest_checkpoint_info(recipe)
+    if not info.is_finished:
+        raise RunInterrupted(
+            f"{recipe.name}: stopped after step {info.step} of {recipe.training.steps}, checkpoint saved"
+        )
+    return info
+
+
 def mark_finished(recipe: Recipe, uri: str) -> None:
-    """Let MLflow know of a run that its last checkpoint says is finished: it may have been killed before it could."""
+    """Set a finished run's status in MLflow, in case that it was killed before it could."""
     run_id = find_run(uri, recipe.paths.folder)
     if run_id is not None:
         finish_run(uri, run_id, recipe.paths.folder, "FINISHED")
@@ -114,15 +135,15 @@ def mark_finished(recipe: Recipe, uri: str) -> None:
 
 @contextmanager
 def track_run(recipe: Recipe, dataset: TokenDataset, uri: str) -> Iterator[str]:
-    """The run in MLflow, begun or gone on with, while the block trains it; it ends as the block does.
+    """Start the run in MLflow, or continue it, and end it with the status that the block ends with.
 
     Args:
         recipe: The run.
-        dataset: What it is trained on.
+        dataset: Its token store.
         uri: MLflow's address.
 
     Yields:
-        MLflow's name of the run.
+        MLflow's ID of the run.
     """
     run_id = start_run(
         recipe,
@@ -135,7 +156,7 @@ def track_run(recipe: Recipe, dataset: TokenDataset, uri: str) -> Iterator[str]:
         log_artifact(uri, run_id, write_page(recipe, dataset))
         yield run_id
         status = "FINISHED"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, RunInterrupted):
         status = "KILLED"
         raise
     finally:
@@ -143,7 +164,7 @@ def track_run(recipe: Recipe, dataset: TokenDataset, uri: str) -> Iterator[str]:
 
 
 def _parameters(recipe: Recipe, dataset: TokenDataset) -> dict[str, str | int | float]:
-    """What people sort and filter runs by."""
+    """Return the parameters that people sort and filter runs by."""
     return {
         "mixture": ", ".join(f"{d.name} {d.weight:g}" for d in recipe.objective.mixture),
         "sequence_length": recipe.objective.sequence_length,

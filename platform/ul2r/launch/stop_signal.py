@@ -1,29 +1,46 @@
-"""What SIGTERM does to a run: a checkpoint after the running step, then a clean end."""
+"""SIGTERM during a run: a checkpoint after the current step, then a clean end."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, TracebackType
+from typing import Self
+
+from ul2r.train.callbacks import Callback, LoopAction
 
 
-@contextmanager
-def sigterm_noted() -> Iterator[threading.Event]:
-    """Let SIGTERM set the event that is given to the block; a second one interrupts it as Ctrl-C does."""
-    noted = threading.Event()
+class StopSignal(Callback):
+    """Handler of SIGTERM while the block runs: requests a stop, and at a second one interrupts as Ctrl-C does.
 
-    def note(_: int, __: FrameType | None) -> None:
-        if noted.is_set():
+    Attributes:
+        received: Set by the first SIGTERM.
+    """
+
+    def __init__(self) -> None:
+        self.received = threading.Event()
+
+    def __enter__(self) -> Self:
+        # Only the main thread may set a handler; elsewhere the process keeps the one that it has.
+        self._installed = threading.current_thread() is threading.main_thread()
+        if self._installed:
+            self._before = signal.signal(signal.SIGTERM, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._installed:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def requested_action(self) -> LoopAction:
+        """Return STOP once SIGTERM was received."""
+        return LoopAction.STOP if self.received.is_set() else LoopAction.CONTINUE
+
+    def _handle(self, _: int, __: FrameType | None) -> None:
+        if self.received.is_set():
             raise KeyboardInterrupt
-        noted.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield noted  # only the main thread may change what a signal does
-        return
-    before = signal.signal(signal.SIGTERM, note)
-    try:
-        yield noted
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        self.received.set()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -11,77 +10,88 @@ import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
 from ul2r.config import Recipe
-from ul2r.console import show_progress
 from ul2r.data.store.dataset import TokenDataset, open_dataset
 from ul2r.errors import CorpusError, LayoutError
 from ul2r.launch.preflight import (
     NO_GPU,
     check_run,
+    find_resume_checkpoint,
+    finished_run_info,
     gpu_environment,
-    latest_checkpoint_info,
     mark_finished,
     track_run,
 )
-from ul2r.launch.stop_signal import sigterm_noted
+from ul2r.launch.stop_signal import StopSignal
 from ul2r.launch.worker import run_worker
 from ul2r.tracking.mlflow import MlflowTracker, check_server
 from ul2r.tracking.tracker import MemoryTracker
 from ul2r.train.checkpoint.metadata import CheckpointInfo
-from ul2r.train.loop import LoopAction
-from ul2r.train.state import summary
+from ul2r.train.monitor.progress import ProgressBar
 
 
 def train(recipe: Recipe) -> CheckpointInfo:
-    """What `trainer.train` does, called in each of the processes that torchrun started.
+    """Train the run from where it stands to its last step; called in every process that torchrun starts.
 
-    Rows, losses and checkpoints are the same, so a run may go on under Ray and the other way round.
+    Rows, losses and checkpoints are those of `ray_train.trainer.train`, so that a run may change between the two.
 
     Returns:
-        The description of the run's last checkpoint.
+        Metadata of the run's last checkpoint.
 
     Raises:
         UserError: If a check fails, or torchrun started another number of processes than the recipe has workers.
-        KeyboardInterrupt: After a checkpoint, if any of the processes got SIGTERM.
+        RunInterrupted: After a checkpoint, if any of the processes received SIGTERM.
     """
     dataset = open_dataset(recipe.storage_paths.store)
+    check_complete(recipe, dataset)
+    check_num_processes(recipe)
+    resumed = find_resume_checkpoint(recipe)
+    check_run(recipe, dataset, resumed)
+    uri = check_server(recipe.tracking.uri)
+
+    is_rank0 = os.environ["RANK"] == "0"
+    if resumed is not None and resumed.is_finished:
+        if is_rank0:
+            mark_finished(recipe, uri)
+        return resumed
+
+    _join_process_group(recipe)
+    with (
+        StopSignal() as stop_signal,
+        track_run(recipe, dataset, uri) if is_rank0 else nullcontext(None) as run_id,
+    ):
+        _train(recipe, dataset, uri, run_id, stop_signal)
+        dist.destroy_process_group()
+        return finished_run_info(recipe)
+
+
+def check_complete(recipe: Recipe, dataset: TokenDataset) -> None:
+    """Check that no part of a streamed store is still to be built.
+
+    Raises:
+        CorpusError: If some is.
+    """
     if not dataset.manifest.is_complete:
         raise CorpusError(
-            f"{recipe.storage_paths.store}: is not complete, and only Ray makes the rest while a run trains: run "
+            f"{recipe.storage_paths.store}: is not complete, and only Ray builds the rest while a run trains: run "
             "jobs/prepare.py RECIPE first, or train without torchrun"
         )
-    started = int(os.environ["WORLD_SIZE"])
-    if started != recipe.parallel.num_workers:
+
+
+def check_num_processes(recipe: Recipe) -> None:
+    """Check that torchrun started as many processes as the recipe has workers.
+
+    Raises:
+        LayoutError: If it did not.
+    """
+    num_started = int(os.environ["WORLD_SIZE"])
+    if num_started != recipe.parallel.num_workers:
         raise LayoutError(
-            f"torchrun started {started} processes, parallel.num_workers={recipe.parallel.num_workers}: "
+            f"torchrun started {num_started} processes, parallel.num_workers={recipe.parallel.num_workers}: "
             f"set torchrun's --nnodes x --nproc-per-node to {recipe.parallel.num_workers}"
         )
-    reached = check_run(recipe, dataset)
-    uri = check_server(recipe.tracking.uri)
-    is_first = os.environ["RANK"] == "0"
-    if reached is not None and reached.is_finished:
-        if is_first:
-            mark_finished(recipe, uri)
-        return reached
-    _join_group(recipe)
-    with (
-        sigterm_noted() as stopped,
-        track_run(recipe, dataset, uri) if is_first else nullcontext(None) as run_id,
-    ):
-        _train(
-            recipe,
-            dataset,
-            uri,
-            run_id,
-            lambda: LoopAction.STOP if stopped.is_set() else LoopAction.CONTINUE,
-        )
-        dist.destroy_process_group()
-        reached = latest_checkpoint_info(recipe)
-        if not reached.is_finished:
-            raise KeyboardInterrupt
-    return reached
 
 
-def _join_group(recipe: Recipe) -> None:
+def _join_process_group(recipe: Recipe) -> None:
     launch = recipe.launch
     torch.set_num_threads(max(int(launch.cpus_per_worker), 1))
     if launch.gpus_per_worker:
@@ -95,27 +105,15 @@ def _join_group(recipe: Recipe) -> None:
 
 
 def _train(
-    recipe: Recipe,
-    dataset: TokenDataset,
-    uri: str,
-    run_id: str | None,
-    wish: Callable[[], LoopAction],
+    recipe: Recipe, dataset: TokenDataset, uri: str, run_id: str | None, stop_signal: StopSignal
 ) -> None:
-    """Train this rank's part; the first rank, which alone has a `run_id`, logs and shows a bar."""
+    """Train this rank's part; rank 0, which alone has a `run_id`, logs and shows a bar."""
     fingerprint = dataset.manifest.fingerprint
     if run_id is None:
-        run_worker(recipe, MemoryTracker(), lambda *_: None, fingerprint=fingerprint, wish=wish)
+        run_worker(recipe, MemoryTracker(), callbacks=[stop_signal], fingerprint=fingerprint)
         return
-    per_step = recipe.training.global_batch_size * recipe.objective.sequence_length
-    with (
-        MlflowTracker(uri, run_id, recipe.paths.folder) as tracker,
-        show_progress(recipe.name, recipe.training.steps * per_step, "tokens") as bar,
-    ):
-        reached = run_worker(
-            recipe,
-            tracker,
-            lambda reached, metrics: bar.update(reached.step * per_step, summary(metrics)),
-            fingerprint=fingerprint,
-            wish=wish,
-        )
-        tracker.close("FINISHED" if reached.step == recipe.training.steps else "KILLED")
+
+    with MlflowTracker(uri, run_id, recipe.paths.folder) as tracker:
+        callbacks = [stop_signal, ProgressBar(recipe)]
+        state = run_worker(recipe, tracker, callbacks=callbacks, fingerprint=fingerprint)
+        tracker.close("FINISHED" if state.step == recipe.training.steps else "KILLED")

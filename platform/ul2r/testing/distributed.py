@@ -9,11 +9,15 @@ import tempfile
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
+
+if TYPE_CHECKING:
+    from ul2r.objective.batch import Batch
+    from ul2r.train.step import StepResult, TrainStep
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=120)
 
@@ -61,6 +65,19 @@ def join_alone(rendezvous: Path) -> None:
         world_size=1,
         device_id=torch.device("cuda", 0),
     )
+
+
+def take_step(train_step: TrainStep, step: int, batch: Batch) -> StepResult:
+    """Take a training step without guards.
+
+    Args:
+        train_step: Model and optimizer of this rank.
+        step: Number of the step, from 0.
+        batch: This replica's rows.
+    """
+    result = train_step.forward_backward(step, batch)
+    train_step.optimizer_step()
+    return result
 
 
 def _enter(

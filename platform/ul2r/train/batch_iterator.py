@@ -1,4 +1,4 @@
-"""The batches of a run, one after the other, whichever of them it skips."""
+"""Batches of a run in order, however many of them the guards skip."""
 
 from __future__ import annotations
 
@@ -6,47 +6,53 @@ from collections.abc import Callable, Iterator
 
 from ul2r.objective.batch import Batch
 from ul2r.train.mesh import Mesh
-from ul2r.train.monitor.throughput import ThroughputMonitor
 
 BatchSource = Callable[[Mesh, range], Iterator[Batch]]
-"""From the mesh and successive batches' numbers to this replica's rows of each; the reader rank alone iterates."""
+"""Returns an iterator over this replica's rows of the batches with the given numbers.
+
+It is called on every rank, since it may be collective; only reader ranks iterate.
+"""
 
 
 class BatchIterator:
-    """Reads batches in order, and more of them where skipped ones make the run longer.
+    """Iterator over batches that asks its source for more when skipped batches make the run longer.
 
-    A run of N steps that skips k batches reads N + k. How many they will be is known only when they were skipped, so
-    `read` is called for those that are known of, and again for the rest.
+    A run of N steps that skips k batches reads N + k. As k is only known afterwards, the source is called for the
+    batches that are known to be needed, and again for the rest.
+
+    Args:
+        source: Source of batches.
+        mesh: Position of this rank.
     """
 
-    def __init__(self, read: BatchSource, mesh: Mesh, pace: ThroughputMonitor) -> None:
-        self._read, self._mesh, self._pace = read, mesh, pace
-        self._batches = range(0)
-        self._rows: Iterator[Batch] = iter(())
+    def __init__(self, source: BatchSource, mesh: Mesh) -> None:
+        self._source = source
+        self._mesh = mesh
+        self._remaining = range(0)
+        self._batches: Iterator[Batch] = iter(())
 
-    def take(self, batch: int, end: int) -> Batch:
-        """This replica's rows of a batch, the one after that of the call before.
+    def next_batch(self, number: int, end: int) -> Batch | None:
+        """Return this replica's rows of the next batch on its reader rank; None on other ranks and after the last batch.
 
         Args:
-            batch: Its number.
-            end: One past the last batch that the run needs, as far as is known.
+            number: Number of the batch, one more than in the previous call.
+            end: One past the last batch that the run needs as far as is known.
         """
-        with self._pace.waiting():
-            if not self._batches:
-                self.check_end()
-                self._batches = range(batch, end)
-                self._rows = self._read(self._mesh, self._batches)
-            assert batch == self._batches[0], (batch, self._batches)
-            self._batches = self._batches[1:]
-            read = next(self._rows, None) if self._mesh.is_reader else None
-        with self._pace.computing():
-            rows = self._mesh.broadcast_batch(read)
-        if rows is None:
-            raise RuntimeError(f"the data ended before batch {batch}")
-        return rows
+        if not self._remaining:
+            self.check_exhausted()
+            self._remaining = range(number, end)
+            self._batches = self._source(self._mesh, self._remaining)
 
-    def check_end(self) -> None:
-        """Read to the end of what was asked for, which checks that nothing is left over."""
-        assert not self._batches, self._batches
-        if self._mesh.is_reader and next(self._rows, None) is not None:
+        assert number == self._remaining[0], (number, self._remaining)
+        self._remaining = self._remaining[1:]
+        return next(self._batches, None) if self._mesh.is_reader else None
+
+    def check_exhausted(self) -> None:
+        """Check that the source ends where it was asked to end.
+
+        Raises:
+            RuntimeError: If it has more batches.
+        """
+        assert not self._remaining, self._remaining
+        if self._mesh.is_reader and next(self._batches, None) is not None:
             raise RuntimeError("the data goes on after the last batch")

@@ -1,65 +1,50 @@
-"""The train loop: load, step, log, measure, save. It knows no Ray."""
+"""The train loop: load, step, log, validate, save. Knows no Ray."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
-from enum import IntEnum
+from collections.abc import Mapping, Sequence
 
 from ul2r.config import Causal, Recipe
 from ul2r.data.sampling.batches import BatchBuilder
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.errors import DivergedError
-from ul2r.model.flops import training_flops
 from ul2r.objective.batch import Batch
 from ul2r.tracking.tracker import Tracker
 from ul2r.train.batch_iterator import BatchIterator, BatchSource
+from ul2r.train.callbacks import Callback, LoopAction, Phase
 from ul2r.train.checkpoint.checkpointer import Checkpointer
 from ul2r.train.checkpoint.metadata import CheckpointInfo
 from ul2r.train.checkpoint.pretrained import load_pretrained
 from ul2r.train.checkpoint.sharded_state import load_checkpoint
 from ul2r.train.checkpoint.storage import CheckpointStore, find_base_checkpoint
 from ul2r.train.mesh import Mesh
-from ul2r.train.monitor.anomaly_report import evidence, layer_norms, write_evidence
-from ul2r.train.monitor.guards import Anomaly, AnomalyGuard, GuardState, StepStats
-from ul2r.train.monitor.profiler import profiled
-from ul2r.train.monitor.system import SystemMonitor
-from ul2r.train.monitor.throughput import SourceTokens, ThroughputMonitor
+from ul2r.train.monitor.anomaly_report import anomaly_report, layer_norms, write_report
+from ul2r.train.monitor.guards import Anomaly, AnomalyGuard, GuardState
 from ul2r.train.state import TrainState
 from ul2r.train.step import StepResult, TrainStep
 
-Beat = Callable[[int, str], None]
-"""Told of each phase as it begins, with the number of the step from 1: the watchdog's."""
-
 logger = logging.getLogger(__name__)
-
-
-class LoopAction(IntEnum):
-    """What somebody wants of a running loop at the end of a step."""
-
-    CONTINUE = 0
-    SAVE = 1
-    STOP = 2
-    """Save, and leave the other steps to another start."""
-
-
-def go_on() -> LoopAction:
-    """Want nothing."""
-    return LoopAction.CONTINUE
 
 
 class Trainer:
     """One run, from its last checkpoint to its last step.
 
+    Every rank has one and calls it at the same time. The constructor builds the model and loads the last valid
+    checkpoint.
+
     Args:
         recipe: The run.
-        dataset: Its text.
-        mesh: This rank's place.
-        tracker: Where rank 0 logs.
-        on_step: Called on rank 0 after each step.
-        writer_token: The attempt at the run, from `acquire_writer_token`.
-        wish: Asked on every rank after each step; the strongest wish of all ranks counts.
+        dataset: Its token store.
+        mesh: Position of this rank.
+        tracker: Tracker that rank 0 logs to.
+        callbacks: Hooks, called in this order; lists may differ between ranks.
+        writer_token: Token from `acquire_writer_token` that lets this attempt at the run write checkpoints.
+
+    Attributes:
+        state: Counters of the run.
+        train_step: Model and optimizer.
     """
 
     def __init__(
@@ -69,236 +54,282 @@ class Trainer:
         mesh: Mesh,
         tracker: Tracker,
         *,
-        on_step: Callable[[TrainState, Mapping[str, float]], None],
-        beat: Beat,
+        callbacks: Sequence[Callback] = (),
         writer_token: str,
-        wish: Callable[[], LoopAction] = go_on,
     ) -> None:
-        self.recipe, self.dataset, self.mesh = recipe, dataset, mesh
-        self.tracker, self.on_step, self.beat, self.wish = tracker, on_step, beat, wish
+        self.recipe = recipe
+        self.dataset = dataset
+        self.mesh = mesh
+        self.tracker = tracker
+        self.callbacks = callbacks
         self.checkpoints = CheckpointStore.from_recipe(recipe, writer_token=writer_token)
         self.checkpointer = Checkpointer(
             self.checkpoints,
             mesh,
-            log=tracker.log,
+            log=self._log,
             flush=tracker.flush,
             asynchronous=recipe.checkpoints.asynchronous,
         )
-        self.held_out = _held_out_rows(recipe, dataset, mesh)
+        self.held_out = _held_out_batches(recipe, dataset, mesh)
         self.train_step = TrainStep(recipe, mesh, dataset.vocabulary.size)
-        self.pace, self.machines = ThroughputMonitor(), SystemMonitor()
-        self.rates: dict[str, float] = {}
-        self.source_tokens = SourceTokens(recipe.objective.mixture, dataset.vocabulary)
-        self.guards = AnomalyGuard(recipe.guards, GuardState())
-        self.base: str | None = None
-        self.progress = self._load()
+        self.guard = AnomalyGuard(recipe.guards, GuardState())
+        self.base_id: str | None = None
+        self.logged_rates: dict[str, float] = {}
+        self.state = self._load()
 
-    def run(self, read: BatchSource) -> TrainState:
-        """Take the steps that are left, or those until a wish to stop.
+    def fit(self, source: BatchSource) -> TrainState:
+        """Train to the last step, or until a callback of any rank requests to stop.
 
-        Every `checkpoints.every` of them and the last are saved.
+        Args:
+            source: Source of the batches.
+
+        Returns:
+            The counters of the run at its last checkpoint.
+
+        Raises:
+            DivergedError: On every rank, if a guard stops the run.
+            CheckpointError: On every rank, if a checkpoint cannot be written or read.
         """
-        start, steps = self.progress.step, self.recipe.training.steps
-        if start == 0:
-            self._log(self._measure())
-        if start < steps:
-            self.mesh.broadcast_from_rank0(lambda: self.checkpoints.start_attempt(start))
-            feed = BatchIterator(read, self.mesh, self.pace)
-            try:
-                self._take_steps(feed)
-            except DivergedError:  # on every rank, so that what was saved before can be finished
-                self.checkpointer.wait()
-                raise
+        num_steps, first_step = self.recipe.training.steps, self.state.step
+        if first_step == num_steps:
+            return self.state
+
+        batches = BatchIterator(source, self.mesh)
+        action = LoopAction.CONTINUE
+        try:
+            if first_step == 0:
+                self._log_progress(self._validate())
+            self.mesh.broadcast_from_rank0(lambda: self.checkpoints.start_attempt(first_step))
+
+            while self.state.step < num_steps and action != LoopAction.STOP:
+                step = self.state.step
+                batch = self._next_batch(batches)
+
+                self._begin_step()
+                result = self.train_step.forward_backward(step, batch)
+                anomaly = self.guard.check(result.stats)
+                if anomaly is None:
+                    self.train_step.optimizer_step()
+                self._end_step(batch, result, anomaly)
+
+                if anomaly is None:
+                    self._count_step(result)
+                    self._log_step(result)
+                else:
+                    self._handle_anomaly(anomaly, result)
+
+                action = self._requested_action()
+                is_due = anomaly is None and self._is_due(self.recipe.checkpoints.every)
+                if is_due or action != LoopAction.CONTINUE:
+                    self._save_checkpoint()
+
             self.checkpointer.close()
-            if self.progress.step == steps:
-                feed.check_end()
-        return self.progress
+            if self.state.step == num_steps:
+                batches.check_exhausted()
+        except DivergedError:
+            # Raised on every rank, so that collectives still work: finish the checkpoint that is being written.
+            self.checkpointer.wait()
+            raise
+        finally:
+            for callback in self.callbacks:
+                callback.close()
+        return self.state
 
-    def _take_steps(self, feed: BatchIterator) -> None:
-        steps, every = self.recipe.training.steps, self.recipe.checkpoints.every
-        while (step := self.progress.step) < steps:
-            applied = self._take(step, self._next(feed, step))
-            wish = self.checkpointer.poll(self.wish())
-            if wish or (applied and _due(step, every, steps)):
-                self._save()
-            if wish == LoopAction.STOP:
-                break
+    def _next_batch(self, batches: BatchIterator) -> Batch:
+        """Return this replica's rows of the next batch, on each of its ranks."""
+        num_skipped = self.guard.state.skipped_batches
+        number = self.state.step + num_skipped
 
-    def _next(self, feed: BatchIterator, step: int) -> Batch:
-        self.beat(step + 1, "wait for data")
-        skipped = self.guards.state.skipped_batches
-        return feed.take(step + skipped, self.recipe.training.steps + skipped)
+        self._enter_phase(Phase.WAIT_FOR_DATA)
+        read = batches.next_batch(number, self.recipe.training.steps + num_skipped)
+        self._enter_phase(Phase.BROADCAST_BATCH)
+        batch = self.mesh.broadcast_batch(read)
+        if batch is None:
+            raise RuntimeError(f"the data ended before batch {number}")
+        return batch
 
-    def _take(self, step: int, rows: Batch) -> bool:
-        """One optimizer step, and what is due after it; False where a guard did not let it be applied."""
-        self.beat(step + 1, "train")
-        alarm: Anomaly | None = None
+    def _begin_step(self) -> None:
+        self._enter_phase(Phase.TRAIN)
+        for callback in self.callbacks:
+            callback.on_step_begin(self.state.step + 1)
 
-        def admit(result: StepResult) -> bool:
-            nonlocal alarm
-            alarm = self.guards.alarm(_seen(result))
-            return alarm is None
+    def _end_step(self, batch: Batch, result: StepResult, anomaly: Anomaly | None) -> None:
+        for callback in self.callbacks:
+            callback.on_step_end(self.state.step + 1, batch, result, anomaly)
 
-        with self.pace.computing(), profiled(self.recipe, step + 1, self.mesh, self.tracker):
-            result = self.train_step.train(step, rows, admit)
-        if alarm is None:
-            self._applied(step, rows, result)
-        else:
-            self._answer(alarm, step, result)
-        return alarm is None
+    def _enter_phase(self, phase: str, step: int | None = None) -> None:
+        """Let callbacks know of a phase, of the step that comes next unless `step` is given."""
+        for callback in self.callbacks:
+            callback.on_phase(self.state.step + 1 if step is None else step, phase)
 
-    def _applied(self, step: int, rows: Batch, result: StepResult) -> None:
-        training, losses = self.recipe.training, result.losses
-        self.guards.applied(_seen(result))
-        flops = training_flops(
-            self.recipe.model,
-            self.dataset.vocabulary.size,
-            losses.positions,
-            losses.num_visible_keys,
-        )
-        self.pace.applied(losses.positions, self.source_tokens.count(rows), flops)
-        self.progress = TrainState(
-            step + 1, self.progress.tokens + int(losses.positions), self.progress.flops + flops
-        )
-        metrics = self._metrics(result)
+    def _count_step(self, result: StepResult) -> None:
+        self.guard.record(result.stats)
+        self.state = self.state.advance(int(result.losses.positions), result.flops)
+
+    def _log_step(self, result: StepResult) -> None:
+        """Show an applied step; validate and log if that is due."""
+        metrics = self._step_metrics(result)
         if self.mesh.is_rank0:
-            self.on_step(self.progress, metrics | self.rates)
-        measured = _due(step, self.recipe.validation.every, training.steps)
-        if measured:
-            metrics |= self._measure()
-        if measured or _due(step, training.log_every, training.steps):
-            self.rates = self._measure_rates()
-            self._log(metrics | self.rates)
+            for callback in self.callbacks:
+                callback.on_progress(self.state, metrics | self.logged_rates)
 
-    def _answer(self, alarm: Anomaly, step: int, result: StepResult) -> None:
-        """Do what the recipe wants done about a step that was not applied; every rank decides the same.
+        validates = self._is_due(self.recipe.validation.every)
+        if validates:
+            metrics |= self._validate()
+        if validates or self._is_due(self.recipe.training.log_every):
+            self.logged_rates = self._reduce_reports()
+            self._log_progress(metrics | self.logged_rates)
+
+    def _step_metrics(self, result: StepResult) -> dict[str, float]:
+        names = tuple(denoiser.name for denoiser in self.recipe.objective.mixture)
+        losses = result.losses.by_denoiser(names)
+        return {
+            "train/loss": result.losses.mean,
+            **{f"train/loss/{name}": loss for name, loss in losses.items()},
+            "train/grad_norm": result.gradient_norm,
+            "train/learning_rate": result.learning_rate,
+            "train/skipped_batches": float(self.guard.state.skipped_batches),
+        }
+
+    def _reduce_reports(self) -> dict[str, float]:
+        """Exchange the callbacks' reports between ranks, in one all-gather; return the metrics made of them."""
+        own = {type(callback).__name__: callback.rank_report() for callback in self.callbacks}
+        reports = self.mesh.all_gather({k: v for k, v in own.items() if v is not None})
+
+        metrics: dict[str, float] = {}
+        for callback in self.callbacks:
+            name = type(callback).__name__
+            metrics |= callback.reduce_reports(
+                [of_rank[name] for of_rank in reports if name in of_rank]
+            )
+        return metrics
+
+    def _validate(self) -> dict[str, float]:
+        """Return the held-out loss of each denoiser, measured on the same rows in every run."""
+        self._enter_phase(Phase.VALIDATE, self.state.step)
+        return {
+            f"held_out/loss/{name}": self.train_step.evaluate(batch).mean
+            for name, batch in self.held_out.items()
+        }
+
+    def _log_progress(self, metrics: Mapping[str, float]) -> None:
+        """Log metrics of the current step together with the compute spent so far."""
+        progress = {
+            "progress/tokens": float(self.state.tokens),
+            "progress/eflops": self.state.flops / 1e18,
+        }
+        self._log(self.state.step, {**metrics, **progress}, self.guard.state.rewinds)
+
+    def _log(self, step: int, metrics: Mapping[str, float], rewinds: int = 0) -> None:
+        if not self.mesh.is_rank0:
+            return
+        self.tracker.log(step, metrics, rewinds)
+        for callback in self.callbacks:
+            callback.on_metrics(step, metrics)
+
+    def _requested_action(self) -> LoopAction:
+        """Return the strongest action that a callback of any rank requests; collective.
+
+        The request travels in the message in which ranks agree whether a checkpoint in progress is complete.
+        """
+        actions = [callback.requested_action() for callback in self.callbacks]
+        own = max(actions, default=LoopAction.CONTINUE)
+        return LoopAction(self.checkpointer.poll(own))
+
+    def _is_due(self, every: int) -> bool:
+        """Return whether something done every `every` steps, and after the last, is due after the step just taken."""
+        step = self.state.step
+        return step % every == 0 or step == self.recipe.training.steps
+
+    def _handle_anomaly(self, anomaly: Anomaly, result: StepResult) -> None:
+        """Skip the batch, rewind or stop, as the recipe says; every rank decides the same.
 
         Raises:
             DivergedError: If the run is to stop.
         """
-        self.beat(step + 1, alarm.kind)
-        before = self.guards.state
+        self._enter_phase(anomaly.kind)
+        step, before = self.state.step, self.guard.state
         batch = step + before.skipped_batches
+
+        # A checkpoint that is being written may be the one to go back to.
         self.checkpointer.wait()
-        saved = bool(self.mesh.broadcast_from_rank0(self.checkpoints.list_checkpoints))
-        decision = self.guards.decide(alarm, batch, can_rewind=saved)
-        norms = layer_norms(self.train_step.optimizer)
-        said = f"{self.recipe.name}: step {step + 1}, batch {batch}: {alarm.what}"
+        can_rewind = bool(self.mesh.broadcast_from_rank0(self.checkpoints.list_checkpoints))
+        decision = self.guard.decide(anomaly, batch, can_rewind=can_rewind)
+
+        norms = layer_norms(self.train_step.optimizer)  # collective
+        summary = f"{self.recipe.name}: step {step + 1}, batch {batch}: {anomaly.description}"
         if self.mesh.is_rank0:
-            content = evidence(self.recipe, alarm, decision, step=step, state=before, result=result)
-            file = write_evidence(self.recipe.paths.folder, content | {"num_layers": norms})
+            report = anomaly_report(
+                self.recipe, anomaly, decision, step=step, state=before, result=result, norms=norms
+            )
+            file = write_report(self.recipe.paths.anomaly_reports, report)
             self.tracker.log_artifact(file)
-            logger.warning("%s: %s; see %s", said, decision, file)
+            logger.warning("%s: %s; see %s", summary, decision, file)
+
         if decision == "stop":
             raise DivergedError(
-                f"{said}; {self.guards.spent(alarm, batch)}; the evidence is in its folder guards/"
+                f"{summary}; {self.guard.budget_message(anomaly, batch)}; see the reports in "
+                f"{self.recipe.paths.anomaly_reports}"
             )
         if decision == "skip":
-            self.guards.skip(batch)
+            self.guard.skip(batch)
         else:
-            self.progress = self._load()  # and with it the guards' state of that checkpoint
-            first = self.progress.step + self.guards.state.skipped_batches
-            self.guards.rewind(before, range(first, batch + 1))
+            self.state = (
+                self._load()
+            )  # which also sets the guard back to its state in that checkpoint
+            first = self.state.step + self.guard.state.skipped_batches
+            self.guard.rewind(before, range(first, batch + 1))
 
-    def _metrics(self, result: StepResult) -> dict[str, float]:
-        by_denoiser = result.losses.by_denoiser(self._denoisers)
-        return {
-            "train/loss": result.losses.mean,
-            **{f"train/loss/{name}": loss for name, loss in by_denoiser.items()},
-            "train/grad_norm": result.gradient_norm,
-            "train/learning_rate": result.learning_rate,
-            "train/skipped_batches": float(self.guards.state.skipped_batches),
-        }
-
-    @property
-    def _denoisers(self) -> tuple[str, ...]:
-        return tuple(denoiser.name for denoiser in self.recipe.objective.mixture)
-
-    def _measure_rates(self) -> dict[str, float]:
-        """How fast the steps since the last time went, and what the machines were busy with."""
-        counted = self.pace.source_tokens if self.mesh.is_reader else 0
-        source_tokens, machines = self.machines.metrics(counted)
-        launch, workers = self.recipe.launch, self.recipe.parallel.num_workers
-        return machines | self.pace.metrics(source_tokens, workers, launch.peak_tflops)
-
-    def _measure(self) -> dict[str, float]:
-        """Held-out loss of each denoiser, the same rows for every run."""
-        self.beat(self.progress.step, "measure")
-        return {
-            f"held_out/loss/{name}": self.train_step.measure(rows).mean
-            for name, rows in self.held_out.items()
-        }
-
-    def _log(self, metrics: Mapping[str, float]) -> None:
-        if not self.mesh.is_rank0:
-            return
-        reached = {
-            "progress/tokens": float(self.progress.tokens),
-            "progress/eflops": self.progress.flops / 1e18,
-        }
-        rewinds = self.guards.state.rewinds
-        self.tracker.log(self.progress.step, {**metrics, **reached}, rewinds)
-
-    def _save(self) -> None:
-        self.beat(self.progress.step, "save")
-        progress = self.progress
+    def _save_checkpoint(self) -> None:
+        self._enter_phase(Phase.SAVE, self.state.step)
         info = CheckpointInfo.from_recipe(
             self.recipe,
             self.dataset,
-            step=progress.step,
-            tokens=progress.tokens,
-            flops=progress.flops,
-            base_id=self.base,
-            guards=self.guards.state.as_json(),
+            step=self.state.step,
+            tokens=self.state.tokens,
+            flops=self.state.flops,
+            base_id=self.base_id,
+            guards=self.guard.state.as_json(),
         )
         self.checkpointer.save(self.train_step, info)
 
     def _load(self) -> TrainState:
-        """Resume this run's last sound checkpoint, else start from the base's weights, else from none."""
+        """Load this run's last valid checkpoint, else the weights of its base if it has one; collective."""
         began = time.perf_counter()
         own = self.checkpointer.latest_valid(self.checkpoints)
-        foreign = self.recipe.pretrained_base
-        if own is None and foreign is not None:
-            self.base = load_pretrained(self.recipe, foreign, self.train_step)
+        pretrained = self.recipe.pretrained_base
+        if own is None and pretrained is not None:
+            self.base_id = load_pretrained(self.recipe, pretrained, self.train_step)
             return TrainState()
-        base = None if own else find_base_checkpoint(self.recipe, self.checkpointer.latest_valid)
-        path = own or base
+
+        path = own or find_base_checkpoint(self.recipe, self.checkpointer.latest_valid)
         if path is None:
             return TrainState()
+
         info = CheckpointInfo.read(path)
         if own:
             info.check_same_run(self.recipe, self.dataset)
-            self.guards.state = GuardState.from_json(info.guards)
+            self.guard.state = GuardState.from_json(info.guards)
+            self.base_id = info.base_id
         else:
             info.check_same_model(self.recipe, self.dataset)
+            self.base_id = info.checkpoint_id
         optimizer = bool(own) or self.recipe.optimizer.load_optimizer_state
         load_checkpoint(path, self.train_step, optimizer=optimizer)
-        self.base = info.base_id if own else info.checkpoint_id
-        progress = TrainState(info.step if own else 0, info.tokens, info.flops)
-        if self.mesh.is_rank0:
-            seconds = time.perf_counter() - began
-            self.tracker.log(progress.step, {"checkpoint/load_seconds": seconds})
-        return progress
+
+        # Tokens and FLOPs go on from the base's: they are what the weights have cost.
+        state = TrainState(info.step if own else 0, info.tokens, info.flops)
+        self._log(state.step, {"checkpoint/load_seconds": time.perf_counter() - began})
+        return state
 
 
-def _seen(result: StepResult) -> StepStats:
-    losses = result.losses
-    return StepStats(
-        tuple(losses.sums.tolist()), tuple(losses.targets.tolist()), result.gradient_norm
-    )
-
-
-def _due(step: int, every: int, steps: int) -> bool:
-    """Whether something done every `every` steps, and after the last, is due after step `step`."""
-    return (step + 1) % every == 0 or step + 1 == steps
-
-
-def _held_out_rows(recipe: Recipe, dataset: TokenDataset, mesh: Mesh) -> dict[str, Batch]:
-    """This replica's share of each denoiser's held-out rows, plain causal ones among them."""
-    batches = BatchBuilder(recipe, dataset)
-    share = recipe.validation.num_rows // recipe.parallel.data
+def _held_out_batches(recipe: Recipe, dataset: TokenDataset, mesh: Mesh) -> dict[str, Batch]:
+    """Return this replica's share of each denoiser's held-out rows, plain causal ones included."""
+    builder = BatchBuilder(recipe, dataset)
+    num_rows = recipe.validation.num_rows
+    share = num_rows // recipe.parallel.data
     start = mesh.data_rank * share
     return {
-        denoiser.name: batches.build_held_out(denoiser, recipe.validation.num_rows)[start : start + share]
+        denoiser.name: builder.build_held_out(denoiser, num_rows)[start : start + share]
         for denoiser in (Causal(), *recipe.evaluation.mixture)
     }

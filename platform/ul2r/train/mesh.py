@@ -1,4 +1,4 @@
-"""Which part of the model and of the batch this worker has."""
+"""Position of a rank in the device mesh, and the collectives that the train loop uses."""
 
 from __future__ import annotations
 
@@ -19,10 +19,19 @@ from ul2r.objective.batch import Batch
 
 T = TypeVar("T")
 
+ROW_FIELDS = ("tokens", "labels", "loss_mask", "kv_start", "kv_end", "position_ids", "denoiser_ids")
+"""Arrays of a batch with one value per row position; `sample_ids` has one per slot."""
+
 
 @dataclass(frozen=True)
 class Mesh:
-    """This worker's place among tensor, pipeline and data-parallel ranks."""
+    """Position of this rank among tensor, pipeline and data-parallel ranks.
+
+    Attributes:
+        parallel: Sizes of the mesh.
+        data_rank: Data-parallel rank: which replica of the model this rank is part of.
+        device: Device of this rank.
+    """
 
     parallel: Parallel
     data_rank: int
@@ -30,7 +39,7 @@ class Mesh:
 
     @classmethod
     def join(cls, parallel: Parallel) -> Mesh:
-        """Set up Megatron's groups over the initialized default process group.
+        """Set up Megatron-Core's groups over the initialized default process group.
 
         Raises:
             LayoutError: If the process group has another size than `parallel.num_workers`.
@@ -39,9 +48,11 @@ class Mesh:
             use_cpu()
         if dist.get_world_size() != parallel.num_workers:
             raise LayoutError(
-                f"{dist.get_world_size()} workers were started for parallel.num_workers={parallel.num_workers} "
-                f"(tensor={parallel.tensor}, pipeline={parallel.pipeline}, data={parallel.data}): start as many"
+                f"{dist.get_world_size()} workers were started, parallel.num_workers={parallel.num_workers} "
+                f"(tensor={parallel.tensor} x pipeline={parallel.pipeline} x data={parallel.data}): start "
+                f"{parallel.num_workers}"
             )
+
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
@@ -49,7 +60,10 @@ class Mesh:
                 parallel.virtual_stages if parallel.virtual_stages > 1 else None
             ),
         )
-        model_parallel_cuda_manual_seed(0)  # Megatron asks for one; nothing here draws from it
+        # Megatron-Core requires a seed. Nothing here draws from it: initial weights depend on the recipe's seed and
+        # the names of the tensors.
+        model_parallel_cuda_manual_seed(0)
+
         device = (
             torch.device("cuda", torch.cuda.current_device())
             if torch.cuda.is_available()
@@ -58,7 +72,7 @@ class Mesh:
         return cls(parallel, parallel_state.get_data_parallel_rank(), device)
 
     def leave(self) -> None:
-        """Give the groups back; the default process group stays."""
+        """Destroy Megatron-Core's groups; the default process group stays."""
         parallel_state.destroy_model_parallel()
 
     @property
@@ -67,87 +81,64 @@ class Mesh:
         return dist.get_rank()
 
     @property
-    def is_reader(self) -> bool:
-        """Whether this rank consumes the replica's data: its first tensor and pipeline rank."""
-        return dist.get_rank() == self._reader
-
-    @property
     def is_rank0(self) -> bool:
-        """Whether this is global rank 0, the one that logs and switches checkpoints."""
+        """True on global rank 0, which logs and finishes checkpoints."""
         return dist.get_rank() == 0
 
     @property
+    def is_reader(self) -> bool:
+        """True on the first tensor and pipeline rank of each replica, which reads the replica's data."""
+        return dist.get_rank() == self._reader
+
+    @property
     def is_last_stage(self) -> bool:
-        """Whether the loss is computed here."""
+        """True on the last pipeline stage, which computes the loss."""
         return bool(parallel_state.is_pipeline_last_stage())
 
     @property
     def _reader(self) -> int:
         return min(dist.get_process_group_ranks(parallel_state.get_model_parallel_group()))
 
-    def broadcast_from_rank0(self, find: Callable[[], T]) -> T:
-        """What `find` returns on rank 0, given to every rank, so that all act on the same.
+    def broadcast_from_rank0(self, function: Callable[[], T]) -> T:
+        """Call a function on rank 0 and return its result on every rank.
 
         Args:
-            find: Called on rank 0 only; its result must be picklable.
+            function: Called on rank 0 only; its result must be picklable.
 
         Raises:
-            UserError: On every rank, if `find` raises it.
+            UserError: On every rank, if `function` raises it on rank 0.
         """
-        found: list[Any] = [None, None]
+        outcome: list[Any] = [None, None]
         if self.is_rank0:
             try:
-                found[0] = find()
+                outcome[0] = function()
             except UserError as error:
-                found[1] = error
-        dist.broadcast_object_list(found, src=0, device=self.device)
-        if found[1] is not None:
-            raise found[1]
-        result: T = found[0]
-        return result
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0, device=self.device)
 
-    def all_gather(self, mine: T) -> list[T]:
-        """What every rank has, by rank; it must be picklable."""
-        found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, mine)
-        return found
+        result, failure = outcome
+        if failure is not None:
+            raise failure
+        value: T = result
+        return value
+
+    def all_gather(self, value: T) -> list[T]:
+        """Return every rank's value, in rank order; values must be picklable."""
+        values: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        return values
 
     def all_reduce_max(self, *numbers: int) -> list[int]:
-        """The highest of each number over all ranks."""
+        """Return the maximum over all ranks of each number, in one message."""
         values = torch.tensor(numbers, dtype=torch.int32, device=self.device)
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return [int(number) for number in values.tolist()]
 
-    def broadcast_batch(self, rows: Batch | None) -> Batch | None:
-        """Hand the reader's rows to its model-parallel peers by one broadcast.
-
-        Args:
-            rows: The rows on the reader, None on the others and, everywhere, at the end of the data.
-
-        Returns:
-            The same rows on every rank of the replica, or None at the end of the data.
-        """
-        if self.parallel.tensor * self.parallel.pipeline == 1:
-            return rows
-        group = parallel_state.get_model_parallel_group()
-        shape = torch.zeros(3, dtype=torch.int64, device=self.device)
-        if rows is not None:
-            shape = torch.tensor([*rows.tokens.shape, rows.sample_ids.shape[1]], device=self.device)
-        dist.broadcast(shape, src=self._reader, group=group)
-        size, length, slots = (int(number) for number in shape.tolist())
-        if size == 0:
-            return None
-        packed = torch.empty(size * (7 * length + slots), dtype=torch.int64, device=self.device)
-        if rows is not None:
-            packed.copy_(torch.from_numpy(_pack(rows)))
-        dist.broadcast(packed, src=self._reader, group=group)
-        return rows if rows is not None else _unpack(packed.cpu().numpy(), size, length, slots)
-
     def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Add the last stage's `values` over the data-parallel ranks and give the sum to every rank.
+        """Sum the last stage's values over the data-parallel ranks, and return the sums on every rank.
 
         Args:
-            values: (N,) float64; what other stages pass is ignored.
+            values: (N,) float64, overwritten; those of other stages are ignored.
         """
         if self.is_last_stage:
             dist.all_reduce(values, group=parallel_state.get_data_parallel_group())
@@ -159,22 +150,52 @@ class Mesh:
             )
         return values
 
+    def broadcast_batch(self, batch: Batch | None) -> Batch | None:
+        """Broadcast the reader's batch to the other ranks of its replica.
 
-ROW_FIELDS = ("tokens", "labels", "loss_mask", "kv_start", "kv_end", "position_ids", "denoiser_ids")
+        Args:
+            batch: On the reader its batch, or None after the last one; None on other ranks.
+
+        Returns:
+            The same batch on every rank of the replica, None after the last one.
+        """
+        if self.parallel.tensor * self.parallel.pipeline == 1:
+            return batch
+
+        group = parallel_state.get_model_parallel_group()
+        shape = torch.zeros(3, dtype=torch.int64, device=self.device)  # zeros: no batch
+        if batch is not None:
+            num_slots = batch.sample_ids.shape[1]
+            shape = torch.tensor([*batch.tokens.shape, num_slots], device=self.device)
+        dist.broadcast(shape, src=self._reader, group=group)
+        num_rows, length, num_slots = (int(number) for number in shape.tolist())
+        if num_rows == 0:
+            return None
+
+        size = num_rows * (len(ROW_FIELDS) * length + num_slots)
+        packed = torch.empty(size, dtype=torch.int64, device=self.device)
+        if batch is not None:
+            packed.copy_(torch.from_numpy(_pack(batch)))
+        dist.broadcast(packed, src=self._reader, group=group)
+        if batch is not None:
+            return batch
+        return _unpack(packed.cpu().numpy(), num_rows, length, num_slots)
 
 
-def _pack(rows: Batch) -> np.ndarray:
-    arrays = rows.to_arrays()
+def _pack(batch: Batch) -> np.ndarray:
+    """Return all arrays of a batch as one int64 vector."""
+    arrays = batch.to_arrays()
     parts = [arrays[name] for name in (*ROW_FIELDS, "sample_ids")]
     return np.concatenate([part.astype(np.int64).ravel() for part in parts])
 
 
-def _unpack(packed: np.ndarray, size: int, length: int, slots: int) -> Batch:
-    fields, sample = np.split(packed, [size * length * len(ROW_FIELDS)])
+def _unpack(packed: np.ndarray, num_rows: int, length: int, num_slots: int) -> Batch:
+    """Return the batch that `_pack` made a vector of."""
+    fields, sample_ids = np.split(packed, [num_rows * length * len(ROW_FIELDS)])
     arrays: dict[str, np.ndarray] = {
-        name: part.reshape(size, length).astype(np.int32)
+        name: part.reshape(num_rows, length).astype(np.int32)
         for name, part in zip(ROW_FIELDS, np.split(fields, len(ROW_FIELDS)), strict=True)
     }
     arrays["loss_mask"] = arrays["loss_mask"].astype(np.uint8)
     arrays["denoiser_ids"] = arrays["denoiser_ids"].astype(np.int8)
-    return Batch.from_arrays(arrays | {"sample_ids": sample.reshape(size, slots)})
+    return Batch.from_arrays(arrays | {"sample_ids": sample_ids.reshape(num_rows, num_slots)})

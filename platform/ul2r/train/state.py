@@ -1,25 +1,27 @@
-"""How far a run has come."""
+"""The counters of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run stands: steps of its own, tokens and FLOPs with its ancestors'."""
+    """Counters of a run after an optimizer step.
+
+    Attributes:
+        step: Optimizer steps that this run has taken.
+        tokens: Row positions trained on, including those of the runs that its weights come from.
+        flops: Model FLOPs spent, counted likewise.
+    """
 
     step: int = 0
     tokens: int = 0
     flops: float = 0.0
 
-
-def summary(metrics: Mapping[str, float]) -> str:
-    """What a line of progress says of a step besides its rate: loss, MFU where known, batches skipped where any."""
-    said = [f"loss {metrics['train/loss']:.3f}"]
-    if "train/mfu" in metrics:
-        said.append(f"MFU {metrics['train/mfu']:.1%}")
-    if metrics["train/skipped_batches"]:
-        said.append(f"{metrics['train/skipped_batches']:.0f} batches skipped")
-    return ", ".join(said)
+    def advance(self, tokens: int, flops: float) -> Self:
+        """Return the counters after one more step."""
+        return replace(
+            self, step=self.step + 1, tokens=self.tokens + tokens, flops=self.flops + flops
+        )

@@ -1,4 +1,4 @@
-"""One optimizer step, and one held-out measurement, on Megatron-Core's schedules."""
+"""Forward, backward and optimizer step of one rank, on Megatron-Core's schedules."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from ul2r.config import Recipe
 from ul2r.model.attention import pack_intervals
 from ul2r.model.build import build_model
 from ul2r.model.experts import set_num_targets
-from ul2r.model.flops import num_visible_keys
+from ul2r.model.flops import num_visible_keys, training_flops
 from ul2r.objective.batch import Batch
 from ul2r.train.mesh import Mesh
+from ul2r.train.monitor.guards import StepStats
 from ul2r.train.optimizer import LearningRateSchedule, build_optimizer
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
@@ -32,13 +33,13 @@ LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
 @dataclass(frozen=True)
 class Losses:
-    """Loss sums of a batch over all replicas, known to every rank.
+    """Loss sums of a batch over all replicas, the same on every rank.
 
     Attributes:
         sums: (denoisers,) float64, nats summed over target tokens.
-        targets: (denoisers,) float64, target tokens.
-        positions: Row positions computed.
-        num_visible_keys: Keys that those positions see, summed over layers.
+        targets: (denoisers,) float64, number of target tokens.
+        positions: Number of row positions.
+        num_visible_keys: Keys that the queries at those positions attend to, summed over layers.
     """
 
     sums: np.ndarray
@@ -52,7 +53,7 @@ class Losses:
         return float(self.sums.sum() / self.targets.sum())
 
     def by_denoiser(self, names: tuple[str, ...]) -> Mapping[str, float]:
-        """Nats per target token of each denoiser that had any."""
+        """Return the nats per target token of each denoiser that has any."""
         return {
             name: float(total / count)
             for name, total, count in zip(names, self.sums, self.targets, strict=True)
@@ -62,35 +63,59 @@ class Losses:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did."""
+    """Losses and gradient norm of a training step, the same on every rank.
+
+    Attributes:
+        losses: Losses before the update.
+        gradient_norm: L2 norm of the global gradient before clipping.
+        learning_rate: Learning rate of the step.
+        flops: Model FLOPs of the forward and backward pass.
+    """
 
     losses: Losses
     gradient_norm: float
     learning_rate: float
+    flops: float
+
+    @property
+    def stats(self) -> StepStats:
+        """The numbers that the guards look at."""
+        sums = tuple(self.losses.sums.tolist())
+        targets = tuple(self.losses.targets.tolist())
+        return StepStats(sums, targets, self.gradient_norm)
 
 
 class TrainStep:
-    """Model, optimizer and schedule of this rank, driven a batch at a time.
+    """Model, optimizer and learning-rate schedule of this rank.
+
+    A training step is `forward_backward`, then `optimizer_step`; without the latter, weights and optimizer state stay
+    as they are.
 
     Attributes:
-        chunks: This rank's parts of the model, one for each virtual stage.
-        model: The same as Megatron-Core trains them.
+        chunks: This rank's parts of the model, one per virtual pipeline stage.
+        model: The same parts wrapped for Megatron-Core's data parallelism.
+        optimizer: Megatron-Core's optimizer.
     """
 
     def __init__(self, recipe: Recipe, mesh: Mesh, vocabulary_size: int) -> None:
-        self.recipe, self.mesh = recipe, mesh
+        self.recipe = recipe
+        self.mesh = mesh
+        self.vocabulary_size = vocabulary_size
         self.chunks = build_model(recipe, vocabulary_size)
         self.config = self.chunks[0].config
         self.model = [self._wrap(chunk) for chunk in self.chunks]
         self.optimizer = build_optimizer(recipe, self.model)
         self.schedule = LearningRateSchedule(recipe, self.optimizer)
+
+        # Megatron-Core's schedules take these from the model's config.
         self.config.finalize_model_grads_func = finalize_model_grads
         self.config.grad_scale_func = self.optimizer.scale_loss
-        # Replicas add gradients up while the last microbatch's backward pass goes on, and not before that.
-        unsynchronised = [chunk.no_sync for chunk in self.model]
-        self.config.no_sync_func = unsynchronised if len(self.model) > 1 else unsynchronised[0]
+        # Gradients are reduced over replicas during the backward pass of the last microbatch only.
+        no_sync = [chunk.no_sync for chunk in self.model]
+        self.config.no_sync_func = no_sync if len(self.model) > 1 else no_sync[0]
 
     def _wrap(self, chunk: GPTModel) -> DistributedDataParallel:
+        """Wrap a chunk for gradient reduction in fp32, overlapped with the backward pass."""
         return DistributedDataParallel(
             config=self.config,
             ddp_config=DistributedDataParallelConfig(
@@ -101,118 +126,140 @@ class TrainStep:
             module=Float16Module(self.config, chunk) if self.config.bf16 else chunk,
         )
 
-    def train(
-        self, step: int, rows: Batch, admit: Callable[[StepResult], bool] = lambda _: True
-    ) -> StepResult:
-        """Take optimizer step `step` (from 0) on this replica's rows.
+    def forward_backward(self, step: int, batch: Batch) -> StepResult:
+        """Compute losses and gradients of a training step; collective over all ranks.
 
-        The loss is the sum over target tokens divided by their global number, so that it depends
-        neither on microbatches nor on replicas.
+        The loss is the sum over target tokens divided by their global number, so that it depends neither on
+        microbatches nor on replicas.
 
         Args:
-            step: Which step.
-            rows: The rows.
-            admit: Asked before the update is applied; where it says no, weights and optimizer stay as they are.
+            step: Number of the step, from 0; decides the learning rate.
+            batch: This replica's rows.
         """
         self.schedule.set(step)
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         if self.recipe.model.num_experts is not None:
-            set_num_targets(self.chunks, self._mean_targets(rows))
-        losses = self._run(rows, len(self.recipe.objective.mixture), forward_only=False)
-        # `step` does both again and then applies what it finds, nan too; both leave the gradients as they are.
+            set_num_targets(self.chunks, self._mean_targets(batch))
+
+        num_denoisers = len(self.recipe.objective.mixture)
+        losses = self._run(batch, num_denoisers, forward_only=False)
+
+        # `optimizer.step` repeats both calls and then applies the gradients even if they are NaN. Neither call
+        # changes the gradients, so that a caller may look at the norm first and leave the step out.
         self.optimizer.prepare_grads()
         gradient_norm = float(self.optimizer.get_grad_norm())
-        result = StepResult(losses, gradient_norm, self.optimizer.param_groups[0]["lr"])
-        if admit(result):
-            self.optimizer.step()
-        return result
 
-    def _mean_targets(self, rows: Batch) -> float:
-        """Target tokens of a microbatch, on average over the step's on all replicas."""
-        here = torch.tensor([rows.loss_mask.sum()], dtype=torch.float64, device=self.mesh.device)
-        microbatches = self.recipe.num_microbatches * self.recipe.parallel.data
-        return float(self.mesh.all_reduce_sum(here)) / microbatches
+        flops = training_flops(
+            self.recipe.model, self.vocabulary_size, losses.positions, losses.num_visible_keys
+        )
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        return StepResult(losses, gradient_norm, learning_rate, flops)
+
+    def optimizer_step(self) -> None:
+        """Apply the gradients of the last `forward_backward`; collective over all ranks."""
+        self.optimizer.step()
+
+    def _mean_targets(self, batch: Batch) -> float:
+        """Return the mean number of target tokens per microbatch, over all microbatches of all replicas."""
+        targets = torch.tensor(
+            [batch.loss_mask.sum()], dtype=torch.float64, device=self.mesh.device
+        )
+        num_microbatches = self.recipe.num_microbatches * self.recipe.parallel.data
+        return float(self.mesh.all_reduce_sum(targets)) / num_microbatches
 
     @torch.no_grad()
-    def measure(self, rows: Batch) -> Losses:
-        """Losses on this replica's share of held-out rows of one denoiser; nothing is learned."""
-        return self._run(rows, 1, forward_only=True)
+    def evaluate(self, batch: Batch) -> Losses:
+        """Compute the losses of held-out rows of one denoiser; collective over all ranks.
 
-    def _run(self, rows: Batch, denoisers: int, *, forward_only: bool) -> Losses:
-        """Pass all rows through the pipeline, microbatch by microbatch."""
+        Args:
+            batch: This replica's share of the rows.
+        """
+        return self._run(batch, 1, forward_only=True)
+
+    def _run(self, batch: Batch, num_denoisers: int, *, forward_only: bool) -> Losses:
+        """Pass a batch through the pipeline, microbatch by microbatch, and sum its losses over replicas."""
         size = self.recipe.training.micro_batch_size
-        assert len(rows) % size == 0
-        microbatches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        assert len(batch) % size == 0
+        microbatches = [batch[start : start + size] for start in range(0, len(batch), size)]
         self.config.microbatch_group_size_per_vp_stage = self.recipe.parallel.microbatch_group_size(
             len(microbatches)
         )
+
         results = get_forward_backward_func()(
-            forward_step_func=partial(self._forward, denoisers=denoisers),
-            data_iterator=[iter(microbatches) for _ in self.model],  # each chunk reads them all
+            forward_step_func=partial(self._forward, num_denoisers=num_denoisers),
+            data_iterator=[iter(microbatches) for _ in self.model],  # every chunk reads all of them
             model=self.model,
             num_microbatches=len(microbatches),
-            seq_length=rows.tokens.shape[1],
+            seq_length=batch.tokens.shape[1],
             micro_batch_size=size,
             forward_only=forward_only,
         )
-        values = torch.zeros(2 * denoisers + 2, dtype=torch.float64, device=self.mesh.device)
+
+        # Loss sums, target counts, positions and visible keys: one vector, so that one message reduces them all.
+        values = torch.zeros(2 * num_denoisers + 2, dtype=torch.float64, device=self.mesh.device)
         for result in results:
             values[:-2] += result["losses"]
-        values[-2] = rows.tokens.size
-        values[-1] = num_visible_keys(self.recipe.model, rows.kv_start, rows.kv_end)
+        values[-2] = batch.tokens.size
+        values[-1] = num_visible_keys(self.recipe.model, batch.kv_start, batch.kv_end)
+
         total = self.mesh.all_reduce_sum(values).cpu().numpy()
         return Losses(
-            sums=total[:denoisers],
-            targets=total[denoisers:-2],
+            sums=total[:num_denoisers],
+            targets=total[num_denoisers:-2],
             positions=float(total[-2]),
             num_visible_keys=float(total[-1]),
         )
 
     def _forward(
-        self, microbatches: Iterator[Batch], model: torch.nn.Module, *, denoisers: int
+        self, microbatches: Iterator[Batch], model: torch.nn.Module, *, num_denoisers: int
     ) -> tuple[Tensor, LossFunction]:
-        """Megatron's forward step: this stage's output and how to make it a loss."""
-        rows = next(microbatches)
+        """Run this stage on the next microbatch, in the form that Megatron-Core's schedules call.
+
+        Returns:
+            The stage's output, and the function that turns the last stage's output into the loss.
+        """
+        batch = next(microbatches)
         device = self.mesh.device
         output = model(
-            _tensor(rows.tokens, device).long(),
-            _tensor(rows.position_ids, device).long(),
-            pack_intervals(rows.kv_start, rows.kv_end),
-            labels=_tensor(rows.labels, device).long(),
+            _tensor(batch.tokens, device).long(),
+            _tensor(batch.position_ids, device).long(),
+            pack_intervals(batch.kv_start, batch.kv_end),
+            labels=_tensor(batch.labels, device).long(),
         )
         z_loss = self.recipe.optimizer.z_loss
-        return output, partial(_loss, rows=rows, denoisers=denoisers, z_loss=z_loss)
+        return output, partial(_loss, batch=batch, num_denoisers=num_denoisers, z_loss=z_loss)
 
 
 def _loss(
-    output: Tensor, *, rows: Batch, denoisers: int, z_loss: float
+    output: Tensor, *, batch: Batch, num_denoisers: int, z_loss: float
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum a microbatch's losses over targets, in all and for each denoiser.
+    """Sum a microbatch's losses over targets, in total and per denoiser.
 
     Args:
         output: (B, S) nats, or with z-loss (2, B, S): nats, and the softmax's log Z.
-        rows: The microbatch.
-        denoisers: Number of denoisers in the mixture.
-        z_loss: Weight of log^2 Z in the loss sum; the losses by denoiser are without it.
+        batch: The microbatch.
+        num_denoisers: Number of denoisers in the mixture.
+        z_loss: Weight of log^2 Z in the total; the losses per denoiser exclude it.
 
     Returns:
-        Loss sum, number of targets, and "losses": (2 * denoisers,) float64 of sums, then counts.
+        Loss sum, number of targets, and "losses": (2 * num_denoisers,) float64 of sums, then counts.
     """
     device = output.device
     token_losses, *log_z = output.unbind() if z_loss else (output,)
-    targets = _tensor(rows.loss_mask, device).float()
+    targets = _tensor(batch.loss_mask, device).float()
     masked = token_losses.float() * targets
-    which = torch.clamp(
-        _tensor(rows.denoiser_ids, device).long(), min=0
-    ).ravel()  # padding has no target
-    sums = torch.zeros(2, denoisers, dtype=torch.float64, device=device)
-    sums[0].index_add_(0, which, masked.detach().double().ravel())
-    sums[1].index_add_(0, which, targets.double().ravel())
+
+    # Padding has the id -1 and no targets: it adds zero to the first denoiser.
+    denoiser_ids = torch.clamp(_tensor(batch.denoiser_ids, device).long(), min=0).ravel()
+    sums = torch.zeros(2, num_denoisers, dtype=torch.float64, device=device)
+    sums[0].index_add_(0, denoiser_ids, masked.detach().double().ravel())
+    sums[1].index_add_(0, denoiser_ids, targets.double().ravel())
+
     total = masked.sum()
-    for one in log_z:
-        total = total + z_loss * (one.float().square() * targets).sum()
+    for log_z_of_tokens in log_z:
+        total = total + z_loss * (log_z_of_tokens.float().square() * targets).sum()
     return total, targets.sum().int(), {"losses": sums.ravel()}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ul2r.config import Comparison, Recipe, load
-from ul2r.errors import RecipeError, UserError
+from ul2r.errors import RecipeError, RunInterrupted, UserError
 from ul2r.launch.logs import configure_console
 from ul2r.launch.pretrained import fill_model_from_base
 
@@ -80,6 +80,9 @@ def run_and_report(work: Callable[[], None]) -> int:
         # A message may quote another library's, which may have several lines.
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return USER_ERROR_EXIT
+    except RunInterrupted as interrupted:
+        sys.stderr.write(f"{interrupted}; run the same command again to continue\n")
+        return INTERRUPTED_EXIT
     except KeyboardInterrupt:
         sys.stderr.write("\nstopped; run the same command again to continue\n")
         return INTERRUPTED_EXIT

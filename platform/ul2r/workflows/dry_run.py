@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from ul2r.config import Recipe
 from ul2r.data.store.dataset import open_dataset
-from ul2r.launch.preflight import check_run, planned_vocabulary
+from ul2r.launch.preflight import check_run, find_resume_checkpoint, planned_vocabulary
 from ul2r.model.flops import num_active_parameters, num_visible_keys, training_flops
 from ul2r.model.sizing import (
     GIB,
@@ -38,10 +38,11 @@ def dry_run(recipe: Recipe) -> str:
     """
     if recipe.storage_paths.store.exists():
         dataset = open_dataset(recipe.storage_paths.store)
-        reached = check_run(recipe, dataset)
+        resumed = find_resume_checkpoint(recipe)
+        check_run(recipe, dataset, resumed)
         vocabulary_size = dataset.vocabulary.size
         origin = "of the token store"
-        start = f"step {reached.step:,}" if reached else _describe_start(recipe)
+        start = f"step {resumed.step:,}" if resumed else _describe_start(recipe)
         checked = "recipe, token store, checkpoints, memory"
     else:
         vocabulary_size = planned_vocabulary(recipe)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ul2r.config import Recipe, dump
-from ul2r.errors import LayoutError
+from ul2r.errors import LayoutError, RunInterrupted
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.workflows.cli import SUBMITTED_VARIABLE, run_job
 
@@ -46,11 +46,12 @@ def test_bug_is_not_swallowed(recipe_file: Path) -> None:
         run_job("A job.", Recipe, action)
 
 
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt(), RunInterrupted("tiny: stopped")])
 def test_interruption_ends_with_exit_code_130(
-    recipe_file: Path, capsys: pytest.CaptureFixture[str]
+    recipe_file: Path, capsys: pytest.CaptureFixture[str], interruption: BaseException
 ) -> None:
     def action(_: Recipe) -> None:
-        raise KeyboardInterrupt
+        raise interruption
 
     assert run_job("A job.", Recipe, action) == 130
     assert "run the same command again" in capsys.readouterr().err

@@ -124,3 +124,12 @@ def _training_windows(recipe: Recipe, dataset: TokenDataset) -> WindowSource:
     if len(sources) == 1:
         return sources[0]
     return Blend(sources, [source.weight for source in dataset.train], recipe.seed)
+
+
+def check_dataset(recipe: Recipe, dataset: TokenDataset) -> None:
+    """Check that a token store is long enough for a recipe's windows and has enough sentinels.
+
+    Raises:
+        CorpusError: If it is not.
+    """
+    BatchBuilder(recipe, dataset)

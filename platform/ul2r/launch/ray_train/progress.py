@@ -1,4 +1,4 @@
-"""TrainState of a run, from the worker that knows it to the driver that shows it."""
+"""Link between a run's workers and the driver: progress and log records one way, a stop request the other."""
 
 from __future__ import annotations
 
@@ -11,139 +11,146 @@ import ray
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ul2r.config import Recipe
 from ul2r.console import show_progress
-from ul2r.train.state import TrainState, summary
+from ul2r.train.callbacks import Callback, LoopAction
+from ul2r.train.monitor.progress import describe_progress
+from ul2r.train.state import TrainState
 
 POLL_S = 0.5
-LAST_WORD_S = 2.0
-"""How long the end waits for what was said last."""
+LAST_READ_S = 2.0
+"""Time that the end of a run waits for the board's last content."""
 
-LogLine = tuple[str, int, str]
+LogRecord = tuple[str, int, str]
 """Logger name, level and message of a worker's record."""
 
 logger = logging.getLogger(__name__)
 
 
 class _Board:
-    """Holds the last reported progress, lines that were not read yet, and whether the run shall stop."""
+    """Actor that holds the last reported progress, log records not yet read, and whether the run shall stop."""
 
     def __init__(self) -> None:
-        self._last = (0, "")
-        self._records: list[LogLine] = []
-        self._stopping = False
+        self._progress = (0, "")
+        self._records: list[LogRecord] = []
+        self._is_stopping = False
 
-    def write(self, tokens: int, note: str) -> bool:
-        """Report; whether the run shall stop."""
-        self._last = (tokens, note)
-        return self._stopping
+    def report(self, tokens: int, note: str) -> bool:
+        """Take the progress; return whether the run shall stop."""
+        self._progress = (tokens, note)
+        return self._is_stopping
 
     def log(self, name: str, level: int, message: str) -> None:
         self._records.append((name, level, message))
 
     def stop(self) -> None:
-        self._stopping = True
+        self._is_stopping = True
 
-    def read(self) -> tuple[tuple[int, str], list[LogLine]]:
+    def read(self) -> tuple[tuple[int, str], list[LogRecord]]:
         records, self._records = self._records, []
-        return self._last, records
+        return self._progress, records
 
 
 @contextmanager
-def shown_progress(what: str, total_tokens: int, stopped: threading.Event) -> Iterator[ActorHandle]:
-    """Show a bar of a run's own tokens while the block runs; workers write to the yielded board.
-
-    The board stays on the driver's machine, so that no other one takes it along.
+def progress_board(recipe: Recipe, stop_event: threading.Event) -> Iterator[ActorHandle]:
+    """Show the progress and log the records that workers write to the yielded board, while the block runs.
 
     Args:
-        what: Name of the run.
-        total_tokens: When it is finished.
-        stopped: Workers are asked to stop as soon as this is set.
+        recipe: The run.
+        stop_event: Event that makes the board ask the workers to stop.
     """
+    # On the driver's node, so that the loss of another one does not take the board with it.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = ray.remote(num_cpus=0, scheduling_strategy=here)(_Board).remote()
     ended = threading.Event()
-    show = threading.Thread(target=_show, args=(what, total_tokens, board, ended), daemon=True)
-    stop = threading.Thread(target=_stop, args=(board, stopped, ended), daemon=True)
-    show.start()
-    stop.start()
+    threads = [
+        threading.Thread(target=_show, args=(recipe, board, ended), daemon=True),
+        threading.Thread(target=_forward_stop, args=(board, stop_event, ended), daemon=True),
+    ]
+    for thread in threads:
+        thread.start()
     try:
         yield board
     finally:
         ended.set()
-        show.join()
-        stop.join()
+        for thread in threads:
+            thread.join()
         ray.kill(board)
 
 
-def _stop(board: ActorHandle, stopped: threading.Event, ended: threading.Event) -> None:
+def _forward_stop(board: ActorHandle, stop_event: threading.Event, ended: threading.Event) -> None:
     while not ended.is_set():
-        if stopped.wait(POLL_S):
+        if stop_event.wait(POLL_S):
             logger.info("stopping after a checkpoint; once more to stop at once")
             board.stop.remote()
             return
 
 
-def _show(what: str, total_tokens: int, board: ActorHandle, ended: threading.Event) -> None:
-    """Begin the bar with the first step, so that its rate is the training's and not the start's."""
-    logger.info("%s: starting workers", what)
-    reports = _reports(board, ended)
-    first = next((tokens for tokens, _ in reports if tokens), None)
-    if first is None:
+def _show(recipe: Recipe, board: ActorHandle, ended: threading.Event) -> None:
+    """Show a bar that starts with the first step, so that its rate excludes the start of the workers."""
+    logger.info("%s: starting workers", recipe.name)
+    reports = _poll(board, ended)
+    first_tokens = next((tokens for tokens, _ in reports if tokens), None)
+    if first_tokens is None:
         return
-    with show_progress(what, total_tokens, "tokens", completed=first) as bar:
+    total = recipe.training.steps * recipe.tokens_per_step
+    with show_progress(recipe.name, total, "tokens", completed=first_tokens) as bar:
         for tokens, note in reports:
             bar.update(tokens, note)
 
 
-def _reports(board: ActorHandle, ended: threading.Event) -> Iterator[tuple[int, str]]:
-    """What the board says each time it says something new, until the block ends; lines are written to stderr.
+def _poll(board: ActorHandle, ended: threading.Event) -> Iterator[tuple[int, str]]:
+    """Yield each new progress until the block ends; log the workers' records on the way.
 
-    A board whose process is still starting, or cannot start, must not keep the block from ending.
+    A board whose process is still starting, or cannot start, does not keep the block from ending.
     """
     last: tuple[int, str] = (0, "")
-    last_reads = 0
-    asked = board.read.remote()
-    while last_reads < 2:  # the first of them was asked before the end
-        ending = ended.wait(POLL_S)
-        last_reads += ending
-        if not ray.wait([asked], timeout=LAST_WORD_S if ending else 0)[0]:
+    num_last_reads = 0
+    pending = board.read.remote()
+    # Two reads after the end: the first was requested before it and may lack what came in between.
+    while num_last_reads < 2:
+        is_ending = ended.wait(POLL_S)
+        num_last_reads += is_ending
+        if not ray.wait([pending], timeout=LAST_READ_S if is_ending else 0)[0]:
             continue
-        said, records = ray.get(asked)
-        asked = board.read.remote()
+
+        progress, records = ray.get(pending)
+        pending = board.read.remote()
         for name, level, message in records:
             logging.getLogger(name).log(level, "%s", message)
-        if said != last:
-            last = said
-            yield said
+        if progress != last:
+            last = progress
+            yield progress
 
 
-class Report:
-    """What a worker tells the driver, and hears from it.
+class BoardReporter(Callback):
+    """Reports rank 0's progress to the driver's board, and requests a stop when the driver does.
 
     Args:
-        board: From `shown_progress`.
-        tokens_per_step: Row positions of one step.
+        recipe: The run.
+        board: Board from `progress_board`.
     """
 
-    def __init__(self, board: ActorHandle, tokens_per_step: int) -> None:
-        self._board, self._tokens_per_step = board, tokens_per_step
+    def __init__(self, recipe: Recipe, board: ActorHandle) -> None:
+        self._tokens_per_step = recipe.tokens_per_step
+        self._board = board
         self._answers: list[ray.ObjectRef[bool]] = []
-        self._stop = False
+        self._is_stopping = False
 
-    def on_step(self, reached: TrainState, metrics: Mapping[str, float]) -> None:
-        """Tell of a step."""
-        tokens = reached.step * self._tokens_per_step
-        self._answers.append(self._board.write.remote(tokens, summary(metrics)))
+    def on_progress(self, state: TrainState, metrics: Mapping[str, float]) -> None:
+        """Report a step without waiting for the answer."""
+        tokens = state.step * self._tokens_per_step
+        self._answers.append(self._board.report.remote(tokens, describe_progress(metrics)))
 
-    def log(self, name: str, level: int, message: str) -> None:
-        """Let the driver log a record of this worker."""
-        self._board.log.remote(name, level, message)
-
-    def stop_asked(self) -> bool:
-        """Whether the driver wants the run to stop; known a step or so after it was asked."""
+    def requested_action(self) -> LoopAction:
+        """Return STOP if the driver wants the run to stop, known a step or so after its request."""
         if self._answers:
-            heard, self._answers = ray.wait(
+            arrived, self._answers = ray.wait(
                 self._answers, num_returns=len(self._answers), timeout=0
             )
-            self._stop |= any(ray.get(heard))
-        return self._stop
+            self._is_stopping |= any(ray.get(arrived))
+        return LoopAction.STOP if self._is_stopping else LoopAction.CONTINUE
+
+    def log(self, name: str, level: int, message: str) -> None:
+        """Send a log record to the driver."""
+        self._board.log.remote(name, level, message)

@@ -1,4 +1,4 @@
-"""A run under Ray Train: checked first, then workers that are restarted where they die."""
+"""A run under Ray Train: checked first, then trained by workers that are restarted when they die."""
 
 from __future__ import annotations
 
@@ -28,19 +28,23 @@ from ul2r.launch.preflight import (
     NO_GPU,
     check_run,
     check_unprepared,
+    find_resume_checkpoint,
+    finished_run_info,
     gpu_environment,
-    latest_checkpoint_info,
     mark_finished,
     track_run,
 )
 from ul2r.launch.ray_train.cluster import connect_ray
 from ul2r.launch.ray_train.elastic import cpus_needed, has_room, resources_per_worker, shrink_layout
-from ul2r.launch.ray_train.progress import shown_progress
+from ul2r.launch.ray_train.progress import progress_board
 from ul2r.launch.ray_train.streaming import build_store_in_background
-from ul2r.launch.stop_signal import sigterm_noted
+from ul2r.launch.stop_signal import StopSignal
 from ul2r.tracking.mlflow import check_server
 from ul2r.train.checkpoint.metadata import CheckpointInfo
 from ul2r.train.checkpoint.storage import acquire_writer_token
+
+NODE_DEATH_S = 20.0
+"""Time within which Ray's health checks notice that a machine is gone."""
 
 logger = logging.getLogger(__name__)
 
@@ -48,58 +52,61 @@ logger = logging.getLogger(__name__)
 def train(recipe: Recipe) -> CheckpointInfo:
     """Train the run from where it stands to its last step.
 
-    Store, base, own checkpoints, memory, tracking server and cluster are checked before anything starts. A streamed
-    store is made meanwhile, as far as it is not there.
+    Store, base, checkpoints, memory, tracking server and cluster are checked before anything starts. What is missing
+    of a streamed store is built meanwhile.
 
     Returns:
-        The description of its last checkpoint; at once, if that was written before.
+        Metadata of the run's last checkpoint; at once, if the run was finished before.
 
     Raises:
-        UserError: If one of the checks fails.
-        KeyboardInterrupt: After a checkpoint, if this process got SIGTERM.
+        UserError: If a check fails.
+        RunInterrupted: After a checkpoint, if this process received SIGTERM.
     """
-    is_begun = recipe.storage_paths.store.exists() or recipe.data.order == "shuffled"
-    dataset = open_dataset(recipe.storage_paths.store) if is_begun else None
-    reached = None
+    dataset = _open_if_begun(recipe)
+    resumed = None
     if dataset is None:
         check_unprepared(recipe)
     else:
-        reached = check_run(recipe, dataset)
+        resumed = find_resume_checkpoint(recipe)
+        check_run(recipe, dataset, resumed)
     uri = check_server(recipe.tracking.uri)
-    if reached is not None and reached.is_finished:
+    if resumed is not None and resumed.is_finished:
         mark_finished(recipe, uri)
-        return reached
-    grows = dataset is None or not dataset.manifest.is_complete
-    if grows:
-        check_resumable(recipe)  # refuses what the rest of its store cannot be made of
-    cpus, gpus = cpus_needed(recipe), recipe.parallel.num_workers * recipe.launch.gpus_per_worker
+        return resumed
+
+    must_build = dataset is None or not dataset.manifest.is_complete
+    if must_build:
+        check_resumable(recipe)
+    cpus = cpus_needed(recipe)
+    gpus = recipe.parallel.num_workers * recipe.launch.gpus_per_worker
     with (
-        connect_ray(cpus + grows, gpus, smaller="lower parallel.num_workers"),
-        build_store_in_background(recipe, cpus) if grows else nullcontext(dataset) as dataset,
+        connect_ray(cpus + must_build, gpus, smaller="lower parallel.num_workers"),
+        build_store_in_background(recipe, cpus) if must_build else nullcontext(dataset) as dataset,
     ):
         assert dataset is not None
-        if grows:
-            check_run(recipe, dataset)
-        with sigterm_noted() as stopped, track_run(recipe, dataset, uri) as run_id:
-            _fit_and_shrink(recipe, dataset, uri, run_id, stopped)
-            reached = latest_checkpoint_info(recipe)
-            if not reached.is_finished:
-                raise KeyboardInterrupt
-    return reached
+        if must_build:
+            check_run(recipe, dataset, find_resume_checkpoint(recipe))
+        with StopSignal() as stop_signal, track_run(recipe, dataset, uri) as run_id:
+            _fit_and_shrink(recipe, dataset, uri, run_id, stop_signal.received)
+            return finished_run_info(recipe)
 
 
-NODE_DEATH_S = 20.0
-"""A machine that is gone is known to be within this time, by Ray's health checks."""
+def _open_if_begun(recipe: Recipe) -> TokenDataset | None:
+    """Open the recipe's token store; None if it is to be streamed and does not exist yet."""
+    store = recipe.storage_paths.store
+    if recipe.data.order == "streamed" and not store.exists():
+        return None
+    return open_dataset(store)
 
 
 class FailurePolicy(DefaultFailurePolicy):  # type: ignore[misc]  # Ray has no types here
-    """Restarts workers, unless that cannot help.
+    """Policy that restarts workers unless that cannot help.
 
-    One of them met a mistake of the user's: it would meet it again. Or the cluster has lost what they need, and the
-    driver may start fewer.
+    User errors are not retried: they would fail again. Neither is a run whose cluster has lost machines that it needs
+    and that may go on with fewer workers: the driver starts those.
 
     Args:
-        failure_config: Ray's.
+        failure_config: Ray's own settings.
         recipe: The run.
     """
 
@@ -108,13 +115,13 @@ class FailurePolicy(DefaultFailurePolicy):  # type: ignore[misc]  # Ray has no t
         self._recipe = recipe
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
-        """What Ray Train does about a failure."""
-        if isinstance(_cause(training_failed_error), UserError) or self._may_shrink():
+        """Return what Ray Train shall do about a failure."""
+        if isinstance(_cause(training_failed_error), UserError) or self._must_shrink():
             return FailureDecision.RAISE
         return super().make_decision(training_failed_error)
 
-    def _may_shrink(self) -> bool:
-        """Whether the run may go on with fewer workers, and must."""
+    def _must_shrink(self) -> bool:
+        """Return whether the run may go on with fewer workers and has to; waits until Ray knows which nodes are gone."""
         if self._recipe.launch.min_workers is None:
             return False
         deadline = time.monotonic() + NODE_DEATH_S
@@ -126,35 +133,35 @@ class FailurePolicy(DefaultFailurePolicy):  # type: ignore[misc]  # Ray has no t
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types here
-    """Ray Train's trainer (2.60) without three of its habits."""
+    """Ray Train's trainer with three private methods of 2.60 replaced, for which it has no settings."""
 
-    def _initialize_and_run_controller(self, **arguments: Any) -> Result:  # noqa: ANN401  Ray's
-        """Give up at once where starting again cannot help."""
+    def _initialize_and_run_controller(self, **arguments: Any) -> Result:  # noqa: ANN401  Ray's own arguments
+        """Run with a failure policy that gives up at once where a restart cannot help."""
         recipe: Recipe = self.train_loop_config["recipe"]
         policy = FailurePolicy(self.run_config.failure_config, recipe)
         return super()._initialize_and_run_controller(**{**arguments, "failure_policy": policy})
 
     def _register_sigint_handler(self, _: object) -> None:
-        """Leave Ctrl-C as it is: Ray's answer waits for workers that still start, and then exits with code 0."""
+        """Leave Ctrl-C as it is: Ray's handler waits for workers that still start, and then exits with code 0."""
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
-        """Leave out the actor that frees the workers' place should Ray's controller die, where it cannot work.
+        """Leave out the actor that frees the workers' resources should the controller die, if it cannot work.
 
-        It asks the dashboard, and where there is none it holds up the end of every run for as long as it may.
+        It asks the dashboard. Without one it delays the end of every run by its full timeout.
         """
         callbacks: list[RayTrainCallback] = super()._create_default_callbacks()
         if get_dashboard_url():
             return callbacks
-        return [one for one in callbacks if not isinstance(one, PlacementGroupCleanerCallback)]
+        return [c for c in callbacks if not isinstance(c, PlacementGroupCleanerCallback)]
 
 
 def _fit_and_shrink(
-    recipe: Recipe, dataset: TokenDataset, uri: str, run_id: str, stopped: threading.Event
+    recipe: Recipe, dataset: TokenDataset, uri: str, run_id: str, stop_event: threading.Event
 ) -> None:
-    """Train; where machines are lost, go on with fewer replicas as far as the recipe lets it."""
+    """Train; if machines are lost, go on with fewer replicas as far as the recipe allows."""
     while True:
         try:
-            return _fit(recipe, dataset.manifest.fingerprint, uri, run_id, stopped)
+            return _fit(recipe, dataset.manifest.fingerprint, uri, run_id, stop_event)
         except TrainingFailedError:
             left = ray.cluster_resources()
             if has_room(recipe, left):
@@ -173,11 +180,13 @@ def _fit_and_shrink(
             recipe = smaller
 
 
-def _fit(recipe: Recipe, fingerprint: str, uri: str, run_id: str, stopped: threading.Event) -> None:
-    per_step = recipe.training.global_batch_size * recipe.objective.sequence_length
-    total = recipe.training.steps * per_step
+def _fit(
+    recipe: Recipe, fingerprint: str, uri: str, run_id: str, stop_event: threading.Event
+) -> None:
+    """Run Ray Train until the run ends or fails for good."""
     launch = recipe.launch
-    with shown_progress(recipe.name, total, stopped) as board:
+    environment = gpu_environment(recipe.parallel) if launch.gpus_per_worker else NO_GPU
+    with progress_board(recipe, stop_event) as board:
         trainer = _Trainer(
             _train_worker,
             train_loop_config={
@@ -186,7 +195,6 @@ def _fit(recipe: Recipe, fingerprint: str, uri: str, run_id: str, stopped: threa
                 "uri": uri,
                 "run_id": run_id,
                 "board": board,
-                "tokens_per_step": per_step,
                 "writer_token": acquire_writer_token(recipe.paths.checkpoints),
             },
             torch_config=TorchConfig(backend="nccl" if launch.gpus_per_worker else "gloo"),
@@ -196,11 +204,7 @@ def _fit(recipe: Recipe, fingerprint: str, uri: str, run_id: str, stopped: threa
                 resources_per_worker=resources_per_worker(recipe),
             ),
             run_config=RunConfig(
-                worker_runtime_env={
-                    "env_vars": gpu_environment(recipe.parallel)
-                    if launch.gpus_per_worker
-                    else NO_GPU
-                },
+                worker_runtime_env={"env_vars": environment},
                 storage_path=str(recipe.paths.ray),
                 failure_config=FailureConfig(max_failures=launch.max_failures),
             ),
@@ -212,7 +216,7 @@ def _fit(recipe: Recipe, fingerprint: str, uri: str, run_id: str, stopped: threa
 
 
 def _cause(error: TrainingFailedError) -> Exception:
-    """A user's mistake that a worker met, or else the failure itself."""
+    """Return the user error that a worker raised, or else the failure itself."""
     if isinstance(error, WorkerGroupError):
         for failure in error.worker_failures.values():
             cause: object = getattr(failure, "cause", failure)
@@ -223,9 +227,9 @@ def _cause(error: TrainingFailedError) -> Exception:
 
 
 def _train_worker(config: dict[str, Any]) -> None:
-    """What Ray Train runs in each worker.
+    """Train in a worker of Ray Train.
 
-    Only there is Megatron-Core imported: the driver and Ray's controller, which import this module, start sooner.
+    Megatron-Core is imported only here: the driver and Ray's controller, which import this module, start sooner.
     """
     from ul2r.launch.ray_train.worker import train_worker
 

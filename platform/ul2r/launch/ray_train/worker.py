@@ -12,18 +12,18 @@ from ray.train.collective import broadcast_from_rank_zero
 from ul2r.config import Recipe
 from ul2r.data import loader
 from ul2r.launch.logs import forward_logs
-from ul2r.launch.ray_train.progress import Report
-from ul2r.launch.ray_train.prometheus import PrometheusTracker
+from ul2r.launch.ray_train.progress import BoardReporter
+from ul2r.launch.ray_train.prometheus import PrometheusGauges
 from ul2r.launch.worker import run_worker
 from ul2r.objective.batch import Batch
 from ul2r.tracking.mlflow import MlflowTracker
 from ul2r.tracking.tracker import MemoryTracker, Tracker
 from ul2r.train.batch_iterator import BatchSource
-from ul2r.train.loop import LoopAction
+from ul2r.train.callbacks import Callback, LoopAction
 from ul2r.train.mesh import Mesh
 
 PREEMPTION_STEPS = 10
-"""Steps between two looks whether a machine is about to be taken away, each of which costs some 10 ms."""
+"""Steps between two looks for preemption notices, each of which takes some 10 ms."""
 
 
 def train_worker(
@@ -33,79 +33,73 @@ def train_worker(
     uri: str,
     run_id: str,
     board: ActorHandle,
-    tokens_per_step: int,
     writer_token: str,
 ) -> None:
-    """Train this rank's part; Ray Train has set up its process group.
+    """Train this rank's part; Ray Train has set up the process group.
 
     Args:
         recipe: The run.
-        fingerprint: Its token store's.
+        fingerprint: Fingerprint of its token store.
         uri: MLflow's address.
-        run_id: MLflow's name of the run.
-        board: Where rank 0 writes its progress, from `shown_progress`.
-        tokens_per_step: Row positions of one step.
-        writer_token: The attempt at the run, from `acquire_writer_token`.
+        run_id: MLflow's ID of the run.
+        board: Board from `progress_board`.
+        writer_token: Token from `acquire_writer_token`.
     """
     torch.set_num_threads(max(int(recipe.launch.cpus_per_worker), 1))
     rank = ray.train.get_context().get_world_rank()
-    report = Report(board, tokens_per_step)
+    reporter = BoardReporter(recipe, board)
 
-    def run(tracker: Tracker) -> None:
-        reached = run_worker(
+    def train(tracker: Tracker, *callbacks: Callback) -> None:
+        state = run_worker(
             recipe,
             tracker,
-            report.on_step,
-            _reader(recipe),
+            _read_from_ray_data(recipe),
+            callbacks=[reporter, PreemptionMonitor(), *callbacks],
             writer_token=writer_token,
             fingerprint=fingerprint,
-            wish=_Wishes(report),
         )
-        tracker.close("FINISHED" if reached.step == recipe.training.steps else "KILLED")
+        tracker.close("FINISHED" if state.step == recipe.training.steps else "KILLED")
 
-    with forward_logs(report.log, rank):
+    with forward_logs(reporter.log, rank):
         if rank != 0:
-            run(MemoryTracker())
+            train(MemoryTracker())
             return
         with MlflowTracker(uri, run_id, recipe.paths.folder) as tracker:
-            run(PrometheusTracker(tracker, recipe.name))
+            train(tracker, PrometheusGauges(recipe.name))
 
 
-class _Wishes:
-    """What a worker wants at the end of a step: a checkpoint before a machine is taken away, or the end.
+class PreemptionMonitor(Callback):
+    """Requests a checkpoint when the cluster announces that it will take a machine away.
 
-    Ray Train starts the workers again when it has been taken. All of them ask it at the same steps.
+    Ray Train restarts the workers when the machine is gone.
     """
 
-    def __init__(self, report: Report) -> None:
-        self._report = report
-        self._steps = 0
+    def __init__(self) -> None:
+        self._num_steps = 0
         self._leaving = set[str]()
 
-    def __call__(self) -> LoopAction:
-        self._steps += 1
-        noticed = self._steps % PREEMPTION_STEPS == 0 and self._is_noticed()
-        if self._report.stop_asked():
-            return LoopAction.STOP
-        return LoopAction.SAVE if noticed else LoopAction.CONTINUE
-
-    def _is_noticed(self) -> bool:
-        """Whether machines are to leave that were not before."""
+    def requested_action(self) -> LoopAction:
+        """Return SAVE if machines are to leave that were not before; looks every `PREEMPTION_STEPS` steps."""
+        self._num_steps += 1
+        if self._num_steps % PREEMPTION_STEPS != 0:
+            return LoopAction.CONTINUE
         notice = ray.train.get_preemption_info()
         before, self._leaving = self._leaving, set(notice.preempted_node_ids) if notice else set()
-        return bool(self._leaving - before)
+        return LoopAction.SAVE if self._leaving - before else LoopAction.CONTINUE
 
 
-def _reader(recipe: Recipe) -> BatchSource:
-    def read(mesh: Mesh, batches: range) -> Iterator[Batch]:
-        replicas = recipe.parallel.data
+def _read_from_ray_data(recipe: Recipe) -> BatchSource:
+    """Return a source that has Ray Data compute batches; it is collective, since rank 0 splits the data for all."""
+
+    def source(mesh: Mesh, numbers: range) -> Iterator[Batch]:
+        num_replicas = recipe.parallel.data
         iterators = broadcast_from_rank_zero(
-            loader.split_for_replicas(loader.make_dataset(recipe, batches, replicas), replicas)
+            loader.split_for_replicas(loader.make_dataset(recipe, numbers, num_replicas), num_replicas)
             if mesh.is_rank0
             else None
         )
         if not mesh.is_reader:
             return iter(())
-        return loader.iter_batches(iterators[mesh.data_rank], recipe, batches, mesh.data_rank, replicas)
+        return loader.iter_batches(iterators[mesh.data_rank], recipe, numbers, mesh.data_rank, num_replicas)
 
-    return read
+    return source

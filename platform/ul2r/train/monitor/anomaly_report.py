@@ -1,4 +1,9 @@
-"""What is kept of a step that went wrong: where it was, what it saw, and each layer's norms."""
+"""Reports on steps that a guard did not apply.
+
+run folder/
+  guards/
+    step_00000006_batch_00000005.json   place, losses, expected losses and layer norms of one step
+"""
 
 from __future__ import annotations
 
@@ -19,6 +24,7 @@ from torch import nn
 
 from ul2r.config import Recipe
 from ul2r.data.sampling.batches import replica_row_indices
+from ul2r.filesystem import write_atomically
 from ul2r.train.monitor.guards import Anomaly, Decision, GuardState
 from ul2r.train.step import StepResult
 
@@ -26,12 +32,12 @@ Norms = dict[str, dict[str, float]]
 
 
 def layer_norms(optimizer: MegatronOptimizer) -> Norms:
-    """Gradient and weight norm of each layer over all ranks, all of which must call it.
+    """Compute the gradient and weight norm of each layer over all ranks; collective.
 
-    Gradients are those that the optimizer was given last: reduced over replicas, not yet clipped.
+    Gradients are those that the optimizer got last: reduced over replicas, not yet clipped.
 
     Args:
-        optimizer: The distributed optimizer, each rank of which has a part of each layer.
+        optimizer: The distributed optimizer, of which each rank holds a shard of each layer.
 
     Returns:
         {"layers.0": {"gradient": ..., "weight": ...}, ...}, and likewise for weights outside of layers.
@@ -40,27 +46,36 @@ def layer_norms(optimizer: MegatronOptimizer) -> Norms:
     names = _names(optimizer.model_chunks)
     for part in optimizer.chained_optimizers:
         assert isinstance(part, DistributedOptimizer), type(part)
+        # Private to Megatron-Core: the place of a parameter's shard among torch's parameter groups.
         for parameter, (group, order) in part.model_param_group_index_map.items():
-            if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter):
-                shard = part.optimizer.param_groups[group]["params"][order]
-                for place, values in enumerate((shard.grad, shard)):
-                    squares[names[parameter]][place] += float(
-                        values.detach().double().square().sum()
-                    )
+            if not _counts_here(parameter):
+                continue
+            shard = part.optimizer.param_groups[group]["params"][order]
+            for index, values in enumerate((shard.grad, shard)):
+                squares[names[parameter]][index] += float(values.detach().double().square().sum())
+
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, dict(squares))
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for one in gathered:
-        for name, values in one.items():
+    for squares_of_rank in gathered:
+        for name, values in squares_of_rank.items():
             sums[name] = [total + value for total, value in zip(sums[name], values, strict=True)]
+
     return {
         name: {"gradient": math.sqrt(gradient), "weight": math.sqrt(weight)}
         for name, (gradient, weight) in sorted(sums.items())
     }
 
 
+def _counts_here(parameter: nn.Parameter) -> bool:
+    """Return whether this rank counts the parameter, so that copies on other ranks are counted once."""
+    return bool(
+        param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter)
+    )
+
+
 def _names(chunks: Iterable[nn.Module]) -> dict[nn.Parameter, str]:
-    """The layer of each parameter, numbered through all pipeline stages, or its own name outside of layers."""
+    """Return the layer of each parameter, numbered through all pipeline stages, or its own name outside of layers."""
     names: dict[nn.Parameter, str] = {}
     for chunk in chunks:
         names |= {
@@ -73,69 +88,77 @@ def _names(chunks: Iterable[nn.Module]) -> dict[nn.Parameter, str]:
     return names
 
 
-def evidence(
+def anomaly_report(
     recipe: Recipe,
-    alarm: Anomaly,
+    anomaly: Anomaly,
     decision: Decision,
     *,
     step: int,
     state: GuardState,
     result: StepResult,
+    norms: Norms,
 ) -> dict[str, Any]:
-    """What is known of a step that was not applied.
+    """Describe a step that was not applied.
 
     Args:
         recipe: The run.
-        alarm: What was wrong.
+        anomaly: What was wrong.
         decision: What is done about it.
-        step: The step, from 0.
-        state: Of the guards before it.
-        result: Its losses and norms.
+        step: Number of the step, from 0.
+        state: State of the guards before the step.
+        result: Losses and norms of the step.
+        norms: Result of `layer_norms`.
 
     Returns:
-        Step from 1, batch, first and last of its rows and samples, what was seen and what was to be expected.
+        A JSON tree: step from 1, batch, first and last of its rows and samples, losses found and expected, norms.
     """
     batch = step + state.skipped_batches
-    rows, slots = replica_row_indices(recipe, batch, 0, 1), recipe.objective.slots_per_row
+    rows = replica_row_indices(recipe, batch, 0, 1)
+    slots = recipe.objective.slots_per_row
     names = tuple(denoiser.name for denoiser in recipe.objective.mixture)
     return {
-        "guard": alarm.kind,
-        "what": alarm.what,
+        "guard": anomaly.kind,
+        "what": anomaly.description,
         "decision": decision,
         "step": step + 1,
         "batch": batch,
-        "num_rows": [rows.start, rows.stop - 1],
+        "rows": [rows.start, rows.stop - 1],
         "samples": [rows.start * slots, rows.stop * slots - 1],
         "loss": result.losses.mean,
         "loss_by_denoiser": dict(result.losses.by_denoiser(names)),
         "gradient_norm": result.gradient_norm,
         "learning_rate": result.learning_rate,
-        "window": {"steps": len(state.window), **alarm.statistics},
+        "window": {"steps": len(state.window), **anomaly.statistics},
         "skipped_before": state.skipped,
         "last_skips_before": state.skips,
         "rewinds_before": state.rewinds,
+        "layers": norms,
     }
 
 
-def write_evidence(run_folder: Path, content: dict[str, Any]) -> Path:
-    """Write `evidence` to guards/step_<step>_batch_<batch>.json of the run; numbers that are none become words."""
-    folder = run_folder / "guards"
+def write_report(folder: Path, report: dict[str, Any]) -> Path:
+    """Write a report to step_<step>_batch_<batch>.json, NaN and infinity as strings.
+
+    Args:
+        folder: The run's `guards`, made if it does not exist.
+        report: Result of `anomaly_report`.
+
+    Returns:
+        The file.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step_{content['step']:08d}_batch_{content['batch']:08d}.json"
-    beside = path.with_suffix(".writing")
-    beside.write_text(
-        json.dumps(_plain(content), indent=2, allow_nan=False) + "\n", encoding="utf-8"
-    )
-    beside.replace(path)
+    path = folder / f"step_{report['step']:08d}_batch_{report['batch']:08d}.json"
+    text = json.dumps(_without_non_finite(report), indent=2, allow_nan=False)
+    write_atomically(path, text + "\n")
     return path
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401  any JSON value
-    """The value with nan and inf as words, which JSON has no numbers for."""
+def _without_non_finite(value: Any) -> Any:  # noqa: ANN401  any JSON value
+    """Return the value with NaN and infinity as strings, since JSON has no numbers for them."""
     if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
+        return {key: _without_non_finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [_without_non_finite(item) for item in value]
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else str(float(value))
     return value

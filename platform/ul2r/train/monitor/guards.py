@@ -1,14 +1,16 @@
-"""Which steps go wrong, and what is done about them; pure arithmetic on numbers that all ranks have alike.
+"""Detection of bad steps, and the decision what to do about them.
 
-A number is a spike if it lies `deviations` robust standard deviations above the median of the last `window` applied
-steps. The robust standard deviation is 1.4826 times the median absolute deviation from the median, which is the
-standard deviation of normal noise and which half of the steps may spoil without moving it far (Hampel 1974, JASA 69;
-Rousseeuw and Croux 1993, JASA 88).
+Pure arithmetic on numbers that are the same on all ranks, so that every rank decides the same without a message.
 
-The loss of a batch depends on which denoisers it drew, so it is compared with what they let expect: each denoiser's
-median loss of the window, weighted by the batch's own targets. What is judged is the difference. Gradient norms are
-judged by their logarithms, since they vary by factors. (OLMo-core skips steps of which either is six ordinary standard
-deviations from the mean of the last 128.)
+A number is a spike if it lies more than `deviations` robust standard deviations above the median of the last `window`
+applied steps. The robust standard deviation is 1.4826 times the median absolute deviation from the median: it equals
+the standard deviation for normal noise, and up to half of the steps may be outliers without moving it far (Hampel
+1974, JASA 69; Rousseeuw and Croux 1993, JASA 88).
+
+The loss of a batch depends on which denoisers it drew. It is therefore compared with the loss to be expected from
+them: the median loss of each denoiser over the window, weighted by the batch's own targets. The difference of the two
+is what is judged. Gradient norms vary by factors and are judged by their logarithms. (OLMo-core skips steps of which
+either is six ordinary standard deviations from the mean of the last 128.)
 """
 
 from __future__ import annotations
@@ -25,15 +27,21 @@ from ul2r.config import Guards
 NORMAL = 1.4826
 """Standard deviation of normal noise over its median absolute deviation."""
 LOSS_FLOOR = 0.01
-"""Least deviation of a loss, as a share of the expected one: ten make at least a tenth."""
+"""Least deviation of a loss, as a fraction of the expected one: ten deviations are at least a tenth."""
 NORM_FLOOR = 0.25
-"""Least deviation of a gradient norm's natural logarithm: ten make at least a factor of 12."""
+"""Least deviation of a gradient norm's natural logarithm: ten deviations are at least a factor of 12."""
 
 Decision = Literal["skip", "rewind", "stop"]
 
 
 class StepStats(NamedTuple):
-    """What the guards see of a step: loss sums and targets of each denoiser, and the gradient norm."""
+    """Numbers of a step that the guards look at.
+
+    Attributes:
+        sums: Loss sum of each denoiser, in nats.
+        targets: Number of target tokens of each denoiser.
+        gradient_norm: Norm of the global gradient.
+    """
 
     sums: tuple[float, ...]
     targets: tuple[float, ...]
@@ -42,28 +50,28 @@ class StepStats(NamedTuple):
 
 @dataclass(frozen=True)
 class Anomaly:
-    """A step that went wrong.
+    """A bad step.
 
     Attributes:
-        kind: Which guard.
-        what: What it saw, for people.
-        statistics: The numbers behind it.
+        kind: Name of the guard that found it, as in the recipe's `guards`.
+        description: Finding, for people.
+        statistics: Numbers that it rests on.
     """
 
     kind: Literal["non_finite", "loss_spike", "gradient_spike"]
-    what: str
+    description: str
     statistics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class GuardState:
-    """What a run must remember so that, resumed, it decides as it would have.
+    """Memory of the guards, saved in checkpoints so that a resumed run decides as it would have without a stop.
 
     Attributes:
-        skipped: Batches left out, as (first, one past the last), rising.
-        skips: The last batches that were skipped one by one, as far as the budget must know of them.
-        rewinds: How often the run went back.
-        window: The last applied steps, the latest last.
+        skipped: Ranges of batches left out, as (first, one past the last), ascending.
+        skips: Numbers of the batches skipped one by one that still count against the budget.
+        rewinds: Number of times that the run went back to a checkpoint.
+        window: Last applied steps, oldest first.
     """
 
     skipped: tuple[tuple[int, int], ...] = ()
@@ -72,12 +80,12 @@ class GuardState:
     window: tuple[StepStats, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """For a checkpoint's description; `from_json` reads it back, bit for bit."""
+        """Return a JSON tree that `from_json` reads back bit for bit."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> Self:
-        """What `as_json` gave; nothing was seen where the tree is empty."""
+        """Read a tree written by `as_json`; an empty one is the state of a new run."""
         window = (
             StepStats(tuple(sums), tuple(targets), norm)
             for sums, targets, norm in tree.get("window", ())
@@ -88,11 +96,11 @@ class GuardState:
 
     @property
     def skipped_batches(self) -> int:
-        """Batches left out so far."""
+        """Number of batches left out so far."""
         return sum(end - first for first, end in self.skipped)
 
     def without(self, batches: range) -> Self:
-        """Leave out `batches`, those that come next."""
+        """Return the state with `batches` left out, which follow those seen so far."""
         before, first = self.skipped, batches.start
         if before and before[-1][1] == first:
             first, before = before[-1][0], before[:-1]
@@ -100,13 +108,19 @@ class GuardState:
 
 
 class AnomalyGuard:
-    """Judges each step of a run before its update is applied."""
+    """Judge of each step of a run before its update is applied.
+
+    Args:
+        settings: The recipe's `guards`.
+        state: Memory to go on from.
+    """
 
     def __init__(self, settings: Guards, state: GuardState) -> None:
-        self.settings, self.state = settings, state
+        self.settings = settings
+        self.state = state
 
-    def alarm(self, step: StepStats) -> Anomaly | None:
-        """What is wrong with a step, None if nothing is or if it is to be ignored."""
+    def check(self, step: StepStats) -> Anomaly | None:
+        """Return what is wrong with a step; None if nothing is, or if the recipe ignores it."""
         loss = sum(step.sums) / sum(step.targets)
         if not (math.isfinite(loss) and math.isfinite(step.gradient_norm)):
             return Anomaly(
@@ -120,72 +134,76 @@ class AnomalyGuard:
                 return found
         return None
 
-    def decide(self, alarm: Anomaly, batch: int, *, can_rewind: bool) -> Decision:
-        """What is done about an alarm, as far as the budget allows.
+    def decide(self, anomaly: Anomaly, batch: int, *, can_rewind: bool) -> Decision:
+        """Return what to do about an anomaly: what the recipe says, or "stop" once its budget is spent.
 
         Args:
-            alarm: What is wrong.
-            batch: With which batch.
-            can_rewind: Whether there is a checkpoint to go back to.
+            anomaly: The finding.
+            batch: Number of the batch.
+            can_rewind: Whether there is a checkpoint to go back to; without one a rewind becomes a skip.
         """
-        wanted = getattr(self.settings, alarm.kind)
+        wanted = getattr(self.settings, anomaly.kind)
         if wanted == "rewind" and can_rewind:
             return "rewind" if self.state.rewinds < self.settings.max_rewinds else "stop"
         if wanted in ("skip", "rewind"):
             return "skip" if len(self._recent(batch)) < self.settings.max_skips else "stop"
         return "stop"
 
-    def spent(self, alarm: Anomaly, batch: int) -> str:
-        """Why the run stops at an alarm and what to change, for one line."""
-        settings, skips, rewinds = self.settings, len(self._recent(batch)), self.state.rewinds
+    def budget_message(self, anomaly: Anomaly, batch: int) -> str:
+        """Return why the run stops at an anomaly, and what to change."""
+        settings = self.settings
         return (
-            f"guards.{alarm.kind}={getattr(settings, alarm.kind)}, and of guards.max_skips={settings.max_skips} among "
-            f"{settings.window} batches {skips} are spent, of guards.max_rewinds={settings.max_rewinds} {rewinds}: "
-            "raise them to go on, or train under another name with a lower optimizer.learning_rate"
+            f"guards.{anomaly.kind}={getattr(settings, anomaly.kind)}, with {len(self._recent(batch))} of "
+            f"guards.max_skips={settings.max_skips} used within {settings.window} batches and {self.state.rewinds} of "
+            f"guards.max_rewinds={settings.max_rewinds}: raise these limits, or train under another name with a lower "
+            "optimizer.learning_rate"
         )
 
     def _recent(self, batch: int) -> tuple[int, ...]:
-        """Skips among the last `window` batches."""
-        return tuple(one for one in self.state.skips if one > batch - self.settings.window)
+        """Return the single skips among the last `window` batches."""
+        return tuple(skip for skip in self.state.skips if skip > batch - self.settings.window)
 
-    def applied(self, step: StepStats) -> None:
-        """Let an applied step count for those after it."""
+    def record(self, step: StepStats) -> None:
+        """Add an applied step to the window that later ones are compared with."""
         window = (*self.state.window, step)[-self.settings.window :]
         self.state = replace(self.state, window=window)
 
     def skip(self, batch: int) -> None:
-        """Leave out the batch that was just seen."""
+        """Leave out the batch that was just checked."""
         left_out = self.state.without(range(batch, batch + 1))
         self.state = replace(left_out, skips=(*self._recent(batch), batch))
 
     def rewind(self, before: GuardState, batches: range) -> None:
-        """Leave out `batches`, all seen since the checkpoint whose state this now is; what was spent stays spent.
+        """Leave out all batches since the checkpoint that the run went back to, whose state this guard now has.
+
+        Skips and rewinds used after that checkpoint stay used.
 
         Args:
-            before: The state in which the alarm was raised.
-            batches: Those that come next after the checkpoint, up to the one that raised the alarm.
+            before: State when the anomaly was found.
+            batches: Numbers of the batches after the checkpoint, up to the anomalous one.
         """
         self.state = replace(
             self.state.without(batches), skips=before.skips, rewinds=before.rewinds + 1
         )
 
     def _loss_spike(self, step: StepStats) -> Anomaly | None:
-        window = self.state.window
-        sums, targets = (
-            np.array([getattr(one, name) for one in (*window, step)])
-            for name in ("sums", "targets")
-        )
+        steps = (*self.state.window, step)
+        sums = np.array([s.sums for s in steps])  # (W + 1, D)
+        targets = np.array([s.targets for s in steps])
         medians = _medians_of_denoisers(sums[:-1], targets[:-1])
-        known = targets * ~np.isnan(medians)  # (W + 1, D)
+
+        # A denoiser that no step of the window drew has no expected loss, and is left out on both sides.
+        known = targets * ~np.isnan(medians)
         counts = known.sum(axis=1)
         if not counts[-1]:
             return None
-        expected = known @ np.nan_to_num(medians) / np.maximum(counts, 1)
+        expected = known @ np.nan_to_num(medians) / np.maximum(counts, 1)  # (W + 1,)
         above = (np.where(known > 0, sums, 0).sum(axis=1) / np.maximum(counts, 1)) - expected
         spread = _Spread.of(above[:-1][counts[:-1] > 0], floor=LOSS_FLOOR * expected[-1])
         deviations = spread.deviations(above[-1])
         if deviations <= self.settings.deviations:
             return None
+
         loss = expected[-1] + above[-1]
         return Anomaly(
             "loss_spike",
@@ -194,12 +212,13 @@ class AnomalyGuard:
         )
 
     def _gradient_spike(self, step: StepStats) -> Anomaly | None:
-        norms = np.array([one.gradient_norm for one in (*self.state.window, step)])
+        norms = np.array([s.gradient_norm for s in (*self.state.window, step)])
         logarithms = np.log(np.maximum(norms, np.finfo(float).tiny))
         spread = _Spread.of(logarithms[:-1], floor=NORM_FLOOR)
         deviations = spread.deviations(logarithms[-1])
         if deviations <= self.settings.deviations:
             return None
+
         median = math.exp(spread.median)
         return Anomaly(
             "gradient_spike",
@@ -232,7 +251,15 @@ class _Spread:
 def _medians_of_denoisers(
     sums: npt.NDArray[np.float64], targets: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """Median loss of each denoiser over the steps that drew it, (W, D) to (D,); nan where none did."""
+    """Return the median loss of each denoiser over the steps that drew it, NaN where none did.
+
+    Args:
+        sums: (W, D) loss sums.
+        targets: (W, D) target counts.
+
+    Returns:
+        (D,) nats per target.
+    """
     return np.array(
         [
             np.median(total[count > 0] / count[count > 0]) if count.any() else np.nan

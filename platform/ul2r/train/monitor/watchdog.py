@@ -1,12 +1,13 @@
-"""A worker that stands still is noticed, named, and ended, so that whoever started it can start all again.
+"""Watchdog: ends a process whose training makes no progress, so that the run can be restarted.
 
 run folder/
   heartbeats/
-    rank_00003.json         what rank 3 does, since when, and when it was last alive
-    rank_00003.stacks.txt   where its threads stood when it gave up
+    rank_00003.json         step and phase of rank 3, when the phase began, when the rank was last alive
+    rank_00003.stacks.txt   stacks of its threads when it gave up
 
-A rank that waits for another in a collective stands still as that one does. What tells them apart is the heartbeats:
-who hangs is behind in steps, or in another phase, or is not alive. Files need no collective and no server.
+A rank that hangs also stops every rank that waits for it in a collective. Heartbeats tell them apart: the hanging rank
+has begun fewer phases than the others, or its process is no longer alive. They are files, because a collective or a
+server could hang as well.
 """
 
 from __future__ import annotations
@@ -24,31 +25,33 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
-HUNG_EXIT = 75
-"""Exit code of a worker that gave up: EX_TEMPFAIL, the same may work again."""
-CHECKS = 10
-"""How often in a timeout a heartbeat is written and looked at."""
+from ul2r.train.callbacks import Callback
+
+HANG_EXIT_CODE = 75
+"""Exit code of a worker that gave up: EX_TEMPFAIL of sysexits.h, "try again later"."""
+CHECKS_PER_TIMEOUT = 10
+"""Number of times in a timeout that a heartbeat is written and checked."""
 RECORD_BYTES = 1024
-"""Of a heartbeat, blanks at its end, so that one is never longer than the one before."""
-BETWEEN = ("/contextlib.py", "/torch/distributed/c10d_logger.py")
-"""Files whose functions stand between a collective and who called it."""
-NAMED = 4
-"""Ranks named in one line."""
+"""Size of a heartbeat, padded with blanks: each one overwrites the whole of the one before."""
+WRAPPER_FILES = ("/contextlib.py", "/torch/distributed/c10d_logger.py")
+"""Files whose functions lie on the stack between a collective and its caller."""
+MAX_NAMED_RANKS = 4
+"""Number of ranks that a message names."""
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What a rank does.
+    """Progress of one rank.
 
     Attributes:
-        rank: Of all workers.
-        host: Its machine.
+        rank: Global rank.
+        host: Name of its machine.
         pid: Its process.
-        step: The step it is in, from 1; 0 before the first.
-        phase: What it does in that step.
-        beats: How many phases it has begun.
-        since: When it began this one, in seconds since 1970.
-        alive: When its process last wrote this.
+        step: Current step, from 1; 0 before the first.
+        phase: Current phase of that step.
+        beats: Number of phases begun so far.
+        since: Time at which the phase began, in seconds since 1970.
+        alive: Time at which the process last wrote its heartbeat.
     """
 
     rank: int
@@ -64,36 +67,39 @@ class Heartbeat:
         return f"rank {self.rank} (process {self.pid} on {self.host}) in step {self.step}, phase {self.phase!r}"
 
 
-class Watchdog:
-    """Watches this rank from a thread of its own while the block runs.
+class Watchdog(Callback):
+    """Ends this process if a phase lasts too long; watches from a thread of its own while the block runs.
 
     Args:
-        folder: The run's heartbeats, which all ranks see.
+        folder: Heartbeats of the run, on a file system that all ranks share.
         rank: This rank.
-        ranks: How many there are.
-        timeout_s: How long a phase may last.
-        give_up: Ends the process; called in the thread.
+        num_ranks: Number of ranks.
+        timeout_s: Longest time that a phase may last.
+        give_up: Function that ends the process, called in the thread.
     """
 
     def __init__(
         self,
         folder: Path,
         rank: int,
-        ranks: int,
+        num_ranks: int,
         timeout_s: float,
         give_up: Callable[[int], None] = os._exit,
     ) -> None:
-        self._folder, self._rank, self._ranks = folder, rank, ranks
+        self._folder = folder
+        self._rank = rank
+        self._num_ranks = num_ranks
         self._timeout_s = timeout_s
         self._give_up = give_up
-        self._main, self._writing = threading.get_ident(), threading.Lock()
-        self._now = (0, "start", 0, time.time())
+        self._watched_thread = threading.get_ident()
+        self._write_lock = threading.Lock()
+        self._current = (0, "start", 0, time.time())
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Self:
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._open = self._file(self._rank).open("wb", buffering=0)
+        self._file = self._path(self._rank).open("wb", buffering=0)
         self._write()
         self._thread.start()
         return self
@@ -106,81 +112,96 @@ class Watchdog:
     ) -> None:
         self._ended.set()
         self._thread.join()
-        self._open.close()
+        self._file.close()
+        # After an error the heartbeat stays: other ranks may still wait for this one, and then name it.
         if kind is None:
-            self._file(self._rank).unlink(missing_ok=True)
+            self._path(self._rank).unlink(missing_ok=True)
 
-    def beat(self, step: int, phase: str) -> None:
-        """Say that a phase of a step begins, which is progress."""
-        self._now = (step, phase, self._now[2] + 1, time.time())
+    def on_phase(self, step: int, phase: str) -> None:
+        """Write a heartbeat: this rank makes progress."""
+        self._current = (step, str(phase), self._current[2] + 1, time.time())
         self._write()
 
     def _watch(self) -> None:
-        seen, since = -1, time.monotonic()
-        while not self._ended.wait(self._timeout_s / CHECKS):
+        seen_beats = -1
+        since = time.monotonic()
+        while not self._ended.wait(self._timeout_s / CHECKS_PER_TIMEOUT):
             self._write()
-            beats = self._now[2]
-            if beats != seen:
-                seen, since = beats, time.monotonic()
+            beats = self._current[2]
+            if beats != seen_beats:
+                seen_beats = beats
+                since = time.monotonic()
             elif time.monotonic() - since > self._timeout_s:
-                self._say()
-                self._give_up(HUNG_EXIT)
+                self._report()
+                self._give_up(HANG_EXIT_CODE)
                 return
 
-    def _file(self, rank: int) -> Path:
+    def _path(self, rank: int) -> Path:
         return self._folder / f"rank_{rank:05d}.json"
 
-    def _own(self) -> Heartbeat:
-        return Heartbeat(self._rank, socket.gethostname(), os.getpid(), *self._now, time.time())
+    def _own_heartbeat(self) -> Heartbeat:
+        return Heartbeat(
+            self._rank, socket.gethostname(), os.getpid(), *self._current, alive=time.time()
+        )
 
     def _write(self) -> None:
-        """Write the heartbeat over the one before: a system call, after which it outlives the process."""
-        with self._writing:
-            record = json.dumps(asdict(self._own())).encode().ljust(RECORD_BYTES)
+        """Write the heartbeat by one system call, after which it outlives the process."""
+        with self._write_lock:
+            record = json.dumps(asdict(self._own_heartbeat())).encode().ljust(RECORD_BYTES)
             assert len(record) == RECORD_BYTES, record
-            os.pwrite(self._open.fileno(), record, 0)
+            os.pwrite(self._file.fileno(), record, 0)
 
-    def _say(self) -> None:
-        stacks = self._file(self._rank).with_suffix(".stacks.txt")
+    def _report(self) -> None:
+        """Write all stacks to a file, and a line on who hangs to stderr."""
+        stacks = self._path(self._rank).with_suffix(".stacks.txt")
         with stacks.open("w", encoding="utf-8") as file:
             faulthandler.dump_traceback(file, all_threads=True)
-        own, waited = self._own(), f"{self._timeout_s:g} s (guards.hang_timeout_s)"
+
+        own = self._own_heartbeat()
+        location = locate(sys._current_frames()[self._watched_thread])
+        late = find_late_ranks(self._read_all(), self._timeout_s)
+        # Not logged: a handler may hang as well (Ray's needs the network), or wait for a lock that the hanging
+        # thread holds, and after `os._exit` no handler is flushed.
         sys.stderr.write(
-            f"no progress for {waited}: {own}, {place_of(sys._current_frames()[self._main])}. "
-            f"Behind: {named(behind(self._all(), self._timeout_s), own.alive)}. "
-            f"Stacks: {stacks}. This process ends, so that all can be started again\n"
+            f"no progress for {self._timeout_s:g} s (guards.hang_timeout_s): {own}, {location}. "
+            f"Waiting for: {describe_ranks(late, own.alive)}. Stacks: {stacks}. "
+            "This process ends, so that the run can be restarted\n"
         )
         sys.stderr.flush()
 
-    def _all(self) -> list[Heartbeat]:
-        """What all ranks of this attempt say; one that left without a word has no heartbeat."""
-        files = [self._file(rank) for rank in range(self._ranks)]
-        found = [file.read_text(encoding="utf-8") for file in files if file.exists()]
-        return [Heartbeat(**json.loads(text)) for text in found if text]
+    def _read_all(self) -> list[Heartbeat]:
+        """Return the heartbeats of all ranks that have not ended well."""
+        files = [self._path(rank) for rank in range(self._num_ranks)]
+        texts = [file.read_text(encoding="utf-8") for file in files if file.exists()]
+        return [Heartbeat(**json.loads(text)) for text in texts if text]
 
 
-def behind(heartbeats: list[Heartbeat], timeout_s: float) -> list[Heartbeat]:
-    """Those that the others wait for: not alive for half the timeout, else those that have begun the fewest phases."""
-    latest = max(one.alive for one in heartbeats)
-    silent = [one for one in heartbeats if latest - one.alive > timeout_s / 2]
-    fewest = min(one.beats for one in heartbeats)
-    return silent or [one for one in heartbeats if one.beats == fewest]
+def find_late_ranks(heartbeats: list[Heartbeat], timeout_s: float) -> list[Heartbeat]:
+    """Return the ranks that the others wait for.
+
+    These are the ranks whose process has not been alive for half the timeout; if there are none, the ranks that have
+    begun the fewest phases.
+    """
+    latest = max(heartbeat.alive for heartbeat in heartbeats)
+    silent = [h for h in heartbeats if latest - h.alive > timeout_s / 2]
+    fewest = min(heartbeat.beats for heartbeat in heartbeats)
+    return silent or [h for h in heartbeats if h.beats == fewest]
 
 
-def named(late: list[Heartbeat], now: float) -> str:
-    """Ranks that are behind, for one line."""
-    told = [f"{one}, last alive {now - one.alive:.0f} s ago" for one in late[:NAMED]]
-    more = len(late) - len(told)
-    return "; ".join(told) + (f"; and {more} more" if more else "")
+def describe_ranks(heartbeats: list[Heartbeat], now: float) -> str:
+    """Return a list of ranks for a line of text, cut off after `MAX_NAMED_RANKS`."""
+    named = [f"{h}, last alive {now - h.alive:.0f} s ago" for h in heartbeats[:MAX_NAMED_RANKS]]
+    num_more = len(heartbeats) - len(named)
+    return "; ".join(named) + (f"; and {num_more} more" if num_more else "")
 
 
-def place_of(frame: FrameType | None) -> str:
-    """Where a thread stands, for people: the collective and who called it, or else the function."""
+def locate(frame: FrameType | None) -> str:
+    """Return where a thread is: in which collective and who called it, or else in which function."""
     innermost, collective = frame, None
     while frame is not None:
         if frame.f_code.co_filename.endswith("torch/distributed/distributed_c10d.py"):
             collective = frame
-        elif collective is not None and not frame.f_code.co_filename.endswith(BETWEEN):
+        elif collective is not None and not frame.f_code.co_filename.endswith(WRAPPER_FILES):
             return f"in {collective.f_code.co_name} called by {_line(frame)}"
         frame = frame.f_back
     return f"in {_line(innermost)}" if innermost is not None else "nowhere"

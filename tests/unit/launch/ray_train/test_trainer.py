@@ -32,5 +32,7 @@ def test_a_mistake_of_the_users_is_not_tried_again(
 
 
 def test_tensor_ranks_on_gpus_have_one_connection_to_them() -> None:
-    assert gpu_environment(Parallel(num_workers=2, tensor=2)) == {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    assert gpu_environment(Parallel(num_workers=2, tensor=2)) == {
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1"
+    }
     assert gpu_environment(Parallel(num_workers=2)) == {}

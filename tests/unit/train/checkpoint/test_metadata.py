@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from ul2r.config import Recipe
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.errors import CheckpointError
-from ul2r.launch.preflight import check_checkpoints
+from ul2r.launch.preflight import check_run, find_resume_checkpoint
 from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.train.checkpoint.checksums import write_digests
@@ -64,6 +65,12 @@ FORMAT_1_CHANGES: dict[str, Any] = {
     "optimizer": {"warmup_fraction": 0.1, "max_grad_norm": 0.5},
     "model": {"qk_norm": "full"},
 }
+
+
+def check_checkpoints(recipe: Recipe, dataset: TokenDataset) -> CheckpointInfo | None:
+    resumed = find_resume_checkpoint(recipe)
+    check_run(recipe, dataset, resumed)
+    return resumed
 
 
 @pytest.fixture(scope="module")

@@ -1,3 +1,5 @@
+"""Heartbeats and the watchdog, without a second process."""
+
 from __future__ import annotations
 
 import time
@@ -5,10 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from ul2r.train.monitor.watchdog import HUNG_EXIT, Heartbeat, Watchdog, behind, named
+from ul2r.train.monitor.watchdog import (
+    HANG_EXIT_CODE,
+    Heartbeat,
+    Watchdog,
+    describe_ranks,
+    find_late_ranks,
+)
 
 
-def beat(rank: int, beats: int, alive: float) -> Heartbeat:
+def heartbeat(rank: int, beats: int, alive: float) -> Heartbeat:
     return Heartbeat(rank, "node", 7, 1, "train", beats, since=0.0, alive=alive)
 
 
@@ -20,32 +28,37 @@ def beat(rank: int, beats: int, alive: float) -> Heartbeat:
         ((4, 5, 5), (99.0, 20.0, 99.2), [1]),
         ((5, 4, 4), (99.0, 99.5, 99.2), [1, 2]),
     ],
-    ids=["phases", "silent", "silence says more", "two"],
+    ids=["fewest phases", "not alive", "not alive counts more", "two"],
 )
-def test_who_is_behind_is_silent_or_has_begun_the_fewest_phases(
+def test_late_ranks_are_not_alive_or_have_begun_the_fewest_phases(
     beats: tuple[int, ...], alive: tuple[float, ...], late: list[int]
 ) -> None:
-    all_ranks = [beat(rank, *both) for rank, both in enumerate(zip(beats, alive, strict=True))]
-    assert [one.rank for one in behind(all_ranks, timeout_s=100)] == late
+    heartbeats = [
+        heartbeat(rank, *both) for rank, both in enumerate(zip(beats, alive, strict=True))
+    ]
+    assert [found.rank for found in find_late_ranks(heartbeats, timeout_s=100)] == late
 
 
-def test_of_many_ranks_that_are_behind_a_few_are_named() -> None:
-    said = named([beat(rank, 1, alive=90) for rank in range(64)], now=100)
-    assert said.count("rank ") == 4
-    assert said.endswith("in step 1, phase 'train', last alive 10 s ago; and 60 more")
+def test_only_the_first_of_many_late_ranks_are_named() -> None:
+    text = describe_ranks([heartbeat(rank, 1, alive=90) for rank in range(64)], now=100)
+    assert text.count("rank ") == 4
+    assert text.endswith("in step 1, phase 'train', last alive 10 s ago; and 60 more")
 
 
-def test_progress_keeps_a_rank_alive_and_its_heartbeat_goes_with_it(tmp_path: Path) -> None:
+def test_watchdog_gives_up_only_when_a_phase_exceeds_the_timeout(tmp_path: Path) -> None:
     """More than a timeout passes in phases that are each shorter than one."""
-    gave_up: list[int] = []
-    with Watchdog(tmp_path, rank=0, ranks=1, timeout_s=3, give_up=gave_up.append) as watchdog:
+    exit_codes: list[int] = []
+    with Watchdog(
+        tmp_path, rank=0, num_ranks=1, timeout_s=3, give_up=exit_codes.append
+    ) as watchdog:
         for step in range(10):
-            watchdog.beat(step, "train")
+            watchdog.on_phase(step, "train")
             time.sleep(0.4)
-        assert not gave_up
+        assert not exit_codes
+
         deadline = time.monotonic() + 60
-        while not gave_up:
+        while not exit_codes:
             assert time.monotonic() < deadline
             time.sleep(0.05)
-    assert gave_up == [HUNG_EXIT]
-    assert not list(tmp_path.glob("*.json"))
+    assert exit_codes == [HANG_EXIT_CODE]
+    assert not list(tmp_path.glob("*.json")), "the heartbeat is removed when the run ends"
