@@ -78,7 +78,8 @@ def load_export_tokenizer(folder: Path, metadata: ExportMetadata, num_embeddings
         )
     if size > num_embeddings:
         raise CheckpointError(
-            f"{folder}: {TOKENIZER_FILE} has {size} entries, but the model embeds {num_embeddings}: export the run again"
+            f"{folder}: {TOKENIZER_FILE} has {size} entries, but the model embeds {num_embeddings}: "
+            "export the run again"
         )
     return tokenizer
 

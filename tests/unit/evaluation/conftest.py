@@ -1,4 +1,4 @@
-"""A token store, and exports of both kinds with its tokenizer."""
+"""A token store, and exports with its tokenizer: UL2R, causal, and denoising with causal attention."""
 
 import shutil
 from pathlib import Path
@@ -12,20 +12,24 @@ from ul2r.inference import LanguageModel, read_export_metadata
 from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.models import write_tiny_export
 
-SENTINELS = 16
+NUM_SENTINELS = 16
 
 
 @pytest.fixture(scope="session")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    """A UL2R run that is exported, and the token store that it was trained on."""
+    """Recipe of an exported UL2R run, whose token store exists."""
     storage = tmp_path_factory.mktemp("storage")
-    export = write_tiny_export(storage / "runs/arm/export", sentinels=SENTINELS)
+    export = write_tiny_export(storage / "runs/arm/export", sentinels=NUM_SENTINELS)
     vocabulary = read_export_metadata(export).vocabulary
     assert vocabulary is not None
     make_tiny_store(
-        storage / "store", num_documents=40, vocabulary_size=vocabulary.size, num_sentinels=SENTINELS
+        storage / "store",
+        num_documents=40,
+        vocabulary_size=vocabulary.size,
+        num_sentinels=NUM_SENTINELS,
     )
     shutil.copy(storage / "store/tokenizer.json", export)
+
     return Recipe.model_validate(
         {
             "name": "arm",
@@ -35,7 +39,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
             ),
             "objective": {"sequence_length": 64},
             "training": {"steps": 1, "global_batch_size": 1},
-            "data": {"num_sentinels": SENTINELS},
+            "data": {"num_sentinels": NUM_SENTINELS},
             "evaluation": {"num_rows": 6, "num_infill_examples": 5, "infill_context_length": 20},
         }
     )
@@ -53,27 +57,29 @@ def ul2r_model(recipe: Recipe) -> LanguageModel:
 
 @pytest.fixture(scope="session")
 def causal_model(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
-    return other_model(recipe, tmp_path_factory, denoising=False)
+    return load_causal_model(recipe, tmp_path_factory, denoising=False)
 
 
 @pytest.fixture(scope="session")
 def causal_ul2r_model(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
-    """An arm trained on denoisers under causal attention."""
-    return other_model(recipe, tmp_path_factory, denoising=True)
+    """Model trained on denoisers with causal attention."""
+    return load_causal_model(recipe, tmp_path_factory, denoising=True)
 
 
-def other_model(
+def load_causal_model(
     recipe: Recipe, tmp_path_factory: pytest.TempPathFactory, *, denoising: bool
 ) -> LanguageModel:
     folder = tmp_path_factory.mktemp("causal") / "export"
-    write_tiny_export(folder, attention="causal", denoising=denoising, sentinels=SENTINELS, seed=2)
+    write_tiny_export(
+        folder, attention="causal", denoising=denoising, sentinels=NUM_SENTINELS, seed=2
+    )
     shutil.copy(recipe.storage_paths.store / "tokenizer.json", folder)
     return LanguageModel.load(folder)
 
 
 @pytest.fixture(scope="session")
 def uniform_model(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
-    """A model whose embeddings are all zero, so that every token is equally likely."""
+    """Model whose embeddings are all zero, so that every token is equally likely."""
     folder: Path = tmp_path_factory.mktemp("uniform") / "export"
     shutil.copytree(recipe.paths.export, folder)
     weights = load_file(folder / "model.safetensors")

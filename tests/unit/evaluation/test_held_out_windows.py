@@ -1,4 +1,4 @@
-"""Held-out windows: apart, spread out, within a document where asked."""
+"""Held-out windows do not overlap, are evenly spread, and lie within a document where required."""
 
 import hypothesis.strategies as st
 import numpy as np
@@ -11,12 +11,12 @@ from ul2r.evaluation.held_out_windows import TokenArray, select_windows
 EOS = -1
 
 
-class Numbered:
-    """Token i is i, except eos at the places given."""
+class NumberedStore:
+    """Store whose token i is i, except for eos at the given positions."""
 
-    def __init__(self, length: int, eos: list[int]) -> None:
+    def __init__(self, length: int, eos_positions: list[int]) -> None:
         self.all = np.arange(length, dtype=np.int32)
-        self.all[eos] = EOS
+        self.all[eos_positions] = EOS
 
     def __len__(self) -> int:
         return len(self.all)
@@ -25,39 +25,47 @@ class Numbered:
         return self.all[start : start + length]
 
 
-def test_windows_without_a_condition_stand_at_equal_distances() -> None:
-    windows = select_windows(Numbered(100, []), max_windows=5, length=8)
+def test_windows_are_evenly_spread() -> None:
+    windows = select_windows(NumberedStore(100, []), max_windows=5, length=8)
+
     assert windows[:, 0].tolist() == [6, 26, 46, 66, 86]
     assert (np.diff(windows, axis=1) == 1).all()
 
 
-def test_a_short_store_gives_fewer_windows_instead_of_overlapping_ones() -> None:
-    assert select_windows(Numbered(30, []), max_windows=64, length=10)[:, 0].tolist() == [0, 10, 20]
+def test_a_short_store_gives_fewer_windows_rather_than_overlapping_ones() -> None:
+    windows = select_windows(NumberedStore(30, []), max_windows=64, length=10)
+
+    assert windows[:, 0].tolist() == [0, 10, 20]
 
 
 @given(
-    length=st.integers(40, 400),
-    window=st.integers(2, 8),
-    count=st.integers(2, 12),
-    places=st.lists(st.integers(0, 39), max_size=4),
+    num_tokens=st.integers(40, 400),
+    length=st.integers(2, 8),
+    max_windows=st.integers(2, 12),
+    eos_positions=st.lists(st.integers(0, 39), max_size=4),
 )
-def test_windows_are_whole_apart_and_within_one_document(
-    length: int, window: int, count: int, places: list[int]
+def test_windows_are_contiguous_disjoint_and_within_one_document(
+    num_tokens: int, length: int, max_windows: int, eos_positions: list[int]
 ) -> None:
-    store = Numbered(length, places)
+    store = NumberedStore(num_tokens, eos_positions)
     try:
-        windows = select_windows(store, count, window, excluded_token=EOS)
+        windows = select_windows(store, max_windows, length, excluded_token=EOS)
     except CorpusError:
-        windows = np.empty((0, window), np.int32)
-    if not places:
-        assert len(windows) == min(count, length // window)
-    assert len(windows) <= count
-    assert (np.diff(windows, axis=1) == 1).all()  # no eos inside, nothing skipped
-    assert (np.diff(windows[:, 0]) >= window).all()
+        windows = np.empty((0, length), np.int32)
+
+    if not eos_positions:
+        assert len(windows) == min(max_windows, num_tokens // length)
+    assert len(windows) <= max_windows
+    assert (np.diff(windows, axis=1) == 1).all()  # no eos inside, no token left out
+    assert (np.diff(windows[:, 0]) >= length).all()
 
 
 def test_text_too_short_for_two_windows_is_refused_with_its_numbers() -> None:
-    with pytest.raises(CorpusError, match="15 tokens has 1 windows of 10 tokens, but at least 2 are needed"):
-        select_windows(Numbered(15, []), max_windows=4, length=10)
+    with pytest.raises(
+        CorpusError, match="15 tokens has 1 windows of 10 tokens, but at least 2 are needed"
+    ):
+        select_windows(NumberedStore(15, []), max_windows=4, length=10)
+
+    documents = NumberedStore(40, list(range(0, 40, 5)))
     with pytest.raises(CorpusError, match="0 windows of 10 tokens within one document"):
-        select_windows(Numbered(40, list(range(0, 40, 5))), max_windows=4, length=10, excluded_token=EOS)
+        select_windows(documents, max_windows=4, length=10, excluded_token=EOS)
