@@ -1,3 +1,5 @@
+"""Concurrency of the service: one generation at a time, and an event loop that stays responsive."""
+
 from __future__ import annotations
 
 import asyncio
@@ -14,8 +16,8 @@ from ul2r.inference import LanguageModel
 from ul2r.testing.models import ScriptedModel, write_tiny_export
 
 
-class Gated(ScriptedModel):
-    """Waits at every token until it is let on, and notes who asks."""
+class GatedModel(ScriptedModel):
+    """Model that waits at every token until its gate opens, and records the threads that call it."""
 
     gate: threading.Event
     threads: set[str]
@@ -34,47 +36,56 @@ class Gated(ScriptedModel):
 
 
 @pytest.fixture
-def gated(tmp_path: Path) -> Gated:
+def gated_model(tmp_path: Path) -> GatedModel:
     real = LanguageModel.load(write_tiny_export(tmp_path / "export"))
-    model = Gated(real, {}, other=real.encode("q")[0])
-    model.gate, model.threads = threading.Event(), set()
+    model = GatedModel(real, {}, other=real.encode("q")[0])
+    model.gate = threading.Event()
+    model.threads = set()
     return model
 
 
-def completions(service: InferenceService, prompts: Iterable[str]) -> list[asyncio.Task[str]]:
-    async def answer(prompt: str) -> str:
+def start_completions(service: InferenceService, prompts: Iterable[str]) -> list[asyncio.Task[str]]:
+    async def complete(prompt: str) -> str:
         return (await service.complete(CompletionRequest(prompt=prompt, max_tokens=2))).text
 
-    return [asyncio.create_task(answer(prompt)) for prompt in prompts]
+    return [asyncio.create_task(complete(prompt)) for prompt in prompts]
 
 
-def test_the_event_loop_lives_while_one_thread_generates(gated: Gated) -> None:
-    async def scene() -> list[str]:
-        service = InferenceService(gated)
-        asked = completions(service, ["a", "b"])
-        while not gated.threads:
+def test_the_event_loop_stays_responsive_while_one_thread_generates(
+    gated_model: GatedModel,
+) -> None:
+    async def run() -> list[str]:
+        service = InferenceService(gated_model)
+        tasks = start_completions(service, ["a", "b"])
+        while not gated_model.threads:
             await asyncio.sleep(0)
+
         assert service.model_info().run == "tiny-ul2r"
-        assert not any(task.done() for task in asked)
-        gated.gate.set()
-        return await asyncio.gather(*asked)
+        assert not any(task.done() for task in tasks)
 
-    assert asyncio.run(scene()) == ["qq", "qq"]
-    assert len(gated.threads) == 1
-    assert [len(tokens) for tokens in gated.read] == [2, 1, 2, 1], "one request after the other"
+        gated_model.gate.set()
+        return await asyncio.gather(*tasks)
+
+    assert asyncio.run(run()) == ["qq", "qq"]
+    assert len(gated_model.threads) == 1
+    lengths = [len(tokens) for tokens in gated_model.read]
+    assert lengths == [2, 1, 2, 1], "one request must finish before the next one starts"
 
 
-def test_a_request_given_up_before_its_turn_is_never_read(gated: Gated) -> None:
-    async def scene() -> None:
-        service = InferenceService(gated)
-        first, second, third = completions(service, ["a", "b", "c"])
-        while not gated.threads:
+def test_a_request_cancelled_while_it_waits_is_never_generated(gated_model: GatedModel) -> None:
+    async def run() -> None:
+        service = InferenceService(gated_model)
+        first, second, third = start_completions(service, ["a", "b", "c"])
+        while not gated_model.threads:
             await asyncio.sleep(0)
+
         second.cancel()
         await asyncio.sleep(0)
-        gated.gate.set()
+        gated_model.gate.set()
         await asyncio.gather(first, third)
 
-    asyncio.run(scene())
-    a, c = gated.encode("ac")
-    assert [tokens[-1] for tokens in gated.read if len(tokens) == 2] == [a, c]
+    asyncio.run(run())
+
+    a, c = gated_model.encode("ac")
+    prompts = [tokens for tokens in gated_model.read if len(tokens) == 2]
+    assert [prompt[-1] for prompt in prompts] == [a, c]
