@@ -27,8 +27,8 @@ def measure_denoiser_loss(
     Raises:
         CorpusError: If the held-out split has fewer than two rows.
     """
-    batches = BatchBuilder(recipe, dataset)
-    num_rows = min(recipe.evaluation.num_rows, batches.num_held_out_rows)
+    builder = BatchBuilder(recipe, dataset)
+    num_rows = min(recipe.evaluation.num_rows, builder.num_held_out_rows)
     if num_rows < 2:
         raise CorpusError(
             f"the held-out split of {len(dataset.held_out)} tokens has {num_rows} rows of "
@@ -36,7 +36,7 @@ def measure_denoiser_loss(
             "add text"
         )
 
-    batch = batches.build_held_out(denoiser, num_rows)
+    batch = builder.build_held_out(denoiser, num_rows)
     return average_tokens(model.token_losses(batch), batch.loss_mask)
 
 
