@@ -6,7 +6,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ul2r.data.store.token_source import TokenSource
-from ul2r.data.store.token_source import TokenSource
 from ul2r.errors import CorpusError
 
 TokenArray = npt.NDArray[np.int32]

@@ -9,9 +9,9 @@ from rapidfuzz.distance import Levenshtein
 
 from ul2r.config import Evaluation
 from ul2r.data.store.dataset import TokenDataset
-from ul2r.evaluation.held_out_windows import select_windows
+from ul2r.evaluation.held_out_windows import TokenArray, select_windows
 from ul2r.evaluation.scores import Score, average, average_tokens
-from ul2r.evaluation.scoring_batch import TokenArray, build_scoring_batch, concat_columns
+from ul2r.evaluation.scoring_batch import build_scoring_batch, concat_columns
 from ul2r.inference import LanguageModel, generate
 from ul2r.inference.generation import IncrementalDecoder, Sampler
 from ul2r.inference.infilling import generate_span

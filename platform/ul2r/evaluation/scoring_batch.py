@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ul2r.evaluation.held_out_windows import TokenArray
 from ul2r.objective import Batch
-
-TokenArray = npt.NDArray[np.int32]
 
 
 def build_scoring_batch(
