@@ -1,11 +1,12 @@
-"""Imports point down, and each heavy library stays in its place (ARCHITECTURE of the project, CONTRIBUTING.md).
+"""Imports point down, and each heavy library stays in its place (see "Layout" in CONTRIBUTING.md).
 
-Read from the source, so that an import inside a function or under TYPE_CHECKING counts as well.
+Read from the source, so an import inside a function or under TYPE_CHECKING counts as well.
 """
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+LIBRARY = ROOT / "platform/ul2r"
 
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(line.split())
@@ -32,9 +34,32 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "benchmarks tests",
     )
 )
-"""From the lowest up. Parts on one line do not know each other; only tests and benchmarks may know `testing`."""
+"""From the bottom up. Parts on one line do not import each other; only tests and benchmarks may import `testing`."""
+
+ROOMS: dict[str, tuple[frozenset[str], ...]] = {
+    part: tuple(frozenset(line.split()) for line in lines)
+    for part, lines in {
+        "data": ("tokenizer", "special_tokens", "store", "prepare sampling", "*"),
+        "model": ("window", "attention", "*", "huggingface"),
+        "train": ("mesh", "optimizer", "step", "checkpoint monitor", "*"),
+        "launch": ("*", "ray_train"),
+    }.items()
+}
+"""Layers inside a part: its sub-packages and modules from the bottom up; `*` stands for all that are not named.
+
+Names on one line do not import each other, those under `*` may.
+"""
 
 PLACES = {
+    "fastapi": ("serving/",),
+    "fsspec": ("data/store/remote", "train/checkpoint/remote"),
+    "httpx": ("tracking/", "jobs/", "serving/"),
+    "megatron": ("model/", "train/", "testing/"),
+    "mlflow": ("tracking/",),
+    "numba": ("objective/",),
+    "psutil": ("train/monitor/", "benchmarks/"),
+    "pyarrow": ("data/prepare/",),
+    "pynvml": ("train/monitor/",),
     "ray": (
         "data/loader",
         "data/prepare/tokenize_shards",
@@ -44,46 +69,52 @@ PLACES = {
         "serving/",
         "benchmarks/",
     ),
-    "mlflow": ("tracking/",),
-    "megatron": ("model/", "train/", "testing/"),
-    "transformers": ("model/", "inference/", "testing/"),
+    "safetensors": ("model/huggingface/", "inference/", "benchmarks/"),
+    "transformers": ("model/huggingface/", "inference/", "testing/"),
 }
-"""Where in the library, the jobs and the application a third-party package may be imported."""
+"""Rooms and modules of the library, the jobs and the application that may import a third-party package."""
 
 ONLY = {
     "config": {"pydantic", "yaml"},
     "objective": {"numba", "numpy"},
     "errors": set[str](),
+    "filesystem": set[str](),
+    "paths": set[str](),
     "console": {"rich"},
 }
 """Parts that import no other third-party package than these."""
 
 
 def _sources() -> list[Path]:
-    folders = [ROOT / name for name in ("platform/ul2r", "jobs", "serving", "benchmarks")]
+    folders = [LIBRARY, *(ROOT / name for name in ("jobs", "serving", "benchmarks"))]
     return sorted(path for folder in folders for path in folder.rglob("*.py"))
 
 
 def _place(source: Path) -> str:
-    """`data/store/token_store` for platform/ul2r/data/store/token_store.py, `jobs/train` for jobs/train.py."""
+    """Return `data/store/token_store` for platform/ul2r/data/store/token_store.py, `jobs/train` for jobs/train.py."""
     relative = source.relative_to(ROOT).with_suffix("").as_posix()
     return relative.removeprefix("platform/ul2r/")
 
 
 def _imported(source: Path) -> Iterator[tuple[int, str]]:
-    """Line and full dotted name of each module that the file imports."""
+    """Yield line and full dotted name of each module that the file imports."""
     for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            if node.module == "ul2r":
-                yield from ((node.lineno, f"ul2r.{alias.name}") for alias in node.names)
-            else:
-                yield node.lineno, node.module
+            # `from ul2r.data.store import dataset` imports a module, `from ul2r.config import Recipe` a name of one.
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules = {name if _is_module(name) else node.module for name in names}
+            yield from ((node.lineno, module) for module in sorted(modules))
+
+
+def _is_module(dotted: str) -> bool:
+    path = ROOT / "platform" / dotted.replace(".", "/")
+    return path.with_suffix(".py").is_file() or path.is_dir()
 
 
 def _part(dotted: str) -> str | None:
-    """The part of this project that a module belongs to; None for somebody else's."""
+    """Return the part of this project that a module belongs to, None for a third party's."""
     first, *rest = dotted.split(".")
     if first == "ul2r":
         return rest[0] if rest else "errors"
@@ -94,6 +125,13 @@ def _layer(part: str) -> int:
     return next(height for height, parts in enumerate(LAYERS) if part in parts)
 
 
+def _room(part: str, name: str) -> tuple[int, str]:
+    """Return the height of a sub-package or module in its part, and its name in `ROOMS`."""
+    named = {room for rooms in ROOMS[part] for room in rooms}
+    room = name if name in named else "*"
+    return next(height for height, rooms in enumerate(ROOMS[part]) if room in rooms), room
+
+
 def _third_party(dotted: str) -> str | None:
     first = dotted.partition(".")[0]
     if first in sys.stdlib_module_names or _part(dotted) is not None:
@@ -102,8 +140,7 @@ def _third_party(dotted: str) -> str | None:
 
 
 def test_every_part_of_the_library_has_a_layer() -> None:
-    library = ROOT / "platform/ul2r"
-    parts = {path.stem for path in library.iterdir() if path.suffix == ".py" or path.is_dir()}
+    parts = {path.stem for path in LIBRARY.iterdir() if path.suffix == ".py" or path.is_dir()}
     known = frozenset().union(*LAYERS)
     assert parts - {"__init__", "__pycache__"} <= known
 
@@ -111,18 +148,53 @@ def test_every_part_of_the_library_has_a_layer() -> None:
 def test_imports_point_down() -> None:
     wrong = []
     for source in _sources():
-        place = _place(source)
-        own = place.partition("/")[0]
+        own = _place(source).partition("/")[0]
         if own == "__init__":
             own = "errors"
         for line, dotted in _imported(source):
             part = _part(dotted)
             if part is None or part == own:
                 continue
-            private = part == "testing" and own != "benchmarks"
-            if private or _layer(part) >= _layer(own):
+            is_private = part == "testing" and own != "benchmarks"
+            if is_private or _layer(part) >= _layer(own):
                 wrong.append(f"{source.relative_to(ROOT)}:{line} imports {dotted}")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("part", ROOMS)
+def test_imports_inside_a_part_point_down(part: str) -> None:
+    wrong = []
+    for source in (LIBRARY / part).rglob("*.py"):
+        height, own = _room(part, _place(source).split("/")[1])
+        for line, dotted in _imported(source):
+            package, _, name = dotted.removeprefix("ul2r.").partition(".")
+            if package != part or not name:
+                continue
+            other_height, other = _room(part, name.partition(".")[0])
+            if other != own and other_height >= height:
+                wrong.append(f"{source.relative_to(ROOT)}:{line} imports {dotted}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("part", ROOMS)
+def test_every_room_of_a_part_exists(part: str) -> None:
+    named = {room for rooms in ROOMS[part] for room in rooms} - {"*"}
+    found = {path.stem for path in (LIBRARY / part).iterdir()}
+    assert named <= found
+    packages = {path.parent.name for path in (LIBRARY / part).glob("*/__init__.py")}
+    assert packages <= named
+
+
+def test_modules_of_the_library_do_not_import_each_other_in_a_circle() -> None:
+    graph: dict[str, set[str]] = {}
+    for source in LIBRARY.rglob("*.py"):
+        module = f"ul2r.{_place(source).replace('/', '.')}".removesuffix(".__init__")
+        imported = {dotted for _, dotted in _imported(source) if _part(dotted) is not None}
+        graph[module] = imported - {module}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
 
 
 @pytest.mark.parametrize("package", PLACES)
@@ -135,6 +207,13 @@ def test_package_stays_in_its_place(package: str) -> None:
         if _third_party(dotted) == package
     ]
     assert not wrong, f"{package} may be imported in {PLACES[package]} only, not in {wrong}"
+
+
+@pytest.mark.parametrize("package", PLACES)
+def test_every_place_of_a_package_exists(package: str) -> None:
+    places = {_place(source) for source in _sources()}
+    for allowed in PLACES[package]:
+        assert any(place.startswith(allowed) for place in places), allowed
 
 
 @pytest.mark.parametrize("part", ONLY)
@@ -156,21 +235,22 @@ def test_light_part_imports_nothing_heavy(part: str) -> None:
         ("ul2r.objective.batch", "torch ray mlflow megatron transformers"),
         ("ul2r.tracking.tracker", "torch ray megatron transformers"),
         ("ul2r.data.sampling.batches", "ray mlflow megatron transformers"),
+        ("ul2r.train.checkpoint.storage", "torch ray mlflow megatron transformers"),
         ("ul2r.train.loop", "ray mlflow transformers"),
         ("ul2r.inference.language_model", "ray mlflow megatron"),
     ],
 )
 def test_importing_a_part_loads_no_library_that_it_does_not_need(modules: str, absent: str) -> None:
-    """What the source says is one thing; what really gets loaded, through packages' __init__, another."""
+    """The source does not show what packages load in their __init__, so this imports for real."""
     script = (
         f"import {', '.join(modules.split())}, sys; "
         f"print(*[name for name in {absent.split()} if name in sys.modules])"
     )
-    ran = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.split() == []
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == []
 
 
 def test_reader_of_imports_sees_every_form(tmp_path: Path) -> None:
@@ -178,7 +258,8 @@ def test_reader_of_imports_sees_every_form(tmp_path: Path) -> None:
     source.write_text(
         "import os, ray.data\n"
         "from ul2r import errors\n"
-        "from ul2r.train.loop import TrainLoop\n"
+        "from ul2r.data.store import dataset\n"
+        "from ul2r.train.loop import Trainer\n"
         "def late() -> None:\n"
         "    import mlflow as m\n"
     )
@@ -186,6 +267,14 @@ def test_reader_of_imports_sees_every_form(tmp_path: Path) -> None:
         "os",
         "ray.data",
         "ul2r.errors",
+        "ul2r.data.store.dataset",
         "ul2r.train.loop",
         "mlflow",
     }
+
+
+def test_every_folder_of_unit_tests_mirrors_a_room() -> None:
+    tests = ROOT / "tests/unit"
+    rooms = {path.parent.relative_to(LIBRARY) for path in LIBRARY.rglob("__init__.py")}
+    folders = {path.parent.relative_to(tests) for path in tests.rglob("test_*.py")}
+    assert folders <= rooms | {Path("serving")}

@@ -17,7 +17,6 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePred
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
 from ul2r.config import Recipe
-from ul2r.train.checkpoint.optimizer_state import unwrap_chained_optimizer
 
 
 def build_optimizer(recipe: Recipe, model: list[DistributedDataParallel]) -> MegatronOptimizer:
@@ -51,6 +50,15 @@ def build_optimizer(recipe: Recipe, model: list[DistributedDataParallel]) -> Meg
     optimizer = get_megatron_optimizer(config, model, config_overrides=overrides)
     _allocate_state(unwrap_chained_optimizer(optimizer))
     return optimizer
+
+
+def unwrap_chained_optimizer(optimizer: MegatronOptimizer) -> DistributedOptimizer:
+    """Return the only optimizer of the chain that `get_megatron_optimizer` builds.
+
+    The chain would have a second one for experts under expert parallelism, which recipes do not offer.
+    """
+    (distributed,) = optimizer.chained_optimizers
+    return distributed
 
 
 def _is_embedding(parameter: torch.nn.Parameter, name: str) -> bool:

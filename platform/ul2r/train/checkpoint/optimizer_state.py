@@ -24,6 +24,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+from ul2r.train.optimizer import unwrap_chained_optimizer
+
 STATE_KINDS = ("param", "exp_avg", "exp_avg_sq")
 """Weights in fp32, and AdamW's two moments. Its step count is a setting here: it is the same for all parameters."""
 Box = tuple[tuple[int, ...], tuple[int, ...]]
@@ -53,15 +55,6 @@ def shard_optimizer_state(optimizer: MegatronOptimizer, model: dict[str, Any]) -
                 prefix = f"optimizer.state.{kind}"
                 pieces += _shard_range(shards[parameter], prefix, values, owned.start)
     return {**distributed.state_dict(), "pieces": pieces}
-
-
-def unwrap_chained_optimizer(optimizer: MegatronOptimizer) -> DistributedOptimizer:
-    """Return the only optimizer of the chain that `get_megatron_optimizer` builds.
-
-    The chain would have a second one for experts under expert parallelism, which recipes do not offer.
-    """
-    (distributed,) = optimizer.chained_optimizers
-    return distributed
 
 
 def split_into_boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
