@@ -25,6 +25,8 @@ from ul2r.testing.corpus import write_texts
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT / 'platform'}{os.pathsep}{ROOT}"}
+"""Jobs run in another folder: they import the library and serving/ of this tree."""
 PHASES = ["prepare", "base", "ul2r", "control", "export base", "export ul2r", "export control"]
 PHASES += ["compare", "serve"]
 WAIT_S = 600
@@ -60,7 +62,7 @@ class Demo:
     def start(self, log: Path) -> Iterator[subprocess.Popen[bytes]]:
         """Run the demo during the block; interrupt it if it is still running at the end."""
         command = [sys.executable, "jobs/demo.py", "--corpus", "text"]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        environment = ENVIRONMENT
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command, cwd=self.folder, env=environment, stdout=output, stderr=output
@@ -196,7 +198,7 @@ def test_user_error_is_one_line_before_anything_starts(
     ran = subprocess.run(
         [sys.executable, "jobs/demo.py", *arguments],
         cwd=demo.folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         check=False,
@@ -211,7 +213,7 @@ def test_failed_phase_ends_the_demo_with_the_exit_code_of_its_command(demo: Demo
     ran = subprocess.run(
         [sys.executable, "jobs/demo.py", "--corpus", "binary.txt"],
         cwd=demo.folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         check=False,

@@ -26,7 +26,9 @@ def describe_base(name: str) -> str:
     architecture = read_architecture(folder)
     check_folder(name, architecture)
 
-    total, active = num_parameters(architecture, 0), num_active_parameters(architecture, 0)
+    # A vocabulary of 0 entries counts the rows that the embedding has, and none for new tokens.
+    total = num_parameters(architecture, 0)
+    active = num_active_parameters(architecture, 0)
     active_note = f", {active:,} for each token" if active < total else ""
     settings = architecture.model_dump(exclude_defaults=True)
     lines = [

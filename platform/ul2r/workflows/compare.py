@@ -107,7 +107,8 @@ def _check_experiment(comparison: Comparison, recipes: Mapping[Role, Recipe]) ->
         RecipeError: If one of them is.
     """
     for role, recipe in recipes.items():
-        ours, theirs = comparison.tracking.experiment, recipe.tracking.experiment
+        ours = comparison.tracking.experiment
+        theirs = recipe.tracking.experiment
         if ours != theirs:
             raise RecipeError(
                 f"tracking.experiment: the comparison has {ours!r}, {role} has {theirs!r}: set both to the same, so "

@@ -98,6 +98,7 @@ class _BlankWindows:
 
 def _make_vocabulary(num_sentinels: int) -> Vocabulary:
     """Return a vocabulary of nothing but special tokens, for rows whose text does not matter."""
+    # Ids: eos 0, three modes, then the sentinels.
     modes = {"S2S": (1,), "NLU": (2,), "NLG": (3,)}
     return Vocabulary(4 + num_sentinels, 0, modes, tuple(range(4, 4 + num_sentinels)))
 

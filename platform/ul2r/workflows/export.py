@@ -61,6 +61,7 @@ def _choose_checkpoint(recipe: Recipe) -> tuple[Path, Path]:
             )
         return last, folder
 
+    # Only checkpoints of this project have a description; others are looked up by Megatron-LM's own layout.
     if not (checkpoint / INFO_FILE).is_file():
         checkpoint = find_latest_iteration(checkpoint, "export.checkpoint")
     elif damage := find_damage(checkpoint):

@@ -53,6 +53,7 @@ def describe_special_tokens(
     new_size = build_vocabulary(after, mode_tokens).size
 
     lines = [f"{path}: {old_size:,} entries, {new_size:,} afterwards"]
+    # Consecutive sentinels usually go to one kind of place: a line for each run of them.
     for origin, group in groupby(assigned, key=lambda token: token.origin):
         lines.append(f"  {_describe_group(list(group), before)}: {origin}")
     if path.is_dir():

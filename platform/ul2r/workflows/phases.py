@@ -94,6 +94,7 @@ def run_command(command: Sequence[str], environment: Mapping[str, str]) -> int:
     Returns:
         Its exit code; 128 plus the signal's number if a signal ended it, as in a shell.
     """
+    # In a session of its own, Ctrl-C on the terminal does not reach the command: `_stop` forwards it, once.
     process = subprocess.Popen(
         command,
         env={**os.environ, **environment},
