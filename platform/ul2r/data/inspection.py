@@ -19,7 +19,7 @@ from ul2r.data.store.dataset import TokenDataset
 from ul2r.data.tokenizer import load_tokenizer
 from ul2r.filesystem import write_atomically
 from ul2r.objective import Batch, Vocabulary
-from ul2r.objective.batch import mode_tokens
+from ul2r.objective.denoiser_table import mode_tokens
 
 MEASURED_ROWS = 512
 """Rows from the beginning of the run that are measured, rounded up to whole batches."""

@@ -1,4 +1,4 @@
-"""The UL2 objective: which denoiser a sample gets, where its spans fall, and the rows that come of it (numpy only)."""
+"""The UL2 objective: the denoiser of each sample, its spans, and the batches built from them (numpy and numba only)."""
 
 from ul2r.objective.batch import Batch, WindowSource, build_batch
 from ul2r.objective.vocabulary import Vocabulary

@@ -1,4 +1,4 @@
-"""The token ids that an objective needs to know of a tokenizer."""
+"""The token ids that an objective uses."""
 
 from __future__ import annotations
 
@@ -15,34 +15,35 @@ class Vocabulary:
     """Entries of the tokenizer, special tokens included."""
     eos: int
     modes: Mapping[str, tuple[int, ...]]
-    """Tokens of each mode, S2S, NLU and NLG: one that means nothing else, or the pieces of its name as text."""
+    """Tokens of each mode, S2S, NLU and NLG: one token with no other meaning, or the pieces of its name as text."""
     sentinels: tuple[int, ...]
-    """Ids of the sentinels in order of use: the first marks an example's first span."""
+    """Ids of the sentinels in order of use: the first stands for an example's first span."""
     modes_are_text: bool = False
-    """Whether modes are pieces of text, which a document may hold as well."""
+    """Whether modes are pieces of text, which documents may contain as well."""
 
     def __post_init__(self) -> None:
         modes = [token for tokens in self.modes.values() for token in tokens]
         assert all(self.modes.values()), "a mode has no token"
+
         special = (self.eos, *self.sentinels, *([] if self.modes_are_text else modes))
         assert len(set(special)) == len(special), "special tokens share an id"
-        known = all(0 <= token < self.size for token in (*special, *modes))
-        assert known, "an id lies outside the tokenizer"
+        is_known = all(0 <= token < self.size for token in (*special, *modes))
+        assert is_known, "an id lies outside the tokenizer"
 
     @property
     def non_text_ids(self) -> frozenset[int]:
-        """Ids of modes and sentinels that no document holds."""
+        """Ids of the modes and sentinels that no document contains."""
         modes = [token for tokens in self.modes.values() for token in tokens]
         return frozenset((*self.sentinels, *([] if self.modes_are_text else modes)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values that `from_dict` reads back."""
+        """Return plain JSON values that `from_dict` reads back."""
         modes = {mode: list(tokens) for mode, tokens in self.modes.items()}
         return asdict(self) | {"modes": modes, "sentinels": list(self.sentinels)}
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> Self:
-        """Read what `to_dict` wrote.
+        """Return the vocabulary that `to_dict` wrote.
 
         Raises:
             KeyError: If a part is missing.

@@ -1,4 +1,4 @@
-"""Rows in plain Python, written from the definitions and not from the kernels: what those must give, bit for bit."""
+"""Rows in plain Python, written from the definitions and not from the compiled code, which must agree bit for bit."""
 
 from __future__ import annotations
 
@@ -9,45 +9,54 @@ from ul2r.config import Causal, Denoiser, Fim, Objective, Prefix, SpanCorruption
 from ul2r.objective import Vocabulary
 from ul2r.objective.randomness import Purpose
 
-MASK = 2**64 - 1
+UINT64_MASK = 2**64 - 1
 Row = dict[str, list[int]]
 
 
 def philox_block(counter: int, key: int) -> list[int]:
-    """Four words of Philox 4x64-10 (Salmon et al. 2011, section 3.3) of a 256-bit counter and a 128-bit key."""
-    c = [counter >> 64 * place & MASK for place in range(4)]
-    k = [key & MASK, key >> 64]
+    """Return four words of Philox 4x64-10 (Salmon et al. 2011, section 3.3).
+
+    Args:
+        counter: 256 bits.
+        key: 128 bits.
+    """
+    c = [counter >> 64 * i & UINT64_MASK for i in range(4)]
+    k = [key & UINT64_MASK, key >> 64]
     for _ in range(10):
-        first, second = c[0] * 0xD2E7470EE14C6C93, c[2] * 0xCA5A826395121157
+        first = c[0] * 0xD2E7470EE14C6C93
+        second = c[2] * 0xCA5A826395121157
         c = [
             second >> 64 ^ c[1] ^ k[0],
-            second & MASK,
+            second & UINT64_MASK,
             first >> 64 ^ c[3] ^ k[1],
-            first & MASK,
+            first & UINT64_MASK,
         ]
-        k = [(k[0] + 0x9E3779B97F4A7C15) & MASK, (k[1] + 0xBB67AE8584CAA73B) & MASK]
+        k = [(k[0] + 0x9E3779B97F4A7C15) & UINT64_MASK, (k[1] + 0xBB67AE8584CAA73B) & UINT64_MASK]
     return c
 
 
-def words_of(seed: int, purpose: Purpose, index: int, count: int) -> list[int]:
-    """The first words of a stream."""
-    blocks = range(1, count // 4 + 2)
-    words = [w for b in blocks for w in philox_block(b + (index << 192), seed + (purpose << 64))]
-    return words[:count]
+def random_words(seed: int, purpose: Purpose, index: int, num_words: int) -> list[int]:
+    """Return the first words of the stream of (seed, purpose, index)."""
+    words: list[int] = []
+    for block in range(1, num_words // 4 + 2):
+        words += philox_block(block + (index << 192), seed + (purpose << 64))
+    return words[:num_words]
 
 
-def composition(total: int, words: Sequence[int]) -> list[int]:
-    """`total` cut into len(words) + 1 positive parts at places chosen by Floyd's method."""
-    places, chosen = total - 1, len(words)
+def random_segmentation(total: int, words: Sequence[int]) -> list[int]:
+    """Divide `total` into len(words) + 1 positive parts, at gaps chosen by Floyd's method."""
+    num_gaps = total - 1
+    num_chosen = len(words)
     taken: set[int] = set()
-    for last, word in zip(range(places - chosen, places), words, strict=True):
-        place = word * (last + 1) >> 64
-        taken.add(last if place in taken else place)
-    cuts = [0, *(place + 1 for place in sorted(taken)), total]
-    return [end - begin for begin, end in pairwise(cuts)]
+    for last, word in zip(range(num_gaps - num_chosen, num_gaps), words, strict=True):
+        gap = word * (last + 1) >> 64
+        taken.add(last if gap in taken else gap)
+
+    bounds = [0, *(gap + 1 for gap in sorted(taken)), total]
+    return [end - begin for begin, end in pairwise(bounds)]
 
 
-def example_of(
+def build_example(
     denoiser: Denoiser,
     window: Sequence[int],
     *,
@@ -56,96 +65,122 @@ def example_of(
     sample: int,
     eos_after_inputs: bool,
 ) -> tuple[list[int], list[int]]:
-    """Inputs and targets of a sample."""
+    """Return the inputs and targets of a sample."""
 
-    def words(count: int) -> list[int]:
-        return words_of(seed, Purpose.SPANS, sample, count)
+    def words(num_words: int) -> list[int]:
+        return random_words(seed, Purpose.SPANS, sample, num_words)
 
-    eos, sentinels, length = vocabulary.eos, vocabulary.sentinels, len(window)
+    eos = vocabulary.eos
+    sentinels = vocabulary.sentinels
+    length = len(window)
     closing = [eos] if eos_after_inputs else []
     match denoiser:
         case Causal():
             return [], list(window)
+
         case Fim():
-            a, b, _ = composition(length, words(2))
+            a, b, _ = random_segmentation(length, words(2))
             prefix, middle, suffix = window[:a], window[a : a + b], window[a + b :]
             marked = [sentinels[0], *prefix, sentinels[1], *suffix, sentinels[2], *middle]
             return [], [*marked, eos]
+
         case Prefix():
             (word,) = words(1)
-            cut = 1 + (word * (length - 1) >> 64)
+            split = 1 + (word * (length - 1) >> 64)
             if denoiser.noise_density is not None:
-                cut = length - min(max(round(length * denoiser.noise_density), 1), length - 1)
-            mark = [sentinels[0]] if denoiser.sentinel else []
-            inputs = [*vocabulary.modes[denoiser.mode], *window[:cut], *mark, *closing]
-            return inputs, [*mark, *window[cut:], eos]
+                noise = min(max(round(length * denoiser.noise_density), 1), length - 1)
+                split = length - noise
+            sentinel = [sentinels[0]] if denoiser.sentinel else []
+            inputs = [*vocabulary.modes[denoiser.mode], *window[:split], *sentinel, *closing]
+            return inputs, [*sentinel, *window[split:], eos]
+
         case SpanCorruption():
-            spans, noise = denoiser.num_sentinels(length), denoiser.num_noise_tokens(length)
+            spans = denoiser.num_sentinels(length)
+            noise = denoiser.num_noise_tokens(length)
             drawn = words(2 * spans - 2)
-            kept = composition(length - noise, drawn[: spans - 1])
-            masked = composition(noise, drawn[spans - 1 :])
-            inputs, targets = [*vocabulary.modes[denoiser.mode]], []
+            kept_runs = random_segmentation(length - noise, drawn[: spans - 1])
+            masked_runs = random_segmentation(noise, drawn[spans - 1 :])
+
+            inputs = [*vocabulary.modes[denoiser.mode]]
+            targets: list[int] = []
             text = list(window)
-            for sentinel, keep, mask in zip(sentinels, kept, masked, strict=False):
-                inputs += [*text[:keep], sentinel]
-                targets += [sentinel, *text[keep : keep + mask]]
-                text = text[keep + mask :]
+            for sentinel_id, kept, masked in zip(sentinels, kept_runs, masked_runs, strict=False):
+                inputs += [*text[:kept], sentinel_id]
+                targets += [sentinel_id, *text[kept : kept + masked]]
+                text = text[kept + masked :]
             return [*inputs, *closing], [*targets, eos]
 
 
-def mode_tokens(denoiser: Denoiser, vocabulary: Vocabulary) -> int:
-    """How many tokens say which denoiser it is."""
+def num_mode_tokens(denoiser: Denoiser, vocabulary: Vocabulary) -> int:
+    """Return the number of tokens of a denoiser's mode."""
     return len(vocabulary.modes[denoiser.mode]) if hasattr(denoiser, "mode") else 0
 
 
-def choose(mixture: Sequence[Denoiser], seed: int, sample: int) -> Denoiser:
-    """A sample's denoiser."""
+def choose_denoiser(mixture: Sequence[Denoiser], seed: int, sample: int) -> Denoiser:
+    """Return a sample's denoiser."""
     *bounds, total = accumulate(denoiser.weight for denoiser in mixture)
-    (word,) = words_of(seed, Purpose.DENOISER, sample, 1)
+    (word,) = random_words(seed, Purpose.DENOISER, sample, 1)
     return mixture[sum((word >> 11) * 2.0**-53 * total >= bound for bound in bounds)]
 
 
-def reference_row(
+def build_row(
     row: int,
     objective: Objective,
     vocabulary: Vocabulary,
     seed: int,
     window: Callable[[int, int], Sequence[int]],
 ) -> Row:
-    """A row's arrays by name; `window` gives a sample's first raw tokens."""
-    slots, mixture = objective.slots_per_row, objective.mixture
-    whole = [one for one in mixture if one.whole_row]
-    shared = [one for one in mixture if not one.whole_row]
-    rows_of_whole = sum(one.weight for one in whole)
-    rows_of_shared = sum(one.weight for one in shared) / slots
-    (word,) = words_of(seed, Purpose.ROW, row, 1)
-    is_whole = (word >> 11) * 2.0**-53 < rows_of_whole / (rows_of_whole + rows_of_shared)
+    """Return a row's arrays by name.
+
+    Args:
+        row: Index of the row in the run.
+        objective: The mixture and the shape of the rows.
+        vocabulary: Ids of the special tokens.
+        seed: The run's seed.
+        window: Gives the first raw tokens of a sample, by sample index and length.
+    """
+    slots = objective.slots_per_row
+    mixture = objective.mixture
+    whole = [denoiser for denoiser in mixture if denoiser.whole_row]
+    shared = [denoiser for denoiser in mixture if not denoiser.whole_row]
+    whole_rows = sum(denoiser.weight for denoiser in whole)
+    shared_rows = sum(denoiser.weight for denoiser in shared) / slots
+
+    (word,) = random_words(seed, Purpose.ROW, row, 1)
+    is_whole = (word >> 11) * 2.0**-53 < whole_rows / (whole_rows + shared_rows)
     samples = [row * slots + slot for slot in range(1 if is_whole else slots)]
-    made: Row = {name: [] for name in ("tokens", "labels", "loss_mask", "kv_start", "kv_end")}
-    made |= {
+    built: Row = {
+        "tokens": [],
+        "labels": [],
+        "loss_mask": [],
+        "kv_start": [],
+        "kv_end": [],
         "position_ids": [],
         "denoiser_ids": [],
         "sample_ids": samples + [-1] * (slots - len(samples)),
     }
     for sample in samples:
-        denoiser = choose(whole if is_whole else shared, seed, sample)
-        inputs, targets = example_of(
+        denoiser = choose_denoiser(whole if is_whole else shared, seed, sample)
+        raw_length = objective.raw_length(denoiser, num_mode_tokens(denoiser, vocabulary))
+        inputs, targets = build_example(
             denoiser,
-            window(sample, objective.raw_length(denoiser, mode_tokens(denoiser, vocabulary))),
+            window(sample, raw_length),
             vocabulary=vocabulary,
             seed=seed,
             sample=sample,
             eos_after_inputs=objective.eos_after_inputs,
         )
-        begin, example = len(made["tokens"]), inputs + targets
-        open_inputs = len(inputs) if objective.attention == "prefix" else 0
-        for place in range(objective.max_example_length(denoiser) - 1):
-            used = place + 1 < len(example)
-            made["tokens"].append(example[place] if used else vocabulary.eos)
-            made["labels"].append(example[place + 1] if used else 0)
-            made["loss_mask"].append(int(used and place + 1 >= len(inputs)))
-            made["kv_start"].append(begin if used else begin + place)
-            made["kv_end"].append(begin + (max(place + 1, open_inputs) if used else place + 1))
-            made["position_ids"].append(place)
-            made["denoiser_ids"].append(mixture.index(denoiser) if used else -1)
-    return made
+
+        begin = len(built["tokens"])
+        example = inputs + targets
+        num_open = len(inputs) if objective.attention == "prefix" else 0
+        for i in range(objective.max_example_length(denoiser) - 1):
+            is_used = i + 1 < len(example)
+            built["tokens"].append(example[i] if is_used else vocabulary.eos)
+            built["labels"].append(example[i + 1] if is_used else 0)
+            built["loss_mask"].append(int(is_used and i + 1 >= len(inputs)))
+            built["kv_start"].append(begin if is_used else begin + i)
+            built["kv_end"].append(begin + (max(i + 1, num_open) if is_used else i + 1))
+            built["position_ids"].append(i)
+            built["denoiser_ids"].append(mixture.index(denoiser) if is_used else -1)
+    return built

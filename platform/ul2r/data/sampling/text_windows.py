@@ -74,7 +74,7 @@ class TextWindows:
             self._purpose,
             samples,
             len(self),
-            bound=len(self._store),
+            shift_bound=len(self._store),
             source=self._source,
         )
         return (shifts + positions * self.length) % len(self._store)

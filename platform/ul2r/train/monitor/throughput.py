@@ -9,7 +9,7 @@ import numpy as np
 
 from ul2r.config import Denoiser, Recipe
 from ul2r.objective import Batch, Vocabulary
-from ul2r.objective.batch import mode_tokens
+from ul2r.objective.denoiser_table import mode_tokens
 from ul2r.train.callbacks import Callback, Phase
 from ul2r.train.monitor.guards import Anomaly
 from ul2r.train.step import StepResult

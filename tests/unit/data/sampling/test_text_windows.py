@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ul2r.data.sampling.shuffle import ROUNDS, permute
 from ul2r.data.sampling.text_windows import DocumentWindows, TextWindows
 from ul2r.errors import CorpusError
+from ul2r.objective.random_kernels import SHUFFLE_ROUNDS, permute
 
 seeds = st.integers(0, 2**63 - 1)
-keys = st.lists(st.integers(0, 2**64 - 1), min_size=ROUNDS, max_size=ROUNDS)
+keys = st.lists(st.integers(0, 2**64 - 1), min_size=SHUFFLE_ROUNDS, max_size=SHUFFLE_ROUNDS)
 
 
 class Numbers:
@@ -106,7 +106,7 @@ def test_each_place_is_equally_likely_for_a_window(size: int) -> None:
     counts: Counter[int] = Counter()
     for seed in range(3000):
         draw = np.random.Generator(np.random.PCG64(seed))
-        counts[permuted(1, size, draw.integers(2**63, size=ROUNDS).tolist())] += 1
+        counts[permuted(1, size, draw.integers(2**63, size=SHUFFLE_ROUNDS).tolist())] += 1
     expected = 3000 / size
     assert sum((counts[p] - expected) ** 2 / expected for p in range(size)) < quantile
 

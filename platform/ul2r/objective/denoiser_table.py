@@ -1,0 +1,102 @@
+"""A mixture as the structured array that compiled functions read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ul2r.config import Denoiser, Objective, Prefix, SpanCorruption
+from ul2r.objective import layout_kernels, random_kernels
+from ul2r.objective.vocabulary import Vocabulary
+
+DENOISER = np.dtype(
+    [
+        ("runs", np.int64),  # random_kernels.*_RUNS
+        ("layout", np.int64),  # layout_kernels.*_LAYOUT
+        ("mean_noise_span_length", np.float64),  # span corruption only
+        ("noise_density", np.float64),  # span corruption, prefix; 0 for a prefix of random length
+        ("num_mode_tokens", np.int64),
+        ("has_sentinels", np.int64),  # 1 if a sentinel stands for each masked run
+        ("prefix_attention", np.int64),  # 1 if inputs see each other in both directions
+        ("eos_after_inputs", np.int64),  # 1 if an eos closes the inputs
+        ("raw_length", np.int64),  # raw tokens of the longest example that fits
+        ("whole_row", np.int64),  # 1 if an example has a row to itself
+        ("cumulative_weight", np.float64),  # sum of weights up to this one, of the same whole_row
+    ],
+    align=True,
+)
+"""One denoiser of a mixture."""
+
+RUNS = {
+    "span_corruption": random_kernels.SPAN_RUNS,
+    "prefix": random_kernels.PREFIX_RUNS,
+    "fim": random_kernels.FIM_RUNS,
+    "causal": random_kernels.NO_RUNS,
+}
+LAYOUTS = {
+    "span_corruption": layout_kernels.DENOISING_LAYOUT,
+    "prefix": layout_kernels.DENOISING_LAYOUT,
+    "fim": layout_kernels.FIM_LAYOUT,
+    "causal": layout_kernels.CAUSAL_LAYOUT,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class DenoiserTable:
+    """A mixture for the compiled functions.
+
+    Attributes:
+        denoisers: Its denoisers, of dtype `DENOISER`, (D,).
+        whole_row_fraction: Fraction of the rows that one example has to itself, chosen such that each denoiser's share
+            of the examples is its share of the weights.
+        num_sentinels: Sentinels of the example with the most.
+    """
+
+    denoisers: npt.NDArray[Any]
+    whole_row_fraction: float
+    num_sentinels: int
+
+
+@lru_cache(maxsize=64)
+def build_table(objective: Objective, num_mode_tokens: tuple[int, ...]) -> DenoiserTable:
+    """Return an objective's mixture for the compiled functions.
+
+    Args:
+        objective: The mixture, and the slots that its examples fill.
+        num_mode_tokens: Tokens of each denoiser's mode.
+    """
+    table = np.zeros(len(objective.mixture), DENOISER)
+    weights = {True: 0.0, False: 0.0}
+    for record, denoiser, num_mode in zip(table, objective.mixture, num_mode_tokens, strict=True):
+        weights[denoiser.whole_row] += denoiser.weight
+        record["runs"] = RUNS[denoiser.kind]
+        record["layout"] = LAYOUTS[denoiser.kind]
+        record["num_mode_tokens"] = num_mode
+        record["prefix_attention"] = objective.attention == "prefix"
+        record["eos_after_inputs"] = objective.eos_after_inputs
+        record["raw_length"] = objective.raw_length(denoiser, num_mode)
+        record["whole_row"] = denoiser.whole_row
+        record["cumulative_weight"] = weights[denoiser.whole_row]
+        if isinstance(denoiser, SpanCorruption):
+            record["mean_noise_span_length"] = denoiser.mean_noise_span_length
+            record["noise_density"] = denoiser.noise_density
+            record["has_sentinels"] = True
+        elif isinstance(denoiser, Prefix):
+            record["noise_density"] = denoiser.noise_density or 0.0
+            record["has_sentinels"] = denoiser.sentinel
+
+    # A row holds one example of the first kind, or `slots_per_row` of the second.
+    shared_rows = weights[False] / objective.slots_per_row
+    whole_row_fraction = weights[True] / (weights[True] + shared_rows)
+    return DenoiserTable(table, whole_row_fraction, objective.num_sentinels_needed)
+
+
+def mode_tokens(denoiser: Denoiser, vocabulary: Vocabulary) -> tuple[int, ...]:
+    """Return the tokens of a denoiser's mode; none for a denoiser without one."""
+    if isinstance(denoiser, SpanCorruption | Prefix):
+        return vocabulary.modes[denoiser.mode]
+    return ()

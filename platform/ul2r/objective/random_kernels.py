@@ -1,0 +1,344 @@
+"""Compiled functions that draw: Philox, shuffles, the denoiser of each sample, its kept and masked runs.
+
+All compiled code that needs random numbers is in this module, for `ul2r.data` as well, because numba's disk cache does
+not see changes in other modules (`ul2r.objective.compiled`).
+
+Arithmetic is exact: counters and random words are uint64, indices and lengths are integers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ul2r.objective.compiled import compiled
+
+Word = np.uint64
+Words = npt.NDArray[np.uint64]
+Int64s = npt.NDArray[np.int64]
+Int32s = npt.NDArray[np.int32]
+Bools = npt.NDArray[np.bool_]
+DenoiserTable = npt.NDArray[Any]
+"""Denoisers of a mixture, of dtype `ul2r.objective.denoiser_table.DENOISER`."""
+
+NO_RUNS, SPAN_RUNS, PREFIX_RUNS, FIM_RUNS = 0, 1, 2, 3
+"""Ways to divide a window into kept and masked runs, the column `runs` of a `DenoiserTable`."""
+
+SHUFFLE_ROUNDS = 8
+"""Feistel rounds of a shuffle; four are already pseudorandom if the round function is (Luby and Rackoff 1988)."""
+
+
+class Slots(NamedTuple):
+    """Samples of B rows; in a row that one example has to itself, all slots after the first are empty.
+
+    Attributes:
+        samples: Sample indices, int64 (B, slots); -1 for an empty slot.
+        denoiser_ids: Indices into the mixture, int64 (B, slots); -1 for an empty slot.
+        lengths: Raw tokens, int64 (B, slots); 0 for an empty slot.
+    """
+
+    samples: Int64s
+    denoiser_ids: Int64s
+    lengths: Int64s
+
+
+class Runs(NamedTuple):
+    """Division of each slot's window into kept and masked runs, in turn.
+
+    Attributes:
+        num_spans: Masked runs, int64 (B, slots).
+        kept: Lengths of the kept runs, int32 (B, slots, M).
+        masked: Lengths of the masked runs, int32 (B, slots, M).
+    """
+
+    num_spans: Int64s
+    kept: Int32s
+    masked: Int32s
+
+
+@compiled
+def multiply_high(a: Word, b: Word) -> Word:
+    """Return the upper 64 bits of the product of two uint64."""
+    low32 = np.uint64(0xFFFFFFFF)
+    shift = np.uint64(32)
+    a_low, a_high = a & low32, a >> shift
+    b_low, b_high = b & low32, b >> shift
+
+    cross = a_high * b_low + (a_low * b_low >> shift)
+    other = a_low * b_high + (cross & low32)
+    return a_high * b_high + (cross >> shift) + (other >> shift)
+
+
+@compiled
+def fill_words(seed: Word, purpose: Word, index: int, words: Words) -> None:
+    """Write the first N words of the stream of (seed, purpose, index) to `words`, uint64 (N,).
+
+    Philox 4x64-10 (Salmon et al. 2011, section 3.3) with key (seed, purpose) and the index as the counter's top word,
+    so that a stream is 2**192 blocks long and streams do not overlap. Like numpy's generator it begins with block 1.
+    """
+    multiplier_a = np.uint64(0xD2E7470EE14C6C93)
+    multiplier_c = np.uint64(0xCA5A826395121157)
+    for block in range((len(words) + 3) // 4):
+        key_0, key_1 = np.uint64(seed), np.uint64(purpose)
+        a, b, c, d = np.uint64(block + 1), np.uint64(0), np.uint64(0), np.uint64(index)
+        for _ in range(10):
+            a, b, c, d = (
+                multiply_high(c, multiplier_c) ^ b ^ key_0,
+                c * multiplier_c,
+                multiply_high(a, multiplier_a) ^ d ^ key_1,
+                a * multiplier_a,
+            )
+            key_0 += np.uint64(0x9E3779B97F4A7C15)
+            key_1 += np.uint64(0xBB67AE8584CAA73B)
+
+        begin = 4 * block
+        words[begin] = a
+        if begin + 1 < len(words):
+            words[begin + 1] = b
+        if begin + 2 < len(words):
+            words[begin + 2] = c
+        if begin + 3 < len(words):
+            words[begin + 3] = d
+
+
+@compiled
+def uniform(seed: Word, purpose: Word, index: int, bound: float) -> float:
+    """Return a number in [0, bound) from the upper 53 bits of a stream's first word."""
+    words = np.empty(1, np.uint64)
+    fill_words(seed, purpose, index, words)
+    return float(words[0] >> np.uint64(11)) * 2.0**-53 * bound
+
+
+# Shuffles.
+
+
+@compiled
+def shuffle(
+    seed: Word,
+    purpose: Word,
+    first_stream: int,
+    samples: Int64s,
+    size: int,
+    shift_bound: int,
+    shifts: Int64s,
+    positions: Int64s,
+) -> None:
+    """Write each sample's position in the order of its epoch to `positions`, and its epoch's shift to `shifts`.
+
+    Epoch e of `size` samples has an order and a shift of its own, drawn from the stream `first_stream` + e.
+
+    Args:
+        seed: The run's seed.
+        purpose: Purpose of the order.
+        first_stream: Stream of epoch 0.
+        samples: Sample indices, int64 (N,); -1 is treated as sample 0.
+        size: Length of an order.
+        shift_bound: Shifts are in 0 .. shift_bound - 1.
+        shifts: Output, int64 (N,).
+        positions: Output, int64 (N,).
+    """
+    words = np.empty(1 + SHUFFLE_ROUNDS, np.uint64)
+    for i in range(len(samples)):
+        sample = max(samples[i], 0)
+        fill_words(seed, purpose, first_stream + sample // size, words)
+        shifts[i] = multiply_high(words[0], np.uint64(shift_bound))
+        positions[i] = permute(np.uint64(sample % size), np.uint64(size), words[1:])
+
+
+@compiled
+def permute(index: Word, size: Word, keys: Words) -> Word:
+    """Return the image of `index` under a keyed permutation of 0 .. size - 1.
+
+    A Feistel network permutes the numbers of 2 * half bits, of which there are at most 4 * size. A result outside the
+    range is permuted again until it is inside ("cycle walking", Black and Rogaway 2002), which takes fewer than 4
+    passes on average.
+
+    Args:
+        index: Index to permute, 0 <= index < size.
+        size: Size of the permuted set.
+        keys: A word for each round, uint64 (SHUFFLE_ROUNDS,).
+    """
+    one = np.uint64(1)
+    half = one
+    while size > one << np.uint64(2) * half:
+        half += one
+    mask = (one << half) - one
+
+    while True:
+        left, right = index >> half, index & mask
+        for key in keys:
+            left, right = right, left ^ (mix(right ^ key) >> (np.uint64(64) - half))
+        index = left << half | right
+        if index < size:
+            return index
+
+
+@compiled
+def mix(word: Word) -> Word:
+    """Return a uint64 with its bits scattered (the finalizer of SplitMix64; Steele, Lea and Flood 2014)."""
+    word = (word ^ word >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    word = (word ^ word >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return word ^ word >> np.uint64(31)
+
+
+# Denoisers and their runs.
+
+
+@compiled
+def choose_denoisers(
+    seed: Word,
+    row_purpose: Word,
+    sample_purpose: Word,
+    whole_row_fraction: float,
+    row_indices: Int64s,
+    denoisers: DenoiserTable,
+    slots: Slots,
+) -> None:
+    """Choose the samples of each row, their denoisers and raw lengths.
+
+    First it is drawn whether one example has the row to itself; then each of the row's samples draws among the
+    denoisers with that property.
+
+    Args:
+        seed: The run's seed.
+        row_purpose: Purpose of a row's draw.
+        sample_purpose: Purpose of a sample's draw.
+        whole_row_fraction: Fraction of the rows that one example has to itself.
+        row_indices: Row indices of the run, int64 (B,).
+        denoisers: The mixture (D,).
+        slots: Output.
+    """
+    slots_per_row = slots.samples.shape[1]
+    for row in range(len(row_indices)):
+        drawn_row = uniform(seed, row_purpose, row_indices[row], 1.0)
+        whole_row = int(drawn_row < whole_row_fraction)
+        total_weight = 0.0
+        for denoiser_id in range(len(denoisers)):
+            if denoisers[denoiser_id].whole_row == whole_row:
+                total_weight = denoisers[denoiser_id].cumulative_weight
+
+        for slot in range(slots_per_row):
+            slots.samples[row, slot] = -1
+            slots.denoiser_ids[row, slot] = -1
+            slots.lengths[row, slot] = 0
+            if whole_row and slot:
+                continue
+
+            sample = row_indices[row] * slots_per_row + slot
+            drawn = uniform(seed, sample_purpose, sample, total_weight)
+            chosen = -1
+            for denoiser_id in range(len(denoisers)):
+                if denoisers[denoiser_id].whole_row == whole_row:
+                    chosen = denoiser_id
+                    if drawn < denoisers[denoiser_id].cumulative_weight:
+                        break
+            slots.samples[row, slot] = sample
+            slots.denoiser_ids[row, slot] = chosen
+            slots.lengths[row, slot] = denoisers[chosen].raw_length
+
+
+@compiled
+def draw_runs(
+    seed: Word, purpose: Word, denoisers: DenoiserTable, slots: Slots, runs: Runs
+) -> None:
+    """Divide each slot's window into kept and masked runs, as its denoiser says.
+
+    Args:
+        seed: The run's seed.
+        purpose: Purpose of the draws.
+        denoisers: The mixture (D,).
+        slots: The samples.
+        runs: Output; only what `num_spans` counts is written.
+    """
+    words = np.empty(2 * runs.kept.shape[2], np.uint64)
+    longest = 1
+    for denoiser_id in range(len(denoisers)):
+        longest = max(longest, denoisers[denoiser_id].raw_length)
+    is_taken = np.zeros(longest, np.bool_)
+    parts = np.empty(3, np.int32)
+    for row in range(slots.samples.shape[0]):
+        for slot in range(slots.samples.shape[1]):
+            runs.num_spans[row, slot] = 0
+            if slots.samples[row, slot] < 0:
+                continue
+            sample = slots.samples[row, slot]
+            length = slots.lengths[row, slot]
+            denoiser = denoisers[slots.denoiser_ids[row, slot]]
+            kept = runs.kept[row, slot]
+            masked = runs.masked[row, slot]
+
+            if denoiser.runs == SPAN_RUNS:
+                noise = num_noise_tokens(length, denoiser.noise_density)
+                spans = num_noise_spans(length, noise, denoiser.mean_noise_span_length)
+                fill_words(seed, purpose, sample, words[: 2 * spans - 2])
+                random_segmentation(length - noise, words[: spans - 1], is_taken, kept[:spans])
+                random_segmentation(
+                    noise, words[spans - 1 : 2 * spans - 2], is_taken, masked[:spans]
+                )
+                runs.num_spans[row, slot] = spans
+            elif denoiser.runs == PREFIX_RUNS:
+                fill_words(seed, purpose, sample, words[:1])
+                kept[0] = prefix_length(length, denoiser.noise_density, words[0])
+                masked[0] = length - kept[0]
+                runs.num_spans[row, slot] = 1
+            elif denoiser.runs == FIM_RUNS:
+                # Prefix, middle and suffix: the middle is the masked run, and a kept run follows it.
+                fill_words(seed, purpose, sample, words[:2])
+                random_segmentation(length, words[:2], is_taken, parts)
+                kept[0] = parts[0]
+                masked[0] = parts[1]
+                kept[1] = parts[2]
+                runs.num_spans[row, slot] = 1
+
+
+@compiled
+def random_segmentation(total: int, words: Words, is_taken: Bools, parts: Int32s) -> None:
+    """Divide `total` tokens into P runs of at least one, every composition equally likely.
+
+    A composition is a choice of P - 1 of the total - 1 gaps between tokens, drawn by Floyd's method (Bentley and Floyd
+    1987): one random word for each gap, and no gap is chosen twice.
+
+    Args:
+        total: Tokens to divide, at least P.
+        words: Random words, uint64 (P - 1,).
+        is_taken: Scratch of shape (total - 1,) or longer, all False before and after.
+        parts: Output, the lengths of the runs, int32 (P,).
+    """
+    num_chosen = len(parts) - 1
+    num_gaps = total - 1
+    for i in range(num_chosen):
+        last = num_gaps - num_chosen + i
+        drawn = np.int64(multiply_high(words[i], np.uint64(last + 1)))
+        is_taken[last if is_taken[drawn] else drawn] = True
+
+    begin = 0
+    part = 0
+    for gap in range(num_gaps):
+        if is_taken[gap]:
+            is_taken[gap] = False
+            parts[part] = gap + 1 - begin
+            begin = gap + 1
+            part += 1
+    parts[part] = total - begin
+
+
+@compiled
+def prefix_length(length: int, noise_density: float, word: Word) -> int:
+    """Return the kept tokens of a prefix: all but `noise_density` of them, or any of 1 .. length - 1 if it is 0."""
+    if noise_density == 0.0:
+        return 1 + int(multiply_high(word, np.uint64(length - 1)))
+    return length - num_noise_tokens(length, noise_density)
+
+
+@compiled
+def num_noise_tokens(length: int, noise_density: float) -> int:
+    """Return the masked tokens of a window: round(length * noise_density), half to even, in 1 .. length - 1."""
+    return min(max(int(np.rint(length * noise_density)), 1), length - 1)
+
+
+@compiled
+def num_noise_spans(length: int, noise: int, mean_noise_span_length: float) -> int:
+    """Return the masked spans: max(1, round(noise / mean)), at most the kept and the masked tokens."""
+    return min(max(int(np.rint(noise / mean_noise_span_length)), 1), noise, length - noise)
