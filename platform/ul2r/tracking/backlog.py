@@ -68,6 +68,7 @@ class Backlog:
     def first_points(self, limit: int) -> list[Point]:
         """Return the oldest points, which stay in the queue."""
         with self._lock:
+            # Removed only after the upload: a point that a failed upload had taken would be lost.
             return self._points[:limit]
 
     def first_file(self) -> Path | None:
@@ -92,4 +93,5 @@ class Backlog:
                 self.path.unlink(missing_ok=True)
                 return
             content = {"points": self._points, "files": [str(file) for file in self._files]}
+            # Losses may be NaN or infinite: Python writes and reads them, although JSON has no such numbers.
             write_atomically(self.path, json.dumps(content))

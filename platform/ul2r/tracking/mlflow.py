@@ -107,6 +107,7 @@ class MlflowTracker:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        # After an error the driver ends the run, as FAILED or KILLED; closing here would mark it FINISHED.
         if kind is None:
             self.close()
         else:
@@ -138,6 +139,7 @@ class MlflowTracker:
             return
 
         self._closing.set()
+        # Up to CLOSE_TIMEOUT_S and the time of one request.
         self._writer.join()
         self.flush()
         try:
@@ -160,6 +162,7 @@ class MlflowTracker:
         """Write batches until closed, then until the backlog is empty or `CLOSE_TIMEOUT_S` has passed."""
         deadline = float("inf")
         while time.monotonic() < deadline:
+            # Sleeps until the next batch, and returns at once when `close` is called.
             if self._closing.wait(BUFFER_S):
                 deadline = min(deadline, time.monotonic() + CLOSE_TIMEOUT_S)
             is_written = self._write_backlog()

@@ -38,6 +38,7 @@ def start_run(
         params=params,
     )
 
+    # The recipe of the last attempt, which may differ in layout or launch from that of the first.
     with translate_errors(uri):
         create_client(uri).log_text(run_id, dump(recipe), "recipe.yaml")
     install_view(uri, run_id, [denoiser.name for denoiser in recipe.evaluation.mixture])
@@ -70,10 +71,12 @@ def continue_run(
             found = client.get_experiment_by_name(experiment)
             experiment_id = found.experiment_id if found else client.create_experiment(experiment)
             run = client.create_run(experiment_id, run_name=name)
+            # At once, before requests that may fail: the next attempt must find this run instead of creating another.
             _write_record(folder, uri, experiment, run.info.run_id)
 
         run_id: str = run.info.run_id
         client.update_run(run_id, status="RUNNING")
+        # MLflow refuses the whole batch if it has another value of one of the parameters.
         new = [
             Param(key, str(value)) for key, value in params.items() if key not in run.data.params
         ]

@@ -62,6 +62,7 @@ def run_mlflow_server(storage: Path, port: int | None = None) -> Iterator[str]:
 
 def _start(paths: StoragePaths, port: int, log: int) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port)]
+    # Each worker is a process that takes seconds to import MLflow, and SQLite has one writer anyway.
     command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{paths.mlflow_database}"]
     command += ["--artifacts-destination", str(paths.mlflow_artifacts), "--serve-artifacts"]
     # Job execution, on by default, would add processes for features that are not used here.

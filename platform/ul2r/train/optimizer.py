@@ -116,6 +116,7 @@ class LearningRateSchedule:
             lr_wsd_decay_style="minus_sqrt",
             start_wd=settings.weight_decay,
             end_wd=settings.weight_decay,
+            # Required arguments; equal start and end keep the weight decay constant.
             wd_incr_steps=0,
             wd_incr_style="constant",
         )

@@ -88,6 +88,7 @@ class Checkpointer:
         """
         self.wait()
         start_s = time.perf_counter()
+        # Other ranks wait for the broadcast, so none writes before the folder exists.
         self._run_on_rank0(partial(self.store.create_staging_dir, info.step))
 
         on_written = self._flush if self.mesh.is_rank0 else (lambda: None)
@@ -150,6 +151,8 @@ class Checkpointer:
             found = self.mesh.all_gather(find_damage(path, part=rank, num_parts=num_ranks))
             return next((damage for damage in found if damage), None)
 
+        # Listed by rank 0 alone: on a network file system ranks may see different listings, and then call different
+        # collectives.
         return first_valid(
             self.mesh.broadcast_from_rank0(store.list_checkpoints),
             find_damage_of_any_part,
@@ -188,6 +191,7 @@ class Checkpointer:
         staging = self.store.staging_dir(step)
         pending.info.write(staging)
         known = {name: digest for part in digests for name, digest in part.items()}
+        # Last, so that the digests cover the description too.
         num_bytes = write_digests(staging, known)
 
         # Publishing may remove the checkpoint that is being uploaded, so its upload ends first.
@@ -267,6 +271,7 @@ def translate_disk_errors(work: Callable[[], T]) -> T:
     try:
         return work()
     except (OSError, RuntimeError) as error:
+        # torch's writer raises a RuntimeError when the disk is full.
         reason = _find_disk_error(error)
         if reason is None:
             raise

@@ -57,6 +57,7 @@ def write_digests(folder: Path, known: Mapping[str, FileDigest]) -> int:
     Returns:
         Size of all files in bytes.
     """
+    # The others are small: metadata that rank 0 wrote after all ranks had written their files.
     others = [path for path in folder.iterdir() if path.name not in known]
     digests = {**known, **digest_files(others)}
     files = {name: asdict(digests[name]) for name in sorted(digests)}
@@ -81,8 +82,10 @@ def find_damage(
     try:
         files = _read_digests(folder)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        # A damaged file may be no JSON, or JSON of any shape.
         return f"has no readable {DIGESTS_FILE} ({_describe(error)})"
 
+    # Round robin: neighbors in the sorted list are files of the same rank.
     own = list(files.items())[part::num_parts]
     # Sizes of all files first: a truncated file is found without reading gigabytes.
     for name, digest in own:

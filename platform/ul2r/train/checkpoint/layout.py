@@ -18,6 +18,7 @@ DIGESTS_FILE = "digests.json"
 LATEST_FILE = "latest"
 WRITER_TOKEN_FILE = "owner"
 
+# No further leading zeros: a step has one name.
 _CHECKPOINT_NAME = re.compile(r"step_(\d{8}|[1-9]\d{8,})")
 
 

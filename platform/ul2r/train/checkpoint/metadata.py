@@ -85,6 +85,7 @@ class CheckpointInfo:
             base_id=base_id,
             tokenizer_digest=dataset.manifest.tokenizer,
             data_fingerprint=dataset.manifest.fingerprint,
+            # As JSON, so that it compares equal to one read back: no tuples, no paths.
             recipe=recipe.model_dump(mode="json", include=RECIPE_PARTS),
             guards=guards or {},
         )
@@ -115,6 +116,7 @@ class CheckpointInfo:
             if found <= FORMAT:
                 return cls(**fields)
         except (OSError, ValueError, TypeError, KeyError) as error:
+            # TypeError and KeyError: valid JSON that lacks fields, or has others.
             reason = str(error) or type(error).__name__
             raise CheckpointError(f"{folder}: not a checkpoint: {INFO_FILE}: {reason}") from None
 
@@ -152,6 +154,7 @@ class CheckpointInfo:
             "tokenizer": (self.tokenizer_digest, wanted.tokenizer_digest),
             "data": (self.data_fingerprint, wanted.data_fingerprint),
             **{part: (self.recipe[part], wanted.recipe[part]) for part in sorted(RECIPE_PARTS)},
+            # Replaces the plain comparison of the line above.
             "model": self._model_settings(wanted),
         }
 
@@ -187,6 +190,8 @@ def _upgrade_format_1(fields: dict[str, Any]) -> dict[str, Any]:
 def _find_difference(path: str, saved: object, wanted: object) -> str | None:
     """Return the first leaf that differs, as "a.b: 4 in the checkpoint, 8 in the recipe"."""
     if isinstance(saved, dict) and isinstance(wanted, dict):
+        # A key that one side lacks counts as None: an optional setting that is newer than the checkpoint differs only
+        # if it is used.
         for key in (*wanted, *(key for key in saved if key not in wanted)):
             found = _find_difference(f"{path}.{key}", saved.get(key), wanted.get(key))
             if found:

@@ -57,6 +57,7 @@ class RemoteCheckpoints:
             )
             filesystem.put_file(str(folder / DIGESTS_FILE), f"{target}/{DIGESTS_FILE}")
 
+            # Object stores have no rename, but replace an object at once.
             filesystem.pipe_file(f"{root}/{LATEST_FILE}", folder.name.encode())
             self._remove_expired(filesystem, root, folder.name, retention)
 
@@ -88,6 +89,7 @@ class RemoteCheckpoints:
             for name in list_up_to(pointer, self._list_names(filesystem, root)):
                 target = folder / name
                 staging = staging_path(target)
+                # Verified before the rename: what has a checkpoint's name on disk is complete.
                 try:
                     damage = _download(filesystem, f"{root}/{name}", staging)
                     if damage is None:

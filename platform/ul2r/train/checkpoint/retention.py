@@ -22,4 +22,5 @@ class Retention:
         """Return the steps, of those given, whose checkpoints are kept."""
         ordered = sorted(steps)
         milestones = {step for step in ordered if self.keep_every and step % self.keep_every == 0}
+        # The recipe requires keep >= 1: a slice from -0 would be the whole list.
         return set(ordered[-self.keep :]) | milestones

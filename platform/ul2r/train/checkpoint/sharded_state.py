@@ -50,6 +50,7 @@ def load_checkpoint(folder: Path, train_step: TrainStep, *, optimizer: bool) -> 
 
     load_model(train_step.chunks, loaded["model"])
     if optimizer:
+        # The moments were loaded in place: the state shares memory with the optimizer. Step counts are left.
         load_optimizer_settings(train_step.optimizer, loaded["optimizer"])
     else:
         # The optimizer has weights of its own in fp32, from before the load.
@@ -66,4 +67,5 @@ def _shard_state(train_step: TrainStep, *, optimizer: bool = True) -> dict[str, 
     model = make_sharded_state_dict(train_step.chunks)
     if not optimizer:
         return {"model": model}
+    # Keyed by the model's tensors, which tell where each range of the optimizer belongs.
     return {"model": model, "optimizer": shard_optimizer_state(train_step.optimizer, model)}

@@ -72,6 +72,7 @@ class CheckpointStore:
     def list_checkpoints(self) -> list[Path]:
         """Return the finished checkpoints up to `latest`, newest first; they are not verified."""
         try:
+            # A damaged pointer may be anything, not only UTF-8; `list_up_to` then ignores it.
             pointer = (self.folder / LATEST_FILE).read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return []
@@ -87,6 +88,7 @@ class CheckpointStore:
         if self.remote is None or not self.remote.has_checkpoint():
             return None
 
+        # Several processes may find at the same moment that the disk has no checkpoint.
         self.folder.mkdir(parents=True, exist_ok=True)
         with file_lock(self.folder / ".restoring"):
             # Another process may have restored it while this one waited for the lock.
@@ -175,6 +177,7 @@ class CheckpointStore:
         return finished - self.retention.select_kept(trusted)
 
     def _check_writer_token(self) -> None:
+        # Read before every change, and from the file: the other attempt may run on another machine.
         token = (self.folder / WRITER_TOKEN_FILE).read_text(encoding="utf-8")
         if token != self.writer_token:
             raise CheckpointError(
