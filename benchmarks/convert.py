@@ -47,7 +47,7 @@ from ul2r.model.huggingface.exporting import convert_tensors
 from ul2r.model.huggingface.families import FAMILIES
 from ul2r.model.huggingface.family import tensor_shapes
 from ul2r.model.huggingface.safetensors_reader import SafetensorsReader
-from ul2r.model.huggingface.safetensors_writer import FILES_AT_ONCE, StreamedTensor, write_weights
+from ul2r.model.huggingface.safetensors_writer import NUM_THREADS, StreamedTensor, write_weights
 from ul2r.testing.distributed import run_distributed
 
 ROWS, TURNS, SHARD = 32_768, 5, 128 * 2**20
@@ -93,7 +93,7 @@ def write_plainly(folder: Path, files: list[dict[str, torch.Tensor]]) -> None:
             for tensor in tensors.values():
                 file.write(tensor.numpy().data)
 
-    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
         list(pool.map(write, range(len(files)), files))
 
 

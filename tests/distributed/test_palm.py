@@ -108,7 +108,7 @@ def trained(recipes: dict[str, Recipe]) -> dict[str, tuple[list[float], list[flo
 def weights(recipe: Recipe, when: str) -> dict[str, Tensor]:
     stored = MegatronCheckpointReader(recipe.paths.folder / when)
     tensors = convert_tensors(stored, recipe.model, VOCABULARY)
-    return {name: torch.cat(list(tensor.blocks())) for name, tensor in tensors.items()}
+    return {name: torch.cat(list(tensor.read_blocks())) for name, tensor in tensors.items()}
 
 
 def rotate(heads: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from ul2r.model.attention import Backend, DenseMask, pack_intervals
 from ul2r.model.attention.flex import Flex
 from ul2r.model.attention.variable_length import TransformerEngineKernel, VariableLength
 from ul2r.objective import Batch, Vocabulary, build_batch
-from ul2r.testing.attention import attend_by_segment, dense_attention
+from ul2r.testing.attention import attend_by_segment, compute_dense_attention
 from ul2r.testing.corpus import counting_windows, make_tiny_store
 from ul2r.testing.distributed import join_alone
 from ul2r.testing.recipes import tiny_recipe
@@ -95,7 +95,7 @@ def test_attention_and_gradients_equal_dense_float64(
             torch.from_numpy(array).cuda() for array in (rows.kv_start, rows.kv_end)
         )
         ours = backend(query, key, value, pack_intervals(rows.kv_start, rows.kv_end), HEAD_DIM**-0.5)
-        reference = dense_attention(query, key, value, kv_start, kv_end)
+        reference = compute_dense_attention(query, key, value, kv_start, kv_end)
         found = [ours, *torch.autograd.grad(ours, leaves, upstream)]
         expected = [reference, *torch.autograd.grad(reference, leaves, upstream.double())]
         for one, other in zip(found, expected, strict=True):

@@ -1,8 +1,9 @@
-"""Models on Megatron-Core: architecture, attention by intervals, a CPU as a device, Hugging Face form."""
+"""Models on Megatron-Core: architecture, interval attention, CPU support, conversion to and from Hugging Face."""
 
 import warnings
 
-# Megatron-Core says at import which optional CUDA packages are absent, and uses collectives that torch has renamed.
+# On import, Megatron-Core warns of each optional CUDA package that is absent and calls collectives that torch renamed.
+# Set before its first import, since tests turn warnings into errors.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core\.")
 warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.")
 warnings.filterwarnings(

@@ -1,4 +1,4 @@
-"""GPTModel of Megatron-Core from a recipe's architecture, with initial weights that know no layout."""
+"""Megatron-Core's GPTModel for a recipe, with initial weights that do not depend on the layout."""
 
 from __future__ import annotations
 
@@ -58,9 +58,12 @@ def make_transformer_config(
     recompute: Recompute = "none",
     moe_aux_loss_coeff: float = 0.0,
 ) -> TransformerConfig:
-    """Megatron's configuration: no dropout; losses summed over tokens."""
+    """Return Megatron's configuration: no dropout, losses summed over tokens."""
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    interleaved, scalar = parallel.virtual_stages > 1, architecture.query_pre_attn_scalar
+    interleaved = parallel.virtual_stages > 1
+    scalar = architecture.query_pre_attn_scalar
+    has_experts = architecture.num_experts is not None
+
     return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -78,7 +81,8 @@ def make_transformer_config(
         add_qkv_bias=architecture.bias is not None,
         softmax_scale=None if scalar is None else scalar**-0.5,
         rotary_interleaved=architecture.rope_interleaved,
-        perform_initialization=False,  # weights are drawn here, or loaded: see `initialize_weights`
+        # Megatron's own initialization depends on the layout: weights are drawn by `initialize_weights`, or loaded.
+        perform_initialization=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,
@@ -87,69 +91,74 @@ def make_transformer_config(
         account_for_embedding_in_pipeline_split=parallel.account_for_embedding_and_loss,
         account_for_loss_in_pipeline_split=parallel.account_for_embedding_and_loss,
         sequence_parallel=parallel.sequence_parallel,
-        # Two ranks that are each other's next and previous one must not mix up what they send: one by one, then.
+        # With two stages the next rank is also the previous one, and an interleaved schedule sends both ways at once:
+        # batched sends could be received in the wrong order.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         fp8="hybrid" if precision == "fp8" else None,
-        fp8_recipe="tensorwise",  # scales of the moment: no history that a checkpoint would have to keep
+        # Scales come from the current tensors: no history that a checkpoint would have to keep.
+        fp8_recipe="tensorwise",
         use_cpu_initialization=not torch.cuda.is_available(),
+        # Gradients are divided by the target tokens of the global batch, not per microbatch.
         calculate_per_token_loss=True,
+        # The fused kernels need CUDA, Apex or TransformerEngine.
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
         **RECOMPUTE[recompute],
-        **(make_expert_settings(architecture, moe_aux_loss_coeff) if architecture.num_experts else {}),
+        **(make_expert_settings(architecture, moe_aux_loss_coeff) if has_experts else {}),
     )
 
 
 def check_precision(recipe: Recipe) -> None:
-    """Refuse a precision that this worker's device does not have.
+    """Refuse a precision that this worker's device does not support.
 
     Raises:
-        LayoutError: If it has not.
+        LayoutError: If it does not.
     """
-    chosen = f"training.precision={recipe.training.precision}"
+    setting = f"training.precision={recipe.training.precision}"
     if recipe.precision != "fp32" and not torch.cuda.is_available():
         raise LayoutError(
-            f"{chosen} on launch.gpus_per_worker={recipe.launch.gpus_per_worker}, but this worker has no GPU: "
-            "set the second to 0, and the first to auto or fp32"
+            f"{setting} with launch.gpus_per_worker={recipe.launch.gpus_per_worker}, but this worker has no GPU: "
+            "set launch.gpus_per_worker=0 and training.precision to auto or fp32"
         )
     if recipe.precision != "fp8":
         return
+
     if not uses_transformer_engine(recipe.model):
         raise LayoutError(
-            f"{chosen} needs layers of TransformerEngine, which is not installed or has not this model's: set it to "
-            "bf16 or install ul2r[gpu]"
+            f"{setting} needs TransformerEngine, which is not installed or does not support this model's layers: "
+            "set training.precision=bf16 or install ul2r[gpu]"
         )
     capability = torch.cuda.get_device_capability()
     if capability < (8, 9):
         raise LayoutError(
-            f"{chosen} needs a GPU of compute capability 8.9 or more (Ada, Hopper), this is "
-            f"{'.'.join(map(str, capability))}: set it to bf16"
+            f"{setting} needs a GPU of compute capability 8.9 or higher (Ada, Hopper), this one has "
+            f"{'.'.join(map(str, capability))}: set training.precision=bf16"
         )
 
 
 def build_model(recipe: Recipe, vocabulary_size: int) -> list[GPTModel]:
-    """This rank's part of the model: a chunk for each virtual stage.
+    """Build this rank's part of the model: one chunk per virtual stage.
 
-    Initial weights are a function of the recipe's seed and of each parameter's name, whatever the layout; where the
-    recipe names a base, they are left undefined. Megatron's parallel state must have been set up with the layout.
+    Initial weights are a function of the recipe's seed and of each parameter's name, whatever the layout; if the
+    recipe has a base, they are left uninitialized. Megatron's parallel state must have been set up with the layout.
 
     Args:
         recipe: Architecture, layout, row length and seed.
         vocabulary_size: Entries of the tokenizer.
 
     Returns:
-        The chunks in the order of their layers; Megatron-Core's schedules take turns among them.
+        The chunks in the order of their layers; Megatron-Core's schedules alternate between them.
 
     Raises:
-        LayoutError: If this worker's device has not the recipe's precision.
-        RecipeError: If what computes attention is not installed.
+        LayoutError: If this worker's device does not support the recipe's precision.
+        RecipeError: If the attention backend is not installed.
     """
     check_precision(recipe)
     config = make_transformer_config(
@@ -159,6 +168,7 @@ def build_model(recipe: Recipe, vocabulary_size: int) -> list[GPTModel]:
         recompute=recipe.training.recompute,
         moe_aux_loss_coeff=recipe.optimizer.moe_aux_loss_coeff,
     )
+
     chunks = [
         _build_chunk(recipe, config, vocabulary_size, stage)
         for stage in range(recipe.parallel.virtual_stages)
@@ -174,15 +184,19 @@ def build_model(recipe: Recipe, vocabulary_size: int) -> list[GPTModel]:
 def _build_chunk(
     recipe: Recipe, config: TransformerConfig, vocabulary_size: int, stage: int
 ) -> GPTModel:
-    """The layers of virtual stage `stage`, from 0, with the embedding or the output where they belong."""
+    """Build the layers of virtual stage `stage`, from 0, with embedding and output projection where they belong."""
     architecture = recipe.model
-    vp_stage = stage if recipe.parallel.virtual_stages > 1 else None
-    spec = build_layer_spec(architecture, recipe.attention_backend)
+    vp_stage = (
+        stage if recipe.parallel.virtual_stages > 1 else None
+    )  # None: Megatron's word for no virtual stages
+    num_layers = get_num_layers_to_build(config, vp_stage)
     layers = TransformerBlockSubmodules(
-        layer_specs=[spec] * get_num_layers_to_build(config, vp_stage),
+        layer_specs=[build_layer_spec(architecture, recipe.attention_backend)] * num_layers,
         layer_norm=final_norm_class(architecture),
     )
-    model = (LogZGPTModel if recipe.optimizer.z_loss else ScaledGPTModel)(
+
+    model_class = LogZGPTModel if recipe.optimizer.z_loss else ScaledGPTModel
+    model = model_class(
         architecture,
         config=config,
         transformer_layer_spec=layers,
@@ -200,15 +214,15 @@ def _build_chunk(
         rotary_base=architecture.rope_theta,
         vp_stage=vp_stage,
     )
-    _mark_shards(model)
+    _mark_sharded_weights(model)
     return model
 
 
 def make_sharded_state_dict(chunks: list[GPTModel]) -> dict[str, Any]:
-    """Where the shards of this rank's weights belong in the whole model, by chunk and parameter.
+    """Describe the shards of this rank's weights, by chunk and parameter, for Megatron's checkpoints.
 
-    Their names are those of the whole model, under any layout and either kind of layer. TransformerEngine's
-    `_extra_state` is left out: the scales of fp8 are those of the moment.
+    Their keys are those of the whole model, under any layout and either kind of layer. TransformerEngine's
+    `_extra_state` is left out: fp8 scales are computed from the current tensors.
     """
     metadata = make_sharding_metadata()
     return {
@@ -222,7 +236,7 @@ def make_sharded_state_dict(chunks: list[GPTModel]) -> dict[str, Any]:
 
 
 def load_model(chunks: list[GPTModel], loaded: Mapping[str, Any]) -> None:
-    """Take weights that a checkpoint's shards were read into, in the form of `make_sharded_state_dict`."""
+    """Load weights that were read into the shards of `make_sharded_state_dict`."""
     for number, chunk in enumerate(chunks):
         missing, unexpected = chunk.load_state_dict(loaded[f"chunk_{number}"], strict=False)
         assert not unexpected
@@ -230,12 +244,15 @@ def load_model(chunks: list[GPTModel], loaded: Mapping[str, Any]) -> None:
 
 
 def _is_extra_state(name: str) -> bool:
-    """Whether a tensor is TransformerEngine's own; of several experts the names have numbers."""
+    """Return whether a tensor is TransformerEngine's own; for grouped experts a number follows the name."""
     return name.rpartition(".")[2].startswith("_extra_state")
 
 
-def _mark_shards(model: GPTModel) -> None:
-    """Say which weights tensor ranks share out, as Megatron's own initialization would: the gradient norm asks."""
+def _mark_sharded_weights(model: GPTModel) -> None:
+    """Mark weights that are sharded over tensor ranks, as Megatron's own initialization does.
+
+    Without the mark, the gradient norm counts them on the first tensor rank only, as copies.
+    """
     axes = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
     for module in model.modules():
         axis = axes.get(type(module))
@@ -245,60 +262,60 @@ def _mark_shards(model: GPTModel) -> None:
 
 
 def make_sharding_metadata() -> dict[str, Any]:
-    """What Megatron must know to describe shards: who has the same ones."""
+    """Return the metadata that Megatron needs to describe shards: the group of ranks with the same ones."""
     return {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
 
 
 @torch.no_grad()
 def initialize_weights(model: GPTModel, architecture: Architecture, seed: int) -> None:
-    """Fill the weights: N(0, init_std), residual outputs scaled by 1/sqrt(2 layers) (GPT-2); norms 1, biases 0.
+    """Fill weights from N(0, init_std), residual outputs scaled by 1/sqrt(2 num_layers) (GPT-2); norms 1, biases 0.
 
-    Zero-centered norms are 0.
+    Zero-centered norms are 0. With init_std=fan_in (PaLM, arXiv 2204.02311, section 2) nothing is scaled.
 
-    With init_std=fan_in (PaLM, arXiv 2204.02311, section 2) nothing is scaled. Each shard is cut from the whole
-    matrix, which is drawn from (seed, name), so that any tensor and pipeline layout starts from the same model.
+    Each shard is cut from the whole matrix, which is drawn from (seed, name), so that every tensor and pipeline layout
+    starts from the same model.
     """
     for shard in iter_shards(model):
         if len(shard.global_shape) - shard.prepend_axis_num < 2:
-            zero = architecture.norm_zero_centered or shard.key.endswith("bias")
-            shard.data.fill_(0.0 if zero else 1.0)
+            is_zero = architecture.norm_zero_centered or shard.key.endswith("bias")
+            shard.data.fill_(0.0 if is_zero else 1.0)
         else:
-            shard.data.copy_(_cut(_whole(shard, seed), shard) * _std(shard, architecture))
+            whole = _draw_matrix(shard, seed)
+            shard.data.copy_(_cut_shard(whole, shard) * _get_std(shard, architecture))
 
 
 def iter_shards(model: GPTModel) -> Iterator[ShardedTensor]:
-    """This rank's part of each tensor: its name, where it lies in the whole, and its data, to be written to."""
+    """Yield this rank's part of each tensor: key, offset in the whole, and its data, which may be written to."""
     state = model.sharded_state_dict(metadata=make_sharding_metadata())
+    # Factories split a fused weight, as SwiGLU's, into the parts that are sharded each on their own.
     apply_factories(state)
     for shard in nested_values(state):
         if isinstance(shard, ShardedTensor) and shard.data is not None:
             yield shard
 
 
-def _std(shard: ShardedTensor, architecture: Architecture) -> float:
+def _get_std(shard: ShardedTensor, architecture: Architecture) -> float:
     if shard.key == EMBEDDING and architecture.embedding_std is not None:
         return architecture.embedding_std
     if architecture.init_std == "fan_in":
         return float(shard.global_shape[-1] ** -0.5)
-    scaled = shard.key.endswith(RESIDUAL_OUTPUTS)
-    return (
-        architecture.init_std / (2 * architecture.num_layers) ** 0.5
-        if scaled
-        else architecture.init_std
-    )
+    if shard.key.endswith(RESIDUAL_OUTPUTS):
+        return float(architecture.init_std / (2 * architecture.num_layers) ** 0.5)
+    return architecture.init_std
 
 
-def _whole(shard: ShardedTensor, seed: int) -> torch.Tensor:
-    """The unsharded standard normal matrix that the shard is a part of."""
-    layer = shard.global_offset[: shard.prepend_axis_num]
-    name = f"{seed}/{shard.key}/{layer}".encode()
+def _draw_matrix(shard: ShardedTensor, seed: int) -> torch.Tensor:
+    """Draw the whole standard normal matrix that the shard is a part of."""
+    # Layers, and experts, are leading axes of the whole tensor: their index is part of the name.
+    index = shard.global_offset[: shard.prepend_axis_num]
+    name = f"{seed}/{shard.key}/{index}".encode()
     generator = torch.Generator().manual_seed(
         int.from_bytes(hashlib.sha256(name).digest()[:7], "little")
     )
     return torch.randn(shard.global_shape[shard.prepend_axis_num :], generator=generator)
 
 
-def _cut(whole: torch.Tensor, shard: ShardedTensor) -> torch.Tensor:
+def _cut_shard(whole: torch.Tensor, shard: ShardedTensor) -> torch.Tensor:
     offsets = shard.global_offset[shard.prepend_axis_num :]
     for axis, (offset, length) in enumerate(zip(offsets, shard.local_shape, strict=True)):
         whole = whole.narrow(axis, offset, length)

@@ -1,8 +1,8 @@
-"""A CPU as Megatron-Core's device.
+"""CPU as a device for Megatron-Core.
 
-Megatron-Core names CUDA in a few places: the current device, its random generators, `.cuda()`, the
-`device` of new tensors, and a tensor's type name. `use_cpu()` answers those with the CPU, once in a
-process, and nothing else in the code base needs to know. Run under gloo, Megatron is otherwise unmodified.
+Megatron-Core hard-codes CUDA in a few places: the current device, its random generators, `.cuda()`, the `device` of
+new tensors, and a tensor's type name. `use_cpu()` redirects them to the CPU, once per process, and no other module
+needs to know. Otherwise Megatron-Core runs unmodified over gloo (seen with 0.16.1 and 0.19.2).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 CPU = torch.device("cpu")
 
 
-class _CudaMeansCpu(TorchFunctionMode):
-    """Rewrites `device="cuda"` and the type name of CPU tensors, which Megatron compares with CUDA's."""
+class _RedirectCudaToCpu(TorchFunctionMode):
+    """Rewrites `device="cuda"` in torch calls and the type names of CPU tensors."""
 
     def __torch_function__(
         self,
@@ -29,8 +29,13 @@ class _CudaMeansCpu(TorchFunctionMode):
     ) -> Any:  # noqa: ANN401  whatever torch returns
         del types
         named = dict(kwargs or {})
+
+        # Gradient buffers, optimizer and schedules create tensors with device="cuda".
         if _is_cuda(named.get("device")):
             named["device"] = CPU
+
+        # Gradient clipping and the distributed optimizer accept a tensor only if tensor.type() is
+        # "torch.cuda.FloatTensor" or another CUDA type.
         if func is torch.Tensor.type and len(args) == 1 and not named:
             return func(*args).replace("torch.", "torch.cuda.", 1)
         return func(*args, **named)
@@ -46,7 +51,7 @@ def use_cpu() -> None:
     """Make this process's Megatron-Core run on the CPU; call it before anything of Megatron runs.
 
     Raises:
-        RuntimeError: If CUDA is available, where it would hide the real device.
+        RuntimeError: If CUDA is available, since the real device would be hidden.
     """
     if torch.cuda.is_available():
         raise RuntimeError("use_cpu() was called where CUDA is available")
@@ -62,33 +67,45 @@ def use_cpu() -> None:
     def set_state(state: torch.Tensor, *_: object, **__: object) -> None:
         generator.set_state(state)
 
-    def identity(tensor: Any, *_: object, **__: object) -> Any:  # noqa: ANN401  tensor or module
+    def return_unchanged(tensor: Any, *_: object, **__: object) -> Any:  # noqa: ANN401  tensor or module
         return tensor
 
-    def nothing(*_: object, **__: object) -> None: ...
+    def do_nothing(*_: object, **__: object) -> None: ...
 
     redirected = {
+        # Megatron passes the current device to torch.empty and the like, which take a torch.device as well as an int.
         "current_device": lambda: CPU,
+        # Megatron waits for the device after pipeline communication and orders overlapped copies by streams.
         "current_stream": _NoStream,
-        "synchronize": nothing,
+        "synchronize": do_nothing,
+        # model_parallel_cuda_manual_seed keeps a generator state per tensor rank with these three, for dropout.
         "manual_seed": torch.manual_seed,
         "get_rng_state": get_state,
         "set_rng_state": set_state,
+        # Marks the process, so that a second call changes nothing.
         "_ul2r_cpu": True,
     }
     for name, replacement in redirected.items():
         setattr(torch.cuda, name, replacement)
+
+    # torch.cuda re-exports these from torch.cuda.random, where callers may have them from.
     for name in ("get_rng_state", "set_rng_state", "manual_seed"):
         setattr(torch.cuda.random, name, redirected[name])
+
+    # Megatron's own versions read torch.cuda.default_generators, which is empty without CUDA.
     megatron_random._get_cuda_rng_state = get_state
     megatron_random._set_cuda_rng_state = set_state
+
+    # Tied embeddings, expert weights and loaded checkpoints are moved by .cuda(), not by a device argument.
     for owner in (torch.Tensor, torch.nn.Module):
-        setattr(owner, "cuda", identity)  # noqa: B010  mypy knows its type
-    _CudaMeansCpu().__enter__()  # type: ignore[no-untyped-call]  # torch has no type for it
+        setattr(owner, "cuda", return_unchanged)  # noqa: B010  mypy knows its type
+
+    # Never exited: the redirection holds until the process ends.
+    _RedirectCudaToCpu().__enter__()  # type: ignore[no-untyped-call]  # torch has no type for it
 
 
 class _NoStream:
-    """A stream that is always done."""
+    """Stream whose work is always complete."""
 
     def wait_stream(self, stream: object) -> None: ...
 

@@ -1,4 +1,4 @@
-"""Experts (Mixtral): Megatron-Core's, with a router that works on a CPU and a balancing loss that knows no layout."""
+"""Mixture-of-experts layers (Mixtral): Megatron-Core's, with a router and a balancing loss of our own."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ from ul2r.config import Architecture
 
 
 class Router(TopKRouter):  # type: ignore[misc]  # Megatron has no types
-    """Sends each token to the experts of the highest probability, whose outputs it weighs by a softmax over them.
+    """Router that sends each token to its most probable experts and weights their outputs by a softmax over them.
 
     Attributes:
-        targets: Target tokens of a microbatch, on average over all of a step. Megatron-Core divides gradients by
-            their sum, and thereby the balancing loss by the number of microbatches.
+        num_targets: Mean number of target tokens of a microbatch, over all microbatches of a step. Megatron-Core
+            divides gradients by the step's targets, and so, with this factor, the balancing loss by its microbatches.
     """
 
-    targets = 1.0
+    num_targets = 1.0
 
     def gating(self, input: Tensor) -> Tensor:  # noqa: A002  Megatron's name
-        """Logits of the experts in fp32.
+        """Compute the experts' logits in fp32.
+
+        Megatron's own method computes them in the input's dtype, by TransformerEngine's GEMM if that is installed.
 
         Args:
             input: (S, B, H), S this rank's part of the row.
@@ -45,39 +47,44 @@ class Router(TopKRouter):  # type: ignore[misc]  # Megatron has no types
         *_: Any,  # noqa: ANN401  Megatron's
         **__: Any,  # noqa: ANN401  as above
     ) -> Tensor:
-        """Give `activation` back, with the gradient of a microbatch's balancing loss in its backward pass."""
-        attached: Tensor = MoEAuxLossAutoScaler.apply(activation, aux_loss * self.targets)
+        """Return `activation`; its backward pass adds the gradient of a microbatch's balancing loss."""
+        # Megatron's own method multiplies by the microbatch's positions, to undo a division by positions. Gradients are
+        # divided by target tokens here, of which each denoiser has a different share.
+        attached: Tensor = MoEAuxLossAutoScaler.apply(activation, aux_loss * self.num_targets)
         return attached
 
 
-def make_expert_settings(architecture: Architecture, balance: float) -> dict[str, Any]:
-    """Megatron's settings for a model with experts, all of which each tensor rank has a part of.
+def make_expert_settings(architecture: Architecture, aux_loss_coeff: float) -> dict[str, Any]:
+    """Return Megatron's settings for a model with experts, each of them sharded over all tensor ranks.
 
     Args:
-        architecture: Of the model.
-        balance: Weight of the balancing loss.
+        architecture: The model.
+        aux_loss_coeff: Weight of the balancing loss.
     """
     return {
         "num_moe_experts": architecture.num_experts,
         "moe_router_topk": architecture.num_experts_per_token,
         "moe_router_load_balancing_type": "aux_loss",
-        "moe_aux_loss_coeff": balance,
+        "moe_aux_loss_coeff": aux_loss_coeff,
         "moe_token_dispatcher_type": "allgather",
     }
 
 
 def set_router(spec: ModuleSpec) -> None:
-    """Give a layer of experts its `Router`, and its norm the name that both kinds of layers know it by."""
-    parts, mlp = spec.submodules, spec.submodules.mlp
-    # A ModuleSpec in Megatron-Core 0.16, where later ones have a function.
+    """Replace the router in the spec of a layer with experts, in place."""
+    mlp = spec.submodules.mlp
+    # A ModuleSpec in Megatron-Core 0.16, a partial in later versions.
     experts = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
     experts.router = Router
-    parts.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+
+    # The local spec renames this norm in checkpoints to the one that TransformerEngine fuses into a dense MLP. A layer
+    # of experts has no fused norm: without the renaming, checkpoints of both kinds of layers have the same keys.
+    spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
 
 
-def set_num_targets(chunks: Iterable[GPTModel], targets: float) -> None:
-    """Tell every router the step's `Router.targets`."""
+def set_num_targets(chunks: Iterable[GPTModel], num_targets: float) -> None:
+    """Set `Router.num_targets` of every router for a step."""
     for chunk in chunks:
         for module in chunk.modules():
             if isinstance(module, Router):
-                module.targets = targets
+                module.num_targets = num_targets

@@ -1,7 +1,7 @@
 """Description of an export: the content of its ul2r.json. Imports neither torch nor Megatron-Core.
 
-    {"format": 3, "vocabulary": {...}, "run": "tiny", "role": "ul2r", "attention": "prefix", "denoising": true,
-     "step": 300, "tokens": 1228800, "flops": 1.2e+15, "checkpoint": "..."}
+{"format": 3, "vocabulary": {...}, "run": "tiny", "role": "ul2r", "attention": "prefix", "denoising": true,
+ "step": 300, "tokens": 1228800, "flops": 1.2e+15, "checkpoint": "..."}
 """
 
 from __future__ import annotations

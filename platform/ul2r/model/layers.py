@@ -1,4 +1,4 @@
-"""What Megatron-Core's own layer cannot be configured to: other norms, parallel blocks, scaled logits."""
+"""Layers that Megatron-Core's settings do not cover: other norms, parallel blocks, scaled embeddings and logits."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from ul2r.model.rotary import compute_frequencies, select_angles
 
 
 def gelu_tanh(values: Tensor) -> Tensor:
-    """GELU by the tanh formula (arXiv 1606.08415, section 2), as GPT-2 has it."""
+    """Apply GELU by the tanh formula (arXiv 1606.08415, section 2), as in GPT-2."""
     return functional.gelu(values, approximate="tanh")
 
 
@@ -48,28 +48,34 @@ ACTIVATIONS = {
 
 
 class QKNormAcrossHeads(torch.nn.Module):
-    """RMSNorm over all heads together (OLMo 2, arXiv 2501.00656, 2.1), of which each tensor rank has its own.
+    """RMSNorm over all heads together (OLMo 2, arXiv 2501.00656, 2.1), sharded by heads over tensor ranks.
 
     Args:
         config: Megatron's.
         hidden_size: Width D of one head.
         eps: Added to the mean square.
-        heads: Heads of all ranks.
+        num_heads: Heads of all ranks.
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, heads: int) -> None:
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float, num_heads: int
+    ) -> None:
         super().__init__()
-        self.width, self.eps = heads * hidden_size, eps
-        self.ranks = config.tensor_model_parallel_size
-        own = torch.ones(self.width // self.ranks, dtype=config.params_dtype)
+        self.width = num_heads * hidden_size
+        self.eps = eps
+        self.num_ranks = config.tensor_model_parallel_size
+        own = torch.ones(self.width // self.num_ranks, dtype=config.params_dtype)
         self.weight = torch.nn.Parameter(own)
+        # Otherwise the gradient norm counts the weight on the first tensor rank only, as a copy.
         set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
 
     def forward(self, heads: Tensor) -> Tensor:
-        """Normalise (S, B, H, D), H this rank's heads."""
+        """Normalize (S, B, H, D), H this rank's heads."""
         wide = heads.flatten(-2).float()
         squares = wide.square().sum(-1, keepdim=True)
-        if self.ranks > 1:  # summed over ranks, and so is its gradient
+        if self.num_ranks > 1:
+            # `reduce` sums over ranks in the forward pass, `copy` sums the gradients in the backward pass: each rank's
+            # output depends on all ranks' squares.
             squares = copy_to_tensor_model_parallel_region(
                 reduce_from_tensor_model_parallel_region(squares)
             )
@@ -82,7 +88,7 @@ class QKNormAcrossHeads(torch.nn.Module):
         sharded_offsets: tuple[Any, ...] = (),
         metadata: dict[str, Any] | None = None,  # noqa: ARG002  Megatron's signature
     ) -> dict[str, Any]:
-        """Megatron's description of the shard."""
+        """Describe the shard to Megatron: axis 0 is sharded over tensor ranks."""
         state: dict[str, Any] = make_sharded_tensors_for_checkpoint(
             self.state_dict(keep_vars=True), prefix, {"weight": 0}, sharded_offsets
         )
@@ -90,29 +96,31 @@ class QKNormAcrossHeads(torch.nn.Module):
 
 
 class QKNormAcrossHeadsAttention(SelfAttention):  # type: ignore[misc]  # Megatron has no types
-    """Self-attention with a norm over all queries and one over all keys.
+    """Self-attention with one norm over all queries and one over all keys.
 
-    Megatron's own settings for such norms take them for whole on every tensor rank, and would add up their gradients.
+    Megatron's own settings for such norms take them for copies on every tensor rank and would sum their gradients.
     """
 
     def __init__(self, config: TransformerConfig, **given: Any) -> None:  # noqa: ANN401  Megatron's
         super().__init__(config=config, **given)
-        width, eps = config.kv_channels, config.layernorm_epsilon
+        width = config.kv_channels
+        eps = config.layernorm_epsilon
+        # The spec leaves identities here; Megatron's forward pass calls whatever module it finds.
         self.q_layernorm = QKNormAcrossHeads(config, width, eps, config.num_attention_heads)
         self.k_layernorm = QKNormAcrossHeads(config, width, eps, config.num_query_groups)
 
 
 class LocalOrGlobalAttention(SelfAttention):  # type: ignore[misc]  # as above
-    """Self-attention with the rotary positions of layers that have a window, or of those that have none.
+    """Self-attention with the rotary embeddings of local layers, which have a window, or of global ones.
 
     Args:
-        windows: Of each layer of the model.
-        given: Of `SelfAttention`.
+        layer_windows: Window of each layer of the model, None for a global layer.
+        given: Arguments of `SelfAttention`.
     """
 
-    def __init__(self, windows: Sequence[int | None], **given: Any) -> None:  # noqa: ANN401  Megatron's
+    def __init__(self, layer_windows: Sequence[int | None], **given: Any) -> None:  # noqa: ANN401  Megatron's
         super().__init__(**given)
-        self.is_local = windows[self.layer_number - 1] is not None
+        self.is_local = layer_windows[self.layer_number - 1] is not None
 
     def forward(
         self,
@@ -122,7 +130,7 @@ class LocalOrGlobalAttention(SelfAttention):  # type: ignore[misc]  # as above
         rotary_pos_emb: Tensor,
         **given: Any,  # noqa: ANN401  Megatron's
     ) -> tuple[Tensor, Tensor | None]:
-        """What Megatron's attention takes and gives; the angles are those of both kinds of layers."""
+        """Attend, as Megatron's attention does; the angles contain those of both kinds of layers."""
         angles = select_angles(rotary_pos_emb, local=self.is_local)
         attended: tuple[Tensor, Tensor | None] = super().forward(
             hidden_states, attention_mask, rotary_pos_emb=angles, **given
@@ -139,18 +147,18 @@ class ParallelLayer(TransformerLayer):  # type: ignore[misc]  # as above
         context: Tensor | None = None,
         **given: Any,  # noqa: ANN401  Megatron's
     ) -> tuple[Tensor, Tensor | None]:
-        """What Megatron's layer takes and gives."""
+        """Compute the layer; arguments and result are those of Megatron's layer."""
         normed = self.input_layernorm(hidden_states)
-        attended = self.self_attention(normed, **_of_attention(given))
-        one_norm = isinstance(self.pre_mlp_layernorm, IdentityOp)
-        changed = self.mlp(normed if one_norm else self.pre_mlp_layernorm(hidden_states))
-        return hidden_states + _with_bias(attended) + _with_bias(changed), context
+        attention = self.self_attention(normed, **_select_attention_arguments(given))
+        has_one_norm = isinstance(self.pre_mlp_layernorm, IdentityOp)
+        mlp = self.mlp(normed if has_one_norm else self.pre_mlp_layernorm(hidden_states))
+        return hidden_states + _add_bias(attention) + _add_bias(mlp), context
 
 
 class PostNormLayer(TransformerLayer):  # type: ignore[misc]  # as above
     """x + norm(attention(x)), then x + norm(mlp(x)) (OLMo 2, arXiv 2501.00656, 2.1).
 
-    Where there are norms before attention and MLP as well, it is a sandwich (arXiv 2105.13290, 2.4; Gemma 3).
+    With norms before attention and MLP as well, it is a sandwich (arXiv 2105.13290, 2.4; Gemma 3).
     """
 
     def __init__(self, norm: type[torch.nn.Module], **given: Any) -> None:  # noqa: ANN401  Megatron's
@@ -165,32 +173,38 @@ class PostNormLayer(TransformerLayer):  # type: ignore[misc]  # as above
         context: Tensor | None = None,
         **given: Any,  # noqa: ANN401  Megatron's
     ) -> tuple[Tensor, Tensor | None]:
-        """What Megatron's layer takes and gives."""
-        attended = self.self_attention(self.input_layernorm(hidden_states), **_of_attention(given))
-        hidden_states = hidden_states + self.post_attention_layernorm(_with_bias(attended))
-        changed = self.mlp(self.pre_mlp_layernorm(hidden_states))
-        return hidden_states + self.post_mlp_layernorm(_with_bias(changed)), context
+        """Compute the layer; arguments and result are those of Megatron's layer."""
+        # Without norms before attention and MLP, input_layernorm and pre_mlp_layernorm are the identity.
+        attention = self.self_attention(
+            self.input_layernorm(hidden_states), **_select_attention_arguments(given)
+        )
+        hidden_states = hidden_states + self.post_attention_layernorm(_add_bias(attention))
+        mlp = self.mlp(self.pre_mlp_layernorm(hidden_states))
+        return hidden_states + self.post_mlp_layernorm(_add_bias(mlp)), context
 
 
-def embedding_scale(architecture: Architecture, dtype: torch.dtype) -> float:
-    """sqrt(hidden_size) as `dtype` has it: in bfloat16 that of 2560 is 50.5."""
+def compute_embedding_scale(architecture: Architecture, dtype: torch.dtype) -> float:
+    """Return sqrt(hidden_size) rounded to `dtype`: in bfloat16 that of 2560 is 50.5."""
     exact = architecture.hidden_size**0.5 if architecture.scale_embedding else 1.0
     return float(torch.tensor(exact, dtype=dtype))
 
 
 class ScaledGPTModel(GPTModel):  # type: ignore[misc]  # as above
-    """GPTModel with what its constructor has no argument for.
+    """GPTModel with scaled embeddings and logits and any rotary frequencies.
+
+    Megatron's constructor has no arguments for them, so private hooks of its forward pass are extended.
 
     Args:
-        architecture: What the model is.
-        given: Of `GPTModel`.
+        architecture: The model.
+        given: Arguments of `GPTModel`.
     """
 
     def __init__(self, architecture: Architecture, **given: Any) -> None:  # noqa: ANN401  Megatron's
         super().__init__(**given)
         self.logit_scale = architecture.logit_scale
-        self.embedding_scale = embedding_scale(architecture, self.config.params_dtype)
+        self.embedding_scale = compute_embedding_scale(architecture, self.config.params_dtype)
         if architecture.position_embedding == "rope":
+            # Megatron computes angles from this attribute on first use.
             self.rotary_pos_emb.inv_freq = compute_frequencies(architecture, self.rotary_pos_emb)
 
     def _preprocess(self, **given: Any) -> tuple[Any, ...]:  # noqa: ANN401  Megatron's
@@ -209,18 +223,18 @@ class ScaledGPTModel(GPTModel):  # type: ignore[misc]  # as above
 
 
 def uses_transformer_engine(architecture: Architecture) -> bool:
-    """Whether layers are TransformerEngine's: on GPUs where it is installed, for blocks that it has."""
-    has_block = (
+    """Return whether layers are TransformerEngine's: on GPUs where it is installed, for blocks that it supports."""
+    is_supported = (
         architecture.block == "sequential"
         and not any(architecture.layer_windows)
         and architecture.qk_norm != "full"
-        and not _scale_only(architecture)
+        and not _has_scale_only_norm(architecture)
     )
-    return has_block and torch.cuda.is_available() and HAVE_TE
+    return is_supported and torch.cuda.is_available() and HAVE_TE
 
 
 def build_layer_spec(architecture: Architecture, attention: AttentionBackend) -> ModuleSpec:
-    """A layer of TransformerEngine's or Megatron's modules, as far as there are some, with attention by intervals."""
+    """Return the spec of a layer with interval attention, of TransformerEngine's or of Megatron's modules."""
     if uses_transformer_engine(architecture):
         spec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=architecture.num_experts,
@@ -228,7 +242,8 @@ def build_layer_spec(architecture: Architecture, attention: AttentionBackend) ->
             qk_layernorm=architecture.qk_norm == "head",
         )
     else:
-        spec = _local_spec(architecture)
+        spec = _build_local_spec(architecture)
+
     core = make_core_attention(attention, architecture.layer_windows)
     spec.submodules.self_attention.submodules.core_attention = core
     if architecture.num_experts is not None:
@@ -236,51 +251,60 @@ def build_layer_spec(architecture: Architecture, attention: AttentionBackend) ->
     return spec
 
 
-def _local_spec(architecture: Architecture) -> ModuleSpec:
-    by_head = architecture.qk_norm == "head"
-    norm = _norm(architecture)
+def _build_local_spec(architecture: Architecture) -> ModuleSpec:
+    """Return Megatron's local layer with its norms, attention and block replaced as the architecture needs."""
+    has_head_norms = architecture.qk_norm == "head"
+    norm = _norm_class(architecture)
+
+    # The norms that this call puts in place are all replaced below: the normalization is any that it accepts.
     spec = get_gpt_layer_local_spec(
-        architecture.num_experts, normalization="RMSNorm", qk_layernorm=by_head
+        architecture.num_experts, normalization="RMSNorm", qk_layernorm=has_head_norms
     )
-    parts, self_attention = spec.submodules, spec.submodules.self_attention.submodules
-    parts.input_layernorm = parts.pre_mlp_layernorm = norm
-    if by_head:
-        self_attention.q_layernorm = self_attention.k_layernorm = Norm
+    parts = spec.submodules
+    parts.input_layernorm = norm
+    parts.pre_mlp_layernorm = norm
+    if has_head_norms:
+        parts.self_attention.submodules.q_layernorm = Norm
+        parts.self_attention.submodules.k_layernorm = Norm
+
     if architecture.qk_norm == "full":
         parts.self_attention.module = QKNormAcrossHeadsAttention
     if any(architecture.layer_windows):
         parts.self_attention.module = LocalOrGlobalAttention
-        parts.self_attention.params["windows"] = architecture.layer_windows
+        parts.self_attention.params["layer_windows"] = architecture.layer_windows
+
     if architecture.block in {"post_norm", "sandwich"}:
-        spec.module, spec.params = PostNormLayer, {"norm": norm}
+        spec.module = PostNormLayer
+        spec.params = {"norm": norm}
     elif architecture.block != "sequential":
         spec.module = ParallelLayer
     if architecture.block == "post_norm":
-        parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp
-    if architecture.block == "parallel":
+        parts.input_layernorm = IdentityOp
+    if architecture.block in {"post_norm", "parallel"}:
         parts.pre_mlp_layernorm = IdentityOp
     return spec
 
 
 def final_norm_class(architecture: Architecture) -> type[Any]:
-    """The norm behind the last layer."""
-    return LayerNormImpl if uses_transformer_engine(architecture) else _norm(architecture)
+    """Return the class of the norm after the last layer."""
+    return LayerNormImpl if uses_transformer_engine(architecture) else _norm_class(architecture)
 
 
-def _norm(architecture: Architecture) -> type[Any]:
-    return ScaleOnlyNorm if _scale_only(architecture) else Norm
+def _norm_class(architecture: Architecture) -> type[Any]:
+    return ScaleOnlyNorm if _has_scale_only_norm(architecture) else Norm
 
 
-def _scale_only(architecture: Architecture) -> bool:
+def _has_scale_only_norm(architecture: Architecture) -> bool:
     return architecture.norm == "layer" and not architecture.norm_bias
 
 
-def _of_attention(given: dict[str, Any]) -> dict[str, Any]:
+def _select_attention_arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """Return those arguments of a layer that its attention takes."""
     names = ("attention_mask", "rotary_pos_emb", "attention_bias", "packed_seq_params")
     return {name: given.get(name) for name in names}
 
 
-def _with_bias(output: tuple[Tensor, Tensor | None]) -> Tensor:
-    """Megatron's projections give their bias beside their output."""
+def _add_bias(output: tuple[Tensor, Tensor | None]) -> Tensor:
+    """Add the bias that Megatron's projections return separately from their output, for fusion with dropout."""
     value, bias = output
     return value if bias is None else value + bias

@@ -1,4 +1,4 @@
-"""The loss of each token, and the softmax's denominator for z-loss."""
+"""Loss of each token and log Z, the logarithm of the softmax's denominator, for z-loss."""
 
 from __future__ import annotations
 
@@ -11,46 +11,48 @@ from ul2r.model.layers import ScaledGPTModel
 
 
 class LogZGPTModel(ScaledGPTModel):
-    """A model whose loss comes with log Z, the logarithm of the softmax's denominator."""
+    """Model whose loss comes with log Z."""
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Losses of a microbatch.
+        """Compute the losses of a microbatch.
 
-        The loss of a token is log Z less the logit of its label, so that log Z is their sum. No second pass over
-        the vocabulary is made, and none of its size kept.
+        A token's loss is log Z minus the logit of its label, so that log Z is the sum of the two. This needs no second
+        pass over the vocabulary and keeps no tensor of its size.
 
         Args:
             labels: (B, S) int64.
-            logits: (S, B, V / tensor ranks) this rank's part of the vocabulary.
+            logits: (S, B, V / tensor ranks), this rank's part of the vocabulary.
 
         Returns:
             (2, B, S) float32: the loss in nats, and log Z.
         """
-        label_logits = gather_label_logits(
-            labels, logits
-        )  # before Megatron's loss, which shifts fp32 logits in place
+        # Before Megatron's loss, which shifts fp32 logits in place.
+        label_logits = gather_label_logits(labels, logits)
         losses = super().compute_language_model_loss(labels, logits)
         return torch.stack((losses, losses + label_logits))
 
 
 def gather_label_logits(labels: Tensor, logits: Tensor) -> Tensor:
-    """Each label's logit, from the tensor rank that has it.
+    """Return each label's logit, summed over tensor ranks, of which one has it and the others add 0.
 
     Args:
         labels: (B, S) int64.
-        logits: (S, B, V / tensor ranks) this rank's part of the vocabulary.
+        logits: (S, B, V / tensor ranks), this rank's part of the vocabulary.
 
     Returns:
         (B, S) float32, the same on every tensor rank.
     """
     size = logits.shape[-1]
     first = parallel_state.get_tensor_model_parallel_rank() * size
-    place = labels.transpose(0, 1) - first
-    here = (place >= 0) & (place < size)
-    flat = place.clamp(0, size - 1).flatten()
-    flat = flat + size * torch.arange(len(flat), device=flat.device)
-    # Unlike gather, index_select keeps no logits for the backward pass, so that they may be overwritten.
-    own = logits.flatten().index_select(0, flat).view_as(place).float()
-    # Megatron adds up in place, and what is not contiguous not at all.
-    found: Tensor = reduce_from_tensor_model_parallel_region(own.where(here, 0.0).contiguous())
-    return found.transpose(0, 1)
+    column = labels.transpose(0, 1) - first  # (S, B)
+    is_own = (column >= 0) & (column < size)
+    index = column.clamp(0, size - 1).flatten()
+    index = index + size * torch.arange(len(index), device=index.device)
+
+    # Unlike gather, index_select saves no logits for the backward pass, so they may be overwritten.
+    own = logits.flatten().index_select(0, index).view_as(column).float()
+    # Megatron's all-reduce works in place and leaves a tensor that is not contiguous unreduced.
+    label_logits: Tensor = reduce_from_tensor_model_parallel_region(
+        own.where(is_own, 0.0).contiguous()
+    )
+    return label_logits.transpose(0, 1)

@@ -1,4 +1,9 @@
-"""Norms for Megatron-Core's local layers."""
+"""Norms for Megatron-Core's local layers.
+
+With sequence parallelism each tensor rank normalizes its own part of each row, so that its gradients of the norm's
+parameters are terms of a sum. Parameters marked `sequence_parallel` are the ones whose gradients Megatron-Core's
+`finalize_model_grads` adds up over tensor ranks.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +14,22 @@ from torch.nn import functional
 
 
 class Norm:
-    """The norm that Megatron's configuration names, fit for sequence parallelism, which Megatron's wrapper is not.
+    """Norm named by Megatron's configuration.
 
-    A tensor rank then normalises its own part of each row, so that its gradients of the parameters are parts of a
-    sum. They are marked `sequence_parallel`, and Megatron-Core's `finalize_model_grads` adds them up.
+    Megatron's own wrapper, WrappedTorchNorm, refuses sequence parallelism and zero-centered norms.
     """
 
-    def __new__(  # type: ignore[misc]  # a class, as specs need, that makes another's object
+    def __new__(  # type: ignore[misc]  # specs need a class, this one creates torch's
         cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5
     ) -> torch.nn.Module:
-        """A norm over the last axis, of `hidden_size`."""
+        """Create a norm over the last axis, of length `hidden_size`."""
         kinds: dict[str, type[torch.nn.Module]] = {
             "RMSNorm": torch.nn.RMSNorm,
             "LayerNorm": torch.nn.LayerNorm,
         }
-        centered = config.layernorm_zero_centered_gamma
-        kind = ZeroCenteredNorm if centered else kinds[config.normalization]
-        return _marked(kind(hidden_size, eps=eps), config)
+        is_zero_centered = config.layernorm_zero_centered_gamma
+        kind = ZeroCenteredNorm if is_zero_centered else kinds[config.normalization]
+        return _mark_sequence_parallel(kind(hidden_size, eps=eps), config)
 
 
 class ZeroCenteredNorm(torch.nn.Module):
@@ -37,22 +41,23 @@ class ZeroCenteredNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.zeros(hidden_size))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Normalise the last axis."""
+        """Normalize the last axis."""
         gain = 1 + self.weight.float()
         return functional.rms_norm(hidden.float(), gain.shape, gain, self.eps).type_as(hidden)
 
 
 class ScaleOnlyNorm:
-    """LayerNorm without a bias (PaLM, arXiv 2204.02311, section 2; Cohere), in the place of a `Norm`."""
+    """LayerNorm without bias (PaLM, arXiv 2204.02311, section 2; Cohere), in place of `Norm`."""
 
     def __new__(  # type: ignore[misc]  # as above
         cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5
     ) -> torch.nn.Module:
-        """A norm over the last axis, of `hidden_size`."""
-        return _marked(torch.nn.LayerNorm(hidden_size, eps=eps, bias=False), config)
+        """Create a norm over the last axis, of length `hidden_size`."""
+        norm = torch.nn.LayerNorm(hidden_size, eps=eps, bias=False)
+        return _mark_sequence_parallel(norm, config)
 
 
-def _marked(norm: torch.nn.Module, config: TransformerConfig) -> torch.nn.Module:
+def _mark_sequence_parallel(norm: torch.nn.Module, config: TransformerConfig) -> torch.nn.Module:
     for parameter in norm.parameters():
-        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # Megatron's mark
     return norm

@@ -1,4 +1,4 @@
-"""Frequencies and angles of rotary positions (arXiv 2104.09864), where layers of one model may have two kinds."""
+"""Rotary position embeddings (arXiv 2104.09864), which may differ between local and global layers."""
 
 from __future__ import annotations
 
@@ -10,53 +10,59 @@ from ul2r.config import Architecture
 
 
 def compute_frequencies(architecture: Architecture, rotary: RotaryEmbedding) -> Tensor:
-    """Frequencies that make Megatron's angles those of the architecture.
+    """Compute the frequencies from which Megatron's module makes the architecture's angles.
 
     Args:
-        architecture: What stretches them, and whether layers with a window have others.
+        architecture: The model, for its scaling and its local layers' `local_rope_theta`.
         rotary: Megatron's module, with frequencies of `rope_theta`.
 
     Returns:
-        float32 (D / 2,) for heads of which D dimensions are rotated; with `local_rope_theta` (D,), those of layers that
-        see all keys first.
+        float32 (D / 2,) for heads of which D dimensions are rotated; (D,) with `local_rope_theta`, those of global
+        layers first.
     """
-    stretched = _stretched(architecture, rotary)
+    scaled = _scale_frequencies(architecture, rotary)
     if architecture.local_rope_theta is None:
-        return stretched
+        return scaled
+
     local = RotaryEmbedding(
         kv_channels=architecture.head_dim,
         rotary_percent=architecture.rotary_percent,
         rotary_base=architecture.local_rope_theta,
-        use_cpu_initialization=stretched.device.type == "cpu",
+        use_cpu_initialization=scaled.device.type == "cpu",
     )
-    return torch.cat((stretched, local.inv_freq))
+    return torch.cat((scaled, local.inv_freq))
 
 
-def select_angles(both: Tensor, *, local: bool) -> Tensor:
-    """One kind of layer's angles.
+def select_angles(angles: Tensor, *, local: bool) -> Tensor:
+    """Return the angles of local or of global layers.
 
     Args:
-        both: float32 (S, 1, 1, 2 D), what Megatron makes of (D,) `compute_frequencies`: all of them, and all once more.
-        local: Whether the layer has a window.
+        angles: float32 (S, 1, 1, 2 D). Megatron computes it from (D,) frequencies and repeats it once along the last
+            axis, for the two halves of a head: global, local, global, local.
+        local: True for a layer with a window.
 
     Returns:
         float32 (S, 1, 1, D).
     """
-    halves = both.view(*both.shape[:-1], 2, 2, -1)
+    halves = angles.view(*angles.shape[:-1], 2, 2, -1)  # (S, 1, 1, half, kind, D / 2)
     return halves[..., int(local), :].flatten(-2)
 
 
-def _stretched(architecture: Architecture, rotary: RotaryEmbedding) -> Tensor:
-    found: Tensor = rotary.inv_freq
+def _scale_frequencies(architecture: Architecture, rotary: RotaryEmbedding) -> Tensor:
+    frequencies: Tensor = rotary.inv_freq
     scaling = architecture.rope_scaling
-    if scaling is not None and scaling.kind == "linear":
-        found = found / scaling.factor
-    elif scaling is not None:
-        found = rotary._apply_scaling(
-            found,
-            scaling.factor,
-            scaling.low_freq_factor,
-            scaling.high_freq_factor,
-            scaling.original_max_position_embeddings,
-        )
-    return found
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+
+    # Megatron's private Llama 3 formula. Its constructor applies it with a factor alone; Llama 3's other three numbers
+    # are this method's defaults.
+    scaled: Tensor = rotary._apply_scaling(
+        frequencies,
+        scaling.factor,
+        scaling.low_freq_factor,
+        scaling.high_freq_factor,
+        scaling.original_max_position_embeddings,
+    )
+    return scaled

@@ -1,4 +1,4 @@
-"""Every tensor of a model: its name in Megatron-Core's checkpoints and its whole shape. Pure arithmetic."""
+"""Names and whole shapes of a model's tensors in Megatron-Core's checkpoints. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -12,91 +12,99 @@ LAYERS = "decoder.layers."
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
 EXPERTS = "mlp.experts.experts."
-CUT = (
+SHARDED = (
     EMBEDDING,
     OUTPUT,
     *(f"linear_{matrix}.weight" for matrix in ("qkv", "proj", "fc1", "fc2")),
     *(f"linear_{matrix}.bias" for matrix in ("qkv", "fc1")),
 )
+"""Ends of the names of tensors that are sharded over tensor ranks."""
 
 
-def outer_tensor_shapes(architecture: Architecture, rows: int) -> dict[str, Shape]:
-    """Tensors outside of the layers, for an embedding of `rows` rows."""
-    width = architecture.hidden_size
-    found: dict[str, Shape] = {EMBEDDING: (rows, width)}
+def outer_tensor_shapes(architecture: Architecture, num_embeddings: int) -> dict[str, Shape]:
+    """Return the tensors outside of the layers, for an embedding of `num_embeddings` rows."""
+    hidden = architecture.hidden_size
+    shapes: dict[str, Shape] = {EMBEDDING: (num_embeddings, hidden)}
     if architecture.position_embedding == "learned":
         assert architecture.max_position_embeddings is not None
-        found["embedding.position_embeddings.weight"] = (
-            architecture.max_position_embeddings,
-            width,
-        )
-    found |= _norm(architecture, "decoder.final_layernorm.")
+        positions = architecture.max_position_embeddings
+        shapes["embedding.position_embeddings.weight"] = (positions, hidden)
+    shapes |= _norm_shapes(architecture, "decoder.final_layernorm.")
     if not architecture.tie_embeddings:
-        found[OUTPUT] = (rows, width)
-    return found
+        shapes[OUTPUT] = (num_embeddings, hidden)
+    return shapes
 
 
 def layer_tensor_shapes(architecture: Architecture) -> dict[str, Shape]:
-    """Tensors of one layer, without the prefix `LAYERS`; in a checkpoint all layers' are stacked.
+    """Return the tensors of one layer, without the prefix `LAYERS`.
 
-    Those of experts begin with `EXPERTS`, and are stacked by expert.
+    Checkpoints stack those of all layers. Tensors of experts begin with `EXPERTS` and are stacked by expert as well.
     """
     a = architecture
-    width, head, attended = a.hidden_size, a.head_dim, a.num_heads * a.head_dim
-    projected = attended + 2 * a.num_kv_heads * head
-    found: dict[str, Shape] = {}
+    hidden = a.hidden_size
+    queries = a.num_heads * a.head_dim
+    keys = a.num_kv_heads * a.head_dim
+    projected = queries + 2 * keys
+    has_post_norms = a.block in {"post_norm", "sandwich"}
+
+    shapes: dict[str, Shape] = {}
     if a.block != "post_norm":
-        found |= _norm(a, "self_attention.linear_qkv.layer_norm_")
-    found["self_attention.linear_qkv.weight"] = (projected, width)
+        shapes |= _norm_shapes(a, "self_attention.linear_qkv.layer_norm_")
+    shapes["self_attention.linear_qkv.weight"] = (projected, hidden)
     if a.bias is not None:
-        found["self_attention.linear_qkv.bias"] = (projected,)
+        shapes["self_attention.linear_qkv.bias"] = (projected,)
     if a.qk_norm is not None:
-        whole = a.qk_norm == "full"
-        found["self_attention.q_layernorm.weight"] = (attended if whole else head,)
-        found["self_attention.k_layernorm.weight"] = (a.num_kv_heads * head if whole else head,)
-    found["self_attention.linear_proj.weight"] = (width, attended)
+        is_full = a.qk_norm == "full"
+        shapes["self_attention.q_layernorm.weight"] = (queries if is_full else a.head_dim,)
+        shapes["self_attention.k_layernorm.weight"] = (keys if is_full else a.head_dim,)
+    shapes["self_attention.linear_proj.weight"] = (hidden, queries)
     if a.bias == "all":
-        found["self_attention.linear_proj.bias"] = (width,)
-    if a.block in {"post_norm", "sandwich"}:
-        found |= _norm(a, "post_attention_layernorm.")
-    found |= _mlp_tensors(a)
-    if a.block in {"post_norm", "sandwich"}:
-        found |= _norm(a, "post_mlp_layernorm.")
-    return found
+        shapes["self_attention.linear_proj.bias"] = (hidden,)
+    if has_post_norms:
+        shapes |= _norm_shapes(a, "post_attention_layernorm.")
+
+    shapes |= _mlp_shapes(a)
+    if has_post_norms:
+        shapes |= _norm_shapes(a, "post_mlp_layernorm.")
+    return shapes
 
 
-def _mlp_tensors(a: Architecture) -> dict[str, Shape]:
-    """The second half of a layer, with the norm before it."""
-    width, inner = a.hidden_size, a.ffn_hidden_size
+def _mlp_shapes(a: Architecture) -> dict[str, Shape]:
+    """Return the tensors of a layer's MLP and of the norm before it."""
+    hidden = a.hidden_size
+    inner = a.ffn_hidden_size
     outputs = 2 * inner if a.is_gated else inner
     if a.num_experts is not None:
         return {
-            **_norm(a, "pre_mlp_layernorm."),
-            "mlp.router.weight": (a.num_experts, width),
-            EXPERTS + "linear_fc1.weight": (a.num_experts, outputs, width),
-            EXPERTS + "linear_fc2.weight": (a.num_experts, width, inner),
+            **_norm_shapes(a, "pre_mlp_layernorm."),
+            "mlp.router.weight": (a.num_experts, hidden),
+            EXPERTS + "linear_fc1.weight": (a.num_experts, outputs, hidden),
+            EXPERTS + "linear_fc2.weight": (a.num_experts, hidden, inner),
         }
+
     has_norm = a.block in {"sequential", "parallel_two_norms", "sandwich"}
-    found = _norm(a, "mlp.linear_fc1.layer_norm_") if has_norm else {}
-    found["mlp.linear_fc1.weight"] = (outputs, width)
+    shapes = _norm_shapes(a, "mlp.linear_fc1.layer_norm_") if has_norm else {}
+    shapes["mlp.linear_fc1.weight"] = (outputs, hidden)
     if a.bias == "all":
-        found["mlp.linear_fc1.bias"] = (outputs,)
-    found["mlp.linear_fc2.weight"] = (width, inner)
+        shapes["mlp.linear_fc1.bias"] = (outputs,)
+    shapes["mlp.linear_fc2.weight"] = (hidden, inner)
     if a.bias == "all":
-        found["mlp.linear_fc2.bias"] = (width,)
-    return found
+        shapes["mlp.linear_fc2.bias"] = (hidden,)
+    return shapes
 
 
 def iter_tensors(
-    architecture: Architecture, rows: int
+    architecture: Architecture, num_embeddings: int
 ) -> Iterator[tuple[str, tuple[int, ...], Shape]]:
-    """What checkpoints stack, one by one and layer by layer: name, then layer and expert if it has them, shape.
+    """Yield every tensor, those that checkpoints stack one by one: name, index in the stack and shape.
+
+    The index is empty outside of layers, (layer,) inside, and (layer, expert) for experts.
 
     Args:
-        architecture: The model's.
-        rows: Rows of the embedding.
+        architecture: The model.
+        num_embeddings: Rows of the embedding.
     """
-    for key, shape in outer_tensor_shapes(architecture, rows).items():
+    for key, shape in outer_tensor_shapes(architecture, num_embeddings).items():
         yield key, (), shape
     for layer in range(architecture.num_layers):
         for key, shape in layer_tensor_shapes(architecture).items():
@@ -108,17 +116,17 @@ def iter_tensors(
 
 
 def is_sharded(architecture: Architecture, name: str) -> bool:
-    """Whether each tensor-parallel rank has its own part of a tensor, rather than all of it."""
+    """Return whether each tensor-parallel rank has its own part of a tensor instead of a copy."""
     if name.endswith(("q_layernorm.weight", "k_layernorm.weight")):
         return architecture.qk_norm == "full"
-    return name.endswith(CUT)
+    return name.endswith(SHARDED)
 
 
 def num_elements(tensors: dict[str, Shape]) -> int:
-    """Numbers in all of them."""
+    """Return the elements of all tensors together."""
     return sum(prod(shape) for shape in tensors.values())
 
 
-def _norm(architecture: Architecture, prefix: str) -> dict[str, Shape]:
+def _norm_shapes(architecture: Architecture, prefix: str) -> dict[str, Shape]:
     parts = ("weight", "bias") if architecture.norm_bias else ("weight",)
     return {prefix + part: (architecture.hidden_size,) for part in parts}

@@ -1,4 +1,4 @@
-"""Interval attention by other means: the definition in float64, and each segment for itself."""
+"""References for interval attention: its definition in float64, and torch's attention segment by segment."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch.nn.attention.bias import causal_lower_right
 from ul2r.model.attention.segments import Segments
 
 
-def dense_attention(
+def compute_dense_attention(
     query: Tensor, key: Tensor, value: Tensor, kv_start: Tensor, kv_end: Tensor
 ) -> Tensor:
-    """Softmax attention written out in float64, through which gradients flow.
+    """Compute softmax attention in float64, differentiably.
 
     Args:
         query: (S, B, H, D).
@@ -25,26 +25,27 @@ def dense_attention(
     Returns:
         float64 (S, B, H, D).
     """
-    shared = query.shape[2] // key.shape[2]
-    key, value = (part.double().repeat_interleave(shared, dim=2) for part in (key, value))
+    group_size = query.shape[2] // key.shape[2]
+    key, value = (tensor.double().repeat_interleave(group_size, dim=2) for tensor in (key, value))
     scores = torch.einsum("qbhd,kbhd->bhqk", query.double(), key) / query.shape[-1] ** 0.5
-    place = torch.arange(key.shape[0], device=key.device)
-    hidden = (place < kv_start[..., None]) | (place >= kv_end[..., None])  # (B, S, S)
-    weights = scores.masked_fill(hidden[:, None], -torch.inf).softmax(dim=-1)
+    position = torch.arange(key.shape[0], device=key.device)
+    is_hidden = (position < kv_start[..., None]) | (position >= kv_end[..., None])  # (B, S, S)
+    weights = scores.masked_fill(is_hidden[:, None], -torch.inf).softmax(dim=-1)
     return torch.einsum("bhqk,kbhd->qbhd", weights, value)
 
 
 def attend_by_segment(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, *, causal: bool, scale: float
 ) -> Tensor:
-    """A `Kernel` for variable-length attention that calls torch's own for each segment; runs on any device."""
-    sizes = [bounds.diff().tolist() for bounds in (segments.query_bounds, segments.key_bounds)]
-    shared = query.shape[1] // key.shape[1]
-    found = []
+    """Compute variable-length attention, as a `Kernel`, by torch's SDPA on each segment; runs on any device."""
+    num_queries = segments.query_bounds.diff().tolist()
+    num_keys = segments.key_bounds.diff().tolist()
+    group_size = query.shape[1] // key.shape[1]
+    contexts = []
     for q, k, v in zip(
-        torch.split(query, sizes[0]),
-        torch.split(key.repeat_interleave(shared, dim=1), sizes[1]),
-        torch.split(value.repeat_interleave(shared, dim=1), sizes[1]),
+        torch.split(query, num_queries),
+        torch.split(key.repeat_interleave(group_size, dim=1), num_keys),
+        torch.split(value.repeat_interleave(group_size, dim=1), num_keys),
         strict=True,
     ):
         context = functional.scaled_dot_product_attention(  # (1, H, queries, D)
@@ -54,5 +55,5 @@ def attend_by_segment(
             attn_mask=causal_lower_right(len(q), len(k)) if causal else None,
             scale=scale,
         )
-        found.append(context[0].transpose(0, 1))
-    return torch.cat(found)
+        contexts.append(context[0].transpose(0, 1))
+    return torch.cat(contexts)

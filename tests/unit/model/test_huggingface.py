@@ -1,4 +1,4 @@
-"""Folders that are no base: each is refused in one line that says what is wrong."""
+"""Reading of Hugging Face folders and configurations; whatever is unsupported is refused in one line."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole Llama in three files and more, with a tokenizer."""
+    """Write a complete Llama in at least three files, with a tokenizer."""
     folder = tmp_path_factory.mktemp("base") / "llama"
     write_random_model("Llama 2", folder, shard_size="40KB")
     train_tokenizer(["some text of no importance"], vocabulary_size=300, num_sentinels=2).save(
@@ -44,8 +44,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def broken(llama: Path, tmp_path: Path) -> Path:
-    """A copy to be broken."""
+def copy(llama: Path, tmp_path: Path) -> Path:
+    """Copy the Llama, for a test to damage."""
     return Path(shutil.copytree(llama, tmp_path / "llama"))
 
 
@@ -61,11 +61,11 @@ def change_index(folder: Path, change: Callable[[dict[str, str]], object]) -> No
     file.write_text(json.dumps(tree))
 
 
-def one_shard(folder: Path) -> Path:
+def first_shard(folder: Path) -> Path:
     return sorted(folder.glob("*.safetensors"))[0]
 
 
-def test_a_whole_model_is_described(llama: Path) -> None:
+def test_a_model_is_described_with_its_parameters_and_embedding(llama: Path) -> None:
     text = describe_base(str(llama))
     assert f"parameters ({make_random_model('Llama 2').num_parameters():,})" in text
     assert "#   num_embeddings: 500" in text
@@ -74,47 +74,56 @@ def test_a_whole_model_is_described(llama: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f: (f / "config.json").unlink(), "is no Hugging Face model: config.json"),
-        (lambda f: (f / "config.json").write_text("{"), "is no Hugging Face model: config.json"),
+        (lambda f: (f / "config.json").unlink(), "is not a Hugging Face model: config.json"),
+        (lambda f: (f / "config.json").write_text("{"), "is not a Hugging Face model: config.json"),
         (lambda f: change_config(f, model_type="bert"), "models of type 'bert' cannot be imported"),
         (lambda f: change_config(f, model_type="gemma2"), "scores are capped by a tanh"),
-        (lambda f: change_config(f, model_type="gemma3"), "its text alone is gemma3_text"),
+        (lambda f: change_config(f, model_type="gemma3"), "its text model is gemma3_text"),
         (
             lambda f: change_config(f, layer_types=["sliding_attention", "full_attention"]),
             "layer_types=.*only full_attention",
         ),
         (lambda f: change_config(f, hidden_act="relu"), 'hidden_act="relu": only .silu.'),
         (lambda f: change_config(f, mlp_bias=True), "mlp_bias=true: only False"),
-        (lambda f: change_config(f, new_feature=3), "new_feature=3: this key is not known"),
+        (lambda f: change_config(f, new_feature=3), "new_feature=3: unknown key"),
         (
             lambda f: change_config(f, rope_scaling={"rope_type": "yarn", "factor": 4.0}),
             'rope_type="yarn": only',
         ),
-        (lambda f: one_shard(f).unlink(), "names model-00001-of-.* which is not there"),
-        (lambda f: one_shard(f).write_bytes(b"no tensors"), "cannot be read"),
+        (lambda f: first_shard(f).unlink(), "names model-00001-of-.* which is missing"),
+        (lambda f: first_shard(f).write_bytes(b"no tensors"), "cannot be read"),
         (
-            lambda f: change_index(f, lambda m: m.update({"model.extra": one_shard(f).name})),
+            lambda f: change_index(f, lambda m: m.update({"model.extra": first_shard(f).name})),
             "model.extra is not in model-00001",
         ),
         (
             lambda f: change_index(f, lambda m: m.pop("model.norm.weight")),
-            "1 tensors that config.json asks for are not there, the first model.norm.weight",
+            "1 tensors of the model in config.json are missing, the first is model.norm.weight",
         ),
-        (lambda f: change_config(f, num_hidden_layers=1), "9 tensors are not what config.json"),
-        (lambda f: change_config(f, intermediate_size=50), "has shape .48, 32., config.json .*50"),
-        (lambda f: change_config(f, vocab_size=256), "shape .500, 32., config.json .*256, 32"),
+        (
+            lambda f: change_config(f, num_hidden_layers=1),
+            "9 tensors do not belong to the model in config.json",
+        ),
+        (
+            lambda f: change_config(f, intermediate_size=50),
+            "has shape .48, 32., but .50, 32. according to config.json",
+        ),
+        (
+            lambda f: change_config(f, vocab_size=256),
+            "has shape .500, 32., but .256, 32. according to config.json",
+        ),
         (
             lambda f: [path.unlink() for path in f.glob("model*")],
-            "holds neither model.safetensors nor",
+            "has neither model.safetensors nor",
         ),
     ],
 )
-def test_a_folder_that_is_no_base_is_refused_by_name(
-    broken: Path, change: Callable[[Path], object], message: str
+def test_a_folder_that_cannot_be_a_base_is_refused(
+    copy: Path, change: Callable[[Path], object], message: str
 ) -> None:
-    change(broken)
+    change(copy)
     with pytest.raises(CheckpointError, match=message) as refused:
-        describe_base(str(broken))
+        describe_base(str(copy))
     assert "\n" not in str(refused.value)
 
 
@@ -146,20 +155,20 @@ GEMMA_3_1B = {
     "torch_dtype": "bfloat16",
     "vocab_size": 262144,
 }
-"""Sizes and keys that Gemma 3 1B was published with, before transformers 5 nested its rotary positions."""
+"""Sizes and keys that Gemma 3 1B was published with, before transformers 5 nested rotary parameters."""
 
 
-def gemma_config(folder: Path, **changes: Any) -> Path:  # noqa: ANN401  any JSON value
+def write_gemma_config(folder: Path, **changes: Any) -> Path:  # noqa: ANN401  any JSON value
     (folder / "config.json").write_text(json.dumps(GEMMA_3_1B | changes))
     return folder
 
 
 def test_the_published_keys_of_gemma_3_are_read(tmp_path: Path) -> None:
-    found = read_architecture(gemma_config(tmp_path))
+    found = read_architecture(write_gemma_config(tmp_path))
     assert found.layer_windows == (*4 * (*5 * (512,), None), 512, 512)
     assert (found.rope_theta, found.local_rope_theta) == (1_000_000, 10_000)
-    stretched = gemma_config(tmp_path, rope_scaling={"rope_type": "linear", "factor": 8.0})
-    assert read_architecture(stretched).rope_scaling == RopeScaling(kind="linear", factor=8)
+    scaled = write_gemma_config(tmp_path, rope_scaling={"rope_type": "linear", "factor": 8.0})
+    assert read_architecture(scaled).rope_scaling == RopeScaling(kind="linear", factor=8)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +180,7 @@ def test_the_published_keys_of_gemma_3_are_read(tmp_path: Path) -> None:
         ({"attention_bias": True}, "attention_bias=true: only False"),
         (
             {"layer_types": ["full_attention", *25 * ["sliding_attention"]]},
-            "layer_types=.*only sliding_attention with full_attention in the last of every so many",
+            "layer_types=.*only sliding_attention with full_attention in every n-th layer",
         ),
         (
             {
@@ -180,7 +189,7 @@ def test_the_published_keys_of_gemma_3_are_read(tmp_path: Path) -> None:
                     "sliding_attention": {"rope_type": "linear", "factor": 2.0},
                 }
             },
-            "rope_parameters=.*of sliding_attention only a rope_theta",
+            "rope_parameters=.*sliding_attention may only set rope_theta",
         ),
         (
             {
@@ -189,28 +198,28 @@ def test_the_published_keys_of_gemma_3_are_read(tmp_path: Path) -> None:
                     "sliding_attention": {"rope_type": "default"},
                 }
             },
-            "rope_parameters=.*and no partial_rotary_factor",
+            "rope_parameters=.*partial_rotary_factor is not supported",
         ),
     ],
 )
-def test_what_is_not_carried_of_gemma_3_is_refused_by_name(
+def test_unsupported_values_of_gemma_3_are_refused(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(CheckpointError, match=message) as refused:
-        read_architecture(gemma_config(tmp_path, **changes))
+        read_architecture(write_gemma_config(tmp_path, **changes))
     assert "\n" not in str(refused.value)
 
 
-def test_tensors_that_old_files_hold_and_nobody_reads_are_no_matter(broken: Path) -> None:
-    shard = one_shard(broken)
+def test_unused_tensors_of_old_files_are_ignored(copy: Path) -> None:
+    shard = first_shard(copy)
     tensors = load_file(shard)
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     save_file({**tensors, name: tensors[next(iter(tensors))][0].clone()}, shard)
-    change_index(broken, lambda places: places.update({name: shard.name}))
-    assert "llama" in describe_base(str(broken))
+    change_index(copy, lambda files: files.update({name: shard.name}))
+    assert "llama" in describe_base(str(copy))
 
 
-def recipe_file(folder: Path, base: Path, text: str = "") -> Path:
+def write_recipe(folder: Path, base: Path, text: str = "") -> Path:
     file = folder / "recipe.yaml"
     file.write_text(
         f"name: continued\nstorage: {folder}\nbase: {{hf: {base}}}\n"
@@ -221,7 +230,7 @@ def recipe_file(folder: Path, base: Path, text: str = "") -> Path:
 
 
 def test_a_recipe_takes_model_and_tokenizer_from_its_base(llama: Path, tmp_path: Path) -> None:
-    recipe = load(recipe_file(tmp_path, llama), (), Recipe, fill_model_from_base)
+    recipe = load(write_recipe(tmp_path, llama), (), Recipe, fill_model_from_base)
     assert (recipe.model.num_layers, recipe.model.num_embeddings, recipe.model.tie_embeddings) == (
         2,
         500,
@@ -229,7 +238,7 @@ def test_a_recipe_takes_model_and_tokenizer_from_its_base(llama: Path, tmp_path:
     )
     assert recipe.data.tokenizer == llama / "tokenizer.json"
     again = load(
-        recipe_file(tmp_path, llama, "model: {num_layers: 2, num_heads: 4}"),
+        write_recipe(tmp_path, llama, "model: {num_layers: 2, num_heads: 4}"),
         (),
         Recipe,
         fill_model_from_base,
@@ -237,16 +246,14 @@ def test_a_recipe_takes_model_and_tokenizer_from_its_base(llama: Path, tmp_path:
     assert again == recipe
 
 
-def test_a_recipe_whose_model_is_another_than_its_bases_is_refused(
-    llama: Path, tmp_path: Path
-) -> None:
-    file = recipe_file(tmp_path, llama, "model: {num_layers: 3}")
+def test_a_recipe_with_another_model_than_its_base_is_refused(llama: Path, tmp_path: Path) -> None:
+    file = write_recipe(tmp_path, llama, "model: {num_layers: 3}")
     with pytest.raises(RecipeError, match=r"model.num_layers=3: base.hf=.* has 2"):
         load(file, (), Recipe, fill_model_from_base)
 
 
 def test_a_token_store_of_another_tokenizer_is_refused(llama: Path, tmp_path: Path) -> None:
-    recipe = load(recipe_file(tmp_path, llama), (), Recipe, fill_model_from_base)
+    recipe = load(write_recipe(tmp_path, llama), (), Recipe, fill_model_from_base)
     other = make_tiny_store(tmp_path / "other", num_documents=12)
     with pytest.raises(RecipeError, match=r"tokenizer gives .* tokens another number"):
         check_base(recipe, other)
@@ -267,8 +274,8 @@ def test_a_token_store_of_another_tokenizer_is_refused(llama: Path, tmp_path: Pa
         ("two words", r"base: should be a run's name, .* got 'two words'"),
     ],
 )
-def test_a_base_of_no_known_kind_is_refused(tmp_path: Path, base: object, message: str) -> None:
-    file = recipe_file(tmp_path, tmp_path, "model: {like: palm-8b}")
+def test_an_unknown_kind_of_base_is_refused(tmp_path: Path, base: object, message: str) -> None:
+    file = write_recipe(tmp_path, tmp_path, "model: {like: palm-8b}")
     with pytest.raises(RecipeError, match=message):
         load(file, (f"base={json.dumps(base)}",), Recipe)
 
@@ -288,9 +295,12 @@ def test_a_base_of_no_known_kind_is_refused(tmp_path: Path, base: object, messag
         (
             GEMMA_3
             | {"sliding_window_pattern": 1, "local_rope_theta": None, "sliding_window": None},
-            "model.family=gemma3_text: Gemma3ForCausalLM is no such model: layer_types=",
+            "model.family=gemma3_text: Gemma3ForCausalLM cannot express this model: layer_types=",
         ),
-        (GEMMA_3 | {"rotary_percent": 0.5}, "is no such model: .* no partial_rotary_factor"),
+        (
+            GEMMA_3 | {"rotary_percent": 0.5},
+            "cannot express this model: .*partial_rotary_factor is not",
+        ),
     ],
 )
 def test_a_model_that_its_family_does_not_compute_is_refused(
@@ -305,11 +315,13 @@ def test_a_model_that_its_family_does_not_compute_is_refused(
     "settings",
     [
         {"head_size": 12, "rope_scaling": {"factor": 8, "original_max_position_embeddings": 64}},
-        {"family": "qwen3", "qk_norm": "head"},  # heads of hidden_size / heads, no default
+        {"family": "qwen3", "qk_norm": "head"},  # head_size None: hidden_size / num_heads
         GEMMA_3 | {"rope_scaling": {"kind": "linear", "factor": 8}},
     ],
 )
-def test_a_written_configuration_is_read_back(settings: dict[str, Any]) -> None:
+def test_a_written_configuration_is_parsed_to_the_same_architecture(
+    settings: dict[str, Any],
+) -> None:
     from transformers import AutoConfig
 
     sizes = {
@@ -321,7 +333,7 @@ def test_a_written_configuration_is_read_back(settings: dict[str, Any]) -> None:
     }
     sizes |= {"num_embeddings": 99, "max_position_embeddings": 7}
     written = Architecture.model_validate(sizes | settings)
-    config = AutoConfig.for_model(**make_config(written, positions=5, rows=99))
+    config = AutoConfig.for_model(**make_config(written, max_positions=5, num_embeddings=99))
     assert parse_architecture(config.to_dict()) == written
 
 
@@ -331,8 +343,8 @@ def grow_tokenizer(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def of_job(*arguments: str, folder: Path) -> str:
-    """The one line that a job ends with, having left nothing in `folder`."""
+def run_failing_job(*arguments: str, folder: Path) -> str:
+    """Run a job that fails; return its one line on stderr and check that it changed nothing in `folder`."""
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     ran = subprocess.run(
         [sys.executable, *arguments],
@@ -353,36 +365,38 @@ def of_job(*arguments: str, folder: Path) -> str:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (shutil.rmtree, "there is no such folder"),
-        (lambda f: (f / "config.json").unlink(), "is no Hugging Face model: config.json"),
-        (lambda f: one_shard(f).unlink(), "names model-00001-of-"),
+        (shutil.rmtree, "the folder does not exist"),
+        (lambda f: (f / "config.json").unlink(), "is not a Hugging Face model: config.json"),
+        (lambda f: first_shard(f).unlink(), "names model-00001-of-"),
         (
-            lambda f: change_index(f, lambda m: m.update({"model.extra": one_shard(f).name})),
+            lambda f: change_index(f, lambda m: m.update({"model.extra": first_shard(f).name})),
             "model.extra is not in model-00001",
         ),
-        (lambda f: change_config(f, intermediate_size=50), "has shape (48, 32), config.json"),
+        (
+            lambda f: change_config(f, intermediate_size=50),
+            "has shape (48, 32), but (50, 32) according to config.json",
+        ),
         (lambda f: change_config(f, model_type="bert"), "models of type 'bert' cannot be imported"),
         (lambda f: change_config(f, mlp_bias=True), "mlp_bias=true: only False"),
         (grow_tokenizer, " entries, the embedding 500 rows"),
     ],
 )
-def test_a_job_ends_with_one_line_and_leaves_nothing(
-    broken: Path, tmp_path: Path, change: Callable[[Path], object], message: str
+def test_a_failing_job_prints_one_line_and_leaves_nothing(
+    copy: Path, tmp_path: Path, change: Callable[[Path], object], message: str
 ) -> None:
-    change(broken)
-    assert message in of_job("jobs/check_base.py", str(broken), folder=tmp_path)
+    change(copy)
+    assert message in run_failing_job("jobs/check_base.py", str(copy), folder=tmp_path)
 
 
-def test_a_name_on_the_hub_without_a_network_ends_a_job_in_one_line(tmp_path: Path) -> None:
-    told = of_job("jobs/check_base.py", "somebody/a-model", folder=tmp_path)
-    assert "could not be had from the Hugging Face Hub" in told
+def test_a_hub_model_without_a_network_fails_in_one_line(tmp_path: Path) -> None:
+    message = run_failing_job("jobs/check_base.py", "somebody/a-model", folder=tmp_path)
+    assert "could not be downloaded from the Hugging Face Hub" in message
 
 
-def test_a_name_on_the_hub_that_was_fetched_before_needs_no_network(
-    llama: Path, tmp_path: Path
-) -> None:
-    """From the cache as huggingface_hub lays it out: a branch names a commit, whose files are a snapshot."""
-    repository, commit = tmp_path / "hub" / "models--somebody--a-model", "0" * 40
+def test_a_cached_hub_model_needs_no_network(llama: Path, tmp_path: Path) -> None:
+    """In huggingface_hub's cache a branch names a commit, whose files are a snapshot."""
+    repository = tmp_path / "hub" / "models--somebody--a-model"
+    commit = "0" * 40
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(commit)
     shutil.copytree(llama, repository / "snapshots" / commit)
@@ -398,10 +412,10 @@ def test_a_name_on_the_hub_that_was_fetched_before_needs_no_network(
     assert 'base:\n  hf: "somebody/a-model"\n' in ran.stdout
 
 
-def test_training_from_a_broken_base_ends_in_one_line_before_anything_starts(
-    broken: Path, tmp_path: Path
+def test_training_from_a_damaged_base_fails_in_one_line_before_anything_starts(
+    copy: Path, tmp_path: Path
 ) -> None:
     make_tiny_store(tmp_path / "store")
-    one_shard(broken).unlink()
-    recipe = recipe_file(tmp_path, broken)
-    assert "names model-00001-of-" in of_job("jobs/train.py", str(recipe), folder=tmp_path)
+    first_shard(copy).unlink()
+    recipe = write_recipe(tmp_path, copy)
+    assert "names model-00001-of-" in run_failing_job("jobs/train.py", str(recipe), folder=tmp_path)

@@ -1,7 +1,8 @@
 """Attention by intervals: each query sees one contiguous run of keys [kv_start, kv_end).
 
-Through a model travels one small tensor, `pack_intervals`; each backend makes of it what its kernel wants, once a
-microbatch: a dense mask for torch's SDPA, a block mask for FlexAttention, segments for two variable-length calls.
+One small tensor, made by `pack_intervals`, passes through the model as its attention mask. Once per microbatch each
+backend turns it into what its kernel needs: a dense mask for torch's SDPA, a block mask for FlexAttention, or segments
+for two variable-length calls.
 """
 
 from ul2r.model.attention.backend import Backend, pack_intervals

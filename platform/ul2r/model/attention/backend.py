@@ -1,4 +1,4 @@
-"""What every way to compute interval attention has in common."""
+"""Base class of the backends that compute interval attention."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Prepared = TypeVar("Prepared")
 
 
 def pack_intervals(kv_start: npt.NDArray[np.int32], kv_end: npt.NDArray[np.int32]) -> Tensor:
-    """A microbatch's intervals as the one tensor that goes through the model as its attention mask.
+    """Pack a microbatch's intervals into the one tensor that passes through the model as its attention mask.
 
-    It stays in the host's memory, also where the model is on a GPU: a backend can then count its segments without
-    waiting for the device. As a tensor it survives activation recomputation.
+    It stays in host memory even if the model is on a GPU, so that a backend can count its segments without waiting for
+    the device. It is a tensor because activation recomputation saves tensors only.
 
     Args:
         kv_start: First key each query sees, int32 (B, S).
@@ -36,23 +36,23 @@ class Backend(ABC, Generic[Prepared]):
 
     def __init__(self) -> None:
         self._last: Tensor | None = None
-        self._made: dict[int | None, Prepared] = {}
+        self._by_window: dict[int | None, Prepared] = {}
 
     @abstractmethod
     def prepare(self, kv_start: Tensor, kv_end: Tensor, device: torch.device) -> Prepared:
-        """What the kernel needs to know of a microbatch's intervals.
+        """Turn a microbatch's intervals into what the kernel needs.
 
         Args:
-            kv_start: int32 (B, S) in the host's memory.
-            kv_end: int32 (B, S) likewise; kv_start < kv_end.
-            device: Where the attention is computed.
+            kv_start: int32 (B, S) in host memory.
+            kv_end: int32 (B, S) in host memory; kv_start < kv_end.
+            device: Device on which attention is computed.
         """
 
     @abstractmethod
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, prepared: Prepared, scale: float
     ) -> Tensor:
-        """Attend; arguments and result are those of a call, with what `prepare` made of the intervals."""
+        """Attend; arguments and result are those of `__call__`, with the result of `prepare` for the intervals."""
 
     def __call__(
         self,
@@ -71,30 +71,30 @@ class Backend(ABC, Generic[Prepared]):
             key: (S, B, G, D), G dividing H.
             value: (S, B, G, D).
             bounds: int32 (B, 2, S) from `pack_intervals`.
-            scale: What scores are multiplied by before the softmax.
-            window: What each query sees of its interval, see `clip_to_window`; None is all of it.
+            scale: Factor of the scores before the softmax.
+            window: Window that clips each interval, see `clip_to_window`; None for none.
 
         Returns:
             (S, B, H, D).
         """
-        prepared = self._prepared(bounds, window, query.device)
+        prepared = self._prepare_once(bounds, window, query.device)
         return self.attend(query, key, value, prepared, scale)
 
-    def _prepared(self, bounds: Tensor, window: int | None, device: torch.device) -> Prepared:
-        """What was made of these intervals for a layer before, or made now, for each window that layers have.
+    def _prepare_once(self, bounds: Tensor, window: int | None, device: torch.device) -> Prepared:
+        """Prepare intervals for the first layer with each window, and reuse the result in the following layers."""
+        # Recomputation passes another tensor object over the same memory, hence no comparison by `is`. Holding the last
+        # tensor keeps its memory from being given to other intervals; results for older ones are dropped.
+        if self._last is None or not _share_memory(self._last, bounds):
+            self._last = bounds
+            self._by_window = {}
 
-        Recomputation passes another tensor over the same memory. The last intervals are held, so that no others can
-        have their memory; of older ones nothing is kept.
-        """
-        if self._last is None or not _is_same_memory(self._last, bounds):
-            self._last, self._made = bounds, {}
-        if window not in self._made:
+        if window not in self._by_window:
             kv_start, kv_end = clip_to_window(bounds[:, 0].numpy(), bounds[:, 1].numpy(), window)
-            self._made[window] = self.prepare(
+            self._by_window[window] = self.prepare(
                 torch.from_numpy(kv_start), torch.from_numpy(kv_end), device
             )
-        return self._made[window]
+        return self._by_window[window]
 
 
-def _is_same_memory(one: Tensor, other: Tensor) -> bool:
-    return one.data_ptr() == other.data_ptr() and one.shape == other.shape
+def _share_memory(first: Tensor, second: Tensor) -> bool:
+    return first.data_ptr() == second.data_ptr() and first.shape == second.shape

@@ -1,4 +1,4 @@
-"""Interval attention in the place of Megatron's own."""
+"""Interval attention in place of Megatron's core attention."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ul2r.model.attention.variable_length import TransformerEngineKernel, Variab
 
 
 class IntervalAttention(DotProductAttention):  # type: ignore[misc]  # Megatron has no types
-    """Core attention of a layer: its mask is the microbatch's `pack_intervals`, and its backend computes it."""
+    """Core attention of a layer: its mask is the microbatch's packed intervals, and its backend computes it."""
 
     backend: ClassVar[Backend[Any]]
-    windows: ClassVar[Sequence[int | None]] = ()
-    """Of each layer of the model."""
+    layer_windows: ClassVar[Sequence[int | None]] = ()
+    """Window of each layer of the model, None for a layer without one."""
 
     def forward(  # noqa: PLR0917  Megatron's signature
         self,
@@ -42,7 +42,7 @@ class IntervalAttention(DotProductAttention):  # type: ignore[misc]  # Megatron 
             key: (S, B, G, D) this rank's key/value heads, G dividing H.
             value: (S, B, G, D).
             attention_mask: int32 (B, 2, S) from `pack_intervals`.
-            attn_mask_type: Ignored; the intervals say it all.
+            attn_mask_type: Ignored; the intervals define the mask.
             attention_bias: Must be None.
             packed_seq_params: Must be None; packed examples are intervals here.
 
@@ -53,28 +53,29 @@ class IntervalAttention(DotProductAttention):  # type: ignore[misc]  # Megatron 
         assert attention_bias is None
         assert packed_seq_params is None
         assert attention_mask.shape == (query.shape[1], 2, query.shape[0]), "no intervals"
-        window = self.windows[self.layer_number - 1]
+        window = self.layer_windows[self.layer_number - 1]  # Megatron counts layers from 1
         context = self.backend(query, key, value, attention_mask, self.softmax_scale, window=window)
         return context.flatten(2)
 
 
 def make_core_attention(
-    name: AttentionBackend, windows: Sequence[int | None]
+    name: AttentionBackend, layer_windows: Sequence[int | None]
 ) -> type[IntervalAttention]:
-    """`IntervalAttention` with a backend that the layers of one model share.
+    """Make a class of `IntervalAttention` whose backend is shared by the layers of one model.
 
     Args:
-        name: Of the backend.
-        windows: Of each layer of the model, None for one that sees all of its interval.
+        name: The backend.
+        layer_windows: Window of each layer of the model, None for a layer that sees all of its interval.
 
     Raises:
-        RecipeError: If what the backend needs is not installed.
+        RecipeError: If a package that the backend needs is not installed.
     """
-    shared = {"backend": _backend(name), "windows": windows}
+    # Megatron instantiates a class per layer with arguments of its own, so what layers share is on the class.
+    shared = {"backend": _make_backend(name), "layer_windows": layer_windows}
     return type("IntervalAttention", (IntervalAttention,), shared)
 
 
-def _backend(name: AttentionBackend) -> Backend[Any]:
+def _make_backend(name: AttentionBackend) -> Backend[Any]:
     if name == "sdpa":
         return DenseMask()
     if name == "flex":
@@ -83,7 +84,7 @@ def _backend(name: AttentionBackend) -> Backend[Any]:
         return Flex()
     if find_spec("transformer_engine") is None:
         raise RecipeError(
-            "attention=te needs TransformerEngine, which is not installed where the workers run: install ul2r[gpu] "
-            "there, or set attention to auto, flex or sdpa"
+            "attention=te needs TransformerEngine, which is not installed on the workers: install ul2r[gpu] there, or "
+            "set attention to auto, flex or sdpa"
         )
     return VariableLength(TransformerEngineKernel())

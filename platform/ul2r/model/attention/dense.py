@@ -1,4 +1,4 @@
-"""Torch's scaled dot product attention with a dense mask: a CPU's way, and the yardstick for the others."""
+"""Torch's scaled dot product attention with a dense mask: the backend on CPUs, and the reference for the others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ul2r.model.attention.backend import Backend
 
 
 def make_interval_mask(kv_start: Tensor, kv_end: Tensor) -> Tensor:
-    """The dense mask of a microbatch's intervals.
+    """Make the dense mask of a microbatch's intervals.
 
     Args:
         kv_start: (B, S) int, first key each query sees.
@@ -20,17 +20,17 @@ def make_interval_mask(kv_start: Tensor, kv_end: Tensor) -> Tensor:
         (B, 1, S, S) bool, True where the query (third axis) sees the key (fourth axis).
     """
     key = torch.arange(kv_start.shape[1], device=kv_start.device)
-    seen = (key >= kv_start[:, :, None]) & (key < kv_end[:, :, None])  # (B, S, S)
-    return seen[:, None]
+    is_visible = (key >= kv_start[:, :, None]) & (key < kv_end[:, :, None])  # (B, S, S)
+    return is_visible[:, None]
 
 
 class DenseMask(Backend[Tensor]):
-    """Every pair of query and key is computed, and those out of sight are masked."""
+    """Backend that computes every pair of query and key and masks the invisible ones."""
 
     def prepare(self, kv_start: Tensor, kv_end: Tensor, device: torch.device) -> Tensor:
-        """The mask, bool (B, 1, S, S)."""
-        first, end = (bound.to(device, non_blocking=True) for bound in (kv_start, kv_end))
-        return make_interval_mask(first, end)
+        """Make the mask, bool (B, 1, S, S)."""
+        start, end = (bound.to(device, non_blocking=True) for bound in (kv_start, kv_end))
+        return make_interval_mask(start, end)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, prepared: Tensor, scale: float

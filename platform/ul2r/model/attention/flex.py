@@ -1,4 +1,4 @@
-"""FlexAttention: blocks of queries and keys out of sight of each other are never computed."""
+"""FlexAttention, which skips blocks of queries and keys that cannot see each other."""
 
 from __future__ import annotations
 
@@ -10,67 +10,71 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from ul2r.model.attention.backend import Backend
 
 BLOCK = 128
-"""Queries and keys of a block, FlexAttention's own default."""
+"""Queries and keys of a block, FlexAttention's default."""
 
 
-def block_mask(kv_start: Tensor, kv_end: Tensor) -> BlockMask:
-    """The blocks that intervals touch, and of these the ones that every query of theirs sees whole.
+def make_block_mask(kv_start: Tensor, kv_end: Tensor) -> BlockMask:
+    """Make the mask of blocks that intervals touch, and of those that every query of the block sees entirely.
 
-    They follow from the intervals' ends, in memory and time of S * S / 128 and not S * S.
+    torch's create_block_mask evaluates all S * S pairs. Blocks follow from the intervals' ends in memory and time of
+    S * S / 128.
 
     Args:
         kv_start: (B, S) int, first key each query sees.
         kv_end: (B, S) int, one past the last; kv_start < kv_end.
     """
     batch, length = kv_start.shape
-    blocks = -(-length // BLOCK)
-    missing = blocks * BLOCK - length
-    first = functional.pad(kv_start, (0, missing))[:, :, None]  # queries past the end see no key
-    end = functional.pad(kv_end, (0, missing))[:, :, None]
-    begins = torch.arange(0, blocks * BLOCK, BLOCK, device=kv_start.device)
-    touched = (first < begins + BLOCK) & (end > begins)  # (B, queries, key blocks)
-    covered = (first <= begins) & (end >= begins + BLOCK)
-    by_block = batch, blocks, BLOCK, blocks
-    some = touched.view(by_block).any(dim=2)
-    whole = covered.view(by_block).all(dim=2)
+    num_blocks = -(-length // BLOCK)
+    missing = num_blocks * BLOCK - length
 
-    def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    # Queries past the end are padded with [0, 0), which touches no block.
+    start = functional.pad(kv_start, (0, missing))[:, :, None]
+    end = functional.pad(kv_end, (0, missing))[:, :, None]
+    block_start = torch.arange(0, num_blocks * BLOCK, BLOCK, device=kv_start.device)
+    touches = (start < block_start + BLOCK) & (end > block_start)  # (B, queries, key blocks)
+    covers = (start <= block_start) & (end >= block_start + BLOCK)
+    by_query_block = (batch, num_blocks, BLOCK, num_blocks)
+    is_visible = touches.view(by_query_block).any(dim=2)  # (B, query blocks, key blocks)
+    is_full = covers.view(by_query_block).all(dim=2)
+
+    def is_in_interval(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         del h
         return (key >= kv_start[b, query]) & (key < kv_end[b, query])
 
     return BlockMask.from_kv_blocks(
-        *_listed(some & ~whole),
-        *_listed(whole),
+        *_list_blocks(is_visible & ~is_full),
+        *_list_blocks(is_full),
         BLOCK_SIZE=BLOCK,
-        mask_mod=sees,
+        mask_mod=is_in_interval,
         seq_lengths=(length, length),
     )
 
 
-def _listed(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """How many key blocks each query block has (B, 1, N), and which (B, 1, N, N), the chosen ones first."""
+def _list_blocks(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each query block's number of chosen key blocks (B, 1, N) and their indices (B, 1, N, N), chosen first."""
     order = torch.argsort(chosen.int(), dim=-1, descending=True, stable=True)
     return chosen.sum(dim=-1)[:, None].int(), order[:, None].int()
 
 
 class Flex(Backend[BlockMask]):
-    """Torch's FlexAttention, compiled for the device; it has no backward pass on a CPU."""
+    """Backend on torch's FlexAttention, compiled for the device; it has no backward pass on a CPU."""
 
     def __init__(self) -> None:
         super().__init__()
         self._attention = torch.compile(flex_attention, dynamic=False)
 
     def prepare(self, kv_start: Tensor, kv_end: Tensor, device: torch.device) -> BlockMask:
-        """The block mask, on the device, with ends laid out alike with and without a window: one compilation."""
-        first, end = (
+        """Make the block mask on the device."""
+        # Without a window these are strided views, with one they are not: each layout would compile the kernel again.
+        start, end = (
             bound.contiguous().to(device, non_blocking=True) for bound in (kv_start, kv_end)
         )
-        return block_mask(first, end)
+        return make_block_mask(start, end)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, prepared: BlockMask, scale: float
     ) -> Tensor:
-        """Attend over the blocks in sight."""
+        """Attend over the visible blocks."""
         context: Tensor = self._attention(
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),

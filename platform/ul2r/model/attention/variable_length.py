@@ -1,4 +1,4 @@
-"""Interval attention as two calls of a variable-length kernel: inputs over themselves, targets over both."""
+"""Interval attention as two calls of a variable-length kernel: inputs over inputs, targets over both."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ul2r.model.attention.segments import Plan, Segments, plan_segments
 
 
 class Kernel(Protocol):
-    """Attention of segments of different lengths."""
+    """Attention over segments of different lengths."""
 
     def __call__(
         self,
@@ -27,12 +27,12 @@ class Kernel(Protocol):
         """Let each segment's queries attend to its keys.
 
         Args:
-            query: (Tq, H, D), the segments' queries one behind the other.
+            query: (Tq, H, D), the segments' queries concatenated.
             key: (Tk, G, D), their keys likewise, G dividing H.
             value: (Tk, G, D).
-            segments: Where each begins.
-            causal: Whether a segment's last query sees all its keys and each before it one less, else all see all.
-            scale: What scores are multiplied by before the softmax.
+            segments: Bounds of each segment.
+            causal: If True, a segment's last query sees all its keys and each before it one less; else all see all.
+            scale: Factor of the scores before the softmax.
 
         Returns:
             (Tq, H, D).
@@ -40,24 +40,24 @@ class Kernel(Protocol):
 
 
 class VariableLength(Backend[Plan]):
-    """Segments are gathered, attended to by a kernel, and put back in their places."""
+    """Backend that gathers segments, lets a kernel attend, and scatters the results back."""
 
     def __init__(self, kernel: Kernel) -> None:
-        """Attend with `kernel`."""
+        """Use `kernel` for attention."""
         super().__init__()
         self._kernel = kernel
 
     def prepare(self, kv_start: Tensor, kv_end: Tensor, device: torch.device) -> Plan:
-        """The segments of the microbatch."""
+        """Plan the segments of the microbatch."""
         return plan_segments(kv_start.numpy(), kv_end.numpy(), device)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, prepared: Plan, scale: float
     ) -> Tensor:
-        """Attend in a call for inputs and one for targets."""
+        """Attend in one call for inputs and one for targets."""
         shape = query.shape
-        query, key, value = (part.flatten(0, 1) for part in (query, key, value))  # (S * B, ...)
-        found = [
+        query, key, value = (tensor.flatten(0, 1) for tensor in (query, key, value))  # (S * B, ...)
+        contexts = [
             self._kernel(
                 query.index_select(0, segments.queries),
                 key.index_select(0, segments.keys),
@@ -67,17 +67,19 @@ class VariableLength(Backend[Plan]):
                 scale=scale,
             )
             for segments, causal in ((prepared.full, False), (prepared.causal, True))
-            if segments.longest_query
+            if segments.max_queries
         ]
-        own = value.index_select(0, prepared.alone)
-        found.append(own.repeat_interleave(shape[2] // value.shape[1], dim=1))
-        return torch.cat(found).index_select(0, prepared.inverse).view(shape)
+
+        # A query that sees only itself attends to its own value with weight 1.
+        own = value.index_select(0, prepared.isolated)
+        contexts.append(own.repeat_interleave(shape[2] // value.shape[1], dim=1))
+        return torch.cat(contexts).index_select(0, prepared.inverse).view(shape)
 
 
 class TransformerEngineKernel:
-    """TransformerEngine's variable-length (THD) attention: FlashAttention or cuDNN, as it finds fit.
+    """TransformerEngine's variable-length (THD) attention: FlashAttention or cuDNN, at its choice.
 
-    Has not been run yet: no machine with a GPU was at hand.
+    Not run yet: no machine with a GPU and TransformerEngine was available.
     """
 
     def __init__(self) -> None:
@@ -93,31 +95,30 @@ class TransformerEngineKernel:
         causal: bool,
         scale: float,
     ) -> Tensor:
-        """Attend, as `Kernel` says."""
+        """Attend; see `Kernel`."""
         attention = self._modules.get((causal, scale))
         if attention is None:
-            attention = self._modules[causal, scale] = _transformer_engine(
-                query, key, causal=causal, scale=scale
-            )
+            attention = _make_module(query, key, causal=causal, scale=scale)
+            self._modules[causal, scale] = attention
         context: Tensor = attention(
             query,
             key,
             value,
             cu_seqlens_q=segments.query_bounds,
             cu_seqlens_kv=segments.key_bounds,
-            max_seqlen_q=_power_of_two(segments.longest_query),
-            max_seqlen_kv=_power_of_two(segments.longest_key),
+            max_seqlen_q=_round_up_to_power_of_two(segments.max_queries),
+            max_seqlen_kv=_round_up_to_power_of_two(segments.max_keys),
         )
         return context.view(query.shape)
 
 
-def _power_of_two(length: int) -> int:
-    """The least one from `length` on: cuDNN plans anew for each bound of the lengths, and so meets few of them."""
+def _round_up_to_power_of_two(length: int) -> int:
+    """Return the least power of two >= `length`: cuDNN makes a new plan for each bound, so there should be few."""
     return 1 << (length - 1).bit_length()
 
 
-def _transformer_engine(query: Tensor, key: Tensor, *, causal: bool, scale: float) -> Any:  # noqa: ANN401  TransformerEngine is not there to be typed
-    """TransformerEngine's module for such queries and keys; it has no weights."""
+def _make_module(query: Tensor, key: Tensor, *, causal: bool, scale: float) -> Any:  # noqa: ANN401  TransformerEngine is not installed here
+    """Make TransformerEngine's module for queries and keys of these shapes; it has no weights."""
     from transformer_engine.pytorch import DotProductAttention
 
     return DotProductAttention(
@@ -126,6 +127,7 @@ def _transformer_engine(query: Tensor, key: Tensor, *, causal: bool, scale: floa
         num_gqa_groups=key.shape[1],
         attention_dropout=0.0,
         qkv_format="thd",
+        # Bottom right: a segment's last query sees all of its keys, of which there are more than queries.
         attn_mask_type="padding_causal_bottom_right" if causal else "padding",
         attention_type="cross",
         softmax_scale=scale,

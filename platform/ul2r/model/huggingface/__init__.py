@@ -1,4 +1,4 @@
-"""Models in Hugging Face form: read into each rank's shard, written from a distributed checkpoint.
+"""Conversion of Hugging Face models: read into each rank's shards, written from a distributed checkpoint.
 
-`families.py` holds a table for each family; the rest knows none of them by name.
+`families.py` holds a table per family; no other module knows one by name.
 """

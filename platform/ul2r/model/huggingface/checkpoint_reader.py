@@ -113,7 +113,9 @@ class MegatronCheckpointReader:
         try:
             metadata = self._reader.read_metadata()
         except OSError as error:
-            raise CheckpointError(f"{checkpoint} is not a distributed checkpoint: {error}") from None
+            raise CheckpointError(
+                f"{checkpoint} is not a distributed checkpoint: {error}"
+            ) from None
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._tensors = {
             key: found

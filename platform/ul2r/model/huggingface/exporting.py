@@ -122,7 +122,9 @@ def _write_configs(
 ) -> None:
     """Write config.json and generation_config.json for weights of `tensor`'s dtype."""
     special_tokens = {"eos_token_id": vocabulary.eos, "pad_token_id": vocabulary.eos}
-    config = make_config(architecture, max_positions, architecture.num_used_embeddings(vocabulary.size))
+    config = make_config(
+        architecture, max_positions, architecture.num_used_embeddings(vocabulary.size)
+    )
     config |= special_tokens
 
     # Several classes default to their first model's bos id, which means another token in this tokenizer.

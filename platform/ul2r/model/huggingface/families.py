@@ -1,4 +1,4 @@
-"""One table for each family. Adding one: a table here, its name in `FamilyName`, a line in the tests' list."""
+"""Tables of the families. To add one: a table here, its name in `FamilyName`, a line in the tests' list."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ul2r.config.architecture import FamilyName
 from ul2r.model.huggingface.family import Family, Settings
 from ul2r.model.tensors import EXPERTS
 
-# Megatron's names of a layer's tensors, the end ("weight", "bias") left off.
+# Megatron's names of a layer's tensors, without their last part ("weight", "bias").
 NORM_1, NORM_2 = "self_attention.linear_qkv.layer_norm_", "mlp.linear_fc1.layer_norm_"
 QKV, PROJECTION = "self_attention.linear_qkv.", "self_attention.linear_proj."
 QUERY_NORM, KEY_NORM = "self_attention.q_layernorm.", "self_attention.k_layernorm."
@@ -201,8 +201,8 @@ GPT_NEOX = Family(
     },
     base="gpt_neox.",
     output="embed_out.weight",
-    qkv="by head",
-    left_over=("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias"),
+    qkv="by_group",
+    unused_suffixes=("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias"),
 )
 
 GPT2 = Family(
@@ -251,9 +251,9 @@ GPT2 = Family(
     },
     layer="h.{}.",
     base="transformer.",
-    qkv="one after the other",
+    qkv="concatenated",
     transposed=True,
-    left_over=("attn.bias", "attn.masked_bias"),
+    unused_suffixes=("attn.bias", "attn.masked_bias"),
 )
 
 FAMILIES: dict[FamilyName, Family] = {
@@ -271,6 +271,6 @@ FAMILIES: dict[FamilyName, Family] = {
 
 UNSUPPORTED = {
     "gemma2": "its attention scores are capped by a tanh",
-    "gemma3": "it reads images; its text alone is gemma3_text",
+    "gemma3": "it reads images; its text model is gemma3_text",
 }
-"""Families that people ask for, and what stands in the way."""
+"""Model types that are often asked for, and the reason why they are not supported."""

@@ -1,4 +1,4 @@
-"""What a family's table says, and which rows of its tensors make one of Megatron-Core's."""
+"""Table of a family, and the mapping from its tensors to Megatron-Core's."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ Settings = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Family:
-    """How models of one of Hugging Face's classes are described and named.
+    """Configuration keys and tensor names of one of Hugging Face's model classes.
 
     Attributes:
         model_class: The class that loads it.
-        sizes: From a setting of `Architecture` to the key in config.json that is the same.
-        choices: From a key in config.json to the values of it that are understood, each with the settings of
-            `Architecture` that it stands for. Any other value is refused.
-        always: Settings of `Architecture` that all models of the family have.
+        sizes: From settings of `Architecture` to the equivalent keys of config.json.
+        choices: From keys of config.json to their supported values, each with the settings of `Architecture` that it
+            stands for. Any other value is refused.
+        always: Settings of `Architecture` that all models of the family share.
         outer: From Megatron's names of tensors outside of layers to the family's.
-        inner: From Megatron's names of a layer's tensors, without "weight" or "bias", to the family's: one name, or
-            those of the tensors that Megatron keeps in one; `{}` for the number of the expert.
-        layer: What stands before `inner` names, `{}` for the number of the layer.
-        base: What stands before all names but that of the output matrix, and may be left out in a file.
-        output: Name of the output matrix where it is not the embedding.
-        qkv: Whether queries, keys and values are tensors of their own; one with all queries, then all keys, then all
-            values; or one as Megatron has it, by key/value head.
-        transposed: Whether matrices of layers are stored as (inputs, outputs).
-        local_layers: Whether layers are of two kinds, named in `layer_types`, with rotary positions for each.
-        left_over: Ends of names that old files hold and nobody reads.
+        inner: From Megatron's names of a layer's tensors, without "weight" or "bias", to the family's: one name, or the
+            names of the tensors that Megatron fuses into one; `{}` stands for the number of the expert.
+        layer: Prefix of `inner` names, `{}` for the number of the layer.
+        base: Prefix of all names except the output matrix; some files omit it.
+        output: Name of the output matrix if it is not tied to the embedding.
+        qkv: Layout of queries, keys and values: a tensor each; one tensor with all queries, then all keys, then all
+            values; or one grouped by key/value head, as Megatron's.
+        transposed: True if layers store matrices as (inputs, outputs).
+        local_layers: True if there are two kinds of layers, listed in `layer_types`, with rotary parameters each.
+        unused_suffixes: Ends of the names of tensors that old files contain and nothing reads.
     """
 
     model_class: str
@@ -51,15 +51,15 @@ class Family:
     layer: str = "layers.{}."
     base: str = "model."
     output: str = "lm_head.weight"
-    qkv: Literal["apart", "one after the other", "by head"] = "apart"
+    qkv: Literal["separate", "concatenated", "by_group"] = "separate"
     transposed: bool = False
     local_layers: bool = False
-    left_over: tuple[str, ...] = field(default=("rotary_emb.inv_freq",))
+    unused_suffixes: tuple[str, ...] = field(default=("rotary_emb.inv_freq",))
 
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """Rows of a family's tensor (its columns, if `transposed`), in Megatron's order."""
+    """Rows [start, stop) of a family's tensor; its columns, if `transposed`."""
 
     name: str
     start: int
@@ -71,72 +71,85 @@ class TensorSlice:
 
 
 def slice_tensor(
-    family: Family, architecture: Architecture, key: str, place: tuple[int, ...], rows: int
+    family: Family,
+    architecture: Architecture,
+    key: str,
+    index: tuple[int, ...],
+    num_embeddings: int,
 ) -> tuple[TensorSlice, ...]:
-    """The parts that, one below the other, are one of Megatron's tensors.
+    """Return the slices of the family's tensors that, stacked, are one of Megatron's tensors.
 
     Args:
         family: The table.
-        architecture: Sizes.
+        architecture: The model.
         key: Megatron's name.
-        place: Numbers of the layer and of the expert, from 0, as far as there are any.
-        rows: Rows of the embedding in the family's tensors; Megatron's may have more.
+        index: Layer, or layer and expert, from 0; empty outside of layers.
+        num_embeddings: Rows of the embedding in the family's tensors; Megatron's may have more.
     """
-    if not place:
+    if not index:
         name = family.output if key == OUTPUT else family.base + family.outer[key]
-        return (TensorSlice(name, 0, outer_tensor_shapes(architecture, rows)[key][0]),)
+        return (TensorSlice(name, 0, outer_tensor_shapes(architecture, num_embeddings)[key][0]),)
+
     inner = key.removeprefix(LAYERS)
-    layer, *expert = place
+    layer, *expert = index
     shape = layer_tensor_shapes(architecture)[inner][len(expert) :]
     kind = "bias" if inner.endswith("bias") else "weight"
     stem = inner.removesuffix(kind)
     names = family.inner[stem]
-    full = [
+    full_names = [
         family.base + family.layer.format(layer) + name.format(*expert) + kind
         for name in ((names,) if isinstance(names, str) else names)
     ]
+
     transposed = family.transposed and len(shape) > 1
-    if stem == "self_attention.linear_qkv." and family.qkv != "by head":
-        return _by_group(full, architecture, transposed=transposed)
-    share = shape[0] // len(full)
-    return tuple(TensorSlice(name, 0, share, transposed) for name in full)
+    if stem == "self_attention.linear_qkv." and family.qkv != "by_group":
+        return _slice_by_group(full_names, architecture, transposed=transposed)
+    num_rows = shape[0] // len(full_names)
+    return tuple(TensorSlice(name, 0, num_rows, transposed) for name in full_names)
 
 
-def _by_group(
+def _slice_by_group(
     names: list[str], architecture: Architecture, *, transposed: bool
 ) -> tuple[TensorSlice, ...]:
-    """Queries, keys and values as Megatron wants them: those of each key/value head side by side."""
-    groups, head = architecture.num_kv_heads, architecture.head_dim
-    queries = architecture.num_heads // groups * head
+    """Order queries, keys and values as Megatron does: those of each key/value head next to each other.
+
+    With one key/value head (group) per two queries: q0 q1 k0 v0, q2 q3 k1 v1, ...
+    """
+    num_groups = architecture.num_kv_heads
+    head = architecture.head_dim
+    queries = architecture.num_heads // num_groups * head
     query, key, value = names if len(names) == 3 else names * 3
-    keys_at, values_at = 0, 0
+
+    first_key = 0
+    first_value = 0
     if len(names) == 1:
-        keys_at = groups * queries
-        values_at = keys_at + groups * head
-    parts = []
-    for group in range(groups):
+        first_key = num_groups * queries
+        first_value = first_key + num_groups * head
+
+    slices = []
+    for group in range(num_groups):
         for name, start, width in (
             (query, group * queries, queries),
-            (key, keys_at + group * head, head),
-            (value, values_at + group * head, head),
+            (key, first_key + group * head, head),
+            (value, first_value + group * head, head),
         ):
-            parts.append(TensorSlice(name, start, start + width, transposed))
-    return tuple(parts)
+            slices.append(TensorSlice(name, start, start + width, transposed))
+    return tuple(slices)
 
 
 def tensor_shapes(
-    family: Family, architecture: Architecture, rows: int
+    family: Family, architecture: Architecture, num_embeddings: int
 ) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a file of the family must hold, and its shape."""
+    """Return the name and shape of every tensor that a file of the family must contain."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for key, place, shape in iter_tensors(architecture, rows):
-        for part in slice_tensor(family, architecture, key, place, rows):
-            before = shapes.get(part.name, (0, 0))[1 if part.transposed else 0]
-            stop = max(before, part.stop)
+    for key, index, shape in iter_tensors(architecture, num_embeddings):
+        for part in slice_tensor(family, architecture, key, index, num_embeddings):
+            length = shapes.get(part.name, (0, 0))[1 if part.transposed else 0]
+            stop = max(length, part.stop)
             shapes[part.name] = (shape[1], stop) if part.transposed else (stop, *shape[1:])
     return shapes
 
 
 def is_embedding(key: str) -> bool:
-    """Whether a tensor has a row for each entry of the vocabulary."""
+    """Return whether a tensor has a row for each entry of the vocabulary."""
     return key in {EMBEDDING, OUTPUT}

@@ -1,9 +1,8 @@
-"""Weights of a Hugging Face folder into this rank's shard of a model, a slice of a tensor at a time."""
+"""Import of a Hugging Face folder's weights into this rank's shards, one slice of a tensor at a time."""
 
 from __future__ import annotations
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
@@ -12,63 +11,61 @@ from ul2r.model.build import iter_shards
 from ul2r.model.huggingface.family import TensorSlice, is_embedding, slice_tensor
 from ul2r.model.huggingface.safetensors_reader import SafetensorsReader
 
-ROWS_AT_ONCE = 4096
-"""Of an embedding, when its mean is taken."""
+ROWS_PER_BLOCK = 4096
+"""Rows of an embedding that are read at a time to compute its mean."""
 
 
 @torch.no_grad()
-def load_weights(model: GPTModel, source: SafetensorsReader, architecture: Architecture) -> None:
-    """Fill a model of any layout; only what this rank has of each tensor is read, and kept nowhere else.
+def load_weights(model: GPTModel, reader: SafetensorsReader, architecture: Architecture) -> None:
+    """Fill a model of any layout; of each tensor only this rank's part is read, and no other copy is kept.
 
-    Rows of the embedding beyond the source's, for new tokens or padding, become the mean of those that there are.
+    Rows of the embedding beyond those in the folder, for new tokens or padding, become the mean of its rows.
 
     Args:
         model: This rank's part.
-        source: The folder.
-        architecture: The source's.
+        reader: The folder.
+        architecture: The folder's model.
     """
-    rows = architecture.num_embeddings
-    assert rows is not None
+    num_embeddings = architecture.num_embeddings
+    assert num_embeddings is not None
     for shard in iter_shards(model):
-        axes = shard.prepend_axis_num
-        place = shard.global_offset[:axes]
-        parts = slice_tensor(source.family, architecture, shard.key, place, rows)
-        start, *other = shard.global_offset[axes:]
+        num_axes = shard.prepend_axis_num
+        index = shard.global_offset[:num_axes]
+        slices = slice_tensor(reader.family, architecture, shard.key, index, num_embeddings)
+        start, *other = shard.global_offset[num_axes:]
         columns = slice(other[0], other[0] + shard.local_shape[1]) if other else None
-        filled = _fill(shard.data, source, parts, start, columns)
-        if filled < len(shard.data):
-            assert is_embedding(shard.key), f"{shard.key} has rows that {source.folder} lacks"
+
+        num_filled = _fill_rows(shard.data, reader, slices, start, columns)
+        if num_filled < len(shard.data):
+            assert is_embedding(shard.key), f"{shard.key} has rows that {reader.folder} lacks"
             assert columns is not None
-            shard.data[filled:] = _mean(source, parts[0], columns)
+            shard.data[num_filled:] = _compute_mean(reader, slices[0], columns)
 
 
-def _fill(
-    data: Tensor, source: SafetensorsReader, parts: tuple[TensorSlice, ...], start: int, columns: slice | None
+def _fill_rows(
+    data: Tensor,
+    reader: SafetensorsReader,
+    slices: tuple[TensorSlice, ...],
+    start: int,
+    columns: slice | None,
 ) -> int:
-    """Copy rows `start` and on of the parts into `data`; how many of its rows there were."""
-    begin = filled = 0
-    for part in parts:
-        first, last = max(start, begin), min(start + len(data), begin + len(part))
+    """Copy rows from `start` on of the stacked slices into `data`; return how many there were."""
+    first_row = 0
+    num_filled = 0
+    for part in slices:
+        first = max(start, first_row)
+        last = min(start + len(data), first_row + len(part))
         if first < last:
-            read = source.read(part, first - begin, last - begin, columns)
-            data[first - start : last - start].copy_(read)
-            filled = last - start
-        begin += len(part)
-    return filled
+            rows = reader.read_rows(part, first - first_row, last - first_row, columns)
+            data[first - start : last - start].copy_(rows)
+            num_filled = last - start
+        first_row += len(part)
+    return num_filled
 
 
-def _mean(source: SafetensorsReader, part: TensorSlice, columns: slice) -> Tensor:
+def _compute_mean(reader: SafetensorsReader, part: TensorSlice, columns: slice) -> Tensor:
     total = torch.zeros(columns.stop - columns.start, dtype=torch.float64)
-    for first in range(0, len(part), ROWS_AT_ONCE):
-        last = min(first + ROWS_AT_ONCE, len(part))
-        total += source.read(part, first, last, columns).sum(0, dtype=torch.float64)
+    for first in range(0, len(part), ROWS_PER_BLOCK):
+        last = min(first + ROWS_PER_BLOCK, len(part))
+        total += reader.read_rows(part, first, last, columns).sum(0, dtype=torch.float64)
     return total / len(part)
-
-
-def shard_bytes(model: GPTModel) -> int:
-    """Bytes of this rank's weights."""
-    return sum(_nbytes(shard) for shard in iter_shards(model))
-
-
-def _nbytes(shard: ShardedTensor) -> int:
-    return int(shard.data.nbytes)

@@ -1,4 +1,4 @@
-"""A folder of safetensors: checked as a whole before anything is read, then read a slice at a time."""
+"""Reading of a folder of safetensors: checked as a whole first, then read one slice at a time."""
 
 from __future__ import annotations
 
@@ -18,81 +18,90 @@ from ul2r.errors import CheckpointError
 from ul2r.model.huggingface.families import FAMILIES
 from ul2r.model.huggingface.family import TensorSlice, tensor_shapes
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-WANTED = ["config.json", "generation_config.json", "tokenizer*", "*.safetensors", INDEX]
+DOWNLOADED_FILES = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "*.safetensors",
+    INDEX_FILE,
+]
 
 
 def resolve_model_folder(name: str) -> Path:
-    """The folder of a base: a path as it is, a model of the Hub from the cache or, failing that, the network.
+    """Return the local folder of a base: a path as given, or a Hub model's files, downloaded if not in the cache.
 
     Raises:
-        CheckpointError: If there is no such folder, or the model cannot be had.
+        CheckpointError: If there is no such folder, or the model cannot be downloaded.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder.absolute()
     if folder.is_absolute() or name.startswith((".", "~")) or not HUB_ID.fullmatch(name):
-        raise CheckpointError(f"base.hf={name}: there is no such folder")
+        raise CheckpointError(f"base.hf={name}: the folder does not exist")
+
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
     try:
-        return Path(snapshot_download(name, allow_patterns=WANTED))
+        return Path(snapshot_download(name, allow_patterns=DOWNLOADED_FILES))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise CheckpointError(
-            f"base.hf={name}: is no folder, and could not be had from the Hugging Face Hub "
-            f"({type(error).__name__}): give a folder, or fetch it where there is a network"
+            f"base.hf={name} is not a folder and could not be downloaded from the Hugging Face Hub "
+            f"({type(error).__name__}): point to a folder, or download it on a machine with a network"
         ) from None
 
 
 class SafetensorsReader:
-    """The tensors of a folder, by name.
+    """Tensors of a folder by name.
 
     Args:
-        folder: With model.safetensors, or shards and their index.
-        architecture: What its config.json says.
+        folder: Folder with model.safetensors, or with shards and their index.
+        architecture: The model that its config.json describes.
 
     Raises:
-        CheckpointError: If files or tensors are missing, too many, or of another shape than the architecture's.
+        CheckpointError: If files or tensors are missing or superfluous, or a tensor does not fit the architecture.
     """
 
     def __init__(self, folder: Path, architecture: Architecture) -> None:
-        self.folder, self.family = folder, FAMILIES[architecture.family]
-        self._files = ExitStack()
-        self._open: dict[str, Any] = {}
-        self._place = self._index()
+        self.folder = folder
+        self.family = FAMILIES[architecture.family]
+        self._open_files = ExitStack()
+        self._handles: dict[str, Any] = {}
+        self._names, self._files = self._locate_tensors()
         self._check(architecture)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._files.close()
+        self._open_files.close()
 
     @property
     def identity(self) -> str:
-        """Digest of the configuration and of what the files hold, their numbers apart."""
+        """Digest of the configuration and of the files' headers and sizes, without the weights."""
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
-        for file in sorted(set(self._place.values())):
+        for file in sorted(set(self._files.values())):
             path = self.folder / file
             with path.open("rb") as stream:
+                # A file begins with the length of its JSON header in 8 bytes, little-endian.
                 digest.update(stream.read(8 + int.from_bytes(stream.read(8), "little")))
             digest.update(str(path.stat().st_size).encode())
         return "hf-" + digest.hexdigest()[:29]
 
-    def read(self, part: TensorSlice, start: int, stop: int, columns: slice | None) -> Tensor:
-        """Rows `start` to `stop` of a part, as Megatron has them, without reading others.
+    def read_rows(self, part: TensorSlice, start: int, stop: int, columns: slice | None) -> Tensor:
+        """Read rows [start, stop) of a slice in Megatron's orientation, and no others.
 
         Args:
-            part: Of a tensor.
-            start: First row, counted from the part's.
-            stop: One past the last.
-            columns: Of a matrix.
+            part: Slice of a tensor.
+            start: First row, relative to the slice.
+            stop: One past the last row.
+            columns: Columns of a matrix; None for a vector.
         """
-        stored = self._slice(part.name)
+        stored = self._open_slice(part.name)
         rows = slice(part.start + start, part.start + stop)
         if columns is None:
             tensor: Tensor = stored[rows]
@@ -102,72 +111,84 @@ class SafetensorsReader:
             tensor = stored[rows, columns]
         return tensor
 
-    def _slice(self, name: str) -> Any:  # noqa: ANN401  safetensors has no type for it
-        return self._handle(self._place[name]).get_slice(self._stored[name])
+    def _open_slice(self, name: str) -> Any:  # noqa: ANN401  safetensors has no type for it
+        return self._open_file(self._files[name]).get_slice(self._names[name])
 
-    def _handle(self, file: str) -> Any:  # noqa: ANN401  as above
-        if file not in self._open:
+    def _open_file(self, file: str) -> Any:  # noqa: ANN401  as above
+        if file not in self._handles:
             try:
                 opened = safe_open(self.folder / file, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(
-                    f"{self.folder / file}: cannot be read ({error}): get the file again"
+                    f"{self.folder / file} cannot be read ({error}): download the file again"
                 ) from None
-            self._open[file] = self._files.enter_context(opened)
-        return self._open[file]
+            self._handles[file] = self._open_files.enter_context(opened)
+        return self._handles[file]
 
-    def _index(self) -> dict[str, str]:
-        """The file that holds each tensor; names get the family's base where the file leaves it out."""
-        index = self.folder / INDEX
-        if (self.folder / SINGLE).is_file():
-            place = dict.fromkeys(self._handle(SINGLE).keys(), SINGLE)
+    def _locate_tensors(self) -> tuple[dict[str, str], dict[str, str]]:
+        """Return each tensor's name in its file, and the file, by its full name.
+
+        A full name begins with the family's base, which some files omit.
+        """
+        index = self.folder / INDEX_FILE
+        if (self.folder / SINGLE_FILE).is_file():
+            files = dict.fromkeys(self._open_file(SINGLE_FILE).keys(), SINGLE_FILE)
         elif index.is_file():
-            place = _read_index(index)
-            for file in sorted(set(place.values())):
-                if not (self.folder / file).is_file():
-                    raise CheckpointError(f"{index} names {file}, which is not there: get it again")
-            for name, file in place.items():
-                if name not in self._handle(file).keys():  # noqa: SIM118  no mapping
-                    raise CheckpointError(f"{index}: {name} is not in {file}: get both again")
+            files = _read_index(index)
+            self._check_index(index, files)
         else:
             raise CheckpointError(
-                f"{self.folder} holds neither {SINGLE} nor {INDEX}: point to a model's folder"
+                f"{self.folder} has neither {SINGLE_FILE} nor {INDEX_FILE}: point to a model's folder"
             )
-        base, output = self.family.base, self.family.output
-        named = any(name.startswith(base) for name in place)
-        self._stored = {name if named or name == output else base + name: name for name in place}
-        return {name: place[stored] for name, stored in self._stored.items()}
+
+        base = self.family.base
+        output = self.family.output
+        has_base = any(name.startswith(base) for name in files)
+        names = {name if has_base or name == output else base + name: name for name in files}
+        return names, {full_name: files[name] for full_name, name in names.items()}
+
+    def _check_index(self, index: Path, files: Mapping[str, str]) -> None:
+        for file in sorted(set(files.values())):
+            if not (self.folder / file).is_file():
+                raise CheckpointError(f"{index} names {file}, which is missing: download it again")
+        for name, file in files.items():
+            if name not in self._open_file(file).keys():  # noqa: SIM118  not a mapping
+                raise CheckpointError(f"{index}: {name} is not in {file}: download both again")
 
     def _check(self, architecture: Architecture) -> None:
         assert architecture.num_embeddings is not None
-        wanted = tensor_shapes(self.family, architecture, architecture.num_embeddings)
-        missing = [name for name in wanted if name not in self._place]
+        expected = tensor_shapes(self.family, architecture, architecture.num_embeddings)
+        missing = [name for name in expected if name not in self._files]
         if missing:
             raise CheckpointError(
-                f"{self.folder}: {len(missing)} tensors that config.json asks for are not there, the first "
-                f"{missing[0]}: get the folder again"
+                f"{self.folder}: {len(missing)} tensors of the model in config.json are missing, the first is "
+                f"{missing[0]}: download the folder again"
             )
-        ends = (
-            *self.family.left_over,
-            *((self.family.output,) if architecture.tie_embeddings else ()),
-        )
-        unknown = [name for name in self._place if name not in wanted and not name.endswith(ends)]
+
+        # Files of a model with tied embeddings may hold the output matrix nevertheless.
+        tied = (self.family.output,) if architecture.tie_embeddings else ()
+        ignored = (*self.family.unused_suffixes, *tied)
+        unknown = [
+            name for name in self._files if name not in expected and not name.endswith(ignored)
+        ]
         if unknown:
             raise CheckpointError(
-                f"{self.folder}: {len(unknown)} tensors are not what config.json describes, the first {unknown[0]}"
+                f"{self.folder}: {len(unknown)} tensors do not belong to the model in config.json, the first is "
+                f"{unknown[0]}: weights and config.json belong to different models"
             )
-        for name, shape in wanted.items():
-            found = tuple(self._slice(name).get_shape())
+
+        for name, shape in expected.items():
+            found = tuple(self._open_slice(name).get_shape())
             if found != shape:
                 raise CheckpointError(
-                    f"{self.folder}: {name} has shape {found}, config.json makes it {shape}: "
-                    "one of them belongs to another model"
+                    f"{self.folder}: {name} has shape {found}, but {shape} according to config.json: "
+                    "weights and config.json belong to different models"
                 )
 
 
 def _read_index(file: Path) -> dict[str, str]:
     try:
-        places: Mapping[str, str] = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-        return dict(places)
+        files: Mapping[str, str] = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        return dict(files)
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file}: is no index of shards: {error}") from None
+        raise CheckpointError(f"{file} is not an index of shards: {error}") from None

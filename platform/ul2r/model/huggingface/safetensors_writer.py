@@ -1,4 +1,4 @@
-"""Tensors as files of safetensors, streamed: no file is ever in memory, nor, as a rule, a tensor."""
+"""Streamed writing of safetensors: no file is ever in memory, nor, usually, a whole tensor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ul2r.model.huggingface.safetensors_reader import INDEX, SINGLE
+from ul2r.model.huggingface.safetensors_reader import INDEX_FILE, SINGLE_FILE
 
 DTYPES = {
     torch.float64: "F64",
@@ -22,32 +22,32 @@ DTYPES = {
     torch.float16: "F16",
 }
 """Names of the format."""
-FILES_AT_ONCE = 4
-"""Each is written by a thread of its own."""
+NUM_THREADS = 4
+"""Files written at the same time."""
 
 
 @dataclass(frozen=True)
 class StreamedTensor:
-    """A tensor of which a part is in memory at a time.
+    """Tensor that is produced block by block.
 
     Attributes:
-        shape: Of the whole.
-        dtype: Of the whole.
-        blocks: Gives its rows, some at a time.
+        shape: Shape of the whole tensor.
+        dtype: Its dtype.
+        read_blocks: Returns its rows in blocks.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    blocks: Callable[[], Iterable[Tensor]]
+    read_blocks: Callable[[], Iterable[Tensor]]
 
     @classmethod
     def of(cls, tensor: Tensor) -> Self:
-        """One that is in memory."""
+        """Wrap a tensor in memory."""
         return cls(tuple(tensor.shape), tensor.dtype, lambda: [tensor])
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole."""
+        """Bytes of the whole tensor."""
         return prod(self.shape) * self.dtype.itemsize
 
 
@@ -55,25 +55,28 @@ def write_weights(folder: Path, tensors: Mapping[str, StreamedTensor], shard_byt
     """Write one file, or several and their index.
 
     Args:
-        folder: Where they go.
-        tensors: By name, in the order of the files.
-        shard_bytes: What a file holds at most, unless a tensor alone is larger.
+        folder: Destination.
+        tensors: Tensors by name, in the order of the files.
+        shard_bytes: Largest size of a file, exceeded only by a single larger tensor.
     """
-    shards = _shards(tensors, shard_bytes)
+    shards = _split_into_shards(tensors, shard_bytes)
     count = len(shards)
-    names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    files = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     if count == 1:
-        names = [SINGLE]
-    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-        list(pool.map(_write_file, [folder / name for name in names], shards))
+        files = [SINGLE_FILE]
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        list(pool.map(_write_file, [folder / file for file in files], shards))  # raises errors
+
     if count > 1:
         total = sum(tensor.nbytes for tensor in tensors.values())
-        places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": places}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        weight_map = {
+            name: file for file, shard in zip(files, shards, strict=True) for name in shard
+        }
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _shards(
+def _split_into_shards(
     tensors: Mapping[str, StreamedTensor], shard_bytes: int
 ) -> list[dict[str, StreamedTensor]]:
     shards: list[dict[str, StreamedTensor]] = [{}]
@@ -88,23 +91,27 @@ def _shards(
 
 
 def _write_file(path: Path, tensors: Mapping[str, StreamedTensor]) -> None:
-    """Header first, since shapes and types are known, then block after block."""
-    ordered = sorted(tensors.items(), key=lambda one: -one[1].dtype.itemsize)  # so all are aligned
+    """Write the header, which shapes and dtypes determine, then block after block."""
+    # Widest dtype first, so that every tensor is aligned to its element size.
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in ordered:
-        begin, end = end, end + tensor.nbytes
+        begin = end
+        end += tensor.nbytes
         header[name] = {
             "dtype": DTYPES[tensor.dtype],
             "shape": tensor.shape,
             "data_offsets": (begin, end),
         }
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # the data that follows is aligned to 8 bytes
+
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        start = file.tell()
+        data_start = file.tell()
         for name, tensor in ordered:
-            for block in tensor.blocks():
+            for block in tensor.read_blocks():
+                # numpy has no bfloat16, so blocks are written as bytes.
                 file.write(block.contiguous().flatten().view(torch.uint8).numpy().data)
-            assert file.tell() == start + header[name]["data_offsets"][1], name
+            assert file.tell() == data_start + header[name]["data_offsets"][1], name
