@@ -1,4 +1,4 @@
-"""Progress as a person reads it: in a log, and on a terminal (a real pseudo-terminal here)."""
+"""Progress as people read it: in a log, and on a terminal (a real pseudo-terminal here)."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ul2r import console
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time that `console` sees, in seconds, as the one element of a list."""
+    """Control the time that `console` sees: the only element of the list, in seconds."""
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     return now
 
 
-def test_log_shows_share_counts_rate_and_time_left(
+def test_log_shows_percentage_counts_rate_and_time_left(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with console.show_progress("train", 400, "tokens") as bar:
@@ -33,7 +33,7 @@ def test_log_shows_share_counts_rate_and_time_left(
     )
 
 
-def test_log_of_a_resumed_phase_counts_only_its_own_work(
+def test_rate_of_a_resumed_run_counts_only_its_own_work(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with console.show_progress("train", 400, "tokens", completed=300) as bar:
@@ -44,7 +44,7 @@ def test_log_of_a_resumed_phase_counts_only_its_own_work(
     assert "40 s left" in line
 
 
-def test_log_is_sparse_and_always_has_the_end(
+def test_log_has_few_lines_and_always_the_last(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with console.show_progress("train", 100, "rows") as bar:
@@ -56,14 +56,14 @@ def test_log_is_sparse_and_always_has_the_end(
     assert lines[-1].startswith("train  100%  100/100 rows")
 
 
-def test_log_shows_the_end_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_log_shows_the_end_only_once(capsys: pytest.CaptureFixture[str]) -> None:
     with console.show_progress("train", 10, "rows") as bar:
         for _ in range(3):
             bar.update(10)
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_log_before_any_work_knows_no_rate(capsys: pytest.CaptureFixture[str]) -> None:
+def test_log_shows_starting_before_any_work_is_done(capsys: pytest.CaptureFixture[str]) -> None:
     with console.show_progress("prepare", 10, "files") as bar:
         bar.update(0)
     assert "starting" in capsys.readouterr().err
@@ -73,7 +73,9 @@ def test_log_before_any_work_knows_no_rate(capsys: pytest.CaptureFixture[str]) -
     ("completed", "shown"),
     [(7, "7/"), (9_999, "9999/"), (10_000, "10.0k/"), (2_500_000, "2.5M/"), (3e9, "3.0G/")],
 )
-def test_counts_are_short(completed: float, shown: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_counts_are_abbreviated(
+    completed: float, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with console.show_progress("x", 1e10, "tokens") as bar:
         bar.update(completed)
     assert shown in capsys.readouterr().err
@@ -85,25 +87,27 @@ def test_terminal_shows_a_bar_with_rate_and_note() -> None:
         "with show_progress('train', 8, 'rows', completed=2) as bar:\n"
         "    bar.update(8, 'loss 1.5')\n"
     )
-    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", _on_a_terminal([sys.executable, "-c", script]))
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", _run_on_terminal([sys.executable, "-c", script]))
     assert re.search(r"train +━+ 8/8 rows +\S+ rows/s +loss 1\.5 +0:00:00", shown), shown
 
 
-def _on_a_terminal(command: list[str]) -> str:
-    """What `command` writes when stdout and stderr are a terminal 120 columns wide."""
-    ours, theirs = pty.openpty()
+def _run_on_terminal(command: list[str]) -> str:
+    """Return the output of `command` if stdout and stderr are a terminal of 120 columns."""
+    controller, terminal = pty.openpty()
     environment = os.environ | {"COLUMNS": "120", "TERM": "xterm"}
-    with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment) as process:
-        os.close(theirs)
+    with subprocess.Popen(command, stdout=terminal, stderr=terminal, env=environment) as process:
+        os.close(terminal)
         written = b""
         while True:
             try:
-                part = os.read(ours, 4096)
-            except OSError:  # Linux's way of saying that the other end is closed
+                part = os.read(controller, 4096)
+            except (
+                OSError
+            ):  # Linux reports a closed terminal as an error, not as the end of the file
                 break
             if not part:
                 break
             written += part
-    os.close(ours)
+    os.close(controller)
     assert process.returncode == 0, written.decode()
     return written.decode()

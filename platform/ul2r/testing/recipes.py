@@ -1,4 +1,4 @@
-"""A recipe small enough to train in a test."""
+"""A recipe that is small enough to train in a test."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ GEMMA_3 = {
     "sliding_window_pattern": 2,
     "local_rope_theta": 500,
 }
-"""Changes that make the model of a `tiny_recipe` a Gemma 3."""
+"""Model settings that turn a `tiny_recipe` into a Gemma 3."""
 
 
 def tiny_recipe(storage: Path, **changes: Any) -> Recipe:  # noqa: ANN401  values of a recipe
-    """A 4-layer model on rows of 64 tokens for 6 steps, over a `make_tiny_store` in `storage`/store.
+    """Return a recipe of a 4-layer model on rows of 64 tokens for 6 steps, over a `make_tiny_store` in `storage`/store.
 
     Args:
         storage: The recipe's storage.
-        changes: Sections to lay over it, such as `training={"steps": 2}`.
+        changes: Sections to change, such as `training={"steps": 2}`, merged key by key; or other keys of a recipe.
     """
     tree: dict[str, Any] = {
         "name": "tiny",
@@ -49,6 +49,6 @@ def tiny_recipe(storage: Path, **changes: Any) -> Recipe:  # noqa: ANN401  value
     }
     for section, values in changes.items():
         old = tree.get(section)
-        both = isinstance(old, dict) and isinstance(values, dict)
-        tree[section] = {**(old or {}), **values} if both else values
+        are_groups = isinstance(old, dict) and isinstance(values, dict)
+        tree[section] = {**(old or {}), **values} if are_groups else values
     return Recipe.model_validate(tree)
