@@ -184,7 +184,7 @@ def test_store_that_is_made_anew_under_a_run_ends_it_in_one_line(
     make_tiny_store(tmp_path / "anew", num_documents=150, num_sentinels=256, vocabulary_size=1024)
     run.storage_paths.store.rename(tmp_path / "old")
     (tmp_path / "anew").rename(run.storage_paths.store)
-    with pytest.raises(CorpusError, match="was made anew while a run reads it") as raised:
+    with pytest.raises(CorpusError, match="was replaced while a run reads it") as raised:
         list(rows)
     assert "\n" not in str(raised.value)
 

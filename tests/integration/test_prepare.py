@@ -186,10 +186,10 @@ def test_a_finished_store_is_not_made_again(three_cpus: Recipe, tmp_path: Path) 
     [
         (
             {"held_out_fraction": 0.1},
-            "was made with data.held_out_fraction=0.03, the recipe says 0.1",
+            "made with data.held_out_fraction=0.03, the recipe has 0.1",
         ),
-        ({"vocabulary_size": 512}, "data.vocabulary_size=4096, the recipe says 512"),
-        ({"num_sentinels": 65}, "data.num_sentinels=64, the recipe says 65"),
+        ({"vocabulary_size": 512}, "data.vocabulary_size=4096, the recipe has 512"),
+        ({"num_sentinels": 65}, "data.num_sentinels=64, the recipe has 65"),
         ({"corpus": [str(ROOT / "README.md")]}, "was made of data.corpus=['stdlib'], the recipe"),
     ],
 )
@@ -243,7 +243,7 @@ def test_a_mistake_that_a_task_finds_is_one_line(text: Recipe, tmp_path: Path) -
 def test_storage_that_is_a_file_is_refused(connection: None, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     recipe = tiny_recipe(tmp_path / "file", data={"corpus": [str(ROOT / "README.md")]})
-    with pytest.raises(RecipeError, match=r"storage=.*: cannot be written"):
+    with pytest.raises(RecipeError, match=r"storage=.*: not writable"):
         prepare(recipe)
 
 
@@ -264,8 +264,8 @@ def test_a_cluster_that_is_too_small_is_named(
     ("files", "reason"),
     [
         ({}, "texts: no such file or folder"),
-        ({"picture.png": b"x"}, "in this folder"),
-        ({"empty.txt": b"", "more.txt": b""}, "the corpus holds no text"),
+        ({"picture.png": b"x"}, "this folder has no"),
+        ({"empty.txt": b"", "more.txt": b""}, "the corpus has no text"),
         ({"a.txt": b"fine\n", "b.txt": b"one\ntwo\nthr\xe9e\n"}, "b.txt: line 3: not UTF-8 text"),
         ({"a.jsonl": b'{"text": "a"}\n{"text": \n'}, "a.jsonl: line 2: not JSON"),
     ],

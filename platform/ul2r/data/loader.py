@@ -2,7 +2,7 @@
 
 A data set is a list of blocks; block (chunk, replica) holds one replica's rows of a chunk of successive batches:
 
-    batches      0       1 2       3 4 5 6        ...        chunks double up to MAX_BLOCK_BYTES: the first is ready soon
+    batches      0       1 2       3 4 5 6        ...       chunks double up to MAX_BLOCK_BYTES: the first is ready soon
     blocks     (0,0)    (1,0)       (2,0)                    to replica 0
                (0,1)    (1,1)       (2,1)                    to replica 1
 

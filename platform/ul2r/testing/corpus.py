@@ -83,10 +83,11 @@ def make_tiny_store(
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as texts_folder:
         texts = write_texts(Path(texts_folder), num_documents, num_sentences, seed)
-        if tokenizer:
-            loaded = load_tokenizer(tokenizer)
-        else:
-            loaded = train_tokenizer(texts, vocabulary_size, num_sentinels)
+        loaded = (
+            load_tokenizer(tokenizer)
+            if tokenizer
+            else train_tokenizer(texts, vocabulary_size, num_sentinels)
+        )
         loaded.save(str(folder / TOKENIZER_FILE))
 
         vocabulary = build_vocabulary(loaded)

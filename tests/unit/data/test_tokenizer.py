@@ -1,4 +1,4 @@
-"""Tokenizers: lossless, deaf to special tokens in text, and the same every time."""
+"""Tokenizers: lossless, reproducible, and never encoding text as special tokens."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def tokenizer() -> Tokenizer:
     return train_tokenizer(TEXTS, vocabulary_size=400, num_sentinels=20)
 
 
-def _without_special_tokens(tokenizer: Tokenizer, first_id: int = 0) -> Tokenizer:
-    """The same bytes and merges alone, numbered from `first_id`."""
+def remove_special_tokens(tokenizer: Tokenizer, first_id: int = 0) -> Tokenizer:
+    """Return a tokenizer with the same bytes and merges only, numbered from `first_id`."""
     tree = json.loads(tokenizer.to_str())
     tree["added_tokens"] = []
     entries = [text for text in tree["model"]["vocab"] if text not in SPECIAL]
@@ -41,25 +41,25 @@ def _without_special_tokens(tokenizer: Tokenizer, first_id: int = 0) -> Tokenize
 
 @pytest.fixture
 def given_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> Path:
-    """Somebody else's: with an eos of its own, truncation, padding, and a token put in front of each text."""
-    theirs = _without_special_tokens(tokenizer)
-    theirs.add_special_tokens(["<s>", "<|endoftext|>"])
-    theirs.enable_truncation(4)
-    theirs.enable_padding(length=4)
-    theirs.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", theirs.token_to_id("<s>"))]
+    """A third-party tokenizer with its own eos, truncation, padding, and a token before each text."""
+    tokenizer = remove_special_tokens(tokenizer)
+    tokenizer.add_special_tokens(["<s>", "<|endoftext|>"])
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=4)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )
-    theirs.save(str(tmp_path / "tokenizer.json"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
     return tmp_path / "tokenizer.json"
 
 
-def _decoded(tokenizer: Tokenizer, text: str) -> str:
+def round_trip(tokenizer: Tokenizer, text: str) -> str:
     return str(tokenizer.decode(encode(tokenizer, text).tolist()))
 
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
-def test_any_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
-    assert _decoded(tokenizer, text) == text
+def test_any_text_survives_a_round_trip(tokenizer: Tokenizer, text: str) -> None:
+    assert round_trip(tokenizer, text) == text
 
 
 @given(
@@ -67,10 +67,10 @@ def test_any_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
         "".join
     )
 )
-def test_text_that_looks_special_is_plain_text(tokenizer: Tokenizer, text: str) -> None:
+def test_text_that_looks_like_special_tokens_is_plain_text(tokenizer: Tokenizer, text: str) -> None:
     ids = encode(tokenizer, text)
     assert not set(ids.tolist()) & set(range(len(SPECIAL)))
-    assert _decoded(tokenizer, text) == text
+    assert round_trip(tokenizer, text) == text
 
 
 def test_special_tokens_stay_text_after_loading(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_special_tokens_stay_text_after_loading(tokenizer: Tokenizer, tmp_path: 
     assert min(encode(loaded, text)) >= len(SPECIAL)
 
 
-def test_special_tokens_come_first_in_their_order(tokenizer: Tokenizer) -> None:
+def test_special_tokens_have_the_first_ids(tokenizer: Tokenizer) -> None:
     assert [tokenizer.id_to_token(n) for n in range(len(SPECIAL))] == SPECIAL
     vocabulary = build_vocabulary(tokenizer)
     assert vocabulary.size == len(tokenizer.get_vocab())
@@ -110,15 +110,14 @@ def test_frequent_words_become_one_token(tokenizer: Tokenizer) -> None:
     assert len(encode(tokenizer, " width")) == 1
 
 
-def test_a_vocabulary_without_room_for_all_bytes_is_refused() -> None:
+def test_vocabulary_too_small_for_all_bytes_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"vocabulary_size=279 .* need 280"):
         train_tokenizer(TEXTS, vocabulary_size=279, num_sentinels=20)
-    assert (
-        build_vocabulary(train_tokenizer(TEXTS, vocabulary_size=280, num_sentinels=20)).size == 280
-    )
+    smallest = train_tokenizer(TEXTS, vocabulary_size=280, num_sentinels=20)
+    assert build_vocabulary(smallest).size == 280
 
 
-def test_a_given_tokenizer_keeps_its_ids_and_gets_what_it_lacks(given_tokenizer: Path) -> None:
+def test_given_tokenizer_keeps_its_ids_and_gets_missing_tokens(given_tokenizer: Path) -> None:
     before = Tokenizer.from_file(str(given_tokenizer)).get_vocab()
     tokenizer = load_tokenizer(given_tokenizer)
     add_special_tokens(tokenizer, num_sentinels=5)
@@ -130,32 +129,32 @@ def test_a_given_tokenizer_keeps_its_ids_and_gets_what_it_lacks(given_tokenizer:
     assert vocabulary.size == max(before.values()) + 9
 
 
-def test_a_given_tokenizer_neither_cuts_nor_pads_nor_frames(given_tokenizer: Path) -> None:
+def test_given_tokenizer_neither_truncates_nor_pads_nor_adds_tokens(given_tokenizer: Path) -> None:
     tokenizer = load_tokenizer(given_tokenizer)
     text = "The river sees <s> the sea and 12 more <|endoftext|>"
-    assert _decoded(tokenizer, text) == text
+    assert round_trip(tokenizer, text) == text
     assert len(encode(tokenizer, "a")) == 1
 
 
-def test_special_tokens_that_are_there_already_are_kept(tokenizer: Tokenizer) -> None:
+def test_existing_special_tokens_are_kept(tokenizer: Tokenizer) -> None:
     again = Tokenizer.from_str(tokenizer.to_str())
     again.encode_special_tokens = True
     add_special_tokens(again, num_sentinels=20)
     assert again.get_vocab() == tokenizer.get_vocab()
 
 
-def test_a_tokenizer_whose_ids_have_gaps_is_refused(tokenizer: Tokenizer) -> None:
-    gapped = _without_special_tokens(tokenizer, first_id=7)
+def test_tokenizer_with_gaps_in_its_ids_is_refused(tokenizer: Tokenizer) -> None:
+    with_gaps = remove_special_tokens(tokenizer, first_id=7)
     with pytest.raises(CorpusError, match="ids have gaps"):
-        add_special_tokens(gapped, num_sentinels=9)
+        add_special_tokens(with_gaps, num_sentinels=9)
 
 
-def test_a_tokenizer_that_makes_special_tokens_of_text_is_refused() -> None:
+def test_tokenizer_that_encodes_text_as_special_tokens_is_refused() -> None:
     words = {"[UNK]": 0, "<eos>": 1, "[S2S]": 2, "a": 3}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.encode_special_tokens = True
-    with pytest.raises(CorpusError, match=r"makes the special token .* out of plain text"):
+    with pytest.raises(CorpusError, match=r"encodes plain text as the special token"):
         add_special_tokens(tokenizer, num_sentinels=1)
 
 
@@ -165,11 +164,11 @@ def test_missing_special_tokens_are_named() -> None:
         build_vocabulary(tokenizer)
 
 
-def test_files_that_hold_no_tokenizer_are_refused(tmp_path: Path) -> None:
+def test_files_that_are_not_tokenizers_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"model": 3}')
     (tmp_path / "b.json").write_bytes(b"\xff\xfe")
     for name, reason in (
-        ("a.json", "is not a Hugging Face tokenizer"),
+        ("a.json", "not a Hugging Face tokenizer"),
         ("b.json", "not UTF-8"),
         ("c.json", "No such file"),
         (".", "is a folder"),
@@ -178,23 +177,19 @@ def test_files_that_hold_no_tokenizer_are_refused(tmp_path: Path) -> None:
             load_tokenizer(tmp_path / name)
 
 
-def test_modes_as_text_are_pieces_of_their_names_and_take_no_entries() -> None:
+def test_modes_as_text_are_encoded_names_without_entries() -> None:
     tokenizer = train_tokenizer(TEXTS, vocabulary_size=400, num_sentinels=20, mode_tokens="text")
     assert not {"[S2S]", "[NLU]", "[NLG]"} & set(tokenizer.get_vocab())
     vocabulary = build_vocabulary(tokenizer, "text")
     for mode, tokens in vocabulary.modes.items():
         assert tokenizer.decode(list(tokens)) == f"[{mode}]"
-        assert encode(tokenizer, f"[{mode}]").tolist() == list(tokens), "a document may hold it"
+        assert encode(tokenizer, f"[{mode}]").tolist() == list(tokens), "a document may contain it"
     assert vocabulary.non_text_ids == set(vocabulary.sentinels)
-    assert (
-        train_tokenizer(
-            TEXTS, vocabulary_size=277, num_sentinels=20, mode_tokens="text"
-        ).get_vocab_size()
-        == 277
-    )
+    smallest = train_tokenizer(TEXTS, vocabulary_size=277, num_sentinels=20, mode_tokens="text")
+    assert smallest.get_vocab_size() == 277
 
 
-def test_modes_as_text_leave_a_given_tokenizer_without_mode_tokens(given_tokenizer: Path) -> None:
+def test_modes_as_text_add_no_mode_tokens_to_a_given_tokenizer(given_tokenizer: Path) -> None:
     tokenizer = load_tokenizer(given_tokenizer)
     add_special_tokens(tokenizer, num_sentinels=5, mode_tokens="text")
     assert tokenizer.token_to_id("[S2S]") is None

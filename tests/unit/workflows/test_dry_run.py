@@ -161,7 +161,7 @@ def test_ray_is_not_started(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_damaged_store_is_not_taken_for_a_missing_one(tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
-    with pytest.raises(CorpusError, match="is in the way of a token store"):
+    with pytest.raises(CorpusError, match="not a token store"):
         dry_run(tiny_recipe(tmp_path))
 
 

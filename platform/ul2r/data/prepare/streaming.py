@@ -125,10 +125,9 @@ class StreamingStoreBuilder:
         return num_tokens * self.held_out_fraction >= MIN_HELD_OUT_TOKENS
 
     def _merge_segment(self, shards: Sequence[int], manifest: Manifest | None) -> Manifest:
-        if manifest is None:
-            merged = self._merge_first(shards)
-        else:
-            merged = self._merge_next(shards, manifest)
+        merged = (
+            self._merge_first(shards) if manifest is None else self._merge_next(shards, manifest)
+        )
 
         # Only now: should this be interrupted before, the manifest does not count the shards as merged.
         for number in shards:

@@ -14,7 +14,7 @@ from ul2r.data.store.segments import SegmentedStore
 from ul2r.objective.randomness import Purpose
 
 SEGMENT_BITS = 8
-"""Bits of a segment's number in the `source` that its windows are shuffled by; the store's number in a blend is above."""
+"""Bits of the segment's number in the `source` that shuffles its windows; the store's number in a blend is above."""
 
 
 class StreamingWindows:

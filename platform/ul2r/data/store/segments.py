@@ -69,8 +69,8 @@ class SegmentedStore(MergedStores):
                 last_attended = time.monotonic()
             elif time.monotonic() > last_attended + BUILDER_TIMEOUT_S:
                 raise CorpusError(
-                    f"{self.folder}: has {self._num_segments} segments, the next one is needed and no process builds "
-                    "it: run jobs/prepare.py RECIPE to finish the store, or jobs/train.py RECIPE again"
+                    f"{self.folder}: segment {self._num_segments} is needed, but no process builds it: run "
+                    "jobs/prepare.py RECIPE to finish the store, or jobs/train.py RECIPE again"
                 )
             if not self.is_complete and self._num_segments == known:
                 time.sleep(POLL_S)

@@ -167,7 +167,7 @@ def test_a_corpus_of_one_document_is_refused(
 def test_a_corpus_without_text_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     for number in range(3):
         (tmp_path / f"{number}.txt").touch()
-    with pytest.raises(CorpusError, match="the corpus holds no text"):
+    with pytest.raises(CorpusError, match="the corpus has no text"):
         _store(tmp_path / "store", group_files(find_files([str(tmp_path)])), tokenizer)
 
 

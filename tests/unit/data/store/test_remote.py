@@ -1,3 +1,5 @@
+"""Remote stores, served over HTTP by a thread of the test."""
+
 from __future__ import annotations
 
 import functools
@@ -6,7 +8,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,36 +23,41 @@ from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.recipes import tiny_recipe
 
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    """Serves files and notes what was asked for."""
+class RecordingHandler(http.server.SimpleHTTPRequestHandler):
+    """Serves files and records the requested paths."""
 
-    asked: list[str]
+    requests: list[str]
 
     def do_GET(self) -> None:
-        self.asked.append(self.path)
+        self.requests.append(self.path)
         super().do_GET()
 
     def log_message(self, *_: object) -> None: ...
 
 
-class Elsewhere:
-    """A folder that another machine serves over HTTP."""
+@dataclass(frozen=True)
+class RemoteStore:
+    """A store that is served over HTTP."""
 
-    def __init__(self, folder: Path, url: str, asked: list[str]) -> None:
-        self.folder, self.url, self.asked = folder, url, asked
+    folder: Path
+    url: str
+    requests: list[str]
 
 
 @pytest.fixture
-def elsewhere(tmp_path: Path) -> Iterator[Elsewhere]:
-    folder, asked = tmp_path / "elsewhere", list[str]()
-    make_tiny_store(folder / "store")
-    handler = type("Handler", (Quiet,), {"asked": asked})
+def remote(tmp_path: Path) -> Iterator[RemoteStore]:
+    root = tmp_path / "remote"
+    requests: list[str] = []
+    make_tiny_store(root / "store")
+    handler = type("Handler", (RecordingHandler,), {"requests": requests})
     server = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), functools.partial(handler, directory=str(folder))
+        ("127.0.0.1", 0), functools.partial(handler, directory=str(root))
     )
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield Elsewhere(folder, f"http://127.0.0.1:{server.server_port}/store", asked)
+
+    yield RemoteStore(root / "store", f"http://127.0.0.1:{server.server_port}/store", requests)
+
     server.shutdown()
     thread.join()
     server.server_close()
@@ -62,72 +69,70 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_store_elsewhere_is_fetched_once_and_is_the_same(elsewhere: Elsewhere, cache: Path) -> None:
-    folder = fetch_store(elsewhere.url)
+def test_remote_store_is_downloaded_once(remote: RemoteStore, cache: Path) -> None:
+    folder = fetch_store(remote.url)
     assert folder.parent == cache
-    fetched, theirs = open_dataset(folder), open_dataset(elsewhere.folder / "store")
-    assert fetched.manifest == theirs.manifest
-    ours, original = (one.train[0].store.read_tokens(0, 10**5) for one in (fetched, theirs))
-    assert np.array_equal(ours, original)
-    asked = len(elsewhere.asked)
-    assert fetch_store(elsewhere.url, theirs.manifest.fingerprint) == folder
-    assert len(elsewhere.asked) == asked, "one that is known by its fingerprint is not asked for"
-    assert fetch_store(elsewhere.url) == folder
-    assert elsewhere.asked[asked:] == ["/store/manifest.json"]
-    assert [path for path in cache.iterdir() if path.is_dir()] == [folder], (
-        "nothing half-fetched stays"
+    fetched = open_dataset(folder)
+    original = open_dataset(remote.folder)
+    assert fetched.manifest == original.manifest
+    fetched_tokens, original_tokens = (
+        dataset.train[0].store.read_tokens(0, 10**5) for dataset in (fetched, original)
     )
+    assert np.array_equal(fetched_tokens, original_tokens)
+
+    num_requests = len(remote.requests)
+    assert fetch_store(remote.url, original.manifest.fingerprint) == folder
+    assert len(remote.requests) == num_requests, "a known fingerprint needs no request"
+    assert fetch_store(remote.url) == folder
+    assert remote.requests[num_requests:] == ["/store/manifest.json"]
+    assert [path for path in cache.iterdir() if path.is_dir()] == [folder], "no partial downloads"
 
 
-def test_workers_of_one_machine_fetch_a_store_once(elsewhere: Elsewhere, cache: Path) -> None:
+def test_concurrent_processes_download_a_store_once(remote: RemoteStore, cache: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
-        folders = set(pool.map(fetch_store, [elsewhere.url] * 4))
+        folders = set(pool.map(fetch_store, [remote.url] * 4))
     assert len(folders) == 1
-    assert elsewhere.asked.count("/store/manifest.json") == 4
-    assert elsewhere.asked.count("/store/train.bin") == 1
+    assert remote.requests.count("/store/manifest.json") == 4
+    assert remote.requests.count("/store/train.bin") == 1
 
 
-def test_folder_of_this_machine_is_used_where_it_is(tmp_path: Path, cache: Path) -> None:
+def test_local_folder_is_used_in_place(tmp_path: Path, cache: Path) -> None:
     assert fetch_store(str(tmp_path)) == tmp_path
     assert not cache.exists()
 
 
-def test_run_on_a_store_elsewhere_goes_on_when_its_host_is_gone(
-    elsewhere: Elsewhere, cache: Path, tmp_path: Path
+def test_cached_store_is_used_when_its_host_is_gone(
+    remote: RemoteStore, cache: Path, tmp_path: Path
 ) -> None:
-    blend = [{"store": elsewhere.url, "weight": 1.0}]
+    blend = [{"store": remote.url, "weight": 1.0}]
     recipe = tiny_recipe(tmp_path / "run", data={"blend": blend})
     prepare(recipe)
-    shutil.rmtree(elsewhere.folder)
+    shutil.rmtree(remote.folder)
+
     dataset = open_dataset(recipe.storage_paths.store)
     assert len(dataset.train[0].store) == dataset.manifest.train.num_tokens
-    with pytest.raises(CorpusError, match=r"http://.*/store/manifest\.json: not there"):
+    with pytest.raises(CorpusError, match=r"http://.*/store/manifest\.json: not found"):
         load_finished(recipe)
 
 
-def test_store_that_is_not_complete_elsewhere_is_refused(elsewhere: Elsewhere, cache: Path) -> None:
-    folder = elsewhere.folder / "store"
-    replace(Manifest.read(folder), is_complete=False).write(folder)
-    with pytest.raises(CorpusError, match=r"http://.*/store: is not complete yet"):
-        fetch_store(elsewhere.url)
-    assert list(cache.iterdir()) == []
+def test_incomplete_remote_store_is_refused(remote: RemoteStore, cache: Path) -> None:
+    replace(Manifest.read(remote.folder), is_complete=False).write(remote.folder)
+    with pytest.raises(CorpusError, match=r"http://.*/store: not complete yet"):
+        fetch_store(remote.url)
+    assert not cache.exists()
 
 
-def test_store_that_changed_elsewhere_is_refused(
-    elsewhere: Elsewhere, cache: Path, tmp_path: Path
-) -> None:
-    recipe = tiny_recipe(
-        tmp_path / "run", data={"blend": [{"store": elsewhere.url, "weight": 1.0}]}
-    )
+def test_replaced_remote_store_is_refused(remote: RemoteStore, cache: Path, tmp_path: Path) -> None:
+    blend = [{"store": remote.url, "weight": 1.0}]
+    recipe = tiny_recipe(tmp_path / "run", data={"blend": blend})
     prepare(recipe)
-    shutil.rmtree(elsewhere.folder / "store")
-    make_tiny_store(elsewhere.folder / "store", seed=1)
-    with pytest.raises(
-        CorpusError, match=r"was made with data\.blend=http://.*, the recipe says data"
-    ):
+    shutil.rmtree(remote.folder)
+    make_tiny_store(remote.folder, seed=1)
+
+    with pytest.raises(CorpusError, match=r"made with data\.blend=http://.*, the recipe has data"):
         load_finished(recipe)
     shutil.rmtree(cache)
-    with pytest.raises(CorpusError, match="was made anew since"):
+    with pytest.raises(CorpusError, match="was replaced after"):
         open_dataset(recipe.storage_paths.store)
 
 
@@ -136,16 +141,16 @@ def test_store_that_changed_elsewhere_is_refused(
     [
         (
             "nowhere://bucket/store",
-            r"nowhere://bucket/store/manifest\.json: cannot be fetched: Protocol",
+            r"nowhere://bucket/store/manifest\.json: download failed: Protocol",
         ),
         (
             "http://127.0.0.1:9/store",
-            r"http://127\.0\.0\.1:9/store/manifest\.json: cannot be fetched",
+            r"http://127\.0\.0\.1:9/store/manifest\.json: download failed",
         ),
-        ("memory://none/store", r"memory://none/store/manifest\.json: not there"),
+        ("memory://none/store", r"memory://none/store/manifest\.json: not found"),
     ],
 )
-def test_store_that_cannot_be_fetched_is_named(url: str, message: str, cache: Path) -> None:
+def test_failed_download_names_the_file(url: str, message: str, cache: Path) -> None:
     with pytest.raises(CorpusError, match=message):
         fetch_store(url)
-    assert list(cache.iterdir()) == []
+    assert not cache.exists()
