@@ -3,11 +3,11 @@
     python jobs/train.py RECIPE [--set training.steps=100] [--dry-run]
     torchrun --nproc-per-node 8 jobs/train.py RECIPE
 
-Trains the recipe's model on its objective with Ray Train, from initial weights or from `base`. Stopped and
-run again, it goes on from the last sound checkpoint; a finished run is left as it is. SIGTERM lets it save after the
-running step and end with exit code 130 (torchrun's own is 1); a second one stops it at once, as Ctrl-C does. With
---dry-run nothing is started: the run is checked, and its parameters, memory, FLOPs and expected time are printed.
-Started by torchrun it needs no Ray, and is the same run.
+Trains the recipe's model on its objective with Ray Train, from initial weights or from `base`. Run again after it was
+stopped, it resumes from the last valid checkpoint; a finished run is left as it is. On SIGTERM it saves a checkpoint
+after the current step and ends with exit code 130 (torchrun's own is 1); a second SIGTERM stops it at once, as Ctrl-C
+does. With --dry-run nothing is started: the run is checked, and its parameters, memory, FLOPs and expected time are
+printed. Started by torchrun it is the same run without Ray.
 """
 
 from __future__ import annotations
@@ -24,23 +24,25 @@ TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"
 
 
 def main(recipe: Recipe) -> None:
-    """Train, then say where the run stands; only the way that is taken is imported."""
+    """Train, then print how far the run is."""
+    # Imported here: torchrun's processes need no Ray, and Ray's driver need not wait for Megatron-Core.
     if TORCHRUN_VARIABLE in os.environ:
         from ul2r.launch.torchrun import train
     else:
         from ul2r.launch.ray_train.trainer import train
+
     info = train(recipe)
     if os.environ.get("RANK", "0") == "0":
         print(
-            f"{info.run_name}: {info.step} steps, {info.tokens:,} tokens and {info.flops:.3g} FLOPs with its ancestors', "
-            f"checkpoints in {recipe.paths.folder / 'checkpoints'}"
+            f"{info.run_name}: {info.step} steps; {info.tokens:,} tokens and {info.flops:.3g} FLOPs including its "
+            f"base's; checkpoints in {recipe.paths.checkpoints}"
         )
 
 
-def show(recipe: Recipe) -> None:
-    """Say what the run needs."""
+def print_dry_run(recipe: Recipe) -> None:
+    """Print what the run needs."""
     print(dry_run(recipe))
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(__doc__, Recipe, main, show))
+    sys.exit(run_job(__doc__, Recipe, main, print_dry_run))

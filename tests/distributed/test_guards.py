@@ -32,7 +32,7 @@ GOOD = [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12, 16, 17, 18, 19]
 
 @dataclass(frozen=True)
 class Faults:
-    """Faults of this machine: batches of NaN, the batch that damages the weights, and the one at which ranks are killed."""
+    """Faults of this machine: batches of NaN, the one that damages the weights, the one at which ranks are killed."""
 
     nan: tuple[int, ...] = ()
     damage: int = -1
@@ -129,7 +129,7 @@ def layout(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def runs(storage: Path, layout: str) -> list[Result]:
-    """Rank 0 of a run with faults, of one that reads the good batches only, and of one whose budget does not suffice."""
+    """Rank 0 of a run with faults, of one that reads the good batches only, and of one that exceeds its budget."""
     faults = Faults(nan=(NOT_A_NUMBER,), damage=DAMAGE)
     seen: list[list[Result]] = run_distributed(
         train_several,

@@ -362,7 +362,7 @@ def test_torchrun_told_to_stop_saves_and_run_again_gives_the_same_losses_and_wei
     assert status(tracking_uri, recipe) == "KILLED"
     assert SAVED_EVERY <= reached(recipe) < STEPS
     assert torchrun(path, MLFLOW_TRACKING_URI=tracking_uri).wait(WAIT_S) == 0, log.read_text()
-    assert log.read_text().count("torchrun: 24 steps, ") == 1, "one rank speaks"
+    assert log.read_text().count("torchrun: 24 steps; ") == 1, "one rank prints"
     check_equal(tracking_uri, recipe, undisturbed)
 
 

@@ -105,20 +105,15 @@ def find_resume_checkpoint(recipe: Recipe) -> CheckpointInfo | None:
     return CheckpointInfo.read(path) if path is not None else None
 
 
-def latest_checkpoint_info(recipe: Recipe) -> CheckpointInfo:
-    """Return the metadata of the last checkpoint of a run that was just trained."""
-    path = latest_valid(CheckpointStore.from_recipe(recipe), thorough=False)
-    assert path is not None
-    return CheckpointInfo.read(path)
-
-
-def finished_run_info(recipe: Recipe) -> CheckpointInfo:
-    """Return the metadata of the last checkpoint of a run that was just trained to its end.
+def final_checkpoint_info(recipe: Recipe) -> CheckpointInfo:
+    """Return the metadata of the last checkpoint of a run that was just trained.
 
     Raises:
         RunInterrupted: If the run was asked to stop before its last step.
     """
-    info = latest_checkpoint_info(recipe)
+    path = latest_valid(CheckpointStore.from_recipe(recipe), thorough=False)
+    assert path is not None, "a run that ends without an error has saved"
+    info = CheckpointInfo.read(path)
     if not info.is_finished:
         raise RunInterrupted(
             f"{recipe.name}: stopped after step {info.step} of {recipe.training.steps}, checkpoint saved"

@@ -1,4 +1,4 @@
-"""A Hugging Face base before its run starts: what it says of the model, and whether it is whole."""
+"""Hugging Face and Megatron bases, before a run starts: the model that they describe, and checks of their files."""
 
 from __future__ import annotations
 
@@ -12,16 +12,22 @@ from ul2r.config.architecture import resolve_preset
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.data.tokenizer import list_objective_tokens, load_tokenizer
 from ul2r.errors import CheckpointError, RecipeError
+from ul2r.paths import TOKENIZER_FILE
 
-TOKENIZER = "tokenizer.json"
+# Transformers and safetensors are imported in the functions: a recipe with another base does not wait for them.
 
 
 def fill_model_from_base(tree: dict[str, Any]) -> None:
-    """Give a recipe's tree the model that its Hugging Face base describes; what it says itself must agree.
+    """Fill a recipe's `model` and `data.tokenizer` from its Hugging Face base, in place.
+
+    Settings of `model` that the recipe gives itself must agree with the base.
+
+    Args:
+        tree: The recipe, not yet validated.
 
     Raises:
-        CheckpointError: If the base cannot be had, or its config.json says something that is not carried over.
-        RecipeError: Naming the setting of `model` that differs, and both values.
+        CheckpointError: If the base cannot be found, or its config.json has a setting that is not supported.
+        RecipeError: If a setting differs, with its name and both values.
     """
     base = tree.get("base")
     if not isinstance(base, dict) or not isinstance(base.get("hf"), str):
@@ -30,29 +36,32 @@ def fill_model_from_base(tree: dict[str, Any]) -> None:
     from ul2r.model.huggingface.safetensors_reader import resolve_model_folder
 
     folder = resolve_model_folder(base["hf"])
-    found = read_architecture(folder).model_dump()
-    own = resolve_preset(tree.get("model") or {})
-    if not isinstance(own, dict):
-        return  # the recipe's validation says what is wrong with it
-    for setting, value in own.items():
-        if setting in found and found[setting] != _as_found(setting, value, found):
+    theirs = read_architecture(folder).model_dump()
+    ours = resolve_preset(tree.get("model") or {})
+    if not isinstance(ours, dict):
+        return  # the recipe's validation reports what is wrong with it
+
+    for setting, value in ours.items():
+        if setting in theirs and theirs[setting] != _validate_setting(setting, value, theirs):
             raise RecipeError(
-                f"model.{setting}={value}: base.hf={base['hf']} has {found[setting]}; leave model out, or name "
+                f"model.{setting}={value}: base.hf={base['hf']} has {theirs[setting]}; leave model out, or name "
                 "another base"
             )
-    tree["model"] = {**found, **own}
+    tree["model"] = {**theirs, **ours}
+
     data = tree.setdefault("data", {})
-    if isinstance(data, dict) and data.get("tokenizer") is None and (folder / TOKENIZER).is_file():
-        data["tokenizer"] = str(folder / TOKENIZER)
+    tokenizer = folder / TOKENIZER_FILE
+    if isinstance(data, dict) and data.get("tokenizer") is None and tokenizer.is_file():
+        data["tokenizer"] = str(tokenizer)
 
 
 def check_base(recipe: Recipe, dataset: TokenDataset) -> None:
-    """Refuse a foreign base whose files do not hold the recipe's model, or whose tokens mean something else here.
+    """Check that the files of a Hugging Face or Megatron base hold the recipe's model, with the store's tokens.
 
     Raises:
-        CheckpointError: If files or tensors are missing, shapes differ, or the base's tokenizer has entries that its
-            embedding has no row for.
-        RecipeError: If the token store was made with a tokenizer that is not the base's with tokens added.
+        CheckpointError: If files or tensors are missing, shapes differ, or the base's tokenizer has entries without a
+            row in its embedding.
+        RecipeError: If the token store's tokenizer is not the base's with tokens added.
     """
     base = recipe.base
     if isinstance(base, MegatronBase):
@@ -62,46 +71,72 @@ def check_base(recipe: Recipe, dataset: TokenDataset) -> None:
         )
 
         MegatronCheckpointReader(find_latest_iteration(base.megatron)).check(recipe.model)
-    if not isinstance(base, HuggingFaceBase):
+    if isinstance(base, HuggingFaceBase):
+        from ul2r.model.huggingface.safetensors_reader import resolve_model_folder
+
+        folder = resolve_model_folder(base.hf)
+        check_model_folder(folder, recipe.model)
+        check_same_tokens(recipe, dataset, folder / TOKENIZER_FILE)
+
+
+def check_model_folder(folder: Path, architecture: Architecture) -> None:
+    """Check that a Hugging Face folder holds the model, and that its tokenizer fits the embedding.
+
+    Raises:
+        CheckpointError: If it does not.
+    """
+    from ul2r.model.huggingface.safetensors_reader import check_tensors
+
+    check_tensors(folder, architecture)
+    tokenizer = folder / TOKENIZER_FILE
+    if not tokenizer.is_file():
         return
-    folder = check_folder(base.hf, recipe.model)
-    if not (folder / TOKENIZER).is_file():
-        return  # nothing to compare with
-    theirs, ours = map(load_tokenizer, (folder / TOKENIZER, dataset.tokenizer_file))
-    placed = set(list_objective_tokens(ours, recipe.data.num_sentinels, recipe.data.mode_tokens))
-    other = [
-        token
-        for token, number in theirs.get_vocab().items()
-        if ours.id_to_token(number) != token and ours.id_to_token(number) not in placed
-    ]
-    if other:
-        raise RecipeError(
-            f"data.tokenizer: the token store's tokenizer gives {len(other)} tokens another number than base.hf="
-            f"{base.hf} has for them, the first {other[0]!r}: prepare the store with {folder / TOKENIZER}"
+    num_entries = max(load_tokenizer(tokenizer).get_vocab().values()) + 1
+    num_rows = architecture.num_embeddings or 0
+    if num_entries > num_rows:
+        raise CheckpointError(
+            f"{folder}: tokenizer.json has {num_entries} entries, the embedding {num_rows} rows: one of them belongs "
+            "to another model"
         )
 
 
-def check_folder(name: str, architecture: Architecture) -> Path:
-    """Check that a folder holds the model, and that its tokenizer fits the embedding; return the folder."""
-    from ul2r.model.huggingface.safetensors_reader import SafetensorsReader, resolve_model_folder
+def check_same_tokens(recipe: Recipe, dataset: TokenDataset, tokenizer: Path) -> None:
+    """Check that the token store gives each token of a base's tokenizer the id that the base has for it.
 
-    folder = resolve_model_folder(name)
-    with SafetensorsReader(folder, architecture):
-        pass
-    if (folder / TOKENIZER).is_file():
-        size = max(load_tokenizer(folder / TOKENIZER).get_vocab().values()) + 1
-        rows = architecture.num_embeddings or 0
-        if size > rows:
-            raise CheckpointError(
-                f"{folder}: tokenizer.json has {size} entries, the embedding {rows} rows: one of them belongs to "
-                "another model"
-            )
-    return folder
+    Ids may differ where the recipe's objective has put a mode or sentinel token. A base without a tokenizer passes.
+
+    Args:
+        recipe: The run.
+        dataset: Its token store.
+        tokenizer: File of the base's tokenizer.
+
+    Raises:
+        RecipeError: If an id differs.
+    """
+    if not tokenizer.is_file():
+        return
+    theirs = load_tokenizer(tokenizer)
+    ours = load_tokenizer(dataset.tokenizer_file)
+    objective_tokens = set(
+        list_objective_tokens(ours, recipe.data.num_sentinels, recipe.data.mode_tokens)
+    )
+
+    different = [
+        token
+        for token, token_id in theirs.get_vocab().items()
+        if ours.id_to_token(token_id) != token
+        and ours.id_to_token(token_id) not in objective_tokens
+    ]
+    if different:
+        raise RecipeError(
+            f"data.tokenizer: the token store's tokenizer gives {len(different)} tokens another id than the base in "
+            f"{tokenizer.parent} has for them, the first {different[0]!r}: prepare the store with {tokenizer}"
+        )
 
 
-def _as_found(setting: str, value: object, found: dict[str, Any]) -> object:
-    """A setting of the recipe in the form that validation gives it."""
+def _validate_setting(setting: str, value: object, settings: dict[str, Any]) -> object:
+    """Return a setting of `model` as validation reads it; the value itself if it is not valid."""
     try:
-        return Architecture.model_validate({**found, setting: value}).model_dump()[setting]
+        return Architecture.model_validate({**settings, setting: value}).model_dump()[setting]
     except ValidationError:
         return value

@@ -15,8 +15,8 @@ from ul2r.errors import CorpusError, LayoutError
 from ul2r.launch.preflight import (
     NO_GPU,
     check_run,
+    final_checkpoint_info,
     find_resume_checkpoint,
-    finished_run_info,
     gpu_environment,
     mark_finished,
     track_run,
@@ -61,7 +61,7 @@ def train(recipe: Recipe) -> CheckpointInfo:
     ):
         _train(recipe, dataset, uri, run_id, stop_signal)
         dist.destroy_process_group()
-        return finished_run_info(recipe)
+        return final_checkpoint_info(recipe)
 
 
 def check_complete(recipe: Recipe, dataset: TokenDataset) -> None:

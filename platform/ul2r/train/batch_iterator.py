@@ -32,7 +32,7 @@ class BatchIterator:
         self._batches: Iterator[Batch] = iter(())
 
     def next_batch(self, number: int, end: int) -> Batch | None:
-        """Return this replica's rows of the next batch on its reader rank; None on other ranks and after the last batch.
+        """Return this replica's rows of the next batch on its reader rank, None elsewhere and after the last batch.
 
         Args:
             number: Number of the batch, one more than in the previous call.

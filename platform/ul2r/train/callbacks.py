@@ -97,7 +97,7 @@ class Callback:
         """Take the metrics that are logged to the tracker. Called on rank 0, whenever some are."""
 
     def rank_report(self) -> object:
-        """Return what this rank contributes to the metrics: any picklable value, None for nothing. Called on every rank."""
+        """Return this rank's share of the metrics: a picklable value, None for nothing. Called on every rank."""
         return None
 
     def reduce_reports(self, reports: Sequence[Any]) -> Mapping[str, float]:  # noqa: ARG002  a hook

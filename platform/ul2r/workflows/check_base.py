@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from ul2r.launch.pretrained import check_folder
+from ul2r.launch.pretrained import check_model_folder
 from ul2r.model.flops import num_active_parameters, num_parameters
 from ul2r.model.huggingface.config_json import read_architecture
 from ul2r.model.huggingface.safetensors_reader import resolve_model_folder
@@ -24,7 +24,7 @@ def describe_base(name: str) -> str:
     """
     folder = resolve_model_folder(name)
     architecture = read_architecture(folder)
-    check_folder(name, architecture)
+    check_model_folder(folder, architecture)
 
     # A vocabulary of 0 entries counts the rows that the embedding has, and none for new tokens.
     total = num_parameters(architecture, 0)

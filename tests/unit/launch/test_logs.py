@@ -29,8 +29,8 @@ def log_from_everywhere() -> None:
     logging.getLogger("ul2r.train.loop").info("%s of %d", "three", 3)
     logging.getLogger("ul2r.train.loop").warning("careful")
     logging.getLogger("ul2r.train.loop").debug("details")
-    logging.getLogger("ray").info("chatter")
-    logging.getLogger("ray").warning("trouble")
+    logging.getLogger("another").info("chatter")
+    logging.getLogger("another").warning("trouble")
 
 
 def test_console_shows_plain_lines_of_the_library_and_warnings_of_others(
@@ -39,14 +39,14 @@ def test_console_shows_plain_lines_of_the_library_and_warnings_of_others(
     configure()
     log_from_everywhere()
     output = capsys.readouterr()
-    assert output.err == "three of 3\ncareful\nWARNING ray: trouble\n"
+    assert output.err == "three of 3\ncareful\nWARNING another: trouble\n"
     assert output.out == ""
 
 
 def test_console_of_another_rank_shows_warnings_only(capsys: pytest.CaptureFixture[str]) -> None:
     configure(rank=1)
     log_from_everywhere()
-    assert capsys.readouterr().err == "careful\nWARNING ray: trouble\n"
+    assert capsys.readouterr().err == "careful\nWARNING another: trouble\n"
 
 
 @pytest.mark.parametrize(

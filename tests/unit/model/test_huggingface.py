@@ -255,7 +255,7 @@ def test_a_recipe_with_another_model_than_its_base_is_refused(llama: Path, tmp_p
 def test_a_token_store_of_another_tokenizer_is_refused(llama: Path, tmp_path: Path) -> None:
     recipe = load(write_recipe(tmp_path, llama), (), Recipe, fill_model_from_base)
     other = make_tiny_store(tmp_path / "other", num_documents=12)
-    with pytest.raises(RecipeError, match=r"tokenizer gives .* tokens another number"):
+    with pytest.raises(RecipeError, match=r"tokenizer gives .* tokens another id"):
         check_base(recipe, other)
     extended = load_tokenizer(llama / "tokenizer.json")
     add_special_tokens(extended, num_sentinels=4)

@@ -1,4 +1,4 @@
-"""The Ray cluster that a job runs on: the one it was submitted to, or one of its own on this machine."""
+"""Ray cluster of a job: the one that it was submitted to, or a local one of its own."""
 
 from __future__ import annotations
 
@@ -22,21 +22,23 @@ CPU_QUOTA_FILE = Path("/sys/fs/cgroup/cpu.max")
 PROBE_TIMEOUT_S = 10.0
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # leave CUDA_VISIBLE_DEVICES to tasks without GPUs; else Ray warns
+    # Ray leaves CUDA_VISIBLE_DEVICES as it is in tasks without GPUs; its default clears it and warns of the change.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+"""Environment of Ray, where the user has not set it."""
 
 
 @contextmanager
 def connect_ray(cpus: float, gpus: float = 0, *, smaller: str = "ask for fewer") -> Iterator[None]:
-    """Use a Ray cluster that can run what needs `cpus` and `gpus` at the same time.
+    """Connect to a Ray cluster with at least `cpus` and `gpus` while the block runs.
 
-    It is the one that RAY_ADDRESS names, as in a job that `ray job submit` started. Without it a local one is started,
-    and stopped after the block; it promises `cpus` even where the machine has fewer cores, which they then share.
+    It is the cluster that RAY_ADDRESS names, as in a job that `ray job submit` started. Without that variable a local
+    one is started and stopped. The local one offers `cpus` even on a machine with fewer cores, which tasks then share.
 
     Args:
         cpus: Logical CPUs.
         gpus: GPUs.
-        smaller: What a user can do to need less, for the error's text.
+        smaller: Advice for the error message: how to need less.
 
     Raises:
         ServiceError: If RAY_ADDRESS names no cluster that answers.
@@ -44,23 +46,25 @@ def connect_ray(cpus: float, gpus: float = 0, *, smaller: str = "ask for fewer")
     """
     for variable, value in SETTINGS.items():
         os.environ.setdefault(variable, value)
+
     on_sigterm = signal.getsignal(signal.SIGTERM)
     address = os.environ.get(ADDRESS_VARIABLE)
     if address:
         _join(address)
     else:
-        # Ray turns token authentication on, as it should, and warns of it.
+        # Ray warns that it turns token authentication on, which is wanted.
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         ray.init(
             "local",
-            num_cpus=max(cores(), math.ceil(cpus)),
+            num_cpus=max(count_cores(), math.ceil(cpus)),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
     if threading.current_thread() is threading.main_thread():
-        # Ray puts in a handler of its own, which aborts and leaves everything as it is.
+        # `ray.init` installs a SIGTERM handler that aborts without any cleanup.
         signal.signal(signal.SIGTERM, on_sigterm)
+
     try:
         _require("CPU", cpus, smaller)
         _require("GPU", gpus, smaller)
@@ -69,8 +73,8 @@ def connect_ray(cpus: float, gpus: float = 0, *, smaller: str = "ask for fewer")
         ray.shutdown()
 
 
-def cores() -> int:
-    """CPU cores that this process may use, by its affinity and its control group's quota."""
+def count_cores() -> int:
+    """Return the CPU cores that this process may use, by its affinity and its control group's quota."""
     available = len(os.sched_getaffinity(0))
     if CPU_QUOTA_FILE.is_file():
         quota, period = CPU_QUOTA_FILE.read_text(encoding="ascii").split()
@@ -80,7 +84,12 @@ def cores() -> int:
 
 
 def _join(address: str) -> None:
-    """Connect to a running cluster, after a look whether it is there: Ray itself would try for minutes."""
+    """Connect to a running cluster.
+
+    Raises:
+        ServiceError: If none answers.
+    """
+    # Tried with a plain socket first: `ray.init` itself tries for minutes.
     try:
         if address != ANY_CLUSTER:
             socket.create_connection(_host_and_port(address), PROBE_TIMEOUT_S).close()
@@ -93,18 +102,28 @@ def _join(address: str) -> None:
 
 
 def _host_and_port(address: str) -> tuple[str, int]:
+    """Parse host:port.
+
+    Raises:
+        ServiceError: If the address is something else.
+    """
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdecimal() or int(port) >= 2**16:
         raise ServiceError(
-            f"{ADDRESS_VARIABLE}={address}: is not host:port of a Ray cluster's head; give that, "
-            "or let the job run there by `ray job submit`"
+            f"{ADDRESS_VARIABLE}={address}: is not host:port of a Ray cluster's head; set that, "
+            "or submit the job with `ray job submit`"
         )
     return host.strip("[]"), int(port)
 
 
-def _require(what: str, needed: float, smaller: str) -> None:
-    there = ray.cluster_resources().get(what, 0)
-    if there < needed:
+def _require(resource: str, needed: float, smaller: str) -> None:
+    """Check that the cluster has enough of a resource.
+
+    Raises:
+        LayoutError: If it has not.
+    """
+    available = ray.cluster_resources().get(resource, 0)
+    if available < needed:
         raise LayoutError(
-            f"the cluster has {there:g} {what}s, this job needs {needed:g}: {smaller}, or use a larger cluster"
+            f"the cluster has {available:g} {resource}s, this job needs {needed:g}: {smaller}, or use a larger cluster"
         )

@@ -1,4 +1,4 @@
-"""A run that goes on with fewer replicas of the model where the cluster has lost machines."""
+"""Resources of a run, and smaller layouts for a cluster that has lost machines."""
 
 from __future__ import annotations
 
@@ -12,53 +12,54 @@ from ul2r.model.sizing import check_memory
 
 
 def resources_per_worker(recipe: Recipe) -> dict[str, float]:
-    """What Ray is asked for each worker."""
+    """Return the resources that Ray reserves for each worker."""
     resources: dict[str, float] = {"CPU": recipe.launch.cpus_per_worker}
     if recipe.launch.gpus_per_worker:
         resources["GPU"] = recipe.launch.gpus_per_worker
     return resources
 
 
-def cpus_needed(recipe: Recipe) -> float:
-    """Logical CPUs of the workers and of the data tasks that feed them."""
+def count_cpus(recipe: Recipe) -> float:
+    """Return the logical CPUs of the workers and of the data tasks that feed them."""
     launch, parallel = recipe.launch, recipe.parallel
     return parallel.num_workers * launch.cpus_per_worker + parallel.data * launch.cpus_per_data_task
 
 
 def has_room(recipe: Recipe, cluster: Mapping[str, float]) -> bool:
-    """Whether a cluster of so many CPUs and GPUs can run it."""
+    """Return whether a cluster with these CPUs and GPUs can run the recipe."""
     gpus = recipe.parallel.num_workers * recipe.launch.gpus_per_worker
-    return cluster.get("CPU", 0) >= cpus_needed(recipe) and cluster.get("GPU", 0) >= gpus
+    return cluster.get("CPU", 0) >= count_cpus(recipe) and cluster.get("GPU", 0) >= gpus
 
 
 def shrink_layout(
     recipe: Recipe, cluster: Mapping[str, float], vocabulary_size: int
 ) -> Recipe | None:
-    """The recipe with the most replicas that a cluster still has room for, fewer than it had.
+    """Return the recipe with fewer replicas: the most that the cluster still has room for.
 
-    Each step trains on the same rows, in more microbatches.
+    Each step trains on the same rows, in more microbatches per replica.
 
     Args:
-        recipe: The run; `launch.min_workers` says how far it may shrink.
+        recipe: The run; it may shrink to `launch.min_workers`.
         cluster: CPUs and GPUs that are left.
-        vocabulary_size: Of its token store.
+        vocabulary_size: Vocabulary size of its token store.
 
     Returns:
-        None where the run may not shrink, or nothing it may shrink to fits.
+        The smaller recipe; None if the run may not shrink, or nothing that it may shrink to fits.
     """
-    least, parallel = recipe.launch.min_workers, recipe.parallel
-    if least is None:
+    min_workers = recipe.launch.min_workers
+    if min_workers is None:
         return None
-    replica = parallel.num_workers // parallel.data
+
+    parallel = recipe.parallel
+    replica_size = parallel.num_workers // parallel.data
     tree = recipe.model_dump(mode="json")
-    for workers in range(parallel.num_workers - replica, least - 1, -replica):
+    for num_workers in range(parallel.num_workers - replica_size, min_workers - 1, -replica_size):
+        layout = {**tree["parallel"], "num_workers": num_workers}
         try:
-            smaller = Recipe.model_validate(
-                tree | {"parallel": {**tree["parallel"], "num_workers": workers}}
-            )
+            smaller = Recipe.model_validate(tree | {"parallel": layout})
             check_memory(smaller, vocabulary_size)
         except (ValidationError, RecipeError):
-            continue  # rows that do not divide, or shards too large for a device
+            continue  # the rows do not divide by the replicas, or a shard is too large for its device
         if has_room(smaller, cluster):
             return smaller
     return None

@@ -1,4 +1,4 @@
-"""A streamed store made by the cluster while a run trains on it."""
+"""A streamed store that the cluster builds while a run trains on it."""
 
 from __future__ import annotations
 
@@ -20,49 +20,53 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def build_store_in_background(recipe: Recipe, cpus: float) -> Iterator[TokenDataset]:
-    """Have the recipe's streamed store made while the block runs, which begins when there is a first chapter.
+    """Build the recipe's streamed store while the block runs; the block starts with the first segment.
 
-    What is not made when the block ends is left to the next run, or to `prepare`.
+    What is missing when the block ends is left to the next run, or to `prepare`.
 
     Args:
         recipe: The run.
-        cpus: CPUs of the cluster that the run itself needs; the others make the store, one at least.
+        cpus: CPUs of the cluster that the run itself needs. The store is built with the others, at least one.
 
     Yields:
-        The store as far as it is made.
+        The store as far as it is built.
 
     Raises:
-        CorpusError: If the text cannot be read, before the block; within it, those who wait for the text are told.
+        CorpusError: If the text cannot be read, before the block. Within the block, whoever waits for the text gets
+            the error.
     """
-    spare = max(1.0, ray.cluster_resources()["CPU"] - cpus)
-    made = ray.remote(num_cpus=0)(_grow).remote(recipe, spare)
+    store = recipe.storage_paths.store
+    spare_cpus = max(1.0, ray.cluster_resources()["CPU"] - cpus)
+    build = ray.remote(num_cpus=0)(_build).remote(recipe, spare_cpus)
     try:
-        if not recipe.storage_paths.store.exists():
-            megabytes = count_corpus_bytes(recipe) / 1e6
+        if not store.exists():
             logger.info(
                 "%s: tokenizing the first of %s MB of text, the rest while it trains",
                 recipe.name,
-                f"{megabytes:,.0f}",
+                f"{count_corpus_bytes(recipe) / 1e6:,.0f}",
             )
-        while not recipe.storage_paths.store.exists():
-            mistake = _mistake(made, POLL_S)
-            if mistake and not recipe.storage_paths.store.exists():
-                raise CorpusError(mistake)
-        yield open_dataset(recipe.storage_paths.store)
-        if mistake := _mistake(made, 0):
-            logger.warning("the store is not complete, this run did not need the rest: %s", mistake)
+        while not store.exists():
+            error = _wait_for_error(build, POLL_S)
+            if error and not store.exists():
+                raise CorpusError(error)
+
+        yield open_dataset(store)
+        if error := _wait_for_error(build, 0):
+            logger.warning(
+                "the store is not complete, but this run did not need the rest: %s", error
+            )
     finally:
-        ray.cancel(made, force=True)
+        ray.cancel(build, force=True)
 
 
-def _mistake(made: ray.ObjectRef[str], wait_s: float) -> str:
-    """What ended the making, if something did."""
-    ended, _ = ray.wait([made], timeout=wait_s)
-    return str(ray.get(made)) if ended else ""
+def _wait_for_error(build: ray.ObjectRef[str], timeout_s: float) -> str:
+    """Return the error that ended the build, empty if it goes on or is complete."""
+    ended, _ = ray.wait([build], timeout=timeout_s)
+    return str(ray.get(build)) if ended else ""
 
 
-def _grow(recipe: Recipe, cpus: float) -> str:
-    """Make the store, in a task; a user's mistake is an answer, since an exception would come back wrapped in Ray's."""
+def _build(recipe: Recipe, cpus: float) -> str:
+    """Build the store in a Ray task; return the message of a user error, which Ray would wrap if it were raised."""
     try:
         for _ in build_streaming_store(recipe, cpus):
             pass

@@ -28,14 +28,14 @@ from ul2r.launch.preflight import (
     NO_GPU,
     check_run,
     check_unprepared,
+    final_checkpoint_info,
     find_resume_checkpoint,
-    finished_run_info,
     gpu_environment,
     mark_finished,
     track_run,
 )
 from ul2r.launch.ray_train.cluster import connect_ray
-from ul2r.launch.ray_train.elastic import cpus_needed, has_room, resources_per_worker, shrink_layout
+from ul2r.launch.ray_train.elastic import count_cpus, has_room, resources_per_worker, shrink_layout
 from ul2r.launch.ray_train.progress import progress_board
 from ul2r.launch.ray_train.streaming import build_store_in_background
 from ul2r.launch.stop_signal import StopSignal
@@ -77,7 +77,7 @@ def train(recipe: Recipe) -> CheckpointInfo:
     must_build = dataset is None or not dataset.manifest.is_complete
     if must_build:
         check_resumable(recipe)
-    cpus = cpus_needed(recipe)
+    cpus = count_cpus(recipe)
     gpus = recipe.parallel.num_workers * recipe.launch.gpus_per_worker
     with (
         connect_ray(cpus + must_build, gpus, smaller="lower parallel.num_workers"),
@@ -88,7 +88,7 @@ def train(recipe: Recipe) -> CheckpointInfo:
             check_run(recipe, dataset, find_resume_checkpoint(recipe))
         with StopSignal() as stop_signal, track_run(recipe, dataset, uri) as run_id:
             _fit_and_shrink(recipe, dataset, uri, run_id, stop_signal.received)
-            return finished_run_info(recipe)
+            return final_checkpoint_info(recipe)
 
 
 def _open_if_begun(recipe: Recipe) -> TokenDataset | None:
@@ -121,7 +121,7 @@ class FailurePolicy(DefaultFailurePolicy):  # type: ignore[misc]  # Ray has no t
         return super().make_decision(training_failed_error)
 
     def _must_shrink(self) -> bool:
-        """Return whether the run may go on with fewer workers and has to; waits until Ray knows which nodes are gone."""
+        """Return whether the run can only go on with fewer workers; wait until Ray knows which nodes are gone."""
         if self._recipe.launch.min_workers is None:
             return False
         deadline = time.monotonic() + NODE_DEATH_S

@@ -94,12 +94,16 @@ def _read_from_ray_data(recipe: Recipe) -> BatchSource:
     def source(mesh: Mesh, numbers: range) -> Iterator[Batch]:
         num_replicas = recipe.parallel.data
         iterators = broadcast_from_rank_zero(
-            loader.split_for_replicas(loader.make_dataset(recipe, numbers, num_replicas), num_replicas)
+            loader.split_for_replicas(
+                loader.make_dataset(recipe, numbers, num_replicas), num_replicas
+            )
             if mesh.is_rank0
             else None
         )
         if not mesh.is_reader:
             return iter(())
-        return loader.iter_batches(iterators[mesh.data_rank], recipe, numbers, mesh.data_rank, num_replicas)
+        return loader.iter_batches(
+            iterators[mesh.data_rank], recipe, numbers, mesh.data_rank, num_replicas
+        )
 
     return source

@@ -55,6 +55,16 @@ def resolve_model_folder(name: str) -> Path:
         ) from None
 
 
+def check_tensors(folder: Path, architecture: Architecture) -> None:
+    """Check that a folder's safetensors hold exactly the tensors of an architecture.
+
+    Raises:
+        CheckpointError: If files or tensors are missing, too many, or of another shape.
+    """
+    with SafetensorsReader(folder, architecture):
+        pass  # opening it checks it
+
+
 class SafetensorsReader:
     """Tensors of a folder by name.
 

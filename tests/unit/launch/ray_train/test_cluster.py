@@ -20,12 +20,12 @@ def test_a_quota_limits_the_cores(
 ) -> None:
     (tmp_path / "cpu.max").write_text(f"{quota}\n")
     monkeypatch.setattr(cluster, "CPU_QUOTA_FILE", tmp_path / "cpu.max")
-    assert cluster.cores() == min(expected, len(os.sched_getaffinity(0)))
+    assert cluster.count_cores() == min(expected, len(os.sched_getaffinity(0)))
 
 
 def test_without_a_quota_all_cores_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(cluster, "CPU_QUOTA_FILE", tmp_path / "missing")
-    assert cluster.cores() == len(os.sched_getaffinity(0))
+    assert cluster.count_cores() == len(os.sched_getaffinity(0))
 
 
 def test_a_cluster_that_does_not_answer_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ SETTINGS = Guards(window=32)
 def simulate_steps(
     seed: int, steps: int, *, noise: float, decay: float, examples: int, norm_noise: float
 ) -> list[StepStats]:
-    """Return the steps of a run whose loss falls, whose batches draw different denoisers, and whose numbers are noisy."""
+    """Return steps with a falling loss, batches of different denoisers, and noise."""
     rng = np.random.default_rng(seed)
     found = []
     for step in range(steps):
