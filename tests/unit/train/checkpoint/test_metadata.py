@@ -28,11 +28,11 @@ FORMAT_1 = """
   "recipe": {
     "base": null, "seed": 1,
     "model": {
-      "family": "llama", "layers": 4, "hidden_size": 32, "ffn_hidden_size": 64, "heads": 4, "kv_heads": 2,
+      "family": "olmo2", "layers": 4, "hidden_size": 32, "ffn_hidden_size": 64, "heads": 4, "kv_heads": 2,
       "head_size": null, "embedding_rows": null, "tied": true, "positions": null, "position_embedding": "rope",
       "rope_base": 10000, "rope_share": 1.0, "rope_interleaved": false, "rope_scaling": null,
       "sliding_window": null, "global_every": 1, "local_rope_base": null, "query_pre_attn_scalar": null,
-      "norm": "rms", "norm_bias": false, "norm_zero_centered": false, "norm_epsilon": 1e-05, "block": "sequential",
+      "norm": "rms", "norm_bias": false, "norm_zero_centered": false, "norm_epsilon": 1e-05, "block": "post_norm",
       "query_key_norm": "whole", "bias": null, "activation": "swiglu", "experts": null, "experts_per_token": null,
       "scale_embedding": false, "logit_scale": 1.0, "init_std": 0.02, "embedding_std": null
     },
@@ -63,7 +63,7 @@ FORMAT_1 = """
 """Written by the last version before recipe keys and fields were renamed, of the recipe in `FORMAT_1_CHANGES`."""
 FORMAT_1_CHANGES: dict[str, Any] = {
     "optimizer": {"warmup_fraction": 0.1, "max_grad_norm": 0.5},
-    "model": {"qk_norm": "full"},
+    "model": {"family": "olmo2", "block": "post_norm", "qk_norm": "full"},
 }
 
 
@@ -256,7 +256,10 @@ def test_run_with_a_checkpoint_of_format_1_resumes_as_the_same_run(
     ("changes", "message"),
     [
         ({"model": {"num_kv_heads": 4}}, "model.num_kv_heads: 2 in the checkpoint, 4"),
-        ({"model": {"qk_norm": "head"}}, "model.qk_norm: full in the checkpoint, head"),
+        (
+            {"model": {"family": "qwen3", "block": "sequential", "qk_norm": "head"}},
+            "model.family: olmo2 in the checkpoint, qwen3",
+        ),
         (
             {"optimizer": {"max_grad_norm": 1.0}},
             r"optimizer.max_grad_norm: 0\.5 in the checkpoint, 1\.0",
