@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         export = write_tiny_export(
             storage / "runs" / role / "export",
             attention="causal" if causal else "prefix",
-            sentinels=SENTINELS,
+            num_sentinels=SENTINELS,
             seed=ROLES.index(role),
         )
         describe(export, run=role, tokens=3000 if role == "base" else 4500, flops=3e9)

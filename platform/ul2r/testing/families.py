@@ -1,4 +1,4 @@
-"""Small random models of Hugging Face's own classes, one or more for each family."""
+"""Small random models of Hugging Face's own classes, at least one per family."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SMALL = {
-    "vocab_size": 500,  # no multiple of 128: the padding must go
+    "vocab_size": 500,  # not a multiple of 128, so that exports must drop padding rows
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -35,7 +35,7 @@ GEMMA_3 = {
     "num_hidden_layers": 4,
     "head_dim": 16,
     "query_pre_attn_scalar": 24,
-    "sliding_window": 12,  # less than the rows of the tests, and than their inputs
+    "sliding_window": 12,  # shorter than the rows of the tests and than their inputs
     "layer_types": 2 * ["sliding_attention", "full_attention"],
 }
 MODELS: dict[str, dict[str, Any]] = {
@@ -77,7 +77,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "Cohere": {"model_type": "cohere", **SMALL},
     "Mixtral": {"model_type": "mixtral", **SMALL, "num_local_experts": 4},
     "Gemma 3": GEMMA_3,
-    "Gemma 3, stretched": {
+    "Gemma 3, scaled rope": {
         **GEMMA_3,
         "num_key_value_heads": 1,
         "query_pre_attn_scalar": 16,
@@ -91,12 +91,12 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def make_random_model(name: str, seed: int = 0) -> PreTrainedModel:
-    """One of `MODELS`, its weights so large, norms and biases too, that each of them moves every logit."""
-    special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    """Make one of `MODELS`, with weights, norms and biases so large that each of them changes every logit."""
+    no_special_tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     settings = dict(MODELS[name])
     if settings["model_type"] == "gpt_neox":
         del settings["num_key_value_heads"]
-    config = AutoConfig.for_model(**settings, **special)
+    config = AutoConfig.for_model(**settings, **no_special_tokens)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -106,7 +106,7 @@ def make_random_model(name: str, seed: int = 0) -> PreTrainedModel:
 
 
 def write_random_model(name: str, folder: Path, shard_size: str = "5GB") -> PreTrainedModel:
-    """Write a `make_random_model` as transformers does."""
+    """Write a random model with transformers and return it."""
     model = make_random_model(name)
     model.save_pretrained(folder, max_shard_size=shard_size)
     return model
@@ -114,16 +114,17 @@ def write_random_model(name: str, folder: Path, shard_size: str = "5GB") -> PreT
 
 @torch.no_grad()
 def compute_reference_logits(model: PreTrainedModel, tokens: Tensor, prefix: int) -> Tensor:
-    """What transformers computes where the first `prefix` tokens of each row are seen by all, or all within a window.
+    """Compute logits with transformers, where the first `prefix` tokens of each row are visible to all.
 
-    Transformers cuts no mask that it is given to a window.
+    In layers with a window they are visible within the window only.
     """
     position = torch.arange(tokens.shape[1])
-    seen = position[None] < torch.clamp(position + 1, min=prefix)[:, None]
-    seen = seen.expand(len(tokens), 1, -1, -1)
-    mask: Tensor | dict[str, Tensor] = seen
+    is_visible = position[None] < torch.clamp(position + 1, min=prefix)[:, None]
+    is_visible = is_visible.expand(len(tokens), 1, -1, -1)
+    mask: Tensor | dict[str, Tensor] = is_visible
     if model.config.model_type == "gemma3_text":
-        near = (position[None] - position[:, None]).abs() < model.config.sliding_window
-        mask = {"full_attention": seen, "sliding_attention": seen & near}
+        # transformers does not clip a mask that it is given to the window.
+        is_near = (position[None] - position[:, None]).abs() < model.config.sliding_window
+        mask = {"full_attention": is_visible, "sliding_attention": is_visible & is_near}
     logits: Tensor = model(tokens, attention_mask=mask).logits
     return logits

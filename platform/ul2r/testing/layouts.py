@@ -1,4 +1,4 @@
-"""A model of any layout seen as a whole: its logits, and its weights on disk."""
+"""Whole logits and whole weights of a model of any layout."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ from ul2r.train.checkpoint.async_write import AsyncWrite
 
 @torch.no_grad()
 def gather_logits(model: GPTModel, tokens: Tensor, prefix: int) -> Tensor:
-    """Logits of the whole vocabulary, on the last of at most two pipeline stages; elsewhere something else.
+    """Compute logits of the whole vocabulary, through at most two pipeline stages.
 
     Args:
         model: This rank's part.
         tokens: int64 (B, S).
-        prefix: Tokens of each row that are seen by all.
+        prefix: Tokens of each row that are visible to all.
+
+    Returns:
+        (B, S, V) on the last stage; the stage's hidden states on the first of two.
     """
     length = tokens.shape[1]
     position = torch.arange(length).expand(len(tokens), -1)
@@ -43,7 +46,7 @@ def gather_logits(model: GPTModel, tokens: Tensor, prefix: int) -> Tensor:
 
 
 def save_weights(chunks: Sequence[GPTModel], folder: Path) -> None:
-    """The weights alone, as a checkpoint of all ranks has them."""
+    """Write the weights alone, as a checkpoint that all ranks share."""
     if dist.get_rank() == 0:
         folder.mkdir(parents=True)
     dist.barrier()

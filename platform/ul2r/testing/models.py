@@ -1,4 +1,4 @@
-"""Small exports with random weights, and a model that writes by a script."""
+"""Small exports with random weights, and a model that generates by a script."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ul2r.inference import LanguageModel
 from ul2r.model.export_metadata import ExportMetadata
 from ul2r.model.huggingface.exporting import write_export
 from ul2r.model.huggingface.safetensors_writer import StreamedTensor
+from ul2r.paths import TOKENIZER_FILE
 
 TEXTS = (
     "def area(width, height):\n    return width * height\n",
@@ -29,44 +30,47 @@ def write_tiny_export(
     *,
     attention: Literal["prefix", "causal"] = "prefix",
     denoising: bool | None = None,
-    layers: int = 2,
-    positions: int = 128,
-    sentinels: int = 8,
+    num_layers: int = 2,
+    max_positions: int = 128,
+    num_sentinels: int = 8,
     texts: Sequence[str] = TEXTS,
     seed: int = 1,
 ) -> Path:
     """Write an export of a Llama with random weights and a byte-level tokenizer, in jobs/export.py's format.
 
-    What it writes means nothing; how it attends is the real thing.
+    The text it generates is meaningless, but its attention is real.
 
     Args:
-        folder: Where it goes.
-        attention: What ul2r.json says of the training.
-        denoising: Likewise; without it, whether attention is "prefix".
-        layers: Transformer layers.
-        positions: Longest sequence.
-        sentinels: Sentinel tokens of the vocabulary.
-        texts: What the tokenizer is trained on.
+        folder: Destination.
+        attention: Attention in training, according to ul2r.json.
+        denoising: True if trained on denoisers, according to ul2r.json; by default, if attention is "prefix".
+        num_layers: Transformer layers.
+        max_positions: Longest sequence.
+        num_sentinels: Sentinel tokens of the vocabulary.
+        texts: Texts that the tokenizer is trained on.
         seed: Seed of the weights.
 
     Returns:
         `folder`.
     """
     architecture = Architecture(
-        num_layers=layers, hidden_size=32, ffn_hidden_size=64, num_heads=4, num_kv_heads=2
+        num_layers=num_layers, hidden_size=32, ffn_hidden_size=64, num_heads=4, num_kv_heads=2
     )
-    tokenizer = train_tokenizer(texts, vocabulary_size=256 + 4 + sentinels + 32, num_sentinels=sentinels)
+    # 256 bytes, eos and three modes, sentinels, and room for 32 merges.
+    vocabulary_size = 256 + 4 + num_sentinels + 32
+    tokenizer = train_tokenizer(texts, vocabulary_size=vocabulary_size, num_sentinels=num_sentinels)
     vocabulary = build_vocabulary(tokenizer)
     denoising = attention == "prefix" if denoising is None else denoising
     role = "ul2r" if denoising else "base"
-    with TemporaryDirectory() as beside:
-        tokenizer_file = Path(beside) / "tokenizer.json"
+
+    with TemporaryDirectory() as temporary:
+        tokenizer_file = Path(temporary) / TOKENIZER_FILE
         tokenizer.save(str(tokenizer_file))
         write_export(
             folder,
-            dict(_random_weights(architecture, vocabulary.size, seed)),
+            dict(_iter_random_weights(architecture, vocabulary.size, seed)),
             architecture=architecture,
-            max_positions=positions,
+            max_positions=max_positions,
             metadata=ExportMetadata(
                 run=f"tiny-{role}",
                 role=role,
@@ -84,14 +88,15 @@ def write_tiny_export(
     return folder
 
 
-def _random_weights(
+def _iter_random_weights(
     architecture: Architecture, vocabulary_size: int, seed: int
 ) -> Iterator[tuple[str, StreamedTensor]]:
-    """Llama's tensors by name, large enough that every token seen changes every logit."""
+    """Yield Llama's tensors by name, so large that every visible token changes every logit."""
     generator = torch.Generator().manual_seed(seed)
-    hidden, ffn = architecture.hidden_size, architecture.ffn_hidden_size
+    hidden = architecture.hidden_size
+    ffn = architecture.ffn_hidden_size
     keys = architecture.num_kv_heads * architecture.head_dim
-    shapes = {
+    layer_shapes = {
         "input_layernorm": (hidden,),
         "self_attn.q_proj": (hidden, hidden),
         "self_attn.k_proj": (keys, hidden),
@@ -102,10 +107,11 @@ def _random_weights(
         "mlp.up_proj": (ffn, hidden),
         "mlp.down_proj": (hidden, ffn),
     }
-    named = {"embed_tokens": (vocabulary_size, hidden), "norm": (hidden,)}
+    shapes = {"embed_tokens": (vocabulary_size, hidden), "norm": (hidden,)}
     for layer in range(architecture.num_layers):
-        named |= {f"layers.{layer}.{name}": shape for name, shape in shapes.items()}
-    for name, shape in named.items():
+        shapes |= {f"layers.{layer}.{name}": shape for name, shape in layer_shapes.items()}
+
+    for name, shape in shapes.items():
         noise = torch.randn(shape, generator=generator)
         is_norm = len(shape) == 1
         tensor = 1 + noise / 10 if is_norm else noise / shape[-1] ** 0.5
@@ -113,38 +119,43 @@ def _random_weights(
 
 
 class ScriptedModel(LanguageModel):
-    """A real model whose wishes are written down: after token t it wants the first of `wants[t]` that it may have.
+    """Real model with scripted logits: after token t it prefers the tokens of `script[t]` in order.
 
     Attributes:
-        read: Tokens of each call, the inputs first.
-        open_calls: Which calls let every token see every other.
+        calls: Tokens of each call, the inputs first.
+        bidirectional_calls: For each call, True if every token saw every other.
     """
 
-    def __init__(self, real: LanguageModel, wants: Mapping[int, Sequence[int]], other: int) -> None:
-        """A script over `real`'s tokens; `other` is what it wants where nothing else is left."""
+    def __init__(
+        self, real: LanguageModel, script: Mapping[int, Sequence[int]], fallback: int
+    ) -> None:
+        """Script `real`'s tokens; `fallback` comes after all preferred ones."""
         super().__init__(real.network, real.tokenizer, real.metadata, real.eos_token_ids)
-        self.wants, self.other = wants, other
-        self.read: list[list[int]] = []
-        self.open_calls: list[bool] = []
+        self.script = script
+        self.fallback = fallback
+        self.calls: list[list[int]] = []
+        self.bidirectional_calls: list[bool] = []
 
     def forward(
         self,
         tokens: Tensor,
         mask: Tensor | None = None,
-        cache: object | None = None,  # noqa: ARG002  the script looks at one token
+        cache: object | None = None,  # noqa: ARG002  the script depends on one token only
         *,
         last_only: bool = False,
     ) -> Tensor:
-        """Logits that fall from wish to wish, float32 (1, 1, V)."""
-        assert last_only, "a script speaks of the next token alone"
-        self.read.append(tokens[0].tolist())
-        self.open_calls.append(mask is not None and bool(mask.all()))
+        """Return logits that fall from one preferred token to the next, float32 (1, 1, V)."""
+        assert last_only, "a script defines the logits of the next token only"
+        self.calls.append(tokens[0].tolist())
+        self.bidirectional_calls.append(mask is not None and bool(mask.all()))
+
         logits = torch.zeros(1, 1, len(self.is_text))
-        for rank, wish in enumerate([*self.wants.get(self.read[-1][-1], ()), self.other]):
-            logits[0, 0, wish] = 50.0 - rank
+        preferred = [*self.script.get(self.calls[-1][-1], ()), self.fallback]
+        for rank, token in enumerate(preferred):
+            logits[0, 0, token] = 50.0 - rank
         return logits
 
     @property
     def targets(self) -> list[int]:
-        """What was read after the inputs."""
-        return list(itertools.chain(*self.read[1:]))
+        """Tokens of all calls after the inputs."""
+        return list(itertools.chain(*self.calls[1:]))

@@ -19,7 +19,7 @@ NUM_SENTINELS = 16
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """Recipe of an exported UL2R run, whose token store exists."""
     storage = tmp_path_factory.mktemp("storage")
-    export = write_tiny_export(storage / "runs/arm/export", sentinels=NUM_SENTINELS)
+    export = write_tiny_export(storage / "runs/arm/export", num_sentinels=NUM_SENTINELS)
     vocabulary = read_export_metadata(export).vocabulary
     assert vocabulary is not None
     make_tiny_store(
@@ -71,7 +71,7 @@ def load_causal_model(
 ) -> LanguageModel:
     folder = tmp_path_factory.mktemp("causal") / "export"
     write_tiny_export(
-        folder, attention="causal", denoising=denoising, sentinels=NUM_SENTINELS, seed=2
+        folder, attention="causal", denoising=denoising, num_sentinels=NUM_SENTINELS, seed=2
     )
     shutil.copy(recipe.storage_paths.store / "tokenizer.json", folder)
     return LanguageModel.load(folder)

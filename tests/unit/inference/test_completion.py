@@ -23,12 +23,12 @@ def test_a_completion_reads_s2s_and_the_prompt_and_ends_at_eos(
     model: LanguageModel, vocabulary: Vocabulary
 ) -> None:
     a, b, x, y = encode_characters(model, "abxy")
-    scripted = ScriptedModel(model, {b: [x], x: [y], y: [vocabulary.eos]}, other=a)
+    scripted = ScriptedModel(model, {b: [x], x: [y], y: [vocabulary.eos]}, fallback=a)
 
     result = complete(scripted, "ab", max_tokens=9)
 
-    assert scripted.read[0] == [*vocabulary.modes["S2S"], a, b]
-    assert scripted.open_calls[0]
+    assert scripted.calls[0] == [*vocabulary.modes["S2S"], a, b]
+    assert scripted.bidirectional_calls[0]
     assert (result.text, result.finish_reason) == ("xy", "stop")
     assert (result.prompt_tokens, result.completion_tokens) == (3, 3)
     assert complete(scripted, "ab", mode="S2S", max_tokens=9) == result
@@ -42,28 +42,28 @@ def test_nlu_and_nlg_close_the_prompt_with_a_sentinel(
     modes: tuple[Mode, ...] = ("NLU", "NLG")
 
     for mode in modes:
-        scripted = ScriptedModel(model, {sentinel: [x], x: [vocabulary.eos]}, other=a)
+        scripted = ScriptedModel(model, {sentinel: [x], x: [vocabulary.eos]}, fallback=a)
         result = complete(scripted, "a", mode=mode, max_tokens=9)
-        assert scripted.read == [[*vocabulary.modes[mode], a, sentinel], [sentinel], [x]]
+        assert scripted.calls == [[*vocabulary.modes[mode], a, sentinel], [sentinel], [x]]
         assert (result.text, result.finish_reason) == ("x", "stop")
 
 
 def test_a_completion_stops_at_its_token_limit(model: LanguageModel) -> None:
     (q,) = encode_characters(model, "q")
 
-    result = complete(ScriptedModel(model, {}, other=q), "ab", max_tokens=4)
+    result = complete(ScriptedModel(model, {}, fallback=q), "ab", max_tokens=4)
 
     assert (result.text, result.finish_reason, result.completion_tokens) == ("qqqq", "length", 4)
 
 
 def test_a_causal_model_continues_the_bare_prompt_causally(causal_model: LanguageModel) -> None:
     a, b, q = encode_characters(causal_model, "abq")
-    scripted = ScriptedModel(causal_model, {}, other=q)
+    scripted = ScriptedModel(causal_model, {}, fallback=q)
 
     complete(scripted, "ab", max_tokens=2)
 
-    assert scripted.read[0] == [a, b]
-    assert scripted.open_calls == [False, False]
+    assert scripted.calls[0] == [a, b]
+    assert scripted.bidirectional_calls == [False, False]
 
 
 @pytest.mark.parametrize("mode", ["S2S", "NLU", "NLG"])
@@ -94,15 +94,15 @@ def test_a_denoising_model_with_causal_attention_gets_modes_and_reads_causally(
     model = LanguageModel.load(folder)
     assert model.vocabulary is not None
     (q,) = encode_characters(model, "q")
-    scripted = ScriptedModel(model, {}, other=q)
+    scripted = ScriptedModel(model, {}, fallback=q)
 
     complete(scripted, "ab", max_tokens=1)
     infill(scripted, ["ab", "ab"], max_tokens=1)
 
-    completion_prompt, infill_prompt = scripted.read[:2]
+    completion_prompt, infill_prompt = scripted.calls[:2]
     assert completion_prompt == [
         *model.vocabulary.modes["S2S"],
         *encode_characters(model, "ab"),
     ]
     assert infill_prompt[:1] == [*model.vocabulary.modes["NLU"]]
-    assert not any(scripted.open_calls)
+    assert not any(scripted.bidirectional_calls)

@@ -20,25 +20,25 @@ def test_slots_become_sentinels_and_one_more_closes_text_at_the_end(
     model: LanguageModel, vocabulary: Vocabulary
 ) -> None:
     a, b, c, d, q = encode_characters(model, "abcdq")
-    scripted = ScriptedModel(model, {}, other=q)
+    scripted = ScriptedModel(model, {}, fallback=q)
 
     infill(scripted, ["ab", "c", "d"], mode="NLG", max_tokens=1)
 
     s = vocabulary.sentinels
-    assert scripted.read[0] == [*vocabulary.modes["NLG"], a, b, s[0], c, s[1], d, s[2]]
-    assert scripted.open_calls == [True] + [False] * (len(scripted.read) - 1)
+    assert scripted.calls[0] == [*vocabulary.modes["NLG"], a, b, s[0], c, s[1], d, s[2]]
+    assert scripted.bidirectional_calls == [True] + [False] * (len(scripted.calls) - 1)
 
 
 def test_a_slot_at_the_end_needs_no_closing_sentinel(
     model: LanguageModel, vocabulary: Vocabulary
 ) -> None:
     c, q = encode_characters(model, "cq")
-    scripted = ScriptedModel(model, {}, other=q)
+    scripted = ScriptedModel(model, {}, fallback=q)
 
     infill(scripted, ["", "c", ""], max_tokens=1)
 
     s = vocabulary.sentinels
-    assert scripted.read[0] == [*vocabulary.modes["NLU"], s[0], c, s[1]]
+    assert scripted.calls[0] == [*vocabulary.modes["NLU"], s[0], c, s[1]]
 
 
 def test_a_span_ends_when_the_model_writes_the_next_sentinel(
@@ -47,7 +47,7 @@ def test_a_span_ends_when_the_model_writes_the_next_sentinel(
     x, y, z, q = encode_characters(model, "xyzq")
     s = vocabulary.sentinels
     wants = {s[0]: [x], x: [y], y: [s[1]], s[1]: [z], z: [s[2]]}
-    scripted = ScriptedModel(model, wants, other=q)
+    scripted = ScriptedModel(model, wants, fallback=q)
 
     result = infill(scripted, ["a", "b", "c"], max_tokens=5)
 
@@ -64,7 +64,7 @@ def test_eos_ends_a_slot_at_the_end_of_the_text(
 ) -> None:
     x, y = encode_characters(model, "xy")
     s = vocabulary.sentinels
-    scripted = ScriptedModel(model, {s[0]: [x], x: [y], y: [vocabulary.eos]}, other=x)
+    scripted = ScriptedModel(model, {s[0]: [x], x: [y], y: [vocabulary.eos]}, fallback=x)
 
     result = infill(scripted, ["a", ""], max_tokens=5)
 
@@ -76,7 +76,7 @@ def test_a_span_at_its_token_limit_is_closed_and_the_next_one_is_filled(
 ) -> None:
     x, q = encode_characters(model, "xq")
     s = vocabulary.sentinels
-    scripted = ScriptedModel(model, {s[1]: [x], x: [s[2]]}, other=q)
+    scripted = ScriptedModel(model, {s[1]: [x], x: [s[2]]}, fallback=q)
 
     result = infill(scripted, ["a", "b", "c"], max_tokens=3)
 
@@ -94,7 +94,7 @@ def test_tokens_that_do_not_belong_in_a_span_are_never_generated(
     eos = vocabulary.eos
     (mode,) = vocabulary.modes["NLU"]
     wants = {s[0]: [s[1], eos, x], x: [eos, mode, s[0], s[2], s[3], s[1]], s[1]: [s[2], eos, x]}
-    scripted = ScriptedModel(model, wants, other=x)
+    scripted = ScriptedModel(model, wants, fallback=x)
 
     result = infill(scripted, ["a", "b", ""], max_tokens=4)
 

@@ -99,7 +99,9 @@ class DenseLlama:
 def random_text(model: LanguageModel) -> SyntheticWindows:
     """Return windows of random text tokens, a different one for each sample."""
     ids = torch.nonzero(model.is_text).flatten().numpy()
-    return SyntheticWindows(lambda sample, length: np.random.default_rng(sample).choice(ids, length))
+    return SyntheticWindows(
+        lambda sample, length: np.random.default_rng(sample).choice(ids, length)
+    )
 
 
 def ul2r_batch(model: LanguageModel, num_rows: int) -> Batch:
@@ -174,7 +176,7 @@ def test_a_sliding_window_applies_in_both_directions_of_a_prefix(
 
 def test_a_token_changes_only_logits_of_queries_that_attend_to_it(tmp_path: Path) -> None:
     # With one layer, attention reaches no further than the interval itself.
-    one_layer = LanguageModel.load(write_tiny_export(tmp_path / "export", layers=1))
+    one_layer = LanguageModel.load(write_tiny_export(tmp_path / "export", num_layers=1))
     tokens = random_tokens(one_layer, 1, 16)
     kv_start, kv_end = random_intervals(1, 1, 16)
     intervals = torch.from_numpy(kv_start), torch.from_numpy(kv_end)
@@ -309,7 +311,7 @@ def test_a_damaged_export_is_refused_in_one_line(
 
 def test_the_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     export = write_tiny_export(tmp_path / "export")
-    other = write_tiny_export(tmp_path / "other", sentinels=9)
+    other = write_tiny_export(tmp_path / "other", num_sentinels=9)
     (export / "tokenizer.json").write_bytes((other / "tokenizer.json").read_bytes())
 
     message = r"states 300 tokenizer entries, but tokenizer.json has 301"
@@ -319,7 +321,7 @@ def test_the_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_more_tokenizer_entries_than_embeddings_are_refused(tmp_path: Path) -> None:
     folder = write_tiny_export(tmp_path / "export")
-    larger = write_tiny_export(tmp_path / "larger", sentinels=9)
+    larger = write_tiny_export(tmp_path / "larger", num_sentinels=9)
     (folder / "ul2r.json").unlink()
     (folder / "tokenizer.json").write_bytes((larger / "tokenizer.json").read_bytes())
 

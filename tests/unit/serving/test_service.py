@@ -38,7 +38,7 @@ class GatedModel(ScriptedModel):
 @pytest.fixture
 def gated_model(tmp_path: Path) -> GatedModel:
     real = LanguageModel.load(write_tiny_export(tmp_path / "export"))
-    model = GatedModel(real, {}, other=real.encode("q")[0])
+    model = GatedModel(real, {}, fallback=real.encode("q")[0])
     model.gate = threading.Event()
     model.threads = set()
     return model
@@ -68,7 +68,7 @@ def test_the_event_loop_stays_responsive_while_one_thread_generates(
 
     assert asyncio.run(run()) == ["qq", "qq"]
     assert len(gated_model.threads) == 1
-    lengths = [len(tokens) for tokens in gated_model.read]
+    lengths = [len(tokens) for tokens in gated_model.calls]
     assert lengths == [2, 1, 2, 1], "one request must finish before the next one starts"
 
 
@@ -87,5 +87,5 @@ def test_a_request_cancelled_while_it_waits_is_never_generated(gated_model: Gate
     asyncio.run(run())
 
     a, c = gated_model.encode("ac")
-    prompts = [tokens for tokens in gated_model.read if len(tokens) == 2]
+    prompts = [tokens for tokens in gated_model.calls if len(tokens) == 2]
     assert [prompt[-1] for prompt in prompts] == [a, c]
