@@ -1,12 +1,12 @@
-"""Where a run keeps its files: the only place that spells their names.
+"""Paths of the files that runs keep; no other module spells their names.
 
 storage/
   store/                     token store: tokenizer.json, manifest.json, *.bin, *.idx
   runs/NAME/
     checkpoints/             step_00000100/, latest, owner
     export/                  Hugging Face folder: safetensors, config.json, tokenizer.json, ul2r.json, README.md
-    guards/                  a report of each step that a guard did not apply
-    heartbeats/              what each rank is doing, for the watchdog
+    guards/                  a report on each step that the guards did not apply
+    heartbeats/              the current step and phase of each rank, for the watchdog
     profiles/                traces of torch's profiler
     ray/                     Ray Train's own files
     data.html  evaluation.json  tracking.json  tracking_waiting.json
@@ -51,7 +51,7 @@ class StoragePaths:
 
     @property
     def mlflow_log(self) -> Path:
-        """What that server printed."""
+        """Output of that server."""
         return self.storage / "mlflow.log"
 
     def run(self, name: str) -> RunPaths:
@@ -85,7 +85,7 @@ class RunPaths:
 
     @property
     def anomaly_reports(self) -> Path:
-        """Folder of the reports on steps that a guard did not apply."""
+        """Folder of the reports on steps that the guards did not apply."""
         return self.folder / "guards"
 
     @property
@@ -105,7 +105,7 @@ class RunPaths:
 
     @property
     def data_page(self) -> Path:
-        """Page of training examples, as `jobs/inspect_data.py` writes it."""
+        """Page of training examples that `jobs/inspect_data.py` writes."""
         return self.folder / "data.html"
 
     @property
@@ -115,7 +115,7 @@ class RunPaths:
 
     @property
     def tracking_record(self) -> Path:
-        """Which run in MLflow this one is."""
+        """Record of the run's id in MLflow."""
         return self.folder / "tracking.json"
 
     @property
