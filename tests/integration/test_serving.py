@@ -1,4 +1,4 @@
-"""One model served by jobs/serve.py as a user starts it, from MLflow's registry, asked over real HTTP."""
+"""jobs/serve.py as a user starts it: a model from MLflow's registry, over real HTTP."""
 
 from __future__ import annotations
 
@@ -34,28 +34,39 @@ STOP_TIMEOUT_S = 60
 
 
 @dataclass(frozen=True)
-class Served:
-    http: httpx.Client
+class Server:
+    """A running job.
+
+    Attributes:
+        client: HTTP client of its URL.
+        export: Folder of the served model.
+        port: Port that it listens on.
+        output: What it printed until it was ready.
+    """
+
+    client: httpx.Client
     export: Path
     port: int
-    said: str
+    output: str
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     storage = tmp_path_factory.mktemp("storage")
     export = write_tiny_export(storage / "export")
     _register(storage, export)
     port = find_free_port()
-    job = _start("models:/tiny@champion", "--storage", str(storage), "--port", str(port))
+
+    job = _start_job("models:/tiny@champion", "--storage", str(storage), "--port", str(port))
     try:
-        said = _read_until(job, "/v1/infill -d")
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
-            yield Served(http, export, port, said)
+        output = _read_until(job, "/v1/infill -d")
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            yield Server(client, export, port, output)
     finally:
         job.send_signal(signal.SIGTERM)
-        rest, _ = job.communicate(timeout=STOP_TIMEOUT_S)
-    assert (job.returncode, rest.splitlines()[-1]) == (0, "stopped")
+        last_output, _ = job.communicate(timeout=STOP_TIMEOUT_S)
+
+    assert (job.returncode, last_output.splitlines()[-1]) == (0, "stopped")
     check_port(port)
 
 
@@ -66,7 +77,7 @@ def _register(storage: Path, export: Path) -> None:
         register(uri, "tiny", export, run.info.run_id, "champion")
 
 
-def _start(*arguments: str) -> subprocess.Popen[str]:
+def _start_job(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(ROOT / "jobs" / "serve.py"), *arguments],
         cwd=ROOT,
@@ -77,91 +88,104 @@ def _start(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def _read_until(job: subprocess.Popen[str], mark: str) -> str:
-    """What the job says up to the line that holds `mark`."""
+def _read_until(job: subprocess.Popen[str], text: str) -> str:
+    """Return what the job prints up to the line that contains `text`."""
     assert job.stdout is not None
-    said: list[str] = []
-    limit = threading.Timer(START_TIMEOUT_S, job.kill)
-    limit.start()
+    lines: list[str] = []
+
+    # Reading a pipe has no timeout; killing the job ends the loop.
+    timer = threading.Timer(START_TIMEOUT_S, job.kill)
+    timer.start()
     for line in job.stdout:
-        said.append(line)
-        if mark in line:
+        lines.append(line)
+        if text in line:
             break
-    limit.cancel()
-    assert mark in said[-1], f"the job said no more than: {''.join(said)}"
-    return "".join(said)
+    timer.cancel()
+
+    assert text in lines[-1], f"the job printed only: {''.join(lines)}"
+    return "".join(lines)
 
 
-def test_the_job_prints_the_page_and_commands_that_work(served: Served) -> None:
-    base = f"http://127.0.0.1:{served.port}"
-    assert f"playground  {base}/\n" in served.said
-    commands = re.findall(r"^  (curl .+)$", served.said, re.MULTILINE)
+def test_the_job_prints_the_playground_and_commands_that_work(server: Server) -> None:
+    url = f"http://127.0.0.1:{server.port}"
+    assert f"playground  {url}/\n" in server.output
+
+    commands = re.findall(r"^  (curl .+)$", server.output, re.MULTILINE)
     assert len(commands) == 4
     for command in commands:
-        answer = subprocess.run(
+        finished = subprocess.run(
             ["/bin/sh", "-c", command], capture_output=True, text=True, timeout=60, check=True
         )
-        assert answer.stdout.startswith("{")
-        assert '"error"' not in answer.stdout
+        assert finished.stdout.startswith("{")
+        assert '"error"' not in finished.stdout
 
 
-def test_answers_over_http_are_those_of_the_library(served: Served) -> None:
-    model = LanguageModel.load(served.export)
-    text = "def area(width, height):"
-    completion = served.http.post("/v1/complete", json={"prompt": text, "max_tokens": 9}).json()
-    assert completion["text"] == complete(model, text, max_tokens=9).text
-    asked = {"prompt": "The <slot> was calm, and <slot> was he.", "max_tokens": 5}
-    infilling = served.http.post("/v1/infill", json=asked).json()
+def test_responses_equal_the_results_of_the_library(server: Server) -> None:
+    model = LanguageModel.load(server.export)
+
+    prompt = "def area(width, height):"
+    response = server.client.post("/v1/complete", json={"prompt": prompt, "max_tokens": 9}).json()
+    assert response["text"] == complete(model, prompt, max_tokens=9).text
+
+    request = {"prompt": "The <slot> was calm, and <slot> was he.", "max_tokens": 5}
+    response = server.client.post("/v1/infill", json=request).json()
     expected = infill(model, ["The ", " was calm, and ", " was he."], max_tokens=5)
-    assert infilling["fills"] == list(expected.fills)
-    assert infilling["text"] == expected.text
-    assert infilling["model"] == {"run": "tiny-ul2r", "role": "ul2r", "step": 3}
+    assert response["fills"] == list(expected.fills)
+    assert response["text"] == expected.text
+    assert response["model"] == {"run": "tiny-ul2r", "role": "ul2r", "step": 3}
 
 
-def test_the_server_lives_while_it_generates(served: Served) -> None:
-    asked = {"prompt": "The sea", "max_tokens": 120, "temperature": 1.0, "seed": 5}
-    with ThreadPoolExecutor() as askers:
-        answers = [askers.submit(served.http.post, "/v1/complete", json=asked) for _ in range(6)]
-        assert served.http.get("/healthz").json() == {"status": "ok"}
-        texts = {answer.result().json()["text"] for answer in answers}
-    assert len(texts) == 1, "the same seed gives the same text, whoever asks beside"
+def test_the_server_stays_responsive_while_it_generates(server: Server) -> None:
+    request = {"prompt": "The sea", "max_tokens": 120, "temperature": 1.0, "seed": 5}
+
+    with ThreadPoolExecutor() as pool:
+        futures = [pool.submit(server.client.post, "/v1/complete", json=request) for _ in range(6)]
+        assert server.client.get("/healthz").json() == {"status": "ok"}
+        texts = {future.result().json()["text"] for future in futures}
+
+    assert len(texts) == 1, "concurrent requests with the same seed must get the same text"
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "status", "reason"),
+    ("path", "body", "status", "message"),
     [
         ("infill", b'{"prompt": "no place to fill"}', 400, "the prompt has no slot"),
-        ("infill", b'{"prompt": "%s"}' % (b"a<slot>" * 8), 400, "8 slots, the model can tell 7"),
-        ("complete", b'{"prompt": "%s"}' % (b"a" * 500), 400, "too long: it makes 501 tokens, 127"),
+        ("infill", b'{"prompt": "%s"}' % (b"a<slot>" * 8), 400, "8 slots, but the model has"),
+        ("complete", b'{"prompt": "%s"}' % (b"a" * 500), 400, "too long: it has 501 tokens"),
         ("complete", b'{"prompt": "a",}', 400, "malformed JSON at character 15"),
         ("complete", b'{"prompt": "a", "tokens": 5}', 422, "tokens: unknown field"),
         ("infill", b'{"prompt": "<slot>.", "mode": "S2S"}', 422, "'NLU' or 'NLG', got 'S2S'"),
     ],
 )
-def test_a_bad_request_is_answered_4xx_with_its_reason(
-    served: Served, path: str, body: bytes, status: int, reason: str
+def test_a_bad_request_gets_4xx_and_its_reason(
+    server: Server, path: str, body: bytes, status: int, message: str
 ) -> None:
     headers = {"content-type": "application/json"}
-    answer = served.http.post(f"/v1/{path}", content=body, headers=headers)
-    assert answer.status_code == status
-    assert reason in answer.json()["error"]
+
+    response = server.client.post(f"/v1/{path}", content=body, headers=headers)
+
+    assert response.status_code == status
+    assert message in response.json()["error"]
 
 
-def test_the_playground_is_the_first_page(served: Served) -> None:
-    page = served.http.get("/")
+def test_the_playground_is_the_first_page(server: Server) -> None:
+    page = server.client.get("/")
+
     assert page.headers["content-type"].startswith("text/html")
     assert "<title>UL2R playground</title>" in page.text
 
 
-def test_a_taken_port_ends_the_job_in_one_line(served: Served) -> None:
-    job = _start(str(served.export), "--port", str(served.port))
-    said, _ = job.communicate(timeout=START_TIMEOUT_S)
+def test_a_port_in_use_ends_the_job_in_one_line(server: Server) -> None:
+    job = _start_job(str(server.export), "--port", str(server.port))
+
+    output, _ = job.communicate(timeout=START_TIMEOUT_S)
+
     assert job.returncode == 2
-    assert said == f"error: port {served.port} is in use: choose another with --port\n"
+    assert output == f"error: port {server.port} is in use: choose another with --port\n"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "reason"),
+    ("arguments", "message"),
     [
         (["{}"], "no export at {}: the folder does not exist"),
         (
@@ -171,27 +195,30 @@ def test_a_taken_port_ends_the_job_in_one_line(served: Served) -> None:
     ],
 )
 def test_a_missing_model_ends_the_job_in_one_line(
-    tmp_path: Path, arguments: list[str], reason: str
+    tmp_path: Path, arguments: list[str], message: str
 ) -> None:
-    nothing = tmp_path / "nothing"
-    filled = [argument.format(nothing) for argument in arguments]
-    job = _start(*filled, "--port", str(find_free_port()))
-    said, _ = job.communicate(timeout=START_TIMEOUT_S)
+    missing = tmp_path / "missing"
+    arguments = [argument.format(missing) for argument in arguments]
+
+    job = _start_job(*arguments, "--port", str(find_free_port()))
+    output, _ = job.communicate(timeout=START_TIMEOUT_S)
+
     assert job.returncode == 2
-    assert said.startswith(f"error: {reason.format(nothing)}")
-    assert said.count("\n") == 1
-    assert not nothing.exists()
+    assert output.startswith(f"error: {message.format(missing)}")
+    assert output.count("\n") == 1
+    assert not missing.exists()
 
 
-def test_a_model_that_does_not_load_says_why_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_model_that_fails_to_load_is_reported_and_leaves_no_server(tmp_path: Path) -> None:
     weights = write_tiny_export(tmp_path / "export") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     port = find_free_port()
-    arguments = ServingConfig(model=str(tmp_path / "export"))
+    config = ServingConfig(model=str(tmp_path / "export"))
+
     with connect_ray(cpus=1):
         with (
             pytest.raises(ServiceError, match=r"failed to start: .*cannot be loaded: Error while"),
-            serve_model(arguments, port),
+            serve_model(config, port),
         ):
-            pytest.fail("it came up")
+            pytest.fail("the model started")
         check_port(port)
