@@ -1,4 +1,4 @@
-"""`jobs/prepare.py` on real Ray clusters: the same store however it is made, and one line where it cannot be."""
+"""`jobs/prepare.py` on real Ray clusters: the same store however it is made, and user errors in one line."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ sys.stdin.read()
 
 @pytest.fixture(scope="module")
 def one_cpu() -> Iterator[str]:
-    """Address of a cluster of another process, of one CPU."""
+    """Address of a cluster with one CPU, owned by another process."""
     with subprocess.Popen(
         [sys.executable, "-c", ONE_CPU_CLUSTER],
         stdin=subprocess.PIPE,
@@ -53,7 +53,7 @@ def one_cpu() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def three_cpus(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    """A recipe whose store of the standard library was made by three tasks at a time."""
+    """A recipe whose store of the standard library was made by three concurrent tasks."""
     recipe = tiny_recipe(tmp_path_factory.mktemp("three") / "storage")
     with connect_ray(cpus=3):
         prepare(recipe)
@@ -62,7 +62,7 @@ def three_cpus(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 @pytest.fixture
 def connection(one_cpu: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The cluster of one CPU, used by this process."""
+    """Connection of this process to the cluster with one CPU."""
     monkeypatch.setenv("RAY_ADDRESS", one_cpu)
     with connect_ray(cpus=1):
         yield
@@ -70,7 +70,7 @@ def connection(one_cpu: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def text(connection: None, tmp_path: Path) -> Recipe:
-    """A recipe whose store was made of a folder of stories."""
+    """A recipe whose store was made from a folder of stories."""
     write_texts(tmp_path / "texts")
     data = {"corpus": [str(tmp_path / "texts")], "vocabulary_size": 512}
     recipe = tiny_recipe(tmp_path / "text", data=data)
@@ -79,24 +79,26 @@ def text(connection: None, tmp_path: Path) -> Recipe:
     return recipe
 
 
-def _documents(folder: Path) -> list[list[int]]:
-    """All documents of both sides, sorted."""
+def read_all_documents(folder: Path) -> list[list[int]]:
+    """Return all documents of both splits, sorted."""
     stores = [TokenStore.open(folder / side) for side in ("train", "held_out")]
-    return sorted(store.read_document(n).tolist() for store in stores for n in range(store.num_documents))
+    return sorted(
+        store.read_document(n).tolist() for store in stores for n in range(store.num_documents)
+    )
 
 
-def _command(recipe: Recipe, folder: Path) -> list[str]:
+def make_command(recipe: Recipe, folder: Path) -> list[str]:
     (folder / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
     return [sys.executable, "jobs/prepare.py", str(folder / "recipe.yaml")]
 
 
-def _job(
+def run_job(
     recipe: Recipe, folder: Path, address: str | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run the job as a user does."""
+    """Run the job as users do."""
     environment = os.environ | ({"RAY_ADDRESS": address} if address else {})
     return subprocess.run(
-        _command(recipe, folder),
+        make_command(recipe, folder),
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -106,34 +108,34 @@ def _job(
     )
 
 
-def _shards(recipe: Recipe) -> list[Path]:
+def find_shards(recipe: Recipe) -> list[Path]:
     return list(recipe.storage.glob("store.partial-*/shard_*.npy"))
 
 
-def _kill_after_the_first_shard(recipe: Recipe, folder: Path, address: str) -> int:
-    """Start the job, kill it in the midst of its work, return how many shards it had finished."""
+def kill_after_first_shard(recipe: Recipe, folder: Path, address: str) -> int:
+    """Start the job, kill it after its first shard, and return the number of finished shards."""
     with subprocess.Popen(
-        _command(recipe, folder),
+        make_command(recipe, folder),
         cwd=ROOT,
         env=os.environ | {"RAY_ADDRESS": address},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     ) as job:
         deadline = time.monotonic() + WAIT_S
-        while not _shards(recipe):
+        while not find_shards(recipe):
             assert job.poll() is None, "the job ended before its first shard"
             assert time.monotonic() < deadline
             time.sleep(0.005)
         job.kill()
-    return len(_shards(recipe))
+    return len(find_shards(recipe))
 
 
-def _share_at_start(stderr: str) -> int:
-    """Percentage of the progress bar's first line."""
-    return int(stderr.split("tokenise")[1].split("%")[0])
+def read_first_percentage(stderr: str) -> int:
+    """Return the percentage in the first line of the progress bar."""
+    return int(stderr.split("tokenize")[1].split("%")[0])
 
 
-def test_the_standard_library_becomes_a_store(three_cpus: Recipe) -> None:
+def test_standard_library_becomes_a_store(three_cpus: Recipe) -> None:
     dataset = open_dataset(three_cpus.storage_paths.store)
     manifest = dataset.manifest
     with_text = [file for file in find_files(["stdlib"]) if file.size]
@@ -151,28 +153,29 @@ def test_the_standard_library_becomes_a_store(three_cpus: Recipe) -> None:
         assert tokenizer.decode(ids[:-1].tolist()) in texts
 
 
-def test_a_killed_job_goes_on_and_one_cpu_makes_the_same_bytes(
+def test_killed_job_resumes_and_one_cpu_gives_the_same_bytes(
     three_cpus: Recipe, one_cpu: str, tmp_path: Path
 ) -> None:
     recipe = tiny_recipe(tmp_path / "storage")
-    assert _kill_after_the_first_shard(recipe, tmp_path, one_cpu) >= 1
+    assert kill_after_first_shard(recipe, tmp_path, one_cpu) >= 1
     assert not recipe.storage_paths.store.exists()
-    resumed = _job(recipe, tmp_path, one_cpu)
+    resumed = run_job(recipe, tmp_path, one_cpu)
     assert resumed.returncode == 0, resumed.stderr
     assert "made" in resumed.stdout
-    assert _share_at_start(resumed.stderr) > 0
+    assert read_first_percentage(resumed.stderr) > 0
     assert [path.name for path in recipe.storage.iterdir()] == ["store"]
     assert Manifest.read(recipe.storage_paths.store) == Manifest.read(
         three_cpus.storage_paths.store
     )
     for name in ("train.bin", "train.idx", "held_out.bin", "held_out.idx", "tokenizer.json"):
-        made, expected = recipe.storage_paths.store / name, three_cpus.storage_paths.store / name
-        assert made.read_bytes() == expected.read_bytes(), name
+        actual = recipe.storage_paths.store / name
+        expected = three_cpus.storage_paths.store / name
+        assert actual.read_bytes() == expected.read_bytes(), name
 
 
-def test_a_finished_store_is_not_made_again(three_cpus: Recipe, tmp_path: Path) -> None:
+def test_finished_store_is_not_made_again(three_cpus: Recipe, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in three_cpus.storage_paths.store.iterdir()}
-    again = _job(three_cpus, tmp_path)
+    again = run_job(three_cpus, tmp_path)
     assert again.returncode == 0
     assert "up to date" in again.stdout
     assert again.stderr == ""
@@ -190,10 +193,10 @@ def test_a_finished_store_is_not_made_again(three_cpus: Recipe, tmp_path: Path) 
         ),
         ({"vocabulary_size": 512}, "data.vocabulary_size=4096, the recipe has 512"),
         ({"num_sentinels": 65}, "data.num_sentinels=64, the recipe has 65"),
-        ({"corpus": [str(ROOT / "README.md")]}, "was made of data.corpus=['stdlib'], the recipe"),
+        ({"corpus": [str(ROOT / "README.md")]}, "made from data.corpus=['stdlib'], the recipe"),
     ],
 )
-def test_a_store_made_of_something_else_is_not_taken(
+def test_store_made_from_other_inputs_is_refused(
     three_cpus: Recipe, data: dict[str, object], reason: str
 ) -> None:
     with pytest.raises(CorpusError) as caught:
@@ -202,14 +205,14 @@ def test_a_store_made_of_something_else_is_not_taken(
     assert "set storage to another folder, or delete" in str(caught.value)
 
 
-def test_a_store_of_changed_text_is_not_taken(text: Recipe) -> None:
+def test_store_of_changed_text_is_refused(text: Recipe) -> None:
     (path, *_) = sorted(Path(text.data.corpus[0]).iterdir())
     path.write_text("something else\n", encoding="utf-8")
     with pytest.raises(CorpusError, match=r"files of data\.corpus=.* changed since it was made"):
         load_finished(text)
 
 
-def test_the_tokens_of_a_megatron_user_are_split_again(text: Recipe, tmp_path: Path) -> None:
+def test_existing_megatron_store_can_be_the_corpus(text: Recipe, tmp_path: Path) -> None:
     theirs = text.storage_paths.store
     data = {
         "corpus": [str(theirs / "train.bin"), str(theirs / "held_out.idx")],
@@ -218,19 +221,19 @@ def test_the_tokens_of_a_megatron_user_are_split_again(text: Recipe, tmp_path: P
     recipe = tiny_recipe(tmp_path / "tokens", data=data)
     manifest = prepare(recipe)
     assert manifest.vocabulary == Manifest.read(theirs).vocabulary
-    assert _documents(recipe.storage_paths.store) == _documents(theirs)
+    assert read_all_documents(recipe.storage_paths.store) == read_all_documents(theirs)
 
 
 def test_tokens_without_their_tokenizer_are_refused(text: Recipe, tmp_path: Path) -> None:
     data = {"corpus": [str(text.storage_paths.store / "train.bin")]}
-    with pytest.raises(CorpusError, match=r"set data\.tokenizer to the one they were made with"):
+    with pytest.raises(CorpusError, match=r"set data\.tokenizer to the tokenizer they"):
         prepare(tiny_recipe(tmp_path / "tokens", data=data))
 
 
-def test_a_mistake_that_a_task_finds_is_one_line(text: Recipe, tmp_path: Path) -> None:
+def test_user_error_in_a_task_is_one_line(text: Recipe, tmp_path: Path) -> None:
     texts = Path(text.data.corpus[0])
     (texts / "story_0007.txt").write_bytes(b"one\ntwo\nthr\xe9e\n")
-    # With a tokenizer given, nothing is read before the tasks read it.
+    # A given tokenizer: no text is read before the tasks read it.
     data = {"corpus": [str(texts)], "tokenizer": text.storage_paths.store / "tokenizer.json"}
     recipe = tiny_recipe(tmp_path / "broken", data=data)
     with pytest.raises(CorpusError) as caught:
@@ -247,7 +250,7 @@ def test_storage_that_is_a_file_is_refused(connection: None, tmp_path: Path) -> 
         prepare(recipe)
 
 
-def test_a_cluster_that_is_too_small_is_named(
+def test_cluster_that_is_too_small_is_refused(
     one_cpu: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", one_cpu)
@@ -270,7 +273,7 @@ def test_a_cluster_that_is_too_small_is_named(
         ({"a.jsonl": b'{"text": "a"}\n{"text": \n'}, "a.jsonl: line 2: not JSON"),
     ],
 )
-def test_bad_text_ends_the_job_with_one_line(
+def test_bad_text_ends_the_job_in_one_line(
     tmp_path: Path, one_cpu: str, files: dict[str, bytes], reason: str
 ) -> None:
     texts = tmp_path / "texts"
@@ -278,11 +281,11 @@ def test_bad_text_ends_the_job_with_one_line(
         texts.mkdir(exist_ok=True)
         (texts / name).write_bytes(content)
     recipe = tiny_recipe(tmp_path / "storage", data={"corpus": [str(texts)]})
-    job = _job(recipe, tmp_path, one_cpu)
+    job = run_job(recipe, tmp_path, one_cpu)
     assert job.returncode == 2
     assert job.stdout == ""
-    *progress, mistake = job.stderr.splitlines()
-    assert mistake.startswith("error: ")
-    assert reason in mistake
-    assert all(line.startswith("tokenise") for line in progress)
+    *progress, error = job.stderr.splitlines()
+    assert error.startswith("error: ")
+    assert reason in error
+    assert all(line.startswith("tokenize") for line in progress)
     assert not recipe.storage.exists() or list(recipe.storage.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Text without a prepare step, on real Ray clusters: tokenised while training reads it, to the same store."""
+"""Streamed stores on real Ray clusters: tokenized while training reads them, with the same result."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parents[2]
 WAIT_S = 240
-FILES, COPIES = 30, 10
+FILES = 30
+COPIES = 10
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,7 +49,7 @@ def local_ray() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty files of 110 kB with a document a line, ten of them copies of others."""
+    """Folder of forty files of 110 kB with one document per line; ten are copies of others."""
     folder = tmp_path_factory.mktemp("texts")
     texts = write_texts(tmp_path_factory.mktemp("stories"), num_documents=FILES, num_sentences=40)
     for number, text in enumerate(texts + texts[:COPIES]):
@@ -57,8 +58,8 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def recipe_in(storage: Path, texts: Path, **changes: object) -> Recipe:
-    # So much is held out that one shard is a first chapter.
+def make_recipe(storage: Path, texts: Path, **changes: object) -> Recipe:
+    # A large held-out fraction makes a single shard enough for the first segment.
     data = {
         "corpus": [str(texts)],
         "vocabulary_size": 512,
@@ -68,94 +69,97 @@ def recipe_in(storage: Path, texts: Path, **changes: object) -> Recipe:
     return tiny_recipe(storage, data=data, **changes)
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
+def read_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def make_first_chapter(recipe: Recipe) -> None:
-    behind = build_streaming_store(recipe)
+def build_first_segment(recipe: Recipe) -> None:
+    progress = build_streaming_store(recipe)
     while not recipe.storage_paths.store.exists():
-        next(behind)
-    behind.close()
+        next(progress)
+    progress.close()
 
 
 @pytest.fixture(scope="module")
 def complete(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    """A streamed store made by `prepare`."""
-    recipe = recipe_in(tmp_path_factory.mktemp("complete"), texts)
+    """A recipe whose streamed store was made by `prepare`."""
+    recipe = make_recipe(tmp_path_factory.mktemp("complete"), texts)
     assert prepare(recipe) == load_finished(recipe)
     return recipe
 
 
-def test_chapters_hold_every_document_once_but_those_equal_to_held_out_ones(
+def test_segments_hold_every_document_except_copies_of_held_out_ones(
     complete: Recipe, texts: Path
 ) -> None:
     dataset = open_dataset(complete.storage_paths.store)
-    shards = [chapter.num_shards for chapter in dataset.manifest.segments]
-    assert shards == [1, 1, 2], "each as long as all before it together"
-    (share,) = dataset.train
-    held_out = {dataset.held_out.read_document(n).tobytes() for n in range(dataset.held_out.num_documents)}
-    train = [share.store.read_document(n).tobytes() for n in range(share.store.num_documents)]
+    num_shards = [segment.num_shards for segment in dataset.manifest.segments]
+    assert num_shards == [1, 1, 2], "each is as long as all before it together"
+
+    (source,) = dataset.train
+    held_out = {
+        dataset.held_out.read_document(n).tobytes() for n in range(dataset.held_out.num_documents)
+    }
+    train = [source.store.read_document(n).tobytes() for n in range(source.store.num_documents)]
     assert not held_out & set(train)
-    assert len(held_out | set(train)) == len(
-        set("".join(map(Path.read_text, texts.iterdir())).splitlines())
-    )
-    assert isinstance(share.store, SegmentedStore)
-    assert dataset.manifest.train.num_tokens == len(share.store)
-    assert dataset.manifest.train.num_documents == share.store.num_documents
+    lines = set("".join(map(Path.read_text, texts.iterdir())).splitlines())
+    assert len(held_out | set(train)) == len(lines)
+    assert isinstance(source.store, SegmentedStore)
+    assert dataset.manifest.train.num_tokens == len(source.store)
+    assert dataset.manifest.train.num_documents == source.store.num_documents
     assert [path.name for path in complete.storage.iterdir() if path.is_dir()] == ["store"]
 
 
-def test_store_whose_making_was_cut_off_goes_on_and_is_the_same(
+def test_interrupted_build_resumes_with_the_same_result(
     complete: Recipe, texts: Path, tmp_path: Path
 ) -> None:
-    recipe = recipe_in(tmp_path, texts)
-    before = build_streaming_store(recipe)
-    next(before)
-    before.close()
+    recipe = make_recipe(tmp_path, texts)
+    progress = build_streaming_store(recipe)
+    next(progress)
+    progress.close()
     assert not recipe.storage_paths.store.exists()
-    make_first_chapter(recipe)
+
+    build_first_segment(recipe)
     assert not Manifest.read(recipe.storage_paths.store).is_complete
     assert load_finished(recipe) is None
     prepare(recipe)
-    assert files_of(recipe.storage_paths.store) == files_of(complete.storage_paths.store)
+    assert read_files(recipe.storage_paths.store) == read_files(complete.storage_paths.store)
 
 
-def test_rows_read_while_the_store_grows_are_those_of_the_complete_one(
+def test_batches_read_during_the_build_equal_those_of_the_complete_store(
     complete: Recipe, texts: Path, tmp_path: Path
 ) -> None:
-    """Bit for bit, through Ray Data, from the first chapter into the second epoch."""
+    # Bit for bit, through Ray Data, from the first segment into the second epoch.
     training = {"steps": 24, "global_batch_size": 1000}
-    recipe = recipe_in(tmp_path, texts, training=training, validation={"num_rows": 8})
+    recipe = make_recipe(tmp_path, texts, training=training, validation={"num_rows": 8})
     batches = range(24)
     expected = BatchBuilder(recipe, open_dataset(complete.storage_paths.store))
-    make_first_chapter(recipe)
-    with ExitStack() as held:
-        held.enter_context(
-            file_lock(recipe.storage_paths.store)
-        )  # it grows no further until it is read
+    build_first_segment(recipe)
+    with ExitStack() as lock:
+        # The builder waits for the lock, so reading starts while only one segment exists.
+        lock.enter_context(file_lock(recipe.storage_paths.store))
         with build_store_in_background(recipe, cpus=1) as dataset:
             assert len(dataset.manifest.segments) == 1
             (iterator,) = split_for_replicas(make_dataset(recipe, batches, 1), 1)
-            held.close()
-            for step, rows in enumerate(iter_batches(iterator, recipe, batches, 0, 1)):
-                assert np.array_equal(rows.tokens, expected.build(step).tokens)
-                assert np.array_equal(rows.labels, expected.build(step).labels)
-    assert step == 23
-    windows = len(open_dataset(complete.storage_paths.store).train[0].store) // 65
-    assert windows < 24_000, "a second epoch was begun"
-    assert files_of(recipe.storage_paths.store) == files_of(complete.storage_paths.store)
+            lock.close()
+            received = iter_batches(iterator, recipe, batches, 0, 1)
+            for batch_index, batch in zip(batches, received, strict=True):
+                assert np.array_equal(batch.tokens, expected.build(batch_index).tokens)
+                assert np.array_equal(batch.labels, expected.build(batch_index).labels)
+
+    num_windows = len(open_dataset(complete.storage_paths.store).train[0].store) // 65
+    assert num_windows < 24_000, "the run reaches the second epoch"
+    assert read_files(recipe.storage_paths.store) == read_files(complete.storage_paths.store)
 
 
-def test_file_that_cannot_be_read_is_told_to_those_who_wait_for_it(
+def test_waiting_readers_get_the_error_of_an_unreadable_file(
     complete: Recipe, texts: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(texts, tmp_path / "texts")
     training = {"steps": 100, "global_batch_size": 1000}
-    recipe = recipe_in(tmp_path / "storage", tmp_path / "texts", training=training)
-    # With a tokenizer given, nothing is read before the tasks read it.
-    given = {"tokenizer": complete.storage_paths.store / "tokenizer.json"}
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=given)})
+    recipe = make_recipe(tmp_path / "storage", tmp_path / "texts", training=training)
+    # A given tokenizer: no text is read before the tasks read it.
+    changes = {"tokenizer": complete.storage_paths.store / "tokenizer.json"}
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=changes)})
     last = group_streamed_files(find_files(recipe.data.corpus))[-1].files[-1].path
     last.write_bytes(b'{"text": "fine"}\n{"text": \n')
     batches = range(100)
@@ -165,16 +169,14 @@ def test_file_that_cannot_be_read_is_told_to_those_who_wait_for_it(
             deque(iter_batches(iterator, recipe, batches, 0, 1))
     assert "\n" not in str(caught.value)
     assert len(Manifest.read(recipe.storage_paths.store).segments) == 2, (
-        "what could be made is there"
+        "segments before the error are kept"
     )
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_job_trains_on_text_that_was_not_prepared(
-    complete: Recipe, texts: Path, tmp_path: Path
-) -> None:
-    recipe = recipe_in(tmp_path / "storage", texts, training={"steps": 3})
+def test_job_trains_on_unprepared_text(complete: Recipe, texts: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path / "storage", texts, training={"steps": 3})
     (tmp_path / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
     with run_mlflow_server(tmp_path) as uri:
         job = subprocess.run(
@@ -189,5 +191,6 @@ def test_job_trains_on_text_that_was_not_prepared(
     assert job.returncode == 0, job.stderr
     assert "tokenizing the first of 4 MB of text, the rest while it trains" in job.stderr
     assert "tiny: 3 steps" in job.stdout
-    made, expected = (open_dataset(one.storage_paths.store) for one in (recipe, complete))
-    assert made.manifest.fingerprint == expected.manifest.fingerprint
+    actual = open_dataset(recipe.storage_paths.store).manifest
+    expected = open_dataset(complete.storage_paths.store).manifest
+    assert actual.fingerprint == expected.fingerprint

@@ -1,4 +1,4 @@
-"""Shards and their joining: nothing lost, nothing twice, and the same store however it was cut."""
+"""Shards and their merge: each document once, and the same store however the files were grouped."""
 
 from __future__ import annotations
 
@@ -35,44 +35,46 @@ def tokenizer() -> Tokenizer:
     return train_tokenizer(["The river sees the sea. Every child follows snow!\n"], 330, 8)
 
 
-def _store(
-    folder: Path, groups: list[FileGroup], tokenizer: Tokenizer, held_out: float = 0.25
+def make_store(
+    folder: Path, groups: list[FileGroup], tokenizer: Tokenizer, held_out_fraction: float = 0.25
 ) -> TokenDataset:
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
     vocabulary = build_vocabulary(tokenizer)
+    # In reverse: shards can be made in any order.
     for group in reversed(groups):
         write_shard(group, folder, tokenizer, vocabulary)
-    merge_shards(folder, len(groups), held_out, vocabulary, {"made": "here"})
+    merge_shards(folder, len(groups), held_out_fraction, vocabulary, {"made": "here"})
     return open_dataset(folder)
 
 
-def _texts(store: DocumentSource, tokenizer: Tokenizer) -> list[str]:
+def decode_documents(store: DocumentSource, tokenizer: Tokenizer) -> list[str]:
     documents = [store.read_document(n).tolist() for n in range(store.num_documents)]
     return [tokenizer.decode(ids, skip_special_tokens=False) for ids in documents]
 
 
-def _file(size: int) -> SourceFile:
+def make_file(size: int) -> SourceFile:
     return SourceFile(Path("a.jsonl"), "a.jsonl", size, 0)
 
 
-def test_every_document_is_on_one_side_whole_and_closed(
-    tmp_path: Path, tokenizer: Tokenizer
-) -> None:
+def test_every_document_is_whole_and_on_one_side(tmp_path: Path, tokenizer: Tokenizer) -> None:
     texts = write_texts(tmp_path / "texts", num_documents=40, num_sentences=3)
-    dataset = _store(
+    dataset = make_store(
         tmp_path / "store", group_files(find_files([str(tmp_path / "texts")])), tokenizer
     )
-    train, held_out = _texts(dataset.train[0].store, tokenizer), _texts(dataset.held_out, tokenizer)
+    train, held_out = (
+        decode_documents(dataset.train[0].store, tokenizer),
+        decode_documents(dataset.held_out, tokenizer),
+    )
     assert len(held_out) == 10
     assert sorted(train + held_out) == sorted(f"{text}<eos>" for text in texts)
     kept = [f"{text}<eos>" for text in texts if f"{text}<eos>" in set(train)]
     assert train == kept, "training documents keep the order of the files"
 
 
-def test_counts_are_those_of_the_store(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_manifest_counts_match_the_store(tmp_path: Path, tokenizer: Tokenizer) -> None:
     texts = write_texts(tmp_path / "texts", num_documents=12, num_sentences=3)
-    dataset = _store(
+    dataset = make_store(
         tmp_path / "store", group_files(find_files([str(tmp_path / "texts")])), tokenizer
     )
     train, held_out = dataset.manifest.train, dataset.manifest.held_out
@@ -84,37 +86,35 @@ def test_counts_are_those_of_the_store(tmp_path: Path, tokenizer: Tokenizer) -> 
     assert train.text_bytes + held_out.text_bytes == sum(len(text.encode()) for text in texts)
 
 
-def test_a_store_does_not_depend_on_how_the_files_were_grouped(
-    tmp_path: Path, tokenizer: Tokenizer
-) -> None:
+def test_store_does_not_depend_on_the_groups(tmp_path: Path, tokenizer: Tokenizer) -> None:
     write_texts(tmp_path / "texts", num_documents=10, num_sentences=3)
     files = find_files([str(tmp_path / "texts")])
-    cuts = [[0, 10], [0, 1, 4, 10], list(range(11))]
+    all_edges = [[0, 10], [0, 1, 4, 10], list(range(11))]
     manifests = [
-        _store(
-            tmp_path / f"store{len(cut)}",
+        make_store(
+            tmp_path / f"store{len(edges)}",
             [
                 FileGroup(number, tuple(files[start:end]))
-                for number, (start, end) in enumerate(pairwise(cut))
+                for number, (start, end) in enumerate(pairwise(edges))
             ],
             tokenizer,
         ).manifest
-        for cut in cuts
+        for edges in all_edges
     ]
     assert manifests[0] == manifests[1] == manifests[2]
 
 
-def test_the_split_of_other_documents_does_not_move_a_document(
+def test_adding_documents_moves_few_others_to_the_other_side(
     tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     sides = []
-    for documents in (400, 440):
-        folder = tmp_path / str(documents)
-        write_texts(folder / "texts", documents, num_sentences=1)
-        dataset = _store(
+    for num_documents in (400, 440):
+        folder = tmp_path / str(num_documents)
+        write_texts(folder / "texts", num_documents, num_sentences=1)
+        dataset = make_store(
             folder / "store", group_files(find_files([str(folder / "texts")])), tokenizer
         )
-        sides.append(set(_texts(dataset.held_out, tokenizer)))
+        sides.append(set(decode_documents(dataset.held_out, tokenizer)))
     assert len(sides[0] - sides[1]) <= 10, "only documents near the limit change sides"
 
 
@@ -123,31 +123,36 @@ def test_equal_documents_are_on_one_side(tmp_path: Path, tokenizer: Tokenizer) -
     write_texts(texts, num_documents=8, num_sentences=3)
     for path in list(texts.iterdir()):
         (texts / f"copy_{path.name}").write_bytes(path.read_bytes())
-    dataset = _store(tmp_path / "store", group_files(find_files([str(texts)])), tokenizer, 0.3)
-    train, held_out = _texts(dataset.train[0].store, tokenizer), _texts(dataset.held_out, tokenizer)
+    dataset = make_store(tmp_path / "store", group_files(find_files([str(texts)])), tokenizer, 0.3)
+    train, held_out = (
+        decode_documents(dataset.train[0].store, tokenizer),
+        decode_documents(dataset.held_out, tokenizer),
+    )
     assert not set(train) & set(held_out)
     assert len(train) + len(held_out) == 16
 
 
-@pytest.mark.parametrize("share", [0.001, 0.499])
-def test_two_documents_are_one_for_each_side(
-    tmp_path: Path, tokenizer: Tokenizer, share: float
+@pytest.mark.parametrize("fraction", [0.001, 0.499])
+def test_two_documents_are_one_on_each_side(
+    tmp_path: Path, tokenizer: Tokenizer, fraction: float
 ) -> None:
     write_texts(tmp_path / "texts", num_documents=2)
-    dataset = _store(
-        tmp_path / "store", group_files(find_files([str(tmp_path / "texts")])), tokenizer, share
+    dataset = make_store(
+        tmp_path / "store", group_files(find_files([str(tmp_path / "texts")])), tokenizer, fraction
     )
     assert (dataset.train[0].store.num_documents, dataset.held_out.num_documents) == (1, 1)
 
 
-def test_a_corpus_of_one_long_text_is_cut_at_line_ends(
+def test_corpus_of_one_long_text_is_split_at_line_breaks(
     tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     text = "".join(f"line {number} of a long book\n" for number in range(12_000))
     (tmp_path / "book.txt").write_text(text)
     groups = group_files(find_files([str(tmp_path / "book.txt")]))
-    dataset = _store(tmp_path / "store", groups, tokenizer)
-    parts = _texts(dataset.train[0].store, tokenizer) + _texts(dataset.held_out, tokenizer)
+    dataset = make_store(tmp_path / "store", groups, tokenizer)
+    parts = decode_documents(dataset.train[0].store, tokenizer) + decode_documents(
+        dataset.held_out, tokenizer
+    )
     assert dataset.held_out.num_documents == 1
     assert len(parts) > 3
     assert all(part.endswith("\n<eos>") for part in parts)
@@ -155,23 +160,23 @@ def test_a_corpus_of_one_long_text_is_cut_at_line_ends(
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_a_corpus_of_one_document_is_refused(
+def test_corpus_of_one_document_is_refused(
     tmp_path: Path, tokenizer: Tokenizer, count: int
 ) -> None:
     for number in range(count):
         (tmp_path / f"{number}.txt").write_text("the same words")
     with pytest.raises(CorpusError, match=rf"one document \(in {count} copies\)"):
-        _store(tmp_path / "store", group_files(find_files([str(tmp_path)])), tokenizer)
+        make_store(tmp_path / "store", group_files(find_files([str(tmp_path)])), tokenizer)
 
 
-def test_a_corpus_without_text_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_corpus_without_text_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     for number in range(3):
         (tmp_path / f"{number}.txt").touch()
     with pytest.raises(CorpusError, match="the corpus has no text"):
-        _store(tmp_path / "store", group_files(find_files([str(tmp_path)])), tokenizer)
+        make_store(tmp_path / "store", group_files(find_files([str(tmp_path)])), tokenizer)
 
 
-def test_a_shard_is_done_when_all_of_it_is_written(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_shard_is_done_only_when_completely_written(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "a.txt").write_text("words")
     (tmp_path / "b.txt").write_bytes(b"\xff")
     good, bad = find_files([str(tmp_path)])
@@ -181,20 +186,21 @@ def test_a_shard_is_done_when_all_of_it_is_written(tmp_path: Path, tokenizer: To
         write_shard(FileGroup(0, (good, bad)), folder, tokenizer, build_vocabulary(tokenizer))
     assert not is_shard_done(FileGroup(0, (good, bad)), folder)
     assert list(folder.iterdir()) == []
+
     write_shard(FileGroup(0, (good,)), folder, tokenizer, build_vocabulary(tokenizer))
     assert is_shard_done(FileGroup(0, (good,)), folder)
 
 
-def test_only_the_store_is_left(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_shards_are_removed_after_the_merge(tmp_path: Path, tokenizer: Tokenizer) -> None:
     write_texts(tmp_path / "texts", num_documents=4)
-    _store(tmp_path / "store", group_files(find_files([str(tmp_path / "texts")])), tokenizer)
+    make_store(tmp_path / "store", group_files(find_files([str(tmp_path / "texts")])), tokenizer)
     assert {path.name for path in (tmp_path / "store").iterdir()} == {
         *Manifest.read(tmp_path / "store").files,
         "manifest.json",
     }
 
 
-def _megatron_corpus(prefix: Path, documents: list[list[int]]) -> None:
+def write_megatron_store(prefix: Path, documents: list[list[int]]) -> None:
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
     for document in documents:
         builder.add_item(torch.tensor(document, dtype=torch.int32))
@@ -202,15 +208,19 @@ def _megatron_corpus(prefix: Path, documents: list[list[int]]) -> None:
     builder.finalize(f"{prefix}.idx")
 
 
-def test_an_existing_token_store_is_split_as_it_is(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_existing_token_store_is_split_without_changes(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
     eos = build_vocabulary(tokenizer).eos
     documents = [[100, 101 + number, eos] for number in range(20)] + [[200, 201]]
-    _megatron_corpus(tmp_path / "theirs", documents)
+    write_megatron_store(tmp_path / "theirs", documents)
     files = find_files([str(tmp_path / "theirs.idx")])
-    dataset = _store(tmp_path / "store", group_files(files), tokenizer)
+    dataset = make_store(tmp_path / "store", group_files(files), tokenizer)
     stores = (dataset.train[0].store, dataset.held_out)
-    got = [store.read_document(n).tolist() for store in stores for n in range(store.num_documents)]
-    assert sorted(got) == sorted([*documents[:20], [200, 201, eos]])
+    documents_read = [
+        store.read_document(n).tolist() for store in stores for n in range(store.num_documents)
+    ]
+    assert sorted(documents_read) == sorted([*documents[:20], [200, 201, eos]])
     assert dataset.held_out.num_documents == 5
     assert dataset.manifest.train.text_bytes == 0
 
@@ -219,10 +229,10 @@ def test_an_existing_token_store_is_split_as_it_is(tmp_path: Path, tokenizer: To
 def test_tokens_of_another_tokenizer_are_refused(
     tmp_path: Path, tokenizer: Tokenizer, token: int
 ) -> None:
-    _megatron_corpus(tmp_path / "theirs", [[100, 101], [100, token]])
+    write_megatron_store(tmp_path / "theirs", [[100, 101], [100, token]])
     files = find_files([str(tmp_path / "theirs.bin")])
     with pytest.raises(CorpusError, match=r"theirs\.bin: document 1 .* set data\.tokenizer"):
-        _store(tmp_path / "store", group_files(files), tokenizer)
+        make_store(tmp_path / "store", group_files(files), tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -235,8 +245,8 @@ def test_tokens_of_another_tokenizer_are_refused(
         ([MAX_SHARD_BYTES * 9, 1, 1], 65),
     ],
 )
-def test_groups_are_few_and_of_like_size(sizes: list[int], expected: int) -> None:
-    files = [_file(size) for size in sizes]
+def test_groups_are_few_and_of_similar_size(sizes: list[int], expected: int) -> None:
+    files = [make_file(size) for size in sizes]
     groups = group_files(files)
     assert [group.number for group in groups] == list(range(expected))
     parts = [part for group in groups for part in group.files]
@@ -247,6 +257,6 @@ def test_groups_are_few_and_of_like_size(sizes: list[int], expected: int) -> Non
     assert sum(part.size for part in parts) == sum(sizes)
 
 
-def test_file_that_cannot_be_cut_is_a_group_of_any_size() -> None:
+def test_unsplittable_file_is_a_group_of_any_size() -> None:
     files = [SourceFile(Path("a.gz"), "a.gz", size, 0) for size in (MAX_SHARD_BYTES * 9, 1, 1)]
     assert [group.size for group in group_files(files)] == [MAX_SHARD_BYTES * 9, 2]
