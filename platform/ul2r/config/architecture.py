@@ -202,7 +202,7 @@ class Architecture(StrictModel):
 
     @property
     def is_gated(self) -> bool:
-        """Whether the MLP multiplies two projections."""
+        """True if the MLP multiplies two projections."""
         return self.activation in {"swiglu", "geglu"}
 
     @property

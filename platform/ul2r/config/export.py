@@ -10,7 +10,7 @@ from ul2r.config.strict_model import StrictModel
 
 
 class Export(StrictModel):
-    """How a finished run is exported and registered."""
+    """Export and registration of a finished run."""
 
     registered_model: str | None = None
     """Name in MLflow's registry; by default the model is not registered."""

@@ -102,12 +102,12 @@ class Objective(StrictModel):
 
     @property
     def is_causal(self) -> bool:
-        """Whether no position sees a later one."""
+        """True if no position sees a later one."""
         return self.attention == "causal" or not self.is_denoising
 
     @property
     def is_denoising(self) -> bool:
-        """Whether any denoiser has inputs, so that modes and sentinels are trained."""
+        """True if any denoiser has inputs, so that modes and sentinels are trained."""
         return any(denoiser.kind in {"span_corruption", "prefix"} for denoiser in self.mixture)
 
 

@@ -73,6 +73,7 @@ class Batch:
         return len(self.tokens)
 
     def __getitem__(self, rows: slice) -> Batch:
+        # Slices are views, so a microbatch costs no copy.
         return Batch(**{name: array[rows] for name, array in self.to_arrays().items()})
 
 
@@ -147,18 +148,8 @@ def build_batch(
     )
 
     # Reading comes before drawing runs: it reduces the lengths of short windows, and runs depend on lengths.
-    longest = int(slots.lengths.max(initial=0))
-    windows = np.empty((slots.samples.size, longest), np.int32)
-    text_windows.read(slots.samples.ravel(), slots.lengths.ravel(), windows)
-
-    max_runs = max(
-        table.num_sentinels, 2
-    )  # FIM has two kept runs, and a prefix one without sentinels
-    runs = Runs(
-        np.empty(shape, np.int64),
-        np.empty((*shape, max_runs), np.int32),
-        np.empty((*shape, max_runs), np.int32),
-    )
+    windows = _read_windows(text_windows, slots)
+    runs = _empty_runs(shape, table.num_sentinels)
     draw_runs(np.uint64(seed), np.uint64(Purpose.SPANS), table.denoisers, slots, runs)
 
     positions = (len(row_indices), objective.sequence_length)
@@ -166,11 +157,13 @@ def build_batch(
     fill_batch(
         table.denoisers,
         SpecialTokens(
-            _stack_modes(modes), np.array(vocabulary.sentinels, np.int32), vocabulary.eos
+            modes=_stack_modes(modes),
+            sentinels=np.array(vocabulary.sentinels, np.int32),
+            eos=vocabulary.eos,
         ),
         Examples(
             denoiser_ids=slots.denoiser_ids,
-            windows=windows.reshape(*shape, longest),
+            windows=windows,
             lengths=slots.lengths,
             num_spans=runs.num_spans,
             kept=runs.kept,
@@ -179,6 +172,25 @@ def build_batch(
         arrays,
     )
     return Batch(**arrays._asdict(), sample_ids=slots.samples)
+
+
+def _read_windows(source: WindowSource, slots: Slots) -> npt.NDArray[np.int32]:
+    """Return the raw text of every slot, int32 (B, slots, longest), and reduce the lengths of short windows."""
+    longest = int(slots.lengths.max(initial=0))
+    windows = np.empty((slots.samples.size, longest), np.int32)
+    # ravel() of these contiguous arrays is a view: the source's changes to the lengths arrive in `slots`.
+    source.read(slots.samples.ravel(), slots.lengths.ravel(), windows)
+    return windows.reshape(*slots.samples.shape, longest)
+
+
+def _empty_runs(shape: tuple[int, int], num_sentinels: int) -> Runs:
+    # There are as many runs as sentinels, except in FIM (two kept runs) and in a prefix without a sentinel.
+    max_runs = max(num_sentinels, 2)
+    return Runs(
+        num_spans=np.empty(shape, np.int64),
+        kept=np.empty((*shape, max_runs), np.int32),
+        masked=np.empty((*shape, max_runs), np.int32),
+    )
 
 
 def _stack_modes(modes: Sequence[tuple[int, ...]]) -> npt.NDArray[np.int32]:

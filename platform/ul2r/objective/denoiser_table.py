@@ -61,6 +61,7 @@ class DenoiserTable:
     num_sentinels: int
 
 
+# Cached because raw lengths are found by trial, and a run builds thousands of batches from a few objectives.
 @lru_cache(maxsize=64)
 def build_table(objective: Objective, num_mode_tokens: tuple[int, ...]) -> DenoiserTable:
     """Return an objective's mixture for the compiled functions.

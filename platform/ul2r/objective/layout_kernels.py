@@ -19,8 +19,10 @@ DenoiserTable = npt.NDArray[Any]
 """Denoisers of a mixture, of dtype `ul2r.objective.denoiser_table.DENOISER`; a `DenoiserRecord` is one of them."""
 DenoiserRecord = Any
 
-CAUSAL_LAYOUT, DENOISING_LAYOUT, FIM_LAYOUT = 0, 1, 2
-"""Ways to write an example, the column `layout` of a `DenoiserTable`."""
+# Ways to write an example: the column `layout` of a `DenoiserTable`.
+CAUSAL_LAYOUT = 0
+DENOISING_LAYOUT = 1
+FIM_LAYOUT = 2
 
 
 class SpecialTokens(NamedTuple):
@@ -84,7 +86,7 @@ def fill_batch(
     num_rows, slots_per_row = examples.denoiser_ids.shape
     row_length = batch.tokens.shape[1]
     slot_length = row_length // slots_per_row
-    example = np.empty(row_length + 2, np.int32)
+    example = np.empty(row_length + 1, np.int32)  # its last token is a label only
     for row in range(num_rows):
         for slot in range(slots_per_row):
             denoiser_id = examples.denoiser_ids[row, slot]
@@ -249,6 +251,7 @@ def write_slot(
         end: One past the last position of the slot.
         batch: Output.
     """
+    # Views of the slot, so that indices below are positions within it.
     tokens = batch.tokens[row, begin:end]
     labels = batch.labels[row, begin:end]
     loss_mask = batch.loss_mask[row, begin:end]
@@ -257,7 +260,7 @@ def write_slot(
     position_ids = batch.position_ids[row, begin:end]
     denoiser_ids = batch.denoiser_ids[row, begin:end]
 
-    num_used = len(example) - 1
+    num_used = len(example) - 1  # the last token has no next one
     for i in range(num_used):
         tokens[i] = example[i]
         labels[i] = example[i + 1]
@@ -266,6 +269,7 @@ def write_slot(
         kv_end[i] = begin + max(i + 1, num_open)
         position_ids[i] = i
         denoiser_ids[i] = denoiser_id
+    # A padded position sees itself, since attention over no key at all would be NaN.
     for i in range(num_used, len(tokens)):
         tokens[i] = eos
         labels[i] = 0

@@ -23,8 +23,11 @@ Bools = npt.NDArray[np.bool_]
 DenoiserTable = npt.NDArray[Any]
 """Denoisers of a mixture, of dtype `ul2r.objective.denoiser_table.DENOISER`."""
 
-NO_RUNS, SPAN_RUNS, PREFIX_RUNS, FIM_RUNS = 0, 1, 2, 3
-"""Ways to divide a window into kept and masked runs, the column `runs` of a `DenoiserTable`."""
+# Ways to divide a window into kept and masked runs: the column `runs` of a `DenoiserTable`.
+NO_RUNS = 0
+SPAN_RUNS = 1
+PREFIX_RUNS = 2
+FIM_RUNS = 3
 
 SHUFFLE_ROUNDS = 8
 """Feistel rounds of a shuffle; four are already pseudorandom if the round function is (Luby and Rackoff 1988)."""
@@ -61,10 +64,13 @@ class Runs(NamedTuple):
 @compiled
 def multiply_high(a: Word, b: Word) -> Word:
     """Return the upper 64 bits of the product of two uint64."""
+    # Every constant is a np.uint64: numba converts an operation of uint64 and int64 to float64, which loses bits.
     low32 = np.uint64(0xFFFFFFFF)
     shift = np.uint64(32)
-    a_low, a_high = a & low32, a >> shift
-    b_low, b_high = b & low32, b >> shift
+    a_low = a & low32
+    a_high = a >> shift
+    b_low = b & low32
+    b_high = b >> shift
 
     cross = a_high * b_low + (a_low * b_low >> shift)
     other = a_low * b_high + (cross & low32)
@@ -81,8 +87,12 @@ def fill_words(seed: Word, purpose: Word, index: int, words: Words) -> None:
     multiplier_a = np.uint64(0xD2E7470EE14C6C93)
     multiplier_c = np.uint64(0xCA5A826395121157)
     for block in range((len(words) + 3) // 4):
-        key_0, key_1 = np.uint64(seed), np.uint64(purpose)
-        a, b, c, d = np.uint64(block + 1), np.uint64(0), np.uint64(0), np.uint64(index)
+        key_0 = np.uint64(seed)
+        key_1 = np.uint64(purpose)
+        a = np.uint64(block + 1)
+        b = np.uint64(0)
+        c = np.uint64(0)
+        d = np.uint64(index)
         for _ in range(10):
             a, b, c, d = (
                 multiply_high(c, multiplier_c) ^ b ^ key_0,
@@ -108,6 +118,7 @@ def uniform(seed: Word, purpose: Word, index: int, bound: float) -> float:
     """Return a number in [0, bound) from the upper 53 bits of a stream's first word."""
     words = np.empty(1, np.uint64)
     fill_words(seed, purpose, index, words)
+    # 53 bits are the mantissa of a float64, so the quotient is exact and below 1.
     return float(words[0] >> np.uint64(11)) * 2.0**-53 * bound
 
 
@@ -141,6 +152,7 @@ def shuffle(
     """
     words = np.empty(1 + SHUFFLE_ROUNDS, np.uint64)
     for i in range(len(samples)):
+        # An empty slot (-1) gets a valid position, which nobody reads.
         sample = max(samples[i], 0)
         fill_words(seed, purpose, first_stream + sample // size, words)
         shifts[i] = multiply_high(words[0], np.uint64(shift_bound))
@@ -160,14 +172,14 @@ def permute(index: Word, size: Word, keys: Words) -> Word:
         size: Size of the permuted set.
         keys: A word for each round, uint64 (SHUFFLE_ROUNDS,).
     """
-    one = np.uint64(1)
-    half = one
-    while size > one << np.uint64(2) * half:
-        half += one
-    mask = (one << half) - one
+    half = np.uint64(1)
+    while size > np.uint64(1) << np.uint64(2) * half:
+        half += np.uint64(1)
+    mask = (np.uint64(1) << half) - np.uint64(1)
 
     while True:
-        left, right = index >> half, index & mask
+        left = index >> half
+        right = index & mask
         for key in keys:
             left, right = right, left ^ (mix(right ^ key) >> (np.uint64(64) - half))
         index = left << half | right
@@ -228,6 +240,7 @@ def choose_denoisers(
 
             sample = row_indices[row] * slots_per_row + slot
             drawn = uniform(seed, sample_purpose, sample, total_weight)
+            # Rounding may put the draw on the total weight itself: then the last denoiser stays chosen.
             chosen = -1
             for denoiser_id in range(len(denoisers)):
                 if denoisers[denoiser_id].whole_row == whole_row:
@@ -252,7 +265,9 @@ def draw_runs(
         slots: The samples.
         runs: Output; only what `num_spans` counts is written.
     """
-    words = np.empty(2 * runs.kept.shape[2], np.uint64)
+    words = np.empty(
+        2 * runs.kept.shape[2], np.uint64
+    )  # s spans need s - 1 words for each kind of run
     longest = 1
     for denoiser_id in range(len(denoisers)):
         longest = max(longest, denoisers[denoiser_id].raw_length)
@@ -317,7 +332,7 @@ def random_segmentation(total: int, words: Words, is_taken: Bools, parts: Int32s
     part = 0
     for gap in range(num_gaps):
         if is_taken[gap]:
-            is_taken[gap] = False
+            is_taken[gap] = False  # clears the scratch for the next call
             parts[part] = gap + 1 - begin
             begin = gap + 1
             part += 1

@@ -10,7 +10,7 @@ from enum import IntEnum
 
 
 class Purpose(IntEnum):
-    """What a stream of random words is for; streams of different purposes are independent.
+    """Purpose of a stream of random words; streams of different purposes are independent.
 
     The numbers are part of what a seed means: changing one changes every run.
     """

@@ -80,7 +80,9 @@ def build_example(
 
         case Fim():
             a, b, _ = random_segmentation(length, words(2))
-            prefix, middle, suffix = window[:a], window[a : a + b], window[a + b :]
+            prefix = window[:a]
+            middle = window[a : a + b]
+            suffix = window[a + b :]
             marked = [sentinels[0], *prefix, sentinels[1], *suffix, sentinels[2], *middle]
             return [], [*marked, eos]
 
