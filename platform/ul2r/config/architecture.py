@@ -126,6 +126,7 @@ class Architecture(StrictModel):
                 f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}: change either"
             )
 
+        # Rotary positions rotate dimensions in pairs.
         if self.position_embedding == "rope" and int(self.head_dim * self.rotary_percent) % 2:
             raise ValueError(
                 f"head dimension hidden_size/num_heads={self.head_dim} is odd; rotary positions need an even one: "
@@ -154,6 +155,7 @@ class Architecture(StrictModel):
             raise ValueError(
                 "init_std=fan_in does not apply to an embedding, which has no inputs: set embedding_std"
             )
+        # Not Field(gt=0), which pydantic would apply to the word fan_in as well.
         if isinstance(self.init_std, float) and self.init_std <= 0:
             raise ValueError(f"init_std={self.init_std:g} should be greater than 0")
         return self

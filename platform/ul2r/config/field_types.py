@@ -23,5 +23,6 @@ AbsolutePath = Annotated[Path, AfterValidator(resolve_path)]
 FolderOrUrl = Annotated[str, AfterValidator(resolve_folder_or_url)]
 """A local folder, or a URL that fsspec knows (s3://, gs://, https://)."""
 
+# A run's name is also the name of its folder.
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 RunName = Annotated[str, Field(pattern=RUN_NAME)]

@@ -38,6 +38,7 @@ def load(
         RecipeError: If the file cannot be read or a key, type or value is wrong; one line.
     """
     tree = _read(path, ())
+    # Checked after each override, so that the message names the one that has the old key.
     for override in overrides:
         _apply_override(tree, override)
         _refuse_renamed_keys(tree, f"--set {override}")
@@ -106,6 +107,7 @@ def _parse(text: str, where: str) -> Any:  # noqa: ANN401  any YAML value
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
+        # Lines are counted from 0. The first one is not named: it is the only one of an override.
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark and mark.line else ""
         reason = getattr(error, "problem", None) or error
@@ -140,6 +142,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     node: Any = tree
     for depth, key in enumerate(keys[:-1]):
         index = _index_of(node, key, override)
+        # A group without keys is None in YAML.
         if isinstance(node, dict) and node.get(index) is None:
             node[index] = {}
         node = node[index]

@@ -89,6 +89,7 @@ class Parallel(StrictModel):
         The smallest group that keeps every stage busy: no group, not even the last one, is smaller than the number of
         stages.
         """
+        # A remainder smaller than the number of stages would be a last group that cannot fill the pipeline.
         sizes = range(self.pipeline, num_microbatches)
         fitting = (size for size in sizes if not 0 < num_microbatches % size < self.pipeline)
         return next(fitting, num_microbatches)

@@ -84,6 +84,7 @@ class Recipe(StrictModel):
     def _check_sections_fit_each_other(self) -> Self:
         sequence_length = self.objective.sequence_length
 
+        # The order matters: later checks divide sizes that earlier ones have found divisible.
         check_base(self.base, self.name)
         check_tensor_parallel(self.parallel, self.model)
         check_rows_fit_model(self.objective, self.model)

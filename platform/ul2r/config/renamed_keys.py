@@ -95,7 +95,7 @@ def _translate(node: Any, pattern: str, dotted: str, found: list[str]) -> Any:  
             for number, item in enumerate(node)
         ]
     if not isinstance(node, Mapping):
-        return node
+        return node  # also a preset's name where a group could stand
 
     translated = {}
     for key, value in node.items():

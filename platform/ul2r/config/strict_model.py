@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 class StrictModel(BaseModel):
     """A frozen group of settings that refuses unknown keys, NaN and infinity."""
 
+    # allow_inf_nan: YAML reads .nan and .inf as numbers, and no setting is meant to be one of them.
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")

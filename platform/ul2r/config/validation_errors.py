@@ -90,6 +90,7 @@ def _known_keys(location: tuple[int | str, ...], kind: type[StrictModel]) -> lis
             kind = DENOISERS[str(part)]
         elif part in kind.model_fields:
             kind = _section_type(kind.model_fields[str(part)].annotation) or kind
+    # `load` removes extends before validation, so it is not a field.
     return [*kind.model_fields, *([] if location else ["extends"])]
 
 

@@ -97,11 +97,9 @@ def test_extending_file_overrides_single_keys_of_a_group(write: Write) -> None:
     write()
     path = write("extends: recipe.yaml\nname: child\ntraining: {steps: 20}\n", "child.yaml")
     recipe = load(path, [], Recipe)
-    assert (recipe.name, recipe.training.steps, recipe.training.global_batch_size) == (
-        "child",
-        20,
-        8,
-    )
+    assert recipe.name == "child"
+    assert recipe.training.steps == 20
+    assert recipe.training.global_batch_size == 8
 
 
 def test_extending_file_replaces_lists(write: Write) -> None:
@@ -147,7 +145,7 @@ def test_misspelled_key_is_reported_before_the_missing_one(write: Write) -> None
 
 
 @pytest.mark.parametrize(
-    ("override", "place", "message"),
+    ("override", "key", "message"),
     [
         ("training.steps=ten", "training.steps", "integer.*got 'ten'"),
         ("training.steps=1.5", "training.steps", "integer.*got 1.5"),
@@ -176,11 +174,11 @@ def test_misspelled_key_is_reported_before_the_missing_one(write: Write) -> None
     ],
 )
 def test_wrong_type_is_reported_with_its_key_and_value(
-    write: Write, override: str, place: str, message: str
+    write: Write, override: str, key: str, message: str
 ) -> None:
     path = write()
     text = refusal(path, override)
-    assert text.startswith(f"{path}: {place}: ")
+    assert text.startswith(f"{path}: {key}: ")
     assert re.search(message, text)
 
 
