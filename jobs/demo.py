@@ -92,6 +92,7 @@ class Demo:
             UserError: If a server does not start.
         """
         with connect_ray(NUM_CPUS):
+            # The jobs join this Ray, instead of starting one each.
             self.environment["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
             self._run_job("prepare", "prepare", "base")
             with run_mlflow_server(self.storage) as uri:
@@ -138,6 +139,7 @@ class Demo:
     def _print_summary(self) -> None:
         """Print wall times, the comparison, what it shows, and the next commands."""
         folder = self.recipes["ul2r"].storage_paths.comparison(f"{self.family}-compare")
+        # Without the notes, which would fill the screen: the file has them.
         table = (folder / TABLE_FILE).read_text(encoding="utf-8").splitlines()
         num_tokens = {role: _count_tokens(recipe) for role, recipe in self.recipes.items()}
         share = num_tokens["ul2r"] / num_tokens["base"]
@@ -225,6 +227,7 @@ def _parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo from the repository's root; return the exit code."""
     options = _parse_options(arguments)
+    # SIGHUP comes from a terminal that is closed: without a handler it would leave servers and jobs running.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
 

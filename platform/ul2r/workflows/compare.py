@@ -91,6 +91,7 @@ def compare(comparison: Comparison) -> ComparisonResult:
 
 
 def _load_recipes(comparison: Comparison) -> dict[Role, Recipe]:
+    # The comparison's storage replaces the recipes' own, so that --set storage=... moves all of them.
     storage = f"storage={json.dumps(str(comparison.storage))}"
 
     return {

@@ -168,6 +168,7 @@ def _format_report(
     yield (
         "Not included: the device's own context, communication buffers, fragmentation, temporary tensors."
     )
+    # Whether torch finds a fused kernel for a dense mask depends on device and dtype, which are not at hand here.
     if recipe.attention_backend == "sdpa":
         yield (
             "Nor attention scores, which grow with the square of the row length if torch uses no fused kernel."

@@ -55,6 +55,7 @@ def evaluate_runs(recipes: Sequence[Recipe], dataset: TokenDataset) -> list[Scor
         with connect_ray(cpus=1, gpus=gpus):
             _measure_all(missing)
 
+    # Read back from files: the tasks ran on any machine of the cluster and returned notes only.
     stored = [load_scores(recipe, dataset) for recipe in recipes]
     complete = [scores for scores in stored if scores is not None]
     for recipe, scores in zip(recipes, complete, strict=True):
@@ -109,7 +110,7 @@ def _measure_all(recipes: Sequence[Recipe]) -> None:
             (ready, *_), _ = ray.wait(list(tasks), num_returns=1)
             try:
                 note = ray.get(next(ready))
-            except StopIteration:
+            except StopIteration:  # the generator is exhausted: its task has ended
                 tasks.remove(ready)
                 continue
             except RayTaskError as error:

@@ -49,6 +49,7 @@ def describe_special_tokens(
     assigned = list_assignments(
         before, after, list_objective_tokens(after, num_sentinels, mode_tokens)
     )
+    # Ids may have gaps, and the embedding has a row for each: what counts is the highest.
     old_size = max(before.get_vocab().values()) + 1
     new_size = build_vocabulary(after, mode_tokens).size
 

@@ -68,6 +68,7 @@ def _insert(text: str, scores: Scores) -> str:
 
 
 def _write_if_changed(path: Path, text: str) -> None:
+    # The file of an unchanged card keeps its modification time: a repeated export then changes nothing.
     if path.is_file() and path.read_text(encoding="utf-8") == text:
         return
     write_atomically(path, text)
