@@ -65,19 +65,22 @@ class Data(StrictModel):
         return self
 
 
-def check_num_sentinels(data: Data, needed: int, slot_length: int) -> None:
+def check_num_sentinels(data: Data, slot_length: int, *, objective: int, evaluation: int) -> None:
     """Refuse a tokenizer with fewer sentinels than the examples use.
 
     Args:
         data: The tokenizer's settings.
-        needed: Sentinels of the example with the most, in training or evaluation.
         slot_length: Positions of a slot, for the message.
+        objective: Sentinels of the training example with the most.
+        evaluation: Sentinels of the evaluation example with the most.
 
     Raises:
         ValueError: With the number that is needed.
     """
+    needed = max(objective, evaluation)
+    mixture = "objective.mixture" if objective == needed else "evaluation.mixture"
     if needed > data.num_sentinels:
         raise ValueError(
-            f"objective.mixture needs {needed} sentinels in slots of {slot_length} tokens, "
+            f"{mixture} needs {needed} sentinels in slots of {slot_length} tokens, "
             f"data.num_sentinels={data.num_sentinels}: raise data.num_sentinels to {needed} or shorten the slots"
         )

@@ -91,7 +91,12 @@ class Recipe(StrictModel):
         check_validation_rows(self.validation, self.training, self.parallel)
         check_batch_size(self.training, self.parallel)
         check_schedule(self.optimizer, self.training.steps)
-        check_num_sentinels(self.data, self.num_sentinels_needed, self.objective.slot_length)
+        check_num_sentinels(
+            self.data,
+            self.objective.slot_length,
+            objective=self.objective.num_sentinels_needed,
+            evaluation=self._evaluated_objective.num_sentinels_needed,
+        )
         check_min_workers(self.launch, self.parallel)
         check_layers(self.parallel, self.model.num_layers)
         check_sequence_parallel(self.parallel, sequence_length)
@@ -124,8 +129,13 @@ class Recipe(StrictModel):
     @property
     def num_sentinels_needed(self) -> int:
         """Sentinels of the example with the most, in training or evaluation."""
-        evaluated = self.objective.with_mixture(*self.evaluation.mixture)
-        return max(self.objective.num_sentinels_needed, evaluated.num_sentinels_needed)
+        return max(
+            self.objective.num_sentinels_needed, self._evaluated_objective.num_sentinels_needed
+        )
+
+    @property
+    def _evaluated_objective(self) -> Objective:
+        return self.objective.with_mixture(*self.evaluation.mixture)
 
     @property
     def storage_paths(self) -> StoragePaths:

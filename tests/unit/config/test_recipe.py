@@ -281,7 +281,7 @@ def test_denoisers_with_the_same_name_are_refused() -> None:
 
 @pytest.mark.parametrize(("row", "needed"), [(1024, 128), (2048, 256)])
 def test_too_few_sentinels_are_refused_with_the_number_needed(row: int, needed: int) -> None:
-    """The counts that other code bases ran out of: an eighth of the row for (3, 0.5)."""
+    """Other code bases ran out of sentinels here: (3, 0.5) needs one for every eight positions of the row."""
     assert refusal(objective={"sequence_length": row}, data={"num_sentinels": needed - 1}) == (
         f"objective.mixture needs {needed} sentinels in slots of {row} tokens, data.num_sentinels={needed - 1}: "
         f"raise data.num_sentinels to {needed} or shorten the slots"
@@ -291,7 +291,8 @@ def test_too_few_sentinels_are_refused_with_the_number_needed(row: int, needed: 
 
 def test_evaluation_needs_sentinels_too() -> None:
     causal = {"sequence_length": 2048, "mixture": "causal"}
-    assert "needs 256 sentinels" in refusal(objective=causal, data={"num_sentinels": 255})
+    message = refusal(objective=causal, data={"num_sentinels": 255})
+    assert message.startswith("evaluation.mixture needs 256 sentinels in slots of 2048 tokens")
     recipe(objective=causal, data={"num_sentinels": 1}, evaluation={"mixture": "causal"})
 
 
@@ -303,7 +304,7 @@ def test_storage_is_an_absolute_path() -> None:
 
 def test_recipe_is_immutable() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        recipe().seed = 3  # type: ignore[misc]  # that it is refused is what is tested
+        recipe().seed = 3  # type: ignore[misc]  # the refusal is what is tested
 
 
 def test_config_imports_nothing_heavy() -> None:
@@ -324,7 +325,7 @@ def test_default_attention_depends_on_the_device_and_the_head_size() -> None:
 
 
 @pytest.mark.parametrize("backend", ["flex", "te"])
-def test_attention_that_does_not_train_on_a_cpu_is_refused_there(backend: str) -> None:
+def test_attention_that_does_not_train_on_a_cpu_is_refused_on_cpus(backend: str) -> None:
     message = refusal(attention=backend)
     assert message.startswith(f"attention={backend} does not train on a CPU")
     assert message.endswith(
