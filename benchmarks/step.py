@@ -1,21 +1,21 @@
-"""How fast the platform takes optimizer steps on a CPU, beside a bare PyTorch loop over the same model and rows.
+"""Speed of optimizer steps on a CPU, compared with a bare PyTorch loop over the same model and batches.
 
     python benchmarks/step.py
 
-A small Llama on rows of Python's standard library. The platform's loop has Ray Data, Megatron and MLflow, and writes
-no checkpoint. After each of its steps a bare loop takes the same one: a plain torch model with the same weights on the
-same rows, which lie in memory; both must find the same loss. Then that loop takes one as a simple implementation
-would: one document a row, cut to a length that fits whatever the denoiser, and padded. All have one core for torch.
-One JSON line:
+A small Llama is trained on Python's standard library. The platform's loop includes Ray Data, Megatron-Core and MLflow,
+and writes no checkpoint. After each of its steps a bare loop takes the same step: a plain torch model with the same
+weights, on the same batch, which it holds in memory; both losses must agree. Then a second bare loop takes a step as
+a simple implementation would: one document per row, cut to a length that fits with any denoiser, and padded. All loops
+have one core for torch. Prints one JSON line:
 
-    bare_loop_ratio       the platform's time for a step over the bare loop's; at most 1.10 is wanted
-    useful_tokens_gain    target tokens a second over those of the bare loop on padded rows
-    data_wait_fraction       share of its steps' time in which the platform waits for rows
-    step_seconds          the platform's
-    target_fraction          target tokens over row positions, of the platform's rows
-    padded_target_fraction   the same of the padded rows
+    bare_loop_ratio          step time of the platform over that of the bare loop; the goal is at most 1.10
+    useful_tokens_gain       target tokens per second over those of the bare loop on padded rows
+    data_wait_fraction       fraction of the platform's step time spent waiting for data
+    step_seconds             step time of the platform
+    target_fraction          target tokens over row positions, in the platform's batches
+    padded_target_fraction   target tokens over row positions, in the padded batches
 
-Times are compared step by step, as they were taken one behind the other; figures are the medians.
+Ratios are taken step by step, since the loops alternate; the figures are medians.
 """
 
 from __future__ import annotations
@@ -52,12 +52,14 @@ from ul2r.train.mesh import Mesh
 from ul2r.train.state import TrainState
 from ul2r.train.step import TrainStep
 
-WARM_UP, STEPS = 3, 18
-BATCH_ROWS, MICROBATCH_ROWS = 4, 2
+NUM_WARMUP_STEPS = 3
+NUM_STEPS = 18
+BATCH_SIZE = 4
+MICRO_BATCH_SIZE = 2
 
 
-def recipe_in(folder: Path) -> Recipe:
-    """The run."""
+def make_recipe(folder: Path) -> Recipe:
+    """Return the recipe of the run."""
     return tiny_recipe(
         folder,
         name="step",
@@ -71,44 +73,47 @@ def recipe_in(folder: Path) -> Recipe:
         },
         objective={"sequence_length": 512},
         training={
-            "steps": WARM_UP + STEPS,
-            "global_batch_size": BATCH_ROWS,
-            "micro_batch_size": MICROBATCH_ROWS,
+            "steps": NUM_WARMUP_STEPS + NUM_STEPS,
+            "global_batch_size": BATCH_SIZE,
+            "micro_batch_size": MICRO_BATCH_SIZE,
         },
         optimizer={"learning_rate": 1e-3, "final_learning_rate": 1e-5, "weight_decay": 0.0},
-        checkpoints={"every": WARM_UP + STEPS},
-        validation={"every": WARM_UP + STEPS, "num_rows": MICROBATCH_ROWS},
+        checkpoints={"every": NUM_WARMUP_STEPS + NUM_STEPS},
+        validation={"every": NUM_WARMUP_STEPS + NUM_STEPS, "num_rows": MICRO_BATCH_SIZE},
     )
 
 
 class BareLoop:
-    """Steps of a plain model with AdamW: microbatches, loss over the batch's targets, gradients clipped."""
+    """Plain model with AdamW: microbatches, loss over the batch's targets, clipped gradients."""
 
     def __init__(self, recipe: Recipe, model: PlainModel) -> None:
         settings = recipe.optimizer
-        self.model, self.clip = model, settings.max_grad_norm
+        self.model = model
+        self.max_grad_norm = settings.max_grad_norm
         self.optimizer = torch.optim.AdamW(
             model.parameters(), betas=(settings.beta1, settings.beta2), weight_decay=0.0
         )
         self.seconds: list[float] = []
 
-    def step(self, rows: Batch, learning_rate: float) -> float:
-        """Take a step; returns the loss before it."""
+    def step(self, batch: Batch, learning_rate: float) -> float:
+        """Take a step and return the loss before it."""
         began = time.perf_counter()
-        # What makes a CPU Megatron's device is left off here, so that it costs the platform alone.
+        # Without the patch that makes a CPU one of Megatron-Core's devices: only the platform shall pay for it.
         with torch._C.DisableTorchFunction():
-            total = self._step(rows, learning_rate)
+            loss = self._step(batch, learning_rate)
         self.seconds.append(time.perf_counter() - began)
-        return total
+        return loss
 
-    def _step(self, rows: Batch, learning_rate: float) -> float:
+    def _step(self, batch: Batch, learning_rate: float) -> float:
         self.optimizer.zero_grad()
-        count, total = int(rows.loss_mask.sum()), 0.0
-        for start in range(0, len(rows), MICROBATCH_ROWS):
-            loss = self.model.loss_sum(rows[start : start + MICROBATCH_ROWS]) / count
+        num_targets = int(batch.loss_mask.sum())
+        total = 0.0
+        for start in range(0, len(batch), MICRO_BATCH_SIZE):
+            loss = self.model.loss_sum(batch[start : start + MICRO_BATCH_SIZE]) / num_targets
             torch.autograd.backward(loss)
             total += loss.item()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
@@ -116,7 +121,7 @@ class BareLoop:
 
 
 class SimpleWindows:
-    """Documents' windows, all cut to the length whose example fits the row whatever the denoiser."""
+    """Windows of documents, cut to the longest length that fits the row with any denoiser."""
 
     def __init__(self, recipe: Recipe, dataset: TokenDataset) -> None:
         objective = recipe.objective
@@ -129,15 +134,15 @@ class SimpleWindows:
         lengths: npt.NDArray[np.int64],
         windows: npt.NDArray[np.int32],
     ) -> None:
-        """Read windows as a `WindowSource`."""
+        """Read windows as a `WindowSource` does."""
         np.minimum(lengths, self.length, out=lengths)
         self._windows.read(samples, lengths, windows)
 
 
-def padded_rows(recipe: Recipe, dataset: TokenDataset, step: int) -> Batch:
-    """A step's rows as a simple implementation makes them."""
+def build_padded_batch(recipe: Recipe, dataset: TokenDataset, step: int) -> Batch:
+    """Build the batch of a step as a simple implementation does."""
     return build_batch(
-        range(step * BATCH_ROWS, (step + 1) * BATCH_ROWS),
+        range(step * BATCH_SIZE, (step + 1) * BATCH_SIZE),
         objective=recipe.objective,
         vocabulary=dataset.vocabulary,
         seed=recipe.seed,
@@ -145,54 +150,60 @@ def padded_rows(recipe: Recipe, dataset: TokenDataset, step: int) -> Batch:
     )
 
 
-class Turns(Callback):
-    """What happens after each step of the platform: the two bare loops take theirs, off the platform's clock."""
+class AlternatingLoops(Callback):
+    """Lets the two bare loops take a step after each of the platform's, while the platform's clock stands."""
 
     def __init__(
         self, recipe: Recipe, dataset: TokenDataset, weights: Mapping[str, torch.Tensor]
     ) -> None:
-        batches, steps = BatchBuilder(recipe, dataset), range(recipe.training.steps)
-        self.rows = [batches.build(step) for step in steps]
-        self.padded = [padded_rows(recipe, dataset, step) for step in steps]
-        self.loops, self.seconds = list[BareLoop](), list[float]()
-        vocabulary = len(weights["embedding.word_embeddings.weight"])
+        builder = BatchBuilder(recipe, dataset)
+        steps = range(recipe.training.steps)
+        self.batches = [builder.build(step) for step in steps]
+        self.padded_batches = [build_padded_batch(recipe, dataset, step) for step in steps]
+
+        self.loops: list[BareLoop] = []
+        vocabulary_size = len(weights["embedding.word_embeddings.weight"])
         for _ in range(2):
-            model = PlainModel(recipe.model, vocabulary, recipe.objective.sequence_length)
+            model = PlainModel(recipe.model, vocabulary_size, recipe.objective.sequence_length)
             model.load(weights)
             self.loops.append(BareLoop(recipe, model))
+
+        self.seconds: list[float] = []
         self.began = time.perf_counter()
 
     def on_progress(self, state: TrainState, metrics: Mapping[str, float]) -> None:
         """Let the bare loops follow the platform's step."""
         self.seconds.append(time.perf_counter() - self.began)
-        step, rate = state.step - 1, metrics["train/learning_rate"]
-        bare, simple = self.loops
-        loss = bare.step(self.rows[step], rate)
+        step = state.step - 1
+        learning_rate = metrics["train/learning_rate"]
+        bare, padded = self.loops
+        loss = bare.step(self.batches[step], learning_rate)
         np.testing.assert_allclose(metrics["train/loss"], loss, rtol=1e-4)
-        simple.step(self.padded[step], rate)
+        padded.step(self.padded_batches[step], learning_rate)
         self.began = time.perf_counter()
 
     def figures(self) -> dict[str, float]:
-        """The figures of the line that is printed, the wait for data aside."""
-        own, bare, simple = (
-            np.array(taken[WARM_UP:])
-            for taken in (self.seconds, *(loop.seconds for loop in self.loops))
+        """Return all figures but the wait for data."""
+        own, bare, padded = (
+            np.array(seconds[NUM_WARMUP_STEPS:])
+            for seconds in (self.seconds, *(loop.seconds for loop in self.loops))
         )
-        shares = [
+        target_fraction, padded_target_fraction = (
             float(np.mean([batch.loss_mask.mean() for batch in batches]))
-            for batches in (self.rows, self.padded)
-        ]
+            for batches in (self.batches, self.padded_batches)
+        )
+        gain = target_fraction / padded_target_fraction
         return {
             "bare_loop_ratio": float(np.median(own / bare)),
-            "useful_tokens_gain": shares[0] / shares[1] * float(np.median(simple / own)),
+            "useful_tokens_gain": gain * float(np.median(padded / own)),
             "step_seconds": float(np.median(own)),
-            "target_fraction": shares[0],
-            "padded_target_fraction": shares[1],
+            "target_fraction": target_fraction,
+            "padded_target_fraction": padded_target_fraction,
         }
 
 
 def initial_weights(recipe: Recipe, vocabulary_size: int) -> dict[str, torch.Tensor]:
-    """The weights that the run begins with, which its seed and their names decide."""
+    """Return the initial weights of the run, which depend on its seed and their names only."""
     mesh = Mesh.join(recipe.parallel)
     (model,) = TrainStep(recipe, mesh, vocabulary_size).chunks
     weights: dict[str, torch.Tensor] = model.state_dict()
@@ -200,15 +211,15 @@ def initial_weights(recipe: Recipe, vocabulary_size: int) -> dict[str, torch.Ten
     return weights
 
 
-def read_from_ray(recipe: Recipe, batches: range) -> Iterator[Batch]:
-    """Rows as a worker under Ray Train gets them."""
-    (iterator,) = loader.split_for_replicas(loader.make_dataset(recipe, batches, 1), 1)
-    return loader.iter_batches(iterator, recipe, batches, 0, 1)
+def read_from_ray_data(recipe: Recipe, numbers: range) -> Iterator[Batch]:
+    """Read batches as a worker under Ray Train does."""
+    (iterator,) = loader.split_for_replicas(loader.make_dataset(recipe, numbers, 1), 1)
+    return loader.iter_batches(iterator, recipe, numbers, 0, 1)
 
 
 def measure(folder: Path) -> dict[str, float]:
-    """The figures of the line that is printed."""
-    recipe = recipe_in(folder)
+    """Train and return the figures."""
+    recipe = make_recipe(folder)
     torch.set_num_threads(1)
     with connect_ray(cpus=2), run_mlflow_server(folder / "mlflow") as uri:
         prepare(recipe)
@@ -218,17 +229,19 @@ def measure(folder: Path) -> dict[str, float]:
         )
         with track_run(recipe, dataset, uri) as run_id:
             tracker = MlflowTracker(uri, run_id, recipe.paths.folder)
-            turns = Turns(recipe, dataset, initial_weights(recipe, dataset.vocabulary.size))
+            weights = initial_weights(recipe, dataset.vocabulary.size)
+            loops = AlternatingLoops(recipe, dataset, weights)
             run_worker(
                 recipe,
                 tracker,
-                lambda _, numbers: read_from_ray(recipe, numbers),
-                callbacks=[turns],
+                lambda _, numbers: read_from_ray_data(recipe, numbers),
+                callbacks=[loops],
             )
             tracker.close()
-        waits = [share for _, share in read_metric_history(uri, run_id, "train/data_wait_fraction")]
+        history = read_metric_history(uri, run_id, "train/data_wait_fraction")
+        waits = [fraction for _, fraction in history]
         dist.destroy_process_group()
-    return turns.figures() | {"data_wait_fraction": statistics.mean(waits[WARM_UP:])}
+    return loops.figures() | {"data_wait_fraction": statistics.mean(waits[NUM_WARMUP_STEPS:])}
 
 
 def main() -> None:

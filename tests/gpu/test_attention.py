@@ -18,7 +18,7 @@ from ul2r.model.attention.variable_length import TransformerEngineKernel, Variab
 from ul2r.objective import Batch, Vocabulary, build_batch
 from ul2r.testing.attention import attend_by_segment, compute_dense_attention
 from ul2r.testing.corpus import counting_windows, make_tiny_store
-from ul2r.testing.distributed import join_alone
+from ul2r.testing.distributed import init_single_gpu_group
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.tracking.tracker import MemoryTracker
 
@@ -120,7 +120,7 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
             objective={"sequence_length": 128, "slots_per_row": 2},
             launch={"gpus_per_worker": 1},
         )
-        join_alone(folder / name)
+        init_single_gpu_group(folder / name)
         tracker = MemoryTracker()
         run_worker(recipe, tracker)
         dist.destroy_process_group()

@@ -13,7 +13,7 @@ from ul2r.config import Recipe
 from ul2r.launch.worker import run_worker
 from ul2r.model import layers
 from ul2r.testing.corpus import make_tiny_store
-from ul2r.testing.distributed import join_alone
+from ul2r.testing.distributed import init_single_gpu_group
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.tracking.tracker import MemoryTracker
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.gpu
 def storage(tmp_path: Path) -> Iterator[Path]:
     """A token store, and a process group of this process alone."""
     make_tiny_store(tmp_path / "store")
-    join_alone(tmp_path / "rendezvous")
+    init_single_gpu_group(tmp_path / "rendezvous")
     yield tmp_path
     dist.destroy_process_group()
 

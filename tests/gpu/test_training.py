@@ -10,17 +10,17 @@ import torch.distributed as dist
 
 from ul2r.launch.worker import run_worker
 from ul2r.testing.corpus import make_tiny_store
-from ul2r.testing.distributed import join_alone
+from ul2r.testing.distributed import init_single_gpu_group
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.tracking.tracker import MemoryTracker
 
 pytestmark = pytest.mark.gpu
 
 
-def test_a_run_learns_in_bf16_and_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+def test_run_learns_in_bf16_and_resumes_from_its_checkpoint(tmp_path: Path) -> None:
     make_tiny_store(tmp_path / "store")
     recipe = tiny_recipe(tmp_path, launch={"gpus_per_worker": 1})
-    join_alone(tmp_path / "rendezvous")
+    init_single_gpu_group(tmp_path / "rendezvous")
     try:
         whole = MemoryTracker()
         run_worker(recipe, whole)

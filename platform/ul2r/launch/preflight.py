@@ -41,7 +41,7 @@ def check_run(recipe: Recipe, dataset: TokenDataset, resumed: CheckpointInfo | N
     Args:
         recipe: The run.
         dataset: Its token store.
-        resumed: Checkpoint that it goes on from, as `find_resume_checkpoint` returns it.
+        resumed: Checkpoint that it resumes from, as `find_resume_checkpoint` returns it.
 
     Raises:
         UserError: If a check fails.
@@ -97,8 +97,8 @@ def find_resume_checkpoint(recipe: Recipe) -> CheckpointInfo | None:
         CheckpointError: If there are checkpoints and none is valid.
     """
     store = CheckpointStore.from_recipe(recipe)
-    # Workers read a checkpoint that they go on from, each of them its part; here only sizes are compared. One that
-    # ends the run nobody else reads, so all of it is verified.
+    # Workers verify the checkpoint that they resume from, each its part, so that only sizes are compared here. The last
+    # checkpoint of a finished run has no other reader and is verified as a whole.
     path = latest_valid(store, thorough=False, quiet=True)
     if path is not None and CheckpointInfo.read(path).is_finished:
         path = latest_valid(store, quiet=True)

@@ -60,6 +60,7 @@ def train(recipe: Recipe) -> CheckpointInfo:
         track_run(recipe, dataset, uri) if is_rank0 else nullcontext(None) as run_id,
     ):
         _train(recipe, dataset, uri, run_id, stop_signal)
+        # Within `track_run`, so that MLflow learns of an interrupted run what it is.
         dist.destroy_process_group()
         return final_checkpoint_info(recipe)
 
@@ -98,6 +99,8 @@ def _join_process_group(recipe: Recipe) -> None:
         os.environ.update(gpu_environment(recipe.parallel))
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+        # 30 minutes, as under Ray Train. NCCL's own 10 would end ranks before the watchdog (guards.hang_timeout_s) can
+        # name the one that hangs.
         dist.init_process_group("nccl", device_id=device, timeout=default_pg_timeout)
     else:
         os.environ.update(NO_GPU)

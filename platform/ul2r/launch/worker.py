@@ -45,6 +45,7 @@ def run_worker(
     Returns:
         The counters of the run after its last step.
     """
+    # Workers may start long after the driver's checks: the store must still be the one that was checked.
     dataset = open_dataset(recipe.storage_paths.store, fingerprint)
     mesh = Mesh.join(recipe.parallel)
     if writer_token is None:

@@ -1,4 +1,4 @@
-"""Real process groups: several processes over gloo, or this one over NCCL."""
+"""Process groups for tests: several processes over gloo, or this process alone over NCCL."""
 
 from __future__ import annotations
 
@@ -21,23 +21,27 @@ if TYPE_CHECKING:
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=120)
 
-# The processes are forks of one that has imported what they need, which takes each of them seconds otherwise.
+# Processes are forked from a server that has imported the worker's modules: each would need seconds for it otherwise.
 multiprocessing.set_forkserver_preload(["ul2r.launch.worker"])
 
 
-def run_distributed(function: Callable[..., Any], workers: int, *arguments: Any) -> list[Any]:  # noqa: ANN401  # whatever the function takes and gives
-    """Call `function(*arguments)` in `workers` fresh processes joined by gloo.
+def run_distributed(
+    function: Callable[..., Any],
+    num_workers: int,
+    *arguments: Any,  # noqa: ANN401  whatever the function takes
+) -> list[Any]:
+    """Call `function(*arguments)` in `num_workers` new processes that form a gloo process group.
 
-    The processes meet through a file, not a port. What one call patches in its processes, as a
-    CPU's device module does, does not reach the next.
+    The processes meet through a file rather than a port. Patches of one call, such as the CPU as a device of
+    Megatron-Core, do not reach the next.
 
     Args:
-        function: Defined at the top level of a module.
-        workers: Number of processes.
-        arguments: Picklable.
+        function: Function at the top level of a module.
+        num_workers: Number of processes.
+        arguments: Its arguments, which must be picklable.
 
     Returns:
-        What each rank returned, in rank order; it must be picklable.
+        The return values in rank order, which must be picklable.
 
     Raises:
         torch.multiprocessing.ProcessRaisedException: With the traceback of the first rank that failed.
@@ -45,18 +49,20 @@ def run_distributed(function: Callable[..., Any], workers: int, *arguments: Any)
     with tempfile.TemporaryDirectory() as folder:
         start_processes(  # type: ignore[no-untyped-call]  # torch has no type for it
             _enter,
-            args=(Path(folder), workers, function, arguments),
-            nprocs=workers,
+            args=(Path(folder), num_workers, function, arguments),
+            nprocs=num_workers,
             start_method="forkserver",
         )
-        return [pickle.loads(_result(Path(folder), rank).read_bytes()) for rank in range(workers)]
+        return [
+            pickle.loads(_result(Path(folder), rank).read_bytes()) for rank in range(num_workers)
+        ]
 
 
-def join_alone(rendezvous: Path) -> None:
-    """Make the default process group one of this process and its first GPU.
+def init_single_gpu_group(rendezvous: Path) -> None:
+    """Initialize the default process group with this process and its first GPU.
 
     Args:
-        rendezvous: A file that is not there yet.
+        rendezvous: File that does not exist yet.
     """
     dist.init_process_group(
         "nccl",
@@ -81,15 +87,21 @@ def take_step(train_step: TrainStep, step: int, batch: Batch) -> StepResult:
 
 
 def _enter(
-    rank: int, folder: Path, workers: int, function: Callable[..., Any], arguments: tuple[Any, ...]
+    rank: int,
+    folder: Path,
+    num_workers: int,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
 ) -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # gloo processes are CPU workers, wherever they run
+    os.environ["CUDA_VISIBLE_DEVICES"] = (
+        ""  # gloo workers train on CPUs, on a machine with GPUs as well
+    )
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder / 'rendezvous'}",
         rank=rank,
-        world_size=workers,
+        world_size=num_workers,
         timeout=COLLECTIVE_TIMEOUT,
     )
     result = function(*arguments)

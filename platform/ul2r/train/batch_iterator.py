@@ -55,4 +55,4 @@ class BatchIterator:
         """
         assert not self._remaining, self._remaining
         if self._mesh.is_reader and next(self._batches, None) is not None:
-            raise RuntimeError("the data goes on after the last batch")
+            raise RuntimeError("the source has more batches than were requested")

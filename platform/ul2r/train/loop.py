@@ -66,7 +66,7 @@ class Trainer:
         self.checkpointer = Checkpointer(
             self.checkpoints,
             mesh,
-            log=self._log,
+            log=self._log,  # not the tracker's: callbacks see the metrics of checkpoints as well
             flush=tracker.flush,
             asynchronous=recipe.checkpoints.asynchronous,
         )
@@ -90,15 +90,16 @@ class Trainer:
             DivergedError: On every rank, if a guard stops the run.
             CheckpointError: On every rank, if a checkpoint cannot be written or read.
         """
-        num_steps, first_step = self.recipe.training.steps, self.state.step
-        if first_step == num_steps:
-            return self.state
-
+        num_steps = self.recipe.training.steps
+        first_step = self.state.step
         batches = BatchIterator(source, self.mesh)
         action = LoopAction.CONTINUE
         try:
+            if first_step == num_steps:
+                return self.state
             if first_step == 0:
                 self._log_progress(self._validate())
+            # Collective, so that no rank saves before rank 0 has removed what a killed attempt left.
             self.mesh.broadcast_from_rank0(lambda: self.checkpoints.start_attempt(first_step))
 
             while self.state.step < num_steps and action != LoopAction.STOP:
@@ -118,6 +119,7 @@ class Trainer:
                 else:
                     self._handle_anomaly(anomaly, result)
 
+                # After an anomaly as well: ranks exchange this message after every step.
                 action = self._requested_action()
                 is_due = anomaly is None and self._is_due(self.recipe.checkpoints.every)
                 if is_due or action != LoopAction.CONTINUE:
@@ -137,11 +139,13 @@ class Trainer:
 
     def _next_batch(self, batches: BatchIterator) -> Batch:
         """Return this replica's rows of the next batch, on each of its ranks."""
+        # Each skipped batch makes the run one batch longer.
         num_skipped = self.guard.state.skipped_batches
         number = self.state.step + num_skipped
+        end = self.recipe.training.steps + num_skipped
 
         self._enter_phase(Phase.WAIT_FOR_DATA)
-        read = batches.next_batch(number, self.recipe.training.steps + num_skipped)
+        read = batches.next_batch(number, end)
         self._enter_phase(Phase.BROADCAST_BATCH)
         batch = self.mesh.broadcast_batch(read)
         if batch is None:
@@ -158,7 +162,7 @@ class Trainer:
             callback.on_step_end(self.state.step + 1, batch, result, anomaly)
 
     def _enter_phase(self, phase: str, step: int | None = None) -> None:
-        """Let callbacks know of a phase, of the step that comes next unless `step` is given."""
+        """Announce a phase to the callbacks: of the step that comes next, unless `step` is given."""
         for callback in self.callbacks:
             callback.on_phase(self.state.step + 1 if step is None else step, phase)
 
@@ -192,7 +196,7 @@ class Trainer:
         }
 
     def _reduce_reports(self) -> dict[str, float]:
-        """Exchange the callbacks' reports between ranks, in one all-gather; return the metrics made of them."""
+        """All-gather the reports of all callbacks in one message, and return the metrics that they reduce to."""
         own = {type(callback).__name__: callback.rank_report() for callback in self.callbacks}
         reports = self.mesh.all_gather({k: v for k, v in own.items() if v is not None})
 
@@ -256,7 +260,9 @@ class Trainer:
         can_rewind = bool(self.mesh.broadcast_from_rank0(self.checkpoints.list_checkpoints))
         decision = self.guard.decide(anomaly, batch, can_rewind=can_rewind)
 
-        norms = layer_norms(self.train_step.optimizer)  # collective
+        norms = layer_norms(
+            self.train_step.optimizer
+        )  # collective: outside of the branch of rank 0
         summary = f"{self.recipe.name}: step {step + 1}, batch {batch}: {anomaly.description}"
         if self.mesh.is_rank0:
             report = anomaly_report(
@@ -317,7 +323,7 @@ class Trainer:
         optimizer = bool(own) or self.recipe.optimizer.load_optimizer_state
         load_checkpoint(path, self.train_step, optimizer=optimizer)
 
-        # Tokens and FLOPs go on from the base's: they are what the weights have cost.
+        # Tokens and FLOPs continue from the base's: they are the cost of the weights.
         state = TrainState(info.step if own else 0, info.tokens, info.flops)
         self._log(state.step, {"checkpoint/load_seconds": time.perf_counter() - began})
         return state

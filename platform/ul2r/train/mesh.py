@@ -97,6 +97,7 @@ class Mesh:
 
     @property
     def _reader(self) -> int:
+        # Megatron-Core numbers a replica's ranks by tensor, then by pipeline rank: the lowest is the first in both.
         return min(dist.get_process_group_ranks(parallel_state.get_model_parallel_group()))
 
     def broadcast_from_rank0(self, function: Callable[[], T]) -> T:
@@ -114,6 +115,7 @@ class Mesh:
                 outcome[0] = function()
             except UserError as error:
                 outcome[1] = error
+        # On this rank's device, since NCCL sends from GPU memory only.
         dist.broadcast_object_list(outcome, src=0, device=self.device)
 
         result, failure = outcome
@@ -140,6 +142,7 @@ class Mesh:
         Args:
             values: (N,) float64, overwritten; those of other stages are ignored.
         """
+        # Stages before the last have no losses to add. They get the sums afterwards, within each replica's pipeline.
         if self.is_last_stage:
             dist.all_reduce(values, group=parallel_state.get_data_parallel_group())
         if self.parallel.pipeline > 1:
@@ -162,6 +165,7 @@ class Mesh:
         if self.parallel.tensor * self.parallel.pipeline == 1:
             return batch
 
+        # Two messages: receivers must know the size of the second, and whether there is a batch at all.
         group = parallel_state.get_model_parallel_group()
         shape = torch.zeros(3, dtype=torch.int64, device=self.device)  # zeros: no batch
         if batch is not None:

@@ -137,9 +137,11 @@ class TrainStep:
             batch: This replica's rows.
         """
         self.schedule.set(step)
+        # Both, as in Megatron-Core's own loop: gradients are in DDP's buffers, the optimizer has copies of its shard.
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        # Before the forward pass: the routers' auxiliary loss is scaled by it.
         if self.recipe.model.num_experts is not None:
             set_num_targets(self.chunks, self._mean_targets(batch))
 
@@ -183,6 +185,7 @@ class TrainStep:
         size = self.recipe.training.micro_batch_size
         assert len(batch) % size == 0
         microbatches = [batch[start : start + size] for start in range(0, len(batch), size)]
+        # Set for each call, since validation and training have different numbers of microbatches.
         self.config.microbatch_group_size_per_vp_stage = self.recipe.parallel.microbatch_group_size(
             len(microbatches)
         )

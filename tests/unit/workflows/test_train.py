@@ -1,4 +1,4 @@
-"""What a user got wrong is said in one line before anything starts, with exit code 2."""
+"""User errors of jobs/train.py: found before anything starts, reported in one line with exit code 2."""
 
 from __future__ import annotations
 
@@ -19,28 +19,30 @@ from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.recipes import tiny_recipe
 
 ROOT = Path(__file__).parents[3]
-NOBODY = "http://127.0.0.1:9"  # the discard port, where nothing listens
+UNUSED_URI = "http://127.0.0.1:9"  # the discard port, where no server listens
 
 
-def test_a_server_that_is_down_is_found_before_ray_starts(tmp_path: Path) -> None:
+def test_missing_tracking_server_is_found_before_ray_starts(tmp_path: Path) -> None:
     make_tiny_store(tmp_path / "store", num_documents=12)
-    recipe = tiny_recipe(tmp_path, tracking={"uri": NOBODY})
-    with pytest.raises(ServiceError, match=f"no MLflow server answers at {NOBODY}"):
+    recipe = tiny_recipe(tmp_path, tracking={"uri": UNUSED_URI})
+    with pytest.raises(ServiceError, match=f"no MLflow server answers at {UNUSED_URI}"):
         train(recipe)
     assert not recipe.paths.folder.exists()
 
 
-def test_a_model_that_no_worker_can_hold_is_found_before_anything_starts(tmp_path: Path) -> None:
+def test_model_too_large_for_a_worker_is_found_before_anything_starts(tmp_path: Path) -> None:
     make_tiny_store(tmp_path / "store", num_documents=12)
-    recipe = tiny_recipe(tmp_path, tracking={"uri": NOBODY}, launch={"device_memory_gib": 0.001})
+    recipe = tiny_recipe(
+        tmp_path, tracking={"uri": UNUSED_URI}, launch={"device_memory_gib": 0.001}
+    )
     with pytest.raises(RecipeError, match=r"its device has launch\.device_memory_gib=0\.001"):
         train(recipe)
     assert not recipe.paths.folder.exists()
 
 
-def test_text_that_is_not_prepared_is_checked_before_anything_starts(tmp_path: Path) -> None:
+def test_recipe_without_a_store_is_checked_before_anything_starts(tmp_path: Path) -> None:
     streamed = {"order": "streamed", "corpus": [str(tmp_path / "nowhere")]}
-    uri = {"uri": NOBODY}
+    uri = {"uri": UNUSED_URI}
     large = tiny_recipe(tmp_path, data=streamed, launch={"device_memory_gib": 0.001})
     with pytest.raises(RecipeError, match=r"its device has launch\.device_memory_gib=0\.001"):
         train(large)
@@ -51,7 +53,7 @@ def test_text_that_is_not_prepared_is_checked_before_anything_starts(tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_rest_of_a_store_that_torchrun_cannot_make_is_asked_for(
+def test_torchrun_refuses_a_store_that_is_not_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_tiny_store(tmp_path / "store", num_documents=12)
@@ -62,7 +64,7 @@ def test_the_rest_of_a_store_that_torchrun_cannot_make_is_asked_for(
         torchrun.train(tiny_recipe(tmp_path))
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_job(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "jobs/train.py", *arguments],
         cwd=ROOT,
@@ -74,32 +76,34 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     )
 
 
-def test_the_job_ends_with_one_line_and_code_2(tmp_path: Path) -> None:
+def test_wrong_recipe_ends_the_job_with_one_line_and_exit_code_2(tmp_path: Path) -> None:
     path = tmp_path / "tiny.yaml"
     path.write_text(dump(tiny_recipe(tmp_path)))
-    done = run(str(path), "--set", "parallel.worker=2")
-    assert done.returncode == 2
-    assert done.stderr.splitlines() == [
+    finished = run_job(str(path), "--set", "parallel.worker=2")
+    assert finished.returncode == 2
+    assert finished.stderr.splitlines() == [
         f"error: {path}: parallel.worker: unknown key; did you mean parallel.num_workers?"
     ]
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_dry_run_prints_sizes_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_dry_run_prints_sizes_and_leaves_no_files(tmp_path: Path) -> None:
     path = tmp_path / "tiny.yaml"
-    path.write_text(dump(tiny_recipe(tmp_path / "family", tracking={"uri": NOBODY})))
-    done = run(str(path), "--dry-run", "--set", "training.steps=1000")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("tiny: dry run, nothing was started\n")
-    assert "512 k in 1,000 steps" in done.stdout  # 8 rows of 64 positions
+    path.write_text(dump(tiny_recipe(tmp_path / "family", tracking={"uri": UNUSED_URI})))
+    finished = run_job(str(path), "--dry-run", "--set", "training.steps=1000")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.startswith("tiny: dry run, nothing was started\n")
+    assert "512 k in 1,000 steps" in finished.stdout  # 8 rows of 64 positions
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_dry_run_of_what_does_not_fit_ends_with_one_line_and_code_2(tmp_path: Path) -> None:
+def test_dry_run_of_a_model_that_does_not_fit_ends_with_one_line_and_exit_code_2(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "tiny.yaml"
     path.write_text(dump(tiny_recipe(tmp_path / "family")))
-    done = run(str(path), "--dry-run", "--set", "launch.device_memory_gib=0.001")
-    assert done.returncode == 2
-    assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
+    finished = run_job(str(path), "--dry-run", "--set", "launch.device_memory_gib=0.001")
+    assert finished.returncode == 2
+    assert finished.stdout == ""
+    (line,) = finished.stderr.splitlines()
     assert line.startswith("error: a rank of pipeline stage 0 needs 0.01 GiB (weights 0.00, ")

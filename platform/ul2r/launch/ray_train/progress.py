@@ -72,6 +72,7 @@ def progress_board(recipe: Recipe, stop_event: threading.Event) -> Iterator[Acto
     try:
         yield board
     finally:
+        # Joined before the board is killed: the last progress and log records are still to be read.
         ended.set()
         for thread in threads:
             thread.join()
@@ -144,6 +145,7 @@ class BoardReporter(Callback):
 
     def requested_action(self) -> LoopAction:
         """Return STOP if the driver wants the run to stop, known a step or so after its request."""
+        # Without waiting: a slow or dead board must not hold up training.
         if self._answers:
             arrived, self._answers = ray.wait(
                 self._answers, num_returns=len(self._answers), timeout=0

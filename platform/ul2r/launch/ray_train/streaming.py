@@ -60,7 +60,7 @@ def build_store_in_background(recipe: Recipe, cpus: float) -> Iterator[TokenData
 
 
 def _wait_for_error(build: ray.ObjectRef[str], timeout_s: float) -> str:
-    """Return the error that ended the build, empty if it goes on or is complete."""
+    """Return the error that ended the build, empty while it runs and after it is complete."""
     ended, _ = ray.wait([build], timeout=timeout_s)
     return str(ray.get(build)) if ended else ""
 

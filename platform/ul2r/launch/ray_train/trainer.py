@@ -9,6 +9,8 @@ from contextlib import nullcontext
 from typing import Any
 
 import ray
+
+# Ray Train 2.60 has no public way to replace its failure policy or to leave out one of its callbacks.
 from ray._private.worker import get_dashboard_url
 from ray.train import FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -84,6 +86,7 @@ def train(recipe: Recipe) -> CheckpointInfo:
         build_store_in_background(recipe, cpus) if must_build else nullcontext(dataset) as dataset,
     ):
         assert dataset is not None
+        # What could not be checked without a store.
         if must_build:
             check_run(recipe, dataset, find_resume_checkpoint(recipe))
         with StopSignal() as stop_signal, track_run(recipe, dataset, uri) as run_id:
@@ -102,8 +105,8 @@ def _open_if_begun(recipe: Recipe) -> TokenDataset | None:
 class FailurePolicy(DefaultFailurePolicy):  # type: ignore[misc]  # Ray has no types here
     """Policy that restarts workers unless that cannot help.
 
-    User errors are not retried: they would fail again. Neither is a run whose cluster has lost machines that it needs
-    and that may go on with fewer workers: the driver starts those.
+    User errors are not retried: they would fail again. Neither is a run that has lost machines and may continue with
+    fewer workers: the driver restarts it with a smaller layout.
 
     Args:
         failure_config: Ray's own settings.
@@ -121,7 +124,7 @@ class FailurePolicy(DefaultFailurePolicy):  # type: ignore[misc]  # Ray has no t
         return super().make_decision(training_failed_error)
 
     def _must_shrink(self) -> bool:
-        """Return whether the run can only go on with fewer workers; wait until Ray knows which nodes are gone."""
+        """Return whether the run can only continue with fewer workers; wait until Ray knows which nodes are gone."""
         if self._recipe.launch.min_workers is None:
             return False
         deadline = time.monotonic() + NODE_DEATH_S
@@ -158,7 +161,7 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types here
 def _fit_and_shrink(
     recipe: Recipe, dataset: TokenDataset, uri: str, run_id: str, stop_event: threading.Event
 ) -> None:
-    """Train; if machines are lost, go on with fewer replicas as far as the recipe allows."""
+    """Train; if machines are lost, continue with fewer replicas as far as the recipe allows."""
     while True:
         try:
             return _fit(recipe, dataset.manifest.fingerprint, uri, run_id, stop_event)
@@ -195,6 +198,7 @@ def _fit(
                 "uri": uri,
                 "run_id": run_id,
                 "board": board,
+                # A new one for each start: workers of an earlier one that still live can save no more.
                 "writer_token": acquire_writer_token(recipe.paths.checkpoints),
             },
             torch_config=TorchConfig(backend="nccl" if launch.gpus_per_worker else "gloo"),
@@ -219,6 +223,7 @@ def _cause(error: TrainingFailedError) -> Exception:
     """Return the user error that a worker raised, or else the failure itself."""
     if isinstance(error, WorkerGroupError):
         for failure in error.worker_failures.values():
+            # Ray may wrap a worker's exception in one of its own, with the original as `cause`.
             cause: object = getattr(failure, "cause", failure)
             if isinstance(cause, UserError):
                 return cause

@@ -93,6 +93,7 @@ def _read_from_ray_data(recipe: Recipe) -> BatchSource:
 
     def source(mesh: Mesh, numbers: range) -> Iterator[Batch]:
         num_replicas = recipe.parallel.data
+        # By Ray rather than torch.distributed: iterators hold actor handles, which only Ray itself may serialize.
         iterators = broadcast_from_rank_zero(
             loader.split_for_replicas(
                 loader.make_dataset(recipe, numbers, num_replicas), num_replicas

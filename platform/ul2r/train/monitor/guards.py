@@ -112,7 +112,7 @@ class AnomalyGuard:
 
     Args:
         settings: The recipe's `guards`.
-        state: Memory to go on from.
+        state: State to start from.
     """
 
     def __init__(self, settings: Guards, state: GuardState) -> None:

@@ -32,7 +32,7 @@ class Profiler(Callback):
         self._steps = recipe.profile.steps if mesh.is_rank0 else ()
         self._folder: Path = recipe.paths.profiles
         self._tracker = tracker
-        self._recording = ExitStack()
+        self._recording = ExitStack()  # open from one hook to the other
 
     def on_step_begin(self, step: int) -> None:
         """Start to record a chosen step."""

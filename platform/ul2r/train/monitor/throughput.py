@@ -67,7 +67,7 @@ class ThroughputMonitor(Callback):
         return self._own_source_tokens
 
     def reduce_reports(self, reports: Sequence[int]) -> Mapping[str, float]:
-        """Return the rates, and begin to count anew; none before the first applied step.
+        """Return the rates since the last call and reset the sums; nothing before the first applied step.
 
         MFU (model FLOPs utilization) is the FLOPs that training requires per second and device, divided by the
         device's peak (PaLM, arXiv 2204.02311, appendix B). It counts forward and backward pass without recomputation,
@@ -103,6 +103,7 @@ class SourceTokenCounter:
     """Counter of the corpus tokens in a batch: everything but modes, sentinels, padding and ends of documents."""
 
     def __init__(self, mixture: Sequence[Denoiser], vocabulary: Vocabulary) -> None:
+        # Mode tokens may be text too (data.mode_tokens), and are recognized by their position in `count`.
         self._is_text = np.ones(vocabulary.size, bool)
         self._is_text[[vocabulary.eos, *vocabulary.sentinels]] = False
         self._num_mode_tokens = np.array([len(mode_tokens(d, vocabulary)) for d in mixture])

@@ -95,10 +95,12 @@ class Watchdog(Callback):
         self._write_lock = threading.Lock()
         self._current = (0, "start", 0, time.time())
         self._ended = threading.Event()
+        # A daemon, since it must not keep a process alive whose main thread ended without leaving the block.
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Self:
         self._folder.mkdir(parents=True, exist_ok=True)
+        # Kept open and unbuffered, so that a heartbeat is one system call.
         self._file = self._path(self._rank).open("wb", buffering=0)
         self._write()
         self._thread.start()
@@ -155,6 +157,7 @@ class Watchdog(Callback):
         """Write all stacks to a file, and a line on who hangs to stderr."""
         stacks = self._path(self._rank).with_suffix(".stacks.txt")
         with stacks.open("w", encoding="utf-8") as file:
+            # Of all threads: the main one may wait for a thread of the data loader or of the checkpoint writer.
             faulthandler.dump_traceback(file, all_threads=True)
 
         own = self._own_heartbeat()
@@ -182,6 +185,7 @@ def find_late_ranks(heartbeats: list[Heartbeat], timeout_s: float) -> list[Heart
     These are the ranks whose process has not been alive for half the timeout; if there are none, the ranks that have
     begun the fewest phases.
     """
+    # Heartbeats are compared with each other, which takes the hosts' clocks to agree to well within the timeout.
     latest = max(heartbeat.alive for heartbeat in heartbeats)
     silent = [h for h in heartbeats if latest - h.alive > timeout_s / 2]
     fewest = min(heartbeat.beats for heartbeat in heartbeats)

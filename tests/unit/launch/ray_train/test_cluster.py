@@ -1,4 +1,4 @@
-"""Finding a cluster, as far as that needs none."""
+"""Cores and addresses of a Ray cluster, without a cluster."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ul2r.launch.ray_train import cluster
 @pytest.mark.parametrize(
     ("quota", "expected"), [("max 100000", 10**6), ("150000 100000", 2), ("50000 100000", 1)]
 )
-def test_a_quota_limits_the_cores(
+def test_quota_limits_the_cores(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quota: str, expected: int
 ) -> None:
     (tmp_path / "cpu.max").write_text(f"{quota}\n")
@@ -23,12 +23,12 @@ def test_a_quota_limits_the_cores(
     assert cluster.count_cores() == min(expected, len(os.sched_getaffinity(0)))
 
 
-def test_without_a_quota_all_cores_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_all_cores_count_without_a_quota(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(cluster, "CPU_QUOTA_FILE", tmp_path / "missing")
     assert cluster.count_cores() == len(os.sched_getaffinity(0))
 
 
-def test_a_cluster_that_does_not_answer_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cluster_that_does_not_answer_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:  # bound, so that nothing else can be there, but not listening
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}"
@@ -43,7 +43,7 @@ def test_a_cluster_that_does_not_answer_is_named_at_once(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     "address", ["head", "head:", ":6379", "head:99999", "http://head:8265", "ray://head:10001"]
 )
-def test_an_address_of_another_kind_is_refused(
+def test_address_that_is_not_host_and_port_is_refused(
     monkeypatch: pytest.MonkeyPatch, address: str
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)

@@ -1,4 +1,4 @@
-"""How far a run shrinks where its cluster has."""
+"""Layouts that a run shrinks to when its cluster has lost machines."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ul2r.testing.recipes import tiny_recipe
         ({"min_workers": 2, "device_memory_gib": 1e-4}, 9, None),
     ],
 )
-def test_whole_replicas_that_divide_the_rows_are_taken_as_far_as_allowed(
+def test_run_shrinks_to_the_most_whole_replicas_that_divide_the_batch(
     launch: dict[str, Any], cpus: float, workers: int | None
 ) -> None:
     recipe = tiny_recipe(
@@ -39,7 +39,7 @@ def test_whole_replicas_that_divide_the_rows_are_taken_as_far_as_allowed(
         assert smaller.model_copy(update={"parallel": recipe.parallel}) == recipe
 
 
-def test_gpus_that_are_gone_count() -> None:
+def test_lost_gpus_count() -> None:
     recipe = tiny_recipe(
         Path("/nowhere"),
         parallel={"num_workers": 4},
@@ -50,7 +50,7 @@ def test_gpus_that_are_gone_count() -> None:
     assert smaller.parallel.num_workers == 2
 
 
-def test_more_workers_at_least_than_there_are_is_refused() -> None:
+def test_min_workers_above_num_workers_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"launch\.min_workers=3 is more than parallel\.num_workers=2"
     ):

@@ -1,4 +1,4 @@
-"""What the trainer makes of failures."""
+"""Failure policy and environment of workers under Ray Train."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from ul2r.testing.recipes import tiny_recipe
         ({0: RuntimeError("peer left")}, FailureDecision.RETRY),
     ],
 )
-def test_a_mistake_of_the_users_is_not_tried_again(
+def test_user_errors_are_not_retried(
     failures: dict[int, Exception], decision: FailureDecision
 ) -> None:
     policy = FailurePolicy(FailureConfig(max_failures=3), tiny_recipe(Path("/nowhere")))
     assert policy.make_decision(WorkerGroupError("failed", failures)) is decision
 
 
-def test_tensor_ranks_on_gpus_have_one_connection_to_them() -> None:
+def test_tensor_parallel_gpu_workers_have_one_connection_to_their_device() -> None:
     assert gpu_environment(Parallel(num_workers=2, tensor=2)) == {
         "CUDA_DEVICE_MAX_CONNECTIONS": "1"
     }
