@@ -49,11 +49,23 @@ def check_run(recipe: Recipe, dataset: TokenDataset, resumed: CheckpointInfo | N
     check_dataset(recipe, dataset)
     check_family(recipe.model)
     check_memory(recipe, dataset.vocabulary.size)
+    check_initial_weights(recipe, dataset, resumed)
+
+
+def check_initial_weights(
+    recipe: Recipe, dataset: TokenDataset, resumed: CheckpointInfo | None
+) -> None:
+    """Check the weights that a run starts from: those of its checkpoint if it has one, else those of its base.
+
+    Raises:
+        CheckpointError: If they are missing, damaged or of another model.
+        RecipeError: If a Hugging Face base has other tokens than the token store.
+    """
     if resumed is not None:
         resumed.check_same_run(recipe, dataset)
-    else:
-        check_base(recipe, dataset)
-        check_base_run(recipe, dataset)
+        return
+    check_base(recipe, dataset)
+    check_base_run(recipe, dataset)
 
 
 def check_unprepared(recipe: Recipe) -> None:

@@ -11,7 +11,7 @@ import pytest
 from ul2r.config import Recipe
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.errors import CheckpointError
-from ul2r.launch.preflight import check_run, find_resume_checkpoint
+from ul2r.launch.preflight import check_initial_weights, find_resume_checkpoint
 from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.train.checkpoint.checksums import write_digests
@@ -69,7 +69,7 @@ FORMAT_1_CHANGES: dict[str, Any] = {
 
 def check_checkpoints(recipe: Recipe, dataset: TokenDataset) -> CheckpointInfo | None:
     resumed = find_resume_checkpoint(recipe)
-    check_run(recipe, dataset, resumed)
+    check_initial_weights(recipe, dataset, resumed)
     return resumed
 
 
