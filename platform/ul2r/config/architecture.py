@@ -213,6 +213,7 @@ class Architecture(StrictModel):
 
         A `sliding_window` of all layers counts as None, since training rows are not longer than it.
         """
+        # Layers are numbered from 1, so that the last one of each pattern sees all keys, as in Gemma 3.
         return tuple(
             self.sliding_window if number % self.sliding_window_pattern else None
             for number in range(1, self.num_layers + 1)

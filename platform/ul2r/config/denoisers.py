@@ -51,6 +51,7 @@ class SpanCorruption(_Denoiser):
 
         Never more than the kept or the masked tokens, since every run of either kind has at least one.
         """
+        # round() takes half to even, like np.rint in `random_kernels`, which has to find the same number.
         noise = self.num_noise_tokens(raw_length)
         return min(max(round(noise / self.mean_noise_span_length), 1), noise, raw_length - noise)
 
@@ -171,6 +172,7 @@ def fit_raw_length(
     Raises:
         ValueError: If not even `MINIMUM_RAW_LENGTH` raw tokens fit.
     """
+    # No example is shorter than its window, so the search starts at the limit itself.
     for raw_length in range(max_example_length, MINIMUM_RAW_LENGTH - 1, -1):
         length = denoiser.example_length(
             raw_length, num_mode_tokens, eos_after_inputs=eos_after_inputs

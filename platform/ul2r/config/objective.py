@@ -57,7 +57,7 @@ class Objective(StrictModel):
                 "change either"
             )
         for denoiser in self.mixture:
-            self.raw_length(denoiser)
+            self.raw_length(denoiser)  # raises if no example fits
         return self
 
     def with_mixture(self, *denoisers: Denoiser) -> Objective:

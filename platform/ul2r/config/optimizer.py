@@ -60,6 +60,7 @@ class Optimizer(StrictModel):
 
     def decay_steps(self, num_steps: int) -> int:
         """Return the last steps in which the "wsd" schedule lowers the learning rate; 0 for the other schedules."""
+        # Rounded up, so that at least one step decays.
         return math.ceil(self.decay_fraction * num_steps) if self.schedule == "wsd" else 0
 
 

@@ -84,10 +84,10 @@ def _translate(node: Any, pattern: str, dotted: str, found: list[str]) -> Any:  
     """Return `node` under the current keys, and append "OLD is now NEW" to `found` for each old one.
 
     Args:
-        node: What stands at a place of the tree.
-        pattern: Its place with `*` for items of lists, as in `RENAMED_KEYS`.
-        dotted: Its place with their numbers, as after --set.
-        found: Where the renamed keys go.
+        node: A part of the tree.
+        pattern: Its dotted key with `*` for items of lists, as in `RENAMED_KEYS`.
+        dotted: Its dotted key with the items' numbers, as after --set.
+        found: Output, a line for each renamed key.
     """
     if isinstance(node, list | tuple):
         return [

@@ -163,9 +163,9 @@ def shuffle(
 def permute(index: Word, size: Word, keys: Words) -> Word:
     """Return the image of `index` under a keyed permutation of 0 .. size - 1.
 
-    A Feistel network permutes the numbers of 2 * half bits, of which there are at most 4 * size. A result outside the
-    range is permuted again until it is inside ("cycle walking", Black and Rogaway 2002), which takes fewer than 4
-    passes on average.
+    A Feistel network permutes the numbers of 2 * half bits, at most 4 * size numbers. A result outside the range is
+    permuted again until it is inside ("cycle walking", Black and Rogaway 2002), which takes fewer than 4 passes on
+    average.
 
     Args:
         index: Index to permute, 0 <= index < size.
@@ -350,6 +350,7 @@ def prefix_length(length: int, noise_density: float, word: Word) -> int:
 @compiled
 def num_noise_tokens(length: int, noise_density: float) -> int:
     """Return the masked tokens of a window: round(length * noise_density), half to even, in 1 .. length - 1."""
+    # The same arithmetic as `ul2r.config.SpanCorruption`, which solves for the raw length.
     return min(max(int(np.rint(length * noise_density)), 1), length - 1)
 
 

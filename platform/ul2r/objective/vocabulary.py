@@ -25,6 +25,7 @@ class Vocabulary:
         modes = [token for tokens in self.modes.values() for token in tokens]
         assert all(self.modes.values()), "a mode has no token"
 
+        # Modes that are pieces of text may share pieces.
         special = (self.eos, *self.sentinels, *([] if self.modes_are_text else modes))
         assert len(set(special)) == len(special), "special tokens share an id"
         is_known = all(0 <= token < self.size for token in (*special, *modes))
