@@ -1,4 +1,4 @@
-"""A cluster of two machines that loses one: announced, so that a checkpoint is made first, and then for real."""
+"""A cluster of two machines that announces the loss of one, so that the run saves first, and then loses it."""
 
 from __future__ import annotations
 
@@ -32,29 +32,32 @@ STEPS = 120
 WAIT_S = 400
 
 
-def wait_for(what: Callable[[], Any], process: subprocess.Popen[bytes]) -> Any:  # noqa: ANN401
-    """Poll until `what` is true; fail if it never is, or if `process` ends first."""
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[bytes]) -> Any:  # noqa: ANN401  the condition's own value
+    """Poll a condition until it is true and return its value; fail on a timeout or if `process` ends first."""
     deadline = time.monotonic() + WAIT_S
     while time.monotonic() < deadline:
-        found = what()
-        if found:
-            return found
-        assert process.poll() is None, "the process ended before it should"
+        value = condition()
+        if value:
+            return value
+        assert process.poll() is None, "the process ended too early"
         time.sleep(0.05)
-    raise AssertionError("waited in vain")
+    raise AssertionError(f"the condition was not met within {WAIT_S} s")
 
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    """Two machines with room for one worker each."""
-    two = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    """Start a cluster whose head has room for one worker."""
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+    )
     try:
-        yield two
+        yield cluster
     finally:
-        two.shutdown()
+        cluster.shutdown()
 
 
-def losses(recipe: Recipe) -> list[float]:
+def train_losses(recipe: Recipe) -> list[float]:
+    """Train on this rank and return the loss of each step."""
     from ul2r.launch.worker import run_worker
     from ul2r.tracking.tracker import MemoryTracker
 
@@ -63,18 +66,18 @@ def losses(recipe: Recipe) -> list[float]:
     return [loss for _, loss in tracker.series("train/loss")]
 
 
-def announce(cluster: Cluster, node: str) -> None:
-    """Tell the cluster that a machine will be taken away in ten minutes."""
-    accepted, why = GcsClient(address=cluster.address).drain_node(
+def announce_preemption(cluster: Cluster, node: str) -> None:
+    """Announce to the cluster that a machine will be taken away in ten minutes."""
+    is_accepted, reason = GcsClient(address=cluster.address).drain_node(
         node,
         DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
         "taken back",
         int(time.time() + 600) * 1000,
     )
-    assert accepted, why
+    assert is_accepted, reason
 
 
-def test_a_run_saves_before_a_machine_is_taken_and_goes_on_with_fewer_replicas(
+def test_run_saves_before_a_machine_is_taken_and_continues_with_fewer_replicas(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     make_tiny_store(tmp_path / "store")
@@ -106,7 +109,7 @@ def test_a_run_saves_before_a_machine_is_taken_and_goes_on_with_fewer_replicas(
         )
         pointer = recipe.paths.checkpoints / "latest"
         wait_for(lambda: "tokens/s" in (tmp_path / "log").read_text(), driver)
-        announce(cluster, other.node_id)
+        announce_preemption(cluster, other.node_id)
         name = wait_for(lambda: pointer.exists() and pointer.read_text(), driver)
         saved = CheckpointInfo.read(pointer.parent / name).step
         cluster.remove_node(other, allow_graceful=False)
@@ -115,11 +118,13 @@ def test_a_run_saves_before_a_machine_is_taken_and_goes_on_with_fewer_replicas(
         assert run_id is not None
         found = read_metric_history(uri, run_id, "train/loss")
         status = MlflowClient(uri).get_run(run_id).info.status
-    said = (tmp_path / "log").read_text()
-    assert saved < STEPS, "no checkpoint but the last one is due"
-    assert "going on with parallel.num_workers=1 of 2" in said
-    assert "Traceback" not in said
+    log_text = (tmp_path / "log").read_text()
+    assert saved < STEPS, "only the last checkpoint is due without the announcement"
+    assert "continuing with parallel.num_workers=1 of 2" in log_text
+    assert "Traceback" not in log_text
     assert status == "FINISHED"
-    assert [step for step, _ in found] == list(range(1, STEPS + 1)), "none lost, none twice"
-    (whole, _) = run_distributed(losses, 2, recipe.model_copy(update={"name": "undisturbed"}))
+    assert [step for step, _ in found] == list(range(1, STEPS + 1)), (
+        "no step is lost or logged twice"
+    )
+    (whole, _) = run_distributed(train_losses, 2, recipe.model_copy(update={"name": "undisturbed"}))
     np.testing.assert_allclose([loss for _, loss in found], whole, rtol=1e-3)

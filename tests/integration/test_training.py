@@ -1,4 +1,4 @@
-"""Ray Train around Megatron-Core, for real: submitted as a job, and killed in every way a run can be."""
+"""Runs under Ray Train and torchrun: submitted as a job, killed, hung, stopped, and equal to one left alone."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ WAIT_S = 240
 
 @dataclass(frozen=True)
 class Cluster:
-    """A running cluster: its head's process, and the addresses of its store and of its job server."""
+    """A running cluster: process of its head, address of its control store, address of its job server."""
 
     head: int
     gcs: str
     jobs: str
 
 
-def wait_for(what: Callable[[], Any], process: subprocess.Popen[bytes] | None = None) -> Any:  # noqa: ANN401
-    """Poll until `what` is true; fail if it never is, or if `process` ends first."""
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[bytes] | None = None) -> Any:  # noqa: ANN401  the condition's own value
+    """Poll a condition until it is true and return its value; fail on a timeout or if `process` ends first."""
     deadline = time.monotonic() + WAIT_S
     while time.monotonic() < deadline:
-        found = what()
-        if found:
-            return found
-        assert process is None or process.poll() is None, "the process ended before it should"
+        value = condition()
+        if value:
+            return value
+        assert process is None or process.poll() is None, "the process ended too early"
         time.sleep(0.05)
-    raise AssertionError("waited in vain")
+    raise AssertionError(f"the condition was not met within {WAIT_S} s")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def tracking_uri(storage: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A cluster started as an operator would, `ray start --head`; yields the addresses jobs need."""
+    """Start a cluster as an operator does, with `ray start --head`."""
     port, dashboard, agent = find_free_port(), find_free_port(), find_free_port()
     log = tmp_path_factory.mktemp("cluster") / "ray.log"
     command = [
@@ -87,17 +87,17 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             command, stdout=output, stderr=output, env=ACTIVATED, start_new_session=True
         )
     try:
-        wait_for(lambda: answers(dashboard), head)
+        wait_for(lambda: is_listening(dashboard), head)
         yield Cluster(head.pid, f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}")
     finally:
-        # Told to stop, `ray start --block` waits half a minute for what is gone.
+        # Asked to stop, `ray start --block` waits half a minute for processes that are gone.
         for process in (*psutil.Process(head.pid).children(recursive=True), head):
-            with contextlib.suppress(psutil.NoSuchProcess):  # some end when others are gone
+            with contextlib.suppress(psutil.NoSuchProcess):  # some end when their parents do
                 process.kill()
         head.wait()
 
 
-def answers(port: int) -> bool:
+def is_listening(port: int) -> bool:
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
         return True
     return False
@@ -108,13 +108,13 @@ def environment(cluster: Cluster, tracking_uri: str) -> dict[str, str]:
     return ACTIVATED | {"RAY_ADDRESS": cluster.gcs, "MLFLOW_TRACKING_URI": tracking_uri}
 
 
-def recipe_named(
+def write_recipe(
     storage: Path,
     name: str,
     parallel: Mapping[str, int] = MappingProxyType({"num_workers": 2}),
     **guards: float,
 ) -> tuple[Recipe, Path]:
-    """A run that skips batches 21, 24 and 25, on which its gradients explode: it reads 27 to take 24 steps."""
+    """Write the recipe of a run that skips batches 21, 24 and 25, whose gradients spike: 27 batches for 24 steps."""
     recipe = tiny_recipe(
         storage,
         name=name,
@@ -129,7 +129,7 @@ def recipe_named(
     return recipe, path
 
 
-def start(path: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+def start_job(path: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     with path.with_suffix(".log").open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "jobs/train.py", str(path)],
@@ -140,24 +140,24 @@ def start(path: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
         )
 
 
-def latest(recipe: Recipe) -> str | None:
+def latest_checkpoint(recipe: Recipe) -> str | None:
     pointer = recipe.paths.checkpoints / "latest"
     return pointer.read_text() if pointer.exists() else None
 
 
-def first_identity(recipe: Recipe) -> str:
-    """Of the first checkpoint; a run that began anew would write another one."""
+def first_checkpoint_id(recipe: Recipe) -> str:
+    """Return the ID of the first checkpoint, which a run that starts from step 0 again would replace."""
     first = recipe.paths.checkpoints / f"step_{SAVED_EVERY:08d}"
     return CheckpointInfo.read(first).checkpoint_id
 
 
-def history(uri: str, recipe: Recipe, metric: str) -> list[tuple[int, float]]:
+def read_history(uri: str, recipe: Recipe, metric: str) -> list[tuple[int, float]]:
     record = json.loads((recipe.paths.folder / "tracking.json").read_text())
     points = MlflowClient(uri).get_metric_history(record["run_id"], metric)
     return sorted((point.step, point.value) for point in points)
 
 
-def status(uri: str, recipe: Recipe) -> str:
+def read_status(uri: str, recipe: Recipe) -> str:
     record = json.loads((recipe.paths.folder / "tracking.json").read_text())
     return str(MlflowClient(uri).get_run(record["run_id"]).info.status)
 
@@ -166,8 +166,8 @@ def status(uri: str, recipe: Recipe) -> str:
 def undisturbed(
     storage: Path, cluster: Cluster, tracking_uri: str
 ) -> tuple[Recipe, list[tuple[int, float]]]:
-    """The run that others must equal, submitted to the cluster."""
-    recipe, path = recipe_named(storage, "undisturbed")
+    """Run and losses that the others must equal; submitted to the cluster as a job."""
+    recipe, path = write_recipe(storage, "undisturbed")
     submit = [
         *(f"{BIN}/ray", "job", "submit", f"--address={cluster.jobs}"),
         *(
@@ -177,27 +177,27 @@ def undisturbed(
         ),
         *("--", "python", "jobs/train.py", str(path)),
     ]
-    done = wait_for(lambda: submitted(submit))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "succeeded" in done.stdout
-    return recipe, history(tracking_uri, recipe, "train/loss")
+    finished = wait_for(lambda: submit_job(submit))
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "succeeded" in finished.stdout
+    return recipe, read_history(tracking_uri, recipe, "train/loss")
 
 
-def submitted(command: list[str]) -> subprocess.CompletedProcess[str] | None:
-    """Submit and follow a job to its end; None while the cluster, just started, takes none yet."""
-    done = subprocess.run(
+def submit_job(command: list[str]) -> subprocess.CompletedProcess[str] | None:
+    """Submit a job and follow it to its end; return None while the new cluster accepts no jobs yet."""
+    finished = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S, check=False
     )
-    return None if "No available agent" in done.stderr else done
+    return None if "No available agent" in finished.stderr else finished
 
 
 def check_equal(
     uri: str, recipe: Recipe, undisturbed: tuple[Recipe, list[tuple[int, float]]]
 ) -> None:
-    """The same loss at each step, logged once, and the same weights, bit for bit."""
+    """Check for the same loss at each step, logged once, and for the same weights, bit for bit."""
     other, losses = undisturbed
-    assert history(uri, recipe, "train/loss") == losses
-    assert status(uri, recipe) == "FINISHED"
+    assert read_history(uri, recipe, "train/loss") == losses
+    assert read_status(uri, recipe) == "FINISHED"
     weights = [(export(run) / "model.safetensors").read_bytes() for run in (recipe, other)]
     assert weights[0] == weights[1]
 
@@ -208,64 +208,66 @@ def test_submitted_job_trains_and_is_tracked(
     recipe, losses = undisturbed
     assert [step for step, _ in losses] == list(range(1, STEPS + 1))
     assert losses[-1][1] < losses[0][1]
-    assert status(tracking_uri, recipe) == "FINISHED"
-    tokens = history(tracking_uri, recipe, "progress/tokens")
+    assert read_status(tracking_uri, recipe) == "FINISHED"
+    tokens = read_history(tracking_uri, recipe, "progress/tokens")
     assert dict(tokens)[STEPS] == STEPS * 8 * 64
     record = json.loads((recipe.paths.folder / "tracking.json").read_text())
     artifacts = MlflowClient(tracking_uri).list_artifacts(record["run_id"])
-    assert {"recipe.yaml", "data.html", "guards", "profiles"} <= {one.path for one in artifacts}
-    assert history(tracking_uri, recipe, "train/skipped_batches")[-1] == (STEPS, SKIPPED)
+    assert {"recipe.yaml", "data.html", "guards", "profiles"} <= {
+        artifact.path for artifact in artifacts
+    }
+    assert read_history(tracking_uri, recipe, "train/skipped_batches")[-1] == (STEPS, SKIPPED)
     for metric in ("train/memory_gib", f"system/{socket.gethostname()}/cpu_utilization_percentage"):
-        assert len(history(tracking_uri, recipe, metric)) == STEPS
+        assert len(read_history(tracking_uri, recipe, metric)) == STEPS
     for name in ("causal", "S", "R", "X-long", "X-dense"):
-        points = history(tracking_uri, recipe, f"held_out/loss/{name}")
+        points = read_history(tracking_uri, recipe, f"held_out/loss/{name}")
         assert [step for step, _ in points] == [0, *range(3, STEPS + 1, 3)]
 
 
-def test_killed_worker_is_replaced_and_nothing_changes(
+def test_killed_worker_is_restarted_and_nothing_changes(
     storage: Path,
     cluster: Cluster,
     environment: dict[str, str],
     tracking_uri: str,
     undisturbed: tuple[Recipe, list[tuple[int, float]]],
 ) -> None:
-    recipe, path = recipe_named(storage, "killed-worker")
-    driver = start(path, environment)
-    wait_for(lambda: latest(recipe), driver)
-    workers_of(cluster)[-1].kill()
-    check_goes_on(recipe, driver)
+    recipe, path = write_recipe(storage, "killed-worker")
+    driver = start_job(path, environment)
+    wait_for(lambda: latest_checkpoint(recipe), driver)
+    find_workers(cluster)[-1].kill()
+    check_resumes(recipe, driver)
     check_equal(tracking_uri, recipe, undisturbed)
 
 
-def test_hung_worker_is_noticed_and_all_are_started_again(
+def test_hanging_worker_is_noticed_and_all_workers_are_restarted(
     storage: Path,
     cluster: Cluster,
     environment: dict[str, str],
     tracking_uri: str,
     undisturbed: tuple[Recipe, list[tuple[int, float]]],
 ) -> None:
-    """It is stopped as by a machine that stands still: nobody hears that it is gone."""
-    recipe, path = recipe_named(storage, "hung-worker", hang_timeout_s=25)
-    driver = start(path, environment)
-    wait_for(lambda: latest(recipe), driver)
-    hung = workers_of(cluster)[-1]
+    """The worker is suspended, as on a machine that hangs: no process sees it end."""
+    recipe, path = write_recipe(storage, "hung-worker", hang_timeout_s=25)
+    driver = start_job(path, environment)
+    wait_for(lambda: latest_checkpoint(recipe), driver)
+    hung = find_workers(cluster)[-1]
     hung.suspend()
-    check_goes_on(recipe, driver)
+    check_resumes(recipe, driver)
     assert list((recipe.paths.heartbeats).glob("*.stacks.txt"))
     check_equal(tracking_uri, recipe, undisturbed)
     assert not hung.is_running() or hung.status() == psutil.STATUS_ZOMBIE
 
 
-def check_goes_on(recipe: Recipe, driver: subprocess.Popen[bytes]) -> None:
-    """A run that was just disturbed ends well, from its last checkpoint on."""
-    before = first_identity(recipe)
-    assert latest(recipe) != f"step_{STEPS:08d}", "disturbed too late to show anything"
+def check_resumes(recipe: Recipe, driver: subprocess.Popen[bytes]) -> None:
+    """Check that a run that was just disturbed resumes from its last checkpoint and finishes."""
+    before = first_checkpoint_id(recipe)
+    assert latest_checkpoint(recipe) != f"step_{STEPS:08d}", "disturbed too late to show anything"
     assert driver.wait(WAIT_S) == 0, (recipe.storage / f"{recipe.name}.log").read_text()
-    assert first_identity(recipe) == before, "it began anew instead of going on"
+    assert first_checkpoint_id(recipe) == before, "it started from step 0 again"
 
 
-def workers_of(cluster: Cluster) -> list[psutil.Process]:
-    """The two workers of the run that the cluster trains."""
+def find_workers(cluster: Cluster) -> list[psutil.Process]:
+    """Return the two workers of the run that the cluster trains."""
     workers = [
         process
         for process in psutil.Process(cluster.head).children(recursive=True)
@@ -275,69 +277,72 @@ def workers_of(cluster: Cluster) -> list[psutil.Process]:
     return workers
 
 
-def test_killed_driver_run_again_goes_on(
+def test_killed_driver_resumes_when_run_again(
     storage: Path,
     environment: dict[str, str],
     tracking_uri: str,
     undisturbed: tuple[Recipe, list[tuple[int, float]]],
 ) -> None:
-    recipe, path = recipe_named(storage, "killed-driver")
-    driver = start(path, environment)
-    wait_for(lambda: latest(recipe), driver)
+    recipe, path = write_recipe(storage, "killed-driver")
+    driver = start_job(path, environment)
+    wait_for(lambda: latest_checkpoint(recipe), driver)
     driver.send_signal(signal.SIGKILL)
     driver.wait(60)
-    before = first_identity(recipe)
-    assert latest(recipe) != f"step_{STEPS:08d}", "killed too late to show anything"
-    again = start(path, environment)
+    before = first_checkpoint_id(recipe)
+    assert latest_checkpoint(recipe) != f"step_{STEPS:08d}", "killed too late to show anything"
+    again = start_job(path, environment)
     assert again.wait(WAIT_S) == 0, path.with_suffix(".log").read_text()
-    assert first_identity(recipe) == before, "it began anew instead of going on"
+    assert first_checkpoint_id(recipe) == before, "it started from step 0 again"
     check_equal(tracking_uri, recipe, undisturbed)
 
 
-def reached(recipe: Recipe) -> int:
-    """Step of the last checkpoint, which is whole."""
-    folder = recipe.paths.checkpoints / str(latest(recipe))
+def last_saved_step(recipe: Recipe) -> int:
+    """Return the step of the last checkpoint after a check of its files."""
+    folder = recipe.paths.checkpoints / str(latest_checkpoint(recipe))
     assert find_damage(folder) is None
     return CheckpointInfo.read(folder).step
 
 
-def test_driver_told_to_stop_saves_and_run_again_goes_on(
+def test_driver_saves_on_sigterm_and_resumes_when_run_again(
     storage: Path,
     environment: dict[str, str],
     tracking_uri: str,
     undisturbed: tuple[Recipe, list[tuple[int, float]]],
 ) -> None:
-    recipe, path = recipe_named(storage, "stopped-driver")
-    driver = start(path, environment)
-    wait_for(lambda: latest(recipe), driver)
+    recipe, path = write_recipe(storage, "stopped-driver")
+    driver = start_job(path, environment)
+    wait_for(lambda: latest_checkpoint(recipe), driver)
     driver.send_signal(signal.SIGTERM)
     assert driver.wait(WAIT_S) == 130, path.with_suffix(".log").read_text()
-    assert "stopped; run the same command again to continue" in path.with_suffix(".log").read_text()
-    assert status(tracking_uri, recipe) == "KILLED"
-    stopped_at = reached(recipe)
+    assert (
+        "checkpoint saved; run the same command again to continue"
+        in path.with_suffix(".log").read_text()
+    )
+    assert read_status(tracking_uri, recipe) == "KILLED"
+    stopped_at = last_saved_step(recipe)
     assert SAVED_EVERY <= stopped_at < STEPS
-    assert max(step for step, _ in history(tracking_uri, recipe, "train/loss")) == stopped_at
-    assert start(path, environment).wait(WAIT_S) == 0, path.with_suffix(".log").read_text()
+    assert max(step for step, _ in read_history(tracking_uri, recipe, "train/loss")) == stopped_at
+    assert start_job(path, environment).wait(WAIT_S) == 0, path.with_suffix(".log").read_text()
     check_equal(tracking_uri, recipe, undisturbed)
 
 
 def test_damaged_token_store_ends_the_run_in_one_line(
     tmp_path: Path, environment: dict[str, str], tracking_uri: str
 ) -> None:
-    """No check before the start reads all tokens, so a worker meets them."""
+    """No check before the start reads all tokens, so that a worker finds the damage."""
     dataset = make_tiny_store(tmp_path / "store")
-    recipe, path = recipe_named(tmp_path, "damaged")
+    recipe, path = write_recipe(tmp_path, "damaged")
     tokens = tmp_path / "store" / "train.bin"
     tokens.write_bytes(b"\xff" * tokens.stat().st_size)
-    assert start(path, environment).wait(WAIT_S) == 2
+    assert start_job(path, environment).wait(WAIT_S) == 2
     *_, last = path.with_suffix(".log").read_text().strip().splitlines()
     assert last.startswith(f"error: {tmp_path / 'store'}: holds tokens ")
     assert f"its vocabulary has {dataset.vocabulary.size}" in last
-    assert status(tracking_uri, recipe) == "FAILED"
+    assert read_status(tracking_uri, recipe) == "FAILED"
 
 
 def torchrun(path: Path, processes: int = 2, **environment: str) -> subprocess.Popen[bytes]:
-    """jobs/train.py in processes that torchrun starts; what they say goes to the recipe's log."""
+    """Start jobs/train.py with torchrun; the output of its processes goes to the recipe's log."""
     start = [f"{BIN}/torchrun", "--standalone", f"--nproc-per-node={processes}"]
     with path.with_suffix(".log").open("ab") as log:
         return subprocess.Popen(
@@ -349,40 +354,40 @@ def torchrun(path: Path, processes: int = 2, **environment: str) -> subprocess.P
         )
 
 
-def test_torchrun_told_to_stop_saves_and_run_again_gives_the_same_losses_and_weights(
+def test_torchrun_saves_on_sigterm_and_its_run_equals_the_one_of_ray(
     storage: Path, tracking_uri: str, undisturbed: tuple[Recipe, list[tuple[int, float]]]
 ) -> None:
-    recipe, path = recipe_named(storage, "torchrun")
+    recipe, path = write_recipe(storage, "torchrun")
     log = path.with_suffix(".log")
     process = torchrun(path, MLFLOW_TRACKING_URI=tracking_uri)
-    wait_for(lambda: latest(recipe), process)
+    wait_for(lambda: latest_checkpoint(recipe), process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(WAIT_S), "torchrun has an exit code of its own"
-    assert "stopped; run the same command again to continue" in log.read_text()
-    assert status(tracking_uri, recipe) == "KILLED"
-    assert SAVED_EVERY <= reached(recipe) < STEPS
+    assert "checkpoint saved; run the same command again to continue" in log.read_text()
+    assert read_status(tracking_uri, recipe) == "KILLED"
+    assert SAVED_EVERY <= last_saved_step(recipe) < STEPS
     assert torchrun(path, MLFLOW_TRACKING_URI=tracking_uri).wait(WAIT_S) == 0, log.read_text()
     assert log.read_text().count("torchrun: 24 steps; ") == 1, "one rank prints"
     check_equal(tracking_uri, recipe, undisturbed)
 
 
-def test_torchrun_in_another_layout_gives_the_losses_of_ray(
+def test_torchrun_with_another_layout_gives_the_losses_of_ray(
     storage: Path, tracking_uri: str, undisturbed: tuple[Recipe, list[tuple[int, float]]]
 ) -> None:
-    """Tensor and sequence parallel, pipeline with interleaved stages, against two replicas."""
+    """Tensor and sequence parallel with interleaved pipeline stages, against two replicas."""
     layout = {"tensor": 2, "sequence_parallel": True, "pipeline": 2, "virtual_stages": 2}
-    recipe, path = recipe_named(storage, "torchrun-layout", {"num_workers": 4, **layout})
+    recipe, path = write_recipe(storage, "torchrun-layout", {"num_workers": 4, **layout})
     ended = torchrun(path, 4, MLFLOW_TRACKING_URI=tracking_uri).wait(WAIT_S)
     assert ended == 0, path.with_suffix(".log").read_text()
     for found, expected in zip(
-        history(tracking_uri, recipe, "train/loss"), undisturbed[1], strict=True
+        read_history(tracking_uri, recipe, "train/loss"), undisturbed[1], strict=True
     ):
         assert found == pytest.approx(expected, rel=1e-3)
 
 
 def test_torchrun_with_another_number_of_processes_is_refused(storage: Path) -> None:
-    recipe, path = recipe_named(storage, "too-few")
+    recipe, path = write_recipe(storage, "too-few")
     assert torchrun(path, 1).wait(WAIT_S)
-    said = path.with_suffix(".log").read_text()
-    assert "error: torchrun started 1 processes, parallel.num_workers=2: set torchrun's" in said
+    log = path.with_suffix(".log").read_text()
+    assert "error: torchrun started 1 processes, parallel.num_workers=2: set torchrun's" in log
     assert not recipe.paths.folder.exists()

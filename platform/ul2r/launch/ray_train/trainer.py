@@ -173,7 +173,7 @@ def _fit_and_shrink(
             if smaller is None:
                 raise
             logger.warning(
-                "%s: the cluster has %g CPUs and %g GPUs left: going on with parallel.num_workers=%d of %d",
+                "%s: the cluster has %g CPUs and %g GPUs left: continuing with parallel.num_workers=%d of %d",
                 recipe.name,
                 left.get("CPU", 0),
                 left.get("GPU", 0),
