@@ -67,6 +67,7 @@ def create_api(service: InferenceService) -> FastAPI:
 
 
 def _add_error_handlers(api: FastAPI) -> None:
+    # They replace FastAPI's own handlers, whose bodies have another shape: {"detail": ...}.
     @api.exception_handler(RequestError)
     async def handle_request_error(_: Request, error: RequestError) -> JSONResponse:
         return _error_response(400, str(error))
@@ -74,6 +75,7 @@ def _add_error_handlers(api: FastAPI) -> None:
     @api.exception_handler(RequestValidationError)
     async def handle_validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
+        # The body is not JSON at all: FastAPI reports this, too, as a validation error.
         if first["type"] == "json_invalid":
             position = first["loc"][-1]
             reason = first["ctx"]["error"]
@@ -89,6 +91,7 @@ def _add_error_handlers(api: FastAPI) -> None:
 def _describe(errors: Sequence[Mapping[str, Any]]) -> str:
     """Return the first validation error with its field and value, and the number of further ones."""
     first = errors[0]
+    # The first part of the location is always "body".
     field = ".".join(str(part) for part in first["loc"][1:]) or "body"
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     if first["type"] == "extra_forbidden":
@@ -104,5 +107,6 @@ def _describe(errors: Sequence[Mapping[str, Any]]) -> str:
 def _error_response(
     status: int, message: str, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
+    # In one line, since messages of libraries may have several.
     body = ErrorResponse(error=" ".join(message.split()))
     return JSONResponse(body.model_dump(), status_code=status, headers=headers)

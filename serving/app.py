@@ -55,7 +55,7 @@ def build(config: ServingConfig) -> Application:
         ServiceError: If the registry cannot be reached or has no such model.
     """
     folder = resolve_model(config.model, config.tracking_uri)
-    read_export_metadata(folder)
+    read_export_metadata(folder)  # fails here in one line, not in a replica with a traceback
 
     deployment = serve.deployment(
         serve.ingress()(ModelDeployment),
@@ -63,8 +63,9 @@ def build(config: ServingConfig) -> Application:
         ray_actor_options={"num_cpus": config.cpus, "num_gpus": config.gpus},
         # One request generates at a time; the others are health checks, page loads and requests that wait.
         max_ongoing_requests=32,
-        max_queued_requests=128,
+        max_queued_requests=128,  # further ones get 503 at once
         max_constructor_retry_count=1,  # an export that fails to load once will fail again
+        # Serve's defaults are 20 s and 2 s; Ctrl-C should end the job sooner.
         graceful_shutdown_timeout_s=10,
         graceful_shutdown_wait_loop_s=0.5,
         logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
@@ -85,7 +86,7 @@ def resolve_model(model: str, tracking_uri: str | None = None) -> Path:
         ServiceError: If the registry cannot be reached or has no such model.
     """
     if not is_registry_uri(model):
-        return Path(model).resolve()
+        return Path(model).resolve()  # replicas have another working directory
 
     match = REGISTRY_URI.fullmatch(model)
     if match is None:

@@ -37,6 +37,7 @@ def serve_model(config: ServingConfig, port: int, host: str = LOCALHOST) -> Iter
     check_port(port, host)
     application = build(config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    # 0.0.0.0 is an address to listen on, not one to connect to.
     url = f"http://{LOCALHOST if host == '0.0.0.0' else host}:{port}"
 
     try:
@@ -53,6 +54,7 @@ def serve_model(config: ServingConfig, port: int, host: str = LOCALHOST) -> Iter
         _wait_until_ready(url, config)
         yield url
     finally:
+        # After a failed start as well, which leaves Serve's controller and proxy running.
         serve.shutdown()
 
 

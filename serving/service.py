@@ -43,6 +43,7 @@ class InferenceService:
         model = self._model
         metadata = model.metadata
         max_slots = max_infill_slots(model)
+        # A causal model's tokenizer has modes as well, but the model was never trained on them.
         return ModelInfo(
             **self._identity.model_dump(),
             attention=metadata.attention,
@@ -115,5 +116,6 @@ class InferenceService:
 
     async def _run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function in the generation thread."""
+        # Cancelling the await removes a request that still waits in the executor's queue.
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, partial(function, *args, **kwargs))

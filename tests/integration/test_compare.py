@@ -1,4 +1,4 @@
-"""Three exports measured and compared by the real jobs, on Ray and with a real MLflow server."""
+"""Three exports evaluated and compared by the real jobs, on Ray and with a real MLflow server."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -17,7 +18,7 @@ from ul2r.data.store.dataset import open_dataset
 from ul2r.errors import CheckpointError, RecipeError, ServiceError
 from ul2r.evaluation import evaluate
 from ul2r.evaluation.comparison import ROLES, Role
-from ul2r.inference import LanguageModel
+from ul2r.inference import LanguageModel, read_export_metadata
 from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.models import write_tiny_export
 from ul2r.tracking.mlflow import MlflowTracker, list_view_urls, start_run
@@ -27,43 +28,48 @@ from ul2r.workflows.compare import compare
 pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parents[2]
-SENTINELS = 16
+NUM_SENTINELS = 16
 STEPS = (0, 10, 20)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Recipes of three runs that continue one base, with exports and a token store of the same tokenizer."""
+    """Folder of the recipes of a base and two runs that continue it, of their exports and of their token store."""
     folder = tmp_path_factory.mktemp("comparison")
     storage = folder / "storage"
+
     for role in ROLES:
-        write_yaml(folder / f"{role}.yaml", recipe_tree(role, storage))
-        causal = role != "ul2r"
+        write_yaml(folder / f"{role}.yaml", make_recipe(role, storage))
         export = write_tiny_export(
             storage / "runs" / role / "export",
-            attention="causal" if causal else "prefix",
-            num_sentinels=SENTINELS,
+            attention="prefix" if role == "ul2r" else "causal",
+            num_sentinels=NUM_SENTINELS,
             seed=ROLES.index(role),
         )
-        describe(export, run=role, tokens=3000 if role == "base" else 4500, flops=3e9)
-    vocabulary_size = LanguageModel.load(export).metadata.vocabulary
-    assert vocabulary_size is not None
+        edit_metadata(export, run=role, tokens=3000 if role == "base" else 4500, flops=3e9)
+
+    vocabulary = read_export_metadata(export).vocabulary
+    assert vocabulary is not None
     make_tiny_store(
         storage / "store",
         num_documents=40,
-        vocabulary_size=vocabulary_size.size,
-        num_sentinels=SENTINELS,
+        vocabulary_size=vocabulary.size,
+        num_sentinels=NUM_SENTINELS,
     )
     for role in ROLES:
         shutil.copy(storage / "store/tokenizer.json", storage / "runs" / role / "export")
-    files = {role: f"{role}.yaml" for role in ROLES}
-    tracking = {"experiment": "three"}
-    tree = {"name": "three", "storage": "elsewhere", "recipes": files, "tracking": tracking}
-    write_yaml(folder / "compare.yaml", tree)
+
+    comparison = {
+        "name": "three",
+        "storage": "elsewhere",
+        "recipes": {role: f"{role}.yaml" for role in ROLES},
+        "tracking": {"experiment": "three"},
+    }
+    write_yaml(folder / "compare.yaml", comparison)
     return folder
 
 
-def recipe_tree(role: Role, storage: Path) -> dict[str, object]:
+def make_recipe(role: Role, storage: Path) -> dict[str, object]:
     return {
         "name": role,
         "role": role,
@@ -78,7 +84,7 @@ def recipe_tree(role: Role, storage: Path) -> dict[str, object]:
         },
         "objective": {"mixture": "ul2r" if role == "ul2r" else "causal", "sequence_length": 64},
         "training": {"steps": 20, "global_batch_size": 1},
-        "data": {"num_sentinels": SENTINELS},
+        "data": {"num_sentinels": NUM_SENTINELS},
         "evaluation": {"num_rows": 6, "num_infill_examples": 6, "infill_context_length": 20},
         "tracking": {"experiment": "three"},
     }
@@ -88,34 +94,35 @@ def write_yaml(path: Path, tree: object) -> None:
     path.write_text(yaml.safe_dump(tree))
 
 
-def describe(export: Path, **fields: object) -> None:
+def edit_metadata(export: Path, **fields: object) -> None:
     file = export / "ul2r.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
 @pytest.fixture(scope="module")
 def uri(folder: Path) -> Iterator[str]:
-    """A server that knows the three runs and their losses during training."""
-    with run_mlflow_server(folder / "storage") as address:
+    """Server with the three runs and their held-out losses during training."""
+    with run_mlflow_server(folder / "storage") as uri:
         for role in ROLES:
             recipe = load(folder / f"{role}.yaml", (), Recipe)
-            run_id = start_run(recipe, address, {}, {})
-            tracker = MlflowTracker(address, run_id, recipe.paths.folder)
+            run_id = start_run(recipe, uri, {}, {})
+            tracker = MlflowTracker(uri, run_id, recipe.paths.folder)
+            steps_before = 0 if role == "base" else STEPS[-1]
             for step in STEPS:
-                losses = {
-                    f"held_out/loss/{d.name}": 5.0 - step / 20 for d in recipe.evaluation.mixture
+                metrics = {
+                    f"held_out/loss/{denoiser.name}": 5.0 - step / 20
+                    for denoiser in recipe.evaluation.mixture
                 }
-                losses["held_out/loss/causal"] = 4.0 - step / 20
-                tracker.log(
-                    step, {**losses, "progress/eflops": 1e-9 * (step + 20 * (role != "base"))}
-                )
+                metrics["held_out/loss/causal"] = 4.0 - step / 20
+                metrics["progress/eflops"] = 1e-9 * (step + steps_before)
+                tracker.log(step, metrics)
             tracker.close()
-        yield address
+        yield uri
 
 
-def run_job(job: str, recipe: Path, uri: str, *words: str) -> subprocess.CompletedProcess[str]:
+def run_job(job: str, recipe: Path, uri: str, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, f"jobs/{job}.py", str(recipe), *words],
+        [sys.executable, f"jobs/{job}.py", str(recipe), *options],
         cwd=ROOT,
         env={**os.environ, "MLFLOW_TRACKING_URI": uri},
         capture_output=True,
@@ -124,30 +131,21 @@ def run_job(job: str, recipe: Path, uri: str, *words: str) -> subprocess.Complet
     )
 
 
-def changes(folder: Path) -> dict[Path, int]:
+def modification_times(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_comparison_measures_each_arm_once_and_keeps_table_and_picture(
-    folder: Path, uri: str
-) -> None:
+def test_a_comparison_evaluates_each_arm_once_and_keeps_its_files(folder: Path, uri: str) -> None:
     storage = folder / "storage"
-    ran = run_job("compare", folder / "compare.yaml", uri, "--set", f"storage={storage}")
-    assert ran.returncode == 0, ran.stderr
-    made = storage / "comparisons" / "three"
-    table = json.loads((made / "table.json").read_text())
+    output_folder = storage / "comparisons" / "three"
+
+    first = run_job("compare", folder / "compare.yaml", uri, "--set", f"storage={storage}")
+
+    assert first.returncode == 0, first.stderr
+    table = json.loads((output_folder / "table.json").read_text())
     assert list(table["arms"]) == ["base", "control", "ul2r"]
     assert "+50.0% tokens" in "".join(table["notes"])
-
-    dataset = open_dataset(storage / "store")
-    for role in ROLES:
-        recipe = load(folder / f"{role}.yaml", (), Recipe)
-        model = LanguageModel.load(recipe.paths.export)
-        expected = evaluate(model, dataset, recipe)
-        for metric in table["metrics"]:
-            mean = metric["scores"][role]["mean"]
-            assert mean == pytest.approx(expected[metric["name"]].mean, abs=1e-5), metric["name"]
-            assert f"{mean:.{metric['digits']}f} ±" in ran.stdout
+    check_scores(table, folder, first.stdout)
 
     client = MlflowClient(uri, uri)
     (experiment,) = (e for e in client.search_experiments() if e.name == "three")
@@ -155,29 +153,42 @@ def test_a_comparison_measures_each_arm_once_and_keeps_table_and_picture(
     assert set(runs) == {*ROLES, "three"}
     artifacts = [file.path for file in client.list_artifacts(runs["three"].info.run_id)]
     assert artifacts == ["comparison.png", "table.json", "table.md"]
-    infill = next(m for m in table["metrics"] if m["name"] == "infill_loss")
-    logged = runs["ul2r"].data.metrics["evaluation/infill_loss"]
-    assert logged == infill["scores"]["ul2r"]["mean"]
-
+    (infill_loss,) = (m for m in table["metrics"] if m["name"] == "infill_loss")
+    ul2r_metrics = runs["ul2r"].data.metrics
+    assert ul2r_metrics["evaluation/infill_loss"] == infill_loss["scores"]["ul2r"]["mean"]
+    assert ul2r_metrics["evaluation_stderr/infill_loss"] == infill_loss["scores"]["ul2r"]["stderr"]
     assert "viewStateShareKey" in list_view_urls(uri)["three"]
 
-    before = changes(storage / "runs") | changes(made)
+    before = modification_times(storage / "runs") | modification_times(output_folder)
     again = run_job("compare", folder / "compare.yaml", uri, "--set", f"storage={storage}")
     assert again.returncode == 0, again.stderr
-    assert again.stdout == ran.stdout
-    assert changes(storage / "runs") | changes(made) == before
+    assert again.stdout == first.stdout
+    assert modification_times(storage / "runs") | modification_times(output_folder) == before
     assert len(client.search_runs([experiment.experiment_id])) == 4
 
-    measured = run_job("evaluate", folder / "ul2r.yaml", uri)
-    assert measured.returncode == 0, measured.stderr
-    assert f"{infill['scores']['ul2r']['mean']:.3f}" in measured.stdout
-    assert changes(storage / "runs") | changes(made) == before
+    evaluated = run_job("evaluate", folder / "ul2r.yaml", uri)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert f"{infill_loss['scores']['ul2r']['mean']:.3f}" in evaluated.stdout
+    assert modification_times(storage / "runs") | modification_times(output_folder) == before
 
 
-def test_the_picture_is_1600_by_900(folder: Path, uri: str) -> None:
+def check_scores(table: dict[str, Any], folder: Path, output: str) -> None:
+    """Check that a table and what the job printed have the scores of the library."""
+    dataset = open_dataset(folder / "storage" / "store")
+    for role in ROLES:
+        recipe = load(folder / f"{role}.yaml", (), Recipe)
+        expected = evaluate(LanguageModel.load(recipe.paths.export), dataset, recipe)
+        for metric in table["metrics"]:
+            mean = metric["scores"][role]["mean"]
+            assert mean == pytest.approx(expected[metric["name"]].mean, abs=1e-5), metric["name"]
+            assert f"{mean:.{metric['digits']}f} ±" in output
+
+
+def test_the_plot_is_1600_by_900(folder: Path, uri: str) -> None:
     comparison = load(folder / "compare.yaml", [f"storage={folder / 'storage'}"], Comparison)
-    picture = compare_with(comparison, uri) / "comparison.png"
-    header = picture.read_bytes()[:24]
+
+    header = (compare_with(comparison, uri) / "comparison.png").read_bytes()[:24]
+
     assert header.startswith(b"\x89PNG")
     assert (int.from_bytes(header[16:20]), int.from_bytes(header[20:24])) == (1600, 900)
 
@@ -188,27 +199,28 @@ def compare_with(comparison: Comparison, uri: str) -> Path:
 
 
 def test_without_an_export_the_job_says_what_to_run(folder: Path, uri: str, tmp_path: Path) -> None:
-    tree = recipe_tree("base", folder / "storage") | {"name": "never-exported"}
+    tree = make_recipe("base", folder / "storage") | {"name": "never-exported"}
     write_yaml(tmp_path / "recipe.yaml", tree)
-    recipe = load(tmp_path / "recipe.yaml", (), Recipe)
-    start_run(recipe, uri, {}, {})
-    ran = run_job("evaluate", tmp_path / "recipe.yaml", uri)
-    assert ran.returncode == 2
-    assert ran.stderr.startswith("error: run 'never-exported' has no export at")
-    assert "run jobs/export.py RECIPE first" in ran.stderr
-    assert ran.stderr.count("\n") == 1
+    start_run(load(tmp_path / "recipe.yaml", (), Recipe), uri, {}, {})
+
+    finished = run_job("evaluate", tmp_path / "recipe.yaml", uri)
+
+    assert finished.returncode == 2
+    assert finished.stderr.startswith("error: run 'never-exported' has no export at")
+    assert "run jobs/export.py RECIPE first" in finished.stderr
+    assert finished.stderr.count("\n") == 1
 
 
 def test_an_export_with_another_tokenizer_is_refused(
     folder: Path, uri: str, tmp_path: Path
 ) -> None:
-    copy = tmp_path / "storage"
-    shutil.copytree(folder / "storage", copy)
-    (copy / "runs/base/export/tokenizer.json").write_text("{}")
-    comparison = load(folder / "compare.yaml", [f"storage={copy}"], Comparison)
-    with pytest.raises(
-        CheckpointError, match=r"base/export/tokenizer.json is not the tokenizer of"
-    ):
+    storage = tmp_path / "storage"
+    shutil.copytree(folder / "storage", storage)
+    (storage / "runs/base/export/tokenizer.json").write_text("{}")
+    comparison = load(folder / "compare.yaml", [f"storage={storage}"], Comparison)
+
+    message = r"base/export/tokenizer.json is not the tokenizer of"
+    with pytest.raises(CheckpointError, match=message):
         compare_with(comparison, uri)
 
 
@@ -216,31 +228,37 @@ def test_arms_with_different_evaluation_settings_are_refused(
     folder: Path, uri: str, tmp_path: Path
 ) -> None:
     storage = folder / "storage"
-    tree = recipe_tree("control", storage)
+    control = make_recipe("control", storage)
     write_yaml(
         tmp_path / "control.yaml",
-        tree | {"evaluation": {"num_rows": 7, "infill_context_length": 20}},
+        control | {"evaluation": {"num_rows": 7, "infill_context_length": 20}},
     )
     for name in ("base.yaml", "compare.yaml", "ul2r.yaml"):
         shutil.copy(folder / name, tmp_path)
     comparison = load(tmp_path / "compare.yaml", [f"storage={storage}"], Comparison)
+
     with pytest.raises(RecipeError, match=r"evaluation.num_rows: base has 6, control has 7: make"):
         compare_with(comparison, uri)
 
 
 def test_runs_of_another_experiment_are_refused(folder: Path, uri: str) -> None:
-    words = [f"storage={folder / 'storage'}", "tracking.experiment=other"]
-    comparison = load(folder / "compare.yaml", words, Comparison)
-    with pytest.raises(RecipeError, match=r"tracking.experiment: comparison has 'other', base has"):
+    overrides = [f"storage={folder / 'storage'}", "tracking.experiment=other"]
+    comparison = load(folder / "compare.yaml", overrides, Comparison)
+
+    message = r"tracking.experiment: the comparison has 'other', base has"
+    with pytest.raises(RecipeError, match=message):
         compare_with(comparison, uri)
 
 
-def test_a_server_that_does_not_know_a_run_is_named(folder: Path, uri: str, tmp_path: Path) -> None:
-    tree = recipe_tree("base", folder / "storage") | {"name": "base", "storage": str(tmp_path)}
-    write_yaml(tmp_path / "base.yaml", tree)
+def test_a_run_that_the_server_does_not_know_is_named(
+    folder: Path, uri: str, tmp_path: Path
+) -> None:
+    base = make_recipe("base", folder / "storage") | {"name": "base", "storage": str(tmp_path)}
+    write_yaml(tmp_path / "base.yaml", base)
     shutil.copytree(folder / "storage/store", tmp_path / "store")
     for name in ("control.yaml", "ul2r.yaml", "compare.yaml"):
         shutil.copy(folder / name, tmp_path)
     comparison = load(tmp_path / "compare.yaml", [f"storage={tmp_path}"], Comparison)
+
     with pytest.raises(ServiceError, match="run 'base' is not known to MLflow"):
         compare_with(comparison, uri)

@@ -44,6 +44,7 @@ def check_comparable(recipes: Mapping[Role, Recipe]) -> None:
             f"recipes: {len(recipes)} given, but a comparison needs at least two of {', '.join(ROLES)}"
         )
 
+    # A comparison may leave out the base; then the others' bases are not checked.
     base = recipes.get("base")
     for role, recipe in recipes.items():
         if recipe.role not in (None, role):
@@ -55,6 +56,7 @@ def check_comparable(recipes: Mapping[Role, Recipe]) -> None:
                 f"base: {role} has {str(recipe.base)!r}, but the comparison's base is {base.name!r}: change one of them"
             )
 
+    # Neighbors suffice, since equality is transitive.
     for (role, recipe), (other_role, other) in pairwise(recipes.items()):
         _check_same_settings(role, recipe, other_role, other)
 

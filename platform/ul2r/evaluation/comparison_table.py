@@ -53,11 +53,11 @@ class ComparisonTable:
 
     def notes(self) -> list[str]:
         """Return the sentences that explain the table."""
-        return [*NOTES, *self._training_budgets()]
+        return [*NOTES, *self._describe_budgets()]
 
     def to_markdown(self) -> str:
         """Return the table and its notes as a Markdown page."""
-        headings = " | ".join(_heading(arm) for arm in self.arms)
+        headings = " | ".join(_format_heading(arm) for arm in self.arms)
         lines = [
             f"# {self.name}",
             "",
@@ -86,6 +86,7 @@ class ComparisonTable:
         metrics = [
             {
                 **asdict(metric),
+                # Sorted: a set has no order, and equal tables must give equal files.
                 "best": sorted(self.best_roles(metric)),
                 "scores": {arm.role: asdict(arm.scores[metric.name]) for arm in self.arms},
             }
@@ -98,7 +99,7 @@ class ComparisonTable:
         table = Table(title=self.name, caption="\n".join(self.notes()), caption_justify="left")
         table.add_column("held out")
         for arm in self.arms:
-            table.add_column(_heading(arm), justify="right", no_wrap=True)
+            table.add_column(_format_heading(arm), justify="right", no_wrap=True)
 
         for metric in self.metrics:
             best = self.best_roles(metric)
@@ -110,7 +111,7 @@ class ComparisonTable:
             table.add_row(metric.title, *cells)
         return table
 
-    def _training_budgets(self) -> list[str]:
+    def _describe_budgets(self) -> list[str]:
         """Return a sentence on how much each arm was trained beyond the base, if the base's budget is known."""
         base = next((arm.metadata for arm in self.arms if arm.role == "base"), None)
         if base is None or not base.tokens or not base.flops:
@@ -127,7 +128,7 @@ class ComparisonTable:
         ]
 
 
-def _heading(arm: Arm) -> str:
+def _format_heading(arm: Arm) -> str:
     return f"{arm.role} ({arm.metadata.run})"
 
 

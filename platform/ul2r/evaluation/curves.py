@@ -40,6 +40,7 @@ def load_loss_curve(uri: str, run_id: str, denoisers: Sequence[str]) -> LossCurv
         dict(read_metric_history(uri, run_id, f"held_out/loss/{name}")) for name in denoisers
     ]
 
+    # Progress is logged more often than held-out losses: only steps with all metrics count.
     steps = sorted(set(eflops).intersection(causal, *by_denoiser))
     return LossCurve(
         flops=tuple(eflops[step] * 1e18 for step in steps),

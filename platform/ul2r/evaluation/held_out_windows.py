@@ -35,6 +35,7 @@ def select_windows(
 
     windows = []
     for part in range(num_parts):
+        # A window lies within its own part, so windows cannot overlap.
         tokens = store.read_tokens(part * part_length, part_length)
         window = _select_window(tokens, length, excluded_token)
         if window is not None:
@@ -57,6 +58,7 @@ def _select_window(
     breaks = np.empty(0, np.int64)
     if excluded_token is not None:
         breaks = np.flatnonzero(tokens == excluded_token)
+    # Stretches between excluded tokens, possibly empty.
     starts = np.concatenate(([0], breaks + 1))
     lengths = np.concatenate((breaks, [len(tokens)])) - starts
 

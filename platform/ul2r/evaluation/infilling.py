@@ -69,6 +69,7 @@ def measure_infill_loss(
         batch = build_scoring_batch(examples.left, examples.span, target_mask, bidirectional=False)
     else:
         sentinel = vocabulary.sentinels[0]
+        # The sentinel before the span is a target of the model, but not of this metric.
         not_counted = np.zeros((num_examples, 1), bool)
         batch = build_scoring_batch(
             build_infill_prompts(examples, vocabulary),
@@ -91,6 +92,7 @@ def measure_infill_match(
     Returns:
         Two scores between 0 and 1.
     """
+    # A causal arm cannot read text after the span, so its prompt is the left context.
     prompts = examples.left
     if model.metadata.denoising:
         prompts = build_infill_prompts(examples, vocabulary)
@@ -98,6 +100,7 @@ def measure_infill_match(
     is_exact = []
     similarities = []
     for prompt, span in zip(prompts.tolist(), examples.span.tolist(), strict=True):
+        # Compared as text, since different tokens can spell the same text.
         generated = model.decode(_generate_infill(model, prompt, len(span), vocabulary))
         expected = model.decode(span)
         is_exact.append(float(generated == expected))
@@ -113,6 +116,7 @@ def build_infill_prompts(examples: InfillExamples, vocabulary: Vocabulary) -> To
     """
     num_examples, length = examples.span.shape
     mode = vocabulary.modes["NLU" if length < MIN_LONG_SPAN else "NLG"]
+    # The second sentinel closes the input, like every training input.
     first, second = vocabulary.sentinels[:2]
     return concat_columns(num_examples, *mode, examples.left, first, examples.right, second)
 
@@ -128,6 +132,7 @@ def _generate_infill(
         )
 
     opener, closer = vocabulary.sentinels[:2]
+    # The same code as when served, so the metric cannot deviate from what users get.
     decoder = IncrementalDecoder(model, prompt, bidirectional=bidirectional)
     sampler = Sampler(model, temperature=0.0, seed=0)
     ids, _ = generate_span(decoder, sampler, opener, closer, limit=2 * span_length)

@@ -28,6 +28,7 @@ def measure_denoiser_loss(
         CorpusError: If the held-out split has fewer than two rows.
     """
     builder = BatchBuilder(recipe, dataset)
+    # Rows beyond the split would read tokens again: no independent samples, so the standard error would be too small.
     num_rows = min(recipe.evaluation.num_rows, builder.num_held_out_rows)
     if num_rows < 2:
         raise CorpusError(
@@ -53,10 +54,11 @@ def measure_second_half_loss(model: LanguageModel, dataset: TokenDataset, recipe
     for every arm: those of the second half, except the eos of documents that end in it. The closing eos of S training
     is not scored.
     """
-    denoiser = Prefix(weight=1.0)
+    denoiser = Prefix(weight=1.0)  # its length and mode are used here, not its batches
     mode = dataset.vocabulary.modes[denoiser.mode]
     length = recipe.objective.raw_length(denoiser, len(mode))
     windows = select_windows(dataset.held_out, recipe.evaluation.num_rows, length)
+    # At a fixed place, so that both halves are the same for every arm.
     first, second = np.split(windows, [length // 2], axis=1)
 
     is_denoising = model.metadata.denoising

@@ -66,6 +66,7 @@ def measure(
         RecipeError: If an infilling example does not fit the rows that models are trained on.
         CorpusError: If the held-out split is too short.
     """
+    # Before the first metric, since measuring takes minutes.
     _check_vocabulary(model, dataset, recipe)
     _check_infill_length(dataset, recipe)
 

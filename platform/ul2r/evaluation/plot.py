@@ -22,6 +22,7 @@ SIZE_INCHES = (16.0, 9.0)
 DOTS_PER_INCH = 100
 MARGIN_INCHES = 0.15
 BAR_WIDTH = 0.27
+"""Groups are 1 apart: three bars and a gap."""
 LOSS_LABEL = "nats per token (lower is better)"
 
 
@@ -40,6 +41,7 @@ def plot_comparison(
         denoisers: Names of the denoisers, in the order of their groups of bars.
     """
     layout = ConstrainedLayoutEngine(w_pad=MARGIN_INCHES, h_pad=MARGIN_INCHES)
+    # Not pyplot, which keeps every figure in global state and looks for a display.
     figure = Figure(SIZE_INCHES, DOTS_PER_INCH, layout=layout)
     figure.suptitle(f"{table.name}: on the same held-out text", fontsize=17, fontweight="bold")
     panels = figure.subplot_mosaic(
@@ -57,6 +59,7 @@ def plot_comparison(
             Line2D([], [], color=ROLE_COLORS[arm.role], linewidth=8, label=_arm_label(arm))
             for arm in table.arms
         ],
+        # Below all panels; the constrained layout makes room for it.
         loc="outside lower center",
         ncols=len(table.arms),
         frameon=False,
@@ -101,7 +104,7 @@ def _plot_bars(axes: Axes, arms: Sequence[Arm], groups: Mapping[str, str]) -> No
         bars = axes.bar(
             positions + (number - (len(arms) - 1) / 2) * BAR_WIDTH,
             [score.mean for score in scores],
-            BAR_WIDTH * 0.92,
+            BAR_WIDTH * 0.92,  # leaves a narrow gap between bars
             yerr=[score.stderr for score in scores],
             color=ROLE_COLORS[arm.role],
             error_kw={"ecolor": "#222222", "elinewidth": 1, "capsize": 2},
@@ -111,6 +114,7 @@ def _plot_bars(axes: Axes, arms: Sequence[Arm], groups: Mapping[str, str]) -> No
     axes.set_xticks(positions, list(groups.values()), fontsize=12)
     _style_axes(axes)
     axes.margins(y=0.1)
+    # Last: a fixed limit ends autoscaling, and with it the margin on top.
     axes.set_ylim(bottom=0)
 
 
@@ -128,6 +132,7 @@ def _plot_curves(axes: Axes, curves: Mapping[Role, LossCurve]) -> None:
                 markersize=4,
             )
 
+    # A run that was never validated has an empty curve.
     base = curves.get("base")
     ul2r = curves.get("ul2r")
     if base is not None and base.flops and ul2r is not None and ul2r.flops:
@@ -162,7 +167,7 @@ def _plot_curves(axes: Axes, curves: Mapping[Role, LossCurve]) -> None:
 def _style_axes(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
-    axes.set_axisbelow(True)
+    axes.set_axisbelow(True)  # grid lines behind the bars
 
 
 def _arm_label(arm: Arm) -> str:

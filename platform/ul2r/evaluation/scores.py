@@ -29,6 +29,7 @@ class Score:
 def average(values: npt.ArrayLike) -> Score:
     """Return the mean of independent values (B,), B >= 2, with its standard error."""
     array = np.asarray(values, np.float64)
+    # ddof=1: the mean is estimated from the same values.
     stderr = array.std(ddof=1) / math.sqrt(len(array))
     return Score(float(array.mean()), float(stderr), len(array))
 
@@ -49,6 +50,7 @@ def average_tokens(losses: npt.ArrayLike, mask: npt.ArrayLike) -> Score:
     row_tokens = is_counted.sum(axis=1)  # (B,)
     num_rows = len(row_losses)
 
+    # Long rows weigh more: this is the mean over tokens, not over rows.
     mean = row_losses.sum() / row_tokens.sum()
     squares = np.square(row_losses - mean * row_tokens).sum() * num_rows / (num_rows - 1)
     return Score(float(mean), float(math.sqrt(squares) / row_tokens.sum()), num_rows)
@@ -56,6 +58,7 @@ def average_tokens(losses: npt.ArrayLike, mask: npt.ArrayLike) -> Score:
 
 def to_perplexity(loss: Score) -> Score:
     """Return the exponential of a loss in nats; its standard error is of first order."""
+    # The slope of exp is exp.
     return Score(math.exp(loss.mean), math.exp(loss.mean) * loss.stderr, loss.count)
 
 

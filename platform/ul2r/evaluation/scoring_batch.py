@@ -36,6 +36,7 @@ def build_scoring_batch(
     shape = (num_rows, length)
 
     position_ids = np.broadcast_to(np.arange(length, dtype=np.int32), shape).copy()
+    # Inputs attend to the whole prefix, and every target to all tokens before it.
     prefix = num_inputs if bidirectional else 0
     # The last input predicts the first target.
     loss_mask = np.zeros(shape, np.uint8)
@@ -48,6 +49,7 @@ def build_scoring_batch(
         kv_start=np.zeros(shape, np.int32),
         kv_end=np.maximum(position_ids + 1, prefix).astype(np.int32),
         position_ids=position_ids,
+        # Scoring reads neither denoiser nor sample ids.
         denoiser_ids=np.zeros(shape, np.int8),
         sample_ids=np.arange(num_rows, dtype=np.int64)[:, None],
     )

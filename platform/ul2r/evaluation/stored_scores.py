@@ -44,6 +44,7 @@ def load_scores(recipe: Recipe, dataset: TokenDataset) -> Scores | None:
     Raises:
         CheckpointError: If the run has no export.
     """
+    # First, since it raises for a run without an export, even if there are scores.
     conditions = _conditions(recipe, dataset)
     path = recipe.paths.evaluation
     if not path.is_file():
@@ -67,6 +68,7 @@ def evaluation_settings(recipe: Recipe) -> dict[str, Any]:
     """Return the settings that held-out text and rows depend on; only runs that agree in them are comparable."""
     return {
         "storage": str(recipe.storage.resolve()),
+        # As JSON, in which tuples are lists: it is compared with what a file holds.
         "evaluation": recipe.evaluation.model_dump(mode="json"),
         "objective.sequence_length": recipe.objective.sequence_length,
         "objective.slots_per_row": recipe.objective.slots_per_row,

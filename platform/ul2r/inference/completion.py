@@ -57,6 +57,7 @@ def complete(
 
     if mode in ("NLU", "NLG"):
         model.require_denoising(f"mode {mode}")
+        # One slot at the end: the prompt closes with its sentinel.
         filled = infill(
             model,
             [prompt, ""],
@@ -73,6 +74,7 @@ def complete(
         )
 
     tokens = model.encode(prompt)
+    # A causal model never read a mode in training, so the default gives it none.
     if mode == "S2S" or model.metadata.denoising:
         tokens = [*model.require_denoising("mode S2S").modes["S2S"], *tokens]
 
@@ -87,6 +89,7 @@ def complete(
             bidirectional=model.attention == "prefix",
         )
     )
+    # eos counts as a completion token but is not part of the text.
     is_stopped = generated[-1] in model.eos_token_ids
     return CompletionResult(
         text=model.decode(generated[:-1] if is_stopped else generated),

@@ -31,18 +31,22 @@ class IncrementalDecoder:
 
     def __init__(self, model: LanguageModel, prompt: Sequence[int], *, bidirectional: bool) -> None:
         self._model = model
+        # With the config, layers with a sliding window keep only the keys within it.
         self._cache = DynamicCache(config=model.network.config)
 
+        # Without a mask transformers applies the causal one, by a faster kernel.
         length = len(prompt)
         mask = torch.ones(1, 1, length, length, dtype=torch.bool) if bidirectional else None
         self.logits = self._read(prompt, mask)
 
     def feed(self, token: int) -> None:
         """Read one more token, which attends to all tokens before it."""
+        # A single query attends to all keys in the cache, so it needs no mask.
         self.logits = self._read([token], None)
 
     def _read(self, tokens: Sequence[int], mask: Tensor | None) -> Tensor:
         batch = torch.tensor([tokens], dtype=torch.int64)  # (1, S)
+        # On the CPU, where a seed gives the same samples whatever the model's device.
         return self._model.forward(batch, mask, self._cache, last_only=True)[0, -1].cpu()
 
 
@@ -67,6 +71,7 @@ class Sampler:
             logits: float32 (V,).
             also_allowed: Ids that may be selected besides text.
         """
+        # A copy: the mask belongs to the model, which all requests share.
         allowed = self._is_text.clone()
         allowed[list(also_allowed)] = True
         logits = logits.masked_fill(~allowed, -torch.inf)
@@ -106,6 +111,7 @@ def generate(
     for remaining in reversed(range(max_tokens)):
         token = sampler.sample(decoder.logits, stop)
         yield token
+        # The last token is not fed: its logits are not needed, and each costs a forward pass.
         if token in stop or not remaining:
             return
         decoder.feed(token)
@@ -132,6 +138,7 @@ def resolve_max_tokens(
         RequestError: If the prompt leaves no room, or `max_tokens` is out of range.
     """
     max_length = model.max_position_embeddings
+    # Every span may reach its limit, so they share the remaining positions equally.
     room = (max_length - prompt_tokens) // num_spans - extra_tokens_per_span
     if room < 1:
         longest_prompt = max_length - num_spans * (1 + extra_tokens_per_span)

@@ -74,6 +74,7 @@ def infill(
     _check_parts(encoded, max_infill_slots(model))
 
     num_slots = len(parts) - 1
+    # The prompt ends in a sentinel, like every training input: that of the last slot, or one more after text.
     sentinels = vocabulary.sentinels[: num_slots + bool(encoded[-1])]
     prompt = [*vocabulary.modes[mode], *_interleave(encoded, sentinels)]
     limit = resolve_max_tokens(
@@ -82,7 +83,9 @@ def infill(
 
     decoder = IncrementalDecoder(model, prompt, bidirectional=model.attention == "prefix")
     sampler = Sampler(model, temperature, seed)
+    # A span ends where the next sentinel would begin, at the end of the text with eos.
     closers = (*sentinels, vocabulary.eos)[1 : num_slots + 1]
+    # One decoder for all slots: each span has those before it as context, as in training.
     spans = [
         generate_span(decoder, sampler, opener, closer, limit)
         for opener, closer in zip(sentinels[:num_slots], closers, strict=True)
@@ -124,6 +127,7 @@ def generate_span(
         if token == closer:
             return ids, "stop"
         ids.append(token)
+        # The last token too: the next span continues from it.
         decoder.feed(token)
     return ids, "length"
 
@@ -157,6 +161,7 @@ def _check_parts(parts: Sequence[list[int]], max_slots: int) -> None:
         )
     if not any(parts):
         raise RequestError("the prompt is empty: add text before or after a slot")
+    # In span corruption two adjacent spans are a single one (arXiv 1910.10683, 3.1.4).
     for slot, between in enumerate(parts[1:-1], start=1):
         if not between:
             raise RequestError(

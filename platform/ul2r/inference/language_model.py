@@ -101,6 +101,7 @@ class LanguageModel:
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a text; the names of special tokens in it are encoded as plain text."""
+        # Training rows have no bos, which some tokenizers put in front of a text.
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -134,9 +135,11 @@ class LanguageModel:
             attention_mask=None if mask is None else self._apply_window(mask.to(self.device)),
             past_key_values=cache,
             use_cache=cache is not None,
+            # 0 keeps all; the logits of a long prompt take S * V * 4 bytes.
             logits_to_keep=1 if last_only else 0,
         )
         logits: Tensor = output.logits
+        # Weights on a GPU may be bfloat16, which is too coarse for losses and samples.
         return logits.float()
 
     def _apply_window(self, mask: Tensor) -> Tensor | dict[str, Tensor]:
@@ -171,6 +174,7 @@ class LanguageModel:
         Returns:
             float32 (B, S, V).
         """
+        # Dense, S x S: fine for rows that are scored one part at a time.
         keys = torch.arange(tokens.shape[1], device=kv_start.device)
         mask = (kv_start[..., None] <= keys) & (keys < kv_end[..., None])  # (B, S, S)
         return self.forward(tokens, mask[:, None])
@@ -203,4 +207,5 @@ class LanguageModel:
 
 
 def _as_int64(array: npt.NDArray[np.int32]) -> Tensor:
+    # cross_entropy takes only int64 labels.
     return torch.from_numpy(array.astype(np.int64))

@@ -29,7 +29,7 @@ def load_network(folder: Path, device: str) -> PreTrainedModel:
     Raises:
         CheckpointError: If transformers cannot load it, or its weights do not fit its config.json.
     """
-    disable_progress_bar()
+    disable_progress_bar()  # transformers would draw its own over the output of a job
     try:
         network, report = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -70,12 +70,14 @@ def load_export_tokenizer(folder: Path, metadata: ExportMetadata, num_embeddings
     except CorpusError as error:
         raise CheckpointError(f"{error}; export the run again") from error
 
+    # The highest id counts, not the number of entries: ids may have gaps.
     size = max(tokenizer.get_vocab().values()) + 1
     if metadata.vocabulary is not None and metadata.vocabulary.size != size:
         raise CheckpointError(
             f"{folder}: {EXPORT_METADATA_FILE} states {metadata.vocabulary.size} tokenizer entries, but "
             f"{TOKENIZER_FILE} has {size}: export the run again"
         )
+    # Fewer entries than rows are fine: some models pad their embedding.
     if size > num_embeddings:
         raise CheckpointError(
             f"{folder}: {TOKENIZER_FILE} has {size} entries, but the model embeds {num_embeddings}: "
@@ -92,6 +94,7 @@ def mark_text_ids(
     if vocabulary is not None:
         special.update(vocabulary.non_text_ids)
 
+    # False from the start, for ids in gaps and in the padding of the embedding.
     is_text = torch.zeros(size, dtype=torch.bool)
     is_text[sorted(set(tokenizer.get_vocab().values()) - special - eos_token_ids)] = True
     return is_text
@@ -102,6 +105,7 @@ def read_eos_token_ids(folder: Path, metadata: ExportMetadata) -> frozenset[int]
     if metadata.vocabulary is not None:
         return frozenset({metadata.vocabulary.eos})
 
+    # In this order, since chat models list more ids in the first file than in the second.
     for name in ("generation_config.json", "config.json"):
         file = folder / name
         fields = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

@@ -1,4 +1,4 @@
-"""Which recipes may be compared, what the table holds, and the plot's size."""
+"""Check of recipes, content of the table, and size of the plot."""
 
 import math
 from collections.abc import Callable
