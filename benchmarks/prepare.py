@@ -1,13 +1,13 @@
-"""How many megabytes of text one core turns into a token store in a second, beside the tokenizer alone.
+"""Measure the rate at which one core turns text into a token store, relative to the tokenizer alone.
 
     python benchmarks/prepare.py
 
-Python's standard library, by a tokenizer of 4,096 entries that is trained on it first. One JSON line:
+The text is Python's standard library, the tokenizer has 4,096 entries and is trained on it first. One JSON line:
 
-    megabytes_per_second   text read, tokenised and written as a shard, as a task of `jobs/prepare.py` does
-    tokenizers_ratio       share of the rate of the `tokenizers` library given the same texts, read before
+    megabytes_per_second   text read, tokenized and written as a shard, as in a task of `jobs/prepare.py`
+    tokenizers_ratio       this rate divided by that of the `tokenizers` library on the same texts, already in memory
 
-The two take turns in one process, on one core; each rate is the median of its turns.
+The two alternate in one process, on one core; each rate is the median of its turns.
 """
 
 from __future__ import annotations
@@ -25,55 +25,62 @@ from pathlib import Path
 
 from ul2r.data.prepare.documents import read_documents
 from ul2r.data.prepare.shards import FileGroup, write_shard
-from ul2r.data.prepare.source_files import find_files
+from ul2r.data.prepare.source_files import SourceFile, find_files
 from ul2r.data.tokenizer import build_vocabulary, train_tokenizer
 
-VOCABULARY, SENTINELS = 4096, 256
-BYTES, TURNS = 4 * 2**20, 5
+VOCABULARY_SIZE = 4096
+NUM_SENTINELS = 256
+CORPUS_BYTES = 4 * 2**20
+TURNS = 5
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Wall time of one turn."""
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
+def select_files() -> list[SourceFile]:
+    """Return the first files of the standard library, `CORPUS_BYTES` in all."""
+    files: list[SourceFile] = []
+    for file in find_files(["stdlib"]):
+        if sum(selected.size for selected in files) >= CORPUS_BYTES:
+            break
+        files.append(file)
+    return files
+
+
+def time_call(function: Callable[[], object]) -> float:
+    """Return the wall time of one call in seconds."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
 
 
 def main() -> None:
     """Measure and print."""
-    files, size = [], 0
-    for file in find_files(["stdlib"]):
-        if size < BYTES:
-            files.append(file)
-            size += file.size
+    files = select_files()
     texts = [text for file in files for text, _ in read_documents(file)]
-    tokenizer = train_tokenizer(texts, VOCABULARY, SENTINELS)
-    vocabulary, megabytes = build_vocabulary(tokenizer), sum(map(len, map(str.encode, texts))) / 1e6
-    numbers = iter(range(2 * TURNS))
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    tokenizer = train_tokenizer(texts, VOCABULARY_SIZE, NUM_SENTINELS)
+    vocabulary = build_vocabulary(tokenizer)
 
-    def alone() -> None:
+    def tokenize() -> None:
         for text in texts:
             tokenizer.encode_batch_fast([text], add_special_tokens=False)
 
-    rates: dict[str, list[float]] = {"ours": [], "alone": []}
+    shard_rates: list[float] = []
+    tokenizer_rates: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
+        for turn in range(TURNS):
+            group = FileGroup(turn, tuple(files))
+            shard_seconds = time_call(
+                lambda group=group: write_shard(group, Path(folder), tokenizer, vocabulary)
+            )
+            shard_rates.append(megabytes / shard_seconds)
+            tokenizer_rates.append(megabytes / time_call(tokenize))
 
-        def ours() -> None:
-            write_shard(FileGroup(next(numbers), tuple(files)), Path(folder), tokenizer, vocabulary)
-
-        for _ in range(TURNS):
-            rates["ours"].append(megabytes / seconds(ours))
-            rates["alone"].append(megabytes / seconds(alone))
-    ours_rate, alone_rate = (statistics.median(rate) for rate in rates.values())
-    print(
-        json.dumps(
-            {
-                "benchmark": "prepare",
-                "megabytes_per_second": round(ours_rate, 2),
-                "tokenizers_ratio": round(ours_rate / alone_rate, 3),
-            }
-        )
-    )
+    shard_rate = statistics.median(shard_rates)
+    result = {
+        "benchmark": "prepare",
+        "megabytes_per_second": round(shard_rate, 2),
+        "tokenizers_ratio": round(shard_rate / statistics.median(tokenizer_rates), 3),
+    }
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

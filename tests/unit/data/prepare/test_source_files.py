@@ -22,7 +22,7 @@ def list_names(*entries: Path) -> list[str]:
     return [file.name for file in find_files([str(entry) for entry in entries])]
 
 
-def test_a_folder_is_searched_in_depth_in_the_order_oflist_names(tmp_path: Path) -> None:
+def test_folder_is_searched_recursively_in_order_of_names(tmp_path: Path) -> None:
     write_files(tmp_path, "b.txt", "a/z.md", "a/y/x.py", "c.jsonl.gz", "d.parquet", "e.txt.zst")
     assert list_names(tmp_path) == [
         "a/y/x.py",
