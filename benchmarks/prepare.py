@@ -21,6 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from ul2r.data.prepare.documents import read_documents
@@ -68,10 +69,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(TURNS):
             group = FileGroup(turn, tuple(files))
-            shard_seconds = time_call(
-                lambda group=group: write_shard(group, Path(folder), tokenizer, vocabulary)
-            )
-            shard_rates.append(megabytes / shard_seconds)
+            write = partial(write_shard, group, Path(folder), tokenizer, vocabulary)
+            shard_rates.append(megabytes / time_call(write))
             tokenizer_rates.append(megabytes / time_call(tokenize))
 
     shard_rate = statistics.median(shard_rates)
