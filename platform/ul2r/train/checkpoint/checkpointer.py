@@ -163,7 +163,7 @@ class Checkpointer:
     def _finish(self, pending: _PendingSave) -> None:
         start_s = time.perf_counter()
         info = pending.info
-        # Cleared first: after an error the loop's cleanup must not wait for this checkpoint again.
+        # Cleared first, so that no later call waits for a checkpoint that failed.
         self._pending = None
 
         errors = self.mesh.all_gather(_describe_error(pending.write.wait()))
