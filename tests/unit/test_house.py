@@ -1,4 +1,4 @@
-"""Rules of the house that no linter knows: names that must not exist, sizes, versions, recipes, docstrings."""
+"""Rules that no linter checks: forbidden names, sizes, style, versions, recipes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib.metadata
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,13 @@ from ul2r.config import Comparison, Recipe, load
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "jobs/recipes"
-LONGEST_FILE = 400
 CODE = ("platform", "jobs", "serving", "benchmarks", "tests")
+MAX_FILE_LINES = 400
+STYLED_CODE = ("platform/ul2r", "jobs", "serving")
+"""Folders whose style is checked; tests and benchmarks are freer."""
+MAX_FUNCTION_LINES = 80
+MAX_PARALLEL_ASSIGNMENTS = 1.0
+"""Per 1,000 lines."""
 
 
 def _python_files(*folders: str) -> list[Path]:
@@ -36,12 +42,12 @@ def test_nothing_shadows_pythons_own_platform_module() -> None:
     assert not Path(found.strip()).is_relative_to(ROOT / "platform")
 
 
-def test_test_folders_are_no_packages() -> None:
-    """Under pytest's importlib mode a package called tests.unit.data would hide the library's own names."""
+def test_test_folders_are_not_packages() -> None:
+    """In pytest's importlib mode a package called tests.unit.data would shadow the library's own names."""
     assert not list((ROOT / "tests").rglob("__init__.py"))
 
 
-def test_no_module_of_the_library_is_named_like_a_standard_one() -> None:
+def test_no_module_of_the_library_is_named_like_one_of_the_standard_library() -> None:
     library = ROOT / "platform/ul2r"
     names = {path.stem for path in library.rglob("*.py")} | {
         path.name for path in library.iterdir() if path.is_dir()
@@ -49,7 +55,7 @@ def test_no_module_of_the_library_is_named_like_a_standard_one() -> None:
     assert not (names - {"__init__", "__pycache__"}) & sys.stdlib_module_names
 
 
-def test_no_catch_all_module() -> None:
+def test_there_is_no_catch_all_module() -> None:
     names = {path.stem for path in _python_files("platform", "jobs", "serving")}
     assert not names & {"utils", "util", "helpers", "common", "misc"}
 
@@ -59,7 +65,62 @@ def test_files_are_short_enough_to_read() -> None:
         path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines())
         for path in _python_files(*CODE)
     }
-    assert {path: length for path, length in lengths.items() if length > LONGEST_FILE} == {}
+    assert {path: length for path, length in lengths.items() if length > MAX_FILE_LINES} == {}
+
+
+def _nodes() -> Iterator[tuple[str, ast.AST]]:
+    """Yield each node of the styled code, with its file and line."""
+    for path in _python_files(*STYLED_CODE):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            yield f"{path.relative_to(ROOT).as_posix()}:{getattr(node, 'lineno', 1)}", node
+
+
+def test_docstrings_do_not_begin_with_a_question_word() -> None:
+    """A function's docstring is an imperative ("Return ..."), that of a class or property a noun phrase."""
+    documented = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)
+    wrong = [
+        f"{place} {docstring.splitlines()[0]}"
+        for place, node in _nodes()
+        if isinstance(node, documented)
+        and (docstring := ast.get_docstring(node))
+        and re.match(r"(What|Whether|Where|Which|How|Those)\b", docstring)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_variable_is_called_one() -> None:
+    """It does not say of what; a loop over shards has a variable `shard`."""
+    wrong = [
+        place
+        for place, node in _nodes()
+        if (isinstance(node, ast.Name) and node.id == "one")
+        or (isinstance(node, ast.arg) and node.arg == "one")
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_functions_are_short_enough_to_read() -> None:
+    lengths = {
+        f"{place} {node.name}": (node.end_lineno or node.lineno) - node.lineno + 1
+        for place, node in _nodes()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert {name: length for name, length in lengths.items() if length > MAX_FUNCTION_LINES} == {}
+
+
+def test_parallel_assignments_are_rare() -> None:
+    """One assignment per line; `a, b = x, y` is for swaps."""
+    parallel = [
+        place
+        for place, node in _nodes()
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Tuple)
+        and isinstance(node.value, ast.Tuple)
+    ]
+    num_lines = sum(
+        len(path.read_text(encoding="utf-8").splitlines()) for path in _python_files(*STYLED_CODE)
+    )
+    assert 1000 * len(parallel) / num_lines <= MAX_PARALLEL_ASSIGNMENTS, "\n".join(parallel)
 
 
 def test_version_is_the_same_everywhere() -> None:
@@ -132,18 +193,18 @@ def test_table_of_recipe_keys_lists_each_section_with_the_file_of_its_defaults()
         assert all((ROOT / "platform/ul2r/config" / name).is_file() for name in names), key
 
 
-# Recipes. A family is one storage folder; `demo.yaml` holds what its runs share and is only ever extended.
+# Recipes. A family is one storage folder; `demo.yaml` holds the settings that its runs share and is only extended.
 
 
-def _tree(path: Path) -> dict[str, Any]:
+def _load_yaml(path: Path) -> dict[str, Any]:
     tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert isinstance(tree, dict)
     return tree
 
 
-def _files(kind: str) -> list[str]:
-    """Names of the recipe files that are a "run", a "comparison" or "shared" settings."""
-    trees = {path.name: _tree(path) for path in sorted(RECIPES.glob("*.yaml"))}
+def _list_recipes(kind: str) -> list[str]:
+    """Return the names of the recipe files of a kind: "run", "comparison" or "shared" settings."""
+    trees = {path.name: _load_yaml(path) for path in sorted(RECIPES.glob("*.yaml"))}
     kinds = {
         name: "comparison" if "recipes" in tree else "run" if "name" in tree else "shared"
         for name, tree in trees.items()
@@ -151,7 +212,7 @@ def _files(kind: str) -> list[str]:
     return [name for name in kinds if kinds[name] == kind]
 
 
-@pytest.mark.parametrize("name", _files("run"))
+@pytest.mark.parametrize("name", _list_recipes("run"))
 def test_recipe_loads_and_is_named_like_its_file_and_family(name: str) -> None:
     recipe = load(RECIPES / name, (), Recipe)
     assert f"{recipe.name}.yaml" == name
@@ -164,8 +225,8 @@ def test_recipe_loads_and_is_named_like_its_file_and_family(name: str) -> None:
     assert recipe.base == (None if recipe.role == "base" else f"{family}-base")
 
 
-@pytest.mark.parametrize("name", _files("comparison"))
-def test_comparison_loads_and_points_to_a_recipe_of_each_role(name: str) -> None:
+@pytest.mark.parametrize("name", _list_recipes("comparison"))
+def test_comparison_loads_and_names_a_recipe_of_each_role(name: str) -> None:
     comparison = load(RECIPES / name, (), Comparison)
     assert f"{comparison.name}.yaml" == name
     runs = {role: load(path, (), Recipe) for role, path in comparison.recipes.items()}
@@ -174,8 +235,8 @@ def test_comparison_loads_and_points_to_a_recipe_of_each_role(name: str) -> None
     assert {run.tracking.experiment for run in runs.values()} == {comparison.tracking.experiment}
 
 
-@pytest.mark.parametrize("name", _files("comparison"))
-def test_runs_of_a_comparison_differ_in_nothing_but_what_is_compared(name: str) -> None:
+@pytest.mark.parametrize("name", _list_recipes("comparison"))
+def test_runs_of_a_comparison_differ_only_in_what_is_compared(name: str) -> None:
     comparison = load(RECIPES / name, (), Comparison)
     ul2r_run, control = (load(comparison.recipes[role], (), Recipe) for role in ("ul2r", "control"))
     own = {"name", "role", "objective", "export"}
@@ -184,5 +245,5 @@ def test_runs_of_a_comparison_differ_in_nothing_but_what_is_compared(name: str) 
 
 
 def test_shared_settings_are_used() -> None:
-    extended = {_tree(path).get("extends") for path in RECIPES.glob("*.yaml")}
-    assert set(_files("shared")) <= extended
+    extended = {_load_yaml(path).get("extends") for path in RECIPES.glob("*.yaml")}
+    assert set(_list_recipes("shared")) <= extended

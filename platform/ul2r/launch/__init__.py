@@ -1,1 +1,1 @@
-"""Where the parts are put together: a worker's run, and Ray Train around it."""
+"""Composition of the parts: a worker's run, and Ray Train around it."""

@@ -1,1 +1,1 @@
-"""What tests are made of, here and in users' own projects: processes, texts, stores, models, recipes."""
+"""Building blocks of tests, here and in users' own projects: processes, texts, stores, models, recipes."""

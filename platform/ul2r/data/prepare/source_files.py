@@ -40,12 +40,12 @@ class SourceFile:
 
     @property
     def holds_tokens(self) -> bool:
-        """Whether it is the `.bin` file of a Megatron token store, not text."""
+        """True for the `.bin` file of a Megatron token store, False for text."""
         return self.path.suffix in TOKEN_SUFFIXES
 
     @property
     def is_splittable(self) -> bool:
-        """Whether its parts can be read independently: lines are found from any byte of the file."""
+        """True if parts can be read independently: the next line can be found from any byte of the file."""
         return self.path.suffix == ".jsonl"
 
     def split(self, size: int) -> list[SourceFile]:
