@@ -1,4 +1,4 @@
-"""Every parallel layout trains the same model, and goes on from any other's checkpoint."""
+"""Every parallel layout trains the same model, and resumes from the checkpoint of any other."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "TP 2 x PP 2 x SP": {"num_workers": 4, "tensor": 2, "pipeline": 2, "sequence_parallel": True},
     "PP 2 x VP 2 x DP 2": {"num_workers": 4, "pipeline": 2, "virtual_stages": 2},
 }
-CAUSAL_TOO = ("single", "TP 2 x SP", "PP 2")
-WINDOWS_TOO = ("single", "TP 2 x SP", "PP 2 x VP 2")
+LAYOUTS_OF_CAUSAL = ("single", "TP 2 x SP", "PP 2")
+LAYOUTS_OF_WINDOWS = ("single", "TP 2 x SP", "PP 2 x VP 2")
 CAUSAL = {"mixture": "causal"}
 Result = dict[str, Any]
 
 
-def losses(*recipes: Recipe) -> list[Result]:
-    """Train each recipe in turn on this rank; its losses and gradient norms, and held-out losses by step."""
+def train(*recipes: Recipe) -> list[Result]:
+    """Train each recipe in turn on this rank; return its losses, gradient norms and held-out losses by step."""
     from ul2r.launch.worker import run_worker
     from ul2r.tracking.tracker import MemoryTracker
 
@@ -66,10 +66,11 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def recipes(storage: Path, layout: str, parallel: Mapping[str, Any]) -> dict[str, Recipe]:
-    """A UL2R run, the same continued from the single process's step 3, and in some layouts a causal run.
+def make_recipes(storage: Path, layout: str, parallel: Mapping[str, Any]) -> dict[str, Recipe]:
+    """Return a UL2R run, and the same continued from step 3 of the single process.
 
-    And in some a run of a model whose layers are of two kinds, in layouts with its activations computed again.
+    Some layouts also have a causal run, and some a run of a model with sliding windows, whose activations are
+    recomputed in all layouts but the single process.
     """
 
     def recipe(kind: str, **changes: object) -> Recipe:
@@ -77,9 +78,9 @@ def recipes(storage: Path, layout: str, parallel: Mapping[str, Any]) -> dict[str
         return tiny_recipe(storage, name=name, parallel=parallel, **changes)
 
     made = {"new": recipe("new"), "continued": recipe("continued", evaluation=CAUSAL)}
-    if layout in CAUSAL_TOO:
+    if layout in LAYOUTS_OF_CAUSAL:
         made["causal"] = recipe("causal", objective=CAUSAL, evaluation=CAUSAL)
-    if layout in WINDOWS_TOO:
+    if layout in LAYOUTS_OF_WINDOWS:
         recompute = "full" if parallel else "none"
         made["windows"] = recipe(
             "windows", model=GEMMA_3, training={"recompute": recompute}, evaluation=CAUSAL
@@ -88,7 +89,7 @@ def recipes(storage: Path, layout: str, parallel: Mapping[str, Any]) -> dict[str
 
 
 def hand_over(source: Recipe, target: Recipe) -> None:
-    """Let a run begin with another's checkpoint of step 3, as if it had been stopped there."""
+    """Give a run another one's checkpoint of step 3, as if it had been stopped there."""
     folder = target.paths.checkpoints
     folder.mkdir(parents=True)
     (folder / "step_00000003").symlink_to(source.paths.checkpoints / "step_00000003")
@@ -97,28 +98,28 @@ def hand_over(source: Recipe, target: Recipe) -> None:
 
 @pytest.fixture(scope="module")
 def single(storage: Path) -> dict[str, Result]:
-    """The single process's UL2R and causal run."""
-    made = recipes(storage, "single", {})
+    """Results of the single process by kind of run."""
+    made = make_recipes(storage, "single", {})
     del made["continued"]
-    return dict(zip(made, run_distributed(losses, 1, *made.values())[0], strict=True))
+    return dict(zip(made, run_distributed(train, 1, *made.values())[0], strict=True))
 
 
 @pytest.fixture(scope="module")
 def layouts(storage: Path, single: dict[str, Result]) -> dict[str, dict[str, Result]]:
-    """What each layout gave for its `recipes`; those of as many workers share their processes."""
-    source = recipes(storage, "single", {})["new"]
+    """Results of each layout by kind of run; layouts with the same number of workers share their processes."""
+    source = make_recipes(storage, "single", {})["new"]
     results: dict[str, dict[str, Result]] = {}
     for workers in sorted({parallel["num_workers"] for parallel in LAYOUTS.values()}):
         planned = [
             (layout, kind, recipe)
             for layout, parallel in LAYOUTS.items()
             if parallel["num_workers"] == workers
-            for kind, recipe in recipes(storage, layout, parallel).items()
+            for kind, recipe in make_recipes(storage, layout, parallel).items()
         ]
         for _, kind, recipe in planned:
             if kind == "continued":
                 hand_over(source, recipe)
-        given = run_distributed(losses, workers, *(recipe for _, _, recipe in planned))[0]
+        given = run_distributed(train, workers, *(recipe for _, _, recipe in planned))[0]
         for (layout, kind, _), result in zip(planned, given, strict=True):
             results.setdefault(layout, {})[kind] = result
     return results
@@ -135,7 +136,7 @@ def test_layout_gives_the_single_process_losses(
         assert new["held_out"][step] == pytest.approx(measured, rel=1e-4)
 
 
-@pytest.mark.parametrize("layout", CAUSAL_TOO[1:])
+@pytest.mark.parametrize("layout", LAYOUTS_OF_CAUSAL[1:])
 def test_layout_gives_the_single_process_losses_of_a_causal_run(
     single: dict[str, Result], layouts: dict[str, dict[str, Result]], layout: str
 ) -> None:
@@ -143,7 +144,7 @@ def test_layout_gives_the_single_process_losses_of_a_causal_run(
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("layout", WINDOWS_TOO[1:])
+@pytest.mark.parametrize("layout", LAYOUTS_OF_WINDOWS[1:])
 def test_layout_gives_the_single_process_losses_of_a_model_with_windows(
     single: dict[str, Result], layouts: dict[str, dict[str, Result]], layout: str
 ) -> None:
@@ -168,32 +169,32 @@ def test_single_process_continues_the_checkpoint_of_any_layout(
         continued.append(
             tiny_recipe(storage, name=f"back {layout}".replace(" ", "-"), evaluation=CAUSAL)
         )
-        hand_over(recipes(storage, layout, parallel)["new"], continued[-1])
-    (results,) = run_distributed(losses, 1, *continued)
+        hand_over(make_recipes(storage, layout, parallel)["new"], continued[-1])
+    (results,) = run_distributed(train, 1, *continued)
     assert len(results) == len(layouts)
     for result in results:
         np.testing.assert_allclose(result["loss"], single["new"]["loss"][3:], rtol=1e-4)
 
 
-def test_a_resumed_run_is_the_same_run_bit_for_bit(storage: Path) -> None:
-    """Sharded optimizer state, and chunks of layers: steps 4 to 6 after a restart equal those without one."""
+def test_resumed_run_is_the_same_run_bit_for_bit(storage: Path) -> None:
+    """Steps 4 to 6 after a restart equal those without one, with a sharded optimizer and with virtual stages."""
 
-    def named(name: str) -> list[Recipe]:
+    def make_both(name: str) -> list[Recipe]:
         return [
             tiny_recipe(storage, name=f"{name}-{number}", parallel=LAYOUTS[layout])
             for number, layout in enumerate(("DP 2", "PP 2 x VP 2"))
         ]
 
-    whole, resumed = named("whole"), named("resumed")
-    first = run_distributed(losses, 2, *whole)[0]
+    whole, resumed = make_both("whole"), make_both("resumed")
+    first = run_distributed(train, 2, *whole)[0]
     for source, target in zip(whole, resumed, strict=True):
         hand_over(source, target)
-    second = run_distributed(losses, 2, *resumed)[0]
+    second = run_distributed(train, 2, *resumed)[0]
     for before, after in zip(first, second, strict=True):
         assert after["loss"] == before["loss"][3:]
         assert after["grad_norm"] == before["grad_norm"][3:]
 
 
 def test_the_loss_falls(single: dict[str, Result]) -> None:
-    """A guard of the tests above: equal losses mean equal learning only if there is some."""
+    """The tests above compare losses, which shows equal learning only if the losses fall."""
     assert single["new"]["loss"][-1] < single["new"]["loss"][0] - 0.5
