@@ -30,7 +30,9 @@ def main() -> int:
     parser.add_argument("tokenizer", type=Path, metavar="TOKENIZER")
     parser.add_argument("--sentinels", type=int, default=default.num_sentinels)
     parser.add_argument("--mode-tokens", choices=get_args(ModeTokens), default=default.mode_tokens)
-    parser.add_argument("--special-tokens", choices=get_args(SpecialTokenSource), default=default.special_tokens)
+    parser.add_argument(
+        "--special-tokens", choices=get_args(SpecialTokenSource), default=default.special_tokens
+    )
     options = parser.parse_args()
 
     return run_and_report(
