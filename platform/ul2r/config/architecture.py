@@ -121,6 +121,7 @@ class Architecture(StrictModel):
             raise ValueError(
                 f"num_heads={self.num_heads} does not divide hidden_size={self.hidden_size}: change either"
             )
+        # Each key/value head serves an equal group of query heads (grouped-query attention, arXiv 2305.13245).
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}: change either"
@@ -142,6 +143,7 @@ class Architecture(StrictModel):
             raise ValueError(
                 "position_embedding=learned needs the number of positions: set max_position_embeddings"
             )
+        # A setting that the model cannot have is refused, not ignored.
         if self.norm_bias and self.norm == "rms":
             raise ValueError(
                 "norm_bias=true needs norm=layer, RMSNorm has no bias: set norm_bias to false or norm to layer"
@@ -162,6 +164,7 @@ class Architecture(StrictModel):
 
     @model_validator(mode="after")
     def _check_sliding_windows(self) -> Self:
+        # The pattern is Gemma 3's, whose local and global layers differ in the rotary base as well as in the window.
         pattern = self.sliding_window_pattern
         if (pattern > 1) != (self.local_rope_theta is not None):
             raise ValueError(
@@ -183,6 +186,7 @@ class Architecture(StrictModel):
     def _check_experts(self) -> Self:
         experts = self.num_experts
         per_token = self.num_experts_per_token
+        # No default for either: a wrong number of experts per token would silently be another model.
         if (experts is None) != (per_token is None):
             raise ValueError(
                 f"num_experts={experts} with num_experts_per_token={per_token}: set both or neither"
@@ -232,11 +236,14 @@ def _palm(num_layers: int, num_heads: int, hidden_size: int) -> dict[str, Any]:
         "hidden_size": hidden_size,
         "ffn_hidden_size": 4 * hidden_size,
         "num_heads": num_heads,
+        # Multi-query attention; 16 heads of 256 happen to make 8B's hidden_size, 48 do not make 540B's.
         "num_kv_heads": 1,
         "head_size": 256,
         "rope_interleaved": True,
         "norm": "layer",
         "block": "parallel",
+        # PaLM multiplies logits by 1 / sqrt(hidden_size), since its embedding, also the output matrix, is drawn from
+        # N(0, 1).
         "logit_scale": hidden_size**-0.5,
         "init_std": "fan_in",
         "embedding_std": 1.0,
@@ -261,6 +268,7 @@ def resolve_preset(model: object) -> object:
     Raises:
         ValueError: If there is no model of that name.
     """
+    # Other forms are returned as they are: pydantic validates them, and has better messages for wrong types.
     settings = {"like": model} if isinstance(model, str) else model
     if not isinstance(settings, dict) or "like" not in settings:
         return model
@@ -268,5 +276,6 @@ def resolve_preset(model: object) -> object:
     name = settings["like"]
     if name not in MODEL_PRESETS:
         raise ValueError(f"unknown model {name!r}: use one of {', '.join(MODEL_PRESETS)}")
+    # Changes are laid over the preset key by key; `like` itself is not a setting.
     changes = {key: value for key, value in settings.items() if key != "like"}
     return {**MODEL_PRESETS[name], **changes}

@@ -21,6 +21,7 @@ def resolve_attention(
     """Return the backend that computes attention, with `auto` resolved."""
     if attention != "auto":
         return attention
+    # FlexAttention skips blocks that no query of the block sees; the dense mask of SDPA does not.
     is_wide = model.head_dim >= FLEX_HEAD_DIM
     return "flex" if launch.gpus_per_worker and is_wide else "sdpa"
 
@@ -39,6 +40,7 @@ def check_attention(
     Raises:
         ValueError: With the reason.
     """
+    # "auto" needs none of these checks: `resolve_attention` never chooses a backend that they refuse.
     if attention in {"flex", "te"} and not launch.gpus_per_worker:
         reason = (
             "FlexAttention has no backward pass there"

@@ -31,6 +31,7 @@ class Checkpoints(StrictModel):
 
     @model_validator(mode="after")
     def _check_keep_every(self) -> Self:
+        # Otherwise most of the checkpoints to keep would never be written.
         if self.keep_every and self.keep_every % self.every:
             raise ValueError(
                 f"keep_every={self.keep_every} is not a multiple of every={self.every}: change either"

@@ -14,6 +14,8 @@ from ul2r.config.tracking import Tracking
 
 def _resolve_recipe(path: Path, info: ValidationInfo) -> Path:
     """Return a recipe's path relative to the folder of the comparison's file, which `load` passes as context."""
+    # A comparison that is made in Python has no context; its recipes are then relative to the working directory. An
+    # absolute path stays as it is: pathlib drops what stands in front of it.
     folder: Path = (info.context or {}).get("folder", Path())
     return folder / path
 

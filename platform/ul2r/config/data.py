@@ -55,6 +55,7 @@ class Data(StrictModel):
 
     @model_validator(mode="after")
     def _check_vocabulary_size(self) -> Self:
+        # A byte-level BPE starts from all bytes, so that no text needs an unknown token.
         least = 256 + self.num_sentinels + 4  # every byte, the sentinels, eos and three modes
         if self.tokenizer is None and self.vocabulary_size < least:
             raise ValueError(
@@ -77,6 +78,8 @@ def check_num_sentinels(data: Data, slot_length: int, *, objective: int, evaluat
     Raises:
         ValueError: With the number that is needed.
     """
+    # Evaluation counts as well: every run is measured on `evaluation.mixture`, whatever it was trained on. T5 would go
+    # on with ordinary subwords, which then mean two things.
     needed = max(objective, evaluation)
     mixture = "objective.mixture" if objective == needed else "evaluation.mixture"
     if needed > data.num_sentinels:

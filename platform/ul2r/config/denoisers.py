@@ -44,6 +44,7 @@ class SpanCorruption(_Denoiser):
         Args:
             raw_length: Tokens of the window, at least 2.
         """
+        # Clipped, since a span corruption without a kept or a masked token is none.
         return min(max(round(raw_length * self.noise_density), 1), raw_length - 1)
 
     def num_sentinels(self, raw_length: int) -> int:
@@ -67,6 +68,8 @@ class SpanCorruption(_Denoiser):
         """
         return (
             num_mode_tokens
+            # Every raw token is in the inputs or the targets once, and every sentinel in both; the last 1 is the
+            # closing eos.
             + raw_length
             + 2 * self.num_sentinels(raw_length)
             + int(eos_after_inputs)
@@ -97,6 +100,7 @@ class Prefix(_Denoiser):
         self, raw_length: int, num_mode_tokens: int = 1, *, eos_after_inputs: bool = False
     ) -> int:
         """Return the tokens of mode + window + sentinels + eos; arguments as in `SpanCorruption`."""
+        # As in span corruption, with at most one sentinel.
         return num_mode_tokens + raw_length + 2 * int(self.sentinel) + int(eos_after_inputs) + 1
 
 
@@ -122,6 +126,7 @@ class Fim(_Denoiser):
         eos_after_inputs: bool = False,  # noqa: ARG002  as above
     ) -> int:
         """Return the tokens of window + three sentinels + eos."""
+        # Without a mode, and with each sentinel once: all of it is one causal text.
         return raw_length + 4
 
 
@@ -147,6 +152,7 @@ class Causal(_Denoiser):
         return raw_length
 
 
+# With the discriminator pydantic reports the errors of the denoiser that `kind` names, not of all four.
 Denoiser = Annotated[SpanCorruption | Prefix | Fim | Causal, Field(discriminator="kind")]
 
 MINIMUM_RAW_LENGTH = 4
@@ -173,6 +179,8 @@ def fit_raw_length(
         ValueError: If not even `MINIMUM_RAW_LENGTH` raw tokens fit.
     """
     # No example is shorter than its window, so the search starts at the limit itself.
+    # A search instead of a formula, since rounding makes lengths irregular. Example: R of "ul2r" in a slot of 2,048
+    # positions has 1,861 raw tokens and 93 spans: 1 + 1,861 + 2 x 93 + 1 = 2,049 tokens.
     for raw_length in range(max_example_length, MINIMUM_RAW_LENGTH - 1, -1):
         length = denoiser.example_length(
             raw_length, num_mode_tokens, eos_after_inputs=eos_after_inputs

@@ -15,6 +15,7 @@ def resolve_path(path: Path) -> Path:
 
 def resolve_folder_or_url(location: str) -> str:
     """Return a folder as an absolute path, and a URL unchanged."""
+    # A path would make "s3://bucket" into "s3:/bucket".
     return location if "://" in location else str(resolve_path(Path(location)))
 
 

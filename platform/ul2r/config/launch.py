@@ -32,6 +32,7 @@ class Launch(StrictModel):
     @property
     def memory_gib(self) -> float | None:
         """Memory of one worker's device, None if it is not limited."""
+        # No default for CPUs: their memory is whatever the machine has.
         return self.device_memory_gib or (76.0 if self.gpus_per_worker else None)
 
     @property

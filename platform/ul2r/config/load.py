@@ -37,6 +37,8 @@ def load(
     Raises:
         RecipeError: If the file cannot be read or a key, type or value is wrong; one line.
     """
+    # The order in which later settings win: extended files, the file itself, --set, and for what is still missing
+    # `complete`.
     tree = _read(path, ())
     # Checked after each override, so that the message names the one that has the old key.
     for override in overrides:
@@ -46,13 +48,17 @@ def load(
         complete(tree)
 
     try:
+        # The context is for fields that hold paths relative to this file.
         return kind.model_validate(tree, context={"folder": path.parent})
     except ValidationError as error:
+        # "from None": pydantic's own report of many lines would only repeat this one.
         raise RecipeError(_one_line(f"{path}: {explain(error, kind)}")) from None
 
 
 def dump(section: StrictModel) -> str:
     """Return the section as YAML that `load` reads back."""
+    # mode="json" turns paths into strings and tuples into lists, which safe_dump would refuse; keys stay in the order
+    # of their definition.
     return yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False)
 
 
@@ -61,6 +67,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
+        # Nodes instead of values, since the duplicates are gone once the mapping is constructed.
         for key, _ in node.value:
             if key.value in seen and isinstance(key, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(
@@ -78,6 +85,7 @@ def _read(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
         path: The file.
         extended_by: The files that lead to it by `extends`, the first one first.
     """
+    # Resolved, since the same file may be reached by different relative paths.
     if path.resolve() in (file.resolve() for file in extended_by):
         chain = " -> ".join(map(str, (*extended_by, path)))
         raise RecipeError(f"{path}: extends itself: {chain}")
@@ -86,6 +94,7 @@ def _read(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
+        # An OSError has a reason of the system's; a UnicodeDecodeError has none.
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise RecipeError(f"{path}: recipe cannot be read: {reason}{suffix}") from None
     tree = _parse(text, str(path))
@@ -93,6 +102,7 @@ def _read(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
         raise RecipeError(
             f"{path}: a recipe should be a group of keys, got {type(tree).__name__}{suffix}"
         )
+    # For each file of the chain, so that the message names the file to edit.
     _refuse_renamed_keys(tree, str(path))
 
     parent = tree.pop("extends", None)
@@ -105,6 +115,7 @@ def _read(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
 
 def _parse(text: str, where: str) -> Any:  # noqa: ANN401  any YAML value
     try:
+        # Safe: the loader derives from SafeLoader, which constructs plain values only.
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         # Lines are counted from 0. The first one is not named: it is the only one of an override.
@@ -124,6 +135,7 @@ def _refuse_renamed_keys(tree: dict[str, Any], where: str) -> None:
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for key, value in above.items():
+        # Lists are replaced as a whole: a mixture of another file's denoisers and these would be hard to foresee.
         old = merged.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
             merged[key] = _merge(old, value)
@@ -137,8 +149,11 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     keys = dotted.split(".")
     if not equals or not all(keys):
         raise RecipeError(_one_line(f"--set {override}: write it as key.key=value"))
+    # YAML, so that "--set training.steps=10" is a number and "--set data.corpus=[a, b]" a list.
     value = _parse(text, f"--set {override}")
 
+    # Walks down to the last key but one and creates groups that the file leaves out. Unknown keys are created as well:
+    # validation refuses them, with a suggestion.
     node: Any = tree
     for depth, key in enumerate(keys[:-1]):
         index = _index_of(node, key, override)

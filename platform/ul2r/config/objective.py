@@ -19,11 +19,13 @@ def _resolve_mixture(value: Any) -> Any:  # noqa: ANN401  any YAML value
         raise ValueError(
             f"unknown mixture {value!r}: use one of {', '.join(MIXTURE_PRESETS)}, or a list of denoisers"
         )
+    # Already validated denoisers, which pydantic takes as they are.
     return MIXTURE_PRESETS[value]
 
 
 def _check_names(mixture: tuple[Denoiser, ...]) -> tuple[Denoiser, ...]:
     names = [denoiser.name for denoiser in mixture]
+    # Names are keys of metrics: two denoisers of one name would overwrite each other's.
     if not names or len(set(names)) != len(names):
         raise ValueError(f"needs at least one denoiser, and a different name for each; got {names}")
     return mixture
@@ -62,6 +64,7 @@ class Objective(StrictModel):
 
     def with_mixture(self, *denoisers: Denoiser) -> Objective:
         """Return an objective with the same rows and other denoisers."""
+        # model_copy does not validate. A denoiser that does not fit is refused by `raw_length`, at the first use.
         return self.model_copy(update={"mixture": denoisers})
 
     @property
@@ -71,6 +74,7 @@ class Objective(StrictModel):
 
     def max_example_length(self, denoiser: Denoiser) -> int:
         """Return the tokens of the longest example: one more than its positions, since labels are shifted."""
+        # Example: a row of 2,048 positions holds an example of 2,049 tokens, the last of which is a label only.
         return 1 + (self.sequence_length if denoiser.whole_row else self.slot_length)
 
     def raw_length(self, denoiser: Denoiser, num_mode_tokens: int = 1) -> int:
@@ -98,6 +102,7 @@ class Objective(StrictModel):
     @property
     def num_sentinels_needed(self) -> int:
         """Sentinels of the example with the most."""
+        # With modes of one token: longer ones only shorten the raw text, and so need no more sentinels.
         return max(denoiser.num_sentinels(self.raw_length(denoiser)) for denoiser in self.mixture)
 
     @property
@@ -117,6 +122,8 @@ def check_rows_fit_model(objective: Objective, model: Architecture) -> None:
     Raises:
         ValueError: With both lengths.
     """
+    # Rotary positions have no longest one: for them `max_position_embeddings` is what an export declares. With a
+    # pattern of windows the global layers see the whole row.
     max_positions = model.max_position_embeddings if model.position_embedding == "learned" else None
     window = model.sliding_window if model.sliding_window_pattern == 1 else None
     for key, longest in (("max_position_embeddings", max_positions), ("sliding_window", window)):

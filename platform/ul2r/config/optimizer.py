@@ -56,6 +56,7 @@ class Optimizer(StrictModel):
 
     def warmup_steps(self, num_steps: int) -> int:
         """Return the steps of a run of `num_steps` in which the learning rate rises."""
+        # Zero is fine: training then begins at the full rate.
         return round(self.warmup_fraction * num_steps)
 
     def decay_steps(self, num_steps: int) -> int:
@@ -91,6 +92,7 @@ def check_optimizer_state(optimizer: Optimizer, base: Base | None) -> None:
     Raises:
         ValueError: If there is none to load.
     """
+    # Hugging Face folders hold no optimizer state, and that of other Megatron checkpoints is not read.
     if optimizer.load_optimizer_state and not isinstance(base, str):
         raise ValueError(
             "optimizer.load_optimizer_state=true needs a base that is a run of this storage: set base to one, or "

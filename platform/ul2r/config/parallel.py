@@ -34,6 +34,7 @@ class Parallel(StrictModel):
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
+        # Whole replicas only: what remains of the workers after tensor and pipeline is the data-parallel size.
         replica = self.tensor * self.pipeline
         if self.num_workers % replica:
             raise ValueError(
@@ -76,6 +77,7 @@ class Parallel(StrictModel):
 
     def layers_per_chunk(self, num_layers: int) -> tuple[tuple[int, ...], ...]:
         """Return the number of layers of each pipeline stage's chunks, for a model that passed `check_layers`."""
+        # Example: 30 layers on 4 stages that account for both ends are (30 + 2) / 4 = 8 in each, so 7, 8, 8 and 7.
         ends = 1 if self.account_for_embedding_and_loss else 0
         each = (num_layers + 2 * ends) // self.num_chunks
         stages = [[each] * self.virtual_stages for _ in range(self.pipeline)]
@@ -90,6 +92,7 @@ class Parallel(StrictModel):
         stages.
         """
         # A remainder smaller than the number of stages would be a last group that cannot fill the pipeline.
+        # Example: 10 microbatches on 4 stages. A size of 4 would leave a last group of 2, so 5. With 8 it is 4.
         sizes = range(self.pipeline, num_microbatches)
         fitting = (size for size in sizes if not 0 < num_microbatches % size < self.pipeline)
         return next(fitting, num_microbatches)
@@ -110,11 +113,13 @@ def check_tensor_parallel(parallel: Parallel, model: Architecture) -> None:
                 f"set parallel.tensor to one of {', '.join(map(str, divisors))}"
             )
 
+    # With more ranks than key/value heads Megatron-Core gives each head to several ranks, which needs a whole number.
     if model.num_kv_heads % tensor and tensor % model.num_kv_heads:
         raise ValueError(
             f"parallel.tensor={tensor} neither divides model.num_kv_heads={model.num_kv_heads} nor is a multiple of "
             "it: change either"
         )
+    # Its norm runs across all heads, so no head may be on several ranks.
     if model.qk_norm == "full" and model.num_kv_heads % tensor:
         raise ValueError(
             f"parallel.tensor={tensor} does not divide model.num_kv_heads={model.num_kv_heads}, as "
@@ -133,6 +138,7 @@ def check_layers(parallel: Parallel, num_layers: int) -> None:
     Raises:
         ValueError: With the number of layers and of chunks.
     """
+    # All chunks are equally long in Megatron-Core's layouts, the ends included if they count as layers.
     ends = 2 if parallel.account_for_embedding_and_loss else 0
     if (num_layers + ends) % parallel.num_chunks:
         counted = " + 2 (parallel.account_for_embedding_and_loss)" if ends else ""

@@ -37,6 +37,7 @@ class MegatronBase(StrictModel):
 def _check_form(value: Any) -> Any:  # noqa: ANN401  any YAML value
     """Refuse a base of none of the three forms with one message; pydantic would report all three."""
     forms = "should be a run's name, {hf: FOLDER_OR_HUB_ID} or {megatron: FOLDER}"
+    # Other types, such as a number, are left to pydantic.
     if isinstance(value, dict) and not (
         value.keys() in ({"hf"}, {"megatron"})
         and all(isinstance(v, str | Path) for v in value.values())
@@ -56,5 +57,6 @@ def check_base(base: Base | None, name: str) -> None:
     Raises:
         ValueError: With the name.
     """
+    # Only a run's name can be equal to it: the other forms are not strings.
     if base == name:
         raise ValueError(f"base={base} is the run's own name: set base to the run to continue")

@@ -60,6 +60,7 @@ class Recipe(StrictModel):
     """Model that this run continues: the last checkpoint of a run in the same storage (by name),
     `{hf: FOLDER_OR_HUB_ID}`, or `{megatron: FOLDER}`."""
     seed: int = Field(default=1, ge=0, lt=2**63)
+    # Sections are frozen, so recipes can share their defaults.
     data: Data = Data()
     model: Annotated[Architecture, BeforeValidator(resolve_preset)]
     """The model's settings; or a name such as palm-8b; or `{like: palm-8b}` with changes. Optional with a Hugging Face
@@ -114,6 +115,7 @@ class Recipe(StrictModel):
     @property
     def pretrained_base(self) -> HuggingFaceBase | MegatronBase | None:
         """The base, if this platform did not write it."""
+        # A string is the name of a run in the same storage.
         return None if isinstance(self.base, str) else self.base
 
     @property
@@ -135,6 +137,7 @@ class Recipe(StrictModel):
 
     @property
     def _evaluated_objective(self) -> Objective:
+        # Held-out rows have the run's own shape, with the denoisers of evaluation.
         return self.objective.with_mixture(*self.evaluation.mixture)
 
     @property

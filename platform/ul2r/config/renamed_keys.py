@@ -103,6 +103,7 @@ def _translate(node: Any, pattern: str, dotted: str, found: list[str]) -> Any:  
         if old not in RENAMED_KEYS:
             translated[key] = _translate(value, old, f"{dotted}.{key}", found)
             continue
+        # The section of a key never changed, so its value stays where it is.
         new_key = RENAMED_KEYS[old].rpartition(".")[2]
         new_value = _new_value(old, value)
         translated[new_key] = new_value
@@ -111,6 +112,7 @@ def _translate(node: Any, pattern: str, dotted: str, found: list[str]) -> Any:  
 
 
 def _new_value(old_key: str, value: Any) -> Any:  # noqa: ANN401  any YAML value
+    # Only strings had other values; an unhashable one, such as a list, could not be looked up either.
     values = RENAMED_VALUES.get(old_key, {})
     return values.get(value, value) if isinstance(value, str) else value
 
@@ -118,5 +120,6 @@ def _new_value(old_key: str, value: Any) -> Any:  # noqa: ANN401  any YAML value
 def _describe(old: str, new: str, value: object, new_value: object) -> str:
     if new_value is value:
         return f"{old} is now {new}"
+    # As YAML writes it: true, not True.
     shown = str(new_value).lower() if isinstance(new_value, bool) else new_value
     return f"{old}={value} is now {new}={shown}"

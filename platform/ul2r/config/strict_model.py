@@ -17,6 +17,7 @@ class StrictModel(BaseModel):
     @classmethod
     def _refuse_bool_for_number(cls, tree: Any) -> Any:  # noqa: ANN401  any YAML value
         """Refuse true and false for numbers: YAML reads "yes" as true, and pydantic converts it to 1."""
+        # mode="before", since after validation true has become 1. A section that is an instance already passes through.
         if isinstance(tree, dict):
             for key, field in cls.model_fields.items():
                 if field.annotation in (int, float) and isinstance(tree.get(key), bool):

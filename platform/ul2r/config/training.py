@@ -44,6 +44,7 @@ def check_batch_size(training: Training, parallel: Parallel) -> None:
     Raises:
         ValueError: With the sizes.
     """
+    # Every replica runs the same number of microbatches, all of one size.
     rows = training.rows_per_microbatch(parallel)
     if training.global_batch_size % rows:
         raise ValueError(
@@ -89,6 +90,8 @@ def check_fp8(
             "TransformerEngine's expert layers: set training.precision to bf16"
         )
 
+    # The dimensions of one rank's matrix products. Positions are divided under sequence parallelism only: without it
+    # the check is stricter than it need be.
     tensor = parallel.tensor
     sizes = {
         "model.hidden_size": model.hidden_size,

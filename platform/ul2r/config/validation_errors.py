@@ -14,6 +14,7 @@ from ul2r.config.strict_model import StrictModel
 MAX_SHOWN_CHARACTERS = 60
 """A wrong value is cut to this length."""
 
+# `Denoiser` is Annotated[A | B | ..., Field]: its first argument is the union, and those of the union the classes.
 DENOISERS: dict[str, type[StrictModel]] = {
     kind.model_fields["kind"].default: kind for kind in get_args(get_args(Denoiser)[0])
 }
@@ -37,12 +38,15 @@ def explain(error: ValidationError, kind: type[StrictModel]) -> str:
     An unknown key comes first, since it is often the reason why another one is missing.
     """
     mistakes = error.errors(include_url=False)
+    # min takes the first of equals, so without an unknown key it is pydantic's first mistake.
     mistake = min(mistakes, key=lambda candidate: candidate["type"] != "extra_forbidden")
     location = mistake["loc"]
 
     if mistake["type"] == "extra_forbidden":
         message = f"unknown key; did you mean {_nearest_key(location, kind)}?"
     else:
+        # pydantic puts "Value error, " in front of what a validator raises, and begins its messages with a capital
+        # letter.
         message = MESSAGES.get(mistake["type"]) or mistake["msg"].removeprefix("Value error, ")
         message = message[:1].lower() + message[1:]
         # Messages of our own validators (value_error) contain the values already.
@@ -72,6 +76,7 @@ def _nearest_key(location: tuple[int | str, ...], kind: type[StrictModel]) -> st
     A similar key of the same section if there is one, else a key of exactly that name in another section, else the most
     similar of the same section.
     """
+    # difflib's default cutoff of 0.6 finds misspellings; a cutoff of 0 takes the nearest key, however different.
     *section, wrong = location
     keys = _known_keys(tuple(section), kind)
     similar = difflib.get_close_matches(str(wrong), keys, n=1)
@@ -86,6 +91,7 @@ def _nearest_key(location: tuple[int | str, ...], kind: type[StrictModel]) -> st
 def _known_keys(location: tuple[int | str, ...], kind: type[StrictModel]) -> list[str]:
     """Return the known keys of the section at a location."""
     for part in location:
+        # pydantic puts the kind of a denoiser into the location; an index of a list changes nothing.
         if part in DENOISERS:
             kind = DENOISERS[str(part)]
         elif part in kind.model_fields:
@@ -103,6 +109,7 @@ def _all_keys(kind: type[StrictModel]) -> Iterator[tuple[str, ...]]:
 
 
 def _section_type(annotation: Any) -> type[StrictModel] | None:  # noqa: ANN401  annotations have no type
+    # Optional sections and lists of them are not classes: their keys are not suggested.
     is_section = isinstance(annotation, type) and issubclass(annotation, StrictModel)
     return annotation if is_section else None
 

@@ -132,11 +132,15 @@ def build_batch(
         The rows, in the order of `row_indices`.
     """
     modes = tuple(mode_tokens(denoiser, vocabulary) for denoiser in objective.mixture)
+    # A tuple of lengths, since the table is cached by its arguments and an example's length depends on no more than
+    # these.
     table = build_table(objective, tuple(map(len, modes)))
     assert table.num_sentinels <= len(vocabulary.sentinels), "more spans than sentinels"
 
+    # Uninitialized: the compiled functions write every element that they read later.
     shape = (len(row_indices), objective.slots_per_row)
     slots = Slots(np.empty(shape, np.int64), np.empty(shape, np.int64), np.empty(shape, np.int64))
+    # np.uint64, since numba would type a Python integer as int64, and uint64 from 2**63 on: two compiled versions.
     choose_denoisers(
         np.uint64(seed),
         np.uint64(Purpose.ROW),
@@ -152,6 +156,7 @@ def build_batch(
     runs = _empty_runs(shape, table.num_sentinels)
     draw_runs(np.uint64(seed), np.uint64(Purpose.SPANS), table.denoisers, slots, runs)
 
+    # Uninitialized as well: `fill_batch` writes all positions, padding included.
     positions = (len(row_indices), objective.sequence_length)
     arrays = BatchArrays(**{name: np.empty(positions, dtype) for name, dtype in DTYPES.items()})
     fill_batch(
@@ -177,6 +182,7 @@ def build_batch(
 def _read_windows(source: WindowSource, slots: Slots) -> npt.NDArray[np.int32]:
     """Return the raw text of every slot, int32 (B, slots, longest), and reduce the lengths of short windows."""
     longest = int(slots.lengths.max(initial=0))
+    # (B * slots, longest): the source reads all samples of a batch in one call.
     windows = np.empty((slots.samples.size, longest), np.int32)
     # ravel() of these contiguous arrays is a view: the source's changes to the lengths arrive in `slots`.
     source.read(slots.samples.ravel(), slots.lengths.ravel(), windows)

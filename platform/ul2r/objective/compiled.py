@@ -23,4 +23,6 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 def compiled(function: Function) -> Function:
     """Compile a function for the types of its arguments at the first call, and cache the result on disk."""
+    # nogil: compiled code touches no Python objects, so other threads need not wait for a batch. The cast is needed
+    # because numba has no type hints for what it returns.
     return cast(Function, numba.njit(cache=True, nogil=True)(function))

@@ -70,8 +70,10 @@ def build_table(objective: Objective, num_mode_tokens: tuple[int, ...]) -> Denoi
         objective: The mixture, and the slots that its examples fill.
         num_mode_tokens: Tokens of each denoiser's mode.
     """
+    # Zeros are the values of a denoiser without the property, such as a mode or sentinels.
     table = np.zeros(len(objective.mixture), DENOISER)
     weights = {True: 0.0, False: 0.0}
+    # Iteration over a structured array yields views of its records: assignments below write to the table.
     for record, denoiser, num_mode in zip(table, objective.mixture, num_mode_tokens, strict=True):
         weights[denoiser.whole_row] += denoiser.weight
         record["runs"] = RUNS[denoiser.kind]
@@ -90,6 +92,8 @@ def build_table(objective: Objective, num_mode_tokens: tuple[int, ...]) -> Denoi
             record["noise_density"] = denoiser.noise_density or 0.0
             record["has_sentinels"] = denoiser.sentinel
 
+    # Whole-row examples take more rows than their weight says. Example: weights 0.5 and 0.5 with 4 slots: 0.5 whole
+    # rows for each 0.125 shared ones, so 80 % of the rows have one example.
     # A row holds one example of the first kind, or `slots_per_row` of the second.
     shared_rows = weights[False] / objective.slots_per_row
     whole_row_fraction = weights[True] / (weights[True] + shared_rows)

@@ -83,6 +83,7 @@ def fill_batch(
         examples: Raw text and runs.
         batch: Output.
     """
+    # An example with a row to itself sits in slot 0 and fills the others, which are empty: every position gets written.
     num_rows, slots_per_row = examples.denoiser_ids.shape
     row_length = batch.tokens.shape[1]
     slot_length = row_length // slots_per_row
@@ -94,6 +95,7 @@ def fill_batch(
                 continue
             denoiser = denoisers[denoiser_id]
             num_spans = examples.num_spans[row, slot]
+            # Masked runs are cut to those drawn, since `write_denoising` takes the number of spans from their length.
             num_inputs, size = write_example(
                 examples.windows[row, slot, : examples.lengths[row, slot]],
                 examples.kept[row, slot],
@@ -105,6 +107,8 @@ def fill_batch(
             )
 
             begin = slot * slot_length
+            # Only now does the example get its place in the row: attention, labels and positions of a slot refer to
+            # nothing outside it, so packed examples do not see each other.
             end = row_length if denoiser.whole_row else begin + slot_length
             num_open = num_inputs if denoiser.prefix_attention else 0
             write_slot(
@@ -176,10 +180,12 @@ def write_denoising(
     """
     num_spans = len(masked)
     write = copy(mode, 0, denoiser.num_mode_tokens, example, 0)
+    # Inputs and targets are written in one pass over the window, so the place of the first target is needed in advance.
     num_inputs = write + denoiser.has_sentinels * num_spans + denoiser.eos_after_inputs
     for span in range(num_spans):
         num_inputs += kept[span]
 
+    # `read` runs over the window, `write` over the inputs and `target` over the targets.
     read = 0
     target = num_inputs
     for span in range(num_spans):
@@ -192,6 +198,7 @@ def write_denoising(
             target += 1
         target = copy(window, read, read + masked[span], example, target)
         read += masked[span]
+    # After the loop `write` is the inputs' last position, which was counted for it.
     if denoiser.eos_after_inputs:
         example[write] = special.eos
     return num_inputs, target
@@ -206,6 +213,7 @@ def write_fim(window: Tokens, prefix: int, middle: int, sentinels: Tokens, examp
     Returns:
         The index after the last token.
     """
+    # The window is prefix, middle, suffix; the middle goes to the end, where both sides are its context.
     suffix_begin = prefix + middle
     example[0] = sentinels[0]
     write = copy(window, 0, prefix, example, 1)
@@ -264,6 +272,8 @@ def write_slot(
     for i in range(num_used):
         tokens[i] = example[i]
         labels[i] = example[i + 1]
+        # The label at i is token i + 1: the last input already predicts the first target. Without inputs every label
+        # counts.
         loss_mask[i] = i + 1 >= num_inputs
         kv_start[i] = begin
         kv_end[i] = begin + max(i + 1, num_open)

@@ -67,6 +67,8 @@ def multiply_high(a: Word, b: Word) -> Word:
     # Every constant is a np.uint64: numba converts an operation of uint64 and int64 to float64, which loses bits.
     low32 = np.uint64(0xFFFFFFFF)
     shift = np.uint64(32)
+    # Schoolbook multiplication by halves, since neither numba nor numpy has a 128-bit integer: the product is a_high
+    # b_high 2**64 + (a_high b_low + a_low b_high) 2**32 + a_low b_low, and no sum below exceeds 64 bits.
     a_low = a & low32
     a_high = a >> shift
     b_low = b & low32
@@ -84,9 +86,12 @@ def fill_words(seed: Word, purpose: Word, index: int, words: Words) -> None:
     Philox 4x64-10 (Salmon et al. 2011, section 3.3) with key (seed, purpose) and the index as the counter's top word,
     so that a stream is 2**192 blocks long and streams do not overlap. Like numpy's generator it begins with block 1.
     """
+    # The constants of Random123, the authors' own code.
     multiplier_a = np.uint64(0xD2E7470EE14C6C93)
     multiplier_c = np.uint64(0xCA5A826395121157)
+    # A block is four words, and the last one may be cut. Arithmetic on uint64 wraps around, as the definition wants.
     for block in range((len(words) + 3) // 4):
+        # The explicit types keep numba from typing Python integers as int64, see `multiply_high`.
         key_0 = np.uint64(seed)
         key_1 = np.uint64(purpose)
         a = np.uint64(block + 1)
@@ -103,6 +108,7 @@ def fill_words(seed: Word, purpose: Word, index: int, words: Words) -> None:
             key_0 += np.uint64(0x9E3779B97F4A7C15)
             key_1 += np.uint64(0xBB67AE8584CAA73B)
 
+        # A block is unpacked by hand: an array for it would be an allocation in the innermost loop.
         begin = 4 * block
         words[begin] = a
         if begin + 1 < len(words):
@@ -155,6 +161,8 @@ def shuffle(
         # An empty slot (-1) gets a valid position, which nobody reads.
         sample = max(samples[i], 0)
         fill_words(seed, purpose, first_stream + sample // size, words)
+        # The upper half of word x bound is a number below the bound, without the division of a modulo (Lemire 2019,
+        # arXiv 1805.10941).
         shifts[i] = multiply_high(words[0], np.uint64(shift_bound))
         positions[i] = permute(np.uint64(sample % size), np.uint64(size), words[1:])
 
@@ -172,6 +180,7 @@ def permute(index: Word, size: Word, keys: Words) -> Word:
         size: Size of the permuted set.
         keys: A word for each round, uint64 (SHUFFLE_ROUNDS,).
     """
+    # Not from 0: a shift by all 64 bits below would be undefined.
     half = np.uint64(1)
     while size > np.uint64(1) << np.uint64(2) * half:
         half += np.uint64(1)
@@ -180,6 +189,8 @@ def permute(index: Word, size: Word, keys: Words) -> Word:
     while True:
         left = index >> half
         right = index & mask
+        # Whatever the round function, a round can be undone from its own output, so the network is a permutation (Luby
+        # and Rackoff 1988).
         for key in keys:
             left, right = right, left ^ (mix(right ^ key) >> (np.uint64(64) - half))
         index = left << half | right
@@ -226,18 +237,22 @@ def choose_denoisers(
     for row in range(len(row_indices)):
         drawn_row = uniform(seed, row_purpose, row_indices[row], 1.0)
         whole_row = int(drawn_row < whole_row_fraction)
+        # Cumulative weights count only denoisers of the same kind, so the last one of the kind has their total.
         total_weight = 0.0
         for denoiser_id in range(len(denoisers)):
             if denoisers[denoiser_id].whole_row == whole_row:
                 total_weight = denoisers[denoiser_id].cumulative_weight
 
         for slot in range(slots_per_row):
+            # First as for an empty slot, since the caller's arrays are not initialized.
             slots.samples[row, slot] = -1
             slots.denoiser_ids[row, slot] = -1
             slots.lengths[row, slot] = 0
             if whole_row and slot:
                 continue
 
+            # A row with one example leaves out its other sample indices, so that a sample's row never depends on
+            # earlier draws.
             sample = row_indices[row] * slots_per_row + slot
             drawn = uniform(seed, sample_purpose, sample, total_weight)
             # Rounding may put the draw on the total weight itself: then the last denoiser stays chosen.
@@ -265,9 +280,9 @@ def draw_runs(
         slots: The samples.
         runs: Output; only what `num_spans` counts is written.
     """
-    words = np.empty(
-        2 * runs.kept.shape[2], np.uint64
-    )  # s spans need s - 1 words for each kind of run
+    # Scratch for all slots, allocated once. s spans need s - 1 words for each kind of run.
+    words = np.empty(2 * runs.kept.shape[2], np.uint64)
+    # Scratch of `random_segmentation` as well, which leaves it as it finds it.
     longest = 1
     for denoiser_id in range(len(denoisers)):
         longest = max(longest, denoisers[denoiser_id].raw_length)
@@ -285,9 +300,12 @@ def draw_runs(
             masked = runs.masked[row, slot]
 
             if denoiser.runs == SPAN_RUNS:
+                # The actual length counts, which a short window has reduced, not the denoiser's `raw_length`.
                 noise = num_noise_tokens(length, denoiser.noise_density)
                 spans = num_noise_spans(length, noise, denoiser.mean_noise_span_length)
                 fill_words(seed, purpose, sample, words[: 2 * spans - 2])
+                # Slices are views: each run length is written to its place in `runs`. Kept and masked runs are drawn
+                # independently, from words of their own.
                 random_segmentation(length - noise, words[: spans - 1], is_taken, kept[:spans])
                 random_segmentation(
                     noise, words[spans - 1 : 2 * spans - 2], is_taken, masked[:spans]
@@ -321,6 +339,8 @@ def random_segmentation(total: int, words: Words, is_taken: Bools, parts: Int32s
         is_taken: Scratch of shape (total - 1,) or longer, all False before and after.
         parts: Output, the lengths of the runs, int32 (P,).
     """
+    # Floyd's method: the i-th draw is from 0 .. last, and a gap that is taken already stands for `last` itself, which
+    # no earlier draw could choose. Example: 2 of 4 gaps; the first draw is from 0 .. 2, the second from 0 .. 3.
     num_chosen = len(parts) - 1
     num_gaps = total - 1
     for i in range(num_chosen):
@@ -328,6 +348,7 @@ def random_segmentation(total: int, words: Words, is_taken: Bools, parts: Int32s
         drawn = np.int64(multiply_high(words[i], np.uint64(last + 1)))
         is_taken[last if is_taken[drawn] else drawn] = True
 
+    # The gaps in ascending order end the parts, so sorting them is not needed.
     begin = 0
     part = 0
     for gap in range(num_gaps):

@@ -39,6 +39,7 @@ class Vocabulary:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values that `from_dict` reads back."""
+        # JSON has no tuples, and a vocabulary that was read back has to equal the one that was written.
         modes = {mode: list(tokens) for mode, tokens in self.modes.items()}
         return asdict(self) | {"modes": modes, "sentinels": list(self.sentinels)}
 

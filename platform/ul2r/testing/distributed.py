@@ -93,9 +93,8 @@ def _enter(
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = (
-        ""  # gloo workers train on CPUs, on a machine with GPUs as well
-    )
+    # gloo workers train on CPUs, on a machine with GPUs as well.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
