@@ -20,9 +20,10 @@ Order of the hooks in one step:
     on_phase(step, Phase.SAVE)                every rank, if a checkpoint is due
     close()                                   every rank, once, when the run ends or fails
 
-No hook may call a collective: ranks may hold different lists (only rank 0 has a progress bar). What callbacks need
-from other ranks the loop exchanges for all of them: reports in one all-gather, requested actions in the all-reduce in
-which ranks also agree whether a checkpoint is complete.
+No hook may call a collective, since ranks may hold different lists: only rank 0 has a progress bar. What callbacks
+need from other ranks, the loop exchanges for all of them: reports in one all-gather, in which the class of a callback
+identifies it (a list holds one callback of each class), and requested actions in the all-reduce in which ranks agree
+whether a checkpoint is complete.
 """
 
 from __future__ import annotations

@@ -57,6 +57,9 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         writer_token: str,
     ) -> None:
+        # Ranks exchange reports by the names of the callbacks' classes.
+        assert len({type(callback) for callback in callbacks}) == len(callbacks), callbacks
+
         self.recipe = recipe
         self.dataset = dataset
         self.mesh = mesh
@@ -260,9 +263,8 @@ class Trainer:
         can_rewind = bool(self.mesh.broadcast_from_rank0(self.checkpoints.list_checkpoints))
         decision = self.guard.decide(anomaly, batch, can_rewind=can_rewind)
 
-        norms = layer_norms(
-            self.train_step.optimizer
-        )  # collective: outside of the branch of rank 0
+        # Collective, and therefore not in the branch of rank 0, which alone needs the result.
+        norms = layer_norms(self.train_step.optimizer)
         summary = f"{self.recipe.name}: step {step + 1}, batch {batch}: {anomaly.description}"
         if self.mesh.is_rank0:
             report = anomaly_report(
@@ -280,9 +282,8 @@ class Trainer:
         if decision == "skip":
             self.guard.skip(batch)
         else:
-            self.state = (
-                self._load()
-            )  # which also sets the guard back to its state in that checkpoint
+            # Also sets the guard back to its state in that checkpoint.
+            self.state = self._load()
             first = self.state.step + self.guard.state.skipped_batches
             self.guard.rewind(before, range(first, batch + 1))
 
