@@ -1,16 +1,16 @@
-"""How fast interval attention is, beside a dense mask and beside plain causal flash attention, forward and backward.
+"""Speed of interval attention, forward and backward, compared with a dense mask and with plain causal attention.
 
     python benchmarks/attention.py
 
-Rows of the `ul2r` mixture; bf16 and heads as Llama has them on a GPU, small and in float32 on a CPU. Every backend that
-trains on the device takes part: sdpa (dense mask), flex and, where it is installed, te; on a CPU the segments that te
-is given are attended to one by one by torch. All take turns; each time is the median of its turns. One JSON line, with
-the figures of each backend by row length:
+Rows of the `ul2r` mixture; bf16 and Llama's heads on a GPU, small and float32 on a CPU. Every backend that trains on
+the device is measured: sdpa (dense mask), flex and, if installed, te; on a CPU, torch attends to te's segments one by
+one. The backends take turns; each time is the median of its turns. Prints one JSON line with these figures of each
+backend by row length:
 
-    seconds            forward and backward of one layer
-    prepare_seconds    what is made of the intervals, once for all layers
-    dense_ratio        the dense mask's seconds over its own
-    causal_share       share of plain causal attention's rate of (query, key) pairs in sight; 0.8 is wanted on a GPU
+    seconds            forward and backward pass of one layer
+    prepare_seconds    preparation of the intervals, once for all layers
+    dense_ratio        the dense mask's seconds divided by the backend's
+    causal_share       fraction of plain causal attention's rate of visible (query, key) pairs; goal on a GPU: 0.8
 """
 
 from __future__ import annotations
@@ -35,17 +35,25 @@ from ul2r.objective import Batch, Vocabulary, build_batch
 from ul2r.testing.attention import attend_by_segment
 from ul2r.testing.corpus import SyntheticWindows
 
-TURNS = 7
+NUM_TURNS = 7
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured on a kind of device."""
+    """Sizes measured on a kind of device.
+
+    Attributes:
+        lengths: Row lengths.
+        num_tokens: Positions of a microbatch, whatever the row length.
+        num_heads: Query heads.
+        num_kv_heads: Key/value heads.
+        head_dim: Width of a head.
+        dtype: Dtype of queries, keys and values.
+    """
 
     lengths: tuple[int, ...]
-    tokens: int
-    """Of a microbatch, whatever the row length."""
-    heads: int
+    num_tokens: int
+    num_heads: int
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
@@ -57,25 +65,25 @@ SETTINGS = {
 }
 
 
-def backends(device: torch.device) -> dict[str, Backend[Any]]:
-    """Those that train on the device."""
+def make_backends(device: torch.device) -> dict[str, Backend[Any]]:
+    """Make the backends that can train on the device."""
     if device.type == "cpu":
         return {"sdpa": DenseMask(), "segments": VariableLength(attend_by_segment)}
     from ul2r.model.attention.flex import Flex
 
-    found: dict[str, Backend[Any]] = {"sdpa": DenseMask(), "flex": Flex()}
+    backends: dict[str, Backend[Any]] = {"sdpa": DenseMask(), "flex": Flex()}
     if find_spec("transformer_engine"):
-        found["te"] = VariableLength(TransformerEngineKernel())
-    return found
+        backends["te"] = VariableLength(TransformerEngineKernel())
+    return backends
 
 
-def rows_of(length: int, count: int) -> Batch:
-    """Rows of which the intervals matter alone."""
+def make_batch(length: int, num_rows: int) -> Batch:
+    """Build rows of which only the intervals matter."""
     objective = Objective(sequence_length=length)
     sentinels = tuple(range(4, 4 + objective.num_sentinels_needed))
     modes = {"S2S": (1,), "NLU": (2,), "NLG": (3,)}
     return build_batch(
-        range(count),
+        range(num_rows),
         objective=objective,
         vocabulary=Vocabulary(4 + len(sentinels), 0, modes, sentinels),
         seed=1,
@@ -83,8 +91,8 @@ def rows_of(length: int, count: int) -> Batch:
     )
 
 
-def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Plain causal attention, by the fastest kernel that torch has for it."""
+def attend_causally(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Compute plain causal attention with torch's fastest kernel for it."""
     context = functional.scaled_dot_product_attention(
         query.permute(1, 2, 0, 3),
         key.permute(1, 2, 0, 3),
@@ -95,81 +103,83 @@ def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return context.permute(2, 0, 1, 3)
 
 
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Wall time of one turn, until the device is done."""
-    _wait(device)
-    began = time.perf_counter()
+def time_once(work: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds until the device has finished one turn."""
+    synchronize(device)
+    start = time.perf_counter()
     work()
-    _wait(device)
-    return time.perf_counter() - began
+    synchronize(device)
+    return time.perf_counter() - start
 
 
-def _wait(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def measure(setting: Setting, length: int, device: torch.device) -> dict[str, dict[str, float]]:
-    """Figures of each backend at one row length."""
-    count = setting.tokens // length
-    rows = rows_of(length, count)
-    shapes = (setting.heads, setting.num_kv_heads, setting.num_kv_heads, setting.heads)
+    """Measure each backend at one row length."""
+    num_rows = setting.num_tokens // length
+    batch = make_batch(length, num_rows)
+    bounds = pack_intervals(batch.kv_start, batch.kv_end)
+    scale = setting.head_dim**-0.5
     *leaves, upstream = (
-        torch.randn(length, count, heads, setting.head_dim, device=device, dtype=setting.dtype)
-        for heads in shapes
+        torch.randn(length, num_rows, heads, setting.head_dim, device=device, dtype=setting.dtype)
+        for heads in (
+            setting.num_heads,
+            setting.num_kv_heads,
+            setting.num_kv_heads,
+            setting.num_heads,
+        )
     )
     for leaf in leaves:
         leaf.requires_grad_()
-    scale, bounds = setting.head_dim**-0.5, pack_intervals(rows.kv_start, rows.kv_end)
 
-    def both_ways(attend: Callable[..., Tensor]) -> Callable[[], object]:
+    def differentiate(attend: Callable[..., Tensor]) -> Callable[[], object]:
         return lambda: torch.autograd.grad(attend(*leaves), leaves, upstream)
 
-    def interval(backend: Backend[Any]) -> Callable[..., Tensor]:
+    def attend_with(backend: Backend[Any]) -> Callable[..., Tensor]:
         return lambda query, key, value: backend(query, key, value, bounds, scale)
 
-    found = backends(device)
-    works = {name: both_ways(interval(backend)) for name, backend in found.items()}
-    works["causal"] = both_ways(causal)
-    times = taken(works, device)
-    kv_start, kv_end = bounds[:, 0], bounds[:, 1]
-    preparing = taken(
-        {name: _preparation(backend, kv_start, kv_end, device) for name, backend in found.items()},
-        device,
+    def prepare_with(backend: Backend[Any]) -> Callable[[], object]:
+        return lambda: backend.prepare(bounds[:, 0], bounds[:, 1], device)
+
+    backends = make_backends(device)
+    passes = {name: differentiate(attend_with(backend)) for name, backend in backends.items()}
+    passes["causal"] = differentiate(attend_causally)
+    seconds = time_in_turns(passes, device)
+    prepare_seconds = time_in_turns(
+        {name: prepare_with(backend) for name, backend in backends.items()}, device
     )
-    pairs = {
-        "ours": int((rows.kv_end - rows.kv_start).sum()),
-        "causal": count * length * (length + 1) // 2,
-    }
+
+    num_pairs = int((batch.kv_end - batch.kv_start).sum())
+    causal_rate = num_rows * length * (length + 1) // 2 / seconds["causal"]
     return {
         name: {
-            "seconds": times[name],
-            "prepare_seconds": preparing[name],
-            "dense_ratio": times["sdpa"] / times[name],
-            "causal_share": pairs["ours"] / times[name] / (pairs["causal"] / times["causal"]),
+            "seconds": seconds[name],
+            "prepare_seconds": prepare_seconds[name],
+            "dense_ratio": seconds["sdpa"] / seconds[name],
+            "causal_share": num_pairs / seconds[name] / causal_rate,
         }
-        for name in found
+        for name in backends
     }
 
 
-def _preparation(
-    backend: Backend[Any], kv_start: Tensor, kv_end: Tensor, device: torch.device
-) -> Callable[[], object]:
-    return lambda: backend.prepare(kv_start, kv_end, device)
-
-
-def taken(works: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
-    """Seconds of each, which take turns after a first one that does not count."""
+def time_in_turns(works: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
+    """Return the median seconds of each work; they take turns, after a first one that does not count."""
     for work in works.values():
         work()
-    turns = [{name: seconds(work, device) for name, work in works.items()} for _ in range(TURNS)]
+    turns = [
+        {name: time_once(work, device) for name, work in works.items()} for _ in range(NUM_TURNS)
+    ]
     return {name: statistics.median(turn[name] for turn in turns) for name in works}
 
 
 def main() -> None:
     """Measure and print."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(1)  # a CPU's figures are one core's
+    torch.set_num_threads(1)  # figures on a CPU are those of one core
     setting = SETTINGS[device.type]
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     figures = {

@@ -1,22 +1,23 @@
-"""Rate and memory of import and export, beside safetensors alone on the same files.
+"""Rate and memory of import and export, compared with safetensors alone on the same files.
 
     python benchmarks/convert.py [FOLDER]
 
-A random Llama of 155 million fp32 parameters in several files, in FOLDER (a temporary one without). One JSON line:
+A random Llama of 155 million fp32 parameters in several files, in FOLDER (by default a temporary one). Prints one JSON
+line:
 
     import_megabytes_per_second     weights read into one rank's model
-    import_ratio                    share of the rate at which safetensors alone copies the same files into memory
-    export_megabytes_per_second     weights of a distributed checkpoint written as files
-    export_ratio                    share of the rate at which safetensors alone reads those files
-    export_ratio_limit              the same for a plain write of the same bytes, from memory, with as many threads
-    export_write_ratio              the export's share of the rate at which safetensors alone writes them from memory
-    peak_bytes_over_shard           most memory taken while a rank of TP 2 builds its model and imports, over its shard
-    allowed_bytes_over_shard        the same for the shard and the largest tensor, which is the limit
-    export_peak_bytes_over_largest  most memory taken by an export of TP 2's checkpoint, over the largest tensor
+    import_ratio                    fraction of the rate at which safetensors alone copies the same files into memory
+    export_megabytes_per_second     weights of a distributed checkpoint written to files
+    export_ratio                    fraction of the rate at which safetensors alone reads those files
+    export_ratio_limit              the same for a plain write of the same bytes from memory with as many threads
+    export_write_ratio              fraction of the rate at which safetensors alone writes them from memory
+    peak_bytes_over_shard           peak memory while a rank of TP 2 builds its model and imports, divided by its shard
+    allowed_bytes_over_shard        the limit for it: the shard and the largest tensor, divided by the shard
+    export_peak_bytes_over_largest  peak memory of an export of TP 2's checkpoint, divided by the largest tensor
 
-Files that are read are in the page cache, those that are written are new and not synced. The parts of a ratio take
-turns in one process; each rate is the median of its turns. Memory is what the process has of its own (RssAnon); pages
-of files that it maps are the system's to take back.
+Files that are read are in the page cache; those that are written are new and not synced. The parts of a ratio take
+turns in one process; each rate is the median of its turns. Memory is the process's private memory (RssAnon): the system
+can reclaim pages of mapped files.
 """
 
 from __future__ import annotations
@@ -50,43 +51,43 @@ from ul2r.model.huggingface.safetensors_reader import SafetensorsReader
 from ul2r.model.huggingface.safetensors_writer import NUM_THREADS, StreamedTensor, write_weights
 from ul2r.testing.distributed import run_distributed
 
-ROWS, TURNS, SHARD = 32_768, 5, 128 * 2**20
+NUM_EMBEDDINGS, NUM_TURNS, SHARD_BYTES = 32_768, 5, 128 * 2**20
 MODEL = Architecture(
     num_layers=8,
     hidden_size=1024,
     ffn_hidden_size=3072,
     num_heads=16,
     num_kv_heads=4,
-    num_embeddings=ROWS,
+    num_embeddings=NUM_EMBEDDINGS,
     tie_embeddings=False,
 )
 
 
 def write_source(folder: Path) -> None:
-    """Random weights as a Hugging Face folder has them."""
+    """Write random weights as a Hugging Face folder."""
     folder.mkdir()
     (folder / "config.json").write_text("{}", encoding="utf-8")
-    shapes = tensor_shapes(FAMILIES[MODEL.family], MODEL, ROWS)
+    shapes = tensor_shapes(FAMILIES[MODEL.family], MODEL, NUM_EMBEDDINGS)
     tensors = {name: StreamedTensor.of(torch.randn(shape)) for name, shape in shapes.items()}
-    write_weights(folder, tensors, SHARD)
+    write_weights(folder, tensors, SHARD_BYTES)
 
 
-def read_alone(folder: Path, place: dict[str, torch.Tensor]) -> None:
-    """What safetensors alone takes to copy every tensor into memory that is there."""
+def read_with_safetensors(folder: Path, targets: dict[str, torch.Tensor]) -> None:
+    """Copy every tensor into allocated memory with safetensors alone."""
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as stored:
-            for name in stored.keys():  # noqa: SIM118  no mapping
-                place[name].copy_(stored.get_tensor(name))
+            for name in stored.keys():  # noqa: SIM118  not a mapping
+                targets[name].copy_(stored.get_tensor(name))
 
 
-def write_alone(folder: Path, files: list[dict[str, torch.Tensor]]) -> None:
-    """What safetensors alone takes to write as many tensors, that are in memory, to as many files."""
+def write_with_safetensors(folder: Path, files: list[dict[str, torch.Tensor]]) -> None:
+    """Write the same tensors from memory to as many files with safetensors alone."""
     for number, tensors in enumerate(files):
-        save_file(tensors, folder / f"alone-{number}")
+        save_file(tensors, folder / f"safetensors-{number}")
 
 
 def write_plainly(folder: Path, files: list[dict[str, torch.Tensor]]) -> None:
-    """What the file system alone takes to do so."""
+    """Write the same bytes with plain writes, the limit of the file system."""
 
     def write(number: int, tensors: dict[str, torch.Tensor]) -> None:
         with (folder / f"plain-{number}").open("wb") as file:
@@ -97,36 +98,38 @@ def write_plainly(folder: Path, files: list[dict[str, torch.Tensor]]) -> None:
         list(pool.map(write, range(len(files)), files))
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Wall time of one turn."""
-    began = time.perf_counter()
+def time_once(work: Callable[[], object]) -> float:
+    """Return the seconds of one turn."""
+    start = time.perf_counter()
     work()
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 @contextmanager
-def watched_memory() -> Iterator[list[int]]:
-    """The most bytes of its own that the process has, above what it had, while the block runs."""
+def track_peak_memory() -> Iterator[list[int]]:
+    """Yield a list whose one number becomes the peak growth of private memory, in bytes, while the block runs."""
 
-    def own() -> int:
+    def read_private_bytes() -> int:
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(status.split("RssAnon:")[1].split()[0]) * 1024
 
-    before, most, done = own(), [0], threading.Event()
+    before = read_private_bytes()
+    peak = [0]
+    done = threading.Event()
 
     def watch() -> None:
         while not done.wait(0.001):
-            most[0] = max(most[0], own() - before)
+            peak[0] = max(peak[0], read_private_bytes() - before)
 
     thread = threading.Thread(target=watch)
     thread.start()
-    yield most
+    yield peak
     done.set()
     thread.join()
 
 
-def recipe_of(folder: Path, parallel: Parallel) -> Recipe:
-    """A run that begins with the model in `folder`."""
+def make_recipe(folder: Path, parallel: Parallel) -> Recipe:
+    """Make a recipe that starts from the model in `folder`."""
     return Recipe(
         name="convert",
         storage=folder.parent,
@@ -138,101 +141,108 @@ def recipe_of(folder: Path, parallel: Parallel) -> Recipe:
     )
 
 
-def import_peak(folder: Path) -> tuple[int, int]:
-    """Bytes that this rank took to build and to import, and those of its shard; both ranks' weights are then saved."""
+def measure_import_memory(folder: Path) -> tuple[int, int]:
+    """Return this rank's peak bytes while building and importing, and its shard's; both ranks then save weights."""
     from ul2r.model.build import build_model, iter_shards
     from ul2r.model.huggingface.importing import load_weights
     from ul2r.testing.layouts import save_weights
     from ul2r.train.mesh import Mesh
 
-    recipe = recipe_of(folder, Parallel(num_workers=2, tensor=2))
+    recipe = make_recipe(folder, Parallel(num_workers=2, tensor=2))
     Mesh.join(recipe.parallel)
-    with watched_memory() as most:
-        (model,) = build_model(recipe, ROWS)
-        with SafetensorsReader(folder, MODEL) as source:
-            load_weights(model, source, MODEL)
-    save_weights([model], folder.parent / "cut")
-    return most[0], sum(shard.data.nbytes for shard in iter_shards(model))
+    with track_peak_memory() as peak:
+        (model,) = build_model(recipe, NUM_EMBEDDINGS)
+        with SafetensorsReader(folder, MODEL) as reader:
+            load_weights(model, reader, MODEL)
+    save_weights([model], folder.parent / "sharded")
+    return peak[0], sum(shard.data.nbytes for shard in iter_shards(model))
 
 
 def export(checkpoint: Path, out: Path) -> None:
-    """What is measured."""
-    write_weights(out, convert_tensors(MegatronCheckpointReader(checkpoint), MODEL, ROWS), SHARD)
+    """Export a checkpoint's weights."""
+    write_weights(
+        out,
+        convert_tensors(MegatronCheckpointReader(checkpoint), MODEL, NUM_EMBEDDINGS),
+        SHARD_BYTES,
+    )
 
 
-def export_peak(folder: Path) -> int:
-    """Bytes that an export takes, of a checkpoint of which no matrix is whole."""
-    out = folder.parent / "export of cut"
+def measure_export_memory(folder: Path) -> int:
+    """Return the peak bytes of an export of a checkpoint whose matrices are all sharded."""
+    out = folder.parent / "export-of-sharded"
     out.mkdir()
-    with watched_memory() as most:
-        export(folder.parent / "cut", out)
-    return most[0]
+    with track_peak_memory() as peak:
+        export(folder.parent / "sharded", out)
+    return peak[0]
 
 
-def rates(folder: Path) -> dict[str, float]:
-    """Medians of the turns, in seconds."""
+def measure_seconds(folder: Path) -> dict[str, float]:
+    """Return the median seconds of each part."""
     from ul2r.model.build import build_model
     from ul2r.model.huggingface.importing import load_weights
     from ul2r.testing.layouts import save_weights
     from ul2r.train.mesh import Mesh
 
-    recipe = recipe_of(folder, Parallel())
+    recipe = make_recipe(folder, Parallel())
     Mesh.join(recipe.parallel)
-    (model,) = build_model(recipe, ROWS)
-    place = {
+    (model,) = build_model(recipe, NUM_EMBEDDINGS)
+    targets = {
         name: torch.zeros(shape)
-        for name, shape in tensor_shapes(FAMILIES[MODEL.family], MODEL, ROWS).items()
+        for name, shape in tensor_shapes(FAMILIES[MODEL.family], MODEL, NUM_EMBEDDINGS).items()
     }
     index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
     files: dict[str, dict[str, torch.Tensor]] = {}
     for name, file in index["weight_map"].items():
-        files.setdefault(file, {})[name] = place[name]
+        files.setdefault(file, {})[name] = targets[name]
     shards = list(files.values())
-    out, checkpoint = folder.parent / "export", folder.parent / "whole"
+    out = folder.parent / "export"
+    checkpoint = folder.parent / "whole"
 
-    def read() -> None:
-        with SafetensorsReader(folder, MODEL) as source:
-            load_weights(model, source, MODEL)
+    def load() -> None:
+        with SafetensorsReader(folder, MODEL) as reader:
+            load_weights(model, reader, MODEL)
 
-    read()
+    load()
     save_weights([model], checkpoint)
     parts: dict[str, Callable[[], None]] = {
-        "import": read,
-        "read": lambda: read_alone(folder, place),
+        "import": load,
+        "read": lambda: read_with_safetensors(folder, targets),
         "export": lambda: export(checkpoint, out),
-        "write": lambda: write_alone(out, shards),
+        "write": lambda: write_with_safetensors(out, shards),
         "plain": lambda: write_plainly(out, shards),
     }
-    taken: dict[str, list[float]] = {name: [] for name in parts}
-    for _ in range(TURNS):
+    seconds: dict[str, list[float]] = {name: [] for name in parts}
+    for _ in range(NUM_TURNS):
         for name, part in parts.items():
             out.mkdir()
             os.sync()
-            taken[name].append(seconds(part))
+            seconds[name].append(time_once(part))
             shutil.rmtree(out)
-    return {name: statistics.median(times) for name, times in taken.items()}
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def main() -> None:
     """Measure and print."""
-    with tempfile.TemporaryDirectory(dir=sys.argv[1] if sys.argv[1:] else None) as place:
-        folder = Path(place) / "model"
+    with tempfile.TemporaryDirectory(dir=sys.argv[1] if sys.argv[1:] else None) as parent:
+        folder = Path(parent) / "model"
         write_source(folder)
-        shapes = tensor_shapes(FAMILIES[MODEL.family], MODEL, ROWS).values()
-        total, largest = 4 * sum(map(prod, shapes)), 4 * max(map(prod, shapes))
-        (took,) = run_distributed(rates, 1, folder)
-        taken, shard = max(run_distributed(import_peak, 2, folder))
-        (exporting,) = run_distributed(export_peak, 1, folder)
+        shapes = tensor_shapes(FAMILIES[MODEL.family], MODEL, NUM_EMBEDDINGS).values()
+        total = 4 * sum(map(prod, shapes))
+        largest = 4 * max(map(prod, shapes))
+        (seconds,) = run_distributed(measure_seconds, 1, folder)
+        import_peak, shard = max(run_distributed(measure_import_memory, 2, folder))
+        (export_peak,) = run_distributed(measure_export_memory, 1, folder)
+
     figures: dict[str, Any] = {
-        "import_megabytes_per_second": round(total / took["import"] / 1e6),
-        "import_ratio": round(took["read"] / took["import"], 3),
-        "export_megabytes_per_second": round(total / took["export"] / 1e6),
-        "export_ratio": round(took["read"] / took["export"], 3),
-        "export_ratio_limit": round(took["read"] / took["plain"], 3),
-        "export_write_ratio": round(took["write"] / took["export"], 3),
-        "peak_bytes_over_shard": round(taken / shard, 3),
+        "import_megabytes_per_second": round(total / seconds["import"] / 1e6),
+        "import_ratio": round(seconds["read"] / seconds["import"], 3),
+        "export_megabytes_per_second": round(total / seconds["export"] / 1e6),
+        "export_ratio": round(seconds["read"] / seconds["export"], 3),
+        "export_ratio_limit": round(seconds["read"] / seconds["plain"], 3),
+        "export_write_ratio": round(seconds["write"] / seconds["export"], 3),
+        "peak_bytes_over_shard": round(import_peak / shard, 3),
         "allowed_bytes_over_shard": round((shard + largest) / shard, 3),
-        "export_peak_bytes_over_largest": round(exporting / largest, 3),
+        "export_peak_bytes_over_largest": round(export_peak / largest, 3),
     }
     print(json.dumps(figures))
 

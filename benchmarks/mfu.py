@@ -1,19 +1,19 @@
-"""Share of a GPU's peak that training reaches (MFU), on one device and without Ray.
+"""Model FLOPs utilization (MFU) of training on one device, without Ray.
 
     python benchmarks/mfu.py [--attention auto|sdpa|flex|te] [--peak-tflops 989]
 
 Llama-shaped models of 1B and 3B parameters with random weights (Llama 3.2's sizes), rows of 2,048 and 8,192 of the
-`ul2r` mixture, bf16. On a CPU a tiny model takes the same path; its figures mean nothing. One JSON line, with the
-figures by model and row length:
+`ul2r` mixture, bf16. On a CPU a tiny model takes the same path; its figures are meaningless. Prints one JSON line with
+these figures by model and row length:
 
-    mfu                  model FLOPs (PaLM, arXiv 2204.02311, appendix B; attention by the pairs in sight) a second over
-                         the dense bf16 peak; 0.5 is wanted, PaLM had 0.462
-    tokens_per_second    row positions
-    prefix_penalty       share of the MFU that the same examples under causal attention have more; under 0.05 is wanted
-    prefix_seconds       time for a step over causal attention's, which sees fewer pairs
-    fp8_speedup          time for a step over that with matrix products in fp8, where TransformerEngine is installed
-    peak_memory_gib      most memory that torch had allocated
-    left_out             instead of these, why a model was not tried: the device is too small
+    mfu                  model FLOPs (PaLM, arXiv 2204.02311, appendix B; attention counted by visible pairs) per second
+                         divided by the dense bf16 peak; goal: 0.5, PaLM had 0.462
+    tokens_per_second    row positions per second
+    prefix_penalty       relative loss of MFU against the same examples under causal attention; goal: below 0.05
+    prefix_seconds       seconds of a step divided by those under causal attention, which sees fewer pairs
+    fp8_speedup          seconds of a step divided by those with fp8 matrix products, if TransformerEngine is installed
+    peak_memory_gib      peak of the memory that torch allocated
+    left_out             in place of all these, the reason why a model was not run: the device is too small
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ from ul2r.testing.distributed import take_step
 from ul2r.train.mesh import Mesh
 from ul2r.train.step import TrainStep
 
-WARM_UP, STEPS = 3, 7
+NUM_WARMUP_STEPS, NUM_STEPS = 3, 7
 ON_CUDA = torch.cuda.is_available()
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and how much of it is trained at a time."""
+    """Sizes of a model and of its batches."""
 
-    layers: int
+    num_layers: int
     hidden_size: int
     ffn_hidden_size: int
-    heads: int
+    num_heads: int
     num_kv_heads: int
-    vocabulary: int
-    microbatch_tokens: int
-    microbatches: int
+    vocabulary_size: int
+    tokens_per_microbatch: int
+    num_microbatches: int
 
 
 SHAPES = {
@@ -70,14 +70,14 @@ TINY = {"tiny": Shape(2, 64, 128, 4, 2, 2048, 256, 2)}
 LENGTHS = (2048, 8192) if ON_CUDA else (128, 256)
 
 
-def recipe_of(shape: Shape, length: int, changes: Mapping[str, Any]) -> Recipe:
-    """A run of the shape on rows of `length`, with settings laid over it."""
-    rows = shape.microbatch_tokens // length
+def make_recipe(shape: Shape, length: int, changes: Mapping[str, Any]) -> Recipe:
+    """Make a recipe of the shape with rows of `length` and some settings changed."""
+    micro_batch_size = shape.tokens_per_microbatch // length
     objective = {"sequence_length": length, **changes.get("objective", {})}
     training = {
-        "steps": WARM_UP + STEPS,
-        "micro_batch_size": rows,
-        "global_batch_size": rows * shape.microbatches,
+        "steps": NUM_WARMUP_STEPS + NUM_STEPS,
+        "micro_batch_size": micro_batch_size,
+        "global_batch_size": micro_batch_size * shape.num_microbatches,
         **changes.get("training", {}),
     }
     return Recipe.model_validate(
@@ -86,70 +86,75 @@ def recipe_of(shape: Shape, length: int, changes: Mapping[str, Any]) -> Recipe:
             "storage": tempfile.gettempdir(),
             "data": {
                 "num_sentinels": Objective(sequence_length=length).num_sentinels_needed,
-                "vocabulary_size": shape.vocabulary,
+                "vocabulary_size": shape.vocabulary_size,
             },
             "model": {
-                "num_layers": shape.layers,
+                "num_layers": shape.num_layers,
                 "hidden_size": shape.hidden_size,
                 "ffn_hidden_size": shape.ffn_hidden_size,
-                "num_heads": shape.heads,
-                "num_num_kv_heads": shape.num_kv_heads,
+                "num_heads": shape.num_heads,
+                "num_kv_heads": shape.num_kv_heads,
                 "rope_theta": 500_000,
             },
             "objective": objective,
             "attention": changes["attention"],
             "training": training,
-            "validation": {"num_rows": rows},
-            "launch": {"gpus_per_worker": int(ON_CUDA), "device_memory_gib": device_memory_gib()},
+            "validation": {"num_rows": micro_batch_size},
+            "launch": {"gpus_per_worker": int(ON_CUDA), "device_memory_gib": get_free_memory_gib()},
         }
     )
 
 
-def device_memory_gib() -> float | None:
-    """What is free on the device; None on a CPU."""
+def get_free_memory_gib() -> float | None:
+    """Return the free memory of the device, None on a CPU."""
     return torch.cuda.mem_get_info()[0] / 2**30 if ON_CUDA else None
 
 
-def rows_of(recipe: Recipe, step: int) -> Batch:
-    """A step's rows of random text."""
-    sentinels, size = recipe.data.num_sentinels, recipe.data.vocabulary_size
+def make_batch(recipe: Recipe, step: int) -> Batch:
+    """Build a step's rows of random text."""
+    size = recipe.data.vocabulary_size
+    first_word = 4 + recipe.data.num_sentinels  # after eos, three modes and the sentinels
+    modes = {"S2S": (1,), "NLU": (2,), "NLG": (3,)}
     draw = np.random.default_rng(step)
-    batch = recipe.training.global_batch_size
+    num_rows = recipe.training.global_batch_size
     return build_batch(
-        range(step * batch, (step + 1) * batch),
+        range(step * num_rows, (step + 1) * num_rows),
         objective=recipe.objective,
-        vocabulary=Vocabulary(
-            size, 0, {"S2S": (1,), "NLU": (2,), "NLG": (3,)}, tuple(range(4, 4 + sentinels))
-        ),
+        vocabulary=Vocabulary(size, 0, modes, tuple(range(4, first_word))),
         seed=recipe.seed,
-        text_windows=SyntheticWindows(lambda _, length: draw.integers(4 + sentinels, size, length)),
+        text_windows=SyntheticWindows(lambda _, length: draw.integers(first_word, size, length)),
     )
 
 
-def trained(recipe: Recipe, mesh: Mesh, peak: float) -> dict[str, float]:
-    """Time of a step, and what follows from it."""
+def train(recipe: Recipe, mesh: Mesh, peak: float) -> dict[str, float]:
+    """Train and return the seconds of a step and what follows from them."""
     train_step = TrainStep(recipe, mesh, recipe.data.vocabulary_size)
     if ON_CUDA:
         torch.cuda.reset_peak_memory_stats()
-    seconds, flops = [], []
-    for step in range(WARM_UP + STEPS):
-        rows = rows_of(recipe, step)
-        began = time.perf_counter()
-        losses = take_step(train_step, step, rows).losses  # known to the host: the device is done
-        seconds.append(time.perf_counter() - began)
+
+    seconds = []
+    flops = []
+    for step in range(NUM_WARMUP_STEPS + NUM_STEPS):
+        batch = make_batch(recipe, step)
+        start = time.perf_counter()
+        # The host knows the losses only when the device has finished, so no further wait is needed.
+        losses = take_step(train_step, step, batch).losses
+        seconds.append(time.perf_counter() - start)
         flops.append(
             training_flops(
                 recipe.model, recipe.data.vocabulary_size, losses.positions, losses.num_visible_keys
             )
         )
         assert np.isfinite(losses.mean)
+
+    # Frees the model before the next one is built.
     del train_step
     gc.collect()
     if ON_CUDA:
         torch.cuda.empty_cache()
-    step_seconds = statistics.median(seconds[WARM_UP:])
+    step_seconds = statistics.median(seconds[NUM_WARMUP_STEPS:])
     return {
-        "mfu": statistics.median(flops[WARM_UP:]) / step_seconds / (peak * 1e12),
+        "mfu": statistics.median(flops[NUM_WARMUP_STEPS:]) / step_seconds / (peak * 1e12),
         "tokens_per_second": losses.positions / step_seconds,
         "step_seconds": step_seconds,
         "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if ON_CUDA else 0.0,
@@ -159,9 +164,9 @@ def trained(recipe: Recipe, mesh: Mesh, peak: float) -> dict[str, float]:
 def measure(
     shape: Shape, length: int, mesh: Mesh, attention: str, peak: float
 ) -> dict[str, float | str]:
-    """Figures of one model at one row length."""
+    """Measure one model at one row length."""
     try:
-        check_memory(recipe_of(shape, length, {"attention": attention}), shape.vocabulary)
+        check_memory(make_recipe(shape, length, {"attention": attention}), shape.vocabulary_size)
     except RecipeError as error:
         return {"left_out": str(error)}
     arms: dict[str, Mapping[str, Any]] = {
@@ -170,11 +175,12 @@ def measure(
     }
     if ON_CUDA and find_spec("transformer_engine"):
         arms["fp8"] = {"training": {"precision": "fp8"}}
-    found = {
-        arm: trained(recipe_of(shape, length, {"attention": attention, **changes}), mesh, peak)
+    results = {
+        arm: train(make_recipe(shape, length, {"attention": attention, **changes}), mesh, peak)
         for arm, changes in arms.items()
     }
-    prefix, causal = found["prefix"], found["causal"]
+    prefix = results["prefix"]
+    causal = results["causal"]
     figures: dict[str, float | str] = {
         "mfu": prefix["mfu"],
         "tokens_per_second": prefix["tokens_per_second"],
@@ -182,18 +188,18 @@ def measure(
         "prefix_seconds": prefix["step_seconds"] / causal["step_seconds"],
         "peak_memory_gib": prefix["peak_memory_gib"],
     }
-    if "fp8" in found:
-        figures["fp8_speedup"] = prefix["step_seconds"] / found["fp8"]["step_seconds"]
+    if "fp8" in results:
+        figures["fp8_speedup"] = prefix["step_seconds"] / results["fp8"]["step_seconds"]
     return figures
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description="Share of a GPU's peak that training reaches.")
+    parser = argparse.ArgumentParser(description="Model FLOPs utilization of training.")
     parser.add_argument(
         "--peak-tflops", type=float, default=989.0, help="dense bf16 peak (H100, H200: 989)"
     )
-    parser.add_argument("--attention", default="auto", help="what computes attention")
+    parser.add_argument("--attention", default="auto", help="attention backend")
     arguments = parser.parse_args()
     peak = arguments.peak_tflops
     figures = {}
@@ -208,11 +214,11 @@ def main() -> None:
         for name, shape in (SHAPES if ON_CUDA else TINY).items():
             for length in LENGTHS:
                 mesh = Mesh.join(Parallel())
-                found = measure(shape, length, mesh, arguments.attention, peak)
+                results = measure(shape, length, mesh, arguments.attention, peak)
                 mesh.leave()
                 figures[f"{name}/{length}"] = {
                     key: value if isinstance(value, str) else float(f"{value:.4g}")
-                    for key, value in found.items()
+                    for key, value in results.items()
                 }
         dist.destroy_process_group()
     device = torch.cuda.get_device_name() if ON_CUDA else "cpu"

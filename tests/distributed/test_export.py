@@ -1,4 +1,4 @@
-"""A trained checkpoint, exported, is the same function in `transformers`."""
+"""An exported checkpoint computes the same function in transformers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LENGTH = 48
 
 
 def train_and_run(recipe: Recipe, tokens: torch.Tensor, prefix: int) -> torch.Tensor:
-    """Train, then this rank's logits of the trained Megatron model, gathered over tensor ranks."""
+    """Train and return the trained Megatron model's logits, gathered over tensor ranks."""
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
     from ul2r.data.store.dataset import open_dataset
@@ -40,11 +40,13 @@ def train_and_run(recipe: Recipe, tokens: torch.Tensor, prefix: int) -> torch.Te
     from ul2r.train.step import TrainStep
 
     run_worker(recipe, MemoryTracker())
+
     mesh = Mesh.join(recipe.parallel)
     step = TrainStep(recipe, mesh, open_dataset(recipe.storage_paths.store).vocabulary.size)
     latest = latest_valid(CheckpointStore.from_recipe(recipe))
     assert latest is not None
     load_checkpoint(latest, step, optimizer=False)
+
     position = torch.arange(LENGTH).expand(len(tokens), -1)
     kv_end = np.maximum(position.numpy() + 1, prefix)
     logits = step.chunks[0](tokens, position, pack_intervals(0 * kv_end, kv_end))
@@ -55,7 +57,9 @@ def train_and_run(recipe: Recipe, tokens: torch.Tensor, prefix: int) -> torch.Te
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     folder = tmp_path_factory.mktemp("export")
-    make_tiny_store(folder / "store", vocabulary_size=500)  # not a multiple of 128: the padding must go
+    make_tiny_store(
+        folder / "store", vocabulary_size=500
+    )  # not a multiple of 128: padding rows must be dropped
     return tiny_recipe(
         folder,
         training={"steps": 3},
@@ -64,7 +68,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     )
 
 
-def test_exported_logits_are_the_trained_models(recipe: Recipe) -> None:
+def test_exported_logits_equal_the_trained_models(recipe: Recipe) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 500, (3, LENGTH)))
@@ -77,21 +81,24 @@ def test_exported_logits_are_the_trained_models(recipe: Recipe) -> None:
         logits = model(tokens, attention_mask=mask).logits
     assert trained.shape[-1] == 512
     torch.testing.assert_close(logits, trained[..., :500], atol=1e-4, rtol=1e-4)
-    said = json.loads((folder / "ul2r.json").read_text())
-    assert (said["attention"], said["denoising"]) == ("prefix", True)
-    assert (said["step"], said["tokens"]) == (3, 3 * 8 * 64)
+
+    metadata = json.loads((folder / "ul2r.json").read_text())
+    assert (metadata["attention"], metadata["denoising"]) == ("prefix", True)
+    assert (metadata["step"], metadata["tokens"]) == (3, 3 * 8 * 64)
+
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = "Every child sees the moon."
     assert tokenizer.decode(tokenizer(text).input_ids) == text
-    assert tokenizer.eos_token_id == said["vocabulary"]["eos"]
+    assert tokenizer.eos_token_id == metadata["vocabulary"]["eos"]
+
     readme = (folder / "README.md").read_text()
     store = open_dataset(recipe.storage_paths.store)
     assert f"fingerprint `{store.manifest.fingerprint}`" in readme
     assert "learning_rate: 0.05" in readme
 
 
-def held_out(recipe: Recipe) -> list[dict[str, float]]:
-    """Held-out losses of a run, in the order they were measured."""
+def train_and_evaluate(recipe: Recipe) -> list[dict[str, float]]:
+    """Train and return the held-out losses in the order of their measurement."""
     from ul2r.launch.worker import run_worker
     from ul2r.tracking.tracker import MemoryTracker
 
@@ -106,17 +113,17 @@ def held_out(recipe: Recipe) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def first(recipe: Recipe) -> tuple[Recipe, list[dict[str, float]]]:
-    """A run that has been trained, and its held-out losses."""
+    """Train a run; return it and its held-out losses."""
     trained = recipe.model_copy(update={"name": "first"})
-    return trained, run_distributed(held_out, 2, trained)[0]
+    return trained, run_distributed(train_and_evaluate, 2, trained)[0]
 
 
-def test_a_run_goes_on_from_an_export_as_from_the_checkpoint(
+def test_a_run_starts_from_an_export_as_from_the_checkpoint(
     recipe: Recipe, first: tuple[Recipe, list[dict[str, float]]]
 ) -> None:
-    """The export as a Hugging Face base in another layout: its first losses are the exported run's last.
+    """With the export as its base, in another layout, its first losses equal the exported run's last.
 
-    Not to the last digit: rows of padding, which an export has not, are among what training chooses from.
+    Not to the last digit: in training the softmax runs over padding rows as well, which an export drops.
     """
     trained, before = first
     folder = export(trained)
@@ -126,7 +133,7 @@ def test_a_run_goes_on_from_an_export_as_from_the_checkpoint(
     follower = Recipe.model_validate(tree)
     assert isinstance(follower.base, HuggingFaceBase)
     check_base(follower, open_dataset(recipe.storage_paths.store))
-    after, _ = run_distributed(held_out, 2, follower)
+    after, _ = run_distributed(train_and_evaluate, 2, follower)
     assert after[0] == pytest.approx(before[-1], rel=5e-4)
     assert after[-1] != pytest.approx(after[0], rel=1e-2)
     latest = latest_valid(CheckpointStore.from_recipe(follower))
@@ -136,12 +143,13 @@ def test_a_run_goes_on_from_an_export_as_from_the_checkpoint(
     assert info.tokens == 3 * 8 * 64
 
 
-def test_an_earlier_checkpoint_is_exported_beside_the_last(
+def test_a_chosen_checkpoint_is_exported_to_a_folder_of_its_own(
     first: tuple[Recipe, list[dict[str, float]]],
 ) -> None:
-    """Here a copy elsewhere of the only one; a damaged one is refused, with nothing written."""
+    """A copy of the run's checkpoint is exported; a damaged one is refused and nothing is written."""
     trained, _ = first
-    last, latest = export(trained), latest_valid(CheckpointStore.from_recipe(trained))
+    last = export(trained)
+    latest = latest_valid(CheckpointStore.from_recipe(trained))
     assert latest is not None
     copy = Path(shutil.copytree(latest, trained.storage / "copied"))
     chosen = trained.model_copy(update={"export": Export(checkpoint=copy)})
@@ -149,6 +157,7 @@ def test_an_earlier_checkpoint_is_exported_beside_the_last(
     assert folder.name == "export-copied"
     for name in ("model.safetensors", "ul2r.json", "config.json"):
         assert (folder / name).read_bytes() == (last / name).read_bytes()
+
     shutil.rmtree(folder)
     damaged = max(copy.glob("*.distcp"))
     damaged.write_bytes(damaged.read_bytes()[:-1])
@@ -157,6 +166,6 @@ def test_an_earlier_checkpoint_is_exported_beside_the_last(
     assert not folder.exists()
 
 
-def test_a_run_without_a_checkpoint_is_named(recipe: Recipe) -> None:
+def test_a_run_without_a_checkpoint_is_refused_by_name(recipe: Recipe) -> None:
     with pytest.raises(CheckpointError, match="run 'nobody' has no checkpoint"):
         export(recipe.model_copy(update={"name": "nobody"}))

@@ -1,4 +1,4 @@
-"""Every family: imported, trained and exported in every layout, it is the function that `transformers` computes."""
+"""Every family, imported, trained and exported in every layout, computes the same function as in transformers."""
 
 from __future__ import annotations
 
@@ -38,17 +38,24 @@ LENGTH, PREFIX, VOCABULARY = 48, 20, 500
 
 
 @dataclass(frozen=True)
-class Carried:
-    """Logits of the last stage before and after training, (B, S, V)."""
+class TrainedModel:
+    """Model that was imported and trained for two steps.
 
-    imported: Tensor
-    trained: Tensor
+    Attributes:
+        imported_logits: Logits before training, (B, S, V).
+        trained_logits: Logits after training, (B, S, V).
+        losses: Loss of each step.
+        gradient_norms: Gradient norm of each step.
+    """
+
+    imported_logits: Tensor
+    trained_logits: Tensor
     losses: list[float]
     gradient_norms: list[float]
 
 
-def carry(recipes: list[Recipe], tokens: Tensor) -> list[Carried | None]:
-    """Import, save, take two steps and save again, each recipe in turn; None on ranks without logits."""
+def import_and_train(recipes: list[Recipe], tokens: Tensor) -> list[TrainedModel | None]:
+    """Import, save, take two steps and save again, for each recipe; None on ranks without logits."""
     from ul2r.data.sampling.batches import BatchBuilder
     from ul2r.data.store.dataset import open_dataset
     from ul2r.testing.layouts import gather_logits, save_weights
@@ -57,7 +64,7 @@ def carry(recipes: list[Recipe], tokens: Tensor) -> list[Carried | None]:
     from ul2r.train.step import TrainStep
 
     mesh = Mesh.join(recipes[0].parallel)
-    found = []
+    models = []
     for recipe in recipes:
         dataset = open_dataset(recipe.storage_paths.store)
         step = TrainStep(recipe, mesh, dataset.vocabulary.size)
@@ -65,21 +72,24 @@ def carry(recipes: list[Recipe], tokens: Tensor) -> list[Carried | None]:
         load_pretrained(recipe, recipe.base, step)
         imported = gather_logits(step.chunks[0], tokens, PREFIX)
         save_weights(step.chunks, recipe.paths.folder / "imported")
+
         batches = BatchBuilder(recipe, dataset)
-        taken = [
+        results = [
             take_step(step, number, batches.build(number, mesh.data_rank, recipe.parallel.data))
             for number in range(2)
         ]
         trained = gather_logits(step.chunks[0], tokens, PREFIX)
         save_weights(step.chunks, recipe.paths.folder / "trained")
-        losses = [result.losses.mean for result in taken]
-        norms = [result.gradient_norm for result in taken]
-        found.append(Carried(imported, trained, losses, norms) if mesh.is_last_stage else None)
-    return found
+
+        losses = [result.losses.mean for result in results]
+        norms = [result.gradient_norm for result in results]
+        model = TrainedModel(imported, trained, losses, norms)
+        models.append(model if mesh.is_last_stage else None)
+    return models
 
 
-def embedding_of(recipe: Recipe, vocabulary_size: int) -> Tensor:
-    """This rank's rows of an imported embedding, for a tokenizer of so many entries."""
+def import_embedding(recipe: Recipe, vocabulary_size: int) -> Tensor:
+    """Return this rank's rows of an imported embedding, for a tokenizer of `vocabulary_size` entries."""
     from ul2r.model.build import build_model
     from ul2r.model.huggingface.importing import load_weights
     from ul2r.model.huggingface.safetensors_reader import SafetensorsReader
@@ -88,10 +98,10 @@ def embedding_of(recipe: Recipe, vocabulary_size: int) -> Tensor:
     Mesh.join(recipe.parallel)
     (model,) = build_model(recipe, vocabulary_size)
     assert isinstance(recipe.base, HuggingFaceBase)
-    with SafetensorsReader(Path(recipe.base.hf), recipe.model) as source:
-        load_weights(model, source, recipe.model)
-    rows: Tensor = model.embedding.word_embeddings.weight.detach().clone()
-    return rows
+    with SafetensorsReader(Path(recipe.base.hf), recipe.model) as reader:
+        load_weights(model, reader, recipe.model)
+    weight: Tensor = model.embedding.word_embeddings.weight.detach().clone()
+    return weight
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +121,7 @@ def tokens() -> Tensor:
     return torch.from_numpy(np.random.default_rng(0).integers(0, VOCABULARY, (3, LENGTH)))
 
 
-def recipe_of(storage: Path, name: str, layout: str) -> Recipe:
+def make_recipe(storage: Path, name: str, layout: str) -> Recipe:
     architecture = read_architecture(storage / name)
     parallel: dict[str, Any] = dict(LAYOUTS[layout])
     if architecture.num_experts is not None and "tensor" in parallel:
@@ -127,29 +137,29 @@ def recipe_of(storage: Path, name: str, layout: str) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def carried(
+def trained(
     storage: Path, models: dict[str, PreTrainedModel], tokens: Tensor
-) -> dict[tuple[str, str], Carried]:
-    """Every family in every layout, by one set of processes for each layout."""
-    found: dict[tuple[str, str], Carried] = {}
+) -> dict[tuple[str, str], TrainedModel]:
+    """Train every family in every layout, with one set of processes per layout."""
+    trained: dict[tuple[str, str], TrainedModel] = {}
     for layout, parallel in LAYOUTS.items():
-        recipes = [recipe_of(storage, name, layout) for name in models]
-        *_, last = run_distributed(carry, parallel.get("num_workers", 1), recipes, tokens)
-        found |= {(name, layout): one for name, one in zip(models, last, strict=True)}
-    return found
+        recipes = [make_recipe(storage, name, layout) for name in models]
+        num_workers = parallel.get("num_workers", 1)
+        *_, last = run_distributed(import_and_train, num_workers, recipes, tokens)
+        trained |= {(name, layout): model for name, model in zip(models, last, strict=True)}
+    return trained
 
 
-def exported(storage: Path, name: str, layout: str, what: str) -> Path:
-    """The checkpoint of a run as a Hugging Face folder."""
-    recipe = recipe_of(storage, name, layout)
+def export(storage: Path, name: str, layout: str, checkpoint: str) -> Path:
+    """Export a checkpoint of a run, "imported" or "trained", and return the folder."""
+    recipe = make_recipe(storage, name, layout)
     architecture: Architecture = recipe.model
     dataset = make_tiny_store(storage / "vocabulary", vocabulary_size=VOCABULARY)
-    folder = recipe.paths.folder / f"{what}-export"
+    folder = recipe.paths.folder / f"{checkpoint}-export"
+    reader = MegatronCheckpointReader(recipe.paths.folder / checkpoint)
     write_export(
         folder,
-        convert_tensors(
-            MegatronCheckpointReader(recipe.paths.folder / what), architecture, VOCABULARY
-        ),
+        convert_tensors(reader, architecture, VOCABULARY),
         architecture=architecture,
         max_positions=LENGTH,
         metadata=ExportMetadata(
@@ -164,92 +174,100 @@ def exported(storage: Path, name: str, layout: str, what: str) -> Path:
 def test_new_rows_of_the_embedding_are_the_mean_of_the_others(
     storage: Path, models: dict[str, PreTrainedModel]
 ) -> None:
-    """On two ranks, of which the first has old rows alone and the second both."""
-    parts = run_distributed(embedding_of, 2, recipe_of(storage, "Llama 3.2", "TP 2"), 600)
-    rows, old = torch.cat(parts), models["Llama 3.2"].get_input_embeddings().weight
-    assert rows.shape == (640, 32)
-    assert torch.equal(rows[:VOCABULARY], old)
-    torch.testing.assert_close(rows[VOCABULARY:], old.mean(0).expand(140, -1))
+    """On two ranks: the first has old rows only, the second both."""
+    parts = run_distributed(import_embedding, 2, make_recipe(storage, "Llama 3.2", "TP 2"), 600)
+    embedding = torch.cat(parts)
+    original = models["Llama 3.2"].get_input_embeddings().weight
+    assert embedding.shape == (640, 32)
+    assert torch.equal(embedding[:VOCABULARY], original)
+    torch.testing.assert_close(embedding[VOCABULARY:], original.mean(0).expand(140, -1))
 
 
-def norms_of(recipe: Recipe) -> list[Tensor]:
-    """Weights of a new model that are no matrices."""
+def initialize_norms(recipe: Recipe) -> list[Tensor]:
+    """Return the vectors among the weights of a new model."""
     from ul2r.model.build import build_model
     from ul2r.train.mesh import Mesh
 
     Mesh.join(recipe.parallel)
     (model,) = build_model(recipe, VOCABULARY)
-    return [one.detach().clone() for one in model.parameters() if one.dim() == 1]
+    return [weight.detach().clone() for weight in model.parameters() if weight.dim() == 1]
 
 
-def test_a_new_model_begins_with_norms_that_change_nothing(storage: Path) -> None:
+def test_norms_of_a_new_model_are_neutral(storage: Path) -> None:
     for changes, neutral in ((GEMMA_3, 0), ({}, 1)):
-        (norms,) = run_distributed(norms_of, 1, tiny_recipe(storage, model=changes))
+        (norms,) = run_distributed(initialize_norms, 1, tiny_recipe(storage, model=changes))
         assert len(norms) == 4 * (6 if changes else 2) + 1
         assert all((norm == neutral).all() for norm in norms)
 
 
-EVERY = [(name, layout) for layout in LAYOUTS for name in MODELS]
+CASES = [(name, layout) for layout in LAYOUTS for name in MODELS]
 
 
-@pytest.mark.parametrize(("name", "layout"), EVERY)
-def test_imported_logits_are_those_of_transformers(
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_imported_logits_equal_those_of_transformers(
     models: dict[str, PreTrainedModel],
-    carried: dict[tuple[str, str], Carried],
+    trained: dict[tuple[str, str], TrainedModel],
     tokens: Tensor,
     name: str,
     layout: str,
 ) -> None:
-    ours = carried[name, layout].imported
+    ours = trained[name, layout].imported_logits
     assert ours.shape[-1] == 512
     expected = compute_reference_logits(models[name], tokens, PREFIX)
     torch.testing.assert_close(ours[..., :VOCABULARY], expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "layout"), EVERY)
+@pytest.mark.parametrize(("name", "layout"), CASES)
 def test_every_layout_takes_the_same_steps(
-    carried: dict[tuple[str, str], Carried], name: str, layout: str
+    trained: dict[tuple[str, str], TrainedModel], name: str, layout: str
 ) -> None:
-    ours, single = carried[name, layout], carried[name, "single"]
+    ours = trained[name, layout]
+    single = trained[name, "single"]
     assert ours.losses == pytest.approx(single.losses, rel=1e-4)
     assert ours.gradient_norms == pytest.approx(single.gradient_norms, rel=1e-3)
 
 
-@pytest.mark.parametrize(("name", "layout"), EVERY)
+@pytest.mark.parametrize(("name", "layout"), CASES)
 def test_export_of_an_import_has_the_same_tensors_bit_for_bit(
-    storage: Path, carried: dict[tuple[str, str], Carried], name: str, layout: str
+    storage: Path, trained: dict[tuple[str, str], TrainedModel], name: str, layout: str
 ) -> None:
-    assert (name, layout) in carried
-    folder = exported(storage, name, layout, "imported")
-    before, after = (load_file(place / "model.safetensors") for place in (storage / name, folder))
-    assert before.keys() == after.keys()
-    for tensor, value in before.items():
-        assert torch.equal(value, after[tensor]), tensor
+    assert (name, layout) in trained
+    folder = export(storage, name, layout, "imported")
+    original = load_file(storage / name / "model.safetensors")
+    exported = load_file(folder / "model.safetensors")
+    assert original.keys() == exported.keys()
+    for key, tensor in original.items():
+        assert torch.equal(tensor, exported[key]), key
     assert read_architecture(folder) == read_architecture(storage / name)
 
 
-@pytest.mark.parametrize(("name", "layout"), EVERY)
-def test_exported_logits_are_the_trained_models(
-    storage: Path, carried: dict[tuple[str, str], Carried], tokens: Tensor, name: str, layout: str
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_exported_logits_equal_the_trained_models(
+    storage: Path,
+    trained: dict[tuple[str, str], TrainedModel],
+    tokens: Tensor,
+    name: str,
+    layout: str,
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    trained = carried[name, layout].trained[..., :VOCABULARY]
-    assert (trained - carried[name, layout].imported[..., :VOCABULARY]).abs().max() > 0.1
-    model = AutoModelForCausalLM.from_pretrained(exported(storage, name, layout, "trained")).eval()
-    torch.testing.assert_close(
-        compute_reference_logits(model, tokens, PREFIX), trained, atol=1e-4, rtol=1e-4
-    )
+    before = trained[name, layout].imported_logits[..., :VOCABULARY]
+    after = trained[name, layout].trained_logits[..., :VOCABULARY]
+    assert (after - before).abs().max() > 0.1
+    folder = export(storage, name, layout, "trained")
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    exported = compute_reference_logits(model, tokens, PREFIX)
+    torch.testing.assert_close(exported, after, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_an_export_is_served_token_by_token(
-    storage: Path, carried: dict[tuple[str, str], Carried], tokens: Tensor, name: str
+    storage: Path, trained: dict[tuple[str, str], TrainedModel], tokens: Tensor, name: str
 ) -> None:
-    """Inputs in both directions, then one token at a time with keys and values kept: the trained model's logits."""
-    trained = carried[name, "single"].trained[0, :, :VOCABULARY]
-    model = LanguageModel.load(exported(storage, name, "single", "trained"))
+    """Inputs in both directions, then one token at a time with cached keys and values, give the trained logits."""
+    expected = trained[name, "single"].trained_logits[0, :, :VOCABULARY]
+    model = LanguageModel.load(export(storage, name, "single", "trained"))
     decoder = IncrementalDecoder(model, tokens[0, :PREFIX].tolist(), bidirectional=True)
-    for place in range(PREFIX, PREFIX + 4):
-        torch.testing.assert_close(decoder.logits, trained[place - 1], atol=1e-4, rtol=1e-4)
-        decoder.feed(int(tokens[0, place]))
+    for position in range(PREFIX, PREFIX + 4):
+        torch.testing.assert_close(decoder.logits, expected[position - 1], atol=1e-4, rtol=1e-4)
+        decoder.feed(int(tokens[0, position]))

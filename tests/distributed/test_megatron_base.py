@@ -1,4 +1,4 @@
-"""A checkpoint that Megatron-Core alone wrote, of its own model, as a run's base."""
+"""A checkpoint of Megatron-Core's own model, written by Megatron-Core alone, as a run's base."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from ul2r.workflows.export import export
 
 pytestmark = pytest.mark.distributed
 
-ROWS, LENGTH = 384, 32
+NUM_EMBEDDINGS, LENGTH = 384, 32
 
 
 def write_with_megatron(folder: Path, tokens: Tensor) -> Tensor:
-    """Save a GPTModel of Megatron's, split in two, as Megatron-LM does; its logits with its own attention."""
+    """Save Megatron's GPTModel, sharded over two ranks, as Megatron-LM does; return logits of its own attention."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.models.gpt import GPTModel
@@ -65,36 +65,42 @@ def write_with_megatron(folder: Path, tokens: Tensor) -> Tensor:
     model = GPTModel(
         config=config,
         transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
-        vocab_size=ROWS,
+        vocab_size=NUM_EMBEDDINGS,
         max_sequence_length=64,
         share_embeddings_and_output_weights=False,
         position_embedding_type="rope",
     )
+
     iteration = folder / "iter_0000005"
     if torch.distributed.get_rank() == 0:
         iteration.mkdir(parents=True)
         (folder / "latest_checkpointed_iteration.txt").write_text("5")
     torch.distributed.barrier()
-    filesystem_async._results_queue = queue.Queue()  # else Megatron-Core starts a server process
+    # Otherwise Megatron-Core starts a server process for this queue.
+    filesystem_async._results_queue = queue.Queue()
     state = {"model": model.sharded_state_dict(), "iteration": 5}
     dist_checkpointing.save(state, str(iteration))
+
     position = torch.arange(LENGTH)
-    hidden = (position[None] > position[:, None])[None, None]  # Megatron's masks say what is hidden
+    is_hidden = (position[None] > position[:, None])[
+        None, None
+    ]  # True is invisible in Megatron's masks
     with torch.no_grad():
-        logits = model(tokens, position.expand(len(tokens), -1), hidden)
+        logits = model(tokens, position.expand(len(tokens), -1), is_hidden)
     gathered: Tensor = gather_from_tensor_model_parallel_region(logits)
     return gathered.clone()
 
 
 def start_from(recipe: Recipe, tokens: Tensor) -> tuple[Tensor, Tensor, float]:
-    """The run's logits and output matrix before its first step, and the loss of that step."""
+    """Return the run's logits and output matrix before its first step, and the loss of that step."""
     from ul2r.data.sampling.batches import BatchBuilder
     from ul2r.testing.layouts import gather_logits
     from ul2r.train.checkpoint.pretrained import load_pretrained
     from ul2r.train.mesh import Mesh
     from ul2r.train.step import TrainStep
 
-    dataset, mesh = open_dataset(recipe.storage_paths.store), Mesh.join(recipe.parallel)
+    dataset = open_dataset(recipe.storage_paths.store)
+    mesh = Mesh.join(recipe.parallel)
     step = TrainStep(recipe, mesh, dataset.vocabulary.size)
     assert recipe.base is not None
     assert not isinstance(recipe.base, str)
@@ -108,10 +114,12 @@ def start_from(recipe: Recipe, tokens: Tensor) -> tuple[Tensor, Tensor, float]:
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     storage = tmp_path_factory.mktemp("megatron")
-    make_tiny_store(storage / "store", vocabulary_size=500)  # more than the base has rows for
+    make_tiny_store(
+        storage / "store", vocabulary_size=500
+    )  # more than the base's embedding has rows
     return tiny_recipe(
         storage,
-        base={"megatron": str(storage / "theirs")},
+        base={"megatron": str(storage / "megatron")},
         model={"tie_embeddings": False},
         parallel={"num_workers": 2, "pipeline": 2},
         optimizer={"learning_rate": 1e-9, "final_learning_rate": 0.0},
@@ -120,32 +128,32 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 @pytest.fixture(scope="module")
 def tokens() -> Tensor:
-    return torch.from_numpy(np.random.default_rng(0).integers(0, ROWS, (2, LENGTH)))
+    return torch.from_numpy(np.random.default_rng(0).integers(0, NUM_EMBEDDINGS, (2, LENGTH)))
 
 
 @pytest.fixture(scope="module")
-def theirs(recipe: Recipe, tokens: Tensor) -> Tensor:
-    """Megatron's logits of the checkpoint that it wrote."""
+def megatron_logits(recipe: Recipe, tokens: Tensor) -> Tensor:
+    """Write the base with Megatron and return its logits."""
     written: list[Tensor] = run_distributed(
-        write_with_megatron, 2, recipe.storage / "theirs", tokens
+        write_with_megatron, 2, recipe.storage / "megatron", tokens
     )
     return written[0]
 
 
-def test_a_run_begins_with_the_logits_of_megatrons_own_model(
-    recipe: Recipe, theirs: Tensor, tokens: Tensor
+def test_a_run_starts_from_the_logits_of_megatrons_own_model(
+    recipe: Recipe, megatron_logits: Tensor, tokens: Tensor
 ) -> None:
     check_base(recipe, open_dataset(recipe.storage_paths.store))
     _, (ours, output, loss) = run_distributed(start_from, 2, recipe, tokens)
     assert ours.shape[-1] == 512
-    torch.testing.assert_close(ours[..., :ROWS], theirs, atol=1e-4, rtol=1e-4)
-    mean = output[:ROWS].mean(0).expand(512 - ROWS, -1)
-    torch.testing.assert_close(output[ROWS:], mean, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(ours[..., :NUM_EMBEDDINGS], megatron_logits, atol=1e-4, rtol=1e-4)
+    mean = output[:NUM_EMBEDDINGS].mean(0).expand(512 - NUM_EMBEDDINGS, -1)
+    torch.testing.assert_close(output[NUM_EMBEDDINGS:], mean, atol=1e-6, rtol=1e-4)
     assert 0 < loss < 20
 
 
-def test_another_model_than_the_recipes_is_refused(recipe: Recipe, theirs: Tensor) -> None:
-    assert len(theirs) == 2
+def test_a_base_of_another_model_is_refused(recipe: Recipe, megatron_logits: Tensor) -> None:
+    assert len(megatron_logits) == 2
     dataset = open_dataset(recipe.storage_paths.store)
 
     def with_model(**changes: object) -> Recipe:
@@ -157,29 +165,30 @@ def test_another_model_than_the_recipes_is_refused(recipe: Recipe, theirs: Tenso
         check_base(with_model(bias="qkv"), dataset)
 
 
-def test_what_megatron_wrote_is_exported_as_the_same_function(
-    recipe: Recipe, theirs: Tensor, tokens: Tensor
+def test_a_megatron_checkpoint_is_exported_as_the_same_function(
+    recipe: Recipe, megatron_logits: Tensor, tokens: Tensor
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    make_tiny_store(recipe.storage / "smaller" / "store", vocabulary_size=ROWS)
-    chosen = Export(checkpoint=recipe.storage / "theirs")
-    changes = {"storage": recipe.storage / "smaller", "export": chosen, "base": None}
+    make_tiny_store(recipe.storage / "smaller" / "store", vocabulary_size=NUM_EMBEDDINGS)
+    export_settings = Export(checkpoint=recipe.storage / "megatron")
+    changes = {"storage": recipe.storage / "smaller", "export": export_settings, "base": None}
     folder = export(recipe.model_copy(update=changes))
     assert folder.name == "export-iter_0000005"
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     with torch.no_grad():
-        torch.testing.assert_close(model(tokens).logits, theirs, atol=1e-4, rtol=1e-4)
-    said = json.loads((folder / "ul2r.json").read_text())
-    assert (said["attention"], said["denoising"], said["step"]) == ("causal", False, 0)
+        torch.testing.assert_close(model(tokens).logits, megatron_logits, atol=1e-4, rtol=1e-4)
+
+    metadata = json.loads((folder / "ul2r.json").read_text())
+    assert (metadata["attention"], metadata["denoising"], metadata["step"]) == ("causal", False, 0)
     assert "Converted from a Megatron-LM checkpoint" in (folder / "README.md").read_text()
     with pytest.raises(
         CheckpointError, match=r"word_embeddings.weight has shape \(384, 32\), .*500"
     ):
-        export(recipe.model_copy(update={"export": chosen}))
+        export(recipe.model_copy(update={"export": export_settings}))
 
 
 def test_a_folder_without_a_checkpoint_is_refused(recipe: Recipe) -> None:
-    lost = tiny_recipe(recipe.storage, base={"megatron": str(recipe.storage / "store")})
+    wrong = tiny_recipe(recipe.storage, base={"megatron": str(recipe.storage / "store")})
     with pytest.raises(CheckpointError, match=r"has no .metadata, so it is not a torch_dist"):
-        check_base(lost, open_dataset(recipe.storage_paths.store))
+        check_base(wrong, open_dataset(recipe.storage_paths.store))

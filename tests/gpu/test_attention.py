@@ -1,4 +1,4 @@
-"""Every backend of interval attention in bf16 on a GPU. Has not been run yet: no machine with a GPU was at hand."""
+"""Every backend of interval attention in bf16 on a GPU. Not run yet: no machine with a GPU was available."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ pytestmark = pytest.mark.gpu
 NO_ENGINE = "TransformerEngine is not installed: pip install ul2r[gpu]"
 needs_engine = pytest.mark.skipif(find_spec("transformer_engine") is None, reason=NO_ENGINE)
 BACKENDS = ["sdpa", "segments", "flex", pytest.param("te", marks=needs_engine)]
-HEADS, HEAD_DIM = 8, 64
+NUM_HEADS, HEAD_DIM = 8, 64
 
 
 @pytest.fixture(autouse=True)
-def nothing_compiled() -> None:
-    """What torch compiled for one test counts for the next: after 8 variants it compiles no more."""
+def reset_compiler() -> None:
+    """Forget what torch compiled for other tests: after 8 variants of a function it stops compiling."""
     torch._dynamo.reset()
 
 
-def backend_of(name: str) -> Backend[Any]:
+def make_backend(name: str) -> Backend[Any]:
     if name == "sdpa":
         return DenseMask()
     if name == "flex":
@@ -44,8 +44,8 @@ def backend_of(name: str) -> Backend[Any]:
     return VariableLength(attend_by_segment if name == "segments" else TransformerEngineKernel())
 
 
-def packed_rows(slots: int, length: int, seed: int) -> Batch:
-    """Inputs read in both directions, causal examples, rows of one example and of several, and padding."""
+def make_batch(slots: int, length: int, seed: int) -> Batch:
+    """Build rows of one example and of several, bidirectional inputs and causal examples, and padding."""
     mixture = (
         SpanCorruption(
             name="R", mean_noise_span_length=3, noise_density=0.15, mode="NLU", weight=1
@@ -72,45 +72,44 @@ def packed_rows(slots: int, length: int, seed: int) -> Batch:
     )
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, HEADS])
+@pytest.mark.parametrize("num_kv_heads", [1, 2, NUM_HEADS])
 @pytest.mark.parametrize(("slots", "length"), [(1, 512), (3, 200)])
 @pytest.mark.parametrize("name", BACKENDS)
 def test_attention_and_gradients_equal_dense_float64(
-    name: str, slots: int, length: int, kv_heads: int
+    name: str, slots: int, length: int, num_kv_heads: int
 ) -> None:
     """Within 8 units of bf16's roundoff, 2^-8 of the largest value: gradients of shared keys may be summed in bf16."""
-    backend = backend_of(name)
+    backend = make_backend(name)
     for seed in range(3):
-        rows = packed_rows(slots, length, seed)
-        batch, positions = rows.kv_start.shape
+        batch = make_batch(slots, length, seed)
+        num_rows, positions = batch.kv_start.shape
         generator = torch.Generator().manual_seed(seed)
         query, key, value, upstream = (
-            torch.randn(positions, batch, heads, HEAD_DIM, generator=generator).cuda().bfloat16()
-            for heads in (HEADS, kv_heads, kv_heads, HEADS)
+            torch.randn(positions, num_rows, heads, HEAD_DIM, generator=generator).cuda().bfloat16()
+            for heads in (NUM_HEADS, num_kv_heads, num_kv_heads, NUM_HEADS)
         )
-        leaves = query, key, value
+        leaves = (query, key, value)
         for leaf in leaves:
             leaf.requires_grad_()
         kv_start, kv_end = (
-            torch.from_numpy(array).cuda() for array in (rows.kv_start, rows.kv_end)
+            torch.from_numpy(array).cuda() for array in (batch.kv_start, batch.kv_end)
         )
-        ours = backend(query, key, value, pack_intervals(rows.kv_start, rows.kv_end), HEAD_DIM**-0.5)
+        bounds = pack_intervals(batch.kv_start, batch.kv_end)
+        ours = backend(query, key, value, bounds, HEAD_DIM**-0.5)
         reference = compute_dense_attention(query, key, value, kv_start, kv_end)
         found = [ours, *torch.autograd.grad(ours, leaves, upstream)]
         expected = [reference, *torch.autograd.grad(reference, leaves, upstream.double())]
-        for one, other in zip(found, expected, strict=True):
-            error = (
-                one.detach().double() - other.detach()
-            ).abs().max() / other.detach().abs().max()
-            assert float(error) < 2**-5
+        for tensor, exact in zip(found, expected, strict=True):
+            error = (tensor.detach().double() - exact.detach()).abs().max()
+            assert float(error / exact.detach().abs().max()) < 2**-5
 
 
 @pytest.fixture(scope="module")
 def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
-    """Losses of a run with each backend."""
+    """Train a run with each backend; return the losses by backend."""
     folder = tmp_path_factory.mktemp("attention")
     make_tiny_store(folder / "store")
-    found = {}
+    losses = {}
     for name in ("sdpa", "flex", *(["te"] if find_spec("transformer_engine") else [])):
         recipe = tiny_recipe(
             folder,
@@ -124,22 +123,23 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
         tracker = MemoryTracker()
         run_worker(recipe, tracker)
         dist.destroy_process_group()
-        found[name] = [value for _, value in tracker.series("train/loss")]
-    return found
+        losses[name] = [value for _, value in tracker.series("train/loss")]
+    return losses
 
 
 @pytest.mark.parametrize("name", ["flex", pytest.param("te", marks=needs_engine)])
-def test_a_model_learns_the_same_with_every_backend(
+def test_a_model_trains_the_same_with_every_backend(
     losses: dict[str, list[float]], name: str
 ) -> None:
     assert losses["sdpa"][-1] < losses["sdpa"][0]
     np.testing.assert_allclose(losses[name], losses["sdpa"], rtol=2e-2)
 
 
-def test_a_backend_compiles_once_for_all_microbatches() -> None:
+def test_flex_attention_compiles_once_for_all_microbatches() -> None:
     flex = Flex()
-    query = torch.randn(512, 4, HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    query = torch.randn(512, 4, NUM_HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for seed in range(3):
-            rows = packed_rows(1, 512, seed)
-            flex(query, query, query, pack_intervals(rows.kv_start, rows.kv_end), HEAD_DIM**-0.5)
+            batch = make_batch(1, 512, seed)
+            bounds = pack_intervals(batch.kv_start, batch.kv_end)
+            flex(query, query, query, bounds, HEAD_DIM**-0.5)

@@ -1,4 +1,4 @@
-"""TransformerEngine's layers, fp8 and recomputation on one CUDA device. Has not been run yet: no GPU was at hand."""
+"""TransformerEngine's layers, fp8 and recomputation on one CUDA device. Not run yet: no GPU was available."""
 
 from __future__ import annotations
 
@@ -22,47 +22,47 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture
 def storage(tmp_path: Path) -> Iterator[Path]:
-    """A token store, and a process group of this process alone."""
+    """Make a token store and a process group of this process alone."""
     make_tiny_store(tmp_path / "store")
     init_single_gpu_group(tmp_path / "rendezvous")
     yield tmp_path
     dist.destroy_process_group()
 
 
-def recipe(storage: Path, name: str, **training: Any) -> Recipe:  # noqa: ANN401  values of a recipe
+def make_recipe(storage: Path, name: str, **training: Any) -> Recipe:  # noqa: ANN401  values of a recipe
     return tiny_recipe(storage, name=name, launch={"gpus_per_worker": 1}, training=training)
 
 
-def losses(run: Recipe) -> list[float]:
+def train(run: Recipe) -> list[float]:
     tracker = MemoryTracker()
     run_worker(run, tracker)
     return [value for _, value in tracker.series("train/loss")]
 
 
 @pytest.mark.parametrize("kind", ["selective", "full"])
-def test_recomputed_activations_change_nothing_but_rounding(storage: Path, kind: str) -> None:
-    again = losses(recipe(storage, kind, recompute=kind))
-    assert again == pytest.approx(losses(recipe(storage, "kept")), rel=1e-2)
+def test_recomputed_activations_change_only_rounding(storage: Path, kind: str) -> None:
+    recomputed = train(make_recipe(storage, kind, recompute=kind))
+    assert recomputed == pytest.approx(train(make_recipe(storage, "kept")), rel=1e-2)
 
 
-def test_layers_of_both_kinds_learn_the_same_and_go_on_from_each_others_checkpoints(
+def test_layers_of_both_kinds_train_the_same_and_resume_each_others_checkpoints(
     storage: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("transformer_engine", reason="TransformerEngine is not installed")
 
-    def choose(engine: bool) -> None:
+    def use_engine(engine: bool) -> None:
         monkeypatch.setattr(layers, "uses_transformer_engine", lambda _: engine)
 
     for first, second in ((True, False), (False, True)):
-        run = recipe(storage, f"engine-{first}")
-        choose(first)
-        whole = losses(run)
+        run = make_recipe(storage, f"engine-{first}")
+        use_engine(first)
+        uninterrupted = train(run)
         (run.paths.folder / "checkpoints/latest").write_text("step_00000003")
-        choose(second)
-        assert losses(run) == pytest.approx(whole[3:], rel=2e-2)
+        use_engine(second)
+        assert train(run) == pytest.approx(uninterrupted[3:], rel=2e-2)
 
 
-def test_fp8_learns_nearly_what_bf16_does(storage: Path) -> None:
+def test_fp8_trains_nearly_as_bf16(storage: Path) -> None:
     pytest.importorskip("transformer_engine", reason="TransformerEngine is not installed")
-    in_fp8 = losses(recipe(storage, "fp8", precision="fp8"))
-    assert in_fp8 == pytest.approx(losses(recipe(storage, "bf16")), rel=5e-2)
+    in_fp8 = train(make_recipe(storage, "fp8", precision="fp8"))
+    assert in_fp8 == pytest.approx(train(make_recipe(storage, "bf16")), rel=5e-2)
