@@ -51,7 +51,9 @@ from ul2r.model.huggingface.safetensors_reader import SafetensorsReader
 from ul2r.model.huggingface.safetensors_writer import NUM_THREADS, StreamedTensor, write_weights
 from ul2r.testing.distributed import run_distributed
 
-NUM_EMBEDDINGS, NUM_TURNS, SHARD_BYTES = 32_768, 5, 128 * 2**20
+NUM_EMBEDDINGS = 32_768
+NUM_TURNS = 5
+SHARD_BYTES = 128 * 2**20
 MODEL = Architecture(
     num_layers=8,
     hidden_size=1024,

@@ -44,7 +44,8 @@ from ul2r.testing.distributed import take_step
 from ul2r.train.mesh import Mesh
 from ul2r.train.step import TrainStep
 
-NUM_WARMUP_STEPS, NUM_STEPS = 3, 7
+NUM_WARMUP_STEPS = 3
+NUM_STEPS = 7
 ON_CUDA = torch.cuda.is_available()
 
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.distributed
 
-NUM_EXPERTS, NUM_CHOSEN = 4, 2
+NUM_EXPERTS = 4
+NUM_CHOSEN = 2
 MODEL = {"family": "mixtral", "num_experts": NUM_EXPERTS, "num_experts_per_token": NUM_CHOSEN}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "DP 2": {"parallel": {"num_workers": 2}},

@@ -34,7 +34,9 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "TP 2": {"num_workers": 2, "tensor": 2},
     "PP 2": {"num_workers": 2, "pipeline": 2},
 }
-LENGTH, PREFIX, VOCABULARY = 48, 20, 500
+LENGTH = 48
+PREFIX = 20
+VOCABULARY = 500
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from ul2r.workflows.export import export
 
 pytestmark = pytest.mark.distributed
 
-NUM_EMBEDDINGS, LENGTH = 384, 32
+NUM_EMBEDDINGS = 384
+LENGTH = 32
 
 
 def write_with_megatron(folder: Path, tokens: Tensor) -> Tensor:

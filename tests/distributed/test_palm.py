@@ -32,7 +32,12 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "TP 2": {"num_workers": 2, "tensor": 2},
     "PP 2": {"num_workers": 2, "pipeline": 2},
 }
-NUM_STEPS, NUM_HEADS, HEAD_DIM, HIDDEN_SIZE, NUM_LAYERS, VOCABULARY = 3, 4, 8, 32, 2, 512
+NUM_STEPS = 3
+NUM_HEADS = 4
+HEAD_DIM = 8
+HIDDEN_SIZE = 32
+NUM_LAYERS = 2
+VOCABULARY = 512
 SMALL = {
     "like": "palm-8b",
     "num_layers": NUM_LAYERS,

@@ -27,7 +27,8 @@ pytestmark = pytest.mark.gpu
 NO_ENGINE = "TransformerEngine is not installed: pip install ul2r[gpu]"
 needs_engine = pytest.mark.skipif(find_spec("transformer_engine") is None, reason=NO_ENGINE)
 BACKENDS = ["sdpa", "segments", "flex", pytest.param("te", marks=needs_engine)]
-NUM_HEADS, HEAD_DIM = 8, 64
+NUM_HEADS = 8
+HEAD_DIM = 64
 
 
 @pytest.fixture(autouse=True)

@@ -37,6 +37,7 @@ from ul2r.model.loss import LogZGPTModel
 from ul2r.model.sizing import pad_vocabulary
 from ul2r.model.tensors import EMBEDDING
 
+# Matrices whose output is added to the residual stream.
 RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
 RECOMPUTE: dict[Recompute, dict[str, Any]] = {
     "none": {},
@@ -203,9 +204,10 @@ def _build_chunk(
         vocab_size=pad_vocabulary(architecture.num_used_embeddings(vocabulary_size)),
         max_sequence_length=architecture.max_position_embeddings
         or recipe.objective.sequence_length,
+        # Megatron's names for "has the embedding" and "has the output projection".
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
-        parallel_output=True,
+        parallel_output=True,  # logits stay sharded over the vocabulary, as Megatron's loss expects
         share_embeddings_and_output_weights=architecture.tie_embeddings,
         position_embedding_type={"rope": "rope", "learned": "learned_absolute"}[
             architecture.position_embedding
@@ -238,6 +240,7 @@ def make_sharded_state_dict(chunks: list[GPTModel]) -> dict[str, Any]:
 def load_model(chunks: list[GPTModel], loaded: Mapping[str, Any]) -> None:
     """Load weights that were read into the shards of `make_sharded_state_dict`."""
     for number, chunk in enumerate(chunks):
+        # Not strict: TransformerEngine's modules expect an `_extra_state` each, which checkpoints do not hold.
         missing, unexpected = chunk.load_state_dict(loaded[f"chunk_{number}"], strict=False)
         assert not unexpected
         assert all(map(_is_extra_state, missing)), missing

@@ -121,6 +121,7 @@ def read_export_metadata(folder: Path) -> ExportMetadata:
         return ExportMetadata(run=folder.resolve().name)
     try:
         return ExportMetadata.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    # Any of these is what parsing a damaged or edited file raises, Vocabulary's assertions included.
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise CheckpointError(
             f"{file} cannot be read ({type(error).__name__}: {error}): export the run again"

@@ -73,7 +73,7 @@ def _mlp_shapes(a: Architecture) -> dict[str, Shape]:
     """Return the tensors of a layer's MLP and of the norm before it."""
     hidden = a.hidden_size
     inner = a.ffn_hidden_size
-    outputs = 2 * inner if a.is_gated else inner
+    outputs = 2 * inner if a.is_gated else inner  # Megatron fuses the gate and the linear input
     if a.num_experts is not None:
         return {
             **_norm_shapes(a, "pre_mlp_layernorm."),

@@ -50,6 +50,8 @@ class IntervalAttention(DotProductAttention):  # type: ignore[misc]  # Megatron 
             (S, B, H * D).
         """
         del attn_mask_type
+
+        # Megatron passes whatever it was given as the mask: the shape shows that it is packed intervals.
         assert attention_bias is None
         assert packed_seq_params is None
         assert attention_mask.shape == (query.shape[1], 2, query.shape[0]), "no intervals"

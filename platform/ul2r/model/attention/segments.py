@@ -72,7 +72,8 @@ def plan_segments(kv_start: Ints, kv_end: Ints, device: torch.device) -> Plan:
     starts = np.flatnonzero(_find_starts(link))
     lengths = np.diff(starts, append=kv_start.size)
 
-    # A segment is of the kind in which its second query continues the first.
+    # A segment is of the kind in which its second query continues the first. A single query sees all its keys, so it
+    # fits either kind.
     second = link.ravel()[np.minimum(starts + 1, kv_start.size - 1)]
     kind = np.where(lengths > 1, second, CAUSAL)
     row, column = np.divmod(starts, length)

@@ -190,6 +190,7 @@ class MegatronCheckpointReader:
     def _make_chunk(self, item: ReadItem, num_axes: int) -> StoredChunk:
         """Make a chunk of what the planner found, whose first `num_axes` axes all have length 1."""
         row, column, *_ = *item.dest_offsets[num_axes:], 0  # a vector has no column
+        # Cached, since a chunk's rows are read in several ranges; the mapping is freed with the chunk.
         view = cache(lambda: self._map_item(item).flatten(0, num_axes))
         return StoredChunk(row, column, item.lengths[num_axes], view)
 

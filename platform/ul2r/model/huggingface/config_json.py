@@ -52,7 +52,8 @@ FREE_SETTINGS = frozenset(
     {"max_position_embeddings", "num_embeddings", "init_std", "embedding_std"}
 )
 """Settings that any family's class may have at any value."""
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL = "full_attention"
+SLIDING = "sliding_attention"
 LLAMA3_SCALING_KEYS = {
     "factor": "factor",
     "low_freq_factor": "low_freq_factor",
@@ -172,6 +173,7 @@ def check_family(architecture: Architecture) -> None:
     """
     family = FAMILIES[architecture.family]
     config = _fill_choices(make_config(architecture, max_positions=1, num_embeddings=1), family)
+    # What an export of the architecture would be read as again.
     try:
         exported = parse_architecture(config)
     except ValueError as error:
@@ -199,8 +201,10 @@ def _take_sizes(remaining: Config, family: Family) -> Config:
         if value is not None:
             settings[setting] = value
 
+    # Families without grouped queries name no key/value heads; GPT-2's n_inner may be null.
     settings.setdefault("num_kv_heads", settings["num_heads"])
     settings.setdefault("ffn_hidden_size", 4 * settings["hidden_size"])
+    # A width that follows from the other sizes is left out, so that equal models have equal settings.
     if settings.get("head_size") == settings["hidden_size"] / settings["num_heads"]:
         del settings["head_size"]
     if "init_std" in settings:

@@ -10,11 +10,16 @@ from ul2r.model.huggingface.family import Family, Settings
 from ul2r.model.tensors import EXPERTS
 
 # Megatron's names of a layer's tensors, without their last part ("weight", "bias").
-NORM_1, NORM_2 = "self_attention.linear_qkv.layer_norm_", "mlp.linear_fc1.layer_norm_"
-QKV, PROJECTION = "self_attention.linear_qkv.", "self_attention.linear_proj."
-QUERY_NORM, KEY_NORM = "self_attention.q_layernorm.", "self_attention.k_layernorm."
-UP, DOWN = "mlp.linear_fc1.", "mlp.linear_fc2."
+ATTENTION_NORM = "self_attention.linear_qkv.layer_norm_"
+MLP_NORM = "mlp.linear_fc1.layer_norm_"
+QKV = "self_attention.linear_qkv."
+PROJECTION = "self_attention.linear_proj."
+QUERY_NORM = "self_attention.q_layernorm."
+KEY_NORM = "self_attention.k_layernorm."
+UP = "mlp.linear_fc1."
+DOWN = "mlp.linear_fc2."
 
+# A key that may only be false.
 NO: tuple[tuple[Any, Settings], ...] = ((False, {}),)
 
 LLAMA = Family(
@@ -36,6 +41,7 @@ LLAMA = Family(
         "hidden_act": (("silu", {}),),
         "attention_bias": NO,
         "mlp_bias": NO,
+        # Above 1, transformers computes in slices, to reproduce the rounding of tensor-parallel pretraining.
         "pretraining_tp": ((1, {}),),
     },
     always={},
@@ -44,10 +50,11 @@ LLAMA = Family(
         "decoder.final_layernorm.weight": "norm.weight",
     },
     inner={
-        NORM_1: "input_layernorm.",
+        ATTENTION_NORM: "input_layernorm.",
         QKV: ("self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj."),
         PROJECTION: "self_attn.o_proj.",
-        NORM_2: "post_attention_layernorm.",
+        MLP_NORM: "post_attention_layernorm.",
+        # Megatron's SwiGLU applies the activation to the first half of the fused matrix.
         UP: ("mlp.gate_proj.", "mlp.up_proj."),
         DOWN: "mlp.down_proj.",
     },
@@ -68,6 +75,7 @@ QWEN2 = replace(
         "use_sliding_window": NO,
         "sliding_window": ((None, {}),),
     },
+    # Not a key of config.json: the class always has these biases.
     always={"bias": "qkv"},
 )
 
@@ -88,6 +96,7 @@ OLMO2 = replace(
     model_class="Olmo2ForCausalLM",
     choices={"hidden_act": (("silu", {}),), "attention_bias": NO},
     always={"block": "post_norm", "qk_norm": "full"},
+    # No norm before attention and MLP, so Llama's names for these are absent.
     inner={
         **{name: LLAMA.inner[name] for name in (QKV, PROJECTION, UP, DOWN)},
         QUERY_NORM: "self_attn.q_norm.",
@@ -107,9 +116,10 @@ MIXTRAL = replace(
     },
     choices={**MISTRAL.choices, "router_jitter_noise": ((0.0, {}),)},
     inner={
-        **{name: LLAMA.inner[name] for name in (NORM_1, QKV, PROJECTION)},
+        **{name: LLAMA.inner[name] for name in (ATTENTION_NORM, QKV, PROJECTION)},
         "pre_mlp_layernorm.": "post_attention_layernorm.",
         "mlp.router.": "block_sparse_moe.gate.",
+        # w1 is the gate, w3 the linear input, w2 the output.
         EXPERTS + "linear_fc1.": (
             "block_sparse_moe.experts.{}.w1.",
             "block_sparse_moe.experts.{}.w3.",
@@ -128,7 +138,8 @@ COHERE = replace(
     },
     choices={"hidden_act": (("silu", {}),), "attention_bias": NO, "use_qk_norm": NO},
     always={"block": "parallel", "norm": "layer", "rope_interleaved": True},
-    inner={name: parts for name, parts in LLAMA.inner.items() if name != NORM_2},
+    # One norm for attention and MLP.
+    inner={name: parts for name, parts in LLAMA.inner.items() if name != MLP_NORM},
 )
 
 GEMMA3 = replace(
@@ -155,8 +166,9 @@ GEMMA3 = replace(
     },
     inner={
         **QWEN3.inner,
+        # Llama's norm before the MLP has this name; here it is the one after attention.
         "post_attention_layernorm.": "post_attention_layernorm.",
-        NORM_2: "pre_feedforward_layernorm.",
+        MLP_NORM: "pre_feedforward_layernorm.",
         "post_mlp_layernorm.": "post_feedforward_layernorm.",
     },
     local_layers=True,
@@ -164,6 +176,7 @@ GEMMA3 = replace(
 
 GPT_NEOX = Family(
     model_class="GPTNeoXForCausalLM",
+    # No grouped queries and no head width of its own.
     sizes={
         **{
             name: key
@@ -179,6 +192,7 @@ GPT_NEOX = Family(
             ("gelu_pytorch_tanh", {"activation": "gelu_tanh"}),
         ),
         "use_parallel_residual": (
+            # Unlike PaLM's parallel block, attention and MLP each have a norm.
             (True, {"block": "parallel_two_norms"}),
             (False, {"block": "sequential"}),
         ),
@@ -192,10 +206,10 @@ GPT_NEOX = Family(
         "decoder.final_layernorm.bias": "final_layer_norm.bias",
     },
     inner={
-        NORM_1: "input_layernorm.",
+        ATTENTION_NORM: "input_layernorm.",
         QKV: "attention.query_key_value.",
         PROJECTION: "attention.dense.",
-        NORM_2: "post_attention_layernorm.",
+        MLP_NORM: "post_attention_layernorm.",
         UP: "mlp.dense_h_to_4h.",
         DOWN: "mlp.dense_4h_to_h.",
     },
@@ -242,16 +256,17 @@ GPT2 = Family(
         "decoder.final_layernorm.bias": "ln_f.bias",
     },
     inner={
-        NORM_1: "ln_1.",
+        ATTENTION_NORM: "ln_1.",
         QKV: "attn.c_attn.",
         PROJECTION: "attn.c_proj.",
-        NORM_2: "ln_2.",
+        MLP_NORM: "ln_2.",
         UP: "mlp.c_fc.",
         DOWN: "mlp.c_proj.",
     },
     layer="h.{}.",
     base="transformer.",
     qkv="concatenated",
+    # transformers stores GPT-2's matrices in Conv1D modules, as (inputs, outputs).
     transposed=True,
     unused_suffixes=("attn.bias", "attn.masked_bias"),
 )

@@ -104,6 +104,7 @@ def slice_tensor(
     transposed = family.transposed and len(shape) > 1
     if stem == "self_attention.linear_qkv." and family.qkv != "by_group":
         return _slice_by_group(full_names, architecture, transposed=transposed)
+    # Other fused tensors, the gate and the linear input of an MLP, have parts of equal length.
     num_rows = shape[0] // len(full_names)
     return tuple(TensorSlice(name, 0, num_rows, transposed) for name in full_names)
 

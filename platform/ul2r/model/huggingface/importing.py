@@ -64,6 +64,7 @@ def _fill_rows(
 
 
 def _compute_mean(reader: SafetensorsReader, part: TensorSlice, columns: slice) -> Tensor:
+    # float64, since a vocabulary has hundreds of thousands of rows to add up.
     total = torch.zeros(columns.stop - columns.start, dtype=torch.float64)
     for first in range(0, len(part), ROWS_PER_BLOCK):
         last = min(first + ROWS_PER_BLOCK, len(part))

@@ -64,6 +64,8 @@ def write_weights(folder: Path, tensors: Mapping[str, StreamedTensor], shard_byt
     files = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     if count == 1:
         files = [SINGLE_FILE]
+
+    # Threads suffice: reading mapped pages and writing files release the GIL.
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         list(pool.map(_write_file, [folder / file for file in files], shards))  # raises errors
 
