@@ -156,7 +156,9 @@ def test_another_seed_or_data_set_is_accepted_if_the_recipe_says_so(
 ) -> None:
     info = make_info(dataset, tmp_path)
     write_checkpoint(info, tmp_path / "runs" / "tiny" / "checkpoints")
-    other = make_tiny_store(tmp_path / "other", num_documents=12, seed=1, tokenizer=dataset.tokenizer_file)
+    other = make_tiny_store(
+        tmp_path / "other", num_documents=12, seed=1, tokenizer=dataset.tokenizer_file
+    )
     changes = ["seed", "data"]
     for accepted in ([], changes[:1], changes[1:]):
         recipe = tiny_recipe(tmp_path, seed=2, checkpoints={"accept_changes": accepted})
