@@ -59,6 +59,7 @@ def configure_console(rank: int = 0) -> None:
     Args:
         rank: Rank of this process where several run the same job, as under torchrun.
     """
+    # One handler at the root, so that each record is printed once, whichever library logs it.
     handler = ConsoleHandler()
     handler.setFormatter(ConsoleFormatter("%(levelname)s %(name)s: %(message)s"))
     handler.addFilter(RankFilter(rank))
@@ -91,6 +92,7 @@ def forward_logs(send: Send, rank: int) -> Iterator[None]:
     handler = ForwardingHandler(send)
     handler.addFilter(RankFilter(rank))
 
+    # Besides the handlers of the root logger: records are in Ray's log files of the worker as well.
     library.addHandler(handler)
     library.setLevel(logging.INFO)
     try:

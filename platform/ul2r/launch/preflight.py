@@ -46,6 +46,7 @@ def check_run(recipe: Recipe, dataset: TokenDataset, resumed: CheckpointInfo | N
     Raises:
         UserError: If a check fails.
     """
+    # Files of a base are looked at last: they may be large, or have to be fetched first.
     check_dataset(recipe, dataset)
     check_family(recipe.model)
     check_memory(recipe, dataset.vocabulary.size)
@@ -158,6 +159,7 @@ def track_run(recipe: Recipe, dataset: TokenDataset, uri: str) -> Iterator[str]:
         tags={"ul2r.data": dataset.manifest.fingerprint},
         params=_parameters(recipe, dataset),
     )
+    # Until the block has ended well: any exception, of whatever kind, leaves a run that failed.
     status: RunStatus = "FAILED"
     try:
         log_artifact(uri, run_id, write_page(recipe, dataset))

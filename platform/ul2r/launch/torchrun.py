@@ -94,8 +94,10 @@ def check_num_processes(recipe: Recipe) -> None:
 
 def _join_process_group(recipe: Recipe) -> None:
     launch = recipe.launch
+    # torch would take all cores of the machine in each of its processes.
     torch.set_num_threads(max(int(launch.cpus_per_worker), 1))
     if launch.gpus_per_worker:
+        # Before the first call that starts CUDA, which reads it.
         os.environ.update(gpu_environment(recipe.parallel))
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)

@@ -66,6 +66,7 @@ def run_worker(
             tracker,
             callbacks=[
                 watchdog,
+                # Before the profiler: its clock stops at the end of a step, and a trace takes seconds to write.
                 ThroughputMonitor(recipe, dataset.vocabulary, is_reader=mesh.is_reader),
                 SystemMonitor(mesh),
                 Profiler(recipe, mesh, tracker),

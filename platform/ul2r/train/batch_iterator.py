@@ -43,6 +43,7 @@ class BatchIterator:
             self._remaining = range(number, end)
             self._batches = self._source(self._mesh, self._remaining)
 
+        # Checked on every rank, since ranks that count differently would train on different batches.
         assert number == self._remaining[0], (number, self._remaining)
         self._remaining = self._remaining[1:]
         return next(self._batches, None) if self._mesh.is_reader else None

@@ -176,6 +176,7 @@ class Trainer:
     def _log_step(self, result: StepResult) -> None:
         """Show an applied step; validate and log if that is due."""
         metrics = self._step_metrics(result)
+        # Before validation, which may take long: a progress bar shows the step at once.
         if self.mesh.is_rank0:
             for callback in self.callbacks:
                 callback.on_progress(self.state, metrics | self.logged_rates)

@@ -44,6 +44,7 @@ class Mesh:
         Raises:
             LayoutError: If the process group has another size than `parallel.num_workers`.
         """
+        # Megatron-Core asks torch.cuda for its device; without a GPU the CPU takes that place (`model/cpu.py`).
         if not torch.cuda.is_available():
             use_cpu()
         if dist.get_world_size() != parallel.num_workers:
@@ -56,6 +57,7 @@ class Mesh:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
+            # None rather than 1, since any number selects the interleaved schedule.
             virtual_pipeline_model_parallel_size=(
                 parallel.virtual_stages if parallel.virtual_stages > 1 else None
             ),

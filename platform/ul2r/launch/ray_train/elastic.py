@@ -55,6 +55,7 @@ def shrink_layout(
     tree = recipe.model_dump(mode="json")
     for num_workers in range(parallel.num_workers - replica_size, min_workers - 1, -replica_size):
         layout = {**tree["parallel"], "num_workers": num_workers}
+        # Validated as a whole, since other settings must fit the number of workers (the batch, for one).
         try:
             smaller = Recipe.model_validate(tree | {"parallel": layout})
             check_memory(smaller, vocabulary_size)

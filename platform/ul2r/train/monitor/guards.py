@@ -102,6 +102,7 @@ class GuardState:
     def without(self, batches: range) -> Self:
         """Return the state with `batches` left out, which follow those seen so far."""
         before, first = self.skipped, batches.start
+        # Adjacent ranges become one, so that a checkpoint's metadata stays small in a run that skips often.
         if before and before[-1][1] == first:
             first, before = before[-1][0], before[:-1]
         return replace(self, skipped=(*before, (first, batches.stop)))
@@ -128,6 +129,7 @@ class AnomalyGuard:
             )
         if len(self.state.window) < self.settings.window:
             return None
+        # A loss spike is reported as one even if the gradient spikes with it.
         for judge in (self._loss_spike, self._gradient_spike):
             found = judge(step)
             if found is not None and getattr(self.settings, found.kind) != "ignore":
@@ -142,6 +144,7 @@ class AnomalyGuard:
             batch: Number of the batch.
             can_rewind: Whether there is a checkpoint to go back to; without one a rewind becomes a skip.
         """
+        # The kinds of anomalies are the names of the recipe's settings.
         wanted = getattr(self.settings, anomaly.kind)
         if wanted == "rewind" and can_rewind:
             return "rewind" if self.state.rewinds < self.settings.max_rewinds else "stop"
