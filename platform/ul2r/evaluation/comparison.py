@@ -24,7 +24,7 @@ class Arm:
 
     Attributes:
         role: The run's part in the comparison.
-        origin: Description of its export; tokens and FLOPs include the base's.
+        metadata: Description of its export; tokens and FLOPs include the base's.
         scores: Its held-out scores.
     """
 
