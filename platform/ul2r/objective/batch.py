@@ -132,8 +132,7 @@ def build_batch(
         The rows, in the order of `row_indices`.
     """
     modes = tuple(mode_tokens(denoiser, vocabulary) for denoiser in objective.mixture)
-    # A tuple of lengths, since the table is cached by its arguments and an example's length depends on no more than
-    # these.
+    # The table is cached by its arguments: of the modes, an example's length depends on their lengths only.
     table = build_table(objective, tuple(map(len, modes)))
     assert table.num_sentinels <= len(vocabulary.sentinels), "more spans than sentinels"
 
