@@ -199,6 +199,7 @@ def write_page(recipe: Recipe, dataset: TokenDataset) -> Path:
         picture_size=PICTURE_SIZE,
     )
     path = recipe.paths.data_page
+    # A run's folder does not exist yet when the page is written before its first step.
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, page)
     return path
@@ -267,6 +268,7 @@ def _extract_example(
     span = line, slice(begin, begin + num_positions)
     tokens = [*batch.tokens[span].tolist(), int(batch.labels[span][-1])]
     first_loss = int(batch.loss_mask[span].argmax())
+    # A causal example has no inputs: its first position has a loss and sees itself alone.
     has_inputs = first_loss or batch.kv_end[span][0] > begin + 1
     num_inputs = first_loss + 1 if has_inputs else 0
     return denoiser_id, Example(

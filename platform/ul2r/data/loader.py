@@ -256,6 +256,7 @@ def _build_block(
     recipe: Recipe, fingerprint: str, chunk: range, replica: int, num_replicas: int
 ) -> list[Any]:
     """Build one block from its position in the run alone; runs in a Ray task."""
+    # With the fingerprint: a store that was replaced during the run must not be mixed into it.
     builder = BatchBuilder(recipe, open_dataset(recipe.storage_paths.store, fingerprint))
     parts = [builder.build(batch_index, replica, num_replicas).to_arrays() for batch_index in chunk]
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

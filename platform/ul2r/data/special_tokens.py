@@ -73,6 +73,7 @@ def assign_special_tokens(
     Raises:
         CorpusError: If the tokenizer has too few subwords to take, or `add_special_tokens` refuses it.
     """
+    # tokenizers has no method that renames or removes an entry, so its JSON is edited.
     tree = json.loads(tokenizer.to_str())
     entries = tokenizer.get_vocab()
     needed = list_objective_tokens(tokenizer, num_sentinels, mode_tokens)
@@ -120,6 +121,7 @@ def _remove_last_subwords(tree: dict[str, Any], count: int) -> list[str]:
 
     last = subwords[len(subwords) - count :]  # not [-count:], which would be all of them for 0
     removed = set(last)
+    # A merge that produces or uses a removed subword would make tokenizers refuse the file.
     model["merges"] = [
         merge
         for merge, pair in zip(model["merges"], pairs, strict=True)
@@ -142,4 +144,5 @@ def _rename_tokens(
         for old, new in new_texts.items()
     ]
     kept = [entry for entry in tree["added_tokens"] if entry["content"] not in new_texts]
+    # In order of ids: when tokenizers reads the list, it numbers the entries that are new to the model one by one.
     tree["added_tokens"] = sorted(kept + renamed, key=lambda entry: entry["id"])

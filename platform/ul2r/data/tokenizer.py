@@ -55,6 +55,7 @@ def train_tokenizer(
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size,
         special_tokens=special_tokens,
+        # All 256 bytes become entries, also those that the texts lack: any text can be encoded.
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -107,6 +108,7 @@ def add_special_tokens(
             are taken.
     """
     needed = list_objective_tokens(tokenizer, num_sentinels, mode_tokens)
+    # normalized=False: matched in the text as it is, not in what the tokenizer's normalizer makes of it.
     tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in needed])
 
     # tokenizers derives a new entry's id from the number of entries, so with gaps that id may be in use already.

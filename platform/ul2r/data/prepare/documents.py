@@ -65,6 +65,7 @@ def split_into_chunks(texts: Iterable[str]) -> Iterator[TextChunk]:
         rest += text
         start = 0
         while len(rest) - start > CHUNK_SIZE:
+            # Chunks are tokenized separately; a cut at a line break changes the fewest tokens.
             end = rest.rfind("\n", start, start + CHUNK_SIZE) + 1 or start + CHUNK_SIZE
             yield TextChunk(rest[start:end], ends_document=False)
             start = end

@@ -139,6 +139,7 @@ def _copy_documents(
     if not is_chosen.any():
         return 0
     store = TokenStore.open(shard_prefix(work_folder, shard))
+    # Document by document: memory does not grow with the shard.
     for document in np.flatnonzero(is_chosen).tolist():
         writer.append(store.read_document(document))
         writer.end_document()

@@ -118,6 +118,7 @@ def write_shard(
     keys = array("Q")
     sizes = array("q")
     with TokenWriter(shard_prefix(folder, group.number), vocabulary.size) as writer:
+        # A digest of the content alone: the held-out split does not depend on file names, order or groups.
         key = hashlib.blake2b(digest_size=8)
         size = 0
         for chunk in _read_chunks(group, tokenizer, vocabulary):

@@ -79,6 +79,7 @@ class StreamingStoreBuilder:
         try:
             yield from self._build_segments(self._load_progress(), cpus)
         except UserError as error:
+            # Runs that wait for the next segment read the manifest, not this process's exceptions.
             if self.folder.exists():
                 replace(Manifest.read(self.folder), error=str(error)).write(self.folder)
             raise

@@ -40,6 +40,7 @@ def tokenize_shards(
         CorpusError: If a file cannot be read; of several, always the first.
     """
     missing = {group.number: group for group in groups if not is_shard_done(group, work_folder)}
+    # Pickled, since Ray Data keeps rows in Arrow tables, which hold bytes but no dataclasses.
     tasks = [{"task": pickle.dumps((group, work_folder, vocabulary))} for group in missing.values()]
 
     # Closing the generator stops Ray Data's executor; else it would keep making shards after an error.
@@ -57,6 +58,7 @@ def _run_tasks(tasks: list[dict[str, bytes]], cpus: float | None) -> Generator[d
     if not tasks:
         return
     with _quiet_ordered_context(cpus):
+        # One row per block: Ray Data runs one task per block, however many rows are in it.
         dataset = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(_run_shard_task)
     yield from dataset.iter_rows()
 

@@ -23,6 +23,7 @@ def replica_row_indices(recipe: Recipe, batch_index: int, replica: int, num_repl
     global_rows = recipe.training.global_batch_size
     assert global_rows % num_replicas == 0, (global_rows, num_replicas)
     replica_rows = global_rows // num_replicas
+    # Contiguous per replica: in replica order the parts are the global batch, whatever the number of replicas.
     first = batch_index * global_rows + replica * replica_rows
     return range(first, first + replica_rows)
 
@@ -71,6 +72,7 @@ class BatchBuilder:
             seed=self._recipe.seed,
             text_windows=self._train,
         )
+        # On a GPU such an id is an assertion far from its cause, with tensor parallelism silently a zero embedding.
         lowest = batch.tokens.min()
         highest = batch.tokens.max()
         if lowest < 0 or highest >= self._vocabulary.size:

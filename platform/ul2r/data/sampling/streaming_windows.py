@@ -71,6 +71,7 @@ class StreamingWindows:
         stores = self._store.stores
         first_source = self._source << SEGMENT_BITS
         for number in range(len(self._windows), len(stores)):
+            # split=None: a segment may be shorter than a window; only the whole store has to have one.
             windows = self._window_type(
                 stores[number],
                 self._length,

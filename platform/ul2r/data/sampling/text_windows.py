@@ -77,6 +77,7 @@ class TextWindows:
             shift_bound=len(self._store),
             source=self._source,
         )
+        # Windows may wrap around the end, so that a shifted cut loses no more tokens than an unshifted one.
         return (shifts + positions * self.length) % len(self._store)
 
 
@@ -128,6 +129,7 @@ class DocumentWindows:
         _, positions = index_shuffle(
             self._seed, self._purpose, samples, len(self), source=self._source
         )
+        # side="right" skips documents without windows: they end where the document before them ends.
         documents = np.searchsorted(self._ends, positions, side="right")
         counts = self._counts[documents]
         part = positions - (self._ends[documents] - counts)

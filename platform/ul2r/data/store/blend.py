@@ -32,6 +32,7 @@ def allocate_samples(weights: Sequence[float]) -> list[int]:
     """
     exact = [weight / math.fsum(weights) * BLOCK for weight in weights]
     counts = [int(share) for share in exact]
+    # Ties go to the first store, so that every machine allocates the same samples.
     by_loss = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
     for i in by_loss[: BLOCK - sum(counts)]:
         counts[i] += 1

@@ -60,6 +60,7 @@ def open_dataset(folder: Path, fingerprint: str | None = None) -> TokenDataset:
             f"{manifest.fingerprint[:8]} now): restore it to resume, or train under another name"
         )
     tokenizer = folder / TOKENIZER_FILE
+    # The only file that is hashed here: it is small. Token files are compared with their index by size alone.
     if not tokenizer.is_file() or sha256_of(tokenizer) != manifest.tokenizer:
         raise CorpusError(
             f"{tokenizer}: missing, or not the tokenizer that the store was made with: "

@@ -29,6 +29,7 @@ from ul2r.errors import CorpusError
 from ul2r.filesystem import staged_file
 
 MAGIC = b"MMIDIDX\x00\x00"
+# "<" means without padding: the integers after the 9-byte magic are unaligned, as Megatron writes them.
 HEADER = struct.Struct("<9sQBQQ")
 VERSION = 1
 TOKEN_TYPES: dict[int, type[np.integer[Any]]] = {
@@ -115,6 +116,7 @@ class IndexFile:
     @property
     def document_bounds(self) -> npt.NDArray[np.int64]:
         """Token at which each document begins, and the total number of tokens, int64 (D + 1,)."""
+        # Megatron's own stores may have several sequences per document, so documents are found through both tables.
         byte_bounds = np.append(self.sequence_pointers, self.data_bytes)[self.document_indices]
         return byte_bounds // np.dtype(self.dtype).itemsize
 

@@ -115,6 +115,7 @@ class Manifest:
 
         A streamed store is identified before it is complete, so its fingerprint is a digest of its inputs instead.
         """
+        # Checkpoints store this digest: with any other serialization, runs would refuse to resume on their own store.
         identity = self.inputs if ORDER_KEY in self.inputs else self.files
         return hashlib.sha256(json.dumps(dict(sorted(identity.items()))).encode()).hexdigest()
 
@@ -167,6 +168,7 @@ class Manifest:
                 is_complete=tree.get("complete", True),
                 error=tree.get("mistake", ""),
             )
+        # JSON that was edited or truncated can have any shape: each of these means that it is damaged.
         except (ValueError, KeyError, TypeError) as error:
             raise CorpusError(
                 f"{path}: damaged ({type(error).__name__}: {error}): delete {folder} and prepare it again"

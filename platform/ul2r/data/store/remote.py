@@ -82,6 +82,7 @@ def _download(store: str, name: str, folder: Path) -> Path:
         raise CorpusError(
             f"{url}: not found; give the URL of a folder that jobs/prepare.py wrote"
         ) from None
+    # fsspec raises ValueError for an unknown protocol and ImportError if a protocol's package is not installed.
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CorpusError(f"{url}: download failed: {reason}") from None

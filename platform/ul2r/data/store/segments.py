@@ -84,6 +84,7 @@ class SegmentedStore(MergedStores):
 
         self._num_segments = len(manifest.segments)
         self.is_complete = manifest.is_complete
+        # MergedStores computes its offsets once, so they are computed again for the longer list.
         super().__init__(self.stores)
 
 

@@ -56,6 +56,7 @@ class TokenStore:
                 f"{data_path}: has {size} bytes, but {index_path.name} describes {index.data_bytes}: "
                 "the pair is damaged or comes from two different stores"
             )
+        # numpy cannot map an empty file, and its own error would not name the cause.
         if not size:
             raise CorpusError(f"{data_path}: contains no tokens")
         return cls(prefix, np.memmap(data_path, dtype=index.dtype, mode="r"), index)
@@ -91,6 +92,7 @@ class TokenStore:
                 f"{append_suffix(self.prefix, '.idx')}: document {number} has tokens {begin} to {end} of "
                 f"{len(self)}: the index is damaged; prepare the store again"
             )
+        # astype copies: a view would be read-only and keep the type of the file.
         return self._tokens[begin:end].astype(np.int32)
 
     def read_tokens(self, start: int, length: int) -> npt.NDArray[np.int32]:
@@ -122,6 +124,7 @@ class TokenWriter:
             np.uint16 if vocabulary_size < UINT16_VOCABULARY else np.int32
         )
         self.num_tokens = 0
+        # An array needs 4 bytes per document, a list 36: corpora have billions of documents.
         self._lengths = array("i")
         self._open_length = 0
 
@@ -162,6 +165,7 @@ class TokenWriter:
         traceback: TracebackType | None,
     ) -> None:
         self._data.close()
+        # What a killed process leaves, a .bin file without an .idx, is refused by every reader.
         if kind is not None:
             append_suffix(self.prefix, ".bin").unlink()
             return
