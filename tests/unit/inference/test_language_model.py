@@ -279,7 +279,10 @@ EOS_BEYOND_VOCABULARY = {
         (lambda folder: (folder / "model.safetensors").unlink(), "lacks model.safetensors"),
         (lambda folder: (folder / "ul2r.json").write_text("{"), "ul2r.json cannot be read"),
         (lambda folder: (folder / "ul2r.json").write_text("{}"), "ul2r.json cannot be read"),
-        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "not a Hugging Face tokenizer"),
+        (
+            lambda folder: (folder / "tokenizer.json").write_text("{}"),
+            "not a Hugging Face tokenizer",
+        ),
         (edit_json("ul2r.json", format=4), "format 4, this version reads 3"),
         (edit_json("ul2r.json", attention="both"), "'both' is neither prefix nor causal"),
         (edit_json("ul2r.json", vocabulary=EOS_BEYOND_VOCABULARY), "an id"),
