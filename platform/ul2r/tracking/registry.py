@@ -64,6 +64,7 @@ def register(uri: str, name: str, folder: Path, run_id: str, alias: str) -> str:
     with translate_errors(uri):
         _ensure_model(client, name)
         versions = client.search_model_versions(f"name='{name}'")
+        # Of the same run too: MLflow links a version to one run.
         same = [v for v in versions if v.run_id == run_id and tags.items() <= v.tags.items()]
         version = same[0] if same else _create_version(client, name, run_id, tags)
         client.set_registered_model_alias(name, alias, version.version)
@@ -88,6 +89,7 @@ def resolve(uri: str, name: str, alias: str) -> Path:
         ) from error
 
     location = version.tags.get("export_uri", "")
+    # as_uri() escapes spaces and other characters.
     folder = Path(unquote(urlsplit(location).path))
     if not location.startswith("file://") or not (folder / EXPORT_METADATA_FILE).is_file():
         raise CheckpointError(

@@ -64,12 +64,14 @@ def list_view_urls(uri: str) -> dict[str, str]:
 def build_view_state(denoisers: Sequence[str]) -> str:
     """Return the tag's JSON: charts of the causal loss and of as many denoisers' losses as fit."""
     names = ["causal", *denoisers]
+    # The causal loss is first, so it is always shown.
     while len(state := _dump_state(names)) > MAX_TAG_LENGTH:
         names.pop()
     return state
 
 
 def _dump_state(names: Sequence[str]) -> str:
+    # Any unique text serves as a uuid; charts name their section by it.
     sections = [
         {"uuid": x_metric, "name": name, "display": True, "isReordered": False}
         for x_metric, name in SECTIONS.items()

@@ -59,4 +59,5 @@ def _fill_new_embeddings(chunks: Iterable[GPTModel], folder: Path) -> None:
         # The vocabulary is split over tensor ranks: rows of this shard that are in the checkpoint.
         num_stored = max(stored.num_rows(shard.key) - shard.global_offset[0], 0)
         if num_stored < len(shard.data):
+            # In fp32: a sum over the vocabulary would lose most of its digits in bf16.
             shard.data[num_stored:] = stored.read_tensor(shard.key).float().mean(0)
