@@ -103,6 +103,7 @@ def _walk_folder(root: Path, suffixes: Sequence[str], skipped: frozenset[str]) -
         ]
         paths = (Path(folder) / name for name in names if not name.startswith("."))
         found += [path for path in paths if text_suffix(path) in suffixes and path.is_file()]
+    # os.walk follows the order of the file system, which differs between machines.
     return [_describe_file(path, root) for path in sorted(found)]
 
 
