@@ -19,7 +19,9 @@ from ul2r.workflows.cli import run_and_report
 def main() -> int:
     """Parse the command line, check the model and print what was found; return the exit code."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        # The docstring keeps its line breaks in --help.
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help="folder, or owner/name on the Hub")
     model = parser.parse_args().model

@@ -73,14 +73,18 @@ class Demo:
         self.overrides = list(overrides)
         self.storage_overrides: list[str] = []
         if corpus is not None:
+            # The folder's name has to be one that a run may have, whatever the corpus is called.
             name = re.sub(r"[^A-Za-z0-9._-]+", "-", corpus.resolve().name)
             self.storage_overrides = [f"storage=runs/{family}-{name}"]
+            # JSON, since an override's value is parsed as YAML, which JSON is part of.
             corpus_override = f"data.corpus={json.dumps([str(corpus.resolve())])}"
             self.overrides += [*self.storage_overrides, corpus_override]
 
+        # All recipes are read before anything starts: a mistake in the last one would otherwise show after hours.
         self.recipes = {role: self._load(role) for role in ROLES}
         find_files(self.recipes["base"].data.corpus)  # refuse missing text before anything starts
         self.storage = self.recipes["base"].storage
+        # In the storage, so that times last as long as the work they measure.
         self.timer = PhaseTimer(self.storage / "phases.json")
         self.environment: dict[str, str] = {}
 
@@ -95,6 +99,7 @@ class Demo:
             # The jobs join this Ray, instead of starting one each.
             self.environment["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
             self._run_job("prepare", "prepare", "base")
+            # After `prepare`, which needs no tracking.
             with run_mlflow_server(self.storage) as uri:
                 self.environment["MLFLOW_TRACKING_URI"] = uri
                 print(f"\nMLflow is up during the demo: {uri}", flush=True)
@@ -118,6 +123,7 @@ class Demo:
         command += [word for override in overrides for word in ("--set", override)]
 
         shown = _print_heading(phase, command)
+        # Each job is a process of its own, so the demo runs exactly the commands that it prints.
         with self.timer.measure(phase):
             exit_code = run_command([sys.executable, *command], self.environment)
             if exit_code:
@@ -151,6 +157,7 @@ class Demo:
         print(self.timer.format_table())
 
         print("\n== comparison on held-out text", flush=True)
+        # Table lines only: they begin with a bar.
         Console().print(Markdown("\n".join(line for line in table if line.startswith("|"))))
         print(f"what each number means: {folder / TABLE_FILE}")
         print(f"picture: {folder / PLOT_FILE}")
@@ -168,11 +175,13 @@ class Demo:
 
 def _print_heading(phase: str, job: Sequence[str]) -> str:
     """Print a phase's name and the command that runs it alone; return the command."""
+    # Relative, so that the printed command is short and can be pasted.
     python = Path(sys.executable)
     if python.is_relative_to(Path.cwd()):
         python = python.relative_to(Path.cwd())
     command = shlex.join([str(python), *job])
 
+    # Flushed, since the job writes to the same terminal or pipe from another process.
     print(f"\n== {phase}\n$ {command}", flush=True)
     return command
 
@@ -187,6 +196,7 @@ def _post(url: str, route: str, request: Mapping[str, object]) -> None:
     # Without trust_env, since a proxy of the environment would not reach this machine's own port.
     response = httpx.post(url + route, json=request, timeout=120, trust_env=False)
     body = response.json()
+    # The API has one shape for all errors, see serving/api.py.
     if response.is_error:
         raise UserError(f"{route} answered {response.status_code}: {body['error']}")
 

@@ -26,6 +26,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    # The recipe's own defaults, so that what is shown is what jobs/prepare.py does.
     default = Data()
     parser.add_argument("tokenizer", type=Path, metavar="TOKENIZER")
     parser.add_argument("--sentinels", type=int, default=default.num_sentinels)

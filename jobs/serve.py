@@ -27,6 +27,7 @@ DEFAULT_PORT = 8000
 
 def main(options: argparse.Namespace) -> None:
     """Serve until interrupted."""
+    # First, since everything else takes seconds.
     check_port(options.port, options.host)
     _handle_signals()
     try:
@@ -36,7 +37,9 @@ def main(options: argparse.Namespace) -> None:
             _handle_signals()  # Ray has installed its own handlers
             with serve_model(config, options.port, options.host) as url:
                 print(_usage(options.model, url), flush=True)
+                # Sleeps until a signal raises KeyboardInterrupt here, in the main thread.
                 threading.Event().wait()
+    # The usual end of this job, so its exit code is 0, not the 130 of `run_and_report`.
     except KeyboardInterrupt:
         print("stopped", flush=True)
 
@@ -58,6 +61,7 @@ def _find_export(model: str, tracking_uri: str | None, storage: Path | None) -> 
     # Importing MLflow takes seconds; serving from a folder does not need it.
     from ul2r.tracking.server import run_mlflow_server
 
+    # Only while the name is resolved: serving needs the folder alone.
     with run_mlflow_server(storage) as uri:
         return resolve_model(model, uri)
 
@@ -94,6 +98,7 @@ def _parse_options() -> argparse.Namespace:
         "--storage", type=Path, metavar="FOLDER", help="storage folder that holds the registry"
     )
     parser.add_argument("--cpus", type=_positive_int, default=1, help="cores of the model")
+    # A model is on one device.
     parser.add_argument("--gpus", type=int, default=0, choices=(0, 1))
     return parser.parse_args()
 

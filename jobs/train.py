@@ -32,6 +32,7 @@ def main(recipe: Recipe) -> None:
         from ul2r.launch.ray_train.trainer import train
 
     info = train(recipe)
+    # torchrun starts this job on every rank; without it there is no RANK and one driver.
     if os.environ.get("RANK", "0") == "0":
         print(
             f"{info.run_name}: {info.step} steps; {info.tokens:,} tokens and {info.flops:.3g} FLOPs including its "

@@ -23,13 +23,16 @@ DEFAULT_PORT = 5000
 
 def main(storage: Path, port: int) -> None:
     """Serve until Ctrl-C or SIGTERM."""
+    # So that the server is stopped too: a killed job would leave it running.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with run_mlflow_server(storage, port) as uri:
             print(f"MLflow is up until Ctrl-C: {uri}", flush=True)
             for experiment, page in list_view_urls(uri).items():
                 print(f"{experiment}, losses by training compute: {page}", flush=True)
+            # Sleeps until a signal raises KeyboardInterrupt here, in the main thread.
             threading.Event().wait()
+    # The usual end of this job, so its exit code is 0.
     except KeyboardInterrupt:
         print("stopped", flush=True)
 

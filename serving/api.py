@@ -34,6 +34,7 @@ def create_api(service: InferenceService) -> FastAPI:
     Every error is `{"error": "one line"}`: 400 for malformed JSON and for requests that the model cannot serve, 422
     for a field that is unknown, missing, of the wrong type or out of range, 404 and 405 for a wrong URL or method.
     """
+    # Read once, at the start: a missing file fails there and not at the first visitor.
     page = PLAYGROUND.read_text(encoding="utf-8")
     api = FastAPI(
         title="UL2R",
@@ -42,6 +43,7 @@ def create_api(service: InferenceService) -> FastAPI:
         responses={400: {"model": ErrorResponse}, 422: {"model": ErrorResponse}},
     )
 
+    # Handlers are async, so FastAPI runs them in the event loop, not in its thread pool: none of them blocks.
     @api.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def playground() -> str:
         return page
@@ -82,6 +84,7 @@ def _add_error_handlers(api: FastAPI) -> None:
             return _error_response(400, f"malformed JSON at character {position}: {reason}")
         return _error_response(422, _describe(error.errors()))
 
+    # Starlette's class: the router raises it for 404 and 405, and FastAPI's own derives from it.
     @api.exception_handler(HTTPException)
     async def handle_http_error(request: Request, error: HTTPException) -> JSONResponse:
         message = f"{request.method} {request.url.path}: {error.detail}"

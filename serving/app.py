@@ -39,10 +39,11 @@ class ModelDeployment:
     """One copy of the model behind the HTTP API."""
 
     def __init__(self, folder: str, device: str, num_threads: int) -> None:
+        # Ray counts CPUs but does not limit threads.
         torch.set_num_threads(num_threads)
         self._service = InferenceService(LanguageModel.load(Path(folder), device))
 
-    # Serve calls this private hook after the constructor, so the routes can hold the loaded model.
+    # Serve calls this hook, which `serve.ingress` documents, after the constructor: routes can hold the loaded model.
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_api(self._service)
 
@@ -54,10 +55,12 @@ def build(config: ServingConfig) -> Application:
         CheckpointError: If the folder is not an export.
         ServiceError: If the registry cannot be reached or has no such model.
     """
+    # Resolved here and not in a replica: an alias that moves later does not change what restarted replicas serve.
     folder = resolve_model(config.model, config.tracking_uri)
     read_export_metadata(folder)  # fails here in one line, not in a replica with a traceback
 
     deployment = serve.deployment(
+        # Without an app: Serve asks the replica for it, by the hook above.
         serve.ingress()(ModelDeployment),
         name="model",
         ray_actor_options={"num_cpus": config.cpus, "num_gpus": config.gpus},

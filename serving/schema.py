@@ -25,6 +25,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 class GenerationRequest(BaseModel):
     """Base of request bodies: no type coercion, unknown fields are errors."""
 
+    # strict: "8" is not converted to 8. A client's mistake is reported instead of guessed at.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 

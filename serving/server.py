@@ -34,6 +34,7 @@ def serve_model(config: ServingConfig, port: int, host: str = LOCALHOST) -> Iter
         CheckpointError: If the model is not an export.
         ServiceError: If the port is in use, the registry cannot be reached, or the model does not start.
     """
+    # Before Serve starts, which takes seconds.
     check_port(port, host)
     application = build(config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -42,6 +43,7 @@ def serve_model(config: ServingConfig, port: int, host: str = LOCALHOST) -> Iter
 
     try:
         serve.start(
+            # One proxy, on this machine, whose port was checked; the default is one on every node.
             proxy_location="HeadOnly",
             http_options=HTTPOptions(host=host, port=port),
             logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
@@ -90,6 +92,7 @@ def _wait_until_ready(url: str, config: ServingConfig) -> None:
     """
     deadline = time.monotonic() + START_TIMEOUT_S
     while not _is_healthy(url):
+        # Looked at after each failed request: a failed deployment would never answer.
         application = serve.status().applications[APPLICATION]
 
         if application.status == ApplicationStatus.DEPLOY_FAILED:

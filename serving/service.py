@@ -34,6 +34,7 @@ class InferenceService:
 
     def __init__(self, model: LanguageModel) -> None:
         self._model = model
+        # One thread, so requests are generated in the order in which they arrive.
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generation")
         metadata = model.metadata
         self._identity = ModelIdentity(run=metadata.run, role=metadata.role, step=metadata.step)
@@ -88,6 +89,7 @@ class InferenceService:
         Raises:
             RequestError: If the model cannot do what the request asks for.
         """
+        # n slots divide the text into n + 1 parts.
         parts = request.prompt.split(request.slot)
         if len(parts) == 1:
             raise RequestError(

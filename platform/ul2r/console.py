@@ -43,6 +43,7 @@ def show_progress(
         unit: Name of the unit.
         completed: Units already done. They do not count in the rate, so a resumed run shows its real speed.
     """
+    # stderr, since a job's results go to stdout, which may be piped into a file.
     if sys.stderr.isatty():
         with _bar_columns(unit) as bars:
             task = bars.add_task(
@@ -66,6 +67,8 @@ class _CountsColumn(ProgressColumn):
         self._unit = unit
 
     def render(self, task: Task) -> Text:
+        # Not rich's own `task.speed`, which covers only the last 30 s: slow updates, such as one a minute, would have
+        # none.
         rate = _format_rate(task.completed - task.fields["initial"], task.elapsed or 0)
         counts = f"{_format_count(task.completed)}/{_format_count(task.total or 0)} {self._unit}"
         return Text(f"{counts}  {rate} {self._unit}/s  {task.fields['note']}")
@@ -101,11 +104,13 @@ class _LogBar:
         self._unit = unit
         self._initial = completed
         self._start_time = time.monotonic()
+        # The first update is always shown.
         self._last_line_time = float("-inf")
         self._is_finished = False
 
     def update(self, completed: float, note: str = "") -> None:
         now = time.monotonic()
+        # The end is shown however soon it comes, and only once.
         is_last = completed >= self._total
         is_too_soon = now - self._last_line_time < LOG_INTERVAL_S
         if self._is_finished or (is_too_soon and not is_last):
@@ -116,6 +121,7 @@ class _LogBar:
         done = completed - self._initial
         elapsed = now - self._start_time
         fraction = completed / self._total if self._total else 1.0
+        # At the mean rate so far; before the first unit is done there is none.
         remaining = (
             f"{(self._total - completed) * elapsed / done:.0f} s left" if done > 0 else "starting"
         )
@@ -135,4 +141,5 @@ def _format_count(number: float) -> str:
         # Thousands are written out up to 9999.
         if abs(number) >= 10 * size or (abs(number) >= size > 1e3):
             return f"{number / size:.1f}{letter}"
+    # Small rates keep a decimal: 0.4 steps/s is not 0.
     return f"{number:.0f}" if number >= 10 or number == int(number) else f"{number:.1f}"

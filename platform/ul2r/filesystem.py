@@ -48,6 +48,8 @@ def staging_dir(path: Path) -> Iterator[Path]:
     staging.mkdir(parents=True)
     try:
         yield staging
+        # A rename cannot replace a folder that has files. Between these two calls there is no folder at all, so a
+        # reader has to expect that it is missing, but never that it is incomplete.
         if path.exists():
             shutil.rmtree(path)
         staging.rename(path)
@@ -68,6 +70,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's content in hexadecimal."""
     with path.open("rb") as file:
+        # In chunks: a file of weights may be larger than the memory.
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -79,6 +82,7 @@ def file_lock(path: Path) -> Iterator[None]:
     process that holds it ends, however it ends.
     """
     with _lock_file(path).open("a") as file:
+        # "a" creates the file and leaves its content.
         while not _try_lock(file.fileno(), fcntl.LOCK_EX):
             time.sleep(LOCK_POLL_S)
         yield
@@ -89,11 +93,14 @@ def is_locked(path: Path) -> bool:
     if not _lock_file(path).is_file():
         return False
     with _lock_file(path).open() as file:
+        # A shared lock, so that two processes that ask at once do not take each other for the holder. Closing the file
+        # releases it.
         return not _try_lock(file.fileno(), fcntl.LOCK_SH)
 
 
 def _try_lock(file: int, kind: int) -> bool:
     try:
+        # flock and not lockf: its locks belong to the open file, so they also exclude threads of one process.
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False

@@ -47,6 +47,7 @@ def check_comparable(recipes: Mapping[Role, Recipe]) -> None:
     # A comparison may leave out the base; then the others' bases are not checked.
     base = recipes.get("base")
     for role, recipe in recipes.items():
+        # A recipe without a role may be listed under any.
         if recipe.role not in (None, role):
             raise RecipeError(
                 f"recipes.{role}: recipe {recipe.name!r} has role={recipe.role}: list it under that role"
@@ -62,6 +63,7 @@ def check_comparable(recipes: Mapping[Role, Recipe]) -> None:
 
 
 def _check_same_settings(role: Role, recipe: Recipe, other_role: Role, other: Recipe) -> None:
+    # One by one, so that the message names the setting that differs and not two groups of settings.
     fields = _flatten(evaluation_settings(recipe))
     other_fields = _flatten(evaluation_settings(other))
     for (field, value), (_, other_value) in zip(fields, other_fields, strict=True):

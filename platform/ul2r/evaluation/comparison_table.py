@@ -45,6 +45,8 @@ class ComparisonTable:
         roles: set[Role] = set()
         for arm in self.arms:
             score = arm.scores[metric.name]
+            # The standard error of a difference of independent scores. Arms share their text, so the true one is
+            # smaller: the rule is cautious.
             noise = math.hypot(score.stderr, best.stderr)
             # Equality first: a NaN or infinite mean is within the noise of nothing, not even of itself.
             if score == best or abs(score.mean - best.mean) <= noise:
@@ -113,6 +115,7 @@ class ComparisonTable:
 
     def _describe_budgets(self) -> list[str]:
         """Return a sentence on how much each arm was trained beyond the base, if the base's budget is known."""
+        # A comparison may leave out the base, and a foreign base may have no record of its training.
         base = next((arm.metadata for arm in self.arms if arm.role == "base"), None)
         if base is None or not base.tokens or not base.flops:
             return []

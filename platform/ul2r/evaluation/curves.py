@@ -43,6 +43,7 @@ def load_loss_curve(uri: str, run_id: str, denoisers: Sequence[str]) -> LossCurv
     # Progress is logged more often than held-out losses: only steps with all metrics count.
     steps = sorted(set(eflops).intersection(causal, *by_denoiser))
     return LossCurve(
+        # MLflow holds exaFLOPs, which its charts show in readable numbers.
         flops=tuple(eflops[step] * 1e18 for step in steps),
         causal_loss=tuple(causal[step] for step in steps),
         denoiser_loss=tuple(

@@ -30,6 +30,7 @@ def select_windows(
     Raises:
         CorpusError: If there are fewer than two windows; a standard error needs at least two.
     """
+    # No part is shorter than a window.
     num_parts = min(max_windows, len(store) // length)
     part_length = len(store) // max(num_parts, 1)
 
@@ -65,5 +66,6 @@ def _select_window(
     longest = int(lengths.argmax())
     if lengths[longest] < length:
         return None
+    # In the middle, as far as possible from the stretch's ends.
     start = int(starts[longest] + (lengths[longest] - length) // 2)
     return tokens[start : start + length]

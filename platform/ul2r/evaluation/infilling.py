@@ -45,6 +45,7 @@ class InfillExamples:
         """
         context = settings.infill_context_length
         span = settings.infill_span_length
+        # The window must not contain eos: a span across documents could not be guessed from its context.
         windows = select_windows(
             dataset.held_out,
             settings.num_infill_examples,

@@ -43,6 +43,7 @@ def measure_denoiser_loss(
 
 def measure_causal_loss(model: LanguageModel, dataset: TokenDataset, recipe: Recipe) -> Score:
     """Return the mean next-token loss of plain held-out text; every arm reads it causally and without a mode."""
+    # As a denoiser, so that plain text is scored on rows of the same shape, by the same code.
     return measure_denoiser_loss(model, dataset, recipe, Causal())
 
 

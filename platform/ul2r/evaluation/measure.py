@@ -70,6 +70,7 @@ def measure(
     _check_vocabulary(model, dataset, recipe)
     _check_infill_length(dataset, recipe)
 
+    # Perplexity needs no pass of its own; its error follows from that of the loss.
     causal = measure_causal_loss(model, dataset, recipe)
     yield "causal_loss", causal
     yield "causal_perplexity", to_perplexity(causal)
@@ -103,6 +104,7 @@ def _check_infill_length(dataset: TokenDataset, recipe: Recipe) -> None:
     """Refuse infilling examples that are longer than the examples of training."""
     context = recipe.evaluation.infill_context_length
     span = recipe.evaluation.infill_span_length
+    # The longest mode, since modes as text have several tokens and not all have equally many.
     mode = max(map(len, dataset.vocabulary.modes.values()))
 
     # Three sentinels: two in the prompt, and the first one again before the span.

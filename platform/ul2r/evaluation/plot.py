@@ -98,6 +98,7 @@ def _plot_bars(axes: Axes, arms: Sequence[Arm], groups: Mapping[str, str]) -> No
         arms: Bars of a group, from left to right.
         groups: Labels on the x-axis by metric.
     """
+    # Groups are centered on 0, 1, 2, ... whatever the number of arms.
     positions = np.arange(len(groups))
     for number, arm in enumerate(arms):
         scores = [arm.scores[metric] for metric in groups]
@@ -146,6 +147,7 @@ def _plot_curves(axes: Axes, curves: Mapping[Role, LossCurve]) -> None:
                 linewidth=1.5,
             )
 
+    # Handles of our own: colors mean arms, which the figure's legend explains, and here only the line styles count.
     axes.legend(
         handles=[
             Line2D([], [], color="black", linestyle="-", label="mean of the denoisers"),
@@ -160,6 +162,7 @@ def _plot_curves(axes: Axes, curves: Mapping[Role, LossCurve]) -> None:
         xlabel="training FLOPs, the base's included",
         ylabel=LOSS_LABEL,
     )
+    # From 0, so that the extra training of UL2R shows in proportion to the base's.
     axes.set_xlim(left=0)
     _style_axes(axes)
 

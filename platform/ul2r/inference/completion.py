@@ -52,6 +52,7 @@ def complete(
     Raises:
         RequestError: If the request does not fit the model.
     """
+    # Without a token there is no logit to start from.
     if not prompt:
         raise RequestError("the prompt is empty: give some text to continue")
 
@@ -78,6 +79,7 @@ def complete(
     if mode == "S2S" or model.metadata.denoising:
         tokens = [*model.require_denoising("mode S2S").modes["S2S"], *tokens]
 
+    # The mode counts against the model's maximum length, so it is in front before the limit is computed.
     generated = list(
         generate(
             model,

@@ -45,6 +45,7 @@ class IncrementalDecoder:
         self.logits = self._read([token], None)
 
     def _read(self, tokens: Sequence[int], mask: Tensor | None) -> Tensor:
+        # The cache appends the keys of these tokens and keeps count of positions, so none are passed.
         batch = torch.tensor([tokens], dtype=torch.int64)  # (1, S)
         # On the CPU, where a seed gives the same samples whatever the model's device.
         return self._model.forward(batch, mask, self._cache, last_only=True)[0, -1].cpu()
@@ -58,6 +59,7 @@ class Sampler:
     """
 
     def __init__(self, model: LanguageModel, temperature: float, seed: int) -> None:
+        # NaN fails the comparison too.
         if not 0 <= temperature < math.inf:
             raise RequestError(f"temperature={temperature} is out of range: choose 0 or more")
         self._is_text = model.is_text
@@ -108,6 +110,7 @@ def generate(
     decoder = IncrementalDecoder(model, prompt, bidirectional=bidirectional)
     sampler = Sampler(model, temperature, seed)
 
+    # A generator: the caller may stop early, and pays only for the tokens that it takes.
     for remaining in reversed(range(max_tokens)):
         token = sampler.sample(decoder.logits, stop)
         yield token

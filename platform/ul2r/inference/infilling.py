@@ -70,6 +70,7 @@ def infill(
         RequestError: If the model was trained causally, or the request does not fit the model.
     """
     vocabulary = model.require_denoising("infilling")
+    # Parts are encoded one by one: no token may span a slot.
     encoded = [model.encode(part) for part in parts]
     _check_parts(encoded, max_infill_slots(model))
 
@@ -145,6 +146,7 @@ def max_infill_slots(model: LanguageModel) -> int:
 def _interleave(parts: Sequence[list[int]], sentinels: Sequence[int]) -> list[int]:
     """Return parts and sentinels alternately, starting with a part."""
     tokens: list[int] = []
+    # One sentinel fewer than parts if the text ends in a slot, whose last part is then empty.
     for part, sentinel in zip_longest(parts, sentinels):
         tokens += part if sentinel is None else [*part, sentinel]
     return tokens

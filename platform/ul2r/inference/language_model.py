@@ -189,6 +189,7 @@ class LanguageModel:
             float32 (B, S); meaningful where `batch.loss_mask` is set.
         """
         num_rows, length = batch.tokens.shape
+        # Logits are by far the largest tensor: S x V for each row.
         rows_at_once = max(1, MAX_LOGITS // (length * self.network.config.vocab_size))
         losses = np.empty((num_rows, length), dtype=np.float32)
 

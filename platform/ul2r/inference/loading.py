@@ -90,6 +90,7 @@ def mark_text_ids(
     tokenizer: Tokenizer, vocabulary: Vocabulary | None, eos_token_ids: frozenset[int], size: int
 ) -> Tensor:
     """Return which ids stand for text: bool (`size`,), False for special tokens and unused ids."""
+    # Added tokens may also be text, such as runs of blanks: only special ones are left out.
     special = {i for i, added in tokenizer.get_added_tokens_decoder().items() if added.special}
     if vocabulary is not None:
         special.update(vocabulary.non_text_ids)

@@ -27,9 +27,11 @@ def compute_dense_attention(
     """
     group_size = query.shape[2] // key.shape[2]
     key, value = (tensor.double().repeat_interleave(group_size, dim=2) for tensor in (key, value))
+    # (B, H, S, S); Megatron's tensors have the sequence first.
     scores = torch.einsum("qbhd,kbhd->bhqk", query.double(), key) / query.shape[-1] ** 0.5
     position = torch.arange(key.shape[0], device=key.device)
     is_hidden = (position < kv_start[..., None]) | (position >= kv_end[..., None])  # (B, S, S)
+    # A query that sees no key would be NaN: every interval holds at least the query itself.
     weights = scores.masked_fill(is_hidden[:, None], -torch.inf).softmax(dim=-1)
     return torch.einsum("bhqk,kbhd->qbhd", weights, value)
 
@@ -41,6 +43,7 @@ def attend_by_segment(
     num_queries = segments.query_bounds.diff().tolist()
     num_keys = segments.key_bounds.diff().tolist()
     group_size = query.shape[1] // key.shape[1]
+    # One call for each segment, which have different lengths; slow, but without a mask that could itself be wrong.
     contexts = []
     for q, k, v in zip(
         torch.split(query, num_queries),
@@ -52,6 +55,7 @@ def attend_by_segment(
             q.transpose(0, 1)[None],
             k.transpose(0, 1)[None],
             v.transpose(0, 1)[None],
+            # Aligned at the end: a segment's last query sees all of its keys. torch's is_causal aligns at the start.
             attn_mask=causal_lower_right(len(q), len(k)) if causal else None,
             scale=scale,
         )

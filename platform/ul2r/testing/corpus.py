@@ -47,6 +47,7 @@ def write_texts(
     folder.mkdir(parents=True, exist_ok=True)
     texts = []
     for document in range(num_documents):
+        # A generator for each document, so that its text does not depend on how many documents there are.
         generator = np.random.Generator(np.random.Philox(key=[seed, document]))
         lines = [f"Story {document}\n"]
         for _ in range(num_sentences):
@@ -88,6 +89,7 @@ def make_tiny_store(
             if tokenizer
             else train_tokenizer(texts, vocabulary_size, num_sentinels)
         )
+        # Before the shards are merged: the manifest records the tokenizer's digest.
         loaded.save(str(folder / TOKENIZER_FILE))
 
         vocabulary = build_vocabulary(loaded)
@@ -116,6 +118,7 @@ class SyntheticWindows:
     ) -> None:
         """Write each sample's tokens to its line."""
         for line, sample, length in zip(windows, samples.tolist(), lengths.tolist(), strict=True):
+            # An empty slot has nothing to read.
             if sample >= 0:
                 line[:length] = self._make_window(sample, length)
 

@@ -46,11 +46,14 @@ def run_distributed(
     Raises:
         torch.multiprocessing.ProcessRaisedException: With the traceback of the first rank that failed.
     """
+    # Results come back as files, since `start_processes` returns none. It joins the processes, so all of them are
+    # written.
     with tempfile.TemporaryDirectory() as folder:
         start_processes(  # type: ignore[no-untyped-call]  # torch has no type for it
             _enter,
             args=(Path(folder), num_workers, function, arguments),
             nprocs=num_workers,
+            # fork would copy a process with running threads and their locks; spawn would import everything again.
             start_method="forkserver",
         )
         return [
@@ -69,6 +72,7 @@ def init_single_gpu_group(rendezvous: Path) -> None:
         init_method=f"file://{rendezvous}",
         rank=0,
         world_size=1,
+        # NCCL connects at once instead of in the first collective, so a test that fails to connect fails here.
         device_id=torch.device("cuda", 0),
     )
 
@@ -95,6 +99,7 @@ def _enter(
 ) -> None:
     # gloo workers train on CPUs, on a machine with GPUs as well.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # The workers share the machine's cores; torch would start a thread per core in each.
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -103,6 +108,8 @@ def _enter(
         world_size=num_workers,
         timeout=COLLECTIVE_TIMEOUT,
     )
+    # No barrier and no cleanup after an exception: the group's other ranks may be waiting in a collective, and
+    # `start_processes` ends them.
     result = function(*arguments)
     _result(folder, rank).write_bytes(pickle.dumps(result))
     dist.destroy_process_group()

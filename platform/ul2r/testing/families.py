@@ -46,9 +46,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "rope_parameters": LLAMA_3_ROPE,
     },
+    # The head is wider than hidden_size / num_attention_heads, in Qwen3 as well.
     "Mistral": {"model_type": "mistral", **SMALL, "head_dim": 16, "sliding_window": 64},
     "Qwen2.5": {"model_type": "qwen2", **SMALL, "tie_word_embeddings": True},
     "Qwen3": {"model_type": "qwen3", **SMALL, "head_dim": 16},
+    # Half of each head is rotated. The class has no setting for key/value heads: `make_random_model` removes it.
     "GPT-NeoX": {
         "model_type": "gpt_neox",
         **SMALL,
@@ -97,10 +99,13 @@ def make_random_model(name: str, seed: int = 0) -> PreTrainedModel:
     if settings["model_type"] == "gpt_neox":
         del settings["num_key_value_heads"]
     config = AutoConfig.for_model(**settings, **no_special_tokens)
+    # The caller's random state stays as it is.
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         for parameter in model.parameters():
+            # transformers begins with norms of 1 and biases of 0: an import that swapped two of them would go
+            # unnoticed.
             parameter.add_(torch.randn(parameter.shape), alpha=0.1)
     return model
 
@@ -119,7 +124,9 @@ def compute_reference_logits(model: PreTrainedModel, tokens: Tensor, prefix: int
     In layers with a window they are visible within the window only.
     """
     position = torch.arange(tokens.shape[1])
+    # (S, S): query i sees the keys before max(i + 1, prefix).
     is_visible = position[None] < torch.clamp(position + 1, min=prefix)[:, None]
+    # (B, 1, S, S): transformers uses a 4-D mask as it is, without adding its causal one.
     is_visible = is_visible.expand(len(tokens), 1, -1, -1)
     mask: Tensor | dict[str, Tensor] = is_visible
     if model.config.model_type == "gemma3_text":

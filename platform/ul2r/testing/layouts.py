@@ -33,6 +33,7 @@ def gather_logits(model: GPTModel, tokens: Tensor, prefix: int) -> Tensor:
     length = tokens.shape[1]
     position = torch.arange(length).expand(len(tokens), -1)
     kv_end = np.maximum(position.numpy() + 1, prefix)
+    # What Megatron-Core's schedules do between stages, for one microbatch; hidden states are (S, B, H).
     if not parallel_state.is_pipeline_first_stage():
         hidden = torch.empty(length, len(tokens), model.config.hidden_size)
         dist.recv(hidden, src=0)
@@ -41,16 +42,19 @@ def gather_logits(model: GPTModel, tokens: Tensor, prefix: int) -> Tensor:
     if not parallel_state.is_pipeline_last_stage():
         dist.send(output, dst=1)
         return output
+    # The output layer leaves each tensor rank its part of the vocabulary.
     gathered: Tensor = gather_from_tensor_model_parallel_region(output)
     return gathered.clone()
 
 
 def save_weights(chunks: Sequence[GPTModel], folder: Path) -> None:
     """Write the weights alone, as a checkpoint that all ranks share."""
+    # Rank 0 makes the folder, and the others wait until it exists.
     if dist.get_rank() == 0:
         folder.mkdir(parents=True)
     dist.barrier()
     replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    # The constructor and finalize are collectives; every rank writes its own files in between.
     write = AsyncWrite({"model": make_sharded_state_dict(list(chunks))}, folder, replicas)
     error = write.wait()
     if error is not None:

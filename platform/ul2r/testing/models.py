@@ -63,6 +63,7 @@ def write_tiny_export(
     denoising = attention == "prefix" if denoising is None else denoising
     role = "ul2r" if denoising else "base"
 
+    # `write_export` copies the tokenizer from a file, as from a token store.
     with TemporaryDirectory() as temporary:
         tokenizer_file = Path(temporary) / TOKENIZER_FILE
         tokenizer.save(str(tokenizer_file))
@@ -112,6 +113,8 @@ def _iter_random_weights(
         shapes |= {f"layers.{layer}.{name}": shape for name, shape in layer_shapes.items()}
 
     for name, shape in shapes.items():
+        # Matrices keep the scale of their inputs (1 / sqrt(inputs)); norms vary around 1, so that a missing one is
+        # noticed.
         noise = torch.randn(shape, generator=generator)
         is_norm = len(shape) == 1
         tensor = 1 + noise / 10 if is_norm else noise / shape[-1] ** 0.5
@@ -130,6 +133,7 @@ class ScriptedModel(LanguageModel):
         self, real: LanguageModel, script: Mapping[int, Sequence[int]], fallback: int
     ) -> None:
         """Script `real`'s tokens; `fallback` comes after all preferred ones."""
+        # The real network gives shapes, limits and device; its weights are never used.
         super().__init__(real.network, real.tokenizer, real.metadata, real.eos_token_ids)
         self.script = script
         self.fallback = fallback
@@ -149,6 +153,8 @@ class ScriptedModel(LanguageModel):
         self.calls.append(tokens[0].tolist())
         self.bidirectional_calls.append(mask is not None and bool(mask.all()))
 
+        # Preferred tokens are far above the others and 1 apart, so a sampler that may not take the first takes the
+        # second.
         logits = torch.zeros(1, 1, len(self.is_text))
         preferred = [*self.script.get(self.calls[-1][-1], ()), self.fallback]
         for rank, token in enumerate(preferred):

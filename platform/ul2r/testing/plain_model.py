@@ -46,6 +46,7 @@ class PlainModel(nn.Module):
         Returns:
             float32 (B, S, V).
         """
+        # Embedding and output share it, as in Megatron's model with tied embeddings.
         embedding = self.get_parameter("embedding.word_embeddings.weight")
         hidden = functional.embedding(tokens, embedding)
         for layer in self.decoder["layers"].children():
@@ -54,13 +55,15 @@ class PlainModel(nn.Module):
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """Compute the loss summed over targets, in nats."""
+        # torch takes int64 as indices and labels.
         tokens, labels, targets, kv_start, kv_end = (
             torch.from_numpy(array.astype(np.int64))
             for array in (batch.tokens, batch.labels, batch.loss_mask, batch.kv_start, batch.kv_end)
         )
         key = torch.arange(tokens.shape[1])
-        mask = (key >= kv_start[..., None]) & (key < kv_end[..., None])
+        mask = (key >= kv_start[..., None]) & (key < kv_end[..., None])  # (B, S, S)
         logits = self(tokens, mask[:, None])
+        # (B * S,); no mean here, since the loss is divided by the global number of targets.
         losses = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
         return (losses * targets.flatten()).sum()
 
@@ -93,6 +96,7 @@ class _Layer(nn.Module):
 
     def forward(self, hidden: Tensor, mask: Tensor, rotation: Tensor) -> Tensor:
         hidden = hidden + self._attend(self.input_layernorm(hidden), mask, rotation)
+        # Megatron's linear_fc1 holds the gate's rows first, then the other projection's.
         gate, up = self.mlp["linear_fc1"](self.pre_mlp_layernorm(hidden)).chunk(2, dim=-1)
         down: Tensor = self.mlp["linear_fc2"](functional.silu(gate) * up)
         return hidden + down
@@ -108,6 +112,7 @@ class _Layer(nn.Module):
         query = _rotate(query, rotation)
         key = _rotate(key, rotation)
 
+        # SDPA wants (B, heads, S, D).
         context = functional.scaled_dot_product_attention(
             query.flatten(2, 3).transpose(1, 2),
             key.flatten(2, 3).transpose(1, 2),

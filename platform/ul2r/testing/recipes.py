@@ -47,8 +47,10 @@ def tiny_recipe(storage: Path, **changes: Any) -> Recipe:  # noqa: ANN401  value
         "checkpoints": {"every": 3},
         "evaluation": {"num_rows": 4, "num_infill_examples": 4, "infill_context_length": 16},
     }
+    # One level deep: a group or list within a section is replaced.
     for section, values in changes.items():
         old = tree.get(section)
         are_groups = isinstance(old, dict) and isinstance(values, dict)
         tree[section] = {**(old or {}), **values} if are_groups else values
+    # Validated as a whole: a test cannot get a recipe that a user could not write.
     return Recipe.model_validate(tree)

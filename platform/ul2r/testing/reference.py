@@ -23,6 +23,7 @@ def philox_block(counter: int, key: int) -> list[int]:
     c = [counter >> 64 * i & UINT64_MASK for i in range(4)]
     k = [key & UINT64_MASK, key >> 64]
     for _ in range(10):
+        # Python integers hold the whole product of 128 bits, so upper and lower halves need no arithmetic of their own.
         first = c[0] * 0xD2E7470EE14C6C93
         second = c[2] * 0xCA5A826395121157
         c = [
@@ -38,6 +39,7 @@ def philox_block(counter: int, key: int) -> list[int]:
 def random_words(seed: int, purpose: Purpose, index: int, num_words: int) -> list[int]:
     """Return the first words of the stream of (seed, purpose, index)."""
     words: list[int] = []
+    # The index is the top word of the 256-bit counter, the purpose the top word of the 128-bit key.
     for block in range(1, num_words // 4 + 2):
         words += philox_block(block + (index << 192), seed + (purpose << 64))
     return words[:num_words]
@@ -52,6 +54,7 @@ def random_segmentation(total: int, words: Sequence[int]) -> list[int]:
         gap = word * (last + 1) >> 64
         taken.add(last if gap in taken else gap)
 
+    # Gap k is between tokens k and k + 1 of the window.
     bounds = [0, *(gap + 1 for gap in sorted(taken)), total]
     return [end - begin for begin, end in pairwise(bounds)]
 
@@ -87,6 +90,7 @@ def build_example(
             return [], [*marked, eos]
 
         case Prefix():
+            # Not used where the split is fixed; nothing else reads this stream.
             (word,) = words(1)
             split = 1 + (word * (length - 1) >> 64)
             if denoiser.noise_density is not None:
@@ -106,6 +110,7 @@ def build_example(
             inputs = [*vocabulary.modes[denoiser.mode]]
             targets: list[int] = []
             text = list(window)
+            # Not strict: the vocabulary may have more sentinels than the example has spans.
             for sentinel_id, kept, masked in zip(sentinels, kept_runs, masked_runs, strict=False):
                 inputs += [*text[:kept], sentinel_id]
                 targets += [sentinel_id, *text[kept : kept + masked]]
@@ -120,6 +125,7 @@ def num_mode_tokens(denoiser: Denoiser, vocabulary: Vocabulary) -> int:
 
 def choose_denoiser(mixture: Sequence[Denoiser], seed: int, sample: int) -> Denoiser:
     """Return a sample's denoiser."""
+    # Without the last bound: rounding may put the draw on the total itself, which is the last denoiser's.
     *bounds, total = accumulate(denoiser.weight for denoiser in mixture)
     (word,) = random_words(seed, Purpose.DENOISER, sample, 1)
     return mixture[sum((word >> 11) * 2.0**-53 * total >= bound for bound in bounds)]
@@ -148,6 +154,7 @@ def build_row(
     whole_rows = sum(denoiser.weight for denoiser in whole)
     shared_rows = sum(denoiser.weight for denoiser in shared) / slots
 
+    # The upper 53 bits, as in `random_kernels.uniform`.
     (word,) = random_words(seed, Purpose.ROW, row, 1)
     is_whole = (word >> 11) * 2.0**-53 < whole_rows / (whole_rows + shared_rows)
     samples = [row * slots + slot for slot in range(1 if is_whole else slots)]
@@ -176,6 +183,7 @@ def build_row(
         begin = len(built["tokens"])
         example = inputs + targets
         num_open = len(inputs) if objective.attention == "prefix" else 0
+        # Positions of the slot, or of the row for an example that has it to itself.
         for i in range(objective.max_example_length(denoiser) - 1):
             is_used = i + 1 < len(example)
             built["tokens"].append(example[i] if is_used else vocabulary.eos)

@@ -22,6 +22,7 @@ def describe_base(name: str) -> str:
     Raises:
         CheckpointError: If it cannot be a base.
     """
+    # The same checks as before a run, so that a base that passes here is not refused there.
     folder = resolve_model_folder(name)
     architecture = read_architecture(folder)
     check_model_folder(folder, architecture)
@@ -30,6 +31,7 @@ def describe_base(name: str) -> str:
     total = num_parameters(architecture, 0)
     active = num_active_parameters(architecture, 0)
     active_note = f", {active:,} for each token" if active < total else ""
+    # Only what differs from the defaults; JSON values are YAML values too.
     settings = architecture.model_dump(exclude_defaults=True)
     lines = [
         f"{name}: {architecture.family}, {total / 1e9:.3f} B parameters ({total:,}{active_note}), in {folder}",

@@ -51,6 +51,7 @@ def run_job(
             const=dry_run,
             help="check and size the run, print what it needs, start nothing",
         )
+    # Also replaces the default of --dry-run, which is None.
     parser.set_defaults(action=action)
     arguments = parser.parse_args()
 
@@ -59,6 +60,7 @@ def run_job(
     configure_console(int(os.environ.get("RANK", "0")))  # torchrun sets RANK
 
     def work() -> None:
+        # Within `work`, so that a mistake in the recipe is reported in one line like any other user error.
         config = load(arguments.recipe, arguments.overrides, config_type, fill_model_from_base)
         _check_storage(config.storage)
         arguments.action(config)
@@ -84,6 +86,7 @@ def run_and_report(work: Callable[[], None]) -> int:
         sys.stderr.write(f"{interrupted}; run the same command again to continue\n")
         return INTERRUPTED_EXIT
     except KeyboardInterrupt:
+        # The terminal has printed ^C without a line break.
         sys.stderr.write("\nstopped; run the same command again to continue\n")
         return INTERRUPTED_EXIT
 
@@ -92,7 +95,9 @@ def run_and_report(work: Callable[[], None]) -> int:
 
 def _make_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        # The docstring keeps its line breaks and the indentation of its commands.
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file, see jobs/recipes/")
     parser.add_argument(
@@ -109,6 +114,7 @@ def _make_parser(description: str | None) -> argparse.ArgumentParser:
 
 def _check_storage(storage: Path) -> None:
     """Refuse a storage that Ray deletes together with a submitted job's working directory."""
+    # `load` has made the path absolute, relative to the working directory, which is Ray's copy here.
     if SUBMITTED_VARIABLE in os.environ and storage.is_relative_to(Path.cwd()):
         raise RecipeError(
             f"storage={storage} is in the directory that Ray unpacked this job into and deletes afterwards: "

@@ -59,6 +59,7 @@ def compare(comparison: Comparison) -> ComparisonResult:
     Raises:
         UserError: If the recipes cannot be compared, an export is missing, or the tracking server fails.
     """
+    # Everything that can refuse comes first: measuring takes minutes.
     recipes = _load_recipes(comparison)
     check_comparable(recipes)
     _check_experiment(comparison, recipes)
@@ -69,6 +70,7 @@ def compare(comparison: Comparison) -> ComparisonResult:
     run_ids = {role: require_run(uri, recipe) for role, recipe in recipes.items()}
     exports = [find_export(recipe, dataset) for recipe in recipes.values()]
 
+    # Scores go to each run as well, as jobs/evaluate.py does: a run may be compared without having been evaluated.
     scores = evaluate_runs(list(recipes.values()), dataset)
     for recipe, run_scores in zip(recipes.values(), scores, strict=True):
         log_scores(uri, recipe, dataset, run_scores)
@@ -82,6 +84,7 @@ def compare(comparison: Comparison) -> ComparisonResult:
         metrics=list_metrics(any_recipe.evaluation),
     )
     result = ComparisonResult(StoragePaths(comparison.storage).comparison(comparison.name), table)
+    # The server is asked too: it may be another one than that of the last comparison.
     if not _is_current(result, run_ids) or find_run(uri, result.folder) is None:
         denoisers = [denoiser.name for denoiser in any_recipe.evaluation.mixture]
         _write_files(result, uri, run_ids, denoisers)
@@ -96,6 +99,7 @@ def _load_recipes(comparison: Comparison) -> dict[Role, Recipe]:
 
     return {
         role: load(comparison.recipes[role], [storage], Recipe, fill_model_from_base)
+        # In the order of the table's columns, whatever the order in the file.
         for role in ROLES
         if role in comparison.recipes
     }
@@ -136,6 +140,7 @@ def _write_files(
 ) -> None:
     result.folder.mkdir(parents=True, exist_ok=True)
 
+    # Curves come from MLflow and are no part of `_is_current`: a finished run's do not change.
     curves = {role: load_loss_curve(uri, run_id, denoisers) for role, run_id in run_ids.items()}
     plot_comparison(result.folder / PLOT_FILE, result.table, curves, denoisers)
     write_atomically(result.folder / TABLE_FILE, result.table.to_markdown())
@@ -154,5 +159,6 @@ def _log_files(result: ComparisonResult, comparison: Comparison, uri: str) -> No
         tags={"ul2r.role": "comparison"},
         params={arm.role: arm.metadata.run for arm in result.table.arms},
     )
+    # No metrics: they belong to the compared runs.
     log_summary(uri, run_id, {}, [result.folder / file for file in FILES])
     end_run(uri, run_id, "FINISHED")

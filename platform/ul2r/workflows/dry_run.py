@@ -36,6 +36,7 @@ def dry_run(recipe: Recipe) -> str:
     Raises:
         UserError: If a check fails.
     """
+    # With a store the tokenizer is known, and so is the checkpoint that the run would resume from.
     if recipe.storage_paths.store.exists():
         dataset = open_dataset(recipe.storage_paths.store)
         resumed = find_resume_checkpoint(recipe)
@@ -51,6 +52,7 @@ def dry_run(recipe: Recipe) -> str:
         start = _describe_start(recipe)
         checked = f"recipe and memory only: {recipe.storage_paths.store} is not prepared yet"
 
+    # Needed if there is no store; with one, `check_run` has done it.
     check_memory(recipe, vocabulary_size)
     estimate = estimate_run(recipe, vocabulary_size)
     padded = pad_vocabulary(recipe.model.num_used_embeddings(vocabulary_size))
@@ -71,6 +73,7 @@ def seen_keys_per_row(recipe: Recipe) -> float:
     It is the mean over the run's first rows. Their text is left blank, since lengths and spans do not depend on it.
     For examples that stay within their documents it is an upper bound.
     """
+    # The run's own first rows, by its own seed, so that the estimate is the same in every call.
     num_rows = min(SAMPLED_ROWS, recipe.training.steps * recipe.training.global_batch_size)
     batch = build_batch(
         range(num_rows),
@@ -212,6 +215,7 @@ def _stage_rows(estimate: RunEstimate) -> Iterator[tuple[str, ...]]:
 
 def _align(lines: Sequence[tuple[str, ...]], sides: str) -> list[str]:
     """Pad each column to its widest cell, aligned left ("<") or right (">") by its character in `sides`."""
+    # zip(*lines) turns lines into columns.
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
 
     return [
@@ -226,6 +230,7 @@ def _format_count(number: float) -> str:
     """Return three significant digits and a unit: 8.03 B."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
+            # 8.03, 80.3, 803: as many decimals as three digits leave.
             scaled = number / size
             return f"{scaled:,.{max(3 - len(str(int(scaled))), 0)}f} {unit}"
     return f"{number:g}"

@@ -49,8 +49,10 @@ def evaluate_runs(recipes: Sequence[Recipe], dataset: TokenDataset) -> list[Scor
     Raises:
         UserError: If an export is missing, or does not fit its recipe or the token store.
     """
+    # Without missing scores no cluster is started.
     missing = [recipe for recipe in recipes if load_scores(recipe, dataset) is None]
     if missing:
+        # For the largest task alone: the others wait until Ray has resources for them.
         gpus = max(recipe.launch.gpus_per_worker for recipe in missing)
         with connect_ray(cpus=1, gpus=gpus):
             _measure_all(missing)
@@ -73,6 +75,7 @@ def log_scores(uri: str, recipe: Recipe, dataset: TokenDataset, scores: Scores) 
     run_id = require_run(uri, recipe)
     means = {f"evaluation/{name}": score.mean for name, score in scores.values.items()}
     errors = {f"evaluation_stderr/{name}": score.stderr for name, score in scores.values.items()}
+    # MLflow shows the scores at the step of the checkpoint that was measured.
     step = read_export_metadata(find_export(recipe, dataset)).step or 0
 
     log_summary(uri, run_id, {**means, **errors}, step=step)
@@ -105,8 +108,10 @@ def _measure_all(recipes: Sequence[Recipe]) -> None:
     num_done = 0
 
     with show_progress("evaluate", total, "metrics") as bar:
+        # Shows the bar while models are still loading.
         bar.update(0)
         while tasks:
+            # Ray waits for generators as for results: one is ready when its next note is, or when it has ended.
             (ready, *_), _ = ray.wait(list(tasks), num_returns=1)
             try:
                 note = ray.get(next(ready))
@@ -133,4 +138,5 @@ def _measure(recipe: Recipe) -> Iterator[str]:
     for name, score in measure(model, dataset, recipe):
         scores[name] = score
         yield f"{recipe.name} {name}"
+    # Only complete scores are stored: a task that fails halfway is measured again from the start.
     save_scores(recipe, dataset, Scores(scores))

@@ -72,11 +72,13 @@ def _choose_checkpoint(recipe: Recipe) -> tuple[Path, Path]:
 
 def _write_export(recipe: Recipe, dataset: TokenDataset, checkpoint: Path, folder: Path) -> None:
     """Write weights, tokenizer and metadata unless the folder has those of the checkpoint, and the model card."""
+    # Without the rows that training added to make the embedding divisible.
     rows = recipe.model.num_used_embeddings(dataset.vocabulary.size)
     reader = MegatronCheckpointReader(checkpoint)
     reader.check(recipe.model, rows)
     metadata = _make_metadata(recipe, dataset, checkpoint)
 
+    # The metadata names the checkpoint, so the same folder is not written twice.
     if not metadata.is_written_in(folder):
         write_export(
             folder,
@@ -87,6 +89,7 @@ def _write_export(recipe: Recipe, dataset: TokenDataset, checkpoint: Path, folde
             tokenizer=dataset.tokenizer_file,
             shard_bytes=int(recipe.export.max_shard_gib * GIB),
         )
+    # Even for an export that is kept: its scores may be new.
     write_card(folder, recipe, dataset, metadata)
 
 
@@ -103,6 +106,7 @@ def _make_metadata(recipe: Recipe, dataset: TokenDataset, checkpoint: Path) -> E
         )
 
     info = CheckpointInfo.read(checkpoint)
+    # The recipe may have been edited since the checkpoint was written.
     info.check_same_model(recipe, dataset)
 
     return ExportMetadata(
@@ -119,6 +123,7 @@ def _make_metadata(recipe: Recipe, dataset: TokenDataset, checkpoint: Path) -> E
 
 
 def _register(recipe: Recipe, uri: str, folder: Path) -> None:
+    # A registered version points to the run it comes from.
     run_id = find_run(uri, recipe.paths.folder)
     if run_id is None:
         raise CheckpointError(

@@ -44,6 +44,7 @@ def describe_special_tokens(
     if num_sentinels < 1:
         raise RecipeError(f"--sentinels {num_sentinels}: must be 1 or more")
 
+    # `assign_special_tokens` returns another tokenizer, so the two can be compared.
     before = load_tokenizer(path / TOKENIZER_FILE if path.is_dir() else path)
     after = assign_special_tokens(before, num_sentinels, mode_tokens, source)
     assigned = list_assignments(
@@ -78,6 +79,7 @@ def _describe_group(tokens: Sequence[TokenAssignment], before: Tokenizer) -> str
 
 
 def _describe_embedding(folder: Path, vocabulary_size: int) -> str:
+    # Embeddings often have spare rows beyond the tokenizer's entries.
     rows = read_architecture(folder).num_embeddings or 0
     padded = pad_vocabulary(max(rows, vocabulary_size))
     if vocabulary_size <= rows:

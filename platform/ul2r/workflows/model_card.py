@@ -29,6 +29,7 @@ def write_card(
         f"Token store: fingerprint `{dataset.manifest.fingerprint}`, tokenizer `{dataset.manifest.tokenizer}`.",
         f"{RECIPE_HEADING}\n\n```yaml\n{dump(recipe)}```\n",
     ]
+    # The recipe is last: `_insert` finds its heading and puts the scores in front of it.
     text = "\n\n".join(sections)
     # The run's scores are those of its last checkpoint, not of one that `export.checkpoint` names.
     scores = None if recipe.export.checkpoint else load_scores(recipe, dataset)

@@ -50,7 +50,9 @@ class PhaseTimer:
 
         Once a block of the phase has succeeded its time is final: a later one only finds the work done.
         """
+        # An interrupted phase has its earlier attempts' time already.
         phase = self._phases.setdefault(name, Phase())
+        # Not time.time, which jumps when the clock is set.
         start = time.monotonic()
         succeeded = False
         try:
@@ -72,6 +74,7 @@ class PhaseTimer:
             )
             lines.append(f"{name:<14}{self._phases[name].seconds:8.0f} s{note}")
 
+        # Phases of an earlier version of the file, which this process did not run, are left out.
         total = sum(self._phases[name].seconds for name in self._seconds_now)
         return "\n".join([*lines, f"{'total':<14}{total:8.0f} s"])
 
@@ -98,6 +101,7 @@ def run_command(command: Sequence[str], environment: Mapping[str, str]) -> int:
     process = subprocess.Popen(
         command,
         env={**os.environ, **environment},
+        # A job that asked a question would wait for ever.
         stdin=subprocess.DEVNULL,
         start_new_session=True,
     )
@@ -106,6 +110,7 @@ def run_command(command: Sequence[str], environment: Mapping[str, str]) -> int:
     finally:
         _stop(process)
 
+    # Popen gives -2 for a process that SIGINT ended, a shell 130.
     return exit_code if exit_code >= 0 else 128 - exit_code
 
 
@@ -113,6 +118,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     """End the session of a command: at once if the command itself has ended, else with SIGINT first."""
     try:
         if process.poll() is None:
+            # The leader of a session has its own id as that of the process group.
             os.killpg(process.pid, signal.SIGINT)
             process.wait(STOP_TIMEOUT_S)
     except subprocess.TimeoutExpired:
