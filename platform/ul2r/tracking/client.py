@@ -11,7 +11,7 @@ import httpx
 from ul2r.errors import ServiceError
 
 # MLflow reads some of these when it is imported, so they are set first. Values from the user's environment win.
-# Its defaults, 7 retries with growing pauses and 120 s per request, keep a job waiting for minutes when the server is down.
+# Its defaults, 7 retries of up to 120 s with growing pauses, keep a job waiting for minutes if the server is down.
 for _name, _value in {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
