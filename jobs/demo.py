@@ -148,6 +148,7 @@ class Demo:
         # Without the notes, which would fill the screen: the file has them.
         table = (folder / TABLE_FILE).read_text(encoding="utf-8").splitlines()
         num_tokens = {role: _count_tokens(recipe) for role, recipe in self.recipes.items()}
+        # Tokens stand for FLOPs here: the family's runs share one model.
         share = num_tokens["ul2r"] / num_tokens["base"]
         model = self.recipes["ul2r"].export.registered_model
         is_default = self.family == "demo" and not self.storage_overrides

@@ -16,6 +16,7 @@ from ul2r.inference import FinishReason
 MAX_PROMPT_CHARACTERS = 1_000_000
 """Longer prompts are refused before they are tokenized."""
 
+# Wide bounds, the same for every model: what a model allows is checked in `ul2r.inference`.
 Prompt = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)]
 MaxTokens = Annotated[int, Field(le=1_000_000)]
 Temperature = Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)]

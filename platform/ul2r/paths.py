@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+# tokenizer.json and README.md are what Hugging Face's libraries and Hub look for; ul2r.json is this project's own.
 TOKENIZER_FILE = "tokenizer.json"
 EXPORT_METADATA_FILE = "ul2r.json"
 MODEL_CARD_FILE = "README.md"

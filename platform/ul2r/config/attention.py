@@ -56,6 +56,7 @@ def check_attention(
             "attention=te has bf16 kernels only, and training.precision=fp32: set attention to auto, flex or sdpa, "
             "or training.precision to bf16"
         )
+    # A window of all layers does not count here: rows are not longer than it (`Architecture.layer_windows`).
     if attention == "te" and any(model.layer_windows):
         raise ValueError(
             "attention=te does not support sliding windows, and "

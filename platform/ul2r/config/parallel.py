@@ -42,6 +42,7 @@ class Parallel(StrictModel):
                 f"{self.tensor} x {self.pipeline} = {replica}: "
                 f"set parallel.num_workers to {replica}, {2 * replica}, {3 * replica}, ..."
             )
+        # The key exists to be refused with a reason, not just as unknown.
         if self.context > 1:
             raise ValueError(
                 f"context={self.context}: interval attention, which prefix-LM needs, has no kernel that splits a row "
@@ -119,7 +120,7 @@ def check_tensor_parallel(parallel: Parallel, model: Architecture) -> None:
             f"parallel.tensor={tensor} neither divides model.num_kv_heads={model.num_kv_heads} nor is a multiple of "
             "it: change either"
         )
-    # Its norm runs across all heads, so no head may be on several ranks.
+    # Its norm sums squares over the heads of all ranks: a head on two ranks would count twice.
     if model.qk_norm == "full" and model.num_kv_heads % tensor:
         raise ValueError(
             f"parallel.tensor={tensor} does not divide model.num_kv_heads={model.num_kv_heads}, as "

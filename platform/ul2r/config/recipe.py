@@ -163,6 +163,7 @@ class Recipe(StrictModel):
     @property
     def tokens_per_step(self) -> int:
         """Row positions of one step, over all replicas."""
+        # Padding and inputs count as well: the model computes all positions, and FLOPs follow from them.
         return self.training.global_batch_size * self.objective.sequence_length
 
     @property

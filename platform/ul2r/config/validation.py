@@ -23,6 +23,7 @@ def check_validation_rows(validation: Validation, training: Training, parallel: 
     Raises:
         ValueError: With the sizes.
     """
+    # Validation runs through the same pipeline schedule as training, in microbatches of the same size.
     rows = training.rows_per_microbatch(parallel)
     if validation.num_rows % rows:
         raise ValueError(

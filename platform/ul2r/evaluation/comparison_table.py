@@ -98,6 +98,7 @@ class ComparisonTable:
 
     def to_rich(self) -> Table:
         """Return the table for a terminal."""
+        # rich takes brackets in texts for markup, but only from a lower-case letter on: the [S2S] of the notes stays.
         table = Table(title=self.name, caption="\n".join(self.notes()), caption_justify="left")
         table.add_column("held out")
         for arm in self.arms:
@@ -120,6 +121,7 @@ class ComparisonTable:
         if base is None or not base.tokens or not base.flops:
             return []
 
+        # Both are totals that include the base's, so the extra is the ratio minus 1.
         extra = [
             f"{arm.role} +{(arm.metadata.tokens or 0) / base.tokens - 1:.1%} tokens and "
             f"+{(arm.metadata.flops or 0) / base.flops - 1:.1%} FLOPs"

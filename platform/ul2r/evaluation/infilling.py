@@ -52,6 +52,7 @@ class InfillExamples:
             2 * context + span,
             excluded_token=dataset.vocabulary.eos,
         )
+        # (B, C), (B, N) and (B, C), in the order of the fields.
         return cls(*(np.split(windows, [context, context + span], axis=1)))
 
 

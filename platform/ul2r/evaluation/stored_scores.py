@@ -50,6 +50,7 @@ def load_scores(recipe: Recipe, dataset: TokenDataset) -> Scores | None:
     if not path.is_file():
         return None
 
+    # Compared with .get: files of older formats lack some of the conditions.
     stored = json.loads(path.read_text(encoding="utf-8"))
     if any(stored.get(key) != value for key, value in conditions.items()):
         return None

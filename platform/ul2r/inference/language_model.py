@@ -154,6 +154,7 @@ class LanguageModel:
         if window is None:
             return mask
 
+        # Symmetric, since inputs may also see later ones: |i - j| < window.
         positions = torch.arange(mask.shape[-1], device=mask.device)
         windowed: Tensor = mask & ((positions[:, None] - positions).abs() < window)
         if getattr(config, "layer_types", None) is None:

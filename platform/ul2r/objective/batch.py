@@ -35,6 +35,7 @@ class WindowSource(Protocol):
         """
 
 
+# eq=False: comparing arrays with == has no single truth value.
 @dataclass(frozen=True, eq=False)
 class Batch:
     """B rows of S positions; position i of a row predicts the token at i + 1 of the same slot.
@@ -155,7 +156,7 @@ def build_batch(
     runs = _empty_runs(shape, table.num_sentinels)
     draw_runs(np.uint64(seed), np.uint64(Purpose.SPANS), table.denoisers, slots, runs)
 
-    # Uninitialized as well: `fill_batch` writes all positions, padding included.
+    # Uninitialized: `fill_batch` writes all positions, padding included.
     positions = (len(row_indices), objective.sequence_length)
     arrays = BatchArrays(**{name: np.empty(positions, dtype) for name, dtype in DTYPES.items()})
     fill_batch(
@@ -180,6 +181,7 @@ def build_batch(
 
 def _read_windows(source: WindowSource, slots: Slots) -> npt.NDArray[np.int32]:
     """Return the raw text of every slot, int32 (B, slots, longest), and reduce the lengths of short windows."""
+    # An array without rows has no maximum unless one is given.
     longest = int(slots.lengths.max(initial=0))
     # (B * slots, longest): the source reads all samples of a batch in one call.
     windows = np.empty((slots.samples.size, longest), np.int32)

@@ -135,6 +135,7 @@ def _length_and_cost(
     training = recipe.training
     row_length = recipe.objective.sequence_length
     num_rows = training.steps * training.global_batch_size
+    # Attention is counted by the keys that queries see, not by the square of the row's length.
     flops = training_flops(
         recipe.model,
         vocabulary_size,
@@ -166,6 +167,7 @@ def _format_report(
     yield ""
     yield f"Memory of one worker in GiB, by pipeline stage; {_describe_device(recipe)}:"
     yield ""
+    # A character for each column of `_stage_rows`: the stage, then nine numbers.
     yield from _align([*_stage_rows(estimate)], "<" + ">" * 9)
     yield ""
     yield (

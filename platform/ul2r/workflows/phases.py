@@ -41,6 +41,7 @@ class PhaseTimer:
             stored = json.loads(file.read_text(encoding="utf-8"))
             self._phases = {name: Phase(**phase) for name, phase in stored.items()}
 
+        # Taken before this process measures anything: `format_table` marks only what an earlier one finished.
         self._finished_before = {name for name, phase in self._phases.items() if phase.finished}
         self._seconds_now: dict[str, float] = {}
 
