@@ -20,7 +20,7 @@ DENOISER = np.dtype(
         ("mean_noise_span_length", np.float64),  # span corruption only
         ("noise_density", np.float64),  # span corruption, prefix; 0 for a prefix of random length
         ("num_mode_tokens", np.int64),
-        # Flags are int64 and not bool, since layout_kernels multiplies with them.
+        # Flags are int64: layout_kernels adds and multiplies with them.
         ("has_sentinels", np.int64),  # 1 if a sentinel stands for each masked run
         ("prefix_attention", np.int64),  # 1 if inputs see each other in both directions
         ("eos_after_inputs", np.int64),  # 1 if an eos closes the inputs

@@ -105,6 +105,7 @@ def fill_words(seed: Word, purpose: Word, index: int, words: Words) -> None:
                 multiply_high(a, multiplier_a) ^ d ^ key_1,
                 a * multiplier_a,
             )
+            # The round keys are Weyl sequences: the fractions of the golden ratio and of sqrt(3), in 64 bits.
             key_0 += np.uint64(0x9E3779B97F4A7C15)
             key_1 += np.uint64(0xBB67AE8584CAA73B)
 
