@@ -154,7 +154,7 @@ def measure_import_memory(folder: Path) -> tuple[int, int]:
     Mesh.join(recipe.parallel)
     with track_peak_memory() as peak:
         (model,) = build_model(recipe, NUM_EMBEDDINGS)
-        with SafetensorsReader(folder, MODEL) as reader:
+        with SafetensorsReader(folder, MODEL.family) as reader:
             load_weights(model, reader, MODEL)
     save_weights([model], folder.parent / "sharded")
     return peak[0], sum(shard.data.nbytes for shard in iter_shards(model))
@@ -201,7 +201,7 @@ def measure_seconds(folder: Path) -> dict[str, float]:
     checkpoint = folder.parent / "whole"
 
     def load() -> None:
-        with SafetensorsReader(folder, MODEL) as reader:
+        with SafetensorsReader(folder, MODEL.family) as reader:
             load_weights(model, reader, MODEL)
 
     load()

@@ -100,7 +100,7 @@ def import_embedding(recipe: Recipe, vocabulary_size: int) -> Tensor:
     Mesh.join(recipe.parallel)
     (model,) = build_model(recipe, vocabulary_size)
     assert isinstance(recipe.base, HuggingFaceBase)
-    with SafetensorsReader(Path(recipe.base.hf), recipe.model) as reader:
+    with SafetensorsReader(Path(recipe.base.hf), recipe.model.family) as reader:
         load_weights(model, reader, recipe.model)
     weight: Tensor = model.embedding.word_embeddings.weight.detach().clone()
     return weight

@@ -37,13 +37,7 @@ class BatchBuilder:
         Raises:
             CorpusError: If the data set is shorter than one window, or its tokenizer has too few sentinels.
         """
-        num_sentinels = len(dataset.vocabulary.sentinels)
-        if num_sentinels < recipe.num_sentinels_needed:
-            raise CorpusError(
-                f"{recipe.storage_paths.store}: the tokenizer has {num_sentinels} sentinels, the mixture needs "
-                f"{recipe.num_sentinels_needed}: raise data.num_sentinels and prepare again, or lower "
-                "objective.sequence_length"
-            )
+        _check_sentinels(recipe, dataset)
         self._recipe = recipe
         self._vocabulary = dataset.vocabulary
         self._train = _training_windows(recipe, dataset)
@@ -134,4 +128,21 @@ def check_dataset(recipe: Recipe, dataset: TokenDataset) -> None:
     Raises:
         CorpusError: If it is not.
     """
-    BatchBuilder(recipe, dataset)
+    _check_sentinels(recipe, dataset)
+    window_type = _window_type(recipe)
+    length = recipe.objective.max_raw_length
+    window_type.check_store(dataset.held_out, length, "held-out")
+    for source in dataset.train:
+        # The first window of a streamed store may be in a segment that does not exist yet.
+        if not isinstance(source.store, SegmentedStore) or source.store.is_complete:
+            window_type.check_store(source.store, length, "train")
+
+
+def _check_sentinels(recipe: Recipe, dataset: TokenDataset) -> None:
+    num_sentinels = len(dataset.vocabulary.sentinels)
+    if num_sentinels < recipe.num_sentinels_needed:
+        raise CorpusError(
+            f"{recipe.storage_paths.store}: the tokenizer has {num_sentinels} sentinels, the mixture needs "
+            f"{recipe.num_sentinels_needed}: raise data.num_sentinels and prepare again, or lower "
+            "objective.sequence_length"
+        )

@@ -47,16 +47,26 @@ class TextWindows:
         Raises:
             CorpusError: If the store is shorter than one window.
         """
-        if split is not None and len(store) < length:
-            raise CorpusError(
-                f"the {split} split has {len(store)} tokens, one window needs {length}: "
-                "add text, lower objective.sequence_length or raise objective.slots_per_row"
-            )
+        if split is not None:
+            self.check_store(store, length, split)
         self.length = length
         self._store = store
         self._seed = seed
         self._source = source
         self._purpose = purpose
+
+    @staticmethod
+    def check_store(store: TokenSource, length: int, split: str) -> None:
+        """Refuse a store without a window.
+
+        Raises:
+            CorpusError: If the store is shorter than one window.
+        """
+        if len(store) < length:
+            raise CorpusError(
+                f"the {split} split has {len(store)} tokens, one window needs {length}: "
+                "add text, lower objective.sequence_length or raise objective.slots_per_row"
+            )
 
     def __len__(self) -> int:
         """Windows in an epoch."""
@@ -110,11 +120,21 @@ class DocumentWindows:
         self._source = source
         self._purpose = purpose
 
+        if split is not None:
+            self.check_store(store, length, split)
         self._bounds = store.document_bounds  # (D + 1,)
         sizes = np.diff(self._bounds)
         self._counts = np.where(sizes < MINIMUM_RAW_LENGTH, 0, -(-sizes // length))
         self._ends = np.cumsum(self._counts)
-        if split is not None and not len(self):
+
+    @staticmethod
+    def check_store(store: DocumentSource, length: int, split: str) -> None:  # noqa: ARG004  as in `TextWindows`
+        """Refuse a store without a window.
+
+        Raises:
+            CorpusError: If no document is long enough.
+        """
+        if np.diff(store.document_bounds).max(initial=0) < MINIMUM_RAW_LENGTH:
             raise CorpusError(
                 f"the {split} split has no document of {MINIMUM_RAW_LENGTH} tokens or more: use other text, or set "
                 "objective.within_document to false"

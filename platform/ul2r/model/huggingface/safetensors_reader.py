@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ul2r.config import Architecture
+from ul2r.config.architecture import FamilyName
 from ul2r.errors import CheckpointError
 from ul2r.model.huggingface.families import FAMILIES
 from ul2r.model.huggingface.family import TensorSlice, tensor_shapes
@@ -62,8 +63,8 @@ def check_tensors(folder: Path, architecture: Architecture) -> None:
     Raises:
         CheckpointError: If files or tensors are missing, too many, or of another shape.
     """
-    with SafetensorsReader(folder, architecture):
-        pass  # opening it checks it
+    with SafetensorsReader(folder, architecture.family) as reader:
+        reader.check(architecture)
 
 
 class SafetensorsReader:
@@ -71,19 +72,18 @@ class SafetensorsReader:
 
     Args:
         folder: Folder with model.safetensors, or with shards and their index.
-        architecture: The model that its config.json describes.
+        family: Family of the model in it.
 
     Raises:
-        CheckpointError: If files or tensors are missing or superfluous, or a tensor does not fit the architecture.
+        CheckpointError: If a file is missing or cannot be read.
     """
 
-    def __init__(self, folder: Path, architecture: Architecture) -> None:
+    def __init__(self, folder: Path, family: FamilyName) -> None:
         self.folder = folder
-        self.family = FAMILIES[architecture.family]
+        self.family = FAMILIES[family]
         self._open_files = ExitStack()
         self._handles: dict[str, Any] = {}
         self._names, self._files = self._locate_tensors()
-        self._check(architecture)
 
     def __enter__(self) -> Self:
         return self
@@ -166,7 +166,12 @@ class SafetensorsReader:
             if name not in self._open_file(file).keys():  # noqa: SIM118  not a mapping
                 raise CheckpointError(f"{index}: {name} is not in {file}: download both again")
 
-    def _check(self, architecture: Architecture) -> None:
+    def check(self, architecture: Architecture) -> None:
+        """Check that the files hold exactly the tensors of an architecture.
+
+        Raises:
+            CheckpointError: If tensors are missing or superfluous, or one has another shape.
+        """
         assert architecture.num_embeddings is not None
         expected = tensor_shapes(self.family, architecture, architecture.num_embeddings)
         missing = [name for name in expected if name not in self._files]

@@ -42,7 +42,8 @@ def load_pretrained(
         train_step.optimizer.reload_model_params()
         return compute_foreign_identity(folder)
 
-    with SafetensorsReader(resolve_model_folder(base.hf), recipe.model) as source:
+    with SafetensorsReader(resolve_model_folder(base.hf), recipe.model.family) as source:
+        source.check(recipe.model)
         for chunk in train_step.chunks:
             load_weights(chunk, source, recipe.model)
         train_step.optimizer.reload_model_params()
