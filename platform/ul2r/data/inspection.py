@@ -185,6 +185,7 @@ def write_page(recipe: Recipe, dataset: TokenDataset) -> Path:
     tokenizer = load_tokenizer(dataset.tokenizer_file)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        # The page shows text of the corpus, which must not act as markup; a misspelled name must not render as nothing.
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -215,6 +216,8 @@ def render_tokens(
     kinds[vocabulary.eos] = "eos"
 
     def render(token: int) -> DisplayToken:
+        # Token by token, to color each: bytes of a character that is split over tokens appear as replacement
+        # characters.
         text = tokenizer.decode([token], skip_special_tokens=False)
         return DisplayToken(text, kinds.get(token, "text"), token)
 
@@ -239,6 +242,7 @@ def draw_attention(example: Example) -> str:
     ]
 
     step = max(1, size // PICTURE_SIZE)  # details finer than a pixel are invisible
+    # Down the left edge and up the right one, so that the points go around the visible keys; a query has two points.
     points = [*left[:: 2 * step], left[-1], right[-1], *right[:: 2 * step][::-1]]
     return " ".join(f"{x * scale:.1f},{y * scale:.1f}" for x, y in points)
 

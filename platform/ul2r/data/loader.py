@@ -132,6 +132,7 @@ def make_dataset(recipe: Recipe, batches: range, num_replicas: int) -> Dataset:
         return ray.data.read_datasource(
             source,
             num_cpus=cpus,
+            # As many tasks at a time as a chunk has blocks, each of them for another replica.
             concurrency=num_replicas,
             override_num_blocks=num_replicas * len(plan_chunks(recipe, batches, num_replicas)),
         )
@@ -183,6 +184,7 @@ def iter_batches(
     """
     num_rows = recipe.training.global_batch_size // num_replicas
     prefetch_batches = PREFETCH_BYTES // (num_rows * bytes_per_row(recipe.objective))
+    # Ray divides a replica's blocks into batches again. Blocks hold whole batches, so no batch spans two of them.
     arrays = iterator.iter_batches(
         batch_size=num_rows,
         batch_format="numpy",
@@ -241,6 +243,7 @@ def _matches_samples(actual: npt.NDArray[np.int64], expected: npt.NDArray[np.int
 def plan_chunks(recipe: Recipe, batches: range, num_replicas: int) -> list[range]:
     """Return the batches of each block: 1 at first, then doubling while a block stays small enough."""
     num_rows = recipe.training.global_batch_size // num_replicas
+    # A batch larger than the limit is a block of its own: batches are never divided, see `_make_context`.
     max_size = max(1, MAX_BLOCK_BYTES // (num_rows * bytes_per_row(recipe.objective)))
     chunks = []
     begin = batches.start
@@ -260,4 +263,5 @@ def _build_block(
     builder = BatchBuilder(recipe, open_dataset(recipe.storage_paths.store, fingerprint))
     parts = [builder.build(batch_index, replica, num_replicas).to_arrays() for batch_index in chunk]
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    # A list, since the function of a ReadTask returns an iterable of blocks.
     return [BlockAccessor.batch_to_block(columns)]

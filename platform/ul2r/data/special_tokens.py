@@ -82,6 +82,7 @@ def assign_special_tokens(
         available = sorted(filter(RESERVED.fullmatch, entries), key=entries.__getitem__)
     else:
         available = _remove_last_subwords(tree, len(missing))
+    # Not strict: what finds no token to take becomes a new entry below, and tokens not needed keep their names.
     _rename_tokens(tree, dict(zip(available, missing, strict=False)), entries)
 
     assigned = configure_for_plain_text(Tokenizer.from_str(json.dumps(tree)))
@@ -112,6 +113,7 @@ def _remove_last_subwords(tree: dict[str, Any], count: int) -> list[str]:
     merged = {"".join(pair) for pair in pairs}
     vocabulary: dict[str, int] = model["vocab"]
     added = {entry["content"] for entry in tree["added_tokens"]}
+    # Single bytes and characters are no product of a merge, so they are never taken: all text can still be encoded.
     subwords = sorted((merged & vocabulary.keys()) - added, key=vocabulary.__getitem__)
     if len(subwords) < count:
         raise CorpusError(
@@ -135,6 +137,7 @@ def _rename_tokens(
 ) -> None:
     """Rename tokens and mark them as special; their ids stay."""
     vocabulary = tree["model"].get("vocab")
+    # A Unigram model lists pairs of piece and score instead; its reserved tokens are among the added ones.
     if isinstance(vocabulary, dict):
         tree["model"]["vocab"] = {new_texts.get(text, text): n for text, n in vocabulary.items()}
 

@@ -50,6 +50,8 @@ def train_tokenizer(
     """
     special_tokens = list_special_tokens(num_sentinels, vocabulary_size, mode_tokens)
     tokenizer = Tokenizer(models.BPE())
+    # The default adds a space before the text: encoding would not be lossless, and every chunk of a document would gain
+    # one.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -90,6 +92,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if path.is_dir():
         raise CorpusError(f"{path}: is a folder; use the tokenizer.json in it")
     try:
+        # Not Tokenizer.from_file: a missing file is a bare Exception there, like a file that is no tokenizer.
         return configure_for_plain_text(Tokenizer.from_str(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
@@ -121,6 +124,7 @@ def add_special_tokens(
 
     special_ids = {tokenizer.token_to_id(text) for text in needed}
     for text in needed:
+        # At the beginning, after a space and after a full stop: tokenizers may treat these places differently.
         if special_ids & set(encode(tokenizer, f"{text} {text}.{text}").tolist()):
             raise CorpusError(
                 f"the tokenizer encodes plain text as the special token {text}, so a document could contain it: "
@@ -154,10 +158,12 @@ def build_vocabulary(tokenizer: Tokenizer, mode_tokens: ModeTokens = "special") 
     else:
         modes = {mode: tuple(encode(tokenizer, text).tolist()) for mode, text in MODES.items()}
 
+    # Counted in the tokenizer instead of taken from the recipe: one of T5's brings a hundred of its own.
     num_sentinels = next(
         number for number in range(len(entries) + 1) if format_sentinel(number) not in entries
     )
     return Vocabulary(
+        # Not the number of entries: ids may have gaps, and embedding and checks go up to the largest.
         size=max(entries.values()) + 1,
         eos=entries[eos],
         modes=modes,

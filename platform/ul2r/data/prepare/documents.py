@@ -24,6 +24,7 @@ from ul2r.errors import CorpusError
 
 CHUNK_SIZE = 2**16
 """Characters of a chunk, at most."""
+# pyarrow's default of 65,536 rows would be gigabytes of text if the documents are long.
 ROWS_PER_BATCH = 64
 
 
@@ -55,6 +56,8 @@ def read_documents(file: SourceFile) -> Iterator[TextChunk]:
             else:
                 yield from split_into_chunks(_decode(path, stream))
     except OSError as error:
+        # Arrow raises OSError as well, for a truncated archive for example, but without an errno and hence without a
+        # strerror.
         raise CorpusError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
@@ -69,6 +72,8 @@ def split_into_chunks(texts: Iterable[str]) -> Iterator[TextChunk]:
             end = rest.rfind("\n", start, start + CHUNK_SIZE) + 1 or start + CHUNK_SIZE
             yield TextChunk(rest[start:end], ends_document=False)
             start = end
+        # Up to CHUNK_SIZE characters wait here: only the next text, or its absence, shows whether they end the
+        # document.
         rest = rest[start:]
     if rest:
         yield TextChunk(rest, ends_document=True)
@@ -93,6 +98,8 @@ def _decode(path: Path, stream: IO[bytes]) -> Iterator[str]:
         try:
             yield decoder.decode(chunk, is_final)
         except UnicodeDecodeError as error:
+            # `error.object` may begin with bytes that the decoder kept from the chunk before: a cut character, so never
+            # a line break.
             line = num_lines + error.object[: error.start].count(b"\n") + 1
             raise CorpusError(f"{path}: line {line}: {_describe_bad_byte(error)}") from None
         num_lines += chunk.count(b"\n")
@@ -103,6 +110,7 @@ def _read_json_texts(file: SourceFile, stream: IO[bytes]) -> Iterator[str]:
         if not line.strip():
             continue
         try:
+            # Decoded here: given bytes, json.loads guesses among UTF-8, 16 and 32, and accepts surrogates in them.
             record = json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
             location = _locate_line(file, number)
@@ -110,6 +118,8 @@ def _read_json_texts(file: SourceFile, stream: IO[bytes]) -> Iterator[str]:
         except json.JSONDecodeError as error:
             raise CorpusError(f"{_locate_line(file, number)}: not JSON: {error.msg}") from None
         text = record.get("text") if isinstance(record, dict) else None
+        # The place is a function since it is needed in errors only: within a part, it is counted from the file's
+        # beginning.
         yield _check_text(text, partial(_locate_line, file, number))
 
 
@@ -126,6 +136,7 @@ def _read_lines(file: SourceFile, stream: IO[bytes]) -> Iterator[bytes]:
     position = stream.tell()
     end = file.begin + file.size
     while position < end and (line := stream.readline()):
+        # The condition looks at a line's first byte only: the last line of a part is read to its end, beyond `end`.
         yield line
         position += len(line)
 
@@ -165,6 +176,7 @@ def _read_parquet_texts(path: Path, stream: IO[bytes]) -> Iterator[str]:
 
 def _to_python(value: pyarrow.Scalar) -> Any:  # noqa: ANN401  any type that the column may have
     try:
+        # Arrow does not validate the strings of a file that it reads: bytes that are not UTF-8 show only here.
         return value.as_py()
     except UnicodeDecodeError:
         return None

@@ -63,6 +63,8 @@ def collect_inputs(data: Data) -> dict[str, Any]:
     else:
         load_tokenizer(data.tokenizer)
 
+    # Not the contents: every start collects the inputs again, and would have to read the whole corpus for their digest.
+    # Names are relative, so a folder that was moved with its times is still the same corpus.
     listing = [(file.name, file.size, file.modified_ns) for file in files]
     inputs: dict[str, Any] = {
         "data.corpus": list(data.corpus),
@@ -70,6 +72,7 @@ def collect_inputs(data: Data) -> dict[str, Any]:
         "data.mode_tokens": data.mode_tokens,
         SENTINELS_KEY: data.num_sentinels,
         "data.tokenizer": sha256_of(data.tokenizer) if data.tokenizer else None,
+        # A given tokenizer has its own size, and the setting no effect: changing it must not refuse the store.
         "data.vocabulary_size": None if data.tokenizer else data.vocabulary_size,
         ORDER_KEY: data.order,
         "files": len(files),
@@ -77,6 +80,8 @@ def collect_inputs(data: Data) -> dict[str, Any]:
         "listing": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
         SPECIAL_TOKENS_KEY: data.special_tokens,
     }
+    # ORDER_KEY among the inputs marks a streamed store (see `Manifest.fingerprint`), so "shuffled" must be left out.
+    # `...` stands for "no default": unlike None, no input equals it.
     return {key: value for key, value in inputs.items() if value != DEFAULTS.get(key, ...)}
 
 
@@ -105,6 +110,7 @@ def describe_difference(stored: Mapping[str, Any], wanted: Mapping[str, Any]) ->
             new = wanted.get(key, DEFAULTS.get(key))
             return f"made with {name}={old}, the recipe has {new}"
 
+    # The listing decides, not data.corpus: another path to the same files is no difference.
     if stored.get("listing") == wanted["listing"]:
         return ""
     if stored.get("data.corpus") != wanted["data.corpus"]:

@@ -49,6 +49,7 @@ def merge_shards(
     train, held_out = _split_documents(
         folder, range(num_shards), folder / "train", held_out_fraction, vocabulary
     )
+    # The shards go before the manifest is written: the caller renames this folder, and whatever is in it, to the store.
     files = {name: sha256_of(folder / name) for name in STORE_FILES}
     for number in range(num_shards):
         remove_shard(folder, number)
@@ -83,6 +84,7 @@ def merge_first_segment(
     keys = _load_keys(work_folder, shards)
     counts = _split_documents(work_folder, shards, prefix, held_out_fraction, vocabulary)
     held_out = keys[keys <= _largest_held_out_key(keys, held_out_fraction)]
+    # Keys rather than documents: later segments may hold copies, which must not be trained on either.
     np.save(prefix.parent / HELD_OUT_KEYS, np.unique(held_out))
     return counts
 
@@ -117,6 +119,7 @@ def _split_documents(
     limit = _largest_held_out_key(_load_keys(work_folder, shards), held_out_fraction)
     train_bytes = 0
     held_out_bytes = 0
+    # By key, not by number: all copies of a document have one key, and so end up on one side.
     with (
         TokenWriter(prefix, vocabulary.size) as train,
         TokenWriter(prefix.with_name("held_out"), vocabulary.size) as held_out,
@@ -136,6 +139,7 @@ def _copy_documents(
     work_folder: Path, shard: int, is_chosen: npt.NDArray[np.bool_], writer: TokenWriter
 ) -> int:
     """Copy the chosen documents of a shard; return the bytes of their text."""
+    # Not an optimization: a shard without documents has an empty .bin file, which TokenStore refuses to open.
     if not is_chosen.any():
         return 0
     store = TokenStore.open(shard_prefix(work_folder, shard))
@@ -164,6 +168,7 @@ def _largest_held_out_key(keys: Keys, fraction: float) -> int:
             "add more text to data.corpus, or write one document per line as .jsonl"
         )
 
+    # The bounds leave at least one document on each side, whatever the fraction rounds to.
     smallest = np.sort(keys)[: min(max(round(fraction * count), 1), count - 1)]
     limit = smallest[-1]
     # Copies of one document share a key: if they reached the largest, no document would be left to train on.

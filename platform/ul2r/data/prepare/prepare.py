@@ -97,6 +97,7 @@ def prepare(recipe: Recipe) -> Manifest:
             manifest = _build_shuffled_store(
                 work_folder, recipe.data, find_files(recipe.data.corpus), inputs
             )
+    # Within one folder, hence one file system, a rename is atomic: nobody sees a store that is not whole.
     work_folder.replace(store)
     return manifest
 
@@ -126,6 +127,8 @@ def build_streaming_store(recipe: Recipe, cpus: float | None = None) -> Generato
         work_folder = _make_work_folder(recipe, inputs)
         with _remove_on_user_error(work_folder):
             if store.exists():
+                # A user error removed the work folder but left the store's segments: the next ones need the same
+                # tokenizer.
                 shutil.copyfile(store / TOKENIZER_FILE, work_folder / TOKENIZER_FILE)
             builder = StreamingStoreBuilder(
                 folder=store,
@@ -150,6 +153,7 @@ def _build_shuffled_store(
     vocabulary = _make_tokenizer(work_folder, data, files)
     groups = group_files(files)
     total = sum(group.size for group in groups)
+    # Before the generator below runs, which makes shards as it is consumed.
     already_done = sum(group.size for group in groups if is_shard_done(group, work_folder))
     sizes = (group.size for group in tokenize_shards(groups, work_folder, vocabulary))
     _show_bytes(accumulate(sizes), total, already_done)
@@ -171,6 +175,7 @@ def _make_tokenizer(work_folder: Path, data: Data, files: Sequence[SourceFile]) 
                 data.mode_tokens,
                 data.special_tokens,
             )
+        # Staged, since `save` writes in place: a resumed run would take a truncated file for a finished tokenizer.
         with staged_file(tokenizer_file) as staging:
             tokenizer.save(str(staging))
 
@@ -180,6 +185,7 @@ def _make_tokenizer(work_folder: Path, data: Data, files: Sequence[SourceFile]) 
 
 def _sample_text(files: Sequence[SourceFile]) -> Iterator[str]:
     """Yield the beginnings of evenly spaced files; all text if the files are few and small."""
+    # Evenly spaced and not random: the same corpus always trains the same tokenizer.
     stride = -(-len(files) // MAX_TRAINING_FILES)
     sampled = [file for file in files[::stride] if not file.holds_tokens]
     fits = sum(file.size for file in sampled) <= MAX_TRAINING_CHARACTERS
@@ -187,6 +193,7 @@ def _sample_text(files: Sequence[SourceFile]) -> Iterator[str]:
 
     num_characters = 0
     for file in sampled:
+        # The minimum is for compressed files, which hold more characters than their sizes say.
         end = min(num_characters + per_file, MAX_TRAINING_CHARACTERS)
         for text, _ in read_documents(file):
             if num_characters >= end:
@@ -207,6 +214,8 @@ def _show_bytes(done: Iterable[int], total: int, already_done: int = 0) -> None:
         "tokenize", total / MEGABYTE, "MB", completed=already_done / MEGABYTE
     ) as bar:
         for count in done:
+            # Finished shards are yielded as well, so a resumed count starts at zero again; the bar stays where it is
+            # meanwhile.
             bar.update(max(count, already_done) / MEGABYTE)
 
 

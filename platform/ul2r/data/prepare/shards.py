@@ -89,6 +89,7 @@ def group_files(
     if sort_key is not None:
         parts.sort(key=sort_key)
 
+    # The part that fills a group still belongs to it, so a group exceeds `target` by less than one part.
     groups: list[list[SourceFile]] = []
     room = 0
     for part in parts:
@@ -98,6 +99,7 @@ def group_files(
         groups[-1].append(part)
         room -= part.size
 
+    # A corpus of one document could hold nothing out: at least two are needed.
     is_one_document = len(files) == 1 and text_suffix(files[0].path) in ONE_DOCUMENT_SUFFIXES
     return [FileGroup(number, tuple(group), is_one_document) for number, group in enumerate(groups)]
 
@@ -115,10 +117,12 @@ def write_shard(
     Raises:
         CorpusError: If a file cannot be read, or holds tokens that do not fit this tokenizer.
     """
+    # Arrays and no lists: 8 bytes per document each, where a Python integer takes about 40.
     keys = array("Q")
     sizes = array("q")
     with TokenWriter(shard_prefix(folder, group.number), vocabulary.size) as writer:
         # A digest of the content alone: the held-out split does not depend on file names, order or groups.
+        # 64 bits are enough: a collision of two documents does no more than put them on the same side of the split.
         key = hashlib.blake2b(digest_size=8)
         size = 0
         for chunk in _read_chunks(group, tokenizer, vocabulary):
@@ -127,6 +131,7 @@ def write_shard(
             size += chunk.text_bytes
 
             if chunk.ends_document or group.split_documents:
+                # Token stores that Megatron's preprocessing wrote with --append-eod have it already.
                 if chunk.tokens[-1] != vocabulary.eos:
                     writer.append([vocabulary.eos])
                 writer.end_document()
@@ -190,6 +195,7 @@ def _read_token_documents(path: Path, vocabulary: Vocabulary) -> Iterator[_Token
         tokens = store.read_document(number)
         if not len(tokens):
             continue
+        # Checked first: an unknown token would index beyond the end of `is_text`, a negative one its other end.
         is_known = (tokens >= 0) & (tokens < vocabulary.size)
         if not is_known.all() or not is_text[tokens].all():
             raise CorpusError(

@@ -50,6 +50,7 @@ class SourceFile:
 
     def split(self, size: int) -> list[SourceFile]:
         """Split the file into the fewest parts of about `size` bytes; an unsplittable file is one part."""
+        # Rounded up, and edges in proportion instead of multiples of `size`: no small part is left over at the end.
         count = -(-self.size // size) if self.is_splittable and self.size else 1
         edges = [number * self.size // count for number in range(count + 1)]
         return [

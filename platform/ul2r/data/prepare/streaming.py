@@ -41,6 +41,8 @@ def group_streamed_files(files: Sequence[SourceFile]) -> list[FileGroup]:
 
 
 def _name_digest(part: SourceFile) -> bytes:
+    # Not Python's hash(), which is salted per process: the order must be the same when the work is resumed. With the
+    # part's beginning, so that the parts of one large file are spread over the segments, too.
     return hashlib.blake2b(f"{part.name}:{part.begin}".encode()).digest()
 
 
@@ -85,6 +87,7 @@ class StreamingStoreBuilder:
             raise
 
     def _build_segments(self, manifest: Manifest | None, cpus: float | None) -> Iterator[int]:
+        # Segments take shards in order, so a count is enough to know which ones are merged.
         num_merged = _count_merged_shards(manifest)
         done_bytes = sum(group.size for group in self.groups[:num_merged])
         yield done_bytes
@@ -118,6 +121,8 @@ class StreamingStoreBuilder:
             # Shards are numbered from 0, so this segment is as long as all before it together.
             return len(shards) == shards[0]
 
+        # A shard in which all documents are equal counts for nothing: nothing can be held out from it alone, and an
+        # empty one cannot even be opened.
         num_tokens = sum(
             len(TokenStore.open(shard_prefix(self.work_folder, number)))
             for number in shards

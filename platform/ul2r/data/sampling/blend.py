@@ -40,6 +40,8 @@ class Blend:
 
     def locate(self, samples: Int64s) -> tuple[Int64s, Int64s]:
         """Return the store of each sample and the sample's number within it, int64 (N,) each."""
+        # Positions below the first store's count belong to it, and so on. With counts of 7500 and 2500, the sample of
+        # block 2 at position 8000 is of store 1, whose number 2 * 2500 + (8000 - 7500) = 5500 it is.
         _, positions = index_shuffle(self._seed, Purpose.BLEND, samples, BLOCK)
         source = np.searchsorted(self._ends, positions, side="right")
         count = self._counts[source]

@@ -13,6 +13,7 @@ from ul2r.data.sampling.text_windows import DocumentWindows, TextWindows
 from ul2r.data.store.segments import SegmentedStore
 from ul2r.objective.randomness import Purpose
 
+# Each segment doubles the store, so that 2**8 of them are never reached.
 SEGMENT_BITS = 8
 """Bits of the segment's number in the `source` that shuffles its windows; the store's number in a blend is above."""
 
@@ -58,6 +59,8 @@ class StreamingWindows:
             self._store.wait_for_more()
             self._add_windows()
 
+        # side="right" skips segments that are too short for a window: they end where they begin. Sample -1, an empty
+        # slot, gets source -1 here, which `read_from_sources` ignores.
         source = np.searchsorted(self._ends, samples, side="right") - 1
         numbers = samples - np.array(self._ends)[source]
         if self._is_complete:

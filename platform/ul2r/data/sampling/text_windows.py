@@ -154,6 +154,7 @@ class DocumentWindows:
         counts = self._counts[documents]
         part = positions - (self._ends[documents] - counts)
 
+        # Nearly equal parts without a remainder: 10 tokens in 3 windows are cut at 0, 3, 6 and 10.
         begins = self._bounds[documents]
         sizes = np.diff(self._bounds)[documents]
         starts = begins + part * sizes // counts
@@ -166,4 +167,5 @@ def _copy_tokens(
     store: TokenSource, starts: Int64s, lengths: Int64s, windows: npt.NDArray[np.int32]
 ) -> None:
     for window, start, length in zip(windows, starts.tolist(), lengths.tolist(), strict=True):
+        # An empty slot (sample -1) has length 0, so nothing is read for it, whatever its start is.
         window[:length] = store.read_tokens(start, length)

@@ -53,6 +53,7 @@ def collect_blend_inputs(stores: Sequence[WeightedStore]) -> dict[str, Any]:
         CorpusError: If a store is missing, a blend itself, incomplete or named twice, or has another tokenizer than
             the first; or if a weight is too small for a single sample in a block.
     """
+    # For its check only, before any store is downloaded.
     allocate_samples([store.weight for store in stores])
     names = [store.store for store in stores]
     datasets = [open_dataset(fetch_store(name)) for name in names]
@@ -97,6 +98,7 @@ def write_blend(folder: Path, inputs: Mapping[str, Any]) -> Manifest:
 
     # The fingerprint is a digest of `files`: these entries make it depend on the stores and their weights.
     members = {
+        # repr keeps all digits of the weight, so that no two different weights give the same fingerprint.
         f"store {number}, weight {entry['weight']!r}": str(entry["fingerprint"])
         for number, entry in enumerate(entries)
     }

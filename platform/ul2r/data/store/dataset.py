@@ -85,12 +85,14 @@ def _open_blend(folder: Path, manifest: Manifest) -> TokenDataset:
     train = []
     held_out = []
     for entry in manifest.inputs[BLEND_KEY]:
+        # A local folder is opened as it is, and a URL that is not cached gives what it holds now: hence the comparison.
         member = open_dataset(fetch_store(entry["store"], entry["fingerprint"]))
         if member.manifest.fingerprint != entry["fingerprint"]:
             raise CorpusError(
                 f"{entry['store']}: was replaced after {folder} blended it: delete {folder} and run "
                 "jobs/prepare.py RECIPE again, for new runs"
             )
+        # A member has one source: `collect_blend_inputs` refuses blends of blends.
         train.append(WeightedSource(member.train[0].store, float(entry["weight"])))
         held_out.append(member.held_out)
 

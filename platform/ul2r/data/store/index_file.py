@@ -122,6 +122,7 @@ class IndexFile:
 
     def document_range(self, number: int) -> tuple[int, int]:
         """Return the tokens [begin, end) of one document, counted from the beginning of `.bin`."""
+        # Two entries of the mapped file; `document_bounds` would compute those of all documents.
         begin, end = self.document_indices[number : number + 2]
         return self._token_offset(int(begin)), self._token_offset(int(end))
 
@@ -140,6 +141,7 @@ def write_index(path: Path, lengths: npt.NDArray[np.int32], dtype: type[np.integ
         dtype: Type of the tokens in `.bin`.
     """
     code = next(code for code, known in TOKEN_TYPES.items() if known is dtype)
+    # int64 before the product: a document of 2**30 tokens has more bytes than an int32 can count.
     sizes = lengths.astype(np.int64) * np.dtype(dtype).itemsize
 
     with staged_file(path) as staging, staging.open("wb") as file:

@@ -158,6 +158,7 @@ class Manifest:
                     f"{path}: has format {tree['format']}, this version reads format {FORMAT}: "
                     f"delete {folder} and run jobs/prepare.py RECIPE"
                 )
+            # The defaults are for manifests from before streamed stores existed, which lack these three keys.
             return cls(
                 inputs=tree["inputs"],
                 vocabulary=Vocabulary.from_dict(tree["vocabulary"]),

@@ -18,6 +18,7 @@ class MergedStores:
         sizes = [len(store) for store in stores]
         counts = [store.num_documents for store in stores]
         self._stores = stores
+        # Python integers: `bisect` compares one at a time, which is slow on numpy's.
         self._token_ends = np.cumsum(sizes, dtype=np.int64).tolist()
         self._document_ends = np.cumsum(counts, dtype=np.int64).tolist()
 
@@ -35,6 +36,7 @@ class MergedStores:
         begins = [0, *self._token_ends]
         parts = [
             store.document_bounds[:-1] + begin
+            # Not strict: `begins` has one more entry, the end of the last store.
             for store, begin in zip(self._stores, begins, strict=False)
         ]
         return np.concatenate([*parts, [len(self)]])
@@ -47,6 +49,7 @@ class MergedStores:
         """
         if not 0 <= number < self.num_documents:
             raise IndexError(f"document {number} of {self.num_documents}")
+        # To the right of equal ends: a store without documents is passed over.
         store = bisect.bisect_right(self._document_ends, number)
         first = self._document_ends[store - 1] if store else 0
         return self._stores[store].read_document(number - first)

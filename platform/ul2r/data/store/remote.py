@@ -43,6 +43,7 @@ def fetch_store(store: str, fingerprint: str | None = None) -> Path:
         return cached
 
     with tempfile.TemporaryDirectory() as folder:
+        # The manifest alone, and first: its fingerprint tells whether the rest is in the cache.
         manifest_file = _download(store, MANIFEST_FILE, Path(folder))
         manifest = Manifest.read(Path(folder))
         if not manifest.is_complete:
@@ -53,6 +54,7 @@ def fetch_store(store: str, fingerprint: str | None = None) -> Path:
         cached = _cached_store(manifest.fingerprint)
         # Several processes of a machine may need the store at once; the first one downloads it.
         with file_lock(cached):
+            # Looked for again under the lock: another process may have finished while this one waited.
             if not cached.is_dir():
                 with staging_dir(cached) as staging:
                     shutil.copyfile(manifest_file, staging / MANIFEST_FILE)
@@ -76,6 +78,7 @@ def _download(store: str, name: str, folder: Path) -> Path:
     url = f"{store.rstrip('/')}/{name}"
     try:
         filesystem: Any
+        # The protocol selects the package (s3fs, gcsfs, ...), which takes its credentials from the environment.
         filesystem, path = fsspec.core.url_to_fs(url)
         filesystem.get_file(path, str(folder / name))
     except FileNotFoundError:

@@ -79,6 +79,8 @@ class SegmentedStore(MergedStores):
         for number, segment in enumerate(
             manifest.segments[self._num_segments :], self._num_segments
         ):
+            # All documents of a segment may be copies of held-out ones; it then has no tokens, and an empty file cannot
+            # be mapped.
             if segment.num_tokens:
                 self.stores.append(TokenStore.open(segment_prefix(self.folder, number)))
 

@@ -100,6 +100,7 @@ class TokenStore:
         out = np.empty(length, np.int32)
         position = start % len(self)
         filled = 0
+        # More than two turns only if the store is shorter than `length`.
         while filled < length:
             part = self._tokens[position : position + length - filled]
             out[filled : filled + len(part)] = part
@@ -139,6 +140,7 @@ class TokenWriter:
 
     def append(self, tokens: npt.ArrayLike) -> None:
         """Add tokens to the current document."""
+        # Written at once: a document may be larger than the memory.
         values = np.asarray(tokens, dtype=self.dtype)
         self._data.write(values.tobytes())
         self._open_length += values.size
