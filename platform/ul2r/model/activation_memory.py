@@ -41,6 +41,7 @@ def chunk_bytes(recipe: Recipe, num_layers: int, *, is_last: bool) -> int:
 
 def output_bytes(recipe: Recipe, *, is_last: bool) -> int:
     """Return the bytes kept after a chunk's layers: the hidden states it sends, or the final norm's tensors."""
+    # The final norm keeps what every RMSNorm does: its input, the normalized input and its output.
     width = (3 if is_last else 1) * recipe.model.hidden_size
     statistics = 4 * is_last  # the norm's, one fp32 number per position
     return (
@@ -151,6 +152,7 @@ def _num_statistics(recipe: Recipe) -> int:
     model = recipe.model
     tensor = recipe.parallel.tensor
     norms = (4 if model.block == "sandwich" else 2) // _num_row_parts(recipe)
+    # A tensor rank has a key/value head at least: with fewer heads than ranks, they are copied.
     heads = 0 if model.qk_norm is None else model.num_heads + max(model.num_kv_heads, tensor)
     return norms + heads // tensor
 
@@ -172,9 +174,9 @@ def _mlp_bytes(recipe: Recipe) -> int:
 
     chosen = model.num_experts_per_token
     fp32_input = 4 * model.hidden_size if element < 4 else 0
+    # A fp32 probability per expert; per chosen expert a fp32 weight and an int64 index.
     own = 4 * model.num_experts + 12 * chosen + fp32_input
-    gathered = (
-        5 * model.num_experts + 12 * chosen
-    )  # by the all-gather dispatcher, on every tensor rank
+    # The all-gather dispatcher's copy on every tensor rank: an expert's fp32 probability and routing map's bool.
+    gathered = 5 * model.num_experts + 12 * chosen
     experts = element * chosen * (model.hidden_size + 6 * inner // tensor)
     return experts + own // _num_row_parts(recipe) + gathered

@@ -187,9 +187,8 @@ def _build_chunk(
 ) -> GPTModel:
     """Build the layers of virtual stage `stage`, from 0, with embedding and output projection where they belong."""
     architecture = recipe.model
-    vp_stage = (
-        stage if recipe.parallel.virtual_stages > 1 else None
-    )  # None: Megatron's word for no virtual stages
+    # Megatron takes None for a pipeline without virtual stages, and 0 for the first of several.
+    vp_stage = stage if recipe.parallel.virtual_stages > 1 else None
     num_layers = get_num_layers_to_build(config, vp_stage)
     layers = TransformerBlockSubmodules(
         layer_specs=[build_layer_spec(architecture, recipe.attention_backend)] * num_layers,
@@ -201,6 +200,8 @@ def _build_chunk(
         architecture,
         config=config,
         transformer_layer_spec=layers,
+        # Megatron-LM's scripts pad to a multiple that depends on the tensor-parallel size; a fixed one fits every
+        # layout.
         vocab_size=pad_vocabulary(architecture.num_used_embeddings(vocabulary_size)),
         max_sequence_length=architecture.max_position_embeddings
         or recipe.objective.sequence_length,
@@ -279,6 +280,7 @@ def initialize_weights(model: GPTModel, architecture: Architecture, seed: int) -
     starts from the same model.
     """
     for shard in iter_shards(model):
+        # Vectors are norms and biases. Writing to `shard.data` writes to the parameter, which it shares memory with.
         if len(shard.global_shape) - shard.prepend_axis_num < 2:
             is_zero = architecture.norm_zero_centered or shard.key.endswith("bias")
             shard.data.fill_(0.0 if is_zero else 1.0)
@@ -301,6 +303,7 @@ def _get_std(shard: ShardedTensor, architecture: Architecture) -> float:
     if shard.key == EMBEDDING and architecture.embedding_std is not None:
         return architecture.embedding_std
     if architecture.init_std == "fan_in":
+        # Matrices are (outputs, inputs), so the last axis is the fan-in.
         return float(shard.global_shape[-1] ** -0.5)
     if shard.key.endswith(RESIDUAL_OUTPUTS):
         return float(architecture.init_std / (2 * architecture.num_layers) ** 0.5)
@@ -312,6 +315,7 @@ def _draw_matrix(shard: ShardedTensor, seed: int) -> torch.Tensor:
     # Layers, and experts, are leading axes of the whole tensor: their index is part of the name.
     index = shard.global_offset[: shard.prepend_axis_num]
     name = f"{seed}/{shard.key}/{index}".encode()
+    # Not hash(), which is salted per process, and a CPU generator on GPUs too: every rank draws the same matrix.
     generator = torch.Generator().manual_seed(
         int.from_bytes(hashlib.sha256(name).digest()[:7], "little")
     )

@@ -61,6 +61,7 @@ def make_expert_settings(architecture: Architecture, aux_loss_coeff: float) -> d
         architecture: The model.
         aux_loss_coeff: Weight of the balancing loss.
     """
+    # Megatron's defaults complete Mixtral's router: the softmax follows the choice (`moe_router_pre_softmax` is false).
     return {
         "num_moe_experts": architecture.num_experts,
         "moe_router_topk": architecture.num_experts_per_token,

@@ -118,6 +118,7 @@ def read_export_metadata(folder: Path) -> ExportMetadata:
 
     file = folder / EXPORT_METADATA_FILE
     if not file.is_file():
+        # Resolved, since the path "." has no name.
         return ExportMetadata(run=folder.resolve().name)
     try:
         return ExportMetadata.from_dict(json.loads(file.read_text(encoding="utf-8")))

@@ -52,6 +52,7 @@ def num_visible_keys(architecture: Architecture, kv_start: Ints, kv_end: Ints) -
         kv_end: One past the last, int32 (B, S).
     """
     total = 0
+    # Layers with the same window see the same keys, so each window is computed once.
     for window, num_layers in Counter(architecture.layer_windows).items():
         start, end = clip_to_window(kv_start, kv_end, window)
         total += num_layers * int((end - start).sum(dtype=np.int64))

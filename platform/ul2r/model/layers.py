@@ -120,6 +120,7 @@ class LocalOrGlobalAttention(SelfAttention):  # type: ignore[misc]  # as above
 
     def __init__(self, layer_windows: Sequence[int | None], **given: Any) -> None:  # noqa: ANN401  Megatron's
         super().__init__(**given)
+        # Megatron counts layers from 1, through all pipeline stages.
         self.is_local = layer_windows[self.layer_number - 1] is not None
 
     def forward(
@@ -209,6 +210,7 @@ class ScaledGPTModel(GPTModel):  # type: ignore[misc]  # as above
 
     def _preprocess(self, **given: Any) -> tuple[Any, ...]:  # noqa: ANN401  Megatron's
         """Scale the embeddings."""
+        # GPTModel.forward calls both hooks with keyword arguments only.
         hidden_states, *rest = super()._preprocess(**given)
         if self.pre_process and self.embedding_scale != 1:
             hidden_states = hidden_states * self.embedding_scale
@@ -216,6 +218,7 @@ class ScaledGPTModel(GPTModel):  # type: ignore[misc]  # as above
 
     def _postprocess(self, hidden_states: Tensor, **given: Any) -> Tensor:  # noqa: ANN401  Megatron's
         """Scale the hidden states and thereby the logits."""
+        # Before the output matrix instead of after it: (c h) W = c (h W), and h is much smaller than the logits.
         if self.post_process and self.logit_scale != 1:
             hidden_states = hidden_states * self.logit_scale
         output: Tensor = super()._postprocess(hidden_states=hidden_states, **given)
@@ -245,6 +248,7 @@ def build_layer_spec(architecture: Architecture, attention: AttentionBackend) ->
         spec = _build_local_spec(architecture)
 
     core = make_core_attention(attention, architecture.layer_windows)
+    # In place of the spec's own core attention, which does not take intervals as its mask.
     spec.submodules.self_attention.submodules.core_attention = core
     if architecture.num_experts is not None:
         set_router(spec)

@@ -47,6 +47,7 @@ def gather_label_logits(labels: Tensor, logits: Tensor) -> Tensor:
     column = labels.transpose(0, 1) - first  # (S, B)
     is_own = (column >= 0) & (column < size)
     index = column.clamp(0, size - 1).flatten()
+    # Positions in the flattened logits, (S * B * V / tensor ranks).
     index = index + size * torch.arange(len(index), device=index.device)
 
     # Unlike gather, index_select saves no logits for the backward pass, so they may be overwritten.

@@ -30,6 +30,7 @@ def compute_frequencies(architecture: Architecture, rotary: RotaryEmbedding) -> 
         rotary_base=architecture.local_rope_theta,
         use_cpu_initialization=scaled.device.type == "cpu",
     )
+    # Megatron computes the angles once for all layers, so both kinds travel in one tensor; see `select_angles`.
     return torch.cat((scaled, local.inv_freq))
 
 

@@ -140,6 +140,7 @@ def check_memory(recipe: Recipe, vocabulary_size: int) -> None:
         return
 
     kinds = ", ".join(f"{kind} {count / GIB:.2f}" for kind, count in memory.by_kind.items())
+    # What does not depend on the batch: only more ranks to shard it over help.
     if memory.weights + memory.gradients + memory.optimizer > available * GIB:
         remedy = "raise parallel.tensor, parallel.pipeline or parallel.num_workers"
     else:
@@ -177,6 +178,8 @@ def count_live_passes(parallel: Parallel, num_microbatches: int, stage: int) -> 
     if num_chunks == 1:
         return (min(num_microbatches, num_stages - stage),)
 
+    # With p = 4, v = 2, g = 4 and 8 microbatches, stage 0 keeps 2 * 3 + 4 + 1 = 11 passes: the schedule 0000 1111 0000
+    # 1111 has 7 of chunk 0 and 4 of chunk 1 among its first 11.
     group_size = parallel.microbatch_group_size(num_microbatches)
     num_live = 2 * (num_stages - stage - 1) + (num_chunks - 1) * group_size + 1
     chunk_order = [
@@ -232,6 +235,7 @@ def _estimate_stage(recipe: Recipe, num_embeddings: int, stage: int) -> StageEst
         num_live_microbatches=sum(live) / len(live),
         memory=MemoryEstimate(
             weights=element * weights,
+            # DDP's gradient buffers are fp32 whatever the weights are (`grad_reduce_in_fp32` in `train/step.py`).
             gradients=4 * weights,
             # The distributed optimizer shards its fp32 states over data-parallel ranks: weights, Adam's two moments.
             optimizer=(main_weights + 4 + 4) * -(-weights // parallel.data),

@@ -16,6 +16,8 @@ SHARDED = (
     EMBEDDING,
     OUTPUT,
     *(f"linear_{matrix}.weight" for matrix in ("qkv", "proj", "fc1", "fc2")),
+    # Not proj and fc2: their outputs are summed over tensor ranks, and the bias, whole on each rank, is added after
+    # that.
     *(f"linear_{matrix}.bias" for matrix in ("qkv", "fc1")),
 )
 """Ends of the names of tensors that are sharded over tensor ranks."""
@@ -49,6 +51,8 @@ def layer_tensor_shapes(architecture: Architecture) -> dict[str, Shape]:
 
     shapes: dict[str, Shape] = {}
     if a.block != "post_norm":
+        # TransformerEngine fuses a norm into the matrix after it, and Megatron's local layers rename theirs to the same
+        # keys.
         shapes |= _norm_shapes(a, "self_attention.linear_qkv.layer_norm_")
     shapes["self_attention.linear_qkv.weight"] = (projected, hidden)
     if a.bias is not None:

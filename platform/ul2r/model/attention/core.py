@@ -57,6 +57,7 @@ class IntervalAttention(DotProductAttention):  # type: ignore[misc]  # Megatron 
         assert attention_mask.shape == (query.shape[1], 2, query.shape[0]), "no intervals"
         window = self.layer_windows[self.layer_number - 1]  # Megatron counts layers from 1
         context = self.backend(query, key, value, attention_mask, self.softmax_scale, window=window)
+        # Megatron's output projection follows, which takes all heads of a position as one vector.
         return context.flatten(2)
 
 

@@ -34,6 +34,7 @@ def make_block_mask(kv_start: Tensor, kv_end: Tensor) -> BlockMask:
     touches = (start < block_start + BLOCK) & (end > block_start)  # (B, queries, key blocks)
     covers = (start <= block_start) & (end >= block_start + BLOCK)
     by_query_block = (batch, num_blocks, BLOCK, num_blocks)
+    # Padded queries cover nothing, so that the last block of queries is never full unless it has no padding.
     is_visible = touches.view(by_query_block).any(dim=2)  # (B, query blocks, key blocks)
     is_full = covers.view(by_query_block).all(dim=2)
 
@@ -52,6 +53,8 @@ def make_block_mask(kv_start: Tensor, kv_end: Tensor) -> BlockMask:
 
 def _list_blocks(chosen: Tensor) -> tuple[Tensor, Tensor]:
     """Return each query block's number of chosen key blocks (B, 1, N) and their indices (B, 1, N, N), chosen first."""
+    # A BlockMask reads only as many indices as it has chosen blocks; stable, so that these stay in the order of the
+    # keys.
     order = torch.argsort(chosen.int(), dim=-1, descending=True, stable=True)
     return chosen.sum(dim=-1)[:, None].int(), order[:, None].int()
 

@@ -74,6 +74,7 @@ def plan_segments(kv_start: Ints, kv_end: Ints, device: torch.device) -> Plan:
 
     # A segment is of the kind in which its second query continues the first. A single query sees all its keys, so it
     # fits either kind.
+    # The minimum is for a segment of one query at the very end, whose kind does not depend on what is read here.
     second = link.ravel()[np.minimum(starts + 1, kv_start.size - 1)]
     kind = np.where(lengths > 1, second, CAUSAL)
     row, column = np.divmod(starts, length)
@@ -98,6 +99,7 @@ def plan_segments(kv_start: Ints, kv_end: Ints, device: torch.device) -> Plan:
     causal_queries, causal = select((kind == CAUSAL) & ~is_isolated)
     isolated = to_positions(starts[is_isolated])
     order = np.concatenate([full_queries, causal_queries, isolated])
+    # Results come in the order of the two calls: position p finds its own at inverse[p].
     inverse = np.empty(kv_start.size, np.int64)
     inverse[order] = np.arange(kv_start.size)
     return Plan(full, causal, _to_device(isolated, device), _to_device(inverse, device))
@@ -123,6 +125,7 @@ def _find_starts(link: npt.NDArray[np.int8]) -> npt.NDArray[np.bool_]:
 
 def _expand_ranges(starts: Ints, lengths: Ints) -> Ints:
     """Concatenate the ranges start .. start + length - 1."""
+    # Starts 5 and 9 of lengths 2 and 3: 5 and 7 repeated, plus 0 1 2 3 4, is 5 6 9 10 11.
     before = np.cumsum(lengths) - lengths
     ranges: Ints = np.repeat(starts - before, lengths) + np.arange(lengths.sum())
     return ranges

@@ -96,6 +96,7 @@ class TransformerEngineKernel:
         scale: float,
     ) -> Tensor:
         """Attend; see `Kernel`."""
+        # One module for all layers: it has no weights, and its mask type and scale are fixed when it is constructed.
         attention = self._modules.get((causal, scale))
         if attention is None:
             attention = _make_module(query, key, causal=causal, scale=scale)

@@ -75,6 +75,7 @@ class StoredTensor:
         edges = {edge for chunk in chunks for edge in (chunk.row, chunk.row + chunk.num_rows)}
         bounds = [start, *sorted(edge for edge in edges if start < edge < stop), stop]
 
+        # Between two neighboring edges, every chunk has all of the rows or none.
         for first, end in pairwise(bounds):
             views = [
                 chunk.view()[first - chunk.row : end - chunk.row]
@@ -116,6 +117,7 @@ class MegatronCheckpointReader:
             raise CheckpointError(
                 f"{checkpoint} is not a distributed checkpoint: {error}"
             ) from None
+        # Sets `storage_data`, the place of each chunk in the files, which `_map_item` reads.
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._tensors = {
             key: found
@@ -209,6 +211,7 @@ class MegatronCheckpointReader:
             size = outline.untyped_storage().nbytes()
             pages = _map_bytes(file, begin, size)
 
+        # Mapped pages begin at a page boundary before the record: the values are their last `size` bytes.
         storage = pages.untyped_storage()[pages.nbytes - size :]
         whole = torch.empty(0, dtype=outline.dtype).set_(
             storage, outline.storage_offset(), outline.shape, outline.stride()

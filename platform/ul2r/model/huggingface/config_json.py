@@ -141,12 +141,15 @@ def make_config(architecture: Architecture, max_positions: int, num_embeddings: 
         "head_size": architecture.head_dim,
         "query_pre_attn_scalar": architecture.query_pre_attn_scalar or architecture.head_dim,
     }
+    # config.json's initializer_range is a number: the class keeps its default, which only affects fresh weights.
     if architecture.init_std == "fan_in":
         del settings["init_std"]
 
     config: Config = {"model_type": architecture.family, "architectures": [family.model_class]}
     config |= {key: settings[name] for name, key in family.sizes.items() if name in settings}
     for key, choices in family.choices.items():
+        # Several values may stand for one activation, such as two names of the tanh GELU: the first of the table is
+        # written.
         for value, fields in choices:
             if all(settings[name] == needed for name, needed in fields.items()):
                 config[key] = value
@@ -182,6 +185,7 @@ def check_family(architecture: Architecture) -> None:
             f"model.family={architecture.family}: {family.model_class} cannot express this model: {reason}"
         ) from None
 
+    # Not a lookup in the table: reading the export back finds whatever config.json cannot hold.
     kept = {**exported.model_dump(), "head_size": exported.head_dim}
     # None means hidden_size / num_heads, which a configuration may spell out.
     settings = {**architecture.model_dump(), "head_size": architecture.head_dim}
@@ -227,6 +231,7 @@ def _parse_uniform_layers(layer_types: Sequence[str], rope: Mapping[str, Any]) -
 
 def _parse_local_layers(layer_types: Sequence[str], rope: Mapping[str, Any]) -> Config:
     """Return the pattern of local layers, and the rotary settings of both kinds of layers."""
+    # Five local layers and a global one are pattern 6. The FULL at the end is for a list without one: too few layers.
     pattern = [*layer_types, FULL].index(FULL) + 1
     expected = [SLIDING if n % pattern else FULL for n in range(1, len(layer_types) + 1)]
     if pattern == 1 or layer_types != expected:

@@ -51,6 +51,7 @@ def convert_tensors(
 def _group_by_name(slices: tuple[TensorSlice, ...]) -> dict[str, list[tuple[TensorSlice, int]]]:
     """Group slices by the family's tensor, in its order, each with its first row in Megatron's tensor."""
     located: dict[str, list[tuple[TensorSlice, int]]] = {}
+    # Megatron interleaves by key/value head (q0 q1 k0 v0, q2 q3 k1 v1), so q, k and v are several ranges of rows each.
     first_row = 0
     for part in slices:
         located.setdefault(part.name, []).append((part, first_row))
@@ -143,5 +144,7 @@ def _make_tokenizer_config(
         "eos_token": text[vocabulary.eos],
         "pad_token": text[vocabulary.eos],
         "model_max_length": max_positions,
+        # The cleanup removes spaces before punctuation from decoded text, which would then differ from the tokens'
+        # text.
         "clean_up_tokenization_spaces": False,
     }

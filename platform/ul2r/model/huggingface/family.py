@@ -119,6 +119,7 @@ def _slice_by_group(
     num_groups = architecture.num_kv_heads
     head = architecture.head_dim
     queries = architecture.num_heads // num_groups * head
+    # A concatenated matrix, such as GPT-2's, is one tensor: its name stands for all three parts.
     query, key, value = names if len(names) == 3 else names * 3
 
     first_key = 0
@@ -145,6 +146,7 @@ def tensor_shapes(
     shapes: dict[str, tuple[int, ...]] = {}
     for key, index, shape in iter_tensors(architecture, num_embeddings):
         for part in slice_tensor(family, architecture, key, index, num_embeddings):
+            # A tensor is as long as its last slice reaches: slices of one tensor may come from several places.
             length = shapes.get(part.name, (0, 0))[1 if part.transposed else 0]
             stop = max(length, part.stop)
             shapes[part.name] = (shape[1], stop) if part.transposed else (stop, *shape[1:])

@@ -53,6 +53,8 @@ def _fill_rows(
     first_row = 0
     num_filled = 0
     for part in slices:
+        # The part is rows [first_row, first_row + len(part)) of Megatron's tensor: copy where that meets this rank's
+        # rows.
         first = max(start, first_row)
         last = min(start + len(data), first_row + len(part))
         if first < last:

@@ -47,6 +47,7 @@ def resolve_model_folder(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
+    # Every worker may resolve the base: their bars would fill the logs.
     disable_progress_bars()
     try:
         return Path(snapshot_download(name, allow_patterns=DOWNLOADED_FILES))
@@ -154,6 +155,8 @@ class SafetensorsReader:
 
         base = self.family.base
         output = self.family.output
+        # Files saved from the class without a head (GPT2Model) omit the prefix "transformer."; the output matrix never
+        # has it.
         has_base = any(name.startswith(base) for name in files)
         names = {name if has_base or name == output else base + name: name for name in files}
         return names, {full_name: files[name] for full_name, name in names.items()}

@@ -96,6 +96,7 @@ def _write_file(path: Path, tensors: Mapping[str, StreamedTensor]) -> None:
     """Write the header, which shapes and dtypes determine, then block after block."""
     # Widest dtype first, so that every tensor is aligned to its element size.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+    # As transformers writes it; its version 4 refuses files that name no format.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in ordered:
