@@ -90,7 +90,8 @@ class Prefix(_Denoiser):
     mode: Mode = "S2S"
     noise_density: float | None = Field(default=None, gt=0, lt=1)
     sentinel: bool = False
-    """Whether a sentinel ends the inputs and begins the targets, as in span corruption (the papers do not say)."""
+    """Whether a sentinel ends the inputs and begins the targets, as in span corruption (the papers do not say).
+    Served completions have none."""
 
     def num_sentinels(self, raw_length: int) -> int:  # noqa: ARG002  one signature for every denoiser
         """Return 1 if a sentinel separates the two parts, else 0."""
@@ -152,7 +153,7 @@ class Causal(_Denoiser):
         return raw_length
 
 
-# With the discriminator pydantic reports the errors of the denoiser that `kind` names, not of all four.
+# With the discriminator pydantic reports the errors of the denoiser that `kind` names, not of every kind.
 Denoiser = Annotated[SpanCorruption | Prefix | Fim | Causal, Field(discriminator="kind")]
 
 MINIMUM_RAW_LENGTH = 4

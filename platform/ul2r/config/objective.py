@@ -34,7 +34,7 @@ def _check_names(mixture: tuple[Denoiser, ...]) -> tuple[Denoiser, ...]:
 Mixture = Annotated[
     tuple[Denoiser, ...], BeforeValidator(_resolve_mixture), AfterValidator(_check_names)
 ]
-"""A preset's name (ul2r, ul2, t5gemma2, span_corruption, fim, causal) or a list of denoisers with weights."""
+"""A name in `MIXTURE_PRESETS`, or a list of denoisers with weights."""
 
 
 class Objective(StrictModel):
@@ -49,7 +49,7 @@ class Objective(StrictModel):
     within_document: bool = False
     """Whether an example stays within one document; short documents then leave positions unused."""
     eos_after_inputs: bool = False
-    """Whether an eos closes the inputs as well as the targets (the papers do not say)."""
+    """Whether an eos closes the inputs as well as the targets (the papers do not say). Served prompts have none."""
 
     @model_validator(mode="after")
     def _check_slots(self) -> Self:

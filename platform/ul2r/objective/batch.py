@@ -191,7 +191,8 @@ def _read_windows(source: WindowSource, slots: Slots) -> npt.NDArray[np.int32]:
 
 
 def _empty_runs(shape: tuple[int, int], num_sentinels: int) -> Runs:
-    # There are as many runs as sentinels, except in FIM (two kept runs) and in a prefix without a sentinel.
+    # There are as many runs as sentinels, except in FIM (two kept runs) and in a prefix without a sentinel. A kind with
+    # more runs needs more room here: compiled code does not check bounds.
     max_runs = max(num_sentinels, 2)
     return Runs(
         num_spans=np.empty(shape, np.int64),

@@ -20,6 +20,9 @@ Order of the hooks in one step:
     on_phase(step, Phase.SAVE)                every rank, if a checkpoint is due
     close()                                   every rank, once, when the run ends or fails
 
+Before the first step `on_metrics` has been called if a checkpoint was loaded, and a new run validates: on_phase(0,
+Phase.VALIDATE), then on_metrics(0, metrics).
+
 No hook may call a collective, since ranks may hold different lists: only rank 0 has a progress bar. What callbacks
 need from other ranks, the loop exchanges for all of them: reports in one all-gather, in which the class of a callback
 identifies it (a list holds one callback of each class), and requested actions in the all-reduce in which ranks agree
@@ -65,7 +68,8 @@ class LoopAction(IntEnum):
 class Callback:
     """Base class of callbacks; every hook does nothing. No hook may call a collective.
 
-    Steps are numbered from 1 in all hooks.
+    Steps are numbered from 1 in all hooks. Checkpoints do not hold a callback's state: it is new when a run resumes.
+    When a guard takes a run back to its last checkpoint, the same step numbers come again.
     """
 
     def on_phase(self, step: int, phase: str) -> None:
@@ -91,11 +95,16 @@ class Callback:
 
         Args:
             state: Counters of the run, this step included.
-            metrics: Metrics of the step, and the rates that were logged last.
+            metrics: "train/loss", "train/loss/NAME" of each denoiser in the batch, "train/grad_norm",
+                "train/learning_rate" and "train/skipped_batches" of the step, and the rates that were logged last.
         """
 
     def on_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take the metrics that are logged to the tracker. Called on rank 0, whenever some are."""
+        """Take the metrics that are logged to the tracker. Called on rank 0, whenever some are.
+
+        Calls differ in their keys. Those of a checkpoint ("checkpoint/...") come in a call of their own with the
+        checkpoint's step: after calls of later steps, since it is written in the background.
+        """
 
     def rank_report(self) -> object:
         """Return this rank's share of the metrics: a picklable value, None for nothing. Called on every rank."""

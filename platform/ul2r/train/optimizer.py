@@ -111,6 +111,7 @@ class LearningRateSchedule:
             min_lr=settings.final_learning_rate,
             lr_warmup_steps=recipe.warmup_steps,
             lr_decay_steps=recipe.training.steps,
+            # The recipe's names are Megatron-Core's, apart from the case of this one.
             lr_decay_style="WSD" if settings.schedule == "wsd" else settings.schedule,
             wsd_decay_steps=recipe.decay_steps,
             lr_wsd_decay_style="minus_sqrt",

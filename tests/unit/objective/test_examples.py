@@ -196,7 +196,7 @@ def test_seed_and_sample_decide_the_spans(denoiser: Denoiser) -> None:
 
 
 def test_more_spans_than_sentinels_fail_an_assertion() -> None:
-    """Never an ordinary subword, the last sentinel again, or one modulo their number (UL2R.md, traps)."""
+    """Never an ordinary subword, the last sentinel again, or one modulo their number."""
     few = Vocabulary(size=10_000, eos=7, modes=VOCABULARY.modes, sentinels=(4, 5, 6))
     dense = SpanCorruption(
         name="X", mean_noise_span_length=3, noise_density=0.5, mode="NLG", weight=1

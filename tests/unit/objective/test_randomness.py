@@ -58,7 +58,7 @@ def test_streams_of_other_seeds_purposes_and_indices_differ() -> None:
 
 
 def test_numpys_global_random_state_is_neither_used_nor_changed() -> None:
-    """Global state in workers made other pipelines impossible to resume (UL2R.md, traps)."""
+    """Global state in workers made other pipelines impossible to resume."""
     draws: list[object] = []
     for _ in range(2):
         np.random.seed(1)  # noqa: NPY002  the global state is what is tested

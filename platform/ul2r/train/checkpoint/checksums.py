@@ -1,5 +1,8 @@
 """Verification of checkpoints: the size and SHA-256 of every file, written when the checkpoint is.
 
+A checkpoint is verified before it is used (`storage.first_valid`). A driver that checks a run compares sizes; then the
+ranks read all files, each its part (`Checkpointer.latest_valid`).
+
 digests.json: {"format": 1, "files": {name: {"bytes": size, "sha256": hexadecimal}}}
 """
 
