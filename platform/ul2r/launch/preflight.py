@@ -75,6 +75,7 @@ def check_unprepared(recipe: Recipe) -> None:
     Raises:
         UserError: If its devices cannot hold the run, or its base is missing.
     """
+    # The only sizes known before there is a store are those that the recipe gives.
     check_memory(recipe, planned_vocabulary(recipe))
     find_base_checkpoint(recipe, partial(latest_valid, thorough=False, quiet=True))
 
@@ -162,6 +163,7 @@ def track_run(recipe: Recipe, dataset: TokenDataset, uri: str) -> Iterator[str]:
     # Until the block has ended well: any exception, of whatever kind, leaves a run that failed.
     status: RunStatus = "FAILED"
     try:
+        # Within the try: a run whose page cannot be made has failed, too.
         log_artifact(uri, run_id, write_page(recipe, dataset))
         yield run_id
         status = "FINISHED"
@@ -169,6 +171,7 @@ def track_run(recipe: Recipe, dataset: TokenDataset, uri: str) -> Iterator[str]:
         status = "KILLED"
         raise
     finally:
+        # It also writes what rank 0's tracker had to leave on disk.
         finish_run(uri, run_id, recipe.paths.folder, status)
 
 

@@ -47,6 +47,7 @@ def fill_model_from_base(tree: dict[str, Any]) -> None:
                 f"model.{setting}={value}: base.hf={base['hf']} has {theirs[setting]}; leave model out, or name "
                 "another base"
             )
+    # The recipe's own settings last: they agree with the base's, or are settings that it does not have.
     tree["model"] = {**theirs, **ours}
 
     data = tree.setdefault("data", {})
@@ -91,6 +92,7 @@ def check_model_folder(folder: Path, architecture: Architecture) -> None:
     tokenizer = folder / TOKENIZER_FILE
     if not tokenizer.is_file():
         return
+    # The largest id and not the number of entries: ids may have gaps.
     num_entries = max(load_tokenizer(tokenizer).get_vocab().values()) + 1
     num_rows = architecture.num_embeddings or 0
     if num_entries > num_rows:

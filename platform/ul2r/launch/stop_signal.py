@@ -41,6 +41,8 @@ class StopSignal(Callback):
         return LoopAction.STOP if self.received.is_set() else LoopAction.CONTINUE
 
     def _handle(self, _: int, __: FrameType | None) -> None:
+        # The first signal only sets a flag: an exception in the middle of a collective would leave the other ranks
+        # waiting.
         if self.received.is_set():
             raise KeyboardInterrupt
         self.received.set()

@@ -43,6 +43,7 @@ def train(recipe: Recipe) -> CheckpointInfo:
     """
     dataset = open_dataset(recipe.storage_paths.store)
     check_complete(recipe, dataset)
+    # Before the process group is joined: an error on one rank after that would leave the others waiting.
     check_num_processes(recipe)
     resumed = find_resume_checkpoint(recipe)
     check_run(recipe, dataset, resumed)
@@ -121,4 +122,5 @@ def _train(
     with MlflowTracker(uri, run_id, recipe.paths.folder) as tracker:
         callbacks = [stop_signal, ProgressBar(recipe)]
         state = run_worker(recipe, tracker, callbacks=callbacks, fingerprint=fingerprint)
+        # Closed here with its status; the end of the block would close it as FINISHED, and a second call does nothing.
         tracker.close("FINISHED" if state.step == recipe.training.steps else "KILLED")

@@ -83,6 +83,7 @@ def _compute_batches(recipe: Recipe, dataset: TokenDataset) -> BatchSource:
     """Return a source that computes batches in this process."""
 
     def source(mesh: Mesh, numbers: range) -> Iterator[Batch]:
+        # A generator's body runs when it is first iterated, hence on reader ranks only.
         builder = BatchBuilder(recipe, dataset)
         for number in numbers:
             yield builder.build(number, mesh.data_rank, recipe.parallel.data)

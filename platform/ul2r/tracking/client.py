@@ -62,6 +62,7 @@ def check_server(uri: str | None) -> str:
 def find_server_problem(uri: str, timeout_s: float) -> str | None:
     """Return why the server at `uri` cannot be used, None if it can."""
     try:
+        # By httpx and not MLflow's client, which would retry.
         response = httpx.get(f"{uri}/health", timeout=timeout_s)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         return str(error) or type(error).__name__

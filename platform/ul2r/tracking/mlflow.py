@@ -168,6 +168,8 @@ class MlflowTracker:
             is_written = self._write_backlog()
             if self._closing.is_set() and is_written and self._backlog.is_empty:
                 return
+            # While closing, the wait above returns at once: without a pause, a server that is down would be asked in a
+            # tight loop.
             if not is_written:
                 time.sleep(BUFFER_S)
 
@@ -198,6 +200,7 @@ class MlflowTracker:
         if self._stored is None:
             self._stored = self._fetch_stored()
 
+        # Of a point that is twice in the batch, the later value.
         new = {self._stored_point(point): point for point in batch}
         metrics = [
             Metric(key, point.value, timestamp, step)
@@ -235,6 +238,7 @@ class MlflowTracker:
         return {
             (key, point.step, point.timestamp)
             for key in run.data.metrics
+            # `run.data.metrics` has the names of all metrics, but only the latest value of each.
             for point in self._client.get_metric_history(self._run_id, key)
         }
 

@@ -33,6 +33,7 @@ def hash_export(folder: Path) -> str:
             f"{folder} is not an export (no *.safetensors with {EXPORT_METADATA_FILE}): run jobs/export.py RECIPE first"
         )
 
+    # Of the content alone: a copy of the export elsewhere has the same digest. `*.safetensors` are in order of names.
     combined = hashlib.sha256()
     for path in (*weights, metadata):
         combined.update(bytes.fromhex(sha256_of(path)))

@@ -66,6 +66,7 @@ def continue_run(
     """
     client = create_client(uri)
     with translate_errors(uri):
+        # By the record in the run's folder and not by name: MLflow's run names are not unique.
         run = _find_recorded_run(uri, folder)
         if run is None:
             found = client.get_experiment_by_name(experiment)
@@ -138,6 +139,7 @@ def log_summary(
         new = [
             Metric(key, float(value), now_ms, step)
             for key, value in metrics.items()
+            # A job that is run again would add the same value under a new timestamp.
             if stored.get(key) != float(value)
         ]
         if new:

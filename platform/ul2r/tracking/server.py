@@ -51,6 +51,7 @@ def run_mlflow_server(storage: Path, port: int | None = None) -> Iterator[str]:
     paths = StoragePaths(storage)
     uri = f"http://{HOST}:{port}"
     with paths.mlflow_log.open("ab") as log:
+        # The server has its own descriptor of the log, so that this one can be closed.
         server = _start(paths, port, log.fileno())
 
     try:
@@ -64,6 +65,7 @@ def _start(paths: StoragePaths, port: int, log: int) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port)]
     # Each worker is a process that takes seconds to import MLflow, and SQLite has one writer anyway.
     command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{paths.mlflow_database}"]
+    # Clients upload artifacts through the server and need no access to its disk.
     command += ["--artifacts-destination", str(paths.mlflow_artifacts), "--serve-artifacts"]
     # Job execution, on by default, would add processes for features that are not used here.
     switches = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}

@@ -46,6 +46,8 @@ class BatchIterator:
         # Checked on every rank, since ranks that count differently would train on different batches.
         assert number == self._remaining[0], (number, self._remaining)
         self._remaining = self._remaining[1:]
+        # None is a value here, and not StopIteration: the loop broadcasts it, so that all ranks of a replica see the
+        # end.
         return next(self._batches, None) if self._mesh.is_reader else None
 
     def check_exhausted(self) -> None:

@@ -73,6 +73,7 @@ class Trainer:
             flush=tracker.flush,
             asynchronous=recipe.checkpoints.asynchronous,
         )
+        # Built once: every validation measures the same rows.
         self.held_out = _held_out_batches(recipe, dataset, mesh)
         self.train_step = TrainStep(recipe, mesh, dataset.vocabulary.size)
         self.guard = AnomalyGuard(recipe.guards, GuardState())
@@ -101,6 +102,7 @@ class Trainer:
             if first_step == num_steps:
                 return self.state
             if first_step == 0:
+                # The first point of the held-out curves, before any update: that of the base, where there is one.
                 self._log_progress(self._validate())
             # Collective, so that no rank saves before rank 0 has removed what a killed attempt left.
             self.mesh.broadcast_from_rank0(lambda: self.checkpoints.start_attempt(first_step))
@@ -310,6 +312,7 @@ class Trainer:
             self.base_id = load_pretrained(self.recipe, pretrained, self.train_step)
             return TrainState()
 
+        # The base is searched with this checkpointer's method as well, in which ranks share the reading.
         path = own or find_base_checkpoint(self.recipe, self.checkpointer.latest_valid)
         if path is None:
             return TrainState()

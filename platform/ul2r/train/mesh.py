@@ -115,6 +115,8 @@ class Mesh:
         if self.is_rank0:
             try:
                 outcome[0] = function()
+            # Only these: they are the user's to fix and need no stack. Any other ends rank 0, and thereby the
+            # run.
             except UserError as error:
                 outcome[1] = error
         # On this rank's device, since NCCL sends from GPU memory only.
@@ -179,6 +181,7 @@ class Mesh:
             return None
 
         size = num_rows * (len(ROW_FIELDS) * length + num_slots)
+        # All arrays hold integers, and int64 takes each of them without loss: one message instead of one per array.
         packed = torch.empty(size, dtype=torch.int64, device=self.device)
         if batch is not None:
             packed.copy_(torch.from_numpy(_pack(batch)))

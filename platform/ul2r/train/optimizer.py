@@ -96,6 +96,7 @@ def _allocate_state(distributed: DistributedOptimizer) -> None:
     # AdamW. TransformerEngine's optimizer, which is used where it is installed, counts by group.
     if isinstance(distributed.optimizer, torch.optim.AdamW):
         for state in distributed.optimizer.state.values():
+            # On the CPU and in fp32, as torch's AdamW itself creates it unless it is capturable or fused.
             state["step"] = torch.zeros((), dtype=torch.float32)
 
 
@@ -114,6 +115,7 @@ class LearningRateSchedule:
             # The recipe's names are Megatron-Core's, apart from the case of this one.
             lr_decay_style="WSD" if settings.schedule == "wsd" else settings.schedule,
             wsd_decay_steps=recipe.decay_steps,
+            # 1 - sqrt: Haegele et al. 2024, arXiv 2405.18392, section 3.
             lr_wsd_decay_style="minus_sqrt",
             start_wd=settings.weight_decay,
             end_wd=settings.weight_decay,

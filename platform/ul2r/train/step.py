@@ -102,6 +102,7 @@ class TrainStep:
         self.mesh = mesh
         self.vocabulary_size = vocabulary_size
         self.chunks = build_model(recipe, vocabulary_size)
+        # The chunks share one config object: what is set below holds for all of them.
         self.config = self.chunks[0].config
         self.model = [self._wrap(chunk) for chunk in self.chunks]
         self.optimizer = build_optimizer(recipe, self.model)
@@ -201,6 +202,8 @@ class TrainStep:
         )
 
         # Loss sums, target counts, positions and visible keys: one vector, so that one message reduces them all.
+        # Only the last pipeline stage gets results from the schedule. The zeros of the others are ignored by the sum
+        # below.
         values = torch.zeros(2 * num_denoisers + 2, dtype=torch.float64, device=self.mesh.device)
         for result in results:
             values[:-2] += result["losses"]
@@ -225,6 +228,7 @@ class TrainStep:
         """
         batch = next(microbatches)
         device = self.mesh.device
+        # int32 arrays are widened on the device, after a copy of half the bytes. Intervals stay in host memory.
         output = model(
             _tensor(batch.tokens, device).long(),
             _tensor(batch.position_ids, device).long(),
@@ -251,6 +255,7 @@ def _loss(
     """
     device = output.device
     token_losses, *log_z = output.unbind() if z_loss else (output,)
+    # Padding and inputs have mask 0, so their losses count nowhere.
     targets = _tensor(batch.loss_mask, device).float()
     masked = token_losses.float() * targets
 
@@ -263,6 +268,7 @@ def _loss(
     total = masked.sum()
     for log_z_of_tokens in log_z:
         total = total + z_loss * (log_z_of_tokens.float().square() * targets).sum()
+    # An integer, since the schedule adds it in place to an int tensor, which refuses a float.
     return total, targets.sum().int(), {"losses": sums.ravel()}
 
 

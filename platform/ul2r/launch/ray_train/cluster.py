@@ -58,6 +58,7 @@ def connect_ray(cpus: float, gpus: float = 0, *, smaller: str = "ask for fewer")
             "local",
             num_cpus=max(count_cores(), math.ceil(cpus)),
             include_dashboard=False,
+            # Records of workers come by `forward_logs`; Ray would print them a second time, with its own prefixes.
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
@@ -75,6 +76,7 @@ def connect_ray(cpus: float, gpus: float = 0, *, smaller: str = "ask for fewer")
 
 def count_cores() -> int:
     """Return the CPU cores that this process may use, by its affinity and its control group's quota."""
+    # os.cpu_count() gives the machine's cores, in a container as well.
     available = len(os.sched_getaffinity(0))
     if CPU_QUOTA_FILE.is_file():
         quota, period = CPU_QUOTA_FILE.read_text(encoding="ascii").split()
@@ -94,6 +96,7 @@ def _join(address: str) -> None:
         if address != ANY_CLUSTER:
             socket.create_connection(_host_and_port(address), PROBE_TIMEOUT_S).close()
         ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
+    # ray.init raises ConnectionError, which is an OSError, too.
     except OSError as error:
         raise ServiceError(
             f"no Ray cluster answers at {ADDRESS_VARIABLE}={address} ({error}): "
@@ -113,6 +116,7 @@ def _host_and_port(address: str) -> tuple[str, int]:
             f"{ADDRESS_VARIABLE}={address}: is not host:port of a Ray cluster's head; set that, "
             "or submit the job with `ray job submit`"
         )
+    # An IPv6 address is in brackets before its port.
     return host.strip("[]"), int(port)
 
 

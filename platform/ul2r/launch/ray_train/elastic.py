@@ -51,6 +51,7 @@ def shrink_layout(
         return None
 
     parallel = recipe.parallel
+    # Whole replicas are left out: tensor and pipeline sizes stay, and with them the memory of a rank's weights.
     replica_size = parallel.num_workers // parallel.data
     tree = recipe.model_dump(mode="json")
     for num_workers in range(parallel.num_workers - replica_size, min_workers - 1, -replica_size):

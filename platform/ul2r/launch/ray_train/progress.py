@@ -61,6 +61,7 @@ def progress_board(recipe: Recipe, stop_event: threading.Event) -> Iterator[Acto
     """
     # On the driver's node, so that the loss of another one does not take the board with it.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    # Without a CPU of its own: `elastic.count_cpus` reserves none for it.
     board = ray.remote(num_cpus=0, scheduling_strategy=here)(_Board).remote()
     ended = threading.Event()
     threads = [
@@ -118,6 +119,7 @@ def _poll(board: ActorHandle, ended: threading.Event) -> Iterator[tuple[int, str
         progress, records = ray.get(pending)
         pending = board.read.remote()
         for name, level, message in records:
+            # As an argument: a message may contain percent signs.
             logging.getLogger(name).log(level, "%s", message)
         if progress != last:
             last = progress
@@ -141,6 +143,7 @@ class BoardReporter(Callback):
     def on_progress(self, state: TrainState, metrics: Mapping[str, float]) -> None:
         """Report a step without waiting for the answer."""
         tokens = state.step * self._tokens_per_step
+        # The answer brings the driver's wish to stop along, so that no further call is needed to ask for it.
         self._answers.append(self._board.report.remote(tokens, describe_progress(metrics)))
 
     def requested_action(self) -> LoopAction:

@@ -32,6 +32,7 @@ class PrometheusGauges(Callback):
 
     def _gauge(self, key: str) -> Gauge:
         if key not in self._gauges:
+            # Prometheus allows letters, digits and underscores in a name.
             name = "ul2r_" + re.sub(r"\W", "_", key, flags=re.ASCII)
             self._gauges[key] = Gauge(name, f"{key} of a training run", ("run",))
         return self._gauges[key]

@@ -37,6 +37,7 @@ def build_store_in_background(recipe: Recipe, cpus: float) -> Iterator[TokenData
     """
     store = recipe.storage_paths.store
     spare_cpus = max(1.0, ray.cluster_resources()["CPU"] - cpus)
+    # The task only drives Ray Data, and takes no CPU from the tasks that tokenize.
     build = ray.remote(num_cpus=0)(_build).remote(recipe, spare_cpus)
     try:
         if not store.exists():
@@ -45,6 +46,7 @@ def build_store_in_background(recipe: Recipe, cpus: float) -> Iterator[TokenData
                 recipe.name,
                 f"{count_corpus_bytes(recipe) / 1e6:,.0f}",
             )
+        # The folder appears by a rename, with its first segment in it.
         while not store.exists():
             error = _wait_for_error(build, POLL_S)
             if error and not store.exists():
@@ -56,6 +58,8 @@ def build_store_in_background(recipe: Recipe, cpus: float) -> Iterator[TokenData
                 "the store is not complete, but this run did not need the rest: %s", error
             )
     finally:
+        # Killed at once, which is safe: segments are added atomically, and the system releases the lock with the
+        # process.
         ray.cancel(build, force=True)
 
 

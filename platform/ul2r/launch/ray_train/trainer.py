@@ -82,6 +82,7 @@ def train(recipe: Recipe) -> CheckpointInfo:
     cpus = count_cpus(recipe)
     gpus = recipe.parallel.num_workers * recipe.launch.gpus_per_worker
     with (
+        # `must_build` counts as one: the store is built with at least one CPU besides the run's own.
         connect_ray(cpus + must_build, gpus, smaller="lower parallel.num_workers"),
         build_store_in_background(recipe, cpus) if must_build else nullcontext(dataset) as dataset,
     ):
@@ -140,6 +141,7 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types here
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Result:  # noqa: ANN401  Ray's own arguments
         """Run with a failure policy that gives up at once where a restart cannot help."""
+        # The only way in: Ray Train calls this method with its own default policy among the arguments.
         recipe: Recipe = self.train_loop_config["recipe"]
         policy = FailurePolicy(self.run_config.failure_config, recipe)
         return super()._initialize_and_run_controller(**{**arguments, "failure_policy": policy})
@@ -209,6 +211,8 @@ def _fit(
             ),
             run_config=RunConfig(
                 worker_runtime_env={"env_vars": environment},
+                # For Ray Train's own state: checkpoints are written by the workers themselves and are not reported to
+                # Ray.
                 storage_path=str(recipe.paths.ray),
                 failure_config=FailureConfig(max_failures=launch.max_failures),
             ),

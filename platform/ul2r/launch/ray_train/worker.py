@@ -58,6 +58,7 @@ def train_worker(
             writer_token=writer_token,
             fingerprint=fingerprint,
         )
+        # Closed here with its status; the end of the block would close it as FINISHED, and a second call does nothing.
         tracker.close("FINISHED" if state.step == recipe.training.steps else "KILLED")
 
     with forward_logs(reporter.log, rank):

@@ -86,6 +86,7 @@ class Checkpointer:
         Raises:
             CheckpointError: If either fails on any rank, or another attempt at the run has begun.
         """
+        # One at a time: a slow disk holds up the loop, instead of filling the host's memory with copies of the state.
         self.wait()
         start_s = time.perf_counter()
         # Other ranks wait for the broadcast, so none writes before the folder exists.
@@ -166,6 +167,7 @@ class Checkpointer:
         # Cleared first, so that no later call waits for a checkpoint that failed.
         self._pending = None
 
+        # As text, since exceptions may not be picklable.
         errors = self.mesh.all_gather(_describe_error(pending.write.wait()))
         failed = [error for error in errors if error]
         if failed:
@@ -213,6 +215,7 @@ class Checkpointer:
 
     def _run_on_rank0(self, action: Callable[[], None]) -> None:
         """Run `action` on rank 0; an error there is raised on every rank."""
+        # Translated, since the broadcast passes on user errors only: any other would end rank 0 while the others wait.
         self.mesh.broadcast_from_rank0(lambda: translate_disk_errors(action))
 
 

@@ -64,6 +64,7 @@ def write_digests(folder: Path, known: Mapping[str, FileDigest]) -> int:
     others = [path for path in folder.iterdir() if path.name not in known]
     digests = {**known, **digest_files(others)}
     files = {name: asdict(digests[name]) for name in sorted(digests)}
+    # Not written atomically: the folder is still a staging folder, which is renamed as a whole.
     text = json.dumps({"format": FORMAT, "files": files}, indent=1)
     (folder / DIGESTS_FILE).write_text(text + "\n", encoding="utf-8")
     return sum(digest.bytes for digest in digests.values())

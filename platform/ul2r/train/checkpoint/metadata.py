@@ -113,6 +113,7 @@ class CheckpointInfo:
             found = int(fields.pop("format"))
             if found == 1:
                 fields = _upgrade_format_1(fields)
+            # A newer format is refused below, after the `except`, whose message would call it no checkpoint.
             if found <= FORMAT:
                 return cls(**fields)
         except (OSError, ValueError, TypeError, KeyError) as error:

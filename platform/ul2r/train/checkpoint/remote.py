@@ -59,6 +59,7 @@ class RemoteCheckpoints:
 
             # Object stores have no rename, but replace an object at once.
             filesystem.pipe_file(f"{root}/{LATEST_FILE}", folder.name.encode())
+            # After the switch, so that `latest` never names a copy that is gone.
             self._remove_expired(filesystem, root, folder.name, retention)
 
     def has_checkpoint(self) -> bool:
@@ -119,6 +120,8 @@ class RemoteCheckpoints:
         last_step = parse_step(latest)
         assert last_step is not None
         steps = {name: parse_step(name) for name in self._list_names(filesystem, root)}
+        # Copies of later steps, which were undone on disk, do not count for retention, and are removed for the same
+        # reason.
         kept = retention.select_kept(
             step for step in steps.values() if step is not None and step <= last_step
         )

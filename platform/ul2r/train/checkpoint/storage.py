@@ -274,6 +274,7 @@ def find_base_checkpoint(
         )
 
     info = CheckpointInfo.read(path)
+    # A run continues from its base's last weights: those of an unfinished base depend on the moment.
     if not info.is_finished:
         raise CheckpointError(
             f"base={recipe.base} is at step {info.step} of {info.num_steps}: finish it first with jobs/train.py"

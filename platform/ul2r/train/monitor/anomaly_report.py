@@ -42,6 +42,7 @@ def layer_norms(optimizer: MegatronOptimizer) -> Norms:
     Returns:
         {"layers.0": {"gradient": ..., "weight": ...}, ...}, and likewise for weights outside of layers.
     """
+    # [gradient, weight] by layer: sums of squares of this rank's shards, in float64.
     squares: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     names = _names(optimizer.model_chunks)
     for part in optimizer.chained_optimizers:

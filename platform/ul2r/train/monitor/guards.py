@@ -127,6 +127,8 @@ class AnomalyGuard:
             return Anomaly(
                 "non_finite", f"loss {loss:.4g} and gradient norm {step.gradient_norm:.4g}"
             )
+        # Until the window is full there is nothing to compare a step with; NaN needs no window and is found from the
+        # first.
         if len(self.state.window) < self.settings.window:
             return None
         # A loss spike is reported as one even if the gradient spikes with it.
@@ -216,6 +218,7 @@ class AnomalyGuard:
 
     def _gradient_spike(self, step: StepStats) -> Anomaly | None:
         norms = np.array([s.gradient_norm for s in (*self.state.window, step)])
+        # A norm may be 0, whose logarithm would make every spread NaN.
         logarithms = np.log(np.maximum(norms, np.finfo(float).tiny))
         spread = _Spread.of(logarithms[:-1], floor=NORM_FLOOR)
         deviations = spread.deviations(logarithms[-1])

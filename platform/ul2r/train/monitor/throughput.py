@@ -54,6 +54,7 @@ class ThroughputMonitor(Callback):
     ) -> None:
         """Stop the clock, and count the work of an applied step."""
         del step
+        # Before any return, so that hooks of later callbacks, such as a profiler's, are not counted as training.
         self._switch_to("")
         if anomaly is not None:
             return

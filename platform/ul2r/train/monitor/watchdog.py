@@ -84,6 +84,7 @@ class Watchdog(Callback):
         rank: int,
         num_ranks: int,
         timeout_s: float,
+        # sys.exit would only raise SystemExit, in the watchdog's own thread, and wait for the thread that hangs.
         give_up: Callable[[int], None] = os._exit,
     ) -> None:
         self._folder = folder
@@ -133,6 +134,8 @@ class Watchdog(Callback):
             if beats != seen_beats:
                 seen_beats = beats
                 since = time.monotonic()
+            # By this thread's monotonic clock; a heartbeat's `since` is wall-clock time, which an administrator or NTP
+            # may set.
             elif time.monotonic() - since > self._timeout_s:
                 self._report()
                 self._give_up(HANG_EXIT_CODE)
@@ -176,6 +179,7 @@ class Watchdog(Callback):
         """Return the heartbeats of all ranks that have not ended well."""
         files = [self._path(rank) for rank in range(self._num_ranks)]
         texts = [file.read_text(encoding="utf-8") for file in files if file.exists()]
+        # A file is empty between its creation and the first heartbeat.
         return [Heartbeat(**json.loads(text)) for text in texts if text]
 
 
