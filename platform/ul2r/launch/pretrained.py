@@ -123,6 +123,7 @@ def check_same_tokens(recipe: Recipe, dataset: TokenDataset, tokenizer: Path) ->
         list_objective_tokens(ours, recipe.data.num_sentinels, recipe.data.mode_tokens)
     )
 
+    # A reserved token or subword that the store's tokenizer renamed to a mode or a sentinel is no difference.
     different = [
         token
         for token, token_id in theirs.get_vocab().items()

@@ -175,6 +175,7 @@ def build_model(recipe: Recipe, vocabulary_size: int) -> list[GPTModel]:
         for stage in range(recipe.parallel.virtual_stages)
     ]
     for chunk in chunks:
+        # Megatron allocates its matrices on the GPU, but the norms are torch's own and still in host memory.
         if torch.cuda.is_available():
             chunk.cuda()
         if recipe.base is None:

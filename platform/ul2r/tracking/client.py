@@ -50,6 +50,7 @@ def check_server(uri: str | None) -> str:
             f"tracking.uri={found}: the address of an MLflow server begins with http:// or https://; {START_HINT}"
         )
 
+    # Paths of requests and of pages begin with a slash.
     found = found.rstrip("/")
     problem = find_server_problem(found, HEALTH_TIMEOUT_S)
     if problem is not None:

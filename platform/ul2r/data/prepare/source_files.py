@@ -88,6 +88,7 @@ def _find_entry_files(entry: str) -> list[SourceFile]:
         return files
     if not path.exists():
         raise CorpusError(f"{entry}: no such file or folder: set data.corpus to your text")
+    # Either file names the pair; the .bin file stands for it, since its size is that of the tokens.
     if path.suffix in TOKEN_SUFFIXES:
         return [_describe_file(path.with_suffix(".bin"), path.parent)]
     if text_suffix(path) not in TEXT_SUFFIXES:

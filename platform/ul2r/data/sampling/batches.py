@@ -109,6 +109,7 @@ def _training_windows(recipe: Recipe, dataset: TokenDataset) -> WindowSource:
     window_type = _window_type(recipe)
 
     sources: list[WindowSource] = []
+    # The number shuffles each store on its own: stores of equal length would otherwise be read in the same order.
     for number, source in enumerate(dataset.train):
         if isinstance(source.store, SegmentedStore):
             sources.append(

@@ -38,6 +38,7 @@ def index_shuffle(
     """
     shifts = np.empty(len(samples), np.int64)
     positions = np.empty(len(samples), np.int64)
+    # Epoch e draws from stream source * 2**48 + e, so that neither epochs nor sources share an order.
     shuffle(
         np.uint64(seed),
         np.uint64(purpose),

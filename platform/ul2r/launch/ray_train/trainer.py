@@ -167,8 +167,10 @@ def _fit_and_shrink(
     while True:
         try:
             return _fit(recipe, dataset.manifest.fingerprint, uri, run_id, stop_event)
+        # A user error is raised as itself (see `_cause`) and ends the run, whatever machines are left.
         except TrainingFailedError:
             left = ray.cluster_resources()
+            # No machine is missing: workers died of something else, more often than `launch.max_failures` allows.
             if has_room(recipe, left):
                 raise
             smaller = shrink_layout(recipe, left, dataset.vocabulary.size)

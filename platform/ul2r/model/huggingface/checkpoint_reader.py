@@ -137,6 +137,7 @@ class MegatronCheckpointReader:
         """
         expected = outer_tensor_shapes(architecture, num_embeddings)
         for key, shape in layer_tensor_shapes(architecture).items():
+            # Checkpoints stack a tensor of all layers into one.
             expected[LAYERS + key] = (architecture.num_layers, *shape)
 
         for key, shape in expected.items():

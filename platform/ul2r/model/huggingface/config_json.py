@@ -106,12 +106,14 @@ def parse_architecture(config: Mapping[str, Any]) -> Architecture:
     remaining = dict(config)
     settings: Config = {"family": name, **family.always, **_take_sizes(remaining, family)}
 
+    # Every step takes its keys out of `remaining`: what is left at the end is known to nobody, and refused.
     layer_types = remaining.pop("layer_types", None) or ()
     rope = remaining.pop("rope_parameters", None) or {}
     parse_layers = _parse_local_layers if family.local_layers else _parse_uniform_layers
     settings |= parse_layers(layer_types, rope)
 
     for key, choices in family.choices.items():
+        # A class without the key computes the first choice.
         value = remaining.pop(key, choices[0][0])
         chosen = [fields for choice, fields in choices if choice == value]
         if not chosen:

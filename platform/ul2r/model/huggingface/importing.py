@@ -29,10 +29,12 @@ def load_weights(model: GPTModel, reader: SafetensorsReader, architecture: Archi
     num_embeddings = architecture.num_embeddings
     assert num_embeddings is not None
     for shard in iter_shards(model):
+        # Leading axes that the shard's own shape does not have: the layer, and for experts the expert.
         num_axes = shard.prepend_axis_num
         index = shard.global_offset[:num_axes]
         slices = slice_tensor(reader.family, architecture, shard.key, index, num_embeddings)
         start, *other = shard.global_offset[num_axes:]
+        # Row-parallel matrices are split by columns; a rank reads only its own from the file.
         columns = slice(other[0], other[0] + shard.local_shape[1]) if other else None
 
         num_filled = _fill_rows(shard.data, reader, slices, start, columns)

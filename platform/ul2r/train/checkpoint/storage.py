@@ -52,6 +52,7 @@ class CheckpointStore:
         self.retention = retention or Retention()
         self.writer_token = writer_token
         self.remote = remote
+        # The checkpoints that this attempt may count as valid, see `_find_expired`.
         self._resumed_step = 0
         self._written_steps: set[int] = set()
 

@@ -79,6 +79,7 @@ def _names(chunks: Iterable[nn.Module]) -> dict[nn.Parameter, str]:
     """Return the layer of each parameter, numbered through all pipeline stages, or its own name outside of layers."""
     names: dict[nn.Parameter, str] = {}
     for chunk in chunks:
+        # The wrappers for data parallelism and for bf16 add a "module." each.
         names |= {
             parameter: name.replace("module.", "") for name, parameter in chunk.named_parameters()
         }
@@ -114,6 +115,7 @@ def anomaly_report(
         A JSON tree: step from 1, batch, first and last of its rows and samples, losses found and expected, norms.
     """
     batch = step + state.skipped_batches
+    # As one replica of one: the rows of the global batch.
     rows = replica_row_indices(recipe, batch, 0, 1)
     slots = recipe.objective.slots_per_row
     names = tuple(denoiser.name for denoiser in recipe.objective.mixture)

@@ -199,6 +199,7 @@ class AnomalyGuard:
 
         # A denoiser that no step of the window drew has no expected loss, and is left out on both sides.
         known = targets * ~np.isnan(medians)
+        # The last row is the step that is judged, the rows before it are the window.
         counts = known.sum(axis=1)
         if not counts[-1]:
             return None

@@ -38,6 +38,7 @@ class Profiler(Callback):
         """Start to record a chosen step."""
         if step not in self._steps:
             return
+        # torch warns of an activity for which there is no device.
         cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
         self._profile = self._recording.enter_context(
             profile(activities=[ProfilerActivity.CPU, *cuda])
@@ -51,6 +52,7 @@ class Profiler(Callback):
         del batch, result, anomaly
         if step not in self._steps:
             return
+        # First, since only a finished profile can be exported.
         self._recording.close()
         self._folder.mkdir(parents=True, exist_ok=True)
         trace = self._folder / f"step_{step:08d}.json.gz"

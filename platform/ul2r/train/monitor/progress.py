@@ -33,6 +33,7 @@ class ProgressBar(Callback):
 
     def on_progress(self, state: TrainState, metrics: Mapping[str, float]) -> None:
         """Update the bar; the first step starts it, so that its rate excludes the time before."""
+        # Not `state.tokens`, which counts those of the base as well.
         tokens = state.step * self._tokens_per_step
         if self._bar is None:
             total = self._num_steps * self._tokens_per_step
