@@ -174,9 +174,9 @@ def _mlp_bytes(recipe: Recipe) -> int:
 
     chosen = model.num_experts_per_token
     fp32_input = 4 * model.hidden_size if element < 4 else 0
-    # A fp32 probability per expert; per chosen expert a fp32 weight and an int64 index.
+    # An fp32 probability per expert; per chosen expert an fp32 weight and an int64 index.
     own = 4 * model.num_experts + 12 * chosen + fp32_input
-    # The all-gather dispatcher's copy on every tensor rank: an expert's fp32 probability and routing map's bool.
+    # The all-gather dispatcher's copy on every tensor rank: per expert an fp32 probability and a bool.
     gathered = 5 * model.num_experts + 12 * chosen
     experts = element * chosen * (model.hidden_size + 6 * inner // tensor)
     return experts + own // _num_row_parts(recipe) + gathered

@@ -54,6 +54,7 @@ class Mesh:
                 f"{parallel.num_workers}"
             )
 
+        # The number of replicas is not an argument: Megatron-Core divides the world size by the two that are.
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,

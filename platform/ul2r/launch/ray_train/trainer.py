@@ -132,6 +132,7 @@ class FailurePolicy(DefaultFailurePolicy):  # type: ignore[misc]  # Ray has no t
         while has_room(self._recipe, ray.cluster_resources()):
             if time.monotonic() > deadline:
                 return False
+            # Ray counts the resources of a lost node until its health checks miss it.
             time.sleep(1)
         return True
 

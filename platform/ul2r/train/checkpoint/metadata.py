@@ -159,6 +159,7 @@ class CheckpointInfo:
             "model": self._model_settings(wanted),
         }
 
+        # Never that of the model, whose weights have to fit: `Change` has no such value.
         accepted = recipe.checkpoints.accept_changes
         self._check({name: values for name, values in fields.items() if name not in accepted})
 
