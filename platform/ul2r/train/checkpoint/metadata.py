@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from ul2r.config import Architecture, Change, Recipe
+from ul2r.config import Architecture, Change, Objective, Recipe
+from ul2r.config.optimizer import Optimizer
 from ul2r.config.renamed_keys import rename_keys
+from ul2r.config.strict_model import StrictModel
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.errors import CheckpointError
 from ul2r.train.checkpoint.layout import INFO_FILE
@@ -33,6 +35,12 @@ RECIPE_PARTS: dict[str, Any] = {
     "training": {"steps", "global_batch_size"},
 }
 """Parts of the recipe that stay the same over a run; layout, logging and launch may change on resume."""
+SECTIONS: dict[str, type[StrictModel]] = {
+    "model": Architecture,
+    "objective": Objective,
+    "optimizer": Optimizer,
+}
+"""Those of them that are compared setting by setting: a checkpoint lacks the settings that are newer than it."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +147,7 @@ class CheckpointInfo:
         wanted = CheckpointInfo.from_recipe(recipe, dataset)
         self._check(
             {
-                "model": self._model_settings(wanted),
+                "model": self._settings("model", wanted),
                 "tokenizer": (self.tokenizer_digest, wanted.tokenizer_digest),
             }
         )
@@ -154,21 +162,21 @@ class CheckpointInfo:
         fields: dict[str, tuple[object, object]] = {
             "tokenizer": (self.tokenizer_digest, wanted.tokenizer_digest),
             "data": (self.data_fingerprint, wanted.data_fingerprint),
-            **{part: (self.recipe[part], wanted.recipe[part]) for part in sorted(RECIPE_PARTS)},
-            # Replaces the plain comparison of the line above.
-            "model": self._model_settings(wanted),
+            **{part: self._settings(part, wanted) for part in sorted(RECIPE_PARTS)},
         }
 
         # Never that of the model, whose weights have to fit: `Change` has no such value.
         accepted = recipe.checkpoints.accept_changes
         self._check({name: values for name, values in fields.items() if name not in accepted})
 
-    def _model_settings(self, wanted: CheckpointInfo) -> tuple[object, object]:
-        """Return both models' settings, with defaults for settings that are newer than the checkpoint."""
-        saved, new = (
-            Architecture.model_validate(info.recipe["model"]).model_dump(mode="json")
-            for info in (self, wanted)
-        )
+    def _settings(self, part: str, wanted: CheckpointInfo) -> tuple[object, object]:
+        """Return a part of both recipes, with defaults for settings that are newer than the checkpoint."""
+        saved, new = self.recipe[part], wanted.recipe[part]
+        if part in SECTIONS:
+            saved, new = (
+                SECTIONS[part].model_validate(settings).model_dump(mode="json")
+                for settings in (saved, new)
+            )
         return saved, new
 
     def _check(self, fields: Mapping[str, tuple[object, object]]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,24 @@ def test_another_tokenizer_is_refused(dataset: TokenDataset, tmp_path: Path) -> 
         CheckpointError, match=r"tokenizer: \w{64} in the checkpoint, \w{64} in the"
     ):
         make_info(dataset, tmp_path).check_same_model(tiny_recipe(tmp_path), other)
+
+
+def test_settings_that_are_newer_than_the_checkpoint_have_their_defaults(
+    dataset: TokenDataset, tmp_path: Path
+) -> None:
+    info = make_info(dataset, tmp_path)
+    old = copy.deepcopy(info.recipe)
+    del old["model"]["rope_theta"]
+    del old["optimizer"]["beta2"]
+    del old["objective"]["within_document"]
+    for denoiser in old["objective"]["mixture"]:
+        del denoiser["whole_row"]
+
+    replace(info, recipe=old).check_same_run(tiny_recipe(tmp_path), dataset)
+    with pytest.raises(CheckpointError, match=r"optimizer.beta2: 0.95 in the checkpoint, 0.9 in"):
+        replace(info, recipe=old).check_same_run(
+            tiny_recipe(tmp_path, optimizer={"beta2": 0.9}), dataset
+        )
 
 
 @pytest.mark.parametrize(
