@@ -33,15 +33,15 @@ NO_GPU = "no CUDA device here: run `make test ARGS='-m gpu'` on a machine with o
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
-    needing = [item for item in items if item.get_closest_marker("gpu")]
-    if needing and not _has_gpu():
-        for item in needing:
+    """Skip GPU tests on a machine without a GPU."""
+    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu_tests and not _has_gpu():
+        for item in gpu_tests:
             item.add_marker(pytest.mark.skip(reason=NO_GPU))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Count what was left out for want of a GPU, beside the summary of skips."""
+    """Report the number of GPU tests that were not run, in addition to pytest's own summary of skips."""
     skipped = terminalreporter.stats.get("skipped", [])
     count = sum(NO_GPU in str(report.longrepr) for report in skipped)
     if count:

@@ -39,7 +39,7 @@ def list_up_to(pointer: str, names: Iterable[str]) -> list[str]:
     Args:
         pointer: Content of `latest`. If it names no checkpoint it is damaged, and no checkpoint is excluded. The
             checkpoint that it names is returned even if it is not among `names`, so that its loss is noticed.
-        names: Files and folders beside the pointer.
+        names: Files and folders next to the pointer.
     """
     last = parse_step(pointer.strip())
     steps = {step for name in names if (step := parse_step(name)) is not None}
