@@ -57,7 +57,7 @@ def run_job(
 
     # SIGTERM ends a job as Ctrl-C does; while it trains, training has a handler of its own, which saves a checkpoint.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    configure_console(int(os.environ.get("RANK", "0")))  # torchrun sets RANK
+    configure_console(_rank())
 
     def work() -> None:
         # Within `work`, so that a mistake in the recipe is reported in one line like any other user error.
@@ -83,7 +83,9 @@ def run_and_report(work: Callable[[], None]) -> int:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return USER_ERROR_EXIT
     except RunInterrupted as interrupted:
-        sys.stderr.write(f"{interrupted}; run the same command again to continue\n")
+        # Every rank under torchrun ends here with the same message. A user error may be of one rank alone.
+        if _rank() == 0:
+            sys.stderr.write(f"{interrupted}; run the same command again to continue\n")
         return INTERRUPTED_EXIT
     except KeyboardInterrupt:
         # The terminal has printed ^C without a line break.
@@ -91,6 +93,11 @@ def run_and_report(work: Callable[[], None]) -> int:
         return INTERRUPTED_EXIT
 
     return 0
+
+
+def _rank() -> int:
+    """Return the rank of this process under torchrun, 0 without."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def _make_parser(description: str | None) -> argparse.ArgumentParser:

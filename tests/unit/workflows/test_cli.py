@@ -57,6 +57,18 @@ def test_interruption_ends_with_exit_code_130(
     assert "run the same command again" in capsys.readouterr().err
 
 
+def test_only_rank_0_reports_an_interrupted_run(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+
+    def action(_: Recipe) -> None:
+        raise RunInterrupted("tiny: stopped")
+
+    assert run_job("A job.", Recipe, action) == 130
+    assert capsys.readouterr().err == ""
+
+
 def test_submitted_job_is_refused_storage_that_ray_deletes(
     recipe_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
