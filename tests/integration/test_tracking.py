@@ -354,7 +354,7 @@ def test_taken_port_is_refused_in_one_line(tmp_path: Path) -> None:
         other.listen()
         port = other.getsockname()[1]
         with (
-            pytest.raises(ServiceError, match=f"port {port} is taken: choose another with --port"),
+            pytest.raises(ServiceError, match=f"port {port} is in use: choose another with --port"),
             run_mlflow_server(tmp_path / "storage", port),
         ):
             pass
