@@ -63,7 +63,7 @@ class Architecture(StrictModel):
     num_embeddings: PositiveInt | None = None
     """Rows of the embedding, if it has more than the tokenizer has entries."""
     tie_embeddings: bool = True
-    """Whether the embedding is also the output matrix."""
+    """Use the embedding as the output matrix too."""
     max_position_embeddings: PositiveInt | None = None
     """Longest sequence that an export declares, and rows of learned positions; default objective.sequence_length."""
     position_embedding: Literal["rope", "learned"] = "rope"
@@ -71,7 +71,7 @@ class Architecture(StrictModel):
     rotary_percent: float = Field(default=1.0, gt=0, le=1)
     """Fraction of each head's width that is rotated."""
     rope_interleaved: bool = False
-    """Whether neighboring dimensions are rotated as pairs, instead of the first half with the second."""
+    """Rotate neighboring dimensions as pairs, instead of the first half with the second."""
     rope_scaling: RopeScaling | None = None
     sliding_window: PositiveInt | None = None
     """A query sees only keys less than this far from its own position: earlier ones and, among inputs, later ones.
@@ -87,7 +87,7 @@ class Architecture(StrictModel):
     norm: Literal["rms", "layer"] = "rms"
     norm_bias: bool = False
     norm_zero_centered: bool = False
-    """Whether norms multiply by 1 + weight, in fp32 (Gemma)."""
+    """Norms multiply by 1 + weight, in fp32 (Gemma)."""
     norm_epsilon: float = Field(default=1e-5, gt=0)
     block: Literal["sequential", "parallel", "parallel_two_norms", "post_norm", "sandwich"] = (
         "sequential"
@@ -107,7 +107,7 @@ class Architecture(StrictModel):
     num_experts_per_token: PositiveInt | None = None
     """Experts that each token passes through, weighted by a softmax over them."""
     scale_embedding: bool = False
-    """Whether embeddings are multiplied by sqrt(hidden_size), rounded to their dtype (Gemma)."""
+    """Multiply embeddings by sqrt(hidden_size), rounded to their dtype (Gemma)."""
     logit_scale: float = Field(default=1.0, gt=0)
     """Factor of the logits."""
     init_std: float | Literal["fan_in"] = 0.02

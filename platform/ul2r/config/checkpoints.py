@@ -22,7 +22,7 @@ class Checkpoints(StrictModel):
     keep_every: PositiveInt | None = None
     """Also keep each checkpoint at a multiple of this many steps; must be a multiple of `every`."""
     asynchronous: bool = True
-    """Whether training continues while files are written. Weights and optimizer state then take twice the memory."""
+    """Continue training while files are written. Weights and optimizer state then take twice the memory."""
     remote_dir: FolderOrUrl | None = None
     """Folder or fsspec URL (s3://, gs://) for copies of finished checkpoints. A run that has lost its own resumes from
     there."""

@@ -22,7 +22,7 @@ class _Denoiser(StrictModel):
     weight: Weight
     """Relative to the other weights of the mixture: its share of the examples."""
     whole_row: bool = False
-    """Whether an example has a row to itself even if other denoisers' examples share one
+    """Give an example a row to itself even if other denoisers' examples share one
     (`objective.slots_per_row`)."""
 
 
@@ -90,7 +90,7 @@ class Prefix(_Denoiser):
     mode: Mode = "S2S"
     noise_density: float | None = Field(default=None, gt=0, lt=1)
     sentinel: bool = False
-    """Whether a sentinel ends the inputs and begins the targets, as in span corruption (the papers do not say).
+    """End the inputs and begin the targets with a sentinel, as in span corruption (the papers do not say).
     Served completions have none."""
 
     def num_sentinels(self, raw_length: int) -> int:  # noqa: ARG002  one signature for every denoiser

@@ -47,9 +47,9 @@ class Objective(StrictModel):
     """Attention among inputs: prefix lets each of them see all of them, causal only those before it (which an engine
     without prefix-LM support can serve)."""
     within_document: bool = False
-    """Whether an example stays within one document; short documents then leave positions unused."""
+    """Keep an example within one document; short documents then leave positions unused."""
     eos_after_inputs: bool = False
-    """Whether an eos closes the inputs as well as the targets (the papers do not say). Served prompts have none."""
+    """Close the inputs with an eos as well as the targets (the papers do not say). Served prompts have none."""
 
     @model_validator(mode="after")
     def _check_slots(self) -> Self:

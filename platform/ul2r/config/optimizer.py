@@ -30,7 +30,7 @@ class Optimizer(StrictModel):
     weight_decay: float = Field(default=0.1, ge=0)
     """Weight decay of matrices; norms and biases have none."""
     decay_embeddings: bool = False
-    """Whether embeddings have weight decay too. OLMo 2 (arXiv 2501.00656) found training more stable without it."""
+    """Apply weight decay to embeddings too. OLMo 2 (arXiv 2501.00656) found training more stable without it."""
     beta1: float = Field(default=0.9, gt=0, lt=1)
     beta2: float = Field(default=0.95, gt=0, lt=1)
     max_grad_norm: float = Field(default=1.0, gt=0)
@@ -43,7 +43,7 @@ class Optimizer(StrictModel):
     over microbatches, E sum_i f_i P_i, with f_i the fraction of the choices that fall on expert i of E and P_i its mean
     probability (Switch Transformer, arXiv 2101.03961, 2.2, and its weight). Reported losses exclude it."""
     load_optimizer_state: bool = False
-    """Whether a run with a base continues with the base's optimizer moments; if not, they start from zero."""
+    """Continue with the optimizer moments of the base, which must be a run; otherwise they start from zero."""
 
     @model_validator(mode="after")
     def _check_rates(self) -> Self:

@@ -24,7 +24,7 @@ class Parallel(StrictModel):
     """Chunks of layers on each pipeline rank, run in turn: the interleaved schedule of Narayanan et al. 2021, arXiv
     2104.04473, 2.2.2."""
     account_for_embedding_and_loss: bool = False
-    """Whether embedding and output count as a layer each when layers are divided into chunks, so that the first and
+    """Count embedding and output as a layer each when layers are divided into chunks, so that the first and
     the last chunk have one layer fewer (Llama 3, arXiv 2407.21783, 3.3.2)."""
     sequence_parallel: bool = False
     """Split norms and residuals along the sequence over tensor ranks (Korthikanti et al. 2022, arXiv 2205.05198,

@@ -22,7 +22,7 @@ class Purpose(IntEnum):
     ORDER = 3
     """The order and shift of the windows in epoch `index`."""
     ROW = 4
-    """Whether one example has row `index` to itself."""
+    """Decides if one example has row `index` to itself."""
     BLEND = 5
     """The order of the stores in block `index` of a blend."""
     SEGMENT = 6

@@ -19,7 +19,7 @@ class Vocabulary:
     sentinels: tuple[int, ...]
     """Ids of the sentinels in order of use: the first stands for an example's first span."""
     modes_are_text: bool = False
-    """Whether modes are pieces of text, which documents may contain as well."""
+    """True if modes are pieces of text, which documents may contain as well."""
 
     def __post_init__(self) -> None:
         modes = [token for tokens in self.modes.values() for token in tokens]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 Ints = npt.NDArray[np.int64]
 BREAK, FULL, CAUSAL = range(3)
-"""How a query's interval continues that of the query before it: not at all, with the same keys, or with one more."""
+"""Kinds of change of a query's interval from the query before it: a new one, the same keys, or one key more."""
 
 
 @dataclass(frozen=True, eq=False)

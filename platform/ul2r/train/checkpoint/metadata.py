@@ -40,7 +40,7 @@ SECTIONS: dict[str, type[StrictModel]] = {
     "objective": Objective,
     "optimizer": Optimizer,
 }
-"""Those of them that are compared setting by setting: a checkpoint lacks the settings that are newer than it."""
+"""Parts that are compared setting by setting: a checkpoint lacks the settings that are newer than it."""
 
 
 @dataclass(frozen=True)
