@@ -12,7 +12,7 @@ from ul2r.train.state import TrainState
 
 
 def describe_progress(metrics: Mapping[str, float]) -> str:
-    """Return the note beside a progress bar: the loss, MFU where known, and skipped batches if there are any."""
+    """Return the note that a progress bar shows: the loss, MFU where known, and skipped batches if there are any."""
     notes = [f"loss {metrics['train/loss']:.3f}"]
     if "train/mfu" in metrics:
         notes.append(f"MFU {metrics['train/mfu']:.1%}")
