@@ -47,7 +47,8 @@ class Optimizer(StrictModel):
 
     @model_validator(mode="after")
     def _check_rates(self) -> Self:
-        if self.schedule != "constant" and self.final_learning_rate > self.learning_rate:
+        # Of the constant schedule too, which has no use for the final rate: Megatron-Core 0.16's scheduler asserts it.
+        if self.final_learning_rate > self.learning_rate:
             raise ValueError(
                 f"final_learning_rate={self.final_learning_rate} is above learning_rate={self.learning_rate}: "
                 "lower the first or raise the second"

@@ -90,18 +90,21 @@ def check_fp8(
             "TransformerEngine's expert layers: set training.precision to bf16"
         )
 
-    # The dimensions of one rank's matrix products. Positions are divided under sequence parallelism only: without it
-    # the check is stricter than it need be.
+    # The dimensions of one rank's matrix products.
     tensor = parallel.tensor
+    positions = "training.micro_batch_size x objective.sequence_length"
+    num_positions = training.micro_batch_size * sequence_length
+    if parallel.sequence_parallel:
+        # Without it each tensor rank works on all positions.
+        positions += " / parallel.tensor"
+        num_positions //= tensor
     sizes = {
         "model.hidden_size": model.hidden_size,
         "model.ffn_hidden_size / parallel.tensor": model.ffn_hidden_size // tensor,
         "model.num_heads x head dimension / parallel.tensor": (
             model.num_heads * model.head_dim // tensor
         ),
-        "training.micro_batch_size x objective.sequence_length / parallel.tensor": (
-            training.micro_batch_size * sequence_length // tensor
-        ),
+        positions: num_positions,
     }
     for name, size in sizes.items():
         if size % FP8_MULTIPLE:

@@ -201,6 +201,16 @@ def test_data_parallel_size_is_workers_over_tensor_times_pipeline() -> None:
             "model.ffn_hidden_size / parallel.tensor = 100 is not a multiple of 16, as training.precision=fp8 needs",
         ),
         (
+            {
+                "training": {"precision": "fp8"},
+                "launch": {"gpus_per_worker": 1},
+                "model": {"ffn_hidden_size": 64, "num_heads": 4, "head_size": 16},
+                "objective": {"sequence_length": 112},
+                "parallel": {"num_workers": 2, "tensor": 2, "sequence_parallel": True},
+            },
+            "training.micro_batch_size x objective.sequence_length / parallel.tensor = 56 is not a multiple of 16",
+        ),
+        (
             {"optimizer": {"schedule": "wsd", "warmup_fraction": 0.5, "decay_fraction": 0.6}},
             "optimizer.warmup_fraction=0.5 and optimizer.decay_fraction=0.6 make 5 + 6 steps, training.steps=10: "
             "lower either fraction",
@@ -228,6 +238,10 @@ def test_data_parallel_size_is_workers_over_tensor_times_pipeline() -> None:
             {"optimizer": {"learning_rate": 1e-7}},
             "final_learning_rate=1e-06 is above learning_rate=1e-07",
         ),
+        (  # Megatron-Core asserts it of every schedule
+            {"optimizer": {"learning_rate": 1e-7, "schedule": "constant"}},
+            "final_learning_rate=1e-06 is above learning_rate=1e-07",
+        ),
         (
             {"optimizer": {"warmup_fraction": 1}},
             "optimizer.warmup_fraction=1 makes 10 steps of warm-up, training.steps=10: "
@@ -253,6 +267,18 @@ def test_sections_that_do_not_fit_each_other_are_refused(
 def test_warm_up_may_last_until_the_last_step() -> None:
     assert recipe(optimizer={"warmup_fraction": 0.94}).warmup_steps == 9
     assert recipe(training={"steps": 1}).warmup_steps == 0
+
+
+def test_fp8_without_sequence_parallelism_needs_multiples_of_whole_rows() -> None:
+    """Each tensor rank then multiplies all 112 positions, not 56 of them."""
+    built = recipe(
+        training={"precision": "fp8"},
+        launch={"gpus_per_worker": 1},
+        model={"ffn_hidden_size": 64, "num_heads": 4, "head_size": 16},
+        objective={"sequence_length": 112},
+        parallel={"num_workers": 2, "tensor": 2},
+    )
+    assert built.precision == "fp8"
 
 
 def test_default_precision_depends_on_the_devices() -> None:
