@@ -1,7 +1,8 @@
 # Commands for people. `make` alone lists the targets; each target installs into .venv first, once.
 
-PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
-	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+# True in the shell if a Python is one that the package runs on; pyproject.toml has the same limits.
+supported := -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p $(supported) && { echo $$p; break; }; done)
 STORAGE ?= runs/demo
 UI_PORT ?= 5000
 PORT ?= 8000
@@ -43,8 +44,8 @@ bench: $(ready)  ## run every benchmark; each prints one JSON line
 
 # The stamp is written last, so an interrupted installation starts again.
 $(ready): pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found: apt install python3 python3-venv, or make PYTHON=/path/to/python" >&2; exit 2; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "error: PYTHON=$(PYTHON) is not Python 3.11 or newer: make PYTHON=/path/to/a/newer/python" >&2; exit 2; }
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 found: apt install python3 python3-venv, or make PYTHON=/path/to/python" >&2; exit 2; }
+	@$(PYTHON) $(supported) || { echo "error: PYTHON=$(PYTHON) is not Python 3.11, 3.12 or 3.13: make PYTHON=/path/to/another" >&2; exit 2; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) has no venv: apt install python3-venv" >&2; exit 2; }
 	@echo "installing into .venv: takes 2 to 5 minutes, once"
 	@$(PYTHON) -m venv .venv

@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+import _interpreter  # noqa: F401  refuses a Python that cannot run the job
+
 from ul2r.workflows.check_base import describe_base
 from ul2r.workflows.cli import run_and_report
 

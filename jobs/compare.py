@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 
+import _interpreter  # noqa: F401  refuses a Python that cannot run the job
 from rich.console import Console
 
 from ul2r.config import Comparison

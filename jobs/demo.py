@@ -20,6 +20,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import _interpreter  # noqa: F401  refuses a Python that cannot run the job
 import httpx
 import ray
 from rich.console import Console

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import sys
 
+import _interpreter  # noqa: F401  refuses a Python that cannot run the job
+
 from ul2r.config import Recipe
 from ul2r.data.inspection import write_page
 from ul2r.data.store.dataset import open_dataset

@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import get_args
 
+import _interpreter  # noqa: F401  refuses a Python that cannot run the job
+
 from ul2r.config import Data
 from ul2r.data.special_tokens import SpecialTokenSource
 from ul2r.data.tokenizer import ModeTokens

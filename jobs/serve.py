@@ -15,6 +15,8 @@ import sys
 import threading
 from pathlib import Path
 
+import _interpreter  # noqa: F401  refuses a Python that cannot run the job
+
 from serving.app import ServingConfig, is_registry_uri, resolve_model
 from serving.server import LOCALHOST, check_port, serve_model
 from ul2r.errors import ServiceError

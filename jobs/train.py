@@ -15,6 +15,8 @@ from __future__ import annotations
 import os
 import sys
 
+import _interpreter  # noqa: F401  refuses a Python that cannot run the job
+
 from ul2r.config import Recipe
 from ul2r.workflows.cli import run_job
 from ul2r.workflows.dry_run import dry_run

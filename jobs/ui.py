@@ -14,6 +14,8 @@ import sys
 import threading
 from pathlib import Path
 
+import _interpreter  # noqa: F401  refuses a Python that cannot run the job
+
 from ul2r.tracking.mlflow import list_view_urls
 from ul2r.tracking.server import run_mlflow_server
 from ul2r.workflows.cli import run_and_report
