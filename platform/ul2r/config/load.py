@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
+from ul2r.config.parse_yaml import check_values, one_line, parse_yaml
 from ul2r.config.renamed_keys import describe_renamed_keys
 from ul2r.config.strict_model import StrictModel
 from ul2r.config.validation_errors import explain
@@ -43,6 +44,8 @@ def load(
     # Checked after each override, so that the message names the one that has the old key.
     for override in overrides:
         _apply_override(tree, override)
+        # Also a dotted key can be nested too deeply.
+        check_values(tree, f"--set {override}")
         _refuse_renamed_keys(tree, f"--set {override}")
     if complete is not None:
         complete(tree)
@@ -52,7 +55,7 @@ def load(
         return kind.model_validate(tree, context={"folder": path.parent})
     except ValidationError as error:
         # "from None": pydantic's own report of many lines would only repeat this one.
-        raise RecipeError(_one_line(f"{path}: {explain(error, kind)}")) from None
+        raise RecipeError(one_line(f"{path}: {explain(error, kind)}")) from None
 
 
 def dump(section: StrictModel) -> str:
@@ -60,22 +63,6 @@ def dump(section: StrictModel) -> str:
     # mode="json" turns paths into strings and tuples into lists, which safe_dump would refuse; keys stay in the order
     # of their definition.
     return yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False)
-
-
-class _Loader(yaml.SafeLoader):
-    """A YAML loader that refuses duplicate keys; PyYAML silently takes the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        # Nodes instead of values, since the duplicates are gone once the mapping is constructed.
-        for key, _ in node.value:
-            if key.value in seen and isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(
-                    problem=f"duplicate key {key.value!r}", problem_mark=key.start_mark
-                )
-            if isinstance(key, yaml.ScalarNode):
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 def _read(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
@@ -97,7 +84,9 @@ def _read(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
         # An OSError has a reason of the system's; a UnicodeDecodeError has none.
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise RecipeError(f"{path}: recipe cannot be read: {reason}{suffix}") from None
-    tree = _parse(text, str(path))
+    tree = parse_yaml(text, str(path))
+    if tree is None:
+        raise RecipeError(f"{path}: a recipe should be a group of keys, the file is empty{suffix}")
     if not isinstance(tree, dict):
         raise RecipeError(
             f"{path}: a recipe should be a group of keys, got {type(tree).__name__}{suffix}"
@@ -113,23 +102,9 @@ def _read(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
     return _merge(_read(path.parent / parent, (*extended_by, path)), tree)
 
 
-def _parse(text: str, where: str) -> Any:  # noqa: ANN401  any YAML value
-    try:
-        # Safe: the loader derives from SafeLoader, which constructs plain values only.
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        # Lines are counted from 0. The first one is not named: it is the only one of an override.
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}:" if mark and mark.line else ""
-        reason = getattr(error, "problem", None) or error
-        raise RecipeError(_one_line(f"{where}:{line} invalid YAML: {reason}")) from None
-    except ValueError as error:  # a value such as the date 2024-13-01
-        raise RecipeError(_one_line(f"{where}: invalid YAML: {error}")) from None
-
-
 def _refuse_renamed_keys(tree: dict[str, Any], where: str) -> None:
     if renamed := describe_renamed_keys(tree):
-        raise RecipeError(_one_line(f"{where}: {renamed}"))
+        raise RecipeError(one_line(f"{where}: {renamed}"))
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -148,9 +123,11 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     keys = dotted.split(".")
     if not equals or not all(keys):
-        raise RecipeError(_one_line(f"--set {override}: write it as key.key=value"))
+        raise RecipeError(one_line(f"--set {override}: write it as key.key=value"))
+    if keys == ["extends"]:
+        raise RecipeError(one_line(f"--set {override}: extends can only be set in a file"))
     # YAML, so that "--set training.steps=10" is a number and "--set data.corpus=[a, b]" a list.
-    value = _parse(text, f"--set {override}")
+    value = parse_yaml(text, f"--set {override}")
 
     # Walks down to the last key but one and creates groups that the file leaves out. Unknown keys are created as well:
     # validation refuses them, with a suggestion.
@@ -171,12 +148,9 @@ def _index_of(node: dict[str, Any] | list[Any], key: str, override: str) -> int 
     """Return the key itself, or its number if `node` is a list."""
     if isinstance(node, dict):
         return key
-    if not key.isdecimal() or int(key) >= len(node):
+    # Nothing has a billion items, and Python converts no more than 4,300 digits.
+    if not key.isdecimal() or len(key) > 9 or int(key) >= len(node):
         raise RecipeError(
             f"--set {override}: {key!r} is not an item of a list of {len(node)}, numbered from 0"
         )
     return int(key)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

@@ -268,9 +268,9 @@ def test_duplicate_key_is_refused_with_its_line(write: Write) -> None:
         ("name: [a\nseed: 1\n", "invalid YAML"),
         ("name: 'a\n", "invalid YAML"),
         ("\tname: a\n", "invalid YAML"),
-        ("name: 2024-13-01\n", "invalid YAML: month must be in 1..12"),
+        ("name: 2024-13-01\n", "invalid YAML: a value cannot be read: month must be in 1..12"),
         ("- a\n- b\n", "a recipe should be a group of keys, got list"),
-        ("", "a recipe should be a group of keys, got NoneType"),
+        ("", "a recipe should be a group of keys, the file is empty"),
         ("extends: [a.yaml]\n", r"extends: input should be a file name, got \['a.yaml'\]"),
     ],
 )
