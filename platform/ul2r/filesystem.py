@@ -1,4 +1,4 @@
-"""Files that are never seen half-written, and locks between processes.
+"""Files that are never seen half-written, removals that end no run, and locks between processes.
 
 Everything durable is written under a temporary name in the same folder and then renamed, which POSIX does atomically:
 a reader, or a process that starts after a crash, sees the old content or the new one and nothing in between.
@@ -8,18 +8,30 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from ctypes import CDLL
 from pathlib import Path
 
 LOCK_POLL_S = 0.5
 """Seconds between two attempts to take a lock."""
 STAGING_SUFFIX = ".writing"
 """Ends the name of a file or folder that is not complete yet."""
+PREVIOUS_SUFFIX = ".previous"
+"""Ends the name of a complete folder that is being replaced."""
+LIBC = CDLL(None)
+# Constants of Linux's <fcntl.h>, which Python does not define.
+AT_FDCWD = -100
+RENAME_EXCHANGE = 2
+
+logger = logging.getLogger(__name__)
+_reported: set[Path] = set()
+"""Files and folders that this process could not remove and has said so."""
 
 
 def staging_path(path: Path) -> Path:
@@ -38,23 +50,94 @@ def staged_file(path: Path) -> Iterator[Path]:
         yield staging
         staging.replace(path)
     finally:
-        staging.unlink(missing_ok=True)
+        remove(staging)
 
 
 @contextmanager
 def staging_dir(path: Path) -> Iterator[Path]:
     """Yield a new empty folder; let it replace `path` at the end of the block, remove it if the block fails."""
+    _restore_previous(path)
     staging = staging_path(path)
     staging.mkdir(parents=True)
     try:
         yield staging
-        # A rename cannot replace a folder that has files. Between these two calls there is no folder at all, so a
-        # reader has to expect that it is missing, but never that it is incomplete.
-        if path.exists():
-            shutil.rmtree(path)
-        staging.rename(path)
+        replace_dir(staging, path)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        remove(staging)
+
+
+def replace_dir(source: Path, target: Path) -> None:
+    """Rename a complete folder to `target`; a folder of that name is replaced, and removed as far as possible.
+
+    Where the file system can swap two names (Linux's local ones can, NFS cannot), there is a complete folder at
+    `target` at any moment. Elsewhere the old one steps aside for a moment; the next `staging_dir` of `target` brings it
+    back if this process dies in between.
+    """
+    if not target.exists():
+        source.rename(target)
+        return
+
+    previous = _previous_path(target)
+    # Left by an earlier replacement that could not remove it.
+    remove(previous)
+    aside = staging_path(target) if previous.exists() else previous
+    # Renaming the old folder works even if one of its files is open elsewhere, which keeps NFS from removing it.
+    if _exchange(source, target):
+        source.rename(aside)
+    else:
+        target.rename(aside)
+        source.rename(target)
+    remove(aside)
+
+
+def remove(path: Path) -> bool:
+    """Remove a file or folder as far as possible; a failure ends nothing and is logged once per process.
+
+    What cannot be removed (on NFS, a folder with files that another process holds open; folders of another user) is
+    left to the next attempt.
+
+    Returns:
+        Whether `path` is gone.
+    """
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        # Another process may be removing it too.
+        if not os.path.lexists(path):
+            return True
+        if path not in _reported:
+            _reported.add(path)
+            logger.warning(
+                "%s cannot be removed (%s); it is not needed any more: remove it by hand if it stays",
+                path,
+                error.strerror or error,
+            )
+        return False
+    return True
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap the names of two files or folders at once; return False if the system cannot."""
+    # renameat2(2) by way of ctypes: Python's os module has no call with flags. musl's older versions lack it.
+    renameat2 = getattr(LIBC, "renameat2", None)
+    if renameat2 is None:
+        return False
+    names = os.fsencode(first.absolute()), os.fsencode(second.absolute())
+    return bool(renameat2(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) == 0)
+
+
+def _restore_previous(path: Path) -> None:
+    """Bring back a folder that a process had moved aside when it died."""
+    previous = _previous_path(path)
+    if previous.is_dir() and not path.exists():
+        previous.rename(path)
+
+
+def _previous_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}{PREVIOUS_SUFFIX}")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -16,6 +16,7 @@ storage/
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,17 @@ from pathlib import Path
 TOKENIZER_FILE = "tokenizer.json"
 EXPORT_METADATA_FILE = "ul2r.json"
 MODEL_CARD_FILE = "README.md"
+
+# ASCII letters, digits and ". _ -", not "." and "..": no separator of any system, drive, NUL, wildcard or URL syntax.
+_FILE_NAME = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,255}")
+
+
+def is_file_name(name: object) -> bool:
+    """Return whether a name from a file or a server names a file in the folder that it is appended to, and no other.
+
+    Every such name is checked with this before it becomes part of a path or a URL.
+    """
+    return isinstance(name, str) and _FILE_NAME.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,6 +15,7 @@ import pytest
 from ul2r.filesystem import (
     file_lock,
     is_locked,
+    remove,
     sha256_of,
     staged_file,
     staging_dir,
@@ -112,3 +116,99 @@ def test_digest_equals_that_of_sha256sum(tmp_path: Path) -> None:
     path.write_bytes(bytes(range(256)) * 999)
     printed = subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True)
     assert sha256_of(path) == printed.stdout.split()[0]
+
+
+def replace_with_new(folder: Path) -> None:
+    """Let a new version of a folder replace it."""
+    with staging_dir(folder) as staging:
+        (staging / "new").touch()
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_crash_while_a_folder_is_replaced_loses_neither_version(
+    can_exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "export"
+    with staging_dir(folder) as staging:
+        (staging / "old").touch()
+    if not can_exchange:
+        # As NFS answers renameat2 with RENAME_EXCHANGE.
+        monkeypatch.setattr("ul2r.filesystem._exchange", lambda *_: False)
+
+    rename = Path.rename
+
+    def die(source: Path, target: Path) -> Path:
+        if source != folder:
+            raise KeyboardInterrupt
+        return rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", die)
+        with pytest.raises(KeyboardInterrupt):
+            replace_with_new(folder)
+
+    def write_nothing() -> None:
+        with staging_dir(folder):
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_nothing()
+    assert [path.name for path in folder.iterdir()] == ["new" if can_exchange else "old"]
+    replace_with_new(folder)
+    assert [path.name for path in folder.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.fixture
+def stubborn(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Paths whose removal fails, as that of a folder with open files on NFS does."""
+    paths: list[Path] = []
+    rmtree = shutil.rmtree
+
+    def refuse(path: Path) -> None:
+        if any(path == known or known in path.parents for known in paths):
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+        rmtree(path)
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    return paths
+
+
+def test_folder_is_replaced_although_the_old_one_cannot_be_removed(
+    tmp_path: Path, stubborn: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "export"
+    stubborn.append(tmp_path / ".export.previous")
+    for name in ("first", "second", "third"):
+        with staging_dir(folder) as staging:
+            (staging / name).touch()
+        assert [path.name for path in folder.iterdir()] == [name]
+    messages = [message for message in caplog.messages if ".export.previous cannot" in message]
+    assert len(messages) == 1, "said once"
+    assert "Directory not empty" in messages[0]
+
+    stubborn.clear()
+    with staging_dir(folder):
+        pass
+    assert not (tmp_path / ".export.previous").exists(), "tried again"
+
+
+def test_removal_says_what_it_leaves(
+    tmp_path: Path, stubborn: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "old"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    assert remove(tmp_path / "link"), "the link, not what it points to"
+    assert folder.is_dir()
+    assert remove(tmp_path / "missing")
+    stubborn.append(folder)
+    assert not remove(folder)
+    assert not remove(folder)
+    assert caplog.messages == [
+        f"{folder} cannot be removed (Directory not empty); it is not needed any more: "
+        "remove it by hand if it stays"
+    ]
+    stubborn.clear()
+    assert remove(folder)
+    assert not folder.exists()
