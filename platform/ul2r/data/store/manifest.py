@@ -12,7 +12,7 @@ from typing import Any
 from ul2r.errors import CorpusError
 from ul2r.filesystem import write_atomically
 from ul2r.objective.vocabulary import Vocabulary
-from ul2r.paths import TOKENIZER_FILE
+from ul2r.paths import TOKENIZER_FILE, is_file_name
 
 MANIFEST_FILE = "manifest.json"
 STORE_FILES = (TOKENIZER_FILE, "train.bin", "train.idx", "held_out.bin", "held_out.idx")
@@ -136,8 +136,12 @@ class Manifest:
         write_atomically(folder / MANIFEST_FILE, json.dumps(tree, indent=1) + "\n")
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest:
+    def read(cls, folder: Path, store: str | None = None) -> Manifest:
         """Read `folder`/manifest.json.
+
+        Args:
+            folder: Folder of the store, or of its manifest alone.
+            store: URL that the manifest was downloaded from, for messages; None for a local store.
 
         Raises:
             CorpusError: If there is none, or this version cannot read it.
@@ -151,26 +155,45 @@ class Manifest:
                 )
             raise CorpusError(f"{folder}: no token store: run jobs/prepare.py RECIPE first")
 
+        place = store.rstrip("/") if store else folder
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))
             if tree["format"] != FORMAT:
                 raise CorpusError(
-                    f"{path}: has format {tree['format']}, this version reads format {FORMAT}: "
-                    f"delete {folder} and run jobs/prepare.py RECIPE"
+                    f"{place}/{MANIFEST_FILE}: has format {tree['format']}, this version reads format {FORMAT}: "
+                    f"delete {place} and run jobs/prepare.py RECIPE"
                 )
             # The defaults are for manifests from before streamed stores existed, which lack these three keys.
             return cls(
-                inputs=tree["inputs"],
+                inputs=dict(tree["inputs"]),
                 vocabulary=Vocabulary.from_dict(tree["vocabulary"]),
                 train=SplitCounts.from_dict(tree["train"]),
                 held_out=SplitCounts.from_dict(tree["held_out"]),
-                files=tree["files"],
+                files=_check_files(tree["files"], is_blend=BLEND_KEY in tree["inputs"]),
                 segments=tuple(map(Segment.from_dict, tree.get("chapters", ()))),
                 is_complete=tree.get("complete", True),
                 error=tree.get("mistake", ""),
             )
         # JSON that was edited or truncated can have any shape: each of these means that it is damaged.
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorpusError(
-                f"{path}: damaged ({type(error).__name__}: {error}): delete {folder} and prepare it again"
+                f"{place}/{MANIFEST_FILE}: damaged ({type(error).__name__}: {error}): "
+                f"delete {place} and prepare it again"
             ) from None
+
+
+def _check_files(files: Mapping[str, str], *, is_blend: bool) -> dict[str, str]:
+    """Return the digests by name; refuse names that are not those of files in the store's own folder.
+
+    Raises:
+        ValueError: With the name.
+        KeyError: If there is no tokenizer.
+    """
+    # A downloaded manifest must not choose where its files are written. The members of a blend are no files.
+    names = [] if is_blend else list(files)
+    for name in names:
+        if not is_file_name(name):
+            raise ValueError(f"files has {name!r}, which is not the name of a file in the store")
+    if TOKENIZER_FILE not in files:
+        raise KeyError(f"files.{TOKENIZER_FILE}")
+    return dict(files)

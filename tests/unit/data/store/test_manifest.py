@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from ul2r.data.prepare.inputs import collect_inputs, describe_difference, digest
 from ul2r.data.store.manifest import Manifest, Segment, SplitCounts
 from ul2r.errors import CorpusError
 
-OLD_MANIFEST = {
+OLD_MANIFEST: dict[str, Any] = {
     "format": 2,
     "inputs": {"data.order": "streamed", "data.held_out": 0.03},
     "vocabulary": {
@@ -99,6 +100,29 @@ def test_differences_are_described_with_current_names(
 ) -> None:
     stored = make_old_inputs(data, **{key: value})
     assert difference in describe_difference(stored, collect_inputs(data))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"files": {"tokenizer.json": "digest", "../x": "digest"}},
+        {"files": {}},
+        {"files": ["tokenizer.json"]},
+        {"inputs": None},
+        {"vocabulary": {**OLD_MANIFEST["vocabulary"], "modes": []}},
+    ],
+)
+def test_manifest_of_another_shape_is_refused(tmp_path: Path, changes: dict[str, object]) -> None:
+    with pytest.raises(
+        CorpusError, match=r"manifest\.json: damaged .*: delete .* prepare it again"
+    ):
+        Manifest.read(write(tmp_path, json.dumps({**OLD_MANIFEST, **changes})))
+
+
+def test_members_of_a_blend_are_not_names_of_files(tmp_path: Path) -> None:
+    files = {"tokenizer.json": "digest", "store 0, weight 0.5": "fingerprint"}
+    tree = {**OLD_MANIFEST, "inputs": {"data.blend": []}, "files": files}
+    assert Manifest.read(write(tmp_path, json.dumps(tree))).files == files
 
 
 @pytest.mark.parametrize("text", ["{", '{"format": 2}', '{"format": 99}', "[]"])

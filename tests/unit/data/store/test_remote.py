@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import http.server
 import shutil
 import threading
@@ -19,18 +20,27 @@ from ul2r.data.store.dataset import open_dataset
 from ul2r.data.store.manifest import Manifest
 from ul2r.data.store.remote import fetch_store
 from ul2r.errors import CorpusError
+from ul2r.filesystem import sha256_of
 from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.recipes import tiny_recipe
 
 
 class RecordingHandler(http.server.SimpleHTTPRequestHandler):
-    """Serves files and records the requested paths."""
+    """Serves files and records the requested paths; cuts off the first transfer of each path in `cut_off`."""
 
     requests: list[str]
+    cut_off: set[str]
 
     def do_GET(self) -> None:
         self.requests.append(self.path)
-        super().do_GET()
+        if self.path not in self.cut_off:
+            super().do_GET()
+            return
+        self.cut_off.remove(self.path)
+        self.send_response(200)
+        self.send_header("Content-Length", "1000000")
+        self.end_headers()
+        self.wfile.write(b"only the beginning")
 
     def log_message(self, *_: object) -> None: ...
 
@@ -42,21 +52,24 @@ class RemoteStore:
     folder: Path
     url: str
     requests: list[str]
+    cut_off: set[str]
 
 
 @pytest.fixture
 def remote(tmp_path: Path) -> Iterator[RemoteStore]:
     root = tmp_path / "remote"
     requests: list[str] = []
+    cut_off: set[str] = set()
     make_tiny_store(root / "store")
-    handler = type("Handler", (RecordingHandler,), {"requests": requests})
+    handler = type("Handler", (RecordingHandler,), {"requests": requests, "cut_off": cut_off})
     server = http.server.ThreadingHTTPServer(
         ("127.0.0.1", 0), functools.partial(handler, directory=str(root))
     )
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
 
-    yield RemoteStore(root / "store", f"http://127.0.0.1:{server.server_port}/store", requests)
+    url = f"http://127.0.0.1:{server.server_port}/store"
+    yield RemoteStore(root / "store", url, requests, cut_off)
 
     server.shutdown()
     thread.join()
@@ -154,3 +167,83 @@ def test_failed_download_names_the_file(url: str, message: str, cache: Path) -> 
     with pytest.raises(CorpusError, match=message):
         fetch_store(url)
     assert not cache.exists()
+
+
+@pytest.mark.parametrize("name", ["train.bin", "train.idx", "held_out.bin", "tokenizer.json"])
+def test_damaged_file_of_equal_size_is_refused_with_both_digests(
+    name: str, remote: RemoteStore, cache: Path
+) -> None:
+    path = remote.folder / name
+    expected = Manifest.read(remote.folder).files[name]
+    content = bytearray(path.read_bytes())
+    content[40:240] = bytes(byte ^ 1 for byte in content[40:240])
+    path.write_bytes(content)
+    found = hashlib.sha256(content).hexdigest()
+
+    with pytest.raises(
+        CorpusError,
+        match=rf"/store/{name}: its SHA-256 is {found}, but {expected} in manifest\.json",
+    ):
+        fetch_store(remote.url)
+    assert not [path for path in cache.iterdir() if path.is_dir()], "nothing is left"
+
+
+def test_transfer_that_was_cut_off_is_repeated(remote: RemoteStore, cache: Path) -> None:
+    remote.cut_off.add("/store/train.bin")
+    folder = fetch_store(remote.url)
+    assert sha256_of(folder / "train.bin") == Manifest.read(remote.folder).files["train.bin"]
+    assert remote.requests.count("/store/train.bin") == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["/absolute", "../x", "..", "a/../../x", "..\\x", "C:x", "x\0y", "%2e%2e", ""]
+)
+def test_manifest_that_names_a_file_elsewhere_is_refused(
+    name: str, remote: RemoteStore, cache: Path, tmp_path: Path
+) -> None:
+    name = name.replace("/absolute", str(tmp_path / "absolute"))
+    manifest = Manifest.read(remote.folder)
+    replace(manifest, files={**manifest.files, name: "digest"}).write(remote.folder)
+    (remote.folder.parent / "x").write_text("not the store's")
+    before = set(tmp_path.rglob("*"))
+
+    with pytest.raises(
+        CorpusError, match=r"http://.*/store/manifest\.json: damaged .*not the name of a file"
+    ):
+        fetch_store(remote.url)
+    assert set(tmp_path.rglob("*")) == before, "nothing is written, and nothing else is asked for"
+    assert remote.requests == ["/store/manifest.json"]
+
+
+def test_blend_at_a_url_is_refused_before_anything_is_downloaded(
+    remote: RemoteStore, cache: Path, tmp_path: Path
+) -> None:
+    blend = [{"store": str(remote.folder), "weight": 1.0}]
+    recipe = tiny_recipe(tmp_path / "run", data={"blend": blend})
+    prepare(recipe)
+    shutil.rmtree(remote.folder)
+    recipe.storage_paths.store.rename(remote.folder)
+
+    with pytest.raises(
+        CorpusError, match=r"data\.blend: http://.* is itself a blend: list its stores instead"
+    ):
+        fetch_store(remote.url)
+    assert not cache.exists()
+    assert remote.requests == ["/store/manifest.json"]
+
+
+def test_store_replaced_since_it_was_blended_is_not_downloaded(
+    remote: RemoteStore, cache: Path
+) -> None:
+    with pytest.raises(
+        CorpusError, match=r"was replaced after it was blended \(fingerprint 0123abcd"
+    ):
+        fetch_store(remote.url, "0123abcdef")
+    assert remote.requests == ["/store/manifest.json"]
+
+
+def test_leftovers_of_a_killed_download_are_removed(remote: RemoteStore, cache: Path) -> None:
+    folder = fetch_store(remote.url)
+    leftover = folder.rename(folder.with_name(f".{folder.name}.0123.writing"))
+    assert fetch_store(remote.url) == folder
+    assert not leftover.exists()
