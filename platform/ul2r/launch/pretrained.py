@@ -32,11 +32,10 @@ def fill_model_from_base(tree: dict[str, Any]) -> None:
     base = tree.get("base")
     if not isinstance(base, dict) or not isinstance(base.get("hf"), str):
         return
-    from ul2r.model.huggingface.config_json import read_architecture
     from ul2r.model.huggingface.safetensors_reader import resolve_model_folder
 
     folder = resolve_model_folder(base["hf"])
-    theirs = read_architecture(folder).model_dump()
+    theirs = read_model(folder).model_dump()
     ours = resolve_preset(tree.get("model") or {})
     if not isinstance(ours, dict):
         return  # the recipe's validation reports what is wrong with it
@@ -78,6 +77,18 @@ def check_base(recipe: Recipe, dataset: TokenDataset) -> None:
         folder = resolve_model_folder(base.hf)
         check_model_folder(folder, recipe.model)
         check_same_tokens(recipe, dataset, folder / TOKENIZER_FILE)
+
+
+def read_model(folder: Path) -> Architecture:
+    """Return the model in a Hugging Face folder: what config.json says, with the output matrix that the files hold.
+
+    Raises:
+        CheckpointError: If config.json has a setting that is not supported, or a file is missing or cannot be read.
+    """
+    from ul2r.model.huggingface.config_json import read_architecture
+    from ul2r.model.huggingface.safetensors_reader import untie_own_output
+
+    return untie_own_output(folder, read_architecture(folder))
 
 
 def check_model_folder(folder: Path, architecture: Architecture) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,11 +94,16 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def make_random_model(name: str, seed: int = 0) -> PreTrainedModel:
-    """Make one of `MODELS`, with weights, norms and biases so large that each of them changes every logit."""
-    no_special_tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    """Make one of `MODELS` with weights of `make_model_of`."""
     settings = dict(MODELS[name])
     if settings["model_type"] == "gpt_neox":
         del settings["num_key_value_heads"]
+    return make_model_of(settings, seed)
+
+
+def make_model_of(settings: Mapping[str, Any], seed: int = 0) -> PreTrainedModel:
+    """Make the model of some keys of a config.json, with weights so large that each of them changes every logit."""
+    no_special_tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     config = AutoConfig.for_model(**settings, **no_special_tokens)
     # The caller's random state stays as it is.
     with torch.random.fork_rng(), torch.no_grad():

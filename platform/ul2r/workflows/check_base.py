@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from ul2r.launch.pretrained import check_model_folder
+from ul2r.launch.pretrained import check_model_folder, read_model
 from ul2r.model.flops import num_active_parameters, num_parameters
 from ul2r.model.huggingface.config_json import read_architecture
 from ul2r.model.huggingface.safetensors_reader import resolve_model_folder
@@ -24,7 +24,7 @@ def describe_base(name: str) -> str:
     """
     # The same checks as before a run, so that a base that passes here is not refused there.
     folder = resolve_model_folder(name)
-    architecture = read_architecture(folder)
+    architecture = read_model(folder)
     check_model_folder(folder, architecture)
 
     # A vocabulary of 0 entries counts the rows that the embedding has, and none for new tokens.
@@ -33,8 +33,15 @@ def describe_base(name: str) -> str:
     active_note = f", {active:,} for each token" if active < total else ""
     # Only what differs from the defaults; JSON values are YAML values too.
     settings = architecture.model_dump(exclude_defaults=True)
+    notes = []
+    if architecture.tie_embeddings != read_architecture(folder).tie_embeddings:
+        notes = [
+            "config.json says tie_word_embeddings=true, but the files hold an output matrix of their own: it is kept, "
+            "as transformers does"
+        ]
     lines = [
         f"{name}: {architecture.family}, {total / 1e9:.3f} B parameters ({total:,}{active_note}), in {folder}",
+        *notes,
         "",
         "base:",
         f"  hf: {json.dumps(name)}",

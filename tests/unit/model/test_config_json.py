@@ -90,7 +90,7 @@ def test_the_published_keys_of_gemma_3_are_read(tmp_path: Path) -> None:
                     "sliding_attention": {"rope_type": "default"},
                 }
             },
-            "rope_parameters=.*partial_rotary_factor is not supported",
+            "partial_rotary_factor=0.5: Gemma3ForCausalLM rotates whole heads",
         ),
     ],
 )
@@ -121,7 +121,7 @@ def test_unsupported_values_of_gemma_3_are_refused(
         ),
         (
             GEMMA_3 | {"rotary_percent": 0.5},
-            "cannot express this model: .*partial_rotary_factor is not",
+            "model.rotary_percent=0.5: Gemma3ForCausalLM, .* has 1.0",
         ),
     ],
 )

@@ -11,47 +11,22 @@ from pydantic import ValidationError
 
 from ul2r.config import Architecture
 from ul2r.config.architecture import FamilyName
+from ul2r.config.validation_errors import explain
 from ul2r.errors import CheckpointError, RecipeError
 from ul2r.model.huggingface.families import FAMILIES, UNSUPPORTED
 from ul2r.model.huggingface.family import Family
+from ul2r.model.huggingface.ignored_keys import IGNORED_KEYS, INERT_VALUES
 
 Config = dict[str, Any]
 
-HOUSEKEEPING = (
-    *(
-        "_name_or_path",
-        "architectures",
-        "attn_implementation",
-        "dtype",
-        "model_type",
-        "torch_dtype",
-    ),
-    *("chunk_size_feed_forward", "is_encoder_decoder", "output_attentions", "output_hidden_states"),
-    *("return_dict", "transformers_version", "use_cache", "n_ctx", "task_specific_params"),
-)
-SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-"""Defined by the token store's vocabulary instead."""
-DROPOUTS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop")
-"""Properties of a training run; runs here have no dropout."""
-OTHER_HEADS = (
-    *("classifier_dropout", "id2label", "label2id", "problem_type", "summary_activation"),
-    *("summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj"),
-)
-BALANCING = ("router_aux_loss_coef", "output_router_logits")
-"""Properties of a training run as well; runs here have `optimizer.moe_aux_loss_coeff`."""
-UNUSED = (
-    "max_window_layers",  # only read where use_sliding_window is true, which is refused
-    *("_sliding_window_pattern", "sliding_window_pattern"),  # superseded by layer_types
-    "cache_implementation",
-)
-IGNORED_KEYS = frozenset(
-    (*HOUSEKEEPING, *SPECIAL_TOKENS, *DROPOUTS, *OTHER_HEADS, *BALANCING, *UNUSED)
-)
-"""Keys that do not change what the model computes."""
 FREE_SETTINGS = frozenset(
     {"max_position_embeddings", "num_embeddings", "init_std", "embedding_std"}
 )
 """Settings that any family's class may have at any value."""
+MANY = 2**24
+"""Positions and rows of the embedding where any number would do."""
+NO_SPECIAL_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+"""In place of a class's own, which may lie outside of the vocabulary."""
 FULL = "full_attention"
 SLIDING = "sliding_attention"
 LLAMA3_SCALING_KEYS = {
@@ -69,6 +44,7 @@ def read_architecture(folder: Path) -> Architecture:
     Raises:
         CheckpointError: If it cannot be read, or names something unsupported.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     file = folder / "config.json"
@@ -90,7 +66,10 @@ def read_architecture(folder: Path) -> Architecture:
         # transformers renames keys of older versions and fills in its class's defaults.
         config = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
         return parse_architecture(config)
-    except (ValueError, TypeError, KeyError, ValidationError) as error:
+    except ValidationError as error:
+        raise CheckpointError(f"{file}: {explain(error, Architecture)}") from None
+    # The third is raised by the class's own checks.
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{file}: {reason}") from None
 
@@ -110,7 +89,7 @@ def parse_architecture(config: Mapping[str, Any]) -> Architecture:
     layer_types = remaining.pop("layer_types", None) or ()
     rope = remaining.pop("rope_parameters", None) or {}
     parse_layers = _parse_local_layers if family.local_layers else _parse_uniform_layers
-    settings |= parse_layers(layer_types, rope)
+    settings |= parse_layers(family, layer_types, rope)
 
     for key, choices in family.choices.items():
         # A class without the key computes the first choice.
@@ -121,8 +100,10 @@ def parse_architecture(config: Mapping[str, Any]) -> Architecture:
             _refuse(key, value, f"only {supported} is supported")
         settings |= chosen[0]
 
+    if not family.local_layers:
+        _drop_old_rope_keys(remaining, rope)
     for key, value in remaining.items():
-        if key not in IGNORED_KEYS:
+        if key not in IGNORED_KEYS and value not in INERT_VALUES.get(key, ()):
             _refuse(key, value, "unknown key, its effect on the model would be lost")
     return Architecture.model_validate(settings)
 
@@ -167,6 +148,9 @@ def make_config(architecture: Architecture, max_positions: int, num_embeddings: 
         }
     elif architecture.position_embedding == "rope":
         config["rope_parameters"] = _make_rope_parameters(architecture)
+        if family.partial_rotary:
+            # Always: GPT-NeoX's class rotates a quarter of each head unless it is told otherwise.
+            config["rope_parameters"]["partial_rotary_factor"] = architecture.rotary_percent
     return config
 
 
@@ -176,12 +160,16 @@ def check_family(architecture: Architecture) -> None:
     Raises:
         RecipeError: Naming the first setting that an export would lose.
     """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
     family = FAMILIES[architecture.family]
-    config = _fill_choices(make_config(architecture, max_positions=1, num_embeddings=1), family)
-    # What an export of the architecture would be read as again.
+    config = make_config(architecture, max_positions=MANY, num_embeddings=MANY)
+    # What an export of the architecture would be read as again. Its class checks it, and fills in its own values of the
+    # keys that it was not given: the ones that it would compute with.
     try:
-        exported = parse_architecture(config)
-    except ValueError as error:
+        exported = parse_architecture(AutoConfig.for_model(**config, **NO_SPECIAL_TOKENS).to_dict())
+    except (ValueError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise RecipeError(
             f"model.family={architecture.family}: {family.model_class} cannot express this model: {reason}"
@@ -218,20 +206,18 @@ def _take_sizes(remaining: Config, family: Family) -> Config:
     return settings
 
 
-def _fill_choices(config: Config, family: Family) -> Config:
-    """Fill in the first supported value of each key whose settings matched none of its choices."""
-    first = {key: choices[0][0] for key, choices in family.choices.items()}
-    return {**first, **config}
-
-
-def _parse_uniform_layers(layer_types: Sequence[str], rope: Mapping[str, Any]) -> Config:
+def _parse_uniform_layers(
+    family: Family, layer_types: Sequence[str], rope: Mapping[str, Any]
+) -> Config:
     """Return the rotary settings of a model without local layers."""
     if any(kind != FULL for kind in layer_types):
         _refuse("layer_types", layer_types, f"only {FULL} is supported")
-    return _parse_rope(rope) if rope else {}
+    return _parse_rope(family, rope) if rope else {}
 
 
-def _parse_local_layers(layer_types: Sequence[str], rope: Mapping[str, Any]) -> Config:
+def _parse_local_layers(
+    family: Family, layer_types: Sequence[str], rope: Mapping[str, Any]
+) -> Config:
     """Return the pattern of local layers, and the rotary settings of both kinds of layers."""
     # Five local layers and a global one are pattern 6. The FULL at the end is for a list without one: too few layers.
     pattern = [*layer_types, FULL].index(FULL) + 1
@@ -240,33 +226,32 @@ def _parse_local_layers(layer_types: Sequence[str], rope: Mapping[str, Any]) -> 
         why = f"only {SLIDING} with {FULL} in every n-th layer is supported"
         _refuse("layer_types", layer_types, why)
 
-    settings = _parse_rope(rope[FULL])
-    local = _parse_rope(rope[SLIDING])
-    supported_local = {"rope_theta": local["rope_theta"], "rotary_percent": 1}
-    if settings["rotary_percent"] != 1 or local != supported_local:
-        why = f"{SLIDING} may only set rope_theta, and partial_rotary_factor is not supported"
-        _refuse("rope_parameters", rope, why)
+    settings = _parse_rope(family, rope[FULL])
+    local = _parse_rope(family, rope[SLIDING])
+    if local.keys() != {"rope_theta"}:
+        _refuse("rope_parameters", rope, f"{SLIDING} may only set rope_theta")
     return settings | {"sliding_window_pattern": pattern, "local_rope_theta": local["rope_theta"]}
 
 
-def _parse_rope(parameters: Mapping[str, Any]) -> Config:
+def _parse_rope(family: Family, parameters: Mapping[str, Any]) -> Config:
     remaining = dict(parameters)
     kind = remaining.pop("rope_type", "default")
     theta = remaining.pop("rope_theta")
     if theta != int(theta):
         _refuse("rope_theta", theta, "only a whole number is supported")
 
-    settings: Config = {
-        "rope_theta": int(theta),
-        "rotary_percent": remaining.pop("partial_rotary_factor", 1.0),
-    }
+    settings: Config = {"rope_theta": int(theta)}
+    factor = remaining.pop("partial_rotary_factor", 1.0)
+    if family.partial_rotary:
+        settings["rotary_percent"] = factor
+    elif factor not in (1, None):
+        why = f"{family.model_class} rotates whole heads: only 1 is supported"
+        _refuse("partial_rotary_factor", factor, why)
     if kind == "linear":
         settings["rope_scaling"] = {"kind": "linear", "factor": remaining.pop("factor")}
     elif kind == "llama3":
         settings["rope_scaling"] = {
-            name: remaining.pop(key)
-            for name, key in LLAMA3_SCALING_KEYS.items()
-            if key in remaining
+            name: remaining.pop(key) for name, key in LLAMA3_SCALING_KEYS.items()
         }
     elif kind != "default":
         _refuse("rope_type", kind, "only 'default', 'linear' and 'llama3' are supported")
@@ -278,10 +263,18 @@ def _parse_rope(parameters: Mapping[str, Any]) -> Config:
     return settings
 
 
+def _drop_old_rope_keys(remaining: Config, rope: Mapping[str, Any]) -> None:
+    """Remove keys that transformers 4 wrote next to the family's own ones, where they say the same as `rope`.
+
+    GPT-NeoX's class computes from rotary_pct and rotary_emb_base and leaves these two as they are.
+    """
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key in remaining and remaining[key] == rope.get(key):
+            del remaining[key]
+
+
 def _make_rope_parameters(architecture: Architecture) -> Config:
     parameters: Config = {"rope_type": "default", "rope_theta": float(architecture.rope_theta)}
-    if architecture.rotary_percent != 1:
-        parameters["partial_rotary_factor"] = architecture.rotary_percent
     if architecture.rope_scaling is not None:
         scaling = architecture.rope_scaling.model_dump()
         keys = LLAMA3_SCALING_KEYS if scaling["kind"] == "llama3" else {"factor": "factor"}

@@ -41,8 +41,6 @@ LLAMA = Family(
         "hidden_act": (("silu", {}),),
         "attention_bias": NO,
         "mlp_bias": NO,
-        # Above 1, transformers computes in slices, to reproduce the rounding of tensor-parallel pretraining.
-        "pretraining_tp": ((1, {}),),
     },
     always={},
     outer={
@@ -190,6 +188,7 @@ GPT_NEOX = Family(
             ("gelu", {"activation": "gelu"}),
             ("gelu_new", {"activation": "gelu_tanh"}),
             ("gelu_pytorch_tanh", {"activation": "gelu_tanh"}),
+            ("gelu_fast", {"activation": "gelu_tanh"}),  # GPT-NeoX 20B
         ),
         "use_parallel_residual": (
             # Unlike PaLM's parallel block, attention and MLP each have a norm.
@@ -216,6 +215,7 @@ GPT_NEOX = Family(
     base="gpt_neox.",
     output="embed_out.weight",
     qkv="by_group",
+    partial_rotary=True,
     unused_suffixes=("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias"),
 )
 

@@ -39,6 +39,7 @@ class Family:
             values; or one grouped by key/value head, as Megatron's.
         transposed: True if layers store matrices as (inputs, outputs).
         local_layers: True if there are two kinds of layers, listed in `layer_types`, with rotary parameters each.
+        partial_rotary: True if the class reads partial_rotary_factor; the others rotate whole heads.
         unused_suffixes: Ends of the names of tensors that old files contain and nothing reads.
     """
 
@@ -54,6 +55,7 @@ class Family:
     qkv: Literal["separate", "concatenated", "by_group"] = "separate"
     transposed: bool = False
     local_layers: bool = False
+    partial_rotary: bool = False
     unused_suffixes: tuple[str, ...] = field(default=("rotary_emb.inv_freq",))
 
 

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -17,10 +18,15 @@ from ul2r.config import Architecture
 from ul2r.config.architecture import FamilyName
 from ul2r.errors import CheckpointError
 from ul2r.model.huggingface.families import FAMILIES
-from ul2r.model.huggingface.family import TensorSlice, tensor_shapes
+from ul2r.model.huggingface.family import TensorSlice, slice_tensor, tensor_shapes
+from ul2r.model.tensors import EMBEDDING
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+FLOATING_POINT = ("F64", "F32", "F16", "BF16")
+"""safetensors' names of the dtypes that are converted to the training's."""
+ROWS_PER_BLOCK = 1024
+"""Rows of an embedding that are compared at a time."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DOWNLOADED_FILES = [
     "config.json",
@@ -56,6 +62,22 @@ def resolve_model_folder(name: str) -> Path:
             f"base.hf={name} is not a folder and could not be downloaded from the Hugging Face Hub "
             f"({type(error).__name__}): point to a folder, or download it on a machine with a network"
         ) from None
+
+
+def untie_own_output(folder: Path, architecture: Architecture) -> Architecture:
+    """Return the architecture with an output matrix of its own, if the folder holds one that is not the embedding.
+
+    transformers 5 keeps such a matrix although config.json says that it is the embedding (`tie_weights` in its
+    modeling_utils.py), so the model is one with untied embeddings.
+
+    Raises:
+        CheckpointError: If a file is missing or cannot be read.
+    """
+    if not architecture.tie_embeddings:
+        return architecture
+    with SafetensorsReader(folder, architecture.family) as reader:
+        is_own = reader.has_own_output(architecture)
+    return architecture.model_copy(update={"tie_embeddings": not is_own})
 
 
 def check_tensors(folder: Path, architecture: Architecture) -> None:
@@ -169,22 +191,48 @@ class SafetensorsReader:
             if name not in self._open_file(file).keys():  # noqa: SIM118  not a mapping
                 raise CheckpointError(f"{index}: {name} is not in {file}: download both again")
 
+    def has_own_output(self, architecture: Architecture) -> bool:
+        """Return whether there are both an embedding and an output matrix, with different values."""
+        embedding = slice_tensor(self.family, architecture, EMBEDDING, (), 1)[0].name
+        output = self.family.output
+        if embedding not in self._files or output not in self._files:
+            return False
+
+        ours = self._open_slice(embedding)
+        theirs = self._open_slice(output)
+        shape = ours.get_shape()
+        if shape != theirs.get_shape():
+            return True
+        # In blocks, since each may have gigabytes; as fp32, since they may be stored in different dtypes.
+        for first in range(0, shape[0], ROWS_PER_BLOCK):
+            rows = slice(first, first + ROWS_PER_BLOCK)
+            if not torch.equal(ours[rows].float(), theirs[rows].float()):
+                return True
+        return False
+
     def check(self, architecture: Architecture) -> None:
         """Check that the files hold exactly the tensors of an architecture.
 
         Raises:
-            CheckpointError: If tensors are missing or superfluous, or one has another shape.
+            CheckpointError: If tensors are missing or superfluous, or one has another shape or is quantized.
         """
         assert architecture.num_embeddings is not None
         expected = tensor_shapes(self.family, architecture, architecture.num_embeddings)
         missing = [name for name in expected if name not in self._files]
+        if missing == [self.family.output]:
+            # transformers would fill it with random values.
+            raise CheckpointError(
+                f"{self.folder}: there is no tensor {missing[0]}, but config.json says tie_word_embeddings=false: set "
+                "it to true if the output matrix is the embedding, else download the folder again"
+            )
         if missing:
             raise CheckpointError(
                 f"{self.folder}: {len(missing)} tensors of the model in config.json are missing, the first is "
                 f"{missing[0]}: download the folder again"
             )
 
-        # Files of a model with tied embeddings may hold the output matrix nevertheless.
+        # Files of a model with tied embeddings may hold the output matrix nevertheless: a copy of the embedding, see
+        # `untie_own_output`.
         tied = (self.family.output,) if architecture.tie_embeddings else ()
         ignored = (*self.family.unused_suffixes, *tied)
         unknown = [
@@ -197,7 +245,13 @@ class SafetensorsReader:
             )
 
         for name, shape in expected.items():
-            found = tuple(self._open_slice(name).get_shape())
+            stored = self._open_slice(name)
+            if stored.get_dtype() not in FLOATING_POINT:
+                raise CheckpointError(
+                    f"{self.folder}: {name} is stored as {stored.get_dtype()}: only weights that are not quantized are "
+                    f"supported ({', '.join(FLOATING_POINT)})"
+                )
+            found = tuple(stored.get_shape())
             if found != shape:
                 raise CheckpointError(
                     f"{self.folder}: {name} has shape {found}, but {shape} according to config.json: "
