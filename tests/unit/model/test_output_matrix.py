@@ -12,16 +12,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from ul2r.config.architecture import FamilyName
 from ul2r.errors import CheckpointError
 from ul2r.launch.pretrained import check_model_folder, fill_model_from_base, read_model
 from ul2r.model.huggingface.families import FAMILIES
 from ul2r.testing.families import MODELS, make_random_model
 from ul2r.workflows.check_base import describe_base
 
-BY_FAMILY = {str(settings["model_type"]): name for name, settings in MODELS.items()}
+BY_FAMILY: dict[FamilyName, str] = {
+    settings["model_type"]: name for name, settings in MODELS.items()
+}
 
 
-def write_model(folder: Path, family: str, *, tied: bool, output: Tensor | None) -> Tensor:
+def write_model(folder: Path, family: FamilyName, *, tied: bool, output: Tensor | None) -> Tensor:
     """Write a model whose config.json says `tied` and whose files hold `output`; return its embedding."""
     model = make_random_model(BY_FAMILY[family])
     model.save_pretrained(folder)
@@ -42,7 +45,7 @@ def test_every_family_is_tried() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_output_matrix_with_other_values_is_kept(tmp_path: Path, family: str) -> None:
+def test_an_output_matrix_with_other_values_is_kept(tmp_path: Path, family: FamilyName) -> None:
     # The last row alone: values are compared to the end.
     embedding = make_random_model(BY_FAMILY[family]).get_input_embeddings().weight.detach()
     other = embedding.clone()
@@ -74,7 +77,7 @@ def test_a_copy_of_the_embedding_stays_tied(tmp_path: Path, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_missing_output_matrix_is_refused_by_name(tmp_path: Path, family: str) -> None:
+def test_a_missing_output_matrix_is_refused_by_name(tmp_path: Path, family: FamilyName) -> None:
     """transformers fills it with random values."""
     write_model(tmp_path, family, tied=False, output=None)
     with pytest.raises(CheckpointError, match="tie_word_embeddings=false: set it to true if"):
