@@ -6,6 +6,7 @@ Ul2rError
     ├── RecipeError        a recipe's key, type or value
     ├── CorpusError        the text given to `prepare`, or a token store
     ├── LayoutError        worker counts and parallel sizes that do not fit each other or the cluster
+    ├── LaunchError        workers that die more often than the recipe allows
     ├── CheckpointError    a checkpoint or export that is missing, damaged, of another recipe, or cannot be written
     ├── ServiceError       MLflow, Ray or a port that cannot be reached or is in use
     ├── DivergedError      a run whose loss or gradient is NaN or infinite
@@ -39,6 +40,10 @@ class CorpusError(UserError):
 
 class LayoutError(UserError):
     """Parallel sizes do not fit the model, the workers or the cluster."""
+
+
+class LaunchError(UserError):
+    """Workers died more often than the recipe allows."""
 
 
 class CheckpointError(UserError):

@@ -112,6 +112,7 @@ def write_recipe(
     storage: Path,
     name: str,
     parallel: Mapping[str, int] = MappingProxyType({"num_workers": 2}),
+    max_failures: int = 3,
     **guards: float,
 ) -> tuple[Recipe, Path]:
     """Write the recipe of a run that skips batches 21, 24 and 25, whose gradients spike: 27 batches for 24 steps."""
@@ -123,6 +124,7 @@ def write_recipe(
         checkpoints={"every": SAVED_EVERY, "keep": STEPS},
         guards={"window": 8, "deviations": 4, **guards},
         profile={"steps": [2]},
+        launch={"max_failures": max_failures},
     )
     path = storage / f"{name}.yaml"
     path.write_text(dump(recipe))
@@ -224,19 +226,36 @@ def test_submitted_job_trains_and_is_tracked(
         assert [step for step, _ in points] == [0, *range(3, STEPS + 1, 3)]
 
 
-def test_killed_worker_is_restarted_and_nothing_changes(
+def test_workers_killed_once_between_checkpoints_are_restarted_and_nothing_changes(
     storage: Path,
     cluster: Cluster,
     environment: dict[str, str],
     tracking_uri: str,
     undisturbed: tuple[Recipe, list[tuple[int, float]]],
 ) -> None:
-    recipe, path = write_recipe(storage, "killed-worker")
+    """Killed twice, which is more often than `launch.max_failures` in total."""
+    recipe, path = write_recipe(storage, "killed-worker", max_failures=1)
     driver = start_job(path, environment)
-    wait_for(lambda: latest_checkpoint(recipe), driver)
+    first = wait_for(lambda: latest_checkpoint(recipe), driver)
+    find_workers(cluster)[-1].kill()
+    wait_for(lambda: latest_checkpoint(recipe) != first, driver)
     find_workers(cluster)[-1].kill()
     check_resumes(recipe, driver)
     check_equal(tracking_uri, recipe, undisturbed)
+
+
+def test_worker_killed_more_often_than_allowed_ends_the_run_in_one_line(
+    storage: Path, cluster: Cluster, environment: dict[str, str], tracking_uri: str
+) -> None:
+    recipe, path = write_recipe(storage, "killed-for-good", max_failures=0)
+    driver = start_job(path, environment)
+    # Once they train: a worker that is killed while it starts is one that could not be started.
+    wait_for(lambda: list(recipe.paths.heartbeats.glob("rank_*.json")), driver)
+    find_workers(cluster)[-1].kill()
+    assert driver.wait(WAIT_S) == 2
+    *_, last = path.with_suffix(".log").read_text().strip().splitlines()
+    assert last.startswith("error: killed-for-good: workers died more than launch.max_failures=0 ")
+    assert read_status(tracking_uri, recipe) == "FAILED"
 
 
 def test_hanging_worker_is_noticed_and_all_workers_are_restarted(

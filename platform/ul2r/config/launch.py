@@ -18,7 +18,7 @@ class Launch(StrictModel):
     """CPUs reserved by each task that builds batches, one task per replica; with 0 they also run where every CPU is
     taken. They need little: one core processes over a million tokens a second."""
     max_failures: int = Field(default=3, ge=0)
-    """Restarts of the worker group before the run fails."""
+    """Restarts of the worker group before the run fails, counted anew from each new checkpoint."""
     min_workers: PositiveInt | None = None
     """Fewest workers that a run continues with after a machine is lost; by default it waits for a replacement."""
     device_memory_gib: float | None = Field(default=None, gt=0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,17 +14,12 @@ from ray._private.worker import get_dashboard_url
 from ray.train import FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.execution.failure_handling.default import (
-    DefaultFailurePolicy,
-    FailureDecision,
-)
 from ray.train.v2.api.callback import RayTrainCallback
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2.api.exceptions import TrainingFailedError
 
 from ul2r.config import Recipe
 from ul2r.data.prepare.prepare import check_resumable
 from ul2r.data.store.dataset import TokenDataset, open_dataset
-from ul2r.errors import UserError
 from ul2r.launch.preflight import (
     NO_GPU,
     check_run,
@@ -38,15 +32,13 @@ from ul2r.launch.preflight import (
 )
 from ul2r.launch.ray_train.cluster import connect_ray
 from ul2r.launch.ray_train.elastic import count_cpus, has_room, resources_per_worker, shrink_layout
+from ul2r.launch.ray_train.failures import FailurePolicy, describe_deaths, find_cause
 from ul2r.launch.ray_train.progress import progress_board
 from ul2r.launch.ray_train.streaming import build_store_in_background
 from ul2r.launch.stop_signal import StopSignal
 from ul2r.tracking.mlflow import check_server
 from ul2r.train.checkpoint.metadata import CheckpointInfo
 from ul2r.train.checkpoint.storage import acquire_writer_token
-
-NODE_DEATH_S = 20.0
-"""Time within which Ray's health checks notice that a machine is gone."""
 
 logger = logging.getLogger(__name__)
 
@@ -103,40 +95,6 @@ def _open_if_begun(recipe: Recipe) -> TokenDataset | None:
     return open_dataset(store)
 
 
-class FailurePolicy(DefaultFailurePolicy):  # type: ignore[misc]  # Ray has no types here
-    """Policy that restarts workers unless that cannot help.
-
-    User errors are not retried: they would fail again. Neither is a run that has lost machines and may continue with
-    fewer workers: the driver restarts it with a smaller layout.
-
-    Args:
-        failure_config: Ray's own settings.
-        recipe: The run.
-    """
-
-    def __init__(self, failure_config: FailureConfig, recipe: Recipe) -> None:
-        super().__init__(failure_config)
-        self._recipe = recipe
-
-    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
-        """Return what Ray Train shall do about a failure."""
-        if isinstance(_cause(training_failed_error), UserError) or self._must_shrink():
-            return FailureDecision.RAISE
-        return super().make_decision(training_failed_error)
-
-    def _must_shrink(self) -> bool:
-        """Return whether the run can only continue with fewer workers; wait until Ray knows which nodes are gone."""
-        if self._recipe.launch.min_workers is None:
-            return False
-        deadline = time.monotonic() + NODE_DEATH_S
-        while has_room(self._recipe, ray.cluster_resources()):
-            if time.monotonic() > deadline:
-                return False
-            # Ray counts the resources of a lost node until its health checks miss it.
-            time.sleep(1)
-        return True
-
-
 class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types here
     """Ray Train's trainer with three private methods of 2.60 replaced, for which it has no settings."""
 
@@ -168,14 +126,16 @@ def _fit_and_shrink(
     while True:
         try:
             return _fit(recipe, dataset.manifest.fingerprint, uri, run_id, stop_event)
-        # A user error is raised as itself (see `_cause`) and ends the run, whatever machines are left.
-        except TrainingFailedError:
+        # A user error is raised as itself (see `find_cause`) and ends the run, whatever machines are left.
+        except TrainingFailedError as error:
             left = ray.cluster_resources()
-            # No machine is missing: workers died of something else, more often than `launch.max_failures` allows.
-            if has_room(recipe, left):
-                raise
-            smaller = shrink_layout(recipe, left, dataset.vocabulary.size)
+            # If no machine is missing, workers died of something else, more often than `launch.max_failures` allows.
+            is_smaller = not has_room(recipe, left)
+            smaller = shrink_layout(recipe, left, dataset.vocabulary.size) if is_smaller else None
             if smaller is None:
+                deaths = describe_deaths(error, recipe)
+                if deaths is not None:
+                    raise deaths from error
                 raise
             logger.warning(
                 "%s: the cluster has %g CPUs and %g GPUs left: continuing with parallel.num_workers=%d of %d",
@@ -223,19 +183,7 @@ def _fit(
         try:
             trainer.fit()
         except TrainingFailedError as error:
-            raise _cause(error) from error
-
-
-def _cause(error: TrainingFailedError) -> Exception:
-    """Return the user error that a worker raised, or else the failure itself."""
-    if isinstance(error, WorkerGroupError):
-        for failure in error.worker_failures.values():
-            # Ray may wrap a worker's exception in one of its own, with the original as `cause`.
-            cause: object = getattr(failure, "cause", failure)
-            if isinstance(cause, UserError):
-                return cause
-    failed: Exception = error
-    return failed
+            raise find_cause(error) from error
 
 
 def _train_worker(config: dict[str, Any]) -> None:
