@@ -105,7 +105,9 @@ class SavedRun:
             mesh,
             log=lambda _, metrics: self.logged.append(dict(metrics)),
             flush=lambda: None,
+            heartbeat=lambda: None,
             asynchronous=True,
+            stall_timeout_s=recipe.guards.hang_timeout_s,
         )
 
     def step(self) -> None:

@@ -114,6 +114,7 @@ def test_hooks_are_called_in_order_and_a_requested_stop_saves_and_ends(tmp_path:
         return [*phases, f"{Phase.TRAIN} {number}", f"begin {number}", f"end {number}", *after]
 
     assert calls == [
+        f"{Phase.LOAD} 0",
         f"{Phase.VALIDATE} 0",
         *step_calls(1, "progress 1", "action?"),
         *step_calls(2, "progress 2", "report", "metrics 2", "action?"),

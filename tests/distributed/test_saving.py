@@ -5,15 +5,18 @@ from __future__ import annotations
 import resource
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from torch.multiprocessing.spawn import ProcessRaisedException
 
-from ul2r.config import Recipe
+from ul2r.config import Guards, Recipe
 from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.distributed import run_distributed
 from ul2r.testing.recipes import tiny_recipe
@@ -242,6 +245,47 @@ def test_failure_of_the_last_upload_is_an_error_that_leaves_the_checkpoint(stora
         run_distributed(train, 2, recipe)
     assert find_damage(checkpoint(recipe, 6)) is None
     assert (recipe.paths.checkpoints / "latest").read_text() == "step_00000006"
+
+
+class GatedFileSystem(LocalFileSystem):
+    """Folders that take no file before the last checkpoint of a run is complete."""
+
+    protocol = "gated"
+    pointer: Path
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.removeprefix("gated://")))
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:  # noqa: ANN401  fsspec's own
+        while mode == "wb" and self.pointer.read_text() != "step_00000006":
+            time.sleep(0.01)
+        return super()._open(path, mode, **options)
+
+
+def train_with_slow_copies(recipe: Recipe) -> TrainResult:
+    fsspec.register_implementation("gated", GatedFileSystem)
+    GatedFileSystem.pointer = recipe.paths.checkpoints / "latest"
+    return train(recipe)
+
+
+def test_copies_slower_than_training_hold_up_nothing(
+    storage: Path, undisturbed: tuple[Recipe, Losses]
+) -> None:
+    """The copy of the first checkpoint takes longer than the rest of the run; the second is left out."""
+    far = storage / "slow"
+    recipe = make_recipe(storage, "slow-copies", keep=1, remote_dir=f"gated://{far}")
+    # On failure the watchdog ends what would hang for ever.
+    recipe = recipe.model_copy(update={"guards": Guards(hang_timeout_s=60)})
+    result = run_distributed(train_with_slow_copies, 2, recipe)[0]
+    assert result.losses == undisturbed[1]
+    (message,) = result.messages
+    assert message.startswith(
+        f"step_00000004 is not copied to gated://{far}/slow-copies: copies are slower than checkpoints (step_00000002: "
+    )
+    assert find_damage(far / "slow-copies" / "step_00000006") is None
+    assert (far / "slow-copies" / "latest").read_text() == "step_00000006"
+    assert [path.name for path in recipe.paths.checkpoints.glob("step_*")] == ["step_00000006"]
 
 
 def test_stop_requested_by_one_rank_stops_all_after_a_checkpoint(

@@ -19,6 +19,7 @@ from ul2r.model.huggingface.config_json import check_family
 from ul2r.model.sizing import check_memory
 from ul2r.tracking.mlflow import find_run, finish_run, log_artifact, start_run
 from ul2r.tracking.tracker import RunStatus
+from ul2r.train.checkpoint.copying import CheckpointCopies
 from ul2r.train.checkpoint.metadata import CheckpointInfo
 from ul2r.train.checkpoint.storage import CheckpointStore, find_base_checkpoint, latest_valid
 
@@ -136,7 +137,16 @@ def final_checkpoint_info(recipe: Recipe) -> CheckpointInfo:
 
 
 def mark_finished(recipe: Recipe, uri: str) -> None:
-    """Set a finished run's status in MLflow, in case that it was killed before it could."""
+    """Do what a finished run may have been killed before: copy its last checkpoint, set its status in MLflow.
+
+    Raises:
+        CheckpointError: If the checkpoint cannot be copied.
+    """
+    store = CheckpointStore.from_recipe(recipe)
+    if store.remote is not None:
+        copies = CheckpointCopies(store.remote, store.retention, recipe.guards.hang_timeout_s)
+        copies.add(store.list_checkpoints()[0], only_newer=True)
+        copies.wait()
     run_id = find_run(uri, recipe.paths.folder)
     if run_id is not None:
         finish_run(uri, run_id, recipe.paths.folder, "FINISHED")

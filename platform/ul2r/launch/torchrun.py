@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.constants import default_pg_timeout
 
 from ul2r.config import Recipe
 from ul2r.data.store.dataset import TokenDataset, open_dataset
@@ -95,6 +95,9 @@ def check_num_processes(recipe: Recipe) -> None:
 
 def _join_process_group(recipe: Recipe) -> None:
     launch = recipe.launch
+    # As under Ray Train. Torch's own, 10 minutes with NCCL, would end ranks before the watchdog can name the one that
+    # hangs.
+    timeout = timedelta(seconds=recipe.guards.collective_timeout_s)
     # torch would take all cores of the machine in each of its processes.
     torch.set_num_threads(max(int(launch.cpus_per_worker), 1))
     if launch.gpus_per_worker:
@@ -102,12 +105,10 @@ def _join_process_group(recipe: Recipe) -> None:
         os.environ.update(gpu_environment(recipe.parallel))
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        # 30 minutes, as under Ray Train. NCCL's own 10 would end ranks before the watchdog (guards.hang_timeout_s) can
-        # name the one that hangs.
-        dist.init_process_group("nccl", device_id=device, timeout=default_pg_timeout)
+        dist.init_process_group("nccl", device_id=device, timeout=timeout)
     else:
         os.environ.update(NO_GPU)
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timeout)
 
 
 def _train(

@@ -47,7 +47,7 @@ def run_worker(
     """
     # Workers may start long after the driver's checks: the store must still be the one that was checked.
     dataset = open_dataset(recipe.storage_paths.store, fingerprint)
-    mesh = Mesh.join(recipe.parallel)
+    mesh = Mesh.join(recipe.parallel, recipe.guards.collective_timeout_s)
     if writer_token is None:
         folder = recipe.paths.checkpoints
         writer_token = mesh.broadcast_from_rank0(lambda: acquire_writer_token(folder))
@@ -57,7 +57,7 @@ def run_worker(
         recipe.paths.heartbeats,
         mesh.rank,
         recipe.parallel.num_workers,
-        recipe.guards.hang_timeout_s,
+        recipe.guards,
     ) as watchdog:
         trainer = Trainer(
             recipe,

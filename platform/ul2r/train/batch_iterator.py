@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterator
 
 from ul2r.objective.batch import Batch
 from ul2r.train.mesh import Mesh
+from ul2r.train.waiting import run_in_background
 
+Wait = Callable[[Callable[[], bool]], None]
+"""Waits until the function that it is given returns True, on every rank together."""
 BatchSource = Callable[[Mesh, range], Iterator[Batch]]
 """Returns an iterator over this replica's rows of the batches with the given numbers.
 
@@ -31,12 +34,14 @@ class BatchIterator:
         self._remaining = range(0)
         self._batches: Iterator[Batch] = iter(())
 
-    def next_batch(self, number: int, end: int) -> Batch | None:
+    def next_batch(self, number: int, end: int, wait: Wait | None = None) -> Batch | None:
         """Return this replica's rows of the next batch on its reader rank, None elsewhere and after the last batch.
 
         Args:
             number: Number of the batch, one more than in the previous call.
             end: One past the last batch that the run needs as far as is known.
+            wait: If given, the batch is fetched in the background, and `wait` is called on every rank until it is
+                there.
         """
         if not self._remaining:
             self.check_exhausted()
@@ -48,6 +53,13 @@ class BatchIterator:
         self._remaining = self._remaining[1:]
         # None is a value here, and not StopIteration: the loop broadcasts it, so that all ranks of a replica see the
         # end.
+        if wait is None:
+            return self._fetch()
+        fetched = run_in_background(self._fetch, "next-batch")
+        wait(fetched.done)
+        return fetched.result()
+
+    def _fetch(self) -> Batch | None:
         return next(self._batches, None) if self._mesh.is_reader else None
 
     def check_exhausted(self) -> None:

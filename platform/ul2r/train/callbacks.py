@@ -20,8 +20,11 @@ Order of the hooks in one step:
     on_phase(step, Phase.SAVE)                every rank, if a checkpoint is due
     close()                                   every rank, once, when the run ends or fails
 
-Before the first step `on_metrics` has been called if a checkpoint was loaded, and a new run validates: on_phase(0,
-Phase.VALIDATE), then on_metrics(0, metrics).
+Before the first step there is on_phase(0, Phase.LOAD), `on_metrics` has been called if a checkpoint was loaded, and a
+new run validates: on_phase(0, Phase.VALIDATE), then on_metrics(0, metrics).
+
+In a phase that waits for work in the background `on_heartbeat()` is called on every rank, again and again, as long as
+that work makes progress on any rank.
 
 No hook may call a collective, since ranks may hold different lists: only rank 0 has a progress bar. What callbacks
 need from other ranks, the loop exchanges for all of them: reports in one all-gather, in which the class of a callback
@@ -47,6 +50,8 @@ if TYPE_CHECKING:
 class Phase(StrEnum):
     """Phases of a step. A step that a guard withholds has another one, named after the kind of its anomaly."""
 
+    LOAD = "load"
+    """Verify and load a checkpoint or a base: before the first step, and when a guard goes back."""
     WAIT_FOR_DATA = "wait for data"
     BROADCAST_BATCH = "broadcast batch"
     TRAIN = "train"
@@ -74,6 +79,9 @@ class Callback:
 
     def on_phase(self, step: int, phase: str) -> None:
         """Note that a phase of a step begins: one of `Phase`, or the kind of an anomaly. Called on every rank."""
+
+    def on_heartbeat(self) -> None:
+        """Note that what the current phase waits for makes progress. Called on every rank."""
 
     def on_step_begin(self, step: int) -> None:
         """Note that the forward pass of a step is about to start. Called on every rank."""

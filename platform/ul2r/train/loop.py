@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from ul2r.config import Causal, Recipe
 from ul2r.data.sampling.batches import BatchBuilder
 from ul2r.data.store.dataset import TokenDataset
+from ul2r.data.store.segments import measure_build
 from ul2r.errors import DivergedError
 from ul2r.objective.batch import Batch
 from ul2r.tracking.tracker import Tracker
@@ -24,6 +26,7 @@ from ul2r.train.monitor.anomaly_report import anomaly_report, layer_norms, write
 from ul2r.train.monitor.guards import Anomaly, AnomalyGuard, GuardState
 from ul2r.train.state import TrainState
 from ul2r.train.step import StepResult, TrainStep
+from ul2r.train.waiting import wait_for_all
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +74,9 @@ class Trainer:
             mesh,
             log=self._log,  # not the tracker's: callbacks see the metrics of checkpoints as well
             flush=tracker.flush,
+            heartbeat=self._heartbeat,
             asynchronous=recipe.checkpoints.asynchronous,
+            stall_timeout_s=recipe.guards.hang_timeout_s,
         )
         # Built once: every validation measures the same rows.
         self.held_out = _held_out_batches(recipe, dataset, mesh)
@@ -79,6 +84,10 @@ class Trainer:
         self.guard = AnomalyGuard(recipe.guards, GuardState())
         self.base_id: str | None = None
         self.logged_rates: dict[str, float] = {}
+        # Asked by rank 0 for all: others may see the store later, when it has grown.
+        self.is_store_growing = mesh.broadcast_from_rank0(lambda: not dataset.manifest.is_complete)
+        self.resumed: Path | None = None
+        self.state = TrainState()
         self.state = self._load()
 
     def fit(self, source: BatchSource) -> TrainState:
@@ -99,13 +108,13 @@ class Trainer:
         batches = BatchIterator(source, self.mesh)
         action = LoopAction.CONTINUE
         try:
-            if first_step == num_steps:
-                return self.state
             if first_step == 0:
                 # The first point of the held-out curves, before any update: that of the base, where there is one.
                 self._log_progress(self._validate())
             # Collective, so that no rank saves before rank 0 has removed what a killed attempt left.
             self.mesh.broadcast_from_rank0(lambda: self.checkpoints.start_attempt(first_step))
+            if self.resumed is not None:
+                self.checkpointer.copy_resumed(self.resumed)
 
             while self.state.step < num_steps and action != LoopAction.STOP:
                 step = self.state.step
@@ -131,7 +140,7 @@ class Trainer:
                     self._save_checkpoint()
 
             self.checkpointer.close()
-            if self.state.step == num_steps:
+            if first_step < self.state.step == num_steps:
                 batches.check_exhausted()
         except DivergedError:
             # Raised on every rank, so that collectives still work: finish the checkpoint that is being written.
@@ -150,12 +159,26 @@ class Trainer:
         end = self.recipe.training.steps + num_skipped
 
         self._enter_phase(Phase.WAIT_FOR_DATA)
-        read = batches.next_batch(number, end)
+        read = batches.next_batch(
+            number, end, self._wait_for_store if self.is_store_growing else None
+        )
         self._enter_phase(Phase.BROADCAST_BATCH)
         batch = self.mesh.broadcast_batch(read)
         if batch is None:
             raise RuntimeError(f"the data ended before batch {number}")
         return batch
+
+    def _wait_for_store(self, is_done: Callable[[], bool]) -> None:
+        """Wait for a batch whose text may still have to be tokenized; collective."""
+        store = self.recipe.storage_paths.store
+        is_rank0 = self.mesh.is_rank0
+        wait_for_all(
+            self.mesh, is_done, lambda: measure_build(store) if is_rank0 else None, self._heartbeat
+        )
+
+    def _heartbeat(self) -> None:
+        for callback in self.callbacks:
+            callback.on_heartbeat()
 
     def _begin_step(self) -> None:
         self._enter_phase(Phase.TRAIN)
@@ -217,10 +240,11 @@ class Trainer:
     def _validate(self) -> dict[str, float]:
         """Return the held-out loss of each denoiser, measured on the same rows in every run."""
         self._enter_phase(Phase.VALIDATE, self.state.step)
-        return {
-            f"held_out/loss/{name}": self.train_step.evaluate(batch).mean
-            for name, batch in self.held_out.items()
-        }
+        losses = {}
+        for name, batch in self.held_out.items():
+            losses[f"held_out/loss/{name}"] = self.train_step.evaluate(batch).mean
+            self._heartbeat()
+        return losses
 
     def _log_progress(self, metrics: Mapping[str, float]) -> None:
         """Log metrics of the current step together with the compute spent so far."""
@@ -305,6 +329,7 @@ class Trainer:
 
     def _load(self) -> TrainState:
         """Load this run's last valid checkpoint, else the weights of its base if it has one; collective."""
+        self._enter_phase(Phase.LOAD, self.state.step)
         began = time.perf_counter()
         own = self.checkpointer.latest_valid(self.checkpoints)
         pretrained = self.recipe.pretrained_base
@@ -319,6 +344,7 @@ class Trainer:
 
         info = CheckpointInfo.read(path)
         if own:
+            self.resumed = own
             info.check_same_run(self.recipe, self.dataset)
             self.guard.state = GuardState.from_json(info.guards)
             self.base_id = info.base_id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -38,8 +39,12 @@ class Mesh:
     device: torch.device
 
     @classmethod
-    def join(cls, parallel: Parallel) -> Mesh:
+    def join(cls, parallel: Parallel, timeout_s: float = 1800.0) -> Mesh:
         """Set up Megatron-Core's groups over the initialized default process group.
+
+        Args:
+            parallel: Sizes of the mesh.
+            timeout_s: Timeout of collectives in these groups.
 
         Raises:
             LayoutError: If the process group has another size than `parallel.num_workers`.
@@ -62,6 +67,8 @@ class Mesh:
             virtual_pipeline_model_parallel_size=(
                 parallel.virtual_stages if parallel.virtual_stages > 1 else None
             ),
+            # Not the default group's: Megatron-Core gives its groups a timeout of their own, 30 minutes by default.
+            distributed_timeout_minutes=math.ceil(timeout_s / 60),
         )
         # Megatron-Core requires a seed. Nothing here draws from it: initial weights depend on the recipe's seed and
         # the names of the tensors.

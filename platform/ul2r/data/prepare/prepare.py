@@ -27,6 +27,7 @@ from ul2r.data.special_tokens import assign_special_tokens
 from ul2r.data.store.blend import write_blend
 from ul2r.data.store.dataset import open_dataset
 from ul2r.data.store.manifest import Manifest
+from ul2r.data.store.segments import WORK_PREFIX
 from ul2r.data.tokenizer import build_vocabulary, load_tokenizer, train_tokenizer
 from ul2r.errors import CorpusError, RecipeError, UserError
 from ul2r.filesystem import file_lock, staged_file
@@ -37,8 +38,6 @@ MAX_TRAINING_CHARACTERS = 2**25
 """Characters that a tokenizer is trained on, at most."""
 MAX_TRAINING_FILES = 2**12
 """Files that these characters come from, at most."""
-WORK_PREFIX = "store.partial-"
-"""Beginning of the names of work folders."""
 MEGABYTE = 1e6
 
 

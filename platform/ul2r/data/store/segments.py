@@ -14,6 +14,7 @@ segments by digests of their names, so the first segments are like the last.
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from ul2r.data.store.token_store import TokenStore
 from ul2r.errors import CorpusError
 from ul2r.filesystem import is_locked
 
+WORK_PREFIX = "store.partial-"
+"""Begins the names of the folders, next to a store, in which it is built."""
 POLL_S = 0.5
 """Seconds between two looks for a new segment."""
 BUILDER_TIMEOUT_S = 60.0
@@ -88,6 +91,19 @@ class SegmentedStore(MergedStores):
         self.is_complete = manifest.is_complete
         # MergedStores computes its offsets once, so they are computed again for the longer list.
         super().__init__(self.stores)
+
+
+def measure_build(store: Path) -> tuple[int, ...]:
+    """Return how far the builder of a streamed store is: numbers that change whenever it writes.
+
+    Args:
+        store: Folder of the store.
+    """
+    # The time of a folder changes with the names in it: shards come and go in the work folder. Segments grow for a long
+    # time in the store itself, which has few files.
+    folders = (store, *store.parent.glob(f"{WORK_PREFIX}*"))
+    numbers = [folder.stat().st_mtime_ns for folder in folders if folder.exists()]
+    return (*numbers, sum(entry.stat().st_size for entry in os.scandir(store) if entry.is_file()))
 
 
 def segment_prefix(folder: Path, number: int) -> Path:

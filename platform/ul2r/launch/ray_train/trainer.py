@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from contextlib import nullcontext
 from typing import Any
@@ -166,7 +167,10 @@ def _fit(
                 # A new one for each start: workers of an earlier one that still live can save no more.
                 "writer_token": acquire_writer_token(recipe.paths.checkpoints),
             },
-            torch_config=TorchConfig(backend="nccl" if launch.gpus_per_worker else "gloo"),
+            torch_config=TorchConfig(
+                backend="nccl" if launch.gpus_per_worker else "gloo",
+                timeout_s=math.ceil(recipe.guards.collective_timeout_s),
+            ),
             scaling_config=ScalingConfig(
                 num_workers=recipe.parallel.num_workers,
                 use_gpu=bool(launch.gpus_per_worker),

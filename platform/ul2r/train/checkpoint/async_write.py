@@ -71,14 +71,21 @@ class AsyncWrite:
         self._on_written = on_written
         # One thread more than files: `_write` occupies one while it waits for the others.
         self._pool = ThreadPoolExecutor(FILES_PER_RANK + 1, thread_name_prefix="checkpoint")
-        self._result: Future[dict[str, FileDigest]] = self._pool.submit(
-            self._write, self._copy_files(live)
-        )
+        files = self._copy_files(live)
+        self._paths = [Path(path) for path, _, _ in files]
+        self._num_written = 0
+        self._result: Future[dict[str, FileDigest]] = self._pool.submit(self._write, files)
 
     @property
     def is_done(self) -> bool:
         """True once this rank has written its files, or has failed to."""
         return self._result.done()
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Bytes and files that this rank has written so far."""
+        num_bytes = sum(path.stat().st_size for path in self._paths if path.exists())
+        return num_bytes, self._num_written
 
     def wait(self) -> BaseException | None:
         """Wait until all files are written; return the error if that failed."""
@@ -149,6 +156,8 @@ class AsyncWrite:
         # It does not raise: an error arrives in the place of the results.
         if isinstance(outcome, Exception):
             raise outcome
+        # Before the file is read back: each of the two may take long. Approximate, since threads share the count.
+        self._num_written += 1
         return outcome, FileDigest.from_file(Path(file[0]))
 
 

@@ -5,10 +5,8 @@ All ranks take part in starting and in publishing; rank 0 alone touches the run'
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,11 +15,13 @@ from typing import TypeVar
 from ul2r.errors import CheckpointError
 from ul2r.train.checkpoint.async_write import AsyncWrite
 from ul2r.train.checkpoint.checksums import FileDigest, find_damage, write_digests
+from ul2r.train.checkpoint.copying import CheckpointCopies
 from ul2r.train.checkpoint.metadata import CheckpointInfo
 from ul2r.train.checkpoint.sharded_state import start_save
 from ul2r.train.checkpoint.storage import CheckpointStore, first_valid
 from ul2r.train.mesh import Mesh
 from ul2r.train.step import TrainStep
+from ul2r.train.waiting import iter_pauses, wait_for_all
 
 T = TypeVar("T")
 
@@ -29,8 +29,6 @@ REMEDY = "The previous checkpoint is intact. Free disk space and rerun the same 
 
 LogMetrics = Callable[[int, Mapping[str, float]], None]
 """Records metrics of a step."""
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -60,7 +58,9 @@ class Checkpointer:
         mesh: This rank's place.
         log: Records metrics, on rank 0.
         flush: Called on rank 0, in the background, before a checkpoint is published.
+        heartbeat: Called on every rank, again and again, while what this waits for makes progress.
         asynchronous: Whether `save` returns before the checkpoint is written.
+        stall_timeout_s: Time without progress after which a remote copy that is waited for counts as hanging.
     """
 
     def __init__(
@@ -70,15 +70,22 @@ class Checkpointer:
         *,
         log: LogMetrics,
         flush: Callable[[], None],
+        heartbeat: Callable[[], None],
         asynchronous: bool,
+        stall_timeout_s: float,
     ) -> None:
         self.store = store
         self.mesh = mesh
         self.asynchronous = asynchronous
         self._log = log
         self._flush = flush
+        self._heartbeat = heartbeat
         self._pending: _PendingSave | None = None
-        self._uploads = _Uploads(store) if store.remote and mesh.is_rank0 else None
+        self._copies = (
+            CheckpointCopies(store.remote, store.retention, stall_timeout_s)
+            if store.remote and mesh.is_rank0
+            else None
+        )
 
     def save(self, train_step: TrainStep, info: CheckpointInfo) -> None:
         """Start a checkpoint, after waiting for the previous one.
@@ -113,11 +120,9 @@ class Checkpointer:
             CheckpointError: If a rank could not write its part.
         """
         is_writing = self._pending is not None and not self._pending.write.is_done
-        # Publishing waits for the upload of the previous checkpoint, which must not stall the loop either.
-        is_uploading = self._uploads is not None and self._uploads.is_busy
-        highest, is_busy = self.mesh.all_reduce_max(number, is_writing or is_uploading)
+        highest, any_writing = self.mesh.all_reduce_max(number, is_writing)
 
-        if self._pending is not None and not is_busy:
+        if self._pending is not None and not any_writing:
             self._finish(self._pending)
         return highest
 
@@ -127,17 +132,40 @@ class Checkpointer:
         Raises:
             CheckpointError: If a rank could not write its part.
         """
-        if self._pending is not None:
-            self._finish(self._pending)
+        pending = self._pending
+        if pending is None:
+            return
+        wait_for_all(
+            self.mesh,
+            lambda: pending.write.is_done,
+            lambda: pending.write.progress,
+            self._heartbeat,
+        )
+        self._finish(pending)
+
+    def copy_resumed(self, folder: Path) -> None:
+        """Copy the checkpoint that this attempt resumes from, unless an earlier attempt has; collective."""
+        if self._copies is not None:
+            self._copies.add(folder, only_newer=True)
 
     def close(self) -> None:
-        """Wait for the last checkpoint and its upload.
+        """Wait for the last checkpoint and the copies.
 
         Raises:
-            CheckpointError: If it cannot be written or uploaded.
+            CheckpointError: If it cannot be written or copied.
         """
         self.wait()
-        self._run_on_rank0(self._uploads.close if self._uploads else lambda: None)
+        if self.store.remote is None:
+            return
+        for pause in iter_pauses():
+            # `watch` has a limit of its own for copies that hang, so each answer counts as progress.
+            if not self.mesh.broadcast_from_rank0(
+                lambda: self._copies is not None and self._copies.watch()
+            ):
+                break
+            self._heartbeat()
+            time.sleep(pause)
+        self._run_on_rank0(self.store.remove_expired)
 
     def latest_valid(self, store: CheckpointStore) -> Path | None:
         """Return the newest valid checkpoint, as `storage.latest_valid` does; the ranks share the reading.
@@ -196,12 +224,11 @@ class Checkpointer:
         # Last, so that the digests cover the description too.
         num_bytes = write_digests(staging, known)
 
-        # Publishing may remove the checkpoint that is being uploaded, so its upload ends first.
-        if self._uploads:
-            self._uploads.wait()
-        final = self.store.publish(step)
-        if self._uploads:
-            self._uploads.start(final)
+        # Old checkpoints are removed, except for one that is still being copied: copies never hold up training.
+        if self._copies is None:
+            self.store.publish(step)
+        else:
+            self._copies.add(self.store.publish(step, self._copies.give_up))
 
         now_s = time.perf_counter()
         self._log(
@@ -217,50 +244,6 @@ class Checkpointer:
         """Run `action` on rank 0; an error there is raised on every rank."""
         # Translated, since the broadcast passes on user errors only: any other would end rank 0 while the others wait.
         self.mesh.broadcast_from_rank0(lambda: translate_disk_errors(action))
-
-
-class _Uploads:
-    """Uploads of published checkpoints, one at a time in a thread of rank 0."""
-
-    def __init__(self, store: CheckpointStore) -> None:
-        self._store = store
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-upload")
-        self._current: tuple[Path, Future[None]] | None = None
-
-    @property
-    def is_busy(self) -> bool:
-        return self._current is not None and not self._current[1].done()
-
-    def start(self, folder: Path) -> None:
-        assert self._store.remote is not None
-        upload = self._store.remote.upload
-        self._current = folder, self._pool.submit(upload, folder, self._store.retention)
-
-    def wait(self) -> None:
-        """Wait for the current upload; if it failed only log that, since the next checkpoint is uploaded as well."""
-        if self._current is None:
-            return
-        folder, upload = self._current
-        error = upload.exception()
-        if isinstance(error, CheckpointError):
-            logger.warning(
-                "%s was not uploaded, continuing with the next checkpoint: %s", folder.name, error
-            )
-        elif error is not None:
-            raise error
-        self._current = None
-
-    def close(self) -> None:
-        """Wait for the last upload; it is tried twice, since no later one makes up for it."""
-        if self._current is None:
-            return
-        folder, upload = self._current
-        if upload.exception() is not None:
-            self.wait()
-            self.start(folder)
-            _, upload = self._current
-        upload.result()
-        self._pool.shutdown()
 
 
 def translate_disk_errors(work: Callable[[], T]) -> T:

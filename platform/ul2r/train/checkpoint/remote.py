@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import logging
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
+from fsspec.callbacks import Callback
+from fsspec.implementations.local import LocalFileSystem
 
 from ul2r.errors import CheckpointError
 from ul2r.filesystem import staging_path
@@ -21,10 +24,34 @@ from ul2r.train.checkpoint.checksums import find_damage
 from ul2r.train.checkpoint.layout import DIGESTS_FILE, LATEST_FILE, list_up_to, parse_step
 from ul2r.train.checkpoint.retention import Retention
 
+T = TypeVar("T")
+
 NUM_STREAMS = 8
 """Files that are transferred at the same time."""
 
 logger = logging.getLogger(__name__)
+
+
+class TransferProgress:
+    """Bytes and files that have been transferred; counted by several threads, read by another.
+
+    Attributes:
+        total_bytes: Bytes of all files.
+        done_bytes: Bytes transferred so far.
+        num_files: Files transferred so far.
+    """
+
+    def __init__(self) -> None:
+        self.total_bytes = 0
+        self.done_bytes = 0
+        self.num_files = 0
+        self._lock = threading.Lock()
+
+    def add(self, num_bytes: int, num_files: int = 0) -> None:
+        """Count what was transferred since the last call."""
+        with self._lock:
+            self.done_bytes += num_bytes
+            self.num_files += num_files
 
 
 class RemoteCheckpoints:
@@ -38,22 +65,39 @@ class RemoteCheckpoints:
     def __init__(self, url: str, run: str) -> None:
         self.url = f"{url.rstrip('/')}/{run}"
 
-    def upload(self, folder: Path, retention: Retention) -> None:
+    def upload(
+        self,
+        folder: Path,
+        retention: Retention,
+        progress: TransferProgress | None = None,
+        *,
+        only_newer: bool = False,
+    ) -> None:
         """Upload a finished checkpoint, make it the latest, and remove those that are not kept.
+
+        Args:
+            folder: The checkpoint.
+            retention: Which copies are kept.
+            progress: Counts what has been uploaded.
+            only_newer: Leave a remote folder as it is whose latest checkpoint is this one or a later one.
 
         Raises:
             CheckpointError: If that fails; the previous latest copy is intact.
         """
+        progress = progress or TransferProgress()
         with self._open("uploaded to") as (filesystem, root):
+            if only_newer and not self._is_newer(filesystem, root, folder):
+                return
             target = f"{root}/{folder.name}"
 
             # A copy without digests is not valid: removed first and written last, they cover an interrupted upload.
             if filesystem.exists(f"{target}/{DIGESTS_FILE}"):
                 filesystem.rm_file(f"{target}/{DIGESTS_FILE}")
             filesystem.makedirs(target, exist_ok=True)
-            files = [path.name for path in folder.iterdir() if path.name != DIGESTS_FILE]
+            files = [path for path in folder.iterdir() if path.name != DIGESTS_FILE]
+            progress.total_bytes = sum(path.stat().st_size for path in files)
             _transfer(
-                lambda name: filesystem.put_file(str(folder / name), f"{target}/{name}"), files
+                lambda path: _put_file(filesystem, path, f"{target}/{path.name}", progress), files
             )
             filesystem.put_file(str(folder / DIGESTS_FILE), f"{target}/{DIGESTS_FILE}")
 
@@ -61,6 +105,14 @@ class RemoteCheckpoints:
             filesystem.pipe_file(f"{root}/{LATEST_FILE}", folder.name.encode())
             # After the switch, so that `latest` never names a copy that is gone.
             self._remove_expired(filesystem, root, folder.name, retention)
+
+    def _is_newer(self, filesystem: Any, root: str, folder: Path) -> bool:  # noqa: ANN401
+        if not filesystem.exists(f"{root}/{LATEST_FILE}"):
+            return True
+        pointer = filesystem.cat_file(f"{root}/{LATEST_FILE}").decode(errors="replace")
+        latest, step = parse_step(pointer.strip()), parse_step(folder.name)
+        assert step is not None, folder
+        return latest is None or latest < step
 
     def has_checkpoint(self) -> bool:
         """Return whether there is a copy.
@@ -160,7 +212,36 @@ def _download(filesystem: Any, source: str, target: Path) -> str | None:  # noqa
     return find_damage(target)
 
 
-def _transfer(copy: Callable[[str], object], names: list[str]) -> None:
+class _ByteCounter(Callback):  # type: ignore[misc]  # fsspec has no types
+    """Passes the bytes that fsspec has transferred of one file on to a `TransferProgress`."""
+
+    def __init__(self, progress: TransferProgress) -> None:
+        super().__init__()
+        self._progress = progress
+        self._num_counted = 0
+
+    def call(self, *_: object, **__: object) -> None:
+        """Count; fsspec calls it after each change of `value`, the bytes transferred so far."""
+        self._progress.add(self.value - self._num_counted)
+        self._num_counted = self.value
+
+    def finish(self, num_bytes: int) -> None:
+        """Count what a file system did not report."""
+        self._progress.add(num_bytes - self._num_counted, num_files=1)
+
+
+def _put_file(filesystem: Any, source: Path, target: str, progress: TransferProgress) -> None:  # noqa: ANN401
+    """Upload one file, counting its bytes on the way."""
+    counter = _ByteCounter(progress)
+    if isinstance(filesystem, LocalFileSystem):
+        # Its own method copies a file at one go and reports nothing; that of its base class copies block by block.
+        fsspec.AbstractFileSystem.put_file(filesystem, str(source), target, callback=counter)
+    else:
+        filesystem.put_file(str(source), target, callback=counter)
+    counter.finish(source.stat().st_size)
+
+
+def _transfer(copy: Callable[[T], object], files: list[T]) -> None:
     with ThreadPoolExecutor(NUM_STREAMS) as pool:
         # list() raises the first error of a thread; without it errors are lost.
-        list(pool.map(copy, names))
+        list(pool.map(copy, files))

@@ -136,11 +136,15 @@ class CheckpointStore:
         """Remove the staging folder of a step, whose checkpoint could not be written."""
         shutil.rmtree(self.staging_dir(step))
 
-    def publish(self, step: int) -> Path:
+    def publish(self, step: int, may_remove: Callable[[Path], bool] = lambda _: True) -> Path:
         """Turn the complete staging folder of a step into the latest checkpoint, then remove those not kept.
 
         Checkpoints of later steps are removed too: they were left by an attempt that was killed before it switched
         the pointer, or undone by resetting the pointer.
+
+        Args:
+            step: The step.
+            may_remove: Returns whether a checkpoint may be removed now; it is not while it is being copied.
 
         Returns:
             The checkpoint's folder.
@@ -157,10 +161,19 @@ class CheckpointStore:
         self.staging_dir(step).rename(final)
         write_atomically(self.folder / LATEST_FILE, final.name)
         self._written_steps.add(step)
-
-        for old_step in self._find_expired(step):
-            shutil.rmtree(self.folder / checkpoint_name(old_step))
+        self.remove_expired(may_remove)
         return final
+
+    def remove_expired(self, may_remove: Callable[[Path], bool] = lambda _: True) -> None:
+        """Remove the checkpoints that are not kept, if this attempt has written any; see `publish`."""
+        if not self._written_steps:
+            return
+        latest_step = parse_step(self.list_checkpoints()[0].name)
+        assert latest_step is not None
+        for old_step in sorted(self._find_expired(latest_step)):
+            path = self.folder / checkpoint_name(old_step)
+            if may_remove(path):
+                shutil.rmtree(path)
 
     def _find_expired(self, latest_step: int) -> set[int]:
         """Return the steps of finished checkpoints that are not kept.

@@ -23,9 +23,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from ul2r.train.callbacks import Callback
+from ul2r.config import Guards
+from ul2r.objective.batch import Batch
+from ul2r.train.callbacks import Callback, Phase
+from ul2r.train.monitor.guards import Anomaly
+
+if TYPE_CHECKING:
+    from ul2r.train.step import StepResult
 
 HANG_EXIT_CODE = 75
 """Exit code of a worker that gave up: EX_TEMPFAIL of sysexits.h, "try again later"."""
@@ -68,13 +74,16 @@ class Heartbeat:
 
 
 class Watchdog(Callback):
-    """Ends this process if a phase lasts too long; watches from a thread of its own while the block runs.
+    """Ends this process if a phase makes no progress; watches from a thread of its own while the block runs.
+
+    A phase makes progress when it begins, and at each heartbeat. The start of the workers has a limit of its own, up to
+    the end of their first step, and so has each later loading of a checkpoint.
 
     Args:
         folder: Heartbeats of the run, on a file system that all ranks share.
         rank: This rank.
         num_ranks: Number of ranks.
-        timeout_s: Longest time that a phase may last.
+        limits: The recipe's guards, which hold both limits.
         give_up: Function that ends the process, called in the thread.
     """
 
@@ -83,14 +92,19 @@ class Watchdog(Callback):
         folder: Path,
         rank: int,
         num_ranks: int,
-        timeout_s: float,
+        limits: Guards,
         # sys.exit would only raise SystemExit, in the watchdog's own thread, and wait for the thread that hangs.
         give_up: Callable[[int], None] = os._exit,
     ) -> None:
         self._folder = folder
         self._rank = rank
         self._num_ranks = num_ranks
-        self._timeout_s = timeout_s
+        self._limits = limits
+        self._is_starting = True
+        self._num_heartbeats = 0
+        # Phase and heartbeat that `is_overdue` saw last, and when it first did.
+        self._marks = (-1, -1)
+        self._progress_s = 0.0
         self._give_up = give_up
         self._watched_thread = threading.get_ident()
         self._write_lock = threading.Lock()
@@ -125,18 +139,43 @@ class Watchdog(Callback):
         self._current = (step, str(phase), self._current[2] + 1, time.time())
         self._write()
 
+    def on_heartbeat(self) -> None:
+        """Note that the current phase makes progress; the file is written by the thread."""
+        self._num_heartbeats += 1
+
+    def on_step_end(
+        self, step: int, batch: Batch, result: StepResult, anomaly: Anomaly | None
+    ) -> None:
+        """Note that the start is over: kernels are compiled and ranks are connected."""
+        del step, batch, result, anomaly
+        self._is_starting = False
+
+    def _limit(self) -> tuple[float, str]:
+        """Return the seconds that the current phase may be without progress, and the recipe's key for them."""
+        if self._is_starting or self._current[1] == Phase.LOAD:
+            return self._limits.start_timeout_s, "guards.start_timeout_s"
+        return self._limits.hang_timeout_s, "guards.hang_timeout_s"
+
+    def is_overdue(self, now_s: float) -> bool:
+        """Return whether the current phase has been without progress for longer than its limit.
+
+        Args:
+            now_s: Time of a clock that nobody sets, not lower than in the previous call.
+        """
+        marks = (self._current[2], self._num_heartbeats)
+        if marks != self._marks:
+            self._marks = marks
+            self._progress_s = now_s
+        limit_s, _ = self._limit()
+        return now_s - self._progress_s > limit_s
+
     def _watch(self) -> None:
-        seen_beats = -1
-        since = time.monotonic()
-        while not self._ended.wait(self._timeout_s / CHECKS_PER_TIMEOUT):
+        # Of the shorter limit: a heartbeat is written and checked several times in each.
+        interval_s = min(self._limits.hang_timeout_s, self._limits.start_timeout_s)
+        while not self._ended.wait(interval_s / CHECKS_PER_TIMEOUT):
             self._write()
-            beats = self._current[2]
-            if beats != seen_beats:
-                seen_beats = beats
-                since = time.monotonic()
-            # By this thread's monotonic clock; a heartbeat's `since` is wall-clock time, which an administrator or NTP
-            # may set.
-            elif time.monotonic() - since > self._timeout_s:
+            # The monotonic clock: a heartbeat's `since` is wall-clock time, which an administrator or NTP may set.
+            if self.is_overdue(time.monotonic()):
                 self._report()
                 self._give_up(HANG_EXIT_CODE)
                 return
@@ -165,11 +204,12 @@ class Watchdog(Callback):
 
         own = self._own_heartbeat()
         location = locate(sys._current_frames()[self._watched_thread])
-        late = find_late_ranks(self._read_all(), self._timeout_s)
+        limit_s, key = self._limit()
+        late = find_late_ranks(self._read_all(), self._limits.hang_timeout_s)
         # Not logged: a handler may hang as well (Ray's needs the network), or wait for a lock that the hanging
         # thread holds, and after `os._exit` no handler is flushed.
         sys.stderr.write(
-            f"no progress for {self._timeout_s:g} s (guards.hang_timeout_s): {own}, {location}. "
+            f"no progress for {limit_s:g} s ({key}): {own}, {location}. "
             f"Waiting for: {describe_ranks(late, own.alive)}. Stacks: {stacks}. "
             "This process ends, so that the run can be restarted\n"
         )

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ul2r.config import Guards
+from ul2r.train.callbacks import Phase
 from ul2r.train.monitor.watchdog import (
     HANG_EXIT_CODE,
     Heartbeat,
@@ -45,12 +49,62 @@ def test_only_the_first_of_many_late_ranks_are_named() -> None:
     assert text.endswith("in step 1, phase 'train', last alive 10 s ago; and 60 more")
 
 
+def end_first_step(watchdog: Watchdog) -> None:
+    """The watchdog looks at no argument."""
+    nothing: Any = None
+    watchdog.on_step_end(1, nothing, nothing, None)
+
+
+@pytest.fixture
+def watchdog(tmp_path: Path) -> Iterator[Watchdog]:
+    """A watchdog whose own thread does not look before the test has ended."""
+    limits = Guards(hang_timeout_s=10_000, start_timeout_s=40_000)
+    with Watchdog(tmp_path, rank=0, num_ranks=1, limits=limits) as watchdog:
+        assert not watchdog.is_overdue(0)
+        yield watchdog
+
+
+def test_start_has_a_limit_of_its_own_until_the_first_step_has_ended(watchdog: Watchdog) -> None:
+    watchdog.on_phase(0, Phase.LOAD)
+    assert not watchdog.is_overdue(100)
+    assert not watchdog.is_overdue(40_000)
+    assert watchdog.is_overdue(40_200)
+
+    watchdog.on_phase(1, Phase.TRAIN)  # kernels are compiled
+    assert not watchdog.is_overdue(50_000)
+    assert not watchdog.is_overdue(90_000)
+    end_first_step(watchdog)
+    assert watchdog.is_overdue(90_000)
+
+
+def test_loading_a_checkpoint_later_has_the_limit_of_the_start(watchdog: Watchdog) -> None:
+    end_first_step(watchdog)
+    watchdog.on_phase(2, Phase.LOAD)
+    assert not watchdog.is_overdue(100)
+    assert not watchdog.is_overdue(40_000)
+    watchdog.on_phase(2, Phase.TRAIN)
+    assert not watchdog.is_overdue(40_100)
+    assert watchdog.is_overdue(50_200)
+
+
+def test_heartbeats_keep_a_long_phase_alive_and_their_end_is_a_hang(watchdog: Watchdog) -> None:
+    end_first_step(watchdog)
+    watchdog.on_phase(2, Phase.SAVE)
+    for hours in range(1, 100):
+        watchdog.on_heartbeat()
+        assert not watchdog.is_overdue(9_000 * hours)
+    assert not watchdog.is_overdue(9_000 * 99 + 9_000)
+    assert watchdog.is_overdue(9_000 * 99 + 10_001)
+
+
 def test_watchdog_gives_up_only_when_a_phase_exceeds_the_timeout(tmp_path: Path) -> None:
     """More than a timeout passes in phases that are each shorter than one."""
     exit_codes: list[int] = []
+    limits = Guards(hang_timeout_s=3)
     with Watchdog(
-        tmp_path, rank=0, num_ranks=1, timeout_s=3, give_up=exit_codes.append
+        tmp_path, rank=0, num_ranks=1, limits=limits, give_up=exit_codes.append
     ) as watchdog:
+        end_first_step(watchdog)
         for step in range(10):
             watchdog.on_phase(step, "train")
             time.sleep(0.4)
