@@ -7,13 +7,13 @@ import math
 import os
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 from torch.multiprocessing.spawn import ProcessExitedException
 
-from ul2r.config import Recipe
+from ul2r.config import Recipe, Training
 from ul2r.errors import DivergedError
 from ul2r.objective import Batch
 from ul2r.testing.corpus import make_tiny_store
@@ -32,11 +32,13 @@ GOOD = [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11, 12, 16, 17, 18, 19]
 
 @dataclass(frozen=True)
 class Faults:
-    """Faults of this machine: batches of NaN, the one that damages the weights, the one at which ranks are killed."""
+    """Faults of this machine: batches of NaN, the one that damages the weights, the one at which ranks are killed, and
+    the one of which rank 1 alone reads NaN as gradient norm."""
 
     nan: tuple[int, ...] = ()
     damage: int = -1
     kill: int = -1
+    disagree: int = -1
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,11 @@ def train(recipe: Recipe, faults: Faults, order: list[int] | None = None) -> Res
                 .register_forward_hook(lambda _, __, output: (output[0] * factor, *output[1:]))
             )
             try:
-                return super().forward_backward(step, batch)
+                result = super().forward_backward(step, batch)
             finally:
                 hook.remove()
+            is_faulty = number == faults.disagree and self.mesh.rank == 1
+            return replace(result, gradient_norm=math.nan) if is_faulty else result
 
     def read(mesh: Mesh, batches: range) -> Iterator[Batch]:
         builder = BatchBuilder(recipe, open_dataset(recipe.storage_paths.store))
@@ -139,6 +143,18 @@ def runs(storage: Path, layout: str) -> list[Result]:
         (recipe_of(storage, layout, "helpless", max_skips=2), Faults(nan=tuple(range(3, 9))), None),
     )
     return seen[0]
+
+
+def test_finding_of_one_rank_counts_on_all(storage: Path) -> None:
+    """They skip the batch together; ranks of which one skips and one does not would wait for each other."""
+    recipe = recipe_of(storage, "DP 2", "disagreeing").model_copy(
+        update={"training": Training(steps=4, global_batch_size=8, micro_batch_size=2, log_every=1)}
+    )
+    results: list[Result] = run_distributed(train, 2, recipe, Faults(disagree=1))
+    assert [result.read for result in results] == 2 * [[0, 1, 2, 3, 4]]
+    (file,) = results[0].artifacts
+    assert json.loads(file.read_text())["guard"] == "non_finite"
+    assert results[0].skipped[4] == 1
 
 
 def test_skipped_and_rewound_batches_leave_no_trace_in_the_weights(runs: list[Result]) -> None:

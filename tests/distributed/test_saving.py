@@ -247,7 +247,7 @@ def test_failure_of_the_last_upload_is_an_error_that_leaves_the_checkpoint(stora
     assert (recipe.paths.checkpoints / "latest").read_text() == "step_00000006"
 
 
-class GatedFileSystem(LocalFileSystem):
+class GatedFileSystem(LocalFileSystem):  # type: ignore[misc]  # fsspec has no types
     """Folders that take no file before the last checkpoint of a run is complete."""
 
     protocol = "gated"

@@ -12,7 +12,7 @@ Action = Literal["ignore", "stop", "skip", "rewind"]
 
 
 class Guards(StrictModel):
-    """Checks of each step before its update is applied, on numbers that are the same on all ranks.
+    """Checks of each step before its update is applied; what one rank finds counts on all ranks.
 
     "skip" drops the batch and repeats the step with the next one. "rewind" goes back to the last checkpoint and drops
     the batches since then (PaLM, arXiv 2204.02311, 5.1); before the first checkpoint it skips. "stop" ends the run and

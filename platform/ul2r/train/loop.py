@@ -122,7 +122,7 @@ class Trainer:
 
                 self._begin_step()
                 result = self.train_step.forward_backward(step, batch)
-                anomaly = self.guard.check(result.stats)
+                anomaly = self._find_anomaly(result)
                 if anomaly is None:
                     self.train_step.optimizer_step()
                 self._end_step(batch, result, anomaly)
@@ -193,6 +193,18 @@ class Trainer:
         """Announce a phase to the callbacks: of the step that comes next, unless `step` is given."""
         for callback in self.callbacks:
             callback.on_phase(self.state.step + 1 if step is None else step, phase)
+
+    def _find_anomaly(self, result: StepResult) -> Anomaly | None:
+        """Return what any rank finds wrong with a step, the same on every rank; collective.
+
+        Numbers that are to be the same on all ranks may differ in their last bits, or on a faulty device in all: ranks
+        that decided each for itself would then wait for each other for ever.
+        """
+        own = self.guard.check(result.stats)
+        (is_found,) = self.mesh.all_reduce_max(own is not None)
+        if not is_found:
+            return None
+        return next(found for found in self.mesh.all_gather(own) if found is not None)
 
     def _count_step(self, result: StepResult) -> None:
         self.guard.record(result.stats)
@@ -276,7 +288,7 @@ class Trainer:
         return step % every == 0 or step == self.recipe.training.steps
 
     def _handle_anomaly(self, anomaly: Anomaly, result: StepResult) -> None:
-        """Skip the batch, rewind or stop, as the recipe says; every rank decides the same.
+        """Skip the batch, rewind or stop, as the recipe says; rank 0 decides for all.
 
         Raises:
             DivergedError: If the run is to stop.
@@ -287,8 +299,11 @@ class Trainer:
 
         # A checkpoint that is being written may be the one to go back to.
         self.checkpointer.wait()
-        can_rewind = bool(self.mesh.broadcast_from_rank0(self.checkpoints.list_checkpoints))
-        decision = self.guard.decide(anomaly, batch, can_rewind=can_rewind)
+        decision = self.mesh.broadcast_from_rank0(
+            lambda: self.guard.decide(
+                anomaly, batch, can_rewind=bool(self.checkpoints.list_checkpoints())
+            )
+        )
 
         # Collective, and therefore not in the branch of rank 0, which alone needs the result.
         norms = layer_norms(self.train_step.optimizer)

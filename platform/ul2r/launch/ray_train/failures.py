@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import ray
@@ -9,6 +10,7 @@ from ray.exceptions import RayActorError
 
 # Ray Train 2.60 has no public way to replace its failure policy.
 from ray.train import FailureConfig
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.failure_handling.default import (
     DefaultFailurePolicy,
     FailureDecision,
@@ -23,6 +25,8 @@ from ul2r.train.checkpoint.storage import CheckpointStore
 
 NODE_DEATH_S = 20.0
 """Time within which Ray's health checks notice that a machine is gone."""
+_EXIT_DETAIL = re.compile(r"Worker exit detail: (.*?)\.(?:\s|$)")
+"""First sentence of what Ray 2.60 says of a dead worker, before its advice."""
 
 
 class FailurePolicy(DefaultFailurePolicy):  # type: ignore[misc]  # Ray has no types here
@@ -92,22 +96,28 @@ def find_cause(error: TrainingFailedError) -> Exception:
 
 def describe_deaths(error: TrainingFailedError, recipe: Recipe) -> LaunchError | None:
     """Return one line for workers that died too often; None if a worker raised an error, which has a traceback."""
-    # Ray's message has several lines, the first of which says what happened. The errors of other ranks, whose
-    # connection to the dead one broke, say nothing more.
+    # The errors of other ranks, whose connection to the dead one broke, say nothing more.
     deaths = [cause for cause in _worker_errors(error) if isinstance(cause, RayActorError)]
     if not deaths:
         return None
-    reason = str(deaths[0]).strip().partition("\n")[0].rstrip(".")
-    step = find_saved_step(recipe)
+    found = _EXIT_DETAIL.search(str(deaths[0]))
+    reason = f": {found[1]}" if found else ""
     return LaunchError(
         f"{recipe.name}: workers died more than launch.max_failures={recipe.launch.max_failures} times without a new "
-        f"checkpoint, the last one is of step {step}: {reason}: see Ray's logs of the workers, then run the same "
-        "command again"
+        f"checkpoint, the last one is of step {find_saved_step(recipe)}{reason}: see Ray's logs of the workers, then "
+        "run the same command again"
     )
 
 
 def _worker_errors(error: TrainingFailedError) -> list[object]:
     if not isinstance(error, WorkerGroupError):
         return []
-    # Ray may wrap a worker's exception in one of its own, with the original as `cause`.
-    return [getattr(failure, "cause", failure) for failure in error.worker_failures.values()]
+    return [_unwrap(failure) for failure in error.worker_failures.values()]
+
+
+def _unwrap(failure: Exception) -> object:
+    """Return the exception that Ray has wrapped in one of its own."""
+    # Private to Ray Train 2.60: the wrapper of a worker that does not answer because it has died.
+    if isinstance(failure, WorkerHealthCheckFailedError):
+        return failure.health_check_failure
+    return getattr(failure, "cause", failure)

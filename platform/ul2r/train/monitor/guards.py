@@ -1,6 +1,7 @@
 """Detection of bad steps, and the decision what to do about them.
 
-Pure arithmetic on numbers that are the same on all ranks, so that every rank decides the same without a message.
+Pure arithmetic on numbers that are reduced over all ranks. What it finds on any rank counts on all of them, and rank 0
+decides what to do about it (`Trainer`).
 
 A number is a spike if it lies more than `deviations` robust standard deviations above the median of the last `window`
 applied steps. The robust standard deviation is 1.4826 times the median absolute deviation from the median: it equals

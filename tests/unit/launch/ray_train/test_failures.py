@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
 from ray.train.v2.api.exceptions import WorkerGroupError
 
@@ -15,7 +16,19 @@ from ul2r.errors import CorpusError
 from ul2r.launch.ray_train.failures import FailurePolicy, describe_deaths
 from ul2r.testing.recipes import tiny_recipe
 
-DEATH = WorkerGroupError("failed", {0: RuntimeError("peer left"), 1: RayActorError()})
+ACTOR_DIED = RayActorError(
+    error_msg="The actor died unexpectedly before finishing this task.\n\tpid: 7112\nThe actor is dead because its "
+    "worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker unexpectedly exits with a "
+    "connection error code 2. End of file. Some common causes include: (1) the process was killed"
+)
+"""As Ray 2.60 reported a worker that was killed."""
+DEATH = WorkerGroupError(
+    "failed",
+    {
+        0: RuntimeError("Connection reset by peer"),
+        1: WorkerHealthCheckFailedError("no answer", ACTOR_DIED),
+    },
+)
 
 
 @pytest.mark.parametrize(
@@ -67,5 +80,6 @@ def test_deaths_are_reported_in_one_line_and_errors_keep_their_traceback(tmp_pat
     assert "\n" not in line
     assert line.startswith(
         "tiny: workers died more than launch.max_failures=1 times without a new checkpoint, the last one is of step 8: "
+        "Worker unexpectedly exits with a connection error code 2: see Ray's logs"
     )
     assert describe_deaths(WorkerGroupError("failed", {0: ValueError("a bug")}), recipe) is None

@@ -19,7 +19,7 @@ from ul2r.train.checkpoint.remote import RemoteCheckpoints
 from ul2r.train.checkpoint.retention import Retention
 
 
-class GatedFileSystem(MemoryFileSystem):
+class GatedFileSystem(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no types
     """An object store that takes a file only while its gate is open, and fails as often as it is told to."""
 
     protocol = "gated"
