@@ -17,6 +17,8 @@ class HuggingFaceBase(StrictModel):
 
     hf: str = Field(min_length=1)
     """Its folder, or its name on the Hub (owner/name)."""
+    revision: str | None = Field(default=None, min_length=1)
+    """Branch, tag or commit on the Hub; by default its main branch. Replaced by the commit when a recipe is read."""
 
     def __str__(self) -> str:
         """Return its folder or name, for messages."""
@@ -39,8 +41,8 @@ def _check_form(value: Any) -> Any:  # noqa: ANN401  any YAML value
     forms = "should be a run's name, {hf: FOLDER_OR_HUB_ID} or {megatron: FOLDER}"
     # Other types, such as a number, are left to pydantic.
     if isinstance(value, dict) and not (
-        value.keys() in ({"hf"}, {"megatron"})
-        and all(isinstance(v, str | Path) for v in value.values())
+        value.keys() in ({"hf"}, {"hf", "revision"}, {"megatron"})
+        and all(isinstance(v, str | Path | None) for v in value.values())
     ):
         raise ValueError(f"{forms}, got {value!r}")
     if isinstance(value, str) and not re.fullmatch(RUN_NAME, value):

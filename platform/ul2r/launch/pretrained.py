@@ -20,7 +20,8 @@ from ul2r.paths import TOKENIZER_FILE
 def fill_model_from_base(tree: dict[str, Any]) -> None:
     """Fill a recipe's `model` and `data.tokenizer` from its Hugging Face base, in place.
 
-    Settings of `model` that the recipe gives itself must agree with the base.
+    Settings of `model` that the recipe gives itself must agree with the base. The commit of a base from the Hub is
+    filled in as well: this process alone asks for it, and everybody who gets the recipe takes the same files.
 
     Args:
         tree: The recipe, not yet validated.
@@ -32,9 +33,12 @@ def fill_model_from_base(tree: dict[str, Any]) -> None:
     base = tree.get("base")
     if not isinstance(base, dict) or not isinstance(base.get("hf"), str):
         return
-    from ul2r.model.huggingface.safetensors_reader import resolve_model_folder
+    from ul2r.model.huggingface.safetensors_reader import find_commit, resolve_model_folder
 
-    folder = resolve_model_folder(base["hf"])
+    folder = resolve_model_folder(base["hf"], base.get("revision"))
+    commit = find_commit(folder)
+    if commit is not None:
+        tree["base"] = {**base, "revision": commit}
     theirs = read_model(folder).model_dump()
     ours = resolve_preset(tree.get("model") or {})
     if not isinstance(ours, dict):
@@ -74,7 +78,7 @@ def check_base(recipe: Recipe, dataset: TokenDataset) -> None:
     if isinstance(base, HuggingFaceBase):
         from ul2r.model.huggingface.safetensors_reader import resolve_model_folder
 
-        folder = resolve_model_folder(base.hf)
+        folder = resolve_model_folder(base.hf, base.revision)
         check_model_folder(folder, recipe.model)
         check_same_tokens(recipe, dataset, folder / TOKENIZER_FILE)
 

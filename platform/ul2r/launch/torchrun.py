@@ -56,6 +56,10 @@ def train(recipe: Recipe) -> CheckpointInfo:
         return resumed
 
     _join_process_group(recipe)
+    # Rank 0's for all: each rank has read the recipe itself, and a branch on the Hub may have moved in between.
+    shared = [recipe]
+    dist.broadcast_object_list(shared, src=0)
+    (recipe,) = shared
     with (
         StopSignal() as stop_signal,
         track_run(recipe, dataset, uri) if is_rank0 else nullcontext(None) as run_id,

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from ul2r.config import Recipe, load
+from ul2r.config import HuggingFaceBase, Recipe, dump, load
 from ul2r.data.tokenizer import add_special_tokens, load_tokenizer, train_tokenizer
 from ul2r.errors import CheckpointError, RecipeError
 from ul2r.launch.pretrained import check_base, fill_model_from_base
+from ul2r.model.huggingface.safetensors_reader import resolve_model_folder
 from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.families import make_random_model, write_random_model
 from ul2r.workflows.check_base import describe_base
@@ -272,3 +273,32 @@ def test_training_from_a_damaged_base_fails_in_one_line_before_anything_starts(
     first_shard(copy).unlink()
     recipe = write_recipe(tmp_path, copy)
     assert "names model-00001-of-" in run_failing_job("jobs/train.py", str(recipe), folder=tmp_path)
+
+
+def test_base_from_the_hub_is_pinned_to_its_commit(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever gets the recipe takes these files, though the branch has moved on, and asks nobody."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    repository = tmp_path / "hub" / "models--somebody--a-model"
+    old, new = "0" * 40, "1" * 40
+    for commit in (old, new):
+        shutil.copytree(llama, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(old)
+
+    recipe = load(
+        write_recipe(tmp_path, Path("somebody/a-model")), (), Recipe, fill_model_from_base
+    )
+    assert isinstance(recipe.base, HuggingFaceBase)
+    assert recipe.base.revision == old
+    (repository / "refs" / "main").write_text(new)
+    assert resolve_model_folder("somebody/a-model").name == new
+    assert resolve_model_folder(recipe.base.hf, recipe.base.revision).name == old
+    assert f"revision: {old}" in dump(recipe).replace("'", "").replace('"', "")
+
+
+def test_revision_of_a_folder_is_refused(llama: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"base\.revision=v1: base\.hf=.* is a folder"):
+        resolve_model_folder(str(llama), "v1")

@@ -37,14 +37,24 @@ DOWNLOADED_FILES = [
 ]
 
 
-def resolve_model_folder(name: str) -> Path:
+def resolve_model_folder(name: str, revision: str | None = None) -> Path:
     """Return the local folder of a base: a path as given, or a Hub model's files, downloaded if not in the cache.
+
+    A model whose commit is given and that is in the cache needs no network.
+
+    Args:
+        name: Folder, or name on the Hub.
+        revision: Branch, tag or commit on the Hub; by default its main branch.
 
     Raises:
         CheckpointError: If there is no such folder, or the model cannot be downloaded.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
+        if revision is not None:
+            raise CheckpointError(
+                f"base.revision={revision}: base.hf={name} is a folder, which has no revisions: leave the first out"
+            )
         return folder.absolute()
     if folder.is_absolute() or name.startswith((".", "~")) or not HUB_ID.fullmatch(name):
         raise CheckpointError(f"base.hf={name}: the folder does not exist")
@@ -56,10 +66,11 @@ def resolve_model_folder(name: str) -> Path:
     # Every worker may resolve the base: their bars would fill the logs.
     disable_progress_bars()
     try:
-        return Path(snapshot_download(name, allow_patterns=DOWNLOADED_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOADED_FILES))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise CheckpointError(
-            f"base.hf={name} is not a folder and could not be downloaded from the Hugging Face Hub "
+            f"base.hf={name}{f' (revision {revision})' if revision else ''} is not a folder and could not be "
+            "downloaded from the Hugging Face Hub "
             f"({type(error).__name__}): point to a folder, or download it on a machine with a network"
         ) from None
 
@@ -78,6 +89,12 @@ def untie_own_output(folder: Path, architecture: Architecture) -> Architecture:
     with SafetensorsReader(folder, architecture.family) as reader:
         is_own = reader.has_own_output(architecture)
     return architecture.model_copy(update={"tie_embeddings": not is_own})
+
+
+def find_commit(folder: Path) -> str | None:
+    """Return the commit of a folder in the Hub's cache, None for any other folder."""
+    # The cache keeps the files of each commit in snapshots/COMMIT.
+    return folder.name if folder.parent.name == "snapshots" else None
 
 
 def check_tensors(folder: Path, architecture: Architecture) -> None:

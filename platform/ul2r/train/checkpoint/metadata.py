@@ -172,6 +172,9 @@ class CheckpointInfo:
     def _settings(self, part: str, wanted: CheckpointInfo) -> tuple[object, object]:
         """Return a part of both recipes, with defaults for settings that are newer than the checkpoint."""
         saved, new = self.recipe[part], wanted.recipe[part]
+        if part == "base":
+            # A run that has a checkpoint does not read its base again, and the Hub's branch may have moved on.
+            saved, new = _without_revision(saved), _without_revision(new)
         if part in SECTIONS:
             saved, new = (
                 SECTIONS[part].model_validate(settings).model_dump(mode="json")
@@ -195,6 +198,10 @@ def _upgrade_format_1(fields: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a format 1 description under their current names."""
     renamed = {_FORMAT_1_FIELDS.get(name, name): value for name, value in fields.items()}
     return {**renamed, "recipe": rename_keys(renamed["recipe"])}
+
+
+def _without_revision(base: object) -> object:
+    return {**base, "revision": None} if isinstance(base, dict) and "hf" in base else base
 
 
 def _find_difference(path: str, saved: object, wanted: object) -> str | None:

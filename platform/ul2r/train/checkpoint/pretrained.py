@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
@@ -18,8 +19,13 @@ from ul2r.model.huggingface.checkpoint_reader import (
 )
 from ul2r.model.huggingface.family import is_embedding
 from ul2r.model.huggingface.importing import load_weights
-from ul2r.model.huggingface.safetensors_reader import SafetensorsReader, resolve_model_folder
+from ul2r.model.huggingface.safetensors_reader import (
+    SafetensorsReader,
+    find_commit,
+    resolve_model_folder,
+)
 from ul2r.train.checkpoint.sharded_state import load_checkpoint
+from ul2r.train.mesh import Mesh
 from ul2r.train.step import TrainStep
 
 
@@ -42,12 +48,25 @@ def load_pretrained(
         train_step.optimizer.reload_model_params()
         return compute_foreign_identity(folder)
 
-    with SafetensorsReader(resolve_model_folder(base.hf), recipe.model.family) as source:
+    folder = _resolve_on_all_ranks(base, train_step.mesh)
+    with SafetensorsReader(folder, recipe.model.family) as source:
         source.check(recipe.model)
         for chunk in train_step.chunks:
             load_weights(chunk, source, recipe.model)
         train_step.optimizer.reload_model_params()
         return source.identity
+
+
+def _resolve_on_all_ranks(base: HuggingFaceBase, mesh: Mesh) -> Path:
+    """Return the base's folder on this machine, which one rank of each machine downloads if need be; collective."""
+    folder = mesh.broadcast_from_rank0(lambda: resolve_model_folder(base.hf, base.revision))
+    # Where the cache is not shared, the other machines download the same commit, and then their other ranks find it.
+    hosts = mesh.all_gather(socket.gethostname())
+    for is_turn in (hosts.index(hosts[mesh.rank]) == mesh.rank, True):
+        if is_turn and not folder.is_dir():
+            folder = resolve_model_folder(base.hf, find_commit(folder))
+        mesh.all_gather(None)
+    return folder
 
 
 @torch.no_grad()
