@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -17,12 +18,12 @@ from ul2r.data.prepare.source_files import find_files
 from ul2r.errors import CorpusError
 
 
-def read_texts(path: Path, left_out: LeftOut | None = None, **settings: str) -> list[str]:
-    (file,) = find_files([str(path)], **settings)  # type: ignore[arg-type]  literals
+def read_texts(path: Path, left_out: LeftOut | None = None, **settings: Any) -> list[str]:  # noqa: ANN401  settings of `find_files`
+    (file,) = find_files([str(path)], **settings)
     return [chunk.text for chunk in read_documents(file, left_out)]
 
 
-def refusal(path: Path, **settings: str) -> str:
+def refusal(path: Path, **settings: Any) -> str:  # noqa: ANN401  settings of `find_files`
     """Return the message of the refusal, which must be one line that begins with the file."""
     with pytest.raises(CorpusError) as caught:
         read_texts(path, **settings)
