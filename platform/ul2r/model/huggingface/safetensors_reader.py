@@ -20,6 +20,7 @@ from ul2r.errors import CheckpointError
 from ul2r.model.huggingface.families import FAMILIES
 from ul2r.model.huggingface.family import TensorSlice, slice_tensor, tensor_shapes
 from ul2r.model.tensors import EMBEDDING
+from ul2r.paths import is_file_name
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -278,7 +279,12 @@ class SafetensorsReader:
 
 def _read_index(file: Path) -> dict[str, str]:
     try:
-        files: Mapping[str, str] = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-        return dict(files)
+        files = dict(json.loads(file.read_text(encoding="utf-8"))["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is not an index of shards: {error}") from None
+    for name in files.values():
+        if not is_file_name(name):
+            raise CheckpointError(
+                f"{file} names {name!r}, which is not a file of the folder: download the folder again"
+            )
+    return files
