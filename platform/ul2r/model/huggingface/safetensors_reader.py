@@ -28,6 +28,7 @@ FLOATING_POINT = ("F64", "F32", "F16", "BF16")
 """safetensors' names of the dtypes that are converted to the training's."""
 ROWS_PER_BLOCK = 1024
 """Rows of an embedding that are compared at a time."""
+PICKLED_FILES = "pytorch_model*.bin"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DOWNLOADED_FILES = [
     "config.json",
@@ -90,6 +91,22 @@ def untie_own_output(folder: Path, architecture: Architecture) -> Architecture:
     with SafetensorsReader(folder, architecture.family) as reader:
         is_own = reader.has_own_output(architecture)
     return architecture.model_copy(update={"tie_embeddings": not is_own})
+
+
+def _suggest_weights(folder: Path) -> str:
+    """Return what to do about a folder without safetensors."""
+    pickled = sorted(path.name for path in folder.glob(PICKLED_FILES))
+    # Only the files of `DOWNLOADED_FILES` are fetched from the Hub.
+    if not pickled and find_commit(folder) is None:
+        return "point to a model's folder"
+    held = (
+        f"its {pickled[0]}" if pickled else f"the {PICKLED_FILES} that the model may have instead"
+    )
+    return (
+        f"{held} is a pickle, which can run code and is not read; if you trust it, convert it: python -c "
+        f"\"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{folder}', dtype='auto')"
+        ".save_pretrained('NEW')\", and copy tokenizer.json to NEW"
+    )
 
 
 def find_commit(folder: Path) -> str | None:
@@ -190,7 +207,7 @@ class SafetensorsReader:
             self._check_index(index, files)
         else:
             raise CheckpointError(
-                f"{self.folder} has neither {SINGLE_FILE} nor {INDEX_FILE}: point to a model's folder"
+                f"{self.folder} has neither {SINGLE_FILE} nor {INDEX_FILE}: {_suggest_weights(self.folder)}"
             )
 
         base = self.family.base
