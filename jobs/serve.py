@@ -55,7 +55,7 @@ def _handle_signals() -> None:
 def _find_export(model: str, tracking_uri: str | None, storage: Path | None) -> Path:
     """Return the export folder of a model; a registry in a storage folder is read before Ray is started."""
     if storage is None or not is_registry_uri(model):
-        return resolve_model(model, tracking_uri)
+        return resolve_model(model, tracking_uri, "--tracking-uri")
     if not StoragePaths(storage).mlflow_database.is_file():
         raise ServiceError(
             f"no model registry in {storage}: run `make demo` first, or give an MLflow server with --tracking-uri"

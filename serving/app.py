@@ -81,8 +81,13 @@ def is_registry_uri(model: str) -> bool:
     return model.startswith("models:")
 
 
-def resolve_model(model: str, tracking_uri: str | None = None) -> Path:
+def resolve_model(model: str, tracking_uri: str | None = None, key: str = "tracking_uri") -> Path:
     """Return the absolute export folder of `model`, which is a path or models:/NAME@ALIAS.
+
+    Args:
+        model: The model.
+        tracking_uri: MLflow server of the registry.
+        key: Setting that `tracking_uri` comes from, for error messages.
 
     Raises:
         CheckpointError: If a registry URI lacks a name or an alias, or its folder is gone.
@@ -99,4 +104,4 @@ def resolve_model(model: str, tracking_uri: str | None = None) -> Path:
     # Importing MLflow takes seconds; serving from a folder does not need it.
     from ul2r.tracking.mlflow import check_server, resolve
 
-    return resolve(check_server(tracking_uri), match["name"], match["alias"])
+    return resolve(check_server(tracking_uri, key), match["name"], match["alias"])

@@ -1,7 +1,9 @@
-"""Progress for people: on a terminal a bar with rate and time left, in a log a line from time to time."""
+"""Output for people: streams that carry any text, and progress as a bar on a terminal or as lines in a log."""
 
 from __future__ import annotations
 
+import codecs
+import io
 import sys
 import time
 from collections.abc import Iterator
@@ -22,6 +24,34 @@ from rich.table import Column
 from rich.text import Text
 
 LOG_INTERVAL_S = 10.0
+
+ASCII_FORMS = {"±": "+-", "↑": "^", "↓": "v", "→": "->", "…": "..."}
+"""What a stream shows of a character that its encoding lacks."""
+ENCODING_ERRORS = "ul2r.ascii"
+"""Name of the codec error handler that shows them."""
+
+
+def make_streams_encodable() -> None:
+    """Let stdout and stderr carry any text, whatever their encoding: no output fails after the work is done.
+
+    An encoding that lacks a character (PYTHONIOENCODING, or a locale such as C) shows its form in ASCII, or its number.
+    """
+    codecs.register_error(ENCODING_ERRORS, _encode_in_ascii)
+    for stream in (sys.stdout, sys.stderr):
+        # Tests and notebooks replace the streams by others, which take any text.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=ENCODING_ERRORS)
+
+
+def _encode_in_ascii(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Return ASCII for the characters that an encoding lacks, as `codecs.register_error` defines."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    missing = error.object[error.start : error.end]
+    known = "".join(
+        ASCII_FORMS.get(c) or c.encode("ascii", "backslashreplace").decode() for c in missing
+    )
+    return known, error.end
 
 
 class ProgressBar(Protocol):

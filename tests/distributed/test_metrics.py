@@ -91,15 +91,18 @@ def test_rates_agree_with_the_batches(
         before, eflops = step, metrics["progress/eflops"]
 
 
-def test_memory_and_load_of_every_node_are_logged_by_rank_0(
+def test_memory_and_load_over_all_nodes_are_logged_by_rank_0(
     seen: list[tuple[Records, list[str], list[Path]]],
 ) -> None:
     (records, _, _), (others, _, _) = seen
     metrics = next(values for _, values in reversed(records) if "train/memory_gib" in values)
     assert 0.05 < metrics["train/memory_gib"] < 20
-    for node in ("node-0", "node-1"):
-        assert 0 <= metrics[f"system/{node}/cpu_utilization_percentage"] <= 100
-        assert metrics[f"system/{node}/memory_used_gib"] > 0.1
+    system = {name: value for name, value in metrics.items() if name.startswith("system/")}
+    loads = ("cpu_utilization_percentage", "memory_used_gib")
+    assert set(system) == {f"system/{n}/{kind}" for n in loads for kind in ("min", "mean", "max")}
+    for name in loads:
+        least, mean, most = (system[f"system/{name}/{kind}"] for kind in ("min", "mean", "max"))
+        assert 0 <= least <= mean <= most
     assert others == [], "rank 0 logs for all"
 
 

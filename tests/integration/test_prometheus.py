@@ -22,7 +22,7 @@ class Worker:
         """Log two steps."""
         gauges = PrometheusGauges("my-run")
         gauges.on_metrics(2, {"train/loss": 9.0})
-        gauges.on_metrics(3, {"train/loss": 2.5, "train/loss/X-long": 3.5, "system/node/cpu": 1.0})
+        gauges.on_metrics(3, {"train/loss": 2.5, "train/loss/X-long": 3.5, "system/cpu/max": 1.0})
 
 
 def values(text: str) -> dict[str, float]:

@@ -30,17 +30,6 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.integration
 
 
-@pytest.fixture(scope="module")
-def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("storage with a space")
-
-
-@pytest.fixture(scope="module")
-def uri(storage: Path) -> Iterator[str]:
-    with run_mlflow_server(storage) as address:
-        yield address
-
-
 def make_run(uri: str, folder: Path) -> str:
     return tracking.continue_run(uri, "tests", "run", folder, tags={"ul2r.role": "base"}, params={})
 

@@ -1,7 +1,8 @@
-"""Progress as people read it: in a log, and on a terminal (a real pseudo-terminal here)."""
+"""Output as people read it: in any encoding, in a log, and on a terminal (a real pseudo-terminal here)."""
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import re
@@ -20,6 +21,26 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     return now
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [
+        ("ascii", b"3.21 +- 0.05 ^ caf\\xe9 \\udcff"),
+        ("latin-1", b"3.21 \xb1 0.05 ^ caf\xe9 \\udcff"),
+        # A file name that is not UTF-8 has such a surrogate.
+        ("utf-8", "3.21 ± 0.05 ↑ café ".encode() + b"\\udcff"),
+    ],
+)
+def test_any_text_is_shown_in_any_encoding(
+    monkeypatch: pytest.MonkeyPatch, encoding: str, shown: bytes
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+    console.make_streams_encodable()
+    sys.stdout.write("3.21 ± 0.05 ↑ café \udcff")
+    sys.stdout.flush()
+    assert written.getvalue() == shown
 
 
 def test_log_shows_percentage_counts_rate_and_time_left(

@@ -26,4 +26,4 @@ FolderOrUrl = Annotated[str, AfterValidator(resolve_folder_or_url)]
 
 # A run's name is also the name of its folder.
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-RunName = Annotated[str, Field(pattern=RUN_NAME)]
+RunName = Annotated[str, Field(pattern=RUN_NAME, max_length=250)]

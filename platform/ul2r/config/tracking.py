@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from ul2r.config.strict_model import StrictModel
 
 
@@ -10,4 +12,4 @@ class Tracking(StrictModel):
 
     uri: str | None = None
     """MLflow tracking server; by default the environment's MLFLOW_TRACKING_URI."""
-    experiment: str = "ul2r"
+    experiment: str = Field(default="ul2r", min_length=1, max_length=500)

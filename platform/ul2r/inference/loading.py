@@ -36,8 +36,7 @@ def load_network(folder: Path, device: str) -> PreTrainedModel:
             attn_implementation="sdpa",  # uses a boolean 4-D mask unchanged
             dtype=torch.float32 if device == "cpu" else "auto",
             local_files_only=True,
-            trust_remote_code=False,  # unset, transformers asks on the terminal whether to run a model's own code
-            use_safetensors=True,  # other formats are pickles
+            use_safetensors=True,
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -18,6 +18,7 @@ from ul2r.model.flops import num_parameters
 from ul2r.model.huggingface.config_json import check_family
 from ul2r.model.sizing import check_memory
 from ul2r.tracking.mlflow import find_run, finish_run, log_artifact, start_run
+from ul2r.tracking.names import check_denoiser_names
 from ul2r.tracking.tracker import RunStatus
 from ul2r.train.checkpoint.copying import CheckpointCopies
 from ul2r.train.checkpoint.metadata import CheckpointInfo
@@ -49,9 +50,21 @@ def check_run(recipe: Recipe, dataset: TokenDataset, resumed: CheckpointInfo | N
     """
     # Files of a base are looked at last: they may be large, or have to be fetched first.
     check_dataset(recipe, dataset)
+    if resumed is None:
+        check_names(recipe)
     check_family(recipe.model)
     check_memory(recipe, dataset.vocabulary.size)
     check_initial_weights(recipe, dataset, resumed)
+
+
+def check_names(recipe: Recipe) -> None:
+    """Check that the losses of a new run's denoisers can be recorded under their names.
+
+    Raises:
+        RecipeError: If one of them cannot.
+    """
+    check_denoiser_names(recipe.objective.mixture, "objective.mixture")
+    check_denoiser_names(recipe.evaluation.mixture, "evaluation.mixture")
 
 
 def check_initial_weights(
@@ -76,6 +89,7 @@ def check_unprepared(recipe: Recipe) -> None:
     Raises:
         UserError: If its devices cannot hold the run, or its base is missing.
     """
+    check_names(recipe)
     # The only sizes known before there is a store are those that the recipe gives.
     check_memory(recipe, planned_vocabulary(recipe))
     find_base_checkpoint(recipe, partial(latest_valid, thorough=False, quiet=True))
@@ -115,14 +129,9 @@ def find_resume_checkpoint(recipe: Recipe) -> CheckpointInfo | None:
     # Workers verify the checkpoint that they resume from, each its part, so that only sizes are compared here. The last
     # checkpoint of a finished run has no other reader and is verified as a whole.
     path = latest_valid(store, thorough=False, quiet=True)
-    if path is not None and has_finished(recipe, CheckpointInfo.read(path)):
+    if path is not None and CheckpointInfo.read(path).is_finished:
         path = latest_valid(store, quiet=True)
     return CheckpointInfo.read(path) if path is not None else None
-
-
-def has_finished(recipe: Recipe, info: CheckpointInfo) -> bool:
-    """Return whether a checkpoint of the run is its last one; one of a run that is to be prolonged is not."""
-    return info.step >= recipe.training.steps
 
 
 def final_checkpoint_info(recipe: Recipe) -> CheckpointInfo:
@@ -134,7 +143,7 @@ def final_checkpoint_info(recipe: Recipe) -> CheckpointInfo:
     path = latest_valid(CheckpointStore.from_recipe(recipe), thorough=False)
     assert path is not None, "a run that ends without an error has saved"
     info = CheckpointInfo.read(path)
-    if not has_finished(recipe, info):
+    if not info.is_finished:
         raise RunInterrupted(
             f"{recipe.name}: stopped after step {info.step} of {recipe.training.steps}, checkpoint saved"
         )

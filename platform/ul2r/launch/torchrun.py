@@ -18,13 +18,12 @@ from ul2r.launch.preflight import (
     final_checkpoint_info,
     find_resume_checkpoint,
     gpu_environment,
-    has_finished,
     mark_finished,
     track_run,
 )
 from ul2r.launch.stop_signal import StopSignal
 from ul2r.launch.worker import run_worker
-from ul2r.tracking.mlflow import MlflowTracker, check_server
+from ul2r.tracking.mlflow import MlflowTracker, check_artifact_store, check_server
 from ul2r.tracking.tracker import MemoryTracker
 from ul2r.train.checkpoint.metadata import CheckpointInfo
 from ul2r.train.monitor.progress import ProgressBar
@@ -51,10 +50,12 @@ def train(recipe: Recipe) -> CheckpointInfo:
     uri = check_server(recipe.tracking.uri)
 
     is_rank0 = os.environ["RANK"] == "0"
-    if resumed is not None and has_finished(recipe, resumed):
+    if resumed is not None and resumed.is_finished:
         if is_rank0:
             mark_finished(recipe, uri)
         return resumed
+    if is_rank0:
+        check_artifact_store(uri, recipe.tracking.experiment)
 
     _join_process_group(recipe)
     # Rank 0's for all: each rank has read the recipe itself, and a branch on the Hub may have moved in between.

@@ -11,7 +11,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -21,11 +23,15 @@ from mlflow.exceptions import MlflowException
 
 from ul2r.errors import ServiceError
 from ul2r.paths import RunPaths
+from ul2r.tracking.artifacts import check_artifact_store
 from ul2r.tracking.backlog import Backlog, Point
-from ul2r.tracking.client import check_server, create_client
+from ul2r.tracking.client import check_server, create_client, first_line
+from ul2r.tracking.names import is_metric_name
+from ul2r.tracking.refusals import INVALID_VALUE, is_refusal
 from ul2r.tracking.registry import register, resolve
 from ul2r.tracking.runs import (
     continue_run,
+    end_on_error,
     end_run,
     find_run,
     log_artifact,
@@ -34,13 +40,16 @@ from ul2r.tracking.runs import (
     require_run,
     start_run,
 )
+from ul2r.tracking.stored_points import StoredPoints
 from ul2r.tracking.tracker import RunStatus
 from ul2r.tracking.view import list_view_urls
 
 __all__ = [
     "MlflowTracker",
+    "check_artifact_store",
     "check_server",
     "continue_run",
+    "end_on_error",
     "end_run",
     "find_run",
     "finish_run",
@@ -63,9 +72,6 @@ MAX_BATCH_METRICS = 1000
 
 _log = logging.getLogger(__name__)
 
-StoredPoint = tuple[str, int, int]
-"""Metric, step and timestamp in milliseconds."""
-
 
 class MlflowTracker:
     """Tracker that writes metrics and files to a run of an MLflow server, from a thread of its own.
@@ -73,9 +79,10 @@ class MlflowTracker:
     A point is (metric, step, rewinds). One that the run has already, logged before a restart and replayed now, is
     skipped, so a continued run has each point once. Timestamps are the run's start plus `step` plus `rewinds`
     milliseconds: the same point written by two processes is one row in MLflow's store, and of a step that was taken
-    again the later value has the later timestamp.
+    again the later value has the later timestamp. Points that were written are forgotten: memory does not grow.
 
-    The server may be down for any length of time, at the start too. As a context manager it closes at the end of the
+    The server may be down for any length of time, at the start too. What it refuses is left out, with a line for each
+    metric and file, and holds back nothing else. As a context manager it closes at the end of the
     block; after an error it saves the backlog to disk and leaves the rest to `finish_run`.
 
     Args:
@@ -90,9 +97,11 @@ class MlflowTracker:
         self._client = create_client(uri)
         self._backlog = Backlog(RunPaths(folder).tracking_backlog)
 
-        self._stored: set[StoredPoint] | None = None
-        self._start_ms = 0
-        self._is_reachable = True
+        self._stored = StoredPoints(uri, run_id)
+        self._start_ms: int | None = None
+        self._refused = Counter[str]()
+        # Empty while the server accepts what is written.
+        self._problem = ""
         self._closing = threading.Event()
         # A daemon, so that a process that dies of an error does not wait for a server that is down.
         self._writer = threading.Thread(target=self._write, name="mlflow-writer", daemon=True)
@@ -150,13 +159,21 @@ class MlflowTracker:
             _log.error("%s", error)
 
     def _end(self, status: RunStatus) -> None:
-        if not self._backlog.is_empty:
-            raise ServiceError(
-                f"MLflow at {self._uri} does not answer: {self._backlog.num_points} metric points and "
-                f"{self._backlog.num_files} files of run {self._run_id} are saved in {self._backlog.path}: "
-                "start the server and rerun the same command"
-            )
-        end_run(self._uri, self._run_id, status)
+        if self._refused:
+            counts = ", ".join(f"{count} of {key}" for key, count in sorted(self._refused.items()))
+            _log.warning("points that MLflow refused and run %s lacks: %s", self._run_id, counts)
+        if self._backlog.is_empty:
+            end_run(self._uri, self._run_id, status)
+            return
+
+        # A server that answers but does not take everything: the run must not stay RUNNING there.
+        with suppress(ServiceError):
+            end_run(self._uri, self._run_id, "FAILED" if status == "FINISHED" else status)
+        raise ServiceError(
+            f"MLflow at {self._uri} does not accept what is left ({self._problem}): {self._backlog.num_points} metric "
+            f"points and {self._backlog.num_files} files of run {self._run_id} are saved in {self._backlog.path}: "
+            "start the server and rerun the same command"
+        )
 
     def _write(self) -> None:
         """Write batches until closed, then until the backlog is empty or `CLOSE_TIMEOUT_S` has passed."""
@@ -180,14 +197,15 @@ class MlflowTracker:
                 pass
             while self._write_file():
                 pass
-        except (MlflowException, OSError) as error:
-            # Uploads raise the errors of requests, which are OSErrors, instead of MLflow's own.
-            if self._is_reachable:
-                reason = str(error).partition("\n")[0]
-                _log.warning("MLflow at %s accepts no metrics, retrying: %s", self._uri, reason)
-            self._is_reachable = False
+        # Also the errors of requests and of the packages of artifact stores: the thread must outlive all of them.
+        except Exception as error:  # noqa: BLE001  as above
+            if not self._problem:
+                _log.warning(
+                    "MLflow at %s accepts no metrics, retrying: %s", self._uri, first_line(error)
+                )
+            self._problem = first_line(error)
             return False
-        self._is_reachable = True
+        self._problem = ""
         return True
 
     def _write_batch(self) -> bool:
@@ -197,22 +215,71 @@ class MlflowTracker:
             return False
 
         # Asked for here and not in the constructor: the server may be down when the run starts.
-        if self._stored is None:
-            self._stored = self._fetch_stored()
+        if self._start_ms is None:
+            self._start_ms = self._client.get_run(self._run_id).info.start_time
+        points = {}
+        for point in batch:
+            if is_metric_name(point.key):
+                # MLflow's key of a metric row is (run, metric, timestamp, step, value): a timestamp of now would store
+                # a replayed point again. Of a point that is twice in the batch, the later value.
+                timestamp = self._start_ms + point.step + point.rewinds
+                points[point.key, point.step, timestamp] = point.value
+            else:
+                self._leave_out(point.key, "it is not a name that MLflow takes")
 
-        # Of a point that is twice in the batch, the later value.
-        new = {self._stored_point(point): point for point in batch}
-        metrics = [
-            Metric(key, point.value, timestamp, step)
-            for (key, step, timestamp), point in new.items()
-            if (key, step, timestamp) not in self._stored
-        ]
-        if metrics:
-            self._client.log_batch(self._run_id, metrics=metrics, synchronous=True)
-
-        self._stored |= new.keys()
+        stored = self._stored.find(points)
+        self._log_metrics(
+            [
+                Metric(key, value, timestamp, step)
+                for (key, step, timestamp), value in points.items()
+                if (key, step, timestamp) not in stored
+            ]
+        )
         self._backlog.remove_points(len(batch))
         return True
+
+    def _log_metrics(self, metrics: list[Metric]) -> None:
+        """Write metrics in one request, or, if the server refuses some of them, all others.
+
+        Raises:
+            MlflowException: If the server cannot be reached, or refuses everything without naming a value.
+        """
+        if not metrics:
+            return
+        try:
+            self._client.log_batch(self._run_id, metrics=metrics, synchronous=True)
+        except MlflowException as error:
+            # A run that was deleted on its page refuses everything, and may be restored there.
+            if not is_refusal(error) or not self._is_active():
+                raise
+            refused = self._find_refused(metrics)
+            if len(refused) == len(metrics) and error.error_code != INVALID_VALUE:
+                # More likely a fault of the server's than of every point.
+                raise
+            for metric, reason in refused:
+                self._leave_out(metric.key, first_line(reason))
+
+    def _find_refused(self, metrics: list[Metric]) -> list[tuple[Metric, MlflowException]]:
+        """Write metrics in ever smaller halves; return those that the server refuses by themselves."""
+        refused = []
+        middle = (len(metrics) + 1) // 2
+        for half in filter(None, (metrics[:middle], metrics[middle:])):
+            try:
+                self._client.log_batch(self._run_id, metrics=half, synchronous=True)
+            except MlflowException as error:
+                if not is_refusal(error):
+                    raise
+                refused += [(half[0], error)] if len(half) == 1 else self._find_refused(half)
+        return refused
+
+    def _is_active(self) -> bool:
+        return bool(self._client.get_run(self._run_id).info.lifecycle_stage == "active")
+
+    def _leave_out(self, key: str, reason: str) -> None:
+        """Count a refused point; the first of each metric is logged."""
+        if key not in self._refused:
+            _log.error("MLflow refuses metric %r, whose points are left out: %s", key, reason)
+        self._refused[key] += 1
 
     def _write_file(self) -> bool:
         """Upload the oldest file; return False if there is none."""
@@ -220,32 +287,27 @@ class MlflowTracker:
         if file is None:
             return False
 
-        if file.exists():
-            self._client.log_artifact(self._run_id, str(file), file.parent.name)
-        else:
-            # Not retried: the file will not come back, and would block those behind it.
+        # A file that is gone or refused is not retried: it would block those behind it.
+        if not file.exists():
             _log.error(
                 "%s no longer exists and is missing from the artifacts of run %s",
                 file,
                 self._run_id,
             )
+        else:
+            try:
+                self._client.log_artifact(self._run_id, str(file), file.parent.name)
+            except Exception as error:
+                if not is_refusal(error):
+                    raise
+                _log.error(
+                    "%s is not among the artifacts of run %s, which MLflow refuses: %s",
+                    file,
+                    self._run_id,
+                    first_line(error),
+                )
         self._backlog.remove_file()
         return True
-
-    def _fetch_stored(self) -> set[StoredPoint]:
-        run = self._client.get_run(self._run_id)
-        self._start_ms = run.info.start_time
-        return {
-            (key, point.step, point.timestamp)
-            for key in run.data.metrics
-            # `run.data.metrics` has the names of all metrics, but only the latest value of each.
-            for point in self._client.get_metric_history(self._run_id, key)
-        }
-
-    def _stored_point(self, point: Point) -> StoredPoint:
-        # MLflow's key of a metric row is (run, metric, timestamp, step, value): a timestamp of now would store a
-        # replayed point again.
-        return point.key, point.step, self._start_ms + point.step + point.rewinds
 
 
 def finish_run(uri: str, run_id: str, folder: Path, status: RunStatus) -> None:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
 from ul2r.config import Recipe, dump
-from ul2r.errors import ServiceError
+from ul2r.errors import RunInterrupted, ServiceError
 from ul2r.filesystem import write_atomically
 from ul2r.paths import RunPaths
+from ul2r.tracking.artifacts import open_experiment, translate_store_errors
 from ul2r.tracking.client import create_client, translate_errors
 from ul2r.tracking.tracker import RunStatus
 from ul2r.tracking.view import ROLE_COLORS, RUN_COLOR_TAG, install_view
+
+MAX_PARAM_LENGTH = 6000
+"""Characters that MLflow allows in a parameter: a mixture of some hundred denoisers has more."""
+
+_log = logging.getLogger(__name__)
 
 
 def start_run(
@@ -38,10 +46,11 @@ def start_run(
         params=params,
     )
 
-    # The recipe of the last attempt, which may differ in layout or launch from that of the first.
-    with translate_errors(uri):
-        create_client(uri).log_text(run_id, dump(recipe), "recipe.yaml")
-    install_view(uri, run_id, [denoiser.name for denoiser in recipe.evaluation.mixture])
+    with end_on_error(uri, run_id):
+        # The recipe of the last attempt, which may differ in layout or launch from that of the first.
+        with translate_store_errors(uri, f"run {run_id}"):
+            create_client(uri).log_text(run_id, dump(recipe), "recipe.yaml")
+        install_view(uri, run_id, [denoiser.name for denoiser in recipe.evaluation.mixture])
     return run_id
 
 
@@ -69,8 +78,7 @@ def continue_run(
         # By the record in the run's folder and not by name: MLflow's run names are not unique.
         run = _find_recorded_run(uri, folder)
         if run is None:
-            found = client.get_experiment_by_name(experiment)
-            experiment_id = found.experiment_id if found else client.create_experiment(experiment)
+            experiment_id = open_experiment(uri, experiment).experiment_id
             run = client.create_run(experiment_id, run_name=name)
             # At once, before requests that may fail: the next attempt must find this run instead of creating another.
             _write_record(folder, uri, experiment, run.info.run_id)
@@ -79,7 +87,9 @@ def continue_run(
         client.update_run(run_id, status="RUNNING")
         # MLflow refuses the whole batch if it has another value of one of the parameters.
         new = [
-            Param(key, str(value)) for key, value in params.items() if key not in run.data.params
+            Param(key, str(value)[:MAX_PARAM_LENGTH])
+            for key, value in params.items()
+            if key not in run.data.params
         ]
         client.log_batch(
             run_id, params=new, tags=[RunTag(*tag) for tag in tags.items()], synchronous=True
@@ -119,6 +129,21 @@ def end_run(uri: str, run_id: str, status: RunStatus) -> None:
         create_client(uri).set_terminated(run_id, status)
 
 
+@contextmanager
+def end_on_error(uri: str, run_id: str) -> Iterator[None]:
+    """End a run that this process has opened if the block fails: as KILLED if it was interrupted, else as FAILED."""
+    try:
+        yield
+    except BaseException as error:
+        is_interrupted = isinstance(error, KeyboardInterrupt | RunInterrupted)
+        try:
+            end_run(uri, run_id, "KILLED" if is_interrupted else "FAILED")
+        except ServiceError as failure:
+            # Not raised: it would hide the reason of the first one.
+            _log.error("run %s stays RUNNING: %s", run_id, failure)
+        raise
+
+
 def log_summary(
     uri: str,
     run_id: str,
@@ -144,8 +169,8 @@ def log_summary(
         ]
         if new:
             client.log_batch(run_id, metrics=new, synchronous=True)
-        for artifact in artifacts:
-            client.log_artifact(run_id, str(artifact))
+    for artifact in artifacts:
+        log_artifact(uri, run_id, artifact)
 
 
 def log_artifact(uri: str, run_id: str, file: Path) -> None:
@@ -154,7 +179,7 @@ def log_artifact(uri: str, run_id: str, file: Path) -> None:
     Raises:
         ServiceError: If the server fails.
     """
-    with translate_errors(uri):
+    with translate_store_errors(uri, f"run {run_id}"):
         create_client(uri).log_artifact(run_id, str(file))
 
 

@@ -69,6 +69,8 @@ def _start(paths: StoragePaths, port: int, log: int) -> subprocess.Popen[bytes]:
     command += ["--artifacts-destination", str(paths.mlflow_artifacts), "--serve-artifacts"]
     # Job execution, on by default, would add processes for features that are not used here.
     switches = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    # The log carries any text, whatever this process's own encoding is.
+    switches["PYTHONIOENCODING"] = "utf-8"
 
     return subprocess.Popen(
         command,

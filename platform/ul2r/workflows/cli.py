@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from ul2r.config import Comparison, Recipe, load
+from ul2r.console import make_streams_encodable
 from ul2r.errors import RecipeError, RunInterrupted, UserError
 from ul2r.launch.logs import configure_console
 from ul2r.launch.pretrained import fill_model_from_base
+from ul2r.tracking.proxies import bypass_proxies_for_this_machine
 
 USER_ERROR_EXIT = 2
 INTERRUPTED_EXIT = 128 + signal.SIGINT
@@ -42,6 +44,7 @@ def run_job(
     Returns:
         The exit code, see `run_and_report`.
     """
+    make_streams_encodable()
     parser = _make_parser(description)
     if dry_run is not None:
         parser.add_argument(
@@ -76,6 +79,9 @@ def run_and_report(work: Callable[[], None]) -> int:
         SIGTERM stopped it (on SIGTERM, training saves a checkpoint first). Any other exception is a bug and passes
         through.
     """
+    make_streams_encodable()
+    # Before anything starts: servers and Ray's workers inherit the environment.
+    bypass_proxies_for_this_machine()
     try:
         work()
     except UserError as error:

@@ -22,13 +22,16 @@ from ul2r.inference import read_export_metadata
 from ul2r.launch.pretrained import fill_model_from_base
 from ul2r.paths import StoragePaths
 from ul2r.tracking.mlflow import (
+    check_artifact_store,
     check_server,
     continue_run,
+    end_on_error,
     end_run,
     find_run,
     log_summary,
     require_run,
 )
+from ul2r.tracking.names import check_denoiser_names
 from ul2r.workflows.evaluate import evaluate_runs, log_scores
 
 TABLE_FILE = "table.md"
@@ -63,7 +66,10 @@ def compare(comparison: Comparison) -> ComparisonResult:
     recipes = _load_recipes(comparison)
     check_comparable(recipes)
     _check_experiment(comparison, recipes)
+    for recipe in recipes.values():
+        check_denoiser_names(recipe.evaluation.mixture, "evaluation.mixture")
     uri = check_server(comparison.tracking.uri)
+    check_artifact_store(uri, comparison.tracking.experiment)
 
     any_recipe = next(iter(recipes.values()))  # they agree in storage and evaluation
     dataset = open_dataset(any_recipe.storage_paths.store)
@@ -159,6 +165,7 @@ def _log_files(result: ComparisonResult, comparison: Comparison, uri: str) -> No
         tags={"ul2r.role": "comparison"},
         params={arm.role: arm.metadata.run for arm in result.table.arms},
     )
-    # No metrics: they belong to the compared runs.
-    log_summary(uri, run_id, {}, [result.folder / file for file in FILES])
+    with end_on_error(uri, run_id):
+        # No metrics: they belong to the compared runs.
+        log_summary(uri, run_id, {}, [result.folder / file for file in FILES])
     end_run(uri, run_id, "FINISHED")

@@ -19,6 +19,7 @@ from ul2r.evaluation.stored_scores import find_export, load_scores, save_scores
 from ul2r.inference import LanguageModel, read_export_metadata
 from ul2r.launch.ray_train.cluster import connect_ray
 from ul2r.tracking.mlflow import check_server, log_summary, require_run
+from ul2r.tracking.names import check_denoiser_names
 from ul2r.workflows.model_card import add_scores
 
 
@@ -29,7 +30,8 @@ def evaluate_run(recipe: Recipe) -> Scores:
         UserError: If the export is missing or does not fit the recipe, or the tracking server fails.
     """
     dataset = open_dataset(recipe.storage_paths.store)
-    # Before measuring, which takes minutes: that the server answers and knows the run.
+    # Before measuring, which takes minutes: that the scores can be recorded.
+    check_denoiser_names(recipe.evaluation.mixture, "evaluation.mixture")
     uri = check_server(recipe.tracking.uri)
     require_run(uri, recipe)
 

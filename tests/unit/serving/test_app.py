@@ -112,6 +112,9 @@ def test_an_incomplete_registry_uri_is_refused(uri: str) -> None:
 def test_an_unreachable_registry_is_named() -> None:
     with pytest.raises(ServiceError, match=r"at http://127\.0\.0\.1:1"):
         resolve_model("models:/name@champion", "http://127.0.0.1:1")
+    # The setting at hand, not the recipe's.
+    with pytest.raises(ServiceError, match=r"or set --tracking-uri to a running one$"):
+        resolve_model("models:/name@champion", "http://127.0.0.1:1", "--tracking-uri")
 
 
 def test_a_port_in_use_is_refused_and_a_free_one_is_not() -> None:

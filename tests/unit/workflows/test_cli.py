@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from ul2r.config import Recipe, dump
 from ul2r.errors import LayoutError, RunInterrupted
+from ul2r.evaluation.measure import list_metrics
+from ul2r.evaluation.scores import Score, Scores
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.workflows.cli import SUBMITTED_VARIABLE, run_job
+from ul2r.workflows.evaluate import make_score_table
 
 
 @pytest.fixture
@@ -36,6 +42,36 @@ def test_user_error_is_reported_in_one_line_with_exit_code_2(
 
     assert run_job("A job.", Recipe, action) == 2
     assert capsys.readouterr().err == "error: too many workers\n"
+
+
+def test_scores_are_printed_where_output_is_ascii(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with PYTHONIOENCODING=ascii, or in a C locale without Python's UTF-8 mode."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+
+    def action(recipe: Recipe) -> None:
+        names = [metric.name for metric in list_metrics(recipe.evaluation)]
+        table = make_score_table(recipe, Scores({name: Score(3.2, 0.1, 64) for name in names}))
+        Console(width=120).print(table)
+        sys.stdout.flush()
+
+    assert run_job("A job.", Recipe, action) == 0
+    assert b"+- standard error" in written.getvalue()
+    assert b"plain text, perplexity v" in written.getvalue()
+    assert b"infilled span, exact match ^" in written.getvalue()
+
+
+def test_servers_and_workers_inherit_that_this_machine_has_no_proxy(
+    recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("NO_PROXY", "")
+    seen: list[str] = []
+    assert run_job("A job.", Recipe, lambda _: seen.append(os.environ["no_proxy"])) == 0
+    assert {"localhost", "127.0.0.1"} <= set(seen[0].split(","))
 
 
 def test_bug_is_not_swallowed(recipe_file: Path) -> None:

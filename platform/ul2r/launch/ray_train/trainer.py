@@ -28,7 +28,6 @@ from ul2r.launch.preflight import (
     final_checkpoint_info,
     find_resume_checkpoint,
     gpu_environment,
-    has_finished,
     mark_finished,
     track_run,
 )
@@ -38,7 +37,7 @@ from ul2r.launch.ray_train.failures import FailurePolicy, describe_deaths, find_
 from ul2r.launch.ray_train.progress import progress_board
 from ul2r.launch.ray_train.streaming import build_store_in_background
 from ul2r.launch.stop_signal import StopSignal
-from ul2r.tracking.mlflow import check_server
+from ul2r.tracking.mlflow import check_artifact_store, check_server
 from ul2r.train.checkpoint.metadata import CheckpointInfo
 from ul2r.train.checkpoint.storage import acquire_writer_token
 
@@ -66,9 +65,10 @@ def train(recipe: Recipe) -> CheckpointInfo:
         resumed = find_resume_checkpoint(recipe)
         check_run(recipe, dataset, resumed)
     uri = check_server(recipe.tracking.uri)
-    if resumed is not None and has_finished(recipe, resumed):
+    if resumed is not None and resumed.is_finished:
         mark_finished(recipe, uri)
         return resumed
+    check_artifact_store(uri, recipe.tracking.experiment)
 
     must_build = dataset is None or not dataset.manifest.is_complete
     if must_build:

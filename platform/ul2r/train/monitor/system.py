@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from statistics import fmean
 
 import psutil
 import torch
@@ -24,60 +26,74 @@ class SystemReport:
 
     Attributes:
         memory_bytes: On a GPU the most that torch has allocated, on a CPU the resident memory of the process.
-        node: Metrics of its node, empty unless this worker reports for the node.
+        load: Values by metric, one of the node or one of each of its GPUs; empty unless this worker reports for the
+            node.
     """
 
     memory_bytes: int
-    node: dict[str, float] = field(default_factory=dict)
+    load: dict[str, list[float]] = field(default_factory=dict)
 
 
 class SystemMonitor(Callback):
-    """Memory of the largest worker, and load of each node, for which its first worker reports.
+    """Memory of the largest worker, and load of the nodes, for each of which its first worker reports.
 
-    Names of a node's metrics begin with "system/", which MLflow shows on a page of its own. GPU load needs
-    nvidia-ml-py.
+    Loads are logged as minimum, mean and maximum over all nodes or GPUs, so that a run of any size has as many
+    metrics. Their names begin with "system/", which MLflow shows on a page of its own. GPU load needs nvidia-ml-py.
 
     Args:
         mesh: Position of this rank; the constructor is collective over all ranks.
     """
 
     def __init__(self, mesh: Mesh) -> None:
-        self._node = socket.gethostname()
-        nodes = mesh.all_gather(self._node)
-        self._reports_node = nodes.index(self._node) == mesh.rank
+        node = socket.gethostname()
+        self._reports_node = mesh.all_gather(node).index(node) == mesh.rank
         if self._reports_node:
             psutil.cpu_percent()  # the first call returns 0 and starts the measurement
 
     def rank_report(self) -> SystemReport:
         """Return this worker's memory, and its node's load if it reports for the node."""
-        return SystemReport(_worker_memory(), self._node_load() if self._reports_node else {})
+        return SystemReport(_worker_memory(), _node_load() if self._reports_node else {})
 
     def reduce_reports(self, reports: Sequence[SystemReport]) -> Mapping[str, float]:
-        """Return "train/memory_gib", the memory of the largest worker, and the load of every node."""
-        largest = max(report.memory_bytes for report in reports)
-        metrics = {"train/memory_gib": largest / GIB}
+        """Return "train/memory_gib", the memory of the largest worker, and "system/METRIC/min", "/mean" and "/max"."""
+        loads = defaultdict[str, list[float]](list)
         for report in reports:
-            metrics |= report.node
+            for name, values in report.load.items():
+                loads[name] += values
+
+        metrics = {"train/memory_gib": max(report.memory_bytes for report in reports) / GIB}
+        for name, values in loads.items():
+            metrics[f"system/{name}/min"] = min(values)
+            metrics[f"system/{name}/mean"] = fmean(values)
+            metrics[f"system/{name}/max"] = max(values)
         return metrics
 
-    def _node_load(self) -> dict[str, float]:
-        load = {
-            "cpu_utilization_percentage": psutil.cpu_percent(),
-            "memory_used_gib": psutil.virtual_memory().used / GIB,
-        }
-        # NVML is asked rather than CUDA: a CUDA context on every device of the node would take memory there.
-        if find_spec("pynvml") is not None:
-            for device in range(torch.cuda.device_count()):
-                load |= _gpu_load(device)
-        return {f"system/{self._node}/{name}": value for name, value in load.items()}
+
+def _node_load() -> dict[str, list[float]]:
+    load = {
+        "cpu_utilization_percentage": [psutil.cpu_percent()],
+        "memory_used_gib": [psutil.virtual_memory().used / GIB],
+    }
+    # NVML is asked rather than CUDA: a CUDA context on every device of the node would take memory there.
+    if find_spec("pynvml") is None:
+        return load
+    for device in range(torch.cuda.device_count()):
+        for name, value in _gpu_load(device).items():
+            load.setdefault(name, []).append(value)
+    return load
 
 
 def _gpu_load(device: int) -> dict[str, float]:
-    from pynvml import NVMLError_NotSupported  # torch.cuda's own source of these numbers
+    """Return the load of a GPU; what NVML cannot tell is left out."""
+    from pynvml import NVMLError  # torch.cuda's own source of these numbers
 
-    load = {f"gpu_{device}_memory_used_gib": torch.cuda.device_memory_used(device) / GIB}
-    with suppress(NVMLError_NotSupported):  # a MIG slice reports no utilization
-        load[f"gpu_{device}_utilization_percentage"] = torch.cuda.utilization(device)
+    load = {}
+    # A MIG slice reports no utilization; a lost device or a driver that was replaced reports nothing (torch turns some
+    # of these errors into RuntimeError). Monitoring ends no run: a GPU that is really gone fails in training itself.
+    with suppress(NVMLError, RuntimeError):
+        load["gpu_memory_used_gib"] = torch.cuda.device_memory_used(device) / GIB
+    with suppress(NVMLError, RuntimeError):
+        load["gpu_utilization_percentage"] = float(torch.cuda.utilization(device))
     return load
 
 
