@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import queue
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from ul2r.config import Recipe
 from ul2r.config.export import Export
@@ -112,6 +119,65 @@ def start_from(recipe: Recipe, tokens: Tensor) -> tuple[Tensor, Tensor, float]:
     return logits, output.detach().clone(), result.losses.mean
 
 
+class Call:
+    """An object whose pickle writes a file when it is loaded."""
+
+    def __init__(self, written: Path) -> None:
+        self.written = written
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"touch {self.written}",)
+
+
+def tamper(base: Path, folder: Path) -> None:
+    """Copy a checkpoint three times, each with code in another file that is a pickle."""
+    for name in ("metadata", "common", "object"):
+        shutil.copytree(base, folder / name)
+
+    metadata = pickle.loads((base / ".metadata").read_bytes())
+    metadata.planner_data = Call(folder / "written")
+    (folder / "metadata" / ".metadata").write_bytes(pickle.dumps(metadata))
+    torch.save(Call(folder / "written"), folder / "common" / "common.pt")
+
+    # The embedding is said to be an object, with the attribute by which Megatron-Core tells tensors.
+    metadata.planner_data = None
+    key = "embedding.word_embeddings.weight"
+    disguised = BytesStorageMetadata()
+    disguised.size = metadata.state_dict_metadata[key].size  # type: ignore[attr-defined]
+    metadata.state_dict_metadata[key] = disguised
+    file = folder / "object" / "__9_9.distcp"
+    torch.save(Call(folder / "written"), file)
+    places = metadata.storage_data
+    for index in [index for index in places if index.fqn == key]:
+        del places[index]
+    places[MetadataIndex(key)] = _StorageInfo(file.name, 0, file.stat().st_size)
+    (folder / "object" / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def load_tampered(recipe: Recipe, folder: Path) -> list[str]:
+    """Return the errors of loading the copies as bases, and of one with an optimizer; "" where there is none."""
+    from ul2r.config import MegatronBase
+    from ul2r.train.checkpoint.pretrained import load_pretrained
+    from ul2r.train.checkpoint.sharded_state import load_checkpoint
+    from ul2r.train.mesh import Mesh
+    from ul2r.train.step import TrainStep
+
+    dataset = open_dataset(recipe.storage_paths.store)
+    step = TrainStep(recipe, Mesh.join(recipe.parallel), dataset.vocabulary.size)
+
+    def load(name: str, *, optimizer: bool = False) -> str:
+        try:
+            if optimizer:
+                load_checkpoint(folder / name, step, optimizer=True)
+            else:
+                load_pretrained(recipe, MegatronBase(megatron=folder / name), step)
+        except (CheckpointError, CheckpointException) as error:
+            return str(error)
+        return ""
+
+    return [load("metadata"), load("common"), load("common", optimizer=True), load("object")]
+
+
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     storage = tmp_path_factory.mktemp("megatron")
@@ -164,6 +230,41 @@ def test_a_base_of_another_model_is_refused(recipe: Recipe, megatron_logits: Ten
         check_base(with_model(ffn_hidden_size=98), dataset)
     with pytest.raises(CheckpointError, match=r"has no tensor .*linear_qkv.bias"):
         check_base(with_model(bias="qkv"), dataset)
+
+
+def test_code_in_a_checkpoint_is_not_run(
+    recipe: Recipe, megatron_logits: Tensor, tmp_path: Path
+) -> None:
+    assert len(megatron_logits) == 2
+    tamper(recipe.storage / "megatron" / "iter_0000005", tmp_path)
+    dataset = open_dataset(recipe.storage_paths.store)
+    refused = r"/metadata/\.metadata: refers to posix\.system, which is not part of a checkpoint"
+
+    def base_of(name: str) -> Recipe:
+        return tiny_recipe(
+            recipe.storage,
+            base={"megatron": str(tmp_path / name)},
+            model={"tie_embeddings": False},
+            parallel={"num_workers": 2, "pipeline": 2},
+        )
+
+    with pytest.raises(CheckpointError, match=refused):
+        check_base(base_of("metadata"), dataset)
+    with pytest.raises(CheckpointError, match=r"has no tensor embedding\.word_embeddings\.weight"):
+        check_base(base_of("object"), dataset)
+    exported = recipe.model_copy(
+        update={"export": Export(checkpoint=tmp_path / "metadata"), "base": None}
+    )
+    with pytest.raises(CheckpointError, match=refused):
+        export(exported)
+
+    for messages in run_distributed(load_tampered, 2, recipe, tmp_path):
+        metadata, common, common_with_optimizer, disguised = messages
+        assert re.search(refused, metadata)
+        assert common == "", "weights alone need nothing of common.pt"
+        assert "common.pt: refers to posix.system, which is not" in common_with_optimizer
+        assert "embedding.word_embeddings.weight" in disguised
+    assert not (tmp_path / "written").exists()
 
 
 def test_a_megatron_checkpoint_is_exported_as_the_same_function(

@@ -247,6 +247,27 @@ def test_failure_of_the_last_upload_is_an_error_that_leaves_the_checkpoint(stora
     assert (recipe.paths.checkpoints / "latest").read_text() == "step_00000006"
 
 
+def test_prolonged_run_equals_one_that_was_as_long_from_the_start(storage: Path) -> None:
+    """Both warm up for one step."""
+
+    def recipe(name: str, steps: int) -> Recipe:
+        optimizer = {"schedule": "constant", "warmup_fraction": 1 / steps}
+        return tiny_recipe(
+            storage,
+            name=name,
+            parallel=PARALLEL,
+            training={"steps": steps},
+            optimizer=optimizer,
+            checkpoints={"every": 2},
+        )
+
+    whole = run_distributed(train, 2, recipe("whole", 6))[0]
+    short = run_distributed(train, 2, recipe("prolonged", 4))[0]
+    rest = run_distributed(train, 2, recipe("prolonged", 6))[0]
+    assert short.losses | rest.losses == whole.losses
+    assert list(rest.losses) == [5, 6]
+
+
 class GatedFileSystem(LocalFileSystem):  # type: ignore[misc]  # fsspec has no types
     """Folders that take no file before the last checkpoint of a run is complete."""
 

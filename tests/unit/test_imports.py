@@ -43,7 +43,7 @@ ROOMS: dict[str, tuple[frozenset[str], ...]] = {
         "model": ("window", "attention", "*", "huggingface"),
         "train": (
             "mesh state optimizer monitor/guards",
-            "step",
+            "step waiting",
             "callbacks",
             "checkpoint monitor",
             "*",

@@ -24,7 +24,12 @@ class Data(StrictModel):
     """Text, its tokenizer and its token store."""
 
     corpus: tuple[str, ...] = Field(default=("stdlib",), min_length=1)
-    """Files or folders of .txt .md .py .jsonl .parquet (plain, .gz or .zst); "stdlib" is Python's own library."""
+    """Files, folders or patterns of .txt .md .py .jsonl .parquet (plain, .gz or .zst), or .bin and .idx of Megatron's;
+    "stdlib" is Python's own library."""
+    text_key: str = Field(default="text", min_length=1)
+    """Key of .jsonl records, and column of .parquet files, that holds the text."""
+    null_text: Literal["refuse", "skip"] = "refuse"
+    """What to do about records whose text is null or missing: refuse the corpus, or skip and count them."""
     order: Literal["shuffled", "streamed"] = "shuffled"
     """Shuffled text is read in a random order of all its windows, so it must be prepared before training. Streamed
     text is tokenized while training already runs on its first segment, and shuffled within segments that double in

@@ -36,7 +36,8 @@ def load_network(folder: Path, device: str) -> PreTrainedModel:
             attn_implementation="sdpa",  # uses a boolean 4-D mask unchanged
             dtype=torch.float32 if device == "cpu" else "auto",
             local_files_only=True,
-            use_safetensors=True,
+            trust_remote_code=False,  # unset, transformers asks on the terminal whether to run a model's own code
+            use_safetensors=True,  # other formats are pickles
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -129,9 +129,14 @@ def find_resume_checkpoint(recipe: Recipe) -> CheckpointInfo | None:
     # Workers verify the checkpoint that they resume from, each its part, so that only sizes are compared here. The last
     # checkpoint of a finished run has no other reader and is verified as a whole.
     path = latest_valid(store, thorough=False, quiet=True)
-    if path is not None and CheckpointInfo.read(path).is_finished:
+    if path is not None and has_finished(recipe, CheckpointInfo.read(path)):
         path = latest_valid(store, quiet=True)
     return CheckpointInfo.read(path) if path is not None else None
+
+
+def has_finished(recipe: Recipe, info: CheckpointInfo) -> bool:
+    """Return whether a checkpoint of the run is its last one; one of a run that is to be prolonged is not."""
+    return info.step >= recipe.training.steps
 
 
 def final_checkpoint_info(recipe: Recipe) -> CheckpointInfo:
@@ -143,7 +148,7 @@ def final_checkpoint_info(recipe: Recipe) -> CheckpointInfo:
     path = latest_valid(CheckpointStore.from_recipe(recipe), thorough=False)
     assert path is not None, "a run that ends without an error has saved"
     info = CheckpointInfo.read(path)
-    if not info.is_finished:
+    if not has_finished(recipe, info):
         raise RunInterrupted(
             f"{recipe.name}: stopped after step {info.step} of {recipe.training.steps}, checkpoint saved"
         )

@@ -18,6 +18,7 @@ from ul2r.launch.preflight import (
     final_checkpoint_info,
     find_resume_checkpoint,
     gpu_environment,
+    has_finished,
     mark_finished,
     track_run,
 )
@@ -50,7 +51,7 @@ def train(recipe: Recipe) -> CheckpointInfo:
     uri = check_server(recipe.tracking.uri)
 
     is_rank0 = os.environ["RANK"] == "0"
-    if resumed is not None and resumed.is_finished:
+    if resumed is not None and has_finished(recipe, resumed):
         if is_rank0:
             mark_finished(recipe, uri)
         return resumed

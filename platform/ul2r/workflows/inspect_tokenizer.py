@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from ul2r.data.prepare.round_trip import describe_samples
 from ul2r.data.special_tokens import (
     SpecialTokenSource,
     TokenAssignment,
@@ -58,6 +59,7 @@ def describe_special_tokens(
     # Consecutive sentinels usually go to one kind of place: a line for each run of them.
     for origin, group in groupby(assigned, key=lambda token: token.origin):
         lines.append(f"  {_describe_group(list(group), before)}: {origin}")
+    lines.append(f"  round trip: {describe_samples(after)}")
     if path.is_dir():
         lines.append(_describe_embedding(path, new_size))
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 from ul2r.config import Recipe
+from ul2r.data.prepare.left_out import LeftOut
 from ul2r.data.prepare.prepare import load_finished, prepare
+from ul2r.data.prepare.round_trip import RoundTrip
 from ul2r.data.store.manifest import Manifest
 from ul2r.launch.ray_train.cluster import connect_ray
 
@@ -29,7 +31,7 @@ def prepare_store(recipe: Recipe) -> tuple[Manifest, bool]:
 
 
 def describe_manifest(manifest: Manifest) -> str:
-    """Return text to print: counts of a store's two splits, a line each, and of its vocabulary."""
+    """Return text to print: counts of a store's two splits, of its vocabulary and of what it lacks, a line each."""
     lines = []
     for name, split in (("train", manifest.train), ("held out", manifest.held_out)):
         line = f"  {name:<9} {split.num_documents:,} documents, {split.num_tokens:,} tokens"
@@ -44,5 +46,10 @@ def describe_manifest(manifest: Manifest) -> str:
     lines.append(
         f"  tokenizer {vocabulary.size:,} entries, including {len(vocabulary.sentinels)} sentinels"
     )
+
+    if manifest.round_trip:
+        lines.append(f"  tokenizer {RoundTrip.from_dict(manifest.round_trip).describe()}")
+    if manifest.left_out:
+        lines.append(f"  left out  {LeftOut.from_dict(manifest.left_out).describe()}")
 
     return "\n".join(lines)

@@ -107,7 +107,14 @@ def test_a_model_is_described_with_its_parameters_and_embedding(llama: Path) -> 
         ),
         (
             lambda f: [path.unlink() for path in f.glob("model*")],
-            "has neither model.safetensors nor",
+            "has neither model.safetensors nor .*: point to a model's folder",
+        ),
+        (
+            lambda f: (
+                [path.rename(f / "pytorch_model.bin") for path in f.glob("model*.safetensors")]
+                and (f / "model.safetensors.index.json").unlink()
+            ),
+            r"its pytorch_model\.bin is a pickle, .*M\.from_pretrained\(.*save_pretrained\('NEW'\)",
         ),
     ],
 )

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from ul2r.data.store.manifest import SplitCounts
+from ul2r.data.prepare.left_out import LeftOut
+from ul2r.data.prepare.round_trip import RoundTrip
+from ul2r.data.store.manifest import Manifest, SplitCounts
 from ul2r.testing.corpus import make_tiny_store
 from ul2r.workflows.prepare import describe_manifest
 
@@ -22,3 +24,39 @@ def test_counts_of_both_splits_and_the_vocabulary_are_listed(tmp_path: Path) -> 
         "  held out  1 documents, 500 tokens",
         f"  tokenizer {manifest.vocabulary.size:,} entries, including 64 sentinels",
     ]
+
+
+def test_what_is_lost_and_left_out_is_said(tmp_path: Path) -> None:
+    manifest = make_tiny_store(tmp_path / "store", num_documents=12).manifest
+    left_out = LeftOut()
+    for number in range(1200):
+        left_out.add("empty documents", 0, f"a.jsonl: line {number}")
+    left_out.add(".png files", 25_000_000, "/texts/picture.png")
+
+    text = describe_manifest(
+        replace(
+            manifest,
+            left_out=left_out.to_dict(),
+            round_trip=RoundTrip(1000, 20, ("The\n", "the ")).to_dict(),
+        )
+    )
+
+    assert text.splitlines()[-2:] == [
+        "  tokenizer 20 of 1,000 characters (2.00%) are lost, 'The\\n' becomes 'the '",
+        "  left out  1,200 empty documents (first a.jsonl: line 0), "
+        "1 .png files (25.00 MB, first /texts/picture.png)",
+    ]
+
+
+def test_counts_are_kept_in_the_manifest(tmp_path: Path) -> None:
+    manifest = make_tiny_store(tmp_path / "store", num_documents=12).manifest
+    plain = (tmp_path / "store/manifest.json").read_text()
+    assert "left_out" not in plain
+    assert "round_trip" not in plain
+
+    left_out = LeftOut()
+    left_out.add("hidden files", 5, ".a")
+    changed = replace(manifest, left_out=left_out.to_dict(), round_trip={"lost": 1})
+    changed.write(tmp_path / "store")
+    assert Manifest.read(tmp_path / "store") == changed
+    assert changed.fingerprint == manifest.fingerprint

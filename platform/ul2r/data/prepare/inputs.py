@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ul2r.config import Data
-from ul2r.data.prepare.source_files import find_files
+from ul2r.data.prepare.source_files import CorpusListing, SourceFile, list_corpus
 from ul2r.data.store.blend import collect_blend_inputs
 from ul2r.data.store.manifest import BLEND_KEY, ORDER_KEY
 from ul2r.data.tokenizer import list_special_tokens, load_tokenizer
@@ -22,7 +22,8 @@ SENTINELS_KEY = "data.sentinels"
 and the name of a work folder are digests of the inputs, so a new name would make another store of the same text."""
 RECIPE_KEYS = {HELD_OUT_KEY: "data.held_out_fraction", SENTINELS_KEY: "data.num_sentinels"}
 """Current names of settings that are called otherwise among the inputs."""
-DEFAULTS = {ORDER_KEY: "shuffled", SPECIAL_TOKENS_KEY: "reserved"}
+TEXT_KEY = "data.text_key"
+DEFAULTS = {ORDER_KEY: "shuffled", SPECIAL_TOKENS_KEY: "reserved", TEXT_KEY: "text"}
 """Settings that are inputs only if they have other values than these."""
 COMPARED_KEYS = (
     HELD_OUT_KEY,
@@ -32,7 +33,17 @@ COMPARED_KEYS = (
     "data.tokenizer",
     "data.vocabulary_size",
     ORDER_KEY,
+    TEXT_KEY,
 )
+
+
+def list_data(data: Data) -> CorpusListing:
+    """List the files of a recipe's corpus, to be read as the recipe says.
+
+    Raises:
+        CorpusError: If the text cannot be found.
+    """
+    return list_corpus(data.corpus, data.text_key, data.null_text)
 
 
 def collect_inputs(data: Data) -> dict[str, Any]:
@@ -45,7 +56,7 @@ def collect_inputs(data: Data) -> dict[str, Any]:
     if data.blend:
         return collect_blend_inputs(data.blend)
 
-    files = find_files(data.corpus)
+    files = list_data(data).files
     holds_tokens = any(file.holds_tokens for file in files)
     if data.tokenizer is None and holds_tokens:
         raise CorpusError(
@@ -64,8 +75,8 @@ def collect_inputs(data: Data) -> dict[str, Any]:
         load_tokenizer(data.tokenizer)
 
     # Not the contents: every start collects the inputs again, and would have to read the whole corpus for their digest.
-    # Names are relative, so a folder that was moved with its times is still the same corpus.
-    listing = [(file.name, file.size, file.modified_ns) for file in files]
+    # `data.null_text` is no input: a store made with "refuse" has no such records, so it is what "skip" makes as well,
+    # and a streamed store that was stopped by one can be continued.
     inputs: dict[str, Any] = {
         "data.corpus": list(data.corpus),
         HELD_OUT_KEY: data.held_out_fraction,
@@ -77,12 +88,18 @@ def collect_inputs(data: Data) -> dict[str, Any]:
         ORDER_KEY: data.order,
         "files": len(files),
         "bytes": sum(file.size for file in files),
-        "listing": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
+        "listing": _digest_listing(files),
         SPECIAL_TOKENS_KEY: data.special_tokens,
+        TEXT_KEY: data.text_key,
     }
     # ORDER_KEY among the inputs marks a streamed store (see `Manifest.fingerprint`), so "shuffled" must be left out.
     # `...` stands for "no default": unlike None, no input equals it.
     return {key: value for key, value in inputs.items() if value != DEFAULTS.get(key, ...)}
+
+
+def digest_earlier_listing(data: Data) -> str:
+    """Return the input "listing" of a store that an earlier version made, see `CorpusListing.earlier_files`."""
+    return _digest_listing(list_data(data).earlier_files)
 
 
 def digest_inputs(inputs: Mapping[str, Any]) -> str:
@@ -91,12 +108,15 @@ def digest_inputs(inputs: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:16]
 
 
-def describe_difference(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+def describe_difference(
+    stored: Mapping[str, Any], wanted: Mapping[str, Any], earlier_listing: str | None = None
+) -> str:
     """Describe how a store's inputs differ from a recipe's; an empty string if the store can be used.
 
     Args:
         stored: Inputs in the store's manifest.
         wanted: Inputs of the recipe, as from `collect_inputs`.
+        earlier_listing: Another listing that is as good, as from `digest_earlier_listing`.
     """
     if BLEND_KEY in stored or BLEND_KEY in wanted:
         if stored == wanted:
@@ -111,7 +131,7 @@ def describe_difference(stored: Mapping[str, Any], wanted: Mapping[str, Any]) ->
             return f"made with {name}={old}, the recipe has {new}"
 
     # The listing decides, not data.corpus: another path to the same files is no difference.
-    if stored.get("listing") == wanted["listing"]:
+    if stored.get("listing") in (wanted["listing"], earlier_listing):
         return ""
     if stored.get("data.corpus") != wanted["data.corpus"]:
         return f"made from data.corpus={stored.get('data.corpus')}, the recipe has {wanted['data.corpus']}"
@@ -119,6 +139,12 @@ def describe_difference(stored: Mapping[str, Any], wanted: Mapping[str, Any]) ->
         f"files of data.corpus={wanted['data.corpus']} changed since it was made ({stored.get('files')} files of "
         f"{stored.get('bytes')} bytes then, {wanted['files']} of {wanted['bytes']} now)"
     )
+
+
+def _digest_listing(files: Sequence[SourceFile]) -> str:
+    # Names are relative, so a folder that was moved with its times is still the same corpus.
+    listing = [(file.name, file.size, file.modified_ns) for file in files]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
 def _describe_blend(inputs: Mapping[str, Any]) -> str:

@@ -7,20 +7,34 @@ the shards that were finished.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from ul2r.config import Data, Recipe
 from ul2r.console import show_progress
-from ul2r.data.prepare.documents import read_documents
-from ul2r.data.prepare.inputs import collect_inputs, describe_difference, digest_inputs
+from ul2r.data.prepare.inputs import (
+    collect_inputs,
+    describe_difference,
+    digest_earlier_listing,
+    digest_inputs,
+    list_data,
+)
+from ul2r.data.prepare.left_out import LeftOut
 from ul2r.data.prepare.merge import merge_shards
-from ul2r.data.prepare.shards import group_files, is_shard_done
-from ul2r.data.prepare.source_files import SourceFile, find_files
+from ul2r.data.prepare.round_trip import (
+    SAMPLE_CHARACTERS,
+    check_round_trip,
+    measure_round_trip,
+)
+from ul2r.data.prepare.sample_text import sample_text
+from ul2r.data.prepare.shards import group_files, is_shard_done, load_left_out
+from ul2r.data.prepare.source_files import CorpusListing, SourceFile
 from ul2r.data.prepare.streaming import StreamingStoreBuilder, group_streamed_files
 from ul2r.data.prepare.tokenize_shards import tokenize_shards
 from ul2r.data.special_tokens import assign_special_tokens
@@ -34,10 +48,10 @@ from ul2r.filesystem import file_lock, staged_file
 from ul2r.objective import Vocabulary
 from ul2r.paths import TOKENIZER_FILE
 
+logger = logging.getLogger(__name__)
+
 MAX_TRAINING_CHARACTERS = 2**25
 """Characters that a tokenizer is trained on, at most."""
-MAX_TRAINING_FILES = 2**12
-"""Files that these characters come from, at most."""
 MEGABYTE = 1e6
 
 
@@ -65,6 +79,10 @@ def check_resumable(recipe: Recipe) -> Manifest | None:
         return None
     manifest = open_dataset(store).manifest
     difference = describe_difference(manifest.inputs, inputs)
+    # A streamed store that is not complete is continued with the files as they are listed now.
+    if difference and manifest.is_complete and not recipe.data.blend:
+        earlier = digest_earlier_listing(recipe.data)
+        difference = describe_difference(manifest.inputs, inputs, earlier)
     if difference:
         raise CorpusError(
             f"{store}: {difference}: set storage to another folder, or delete {store}"
@@ -94,7 +112,7 @@ def prepare(recipe: Recipe) -> Manifest:
             manifest = write_blend(work_folder, inputs)
         else:
             manifest = _build_shuffled_store(
-                work_folder, recipe.data, find_files(recipe.data.corpus), inputs
+                work_folder, recipe.data, list_data(recipe.data), inputs
             )
     # Within one folder, hence one file system, a rename is atomic: nobody sees a store that is not whole.
     work_folder.replace(store)
@@ -114,7 +132,7 @@ def build_streaming_store(recipe: Recipe, cpus: float | None = None) -> Generato
     Raises:
         UserError: As `prepare`.
     """
-    files = find_files(recipe.data.corpus)
+    listing = list_data(recipe.data)
     inputs = collect_inputs(recipe.data)
     store = recipe.storage_paths.store
     _make_folder(recipe, store.parent)
@@ -129,13 +147,16 @@ def build_streaming_store(recipe: Recipe, cpus: float | None = None) -> Generato
                 # A user error removed the work folder but left the store's segments: the next ones need the same
                 # tokenizer.
                 shutil.copyfile(store / TOKENIZER_FILE, work_folder / TOKENIZER_FILE)
+            vocabulary = _make_tokenizer(work_folder, recipe.data, listing.files)
             builder = StreamingStoreBuilder(
                 folder=store,
                 work_folder=work_folder,
-                groups=group_streamed_files(files),
+                groups=group_streamed_files(listing.files),
                 held_out_fraction=recipe.data.held_out_fraction,
-                vocabulary=_make_tokenizer(work_folder, recipe.data, files),
+                vocabulary=vocabulary,
                 inputs=inputs,
+                left_out=listing.left_out,
+                round_trip=_measure_round_trip(work_folder, recipe.data, listing.files),
             )
             yield from builder.build(cpus)
         shutil.rmtree(work_folder)
@@ -143,20 +164,28 @@ def build_streaming_store(recipe: Recipe, cpus: float | None = None) -> Generato
 
 def count_corpus_bytes(recipe: Recipe) -> int:
     """Return the size of the recipe's corpus in bytes."""
-    return sum(file.size for file in find_files(recipe.data.corpus))
+    return sum(file.size for file in list_data(recipe.data).files)
 
 
 def _build_shuffled_store(
-    work_folder: Path, data: Data, files: Sequence[SourceFile], inputs: Mapping[str, Any]
+    work_folder: Path, data: Data, listing: CorpusListing, inputs: Mapping[str, Any]
 ) -> Manifest:
-    vocabulary = _make_tokenizer(work_folder, data, files)
-    groups = group_files(files)
+    vocabulary = _make_tokenizer(work_folder, data, listing.files)
+    round_trip = _measure_round_trip(work_folder, data, listing.files)
+    groups = group_files(listing.files)
     total = sum(group.size for group in groups)
     # Before the generator below runs, which makes shards as it is consumed.
     already_done = sum(group.size for group in groups if is_shard_done(group, work_folder))
     sizes = (group.size for group in tokenize_shards(groups, work_folder, vocabulary))
     _show_bytes(accumulate(sizes), total, already_done)
-    return merge_shards(work_folder, len(groups), data.held_out_fraction, vocabulary, inputs)
+
+    left_out = LeftOut()
+    left_out.update(listing.left_out)
+    left_out.update(load_left_out(work_folder, range(len(groups))))
+    merged = merge_shards(work_folder, len(groups), data.held_out_fraction, vocabulary, inputs)
+    manifest = replace(merged, left_out=left_out.to_dict(), round_trip=round_trip)
+    manifest.write(work_folder)
+    return manifest
 
 
 def _make_tokenizer(work_folder: Path, data: Data, files: Sequence[SourceFile]) -> Vocabulary:
@@ -165,7 +194,10 @@ def _make_tokenizer(work_folder: Path, data: Data, files: Sequence[SourceFile]) 
     if not tokenizer_file.is_file():
         if data.tokenizer is None:
             tokenizer = train_tokenizer(
-                _sample_text(files), data.vocabulary_size, data.num_sentinels, data.mode_tokens
+                sample_text(files, MAX_TRAINING_CHARACTERS),
+                data.vocabulary_size,
+                data.num_sentinels,
+                data.mode_tokens,
             )
         else:
             tokenizer = assign_special_tokens(
@@ -182,23 +214,19 @@ def _make_tokenizer(work_folder: Path, data: Data, files: Sequence[SourceFile]) 
     return build_vocabulary(load_tokenizer(tokenizer_file), data.mode_tokens)
 
 
-def _sample_text(files: Sequence[SourceFile]) -> Iterator[str]:
-    """Yield the beginnings of evenly spaced files; all text if the files are few and small."""
-    # Evenly spaced and not random: the same corpus always trains the same tokenizer.
-    stride = -(-len(files) // MAX_TRAINING_FILES)
-    sampled = [file for file in files[::stride] if not file.holds_tokens]
-    fits = sum(file.size for file in sampled) <= MAX_TRAINING_CHARACTERS
-    per_file = MAX_TRAINING_CHARACTERS if fits else MAX_TRAINING_CHARACTERS // len(sampled)
-
-    num_characters = 0
-    for file in sampled:
-        # The minimum is for compressed files, which hold more characters than their sizes say.
-        end = min(num_characters + per_file, MAX_TRAINING_CHARACTERS)
-        for text, _ in read_documents(file):
-            if num_characters >= end:
-                break
-            yield text
-            num_characters += len(text)
+def _measure_round_trip(
+    work_folder: Path, data: Data, files: Sequence[SourceFile]
+) -> dict[str, Any]:
+    """Return what a given tokenizer loses of the text; refuse one that loses too much, warn of one that loses some."""
+    if data.tokenizer is None:
+        return {}
+    tokenizer = load_tokenizer(work_folder / TOKENIZER_FILE)
+    round_trip = measure_round_trip(tokenizer, sample_text(files, SAMPLE_CHARACTERS))
+    check_round_trip(round_trip, f"data.tokenizer={data.tokenizer}")
+    if round_trip.num_lost:
+        # Before the text is tokenized: at the end it may be too late.
+        logger.warning("data.tokenizer=%s: %s", data.tokenizer, round_trip.describe())
+    return round_trip.to_dict()
 
 
 def _show_bytes(done: Iterable[int], total: int, already_done: int = 0) -> None:

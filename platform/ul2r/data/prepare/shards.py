@@ -7,6 +7,7 @@ shards into a store.
 from __future__ import annotations
 
 import hashlib
+import json
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,13 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from ul2r.data.prepare.documents import read_documents
-from ul2r.data.prepare.source_files import ONE_DOCUMENT_SUFFIXES, SourceFile, text_suffix
+from ul2r.data.prepare.left_out import LeftOut
+from ul2r.data.prepare.source_files import SourceFile
+from ul2r.data.prepare.suffixes import ONE_DOCUMENT_SUFFIXES, text_suffix
 from ul2r.data.store.token_store import TokenStore, TokenWriter, append_suffix
 from ul2r.data.tokenizer import encode
 from ul2r.errors import CorpusError
-from ul2r.filesystem import staged_file
+from ul2r.filesystem import staged_file, write_atomically
 from ul2r.objective.vocabulary import Vocabulary
 
 TARGET_SHARDS = 64
@@ -120,12 +123,13 @@ def write_shard(
     # Arrays and no lists: 8 bytes per document each, where a Python integer takes about 40.
     keys = array("Q")
     sizes = array("q")
+    left_out = LeftOut()
     with TokenWriter(shard_prefix(folder, group.number), vocabulary.size) as writer:
         # A digest of the content alone: the held-out split does not depend on file names, order or groups.
         # 64 bits are enough: a collision of two documents does no more than put them on the same side of the split.
         key = hashlib.blake2b(digest_size=8)
         size = 0
-        for chunk in _read_chunks(group, tokenizer, vocabulary):
+        for chunk in _read_chunks(group, tokenizer, vocabulary, left_out):
             writer.append(chunk.tokens)
             key.update(chunk.content)
             size += chunk.text_bytes
@@ -139,6 +143,8 @@ def write_shard(
                 sizes.append(size)
                 key = hashlib.blake2b(digest_size=8)
                 size = 0
+
+    write_atomically(_left_out_file(folder, group.number), json.dumps(left_out.to_dict()))
 
     # Written last: a shard counts as done once this file exists.
     documents = np.empty(len(keys), DOCUMENT_DTYPE)
@@ -157,6 +163,16 @@ def load_document_table(folder: Path, number: int) -> npt.NDArray[np.void]:
     return documents
 
 
+def load_left_out(folder: Path, numbers: Sequence[int]) -> LeftOut:
+    """Return what finished shards left out of their files; earlier versions did not count it."""
+    left_out = LeftOut()
+    for number in numbers:
+        file = _left_out_file(folder, number)
+        if file.exists():
+            left_out.update(LeftOut.from_dict(json.loads(file.read_text(encoding="utf-8"))))
+    return left_out
+
+
 def shard_prefix(folder: Path, number: int) -> Path:
     """Return the prefix of a shard's token store; a shard without documents has no tokens."""
     return folder / f"shard_{number:05d}"
@@ -165,7 +181,7 @@ def shard_prefix(folder: Path, number: int) -> Path:
 def remove_shard(folder: Path, number: int) -> None:
     """Remove those of a shard's files that exist."""
     # The document table first: without it the shard does not count as done, should this be interrupted.
-    for suffix in (".npy", ".bin", ".idx"):
+    for suffix in (".npy", ".json", ".bin", ".idx"):
         append_suffix(shard_prefix(folder, number), suffix).unlink(missing_ok=True)
 
 
@@ -173,19 +189,25 @@ def _document_table_file(folder: Path, number: int) -> Path:
     return append_suffix(shard_prefix(folder, number), ".npy")
 
 
+def _left_out_file(folder: Path, number: int) -> Path:
+    return append_suffix(shard_prefix(folder, number), ".json")
+
+
 def _read_chunks(
-    group: FileGroup, tokenizer: Tokenizer, vocabulary: Vocabulary
+    group: FileGroup, tokenizer: Tokenizer, vocabulary: Vocabulary, left_out: LeftOut
 ) -> Iterator[_TokenChunk]:
     for file in group.files:
         if file.holds_tokens:
-            yield from _read_token_documents(file.path, vocabulary)
+            yield from _read_token_documents(file.path, vocabulary, left_out)
         else:
-            for text, ends_document in read_documents(file):
+            for text, ends_document in read_documents(file, left_out):
                 content = text.encode()
                 yield _TokenChunk(encode(tokenizer, text), content, len(content), ends_document)
 
 
-def _read_token_documents(path: Path, vocabulary: Vocabulary) -> Iterator[_TokenChunk]:
+def _read_token_documents(
+    path: Path, vocabulary: Vocabulary, left_out: LeftOut
+) -> Iterator[_TokenChunk]:
     """Yield the documents of an existing token store, each whole, after checking them against the vocabulary."""
     is_text = np.ones(vocabulary.size, np.bool_)
     is_text[list(vocabulary.non_text_ids)] = False
@@ -194,6 +216,7 @@ def _read_token_documents(path: Path, vocabulary: Vocabulary) -> Iterator[_Token
     for number in range(store.num_documents):
         tokens = store.read_document(number)
         if not len(tokens):
+            left_out.add("empty documents", 0, f"{path}: document {number}")
             continue
         # Checked first: an unknown token would index beyond the end of `is_text`, a negative one its other end.
         is_known = (tokens >= 0) & (tokens < vocabulary.size)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import sysconfig
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
+from ul2r.data.prepare.corpus_entries import find_entry_paths
+from ul2r.data.prepare.folder_walk import FoundFile, list_library, walk_folder
+from ul2r.data.prepare.left_out import LeftOut
+from ul2r.data.prepare.suffixes import (
+    NAMED_TEXT_SUFFIXES,
+    SPLITTABLE_SUFFIXES,
+    TEXT_SUFFIXES,
+    TOKEN_SUFFIXES,
+    describe_suffixes,
+    text_suffix,
+)
 from ul2r.errors import CorpusError
 
 STANDARD_LIBRARY = "stdlib"
-SKIPPED_LIBRARY_FOLDERS = frozenset({"test", "tests", "idlelib", "site-packages"})
-"""Folders of the installed standard library with tests, a program, or third-party packages."""
-ONE_DOCUMENT_SUFFIXES = (".txt", ".md", ".py")
-TEXT_SUFFIXES = (*ONE_DOCUMENT_SUFFIXES, ".jsonl", ".parquet")
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-TOKEN_SUFFIXES = (".bin", ".idx")
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,8 @@ class SourceFile:
         size: Bytes.
         modified_ns: Time of the last modification.
         begin: First byte of the part.
+        text_key: Key or column that holds the text of a record.
+        null_text: Whether records without a text are refused, or skipped and counted.
     """
 
     path: Path
@@ -37,6 +44,8 @@ class SourceFile:
     size: int
     modified_ns: int
     begin: int = 0
+    text_key: str = "text"
+    null_text: Literal["refuse", "skip"] = "refuse"
 
     @property
     def holds_tokens(self) -> bool:
@@ -46,7 +55,7 @@ class SourceFile:
     @property
     def is_splittable(self) -> bool:
         """True if parts can be read independently: the next line can be found from any byte of the file."""
-        return self.path.suffix == ".jsonl"
+        return self.path.suffix.lower() in SPLITTABLE_SUFFIXES
 
     def split(self, size: int) -> list[SourceFile]:
         """Split the file into the fewest parts of about `size` bytes; an unsplittable file is one part."""
@@ -59,63 +68,115 @@ class SourceFile:
         ]
 
 
-def find_files(entries: Sequence[str]) -> list[SourceFile]:
-    """List the files of a corpus in a fixed order: entries as given, files of a folder by name.
+@dataclass(frozen=True)
+class CorpusListing:
+    """The files of a corpus.
+
+    Attributes:
+        files: Each file once, in a fixed order: entries as given, files of a folder by name.
+        earlier_files: Files as earlier versions listed them, without linked folders and suffixes in capitals, and as
+            often as they were named: stores made from them are still good.
+        left_out: What was found but is not read.
+    """
+
+    files: tuple[SourceFile, ...]
+    earlier_files: tuple[SourceFile, ...]
+    left_out: LeftOut = field(default_factory=LeftOut)
+
+
+def find_files(
+    entries: Sequence[str], text_key: str = "text", null_text: Literal["refuse", "skip"] = "refuse"
+) -> list[SourceFile]:
+    """List the files of a corpus, see `list_corpus`."""
+    return list(list_corpus(entries, text_key, null_text).files)
+
+
+def list_corpus(
+    entries: Sequence[str], text_key: str = "text", null_text: Literal["refuse", "skip"] = "refuse"
+) -> CorpusListing:
+    """List the files of a corpus, each once however often and by whatever names it is reached, and what is left out.
 
     Args:
-        entries: Files, folders (searched recursively; hidden files and folders are skipped), or "stdlib".
+        entries: Files, folders (searched recursively, through links as well; what is hidden is left out), patterns
+            such as `texts/*.md`, file:// URLs, prefixes of Megatron token stores, or "stdlib".
+        text_key: Key or column that holds the text of a record.
+        null_text: Whether records without a text are refused, or skipped and counted.
 
     Raises:
-        CorpusError: If an entry is missing or holds nothing readable.
+        CorpusError: If an entry is missing, cannot be read, or holds nothing readable.
     """
-    return [file for entry in entries for file in _find_entry_files(entry)]
+    left_out = LeftOut()
+    found: list[tuple[int, FoundFile]] = []
+    for number, entry in enumerate(entries):
+        found += [(number, file) for file in _find_entry_files(entry, left_out)]
+
+    # The first entry that has a file keeps it, and in it the path without links, so that the choice does not depend on
+    # the order of a file system.
+    first_with: dict[object, int] = {}
+    for i in sorted(range(len(found)), key=lambda i: (found[i][0], found[i][1].is_linked, i)):
+        first_with.setdefault(found[i][1].identity, i)
+    chosen = set(first_with.values())
+
+    files = [_to_source_file(file, text_key, null_text) for _, file in found]
+    for i, file in enumerate(files):
+        if i not in chosen:
+            left_out.add("files named twice", file.size, str(file.path))
+    return CorpusListing(
+        files=tuple(file for i, file in enumerate(files) if i in chosen),
+        earlier_files=tuple(
+            file for file, (_, candidate) in zip(files, found, strict=True) if candidate.was_listed
+        ),
+        left_out=left_out,
+    )
 
 
-def text_suffix(path: Path) -> str:
-    """Return the suffix that tells the content, without that of a compression."""
-    return path.with_suffix("").suffix if path.suffix in COMPRESSIONS else path.suffix
+def _to_source_file(
+    found: FoundFile, text_key: str, null_text: Literal["refuse", "skip"]
+) -> SourceFile:
+    return SourceFile(
+        found.path,
+        found.name,
+        found.size,
+        found.modified_ns,
+        text_key=text_key,
+        null_text=null_text,
+    )
 
 
-def _find_entry_files(entry: str) -> list[SourceFile]:
+def _find_entry_files(entry: str, left_out: LeftOut) -> list[FoundFile]:
+    """Return the files of a corpus entry, those of a folder sorted by path."""
     if entry == STANDARD_LIBRARY:
-        return _walk_folder(Path(sysconfig.get_path("stdlib")), (".py",), SKIPPED_LIBRARY_FOLDERS)
+        return list_library(Path(sysconfig.get_path("stdlib")))
 
-    path = Path(entry).absolute()
-    if path.is_dir():
-        files = _walk_folder(path, TEXT_SUFFIXES, frozenset())
-        if not files:
-            raise CorpusError(f"{entry}: this folder has no {_readable_suffixes()}")
-        return files
-    if not path.exists():
-        raise CorpusError(f"{entry}: no such file or folder: set data.corpus to your text")
-    # Either file names the pair; the .bin file stands for it, since its size is that of the tokens.
-    if path.suffix in TOKEN_SUFFIXES:
-        return [_describe_file(path.with_suffix(".bin"), path.parent)]
-    if text_suffix(path) not in TEXT_SUFFIXES:
-        raise CorpusError(f"{entry}: unsupported corpus file: use {_readable_suffixes()}")
-    return [_describe_file(path, path.parent)]
-
-
-def _walk_folder(root: Path, suffixes: Sequence[str], skipped: frozenset[str]) -> list[SourceFile]:
-    found = []
-    for folder, subfolders, names in os.walk(root):
-        # In place: os.walk descends into what is left of this list.
-        subfolders[:] = [
-            name for name in subfolders if name not in skipped and not name.startswith(".")
-        ]
-        paths = (Path(folder) / name for name in names if not name.startswith("."))
-        found += [path for path in paths if text_suffix(path) in suffixes and path.is_file()]
-    # os.walk follows the order of the file system, which differs between machines.
-    return [_describe_file(path, root) for path in sorted(found)]
+    paths, is_pattern = find_entry_paths(entry)
+    skipped = LeftOut()
+    files: list[FoundFile] = []
+    for path in paths:
+        if path.is_dir():
+            files += walk_folder(path, skipped)
+        elif path.suffix in TOKEN_SUFFIXES and not (is_pattern and _lacks_half(path)):
+            # Either file names the pair; the .bin file stands for it, since its size is that of the tokens.
+            files.append(_describe_named_file(path.with_suffix(".bin")))
+        elif text_suffix(path) in (*TEXT_SUFFIXES, *NAMED_TEXT_SUFFIXES):
+            files.append(_describe_named_file(path))
+        elif is_pattern:
+            skipped.add_file(path, path.lstat().st_size)
+        else:
+            raise CorpusError(f"{entry}: unsupported corpus file: use {describe_suffixes()}")
+    if not files:
+        kind = "this pattern" if is_pattern else "this folder"
+        has = f"; it has {skipped.describe()}" if skipped else ""
+        raise CorpusError(f"{entry}: {kind} has no {describe_suffixes()}{has}")
+    left_out.update(skipped)
+    return files
 
 
-def _describe_file(path: Path, root: Path) -> SourceFile:
+def _lacks_half(path: Path) -> bool:
+    """Return whether a file is not half of a token store: other files are called .bin as well."""
+    return not all(path.with_suffix(suffix).is_file() for suffix in TOKEN_SUFFIXES)
+
+
+def _describe_named_file(path: Path) -> FoundFile:
     if not path.is_file():
         raise CorpusError(f"{path}: missing")
-    status = path.stat()
-    name = path.relative_to(root).as_posix()
-    return SourceFile(path, name, status.st_size, status.st_mtime_ns)
-
-
-def _readable_suffixes() -> str:
-    return f"{', '.join(TEXT_SUFFIXES)} (each plain, {' or '.join(COMPRESSIONS)})"
+    return FoundFile.describe(path, path.parent)

@@ -12,13 +12,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ul2r.data.prepare.left_out import LeftOut
 from ul2r.data.prepare.merge import (
     HELD_OUT_KEYS,
     can_hold_out,
     merge_first_segment,
     merge_next_segment,
 )
-from ul2r.data.prepare.shards import FileGroup, group_files, remove_shard, shard_prefix
+from ul2r.data.prepare.shards import (
+    FileGroup,
+    group_files,
+    load_left_out,
+    remove_shard,
+    shard_prefix,
+)
 from ul2r.data.prepare.source_files import SourceFile
 from ul2r.data.prepare.tokenize_shards import tokenize_shards
 from ul2r.data.store.manifest import Manifest, Segment
@@ -43,7 +50,8 @@ def group_streamed_files(files: Sequence[SourceFile]) -> list[FileGroup]:
 def _name_digest(part: SourceFile) -> bytes:
     # Not Python's hash(), which is salted per process: the order must be the same when the work is resumed. With the
     # part's beginning, so that the parts of one large file are spread over the segments, too.
-    return hashlib.blake2b(f"{part.name}:{part.begin}".encode()).digest()
+    # A file's name may hold bytes that are no UTF-8, which Python shows as surrogates.
+    return hashlib.blake2b(f"{part.name}:{part.begin}".encode(errors="surrogateescape")).digest()
 
 
 @dataclass
@@ -57,6 +65,8 @@ class StreamingStoreBuilder:
         held_out_fraction: See `merge_first_segment`.
         vocabulary: Vocabulary of the tokenizer.
         inputs: See `Manifest`.
+        left_out: Files of the corpus that are not read.
+        round_trip: See `Manifest`.
     """
 
     folder: Path
@@ -65,6 +75,8 @@ class StreamingStoreBuilder:
     held_out_fraction: float
     vocabulary: Vocabulary
     inputs: Mapping[str, Any]
+    left_out: LeftOut
+    round_trip: Mapping[str, Any]
 
     def build(self, cpus: float | None = None) -> Iterator[int]:
         """Build the missing segments with Ray; the caller holds the folder's `file_lock`, so nobody else does.
@@ -166,6 +178,8 @@ class StreamingStoreBuilder:
             files={name: sha256_of(staging / name) for name in names},
             segments=(Segment(len(shards), train.num_tokens),),
             is_complete=len(shards) == len(self.groups),
+            left_out=self._count_left_out(self.left_out, shards),
+            round_trip=self.round_trip,
         )
         manifest.write(staging)
         staging.replace(self.folder)
@@ -181,11 +195,18 @@ class StreamingStoreBuilder:
             files={**manifest.files, **new_files},
             segments=(*manifest.segments, Segment(len(shards), train.num_tokens)),
             is_complete=shards[-1] == len(self.groups) - 1,
+            left_out=self._count_left_out(LeftOut.from_dict(manifest.left_out), shards),
         )
 
         # Readers find the segment through the manifest, so its files are complete when they open them.
         extended.write(self.folder)
         return extended
+
+    def _count_left_out(self, so_far: LeftOut, shards: Sequence[int]) -> dict[str, Any]:
+        total = LeftOut()
+        total.update(so_far)
+        total.update(load_left_out(self.work_folder, shards))
+        return total.to_dict()
 
 
 def _count_merged_shards(manifest: Manifest | None) -> int:

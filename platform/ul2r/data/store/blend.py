@@ -71,6 +71,8 @@ def collect_blend_inputs(stores: Sequence[WeightedStore]) -> dict[str, Any]:
 
 
 def _check_members(names: Sequence[str], datasets: Sequence[TokenDataset]) -> None:
+    # By fingerprint and not by name: a link, another spelling of a path or a URL may lead to the same store.
+    first_names: dict[str, str] = {}
     for name, dataset in zip(names, datasets, strict=True):
         if BLEND_KEY in dataset.manifest.inputs:
             raise CorpusError(f"data.blend: {name} is itself a blend: list its stores instead")
@@ -78,10 +80,14 @@ def _check_members(names: Sequence[str], datasets: Sequence[TokenDataset]) -> No
             raise CorpusError(
                 f"data.blend: {name} is not complete yet: run jobs/prepare.py with its recipe first"
             )
-        if names.count(name) > 1:
+        fingerprint = dataset.manifest.fingerprint
+        if fingerprint in first_names:
+            first = first_names[fingerprint]
+            other_name = "" if first == name else f", it is the same store as {first}"
             raise CorpusError(
-                f"data.blend: {name} is listed twice: list it once, with its whole weight"
+                f"data.blend: {name} is listed twice{other_name}: list it once, with its whole weight"
             )
+        first_names[fingerprint] = name
         if dataset.manifest.tokenizer != datasets[0].manifest.tokenizer:
             raise CorpusError(
                 f"data.blend: {name} has another tokenizer than {names[0]}: prepare it again with the tokenizer.json "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,8 @@ class Manifest:
         segments: Finished segments of a streamed store (see `data/store/segments.py`).
         is_complete: False while segments are missing; only a streamed store can be read before it is complete.
         error: Reason why a streamed store cannot be finished, for the processes that wait for more of it.
+        left_out: Counts of files and documents that are not in the store, by reason (see `data/prepare/left_out.py`).
+        round_trip: Text that the tokenizer loses, if it is a given one (see `data/prepare/round_trip.py`).
     """
 
     inputs: Mapping[str, Any]
@@ -103,6 +105,8 @@ class Manifest:
     segments: tuple[Segment, ...] = ()
     is_complete: bool = True
     error: str = ""
+    left_out: Mapping[str, Any] = field(default_factory=dict)
+    round_trip: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def tokenizer(self) -> str:
@@ -122,7 +126,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write `folder`/manifest.json atomically."""
         # The keys are the file format: they stay as they were first written, whatever the attributes are called.
-        tree = {
+        tree: dict[str, Any] = {
             "format": FORMAT,
             "inputs": dict(self.inputs),
             "vocabulary": self.vocabulary.to_dict(),
@@ -133,6 +137,11 @@ class Manifest:
             "complete": self.is_complete,
             "mistake": self.error,
         }
+        # Only where there is something to say: a store's manifest is else as it always was.
+        if self.left_out:
+            tree["left_out"] = dict(self.left_out)
+        if self.round_trip:
+            tree["round_trip"] = dict(self.round_trip)
         write_atomically(folder / MANIFEST_FILE, json.dumps(tree, indent=1) + "\n")
 
     @classmethod
@@ -163,7 +172,7 @@ class Manifest:
                     f"{place}/{MANIFEST_FILE}: has format {tree['format']}, this version reads format {FORMAT}: "
                     f"delete {place} and run jobs/prepare.py RECIPE"
                 )
-            # The defaults are for manifests from before streamed stores existed, which lack these three keys.
+            # The defaults are for manifests from before these keys existed.
             return cls(
                 inputs=dict(tree["inputs"]),
                 vocabulary=Vocabulary.from_dict(tree["vocabulary"]),
@@ -173,6 +182,8 @@ class Manifest:
                 segments=tuple(map(Segment.from_dict, tree.get("chapters", ()))),
                 is_complete=tree.get("complete", True),
                 error=tree.get("mistake", ""),
+                left_out=tree.get("left_out", {}),
+                round_trip=tree.get("round_trip", {}),
             )
         # JSON that was edited or truncated can have any shape: each of these means that it is damaged.
         except (ValueError, KeyError, TypeError, AttributeError) as error:

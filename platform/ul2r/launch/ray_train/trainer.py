@@ -28,6 +28,7 @@ from ul2r.launch.preflight import (
     final_checkpoint_info,
     find_resume_checkpoint,
     gpu_environment,
+    has_finished,
     mark_finished,
     track_run,
 )
@@ -65,7 +66,7 @@ def train(recipe: Recipe) -> CheckpointInfo:
         resumed = find_resume_checkpoint(recipe)
         check_run(recipe, dataset, resumed)
     uri = check_server(recipe.tracking.uri)
-    if resumed is not None and resumed.is_finished:
+    if resumed is not None and has_finished(recipe, resumed):
         mark_finished(recipe, uri)
         return resumed
     check_artifact_store(uri, recipe.tracking.experiment)

@@ -14,7 +14,6 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     TensorStorageMetadata,
@@ -25,10 +24,10 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from ul2r.config import Architecture
 from ul2r.errors import CheckpointError
 from ul2r.model.huggingface.family import is_embedding
+from ul2r.model.restricted_reader import METADATA_FILE, RestrictedReader
 from ul2r.model.tensors import LAYERS, layer_tensor_shapes, outer_tensor_shapes
+from ul2r.paths import is_file_name
 
-METADATA_FILE = ".metadata"
-"""torch's description of a `torch_dist` checkpoint, present in each of them."""
 BLOCK_BYTES = 8 * 2**20
 """Largest block that is assembled from several chunks at a time."""
 LIBC = CDLL(None)
@@ -110,7 +109,7 @@ class MegatronCheckpointReader:
 
     def __init__(self, checkpoint: Path) -> None:
         self.folder = checkpoint
-        self._reader = FileSystemReader(checkpoint)
+        self._reader = RestrictedReader(checkpoint)
         try:
             metadata = self._reader.read_metadata()
         except OSError as error:
@@ -238,7 +237,12 @@ def find_latest_iteration(folder: Path, setting: str = "base.megatron") -> Path:
     """
     pointer = folder / "latest_checkpointed_iteration.txt"
     if pointer.is_file():
-        iteration = pointer.read_text(encoding="utf-8").strip()
+        iteration = pointer.read_text(encoding="utf-8", errors="replace").strip()
+        if not is_file_name(iteration):
+            raise CheckpointError(
+                f"{pointer}: names {iteration[:80]!r}, which is not a folder next to it: "
+                f"set {setting} to the folder of a checkpoint"
+            )
         # Megatron-LM writes a number, or "release" for weights without optimizer state.
         folder /= f"iter_{int(iteration):07d}" if iteration.isdecimal() else iteration
 

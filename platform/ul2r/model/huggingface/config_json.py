@@ -64,7 +64,11 @@ def read_architecture(folder: Path) -> Architecture:
         )
     try:
         # transformers renames keys of older versions and fills in its class's defaults.
-        config = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
+        config = AutoConfig.from_pretrained(
+            folder,
+            local_files_only=True,
+            trust_remote_code=False,  # unset, transformers asks on the terminal whether to run a model's own code
+        ).to_dict()
         return parse_architecture(config)
     except ValidationError as error:
         raise CheckpointError(f"{file}: {explain(error, Architecture)}") from None

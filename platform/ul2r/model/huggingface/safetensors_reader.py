@@ -20,6 +20,7 @@ from ul2r.errors import CheckpointError
 from ul2r.model.huggingface.families import FAMILIES
 from ul2r.model.huggingface.family import TensorSlice, slice_tensor, tensor_shapes
 from ul2r.model.tensors import EMBEDDING
+from ul2r.paths import is_file_name
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -27,6 +28,7 @@ FLOATING_POINT = ("F64", "F32", "F16", "BF16")
 """safetensors' names of the dtypes that are converted to the training's."""
 ROWS_PER_BLOCK = 1024
 """Rows of an embedding that are compared at a time."""
+PICKLED_FILES = "pytorch_model*.bin"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DOWNLOADED_FILES = [
     "config.json",
@@ -89,6 +91,22 @@ def untie_own_output(folder: Path, architecture: Architecture) -> Architecture:
     with SafetensorsReader(folder, architecture.family) as reader:
         is_own = reader.has_own_output(architecture)
     return architecture.model_copy(update={"tie_embeddings": not is_own})
+
+
+def _suggest_weights(folder: Path) -> str:
+    """Return what to do about a folder without safetensors."""
+    pickled = sorted(path.name for path in folder.glob(PICKLED_FILES))
+    # Only the files of `DOWNLOADED_FILES` are fetched from the Hub.
+    if not pickled and find_commit(folder) is None:
+        return "point to a model's folder"
+    held = (
+        f"its {pickled[0]}" if pickled else f"the {PICKLED_FILES} that the model may have instead"
+    )
+    return (
+        f"{held} is a pickle, which can run code and is not read; if you trust it, convert it: python -c "
+        f"\"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{folder}', dtype='auto')"
+        ".save_pretrained('NEW')\", and copy tokenizer.json to NEW"
+    )
 
 
 def find_commit(folder: Path) -> str | None:
@@ -189,7 +207,7 @@ class SafetensorsReader:
             self._check_index(index, files)
         else:
             raise CheckpointError(
-                f"{self.folder} has neither {SINGLE_FILE} nor {INDEX_FILE}: point to a model's folder"
+                f"{self.folder} has neither {SINGLE_FILE} nor {INDEX_FILE}: {_suggest_weights(self.folder)}"
             )
 
         base = self.family.base
@@ -278,7 +296,12 @@ class SafetensorsReader:
 
 def _read_index(file: Path) -> dict[str, str]:
     try:
-        files: Mapping[str, str] = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-        return dict(files)
+        files = dict(json.loads(file.read_text(encoding="utf-8"))["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is not an index of shards: {error}") from None
+    for name in files.values():
+        if not is_file_name(name):
+            raise CheckpointError(
+                f"{file} names {name!r}, which is not a file of the folder: download the folder again"
+            )
+    return files

@@ -16,6 +16,7 @@ from ul2r.config.strict_model import StrictModel
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.errors import CheckpointError
 from ul2r.train.checkpoint.layout import INFO_FILE
+from ul2r.train.checkpoint.prolonging import find_obstacle, without_schedule
 
 FORMAT = 2
 """Format 1 had other names of fields and of recipe keys; it is still read."""
@@ -153,7 +154,7 @@ class CheckpointInfo:
         )
 
     def check_same_run(self, recipe: Recipe, dataset: TokenDataset) -> None:
-        """Refuse to resume with a recipe that describes another run.
+        """Refuse to resume with a recipe that describes another run; one with more steps may prolong it.
 
         Raises:
             CheckpointError: If they differ; it names the first field that does and both values.
@@ -164,10 +165,43 @@ class CheckpointInfo:
             "data": (self.data_fingerprint, wanted.data_fingerprint),
             **{part: self._settings(part, wanted) for part in sorted(RECIPE_PARTS)},
         }
+        if wanted.num_steps > self.num_steps:
+            self._allow_more_steps(fields, wanted)
 
         # Never that of the model, whose weights have to fit: `Change` has no such value.
         accepted = recipe.checkpoints.accept_changes
         self._check({name: values for name, values in fields.items() if name not in accepted})
+
+    def _allow_more_steps(
+        self, fields: dict[str, tuple[object, object]], wanted: CheckpointInfo
+    ) -> None:
+        """Leave out of a comparison what may differ in a run that is prolonged.
+
+        Raises:
+            CheckpointError: If the run cannot be prolonged.
+        """
+        saved, new = fields["optimizer"]
+        assert isinstance(saved, dict)
+        assert isinstance(new, dict)
+        fields["optimizer"] = without_schedule(saved), without_schedule(new)
+        # First: of another schedule, say, it need not be told that the steps cannot be raised.
+        self._check({"optimizer": fields["optimizer"]})
+
+        obstacle = find_obstacle(
+            Optimizer.model_validate(saved),
+            self.num_steps,
+            Optimizer.model_validate(new),
+            wanted.num_steps,
+            self.step,
+        )
+        if obstacle is not None:
+            raise CheckpointError(
+                f"checkpoint of run {self.run_name!r} is of a run of {self.num_steps} steps, which cannot be prolonged "
+                f"to training.steps={wanted.num_steps}: {obstacle}; or continue its weights in a run with another name "
+                f"and base: {self.run_name}"
+            )
+        training = dict(self.recipe["training"])
+        fields["training"] = training | {"steps": wanted.num_steps}, wanted.recipe["training"]
 
     def _settings(self, part: str, wanted: CheckpointInfo) -> tuple[object, object]:
         """Return a part of both recipes, with defaults for settings that are newer than the checkpoint."""

@@ -19,6 +19,7 @@ from ul2r.data.prepare.shards import (
     FileGroup,
     group_files,
     is_shard_done,
+    load_left_out,
     write_shard,
 )
 from ul2r.data.prepare.source_files import SourceFile, find_files
@@ -198,6 +199,23 @@ def test_shards_are_removed_after_the_merge(tmp_path: Path, tokenizer: Tokenizer
         *Manifest.read(tmp_path / "store").files,
         "manifest.json",
     }
+
+
+def test_shard_counts_what_it_leaves_out(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "words"}\n{"text": ""}\n{"text": null}\n')
+    (tmp_path / "b.txt").touch()
+    files = find_files([str(tmp_path)], null_text="skip")
+    vocabulary = build_vocabulary(tokenizer)
+    write_shard(FileGroup(0, (files[0],)), tmp_path, tokenizer, vocabulary)
+    write_shard(FileGroup(1, (files[1],)), tmp_path, tokenizer, vocabulary)
+
+    left_out = load_left_out(tmp_path, [0, 1])
+    assert {reason: count.count for reason, count in left_out.counts.items()} == {
+        "empty documents": 2,
+        "records without text": 1,
+    }
+    (tmp_path / "shard_00001.json").unlink()
+    assert load_left_out(tmp_path, [0, 1]).counts["empty documents"].count == 1, "made before"
 
 
 def write_megatron_store(prefix: Path, documents: list[list[int]]) -> None:

@@ -130,10 +130,14 @@ def test_stores_that_cannot_be_blended_are_named(stores: list[Path], tmp_path: P
     other = tmp_path / "other" / "store"
     make_tiny_store(other, vocabulary_size=400)
     prepare(blend_recipe(tmp_path / "blend", stores, 1, 1))
+    link = tmp_path / "link"
+    link.symlink_to(stores[0])
     messages = {
         other: r"other/store has another tokenizer than .*first/store: prepare it again with the",
         tmp_path / "blend" / "store": r"blend/store is itself a blend",
-        stores[0]: r"first/store is listed twice",
+        stores[0]: r"first/store is listed twice: list it once",
+        link: r"link is listed twice, it is the same store as .*first/store: list it once",
+        stores[0].parent / ".." / "first" / "store": r"listed twice, it is the same store as",
         tmp_path / "none": r"none: no token store",
     }
     for second, message in messages.items():

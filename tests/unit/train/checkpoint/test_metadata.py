@@ -155,7 +155,10 @@ def test_settings_that_are_newer_than_the_checkpoint_have_their_defaults(
             "objective.sequence_length: 64 in the checkpoint, 32 in the recipe",
         ),
         ({"training": {"global_batch_size": 4}}, "global_batch_size: 8 in the checkpoint, 4"),
-        ({"training": {"steps": 12}}, "training.steps: 6 in the checkpoint, 12"),
+        (
+            {"training": {"steps": 12}},
+            "of a run of 6 steps, which cannot be prolonged to training.steps=12",
+        ),
         (
             {"optimizer": {"max_grad_norm": 0.5}},
             r"optimizer.max_grad_norm: 1\.0 in the checkpoint, 0\.5",
@@ -205,6 +208,97 @@ def test_another_tokenizer_is_accepted_if_the_recipe_says_so_but_another_model_n
         info.check_same_run(
             tiny_recipe(tmp_path, checkpoints=accepting, model={"num_layers": 2}), other
         )
+
+
+Prolonged = tuple[int, dict[str, Any], dict[str, Any]]
+"""Step of the last checkpoint, optimizer of the run of 20 steps, and its changes in that of 40."""
+
+
+def check_prolonged(dataset: TokenDataset, storage: Path, case: Prolonged) -> None:
+    """Check the last checkpoint of a run against a recipe with more steps."""
+    step, old, new = case
+    before, after = (
+        tiny_recipe(storage, training={"steps": steps}, optimizer=optimizer)
+        for steps, optimizer in ((20, old), (40, {**old, **new}))
+    )
+    CheckpointInfo.from_recipe(before, dataset, step=step).check_same_run(after, dataset)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (20, {"schedule": "constant", "warmup_fraction": 0}, {}),
+        (20, {"schedule": "constant", "warmup_fraction": 0.1}, {"warmup_fraction": 0.05}),
+        (16, {"schedule": "wsd", "warmup_fraction": 0}, {}),
+        (16, {"schedule": "wsd", "warmup_fraction": 0}, {"decay_fraction": 0.1}),
+        (2, {"schedule": "cosine", "warmup_fraction": 0.1}, {"warmup_fraction": 0.05}),
+    ],
+)
+def test_steps_can_be_raised_while_no_learning_rate_of_a_step_taken_depends_on_them(
+    dataset: TokenDataset, tmp_path: Path, case: Prolonged
+) -> None:
+    check_prolonged(dataset, tmp_path, case)
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        (
+            (20, {"schedule": "cosine", "warmup_fraction": 0}, {}),
+            "of 20 steps, which cannot be prolonged to training.steps=40: under optimizer.schedule=cosine .* set "
+            "training.steps back; or continue its weights in a run with another name and base: tiny$",
+        ),
+        (
+            (20, {"schedule": "constant", "warmup_fraction": 0.1}, {}),
+            "warmed up for 2 steps, .* it would have been 4: set optimizer.warmup_fraction=0.05;",
+        ),
+        (
+            (17, {"schedule": "wsd", "warmup_fraction": 0}, {}),
+            "has fallen since step 16: .*`latest`",
+        ),
+        (
+            (16, {"schedule": "wsd", "warmup_fraction": 0}, {"decay_fraction": 0.7}),
+            "decay_fraction=0.7 the learning rate would have fallen since step 12: lower it",
+        ),
+        (
+            (20, {"schedule": "constant", "warmup_fraction": 0}, {"schedule": "cosine"}),
+            "optimizer.schedule: constant in the checkpoint, cosine in the recipe",
+        ),
+        (
+            (20, {"schedule": "constant", "warmup_fraction": 0}, {"weight_decay": 0.2}),
+            "optimizer.weight_decay: 0.1 in the checkpoint, 0.2 in the recipe",
+        ),
+    ],
+)
+def test_steps_cannot_be_raised_otherwise(
+    dataset: TokenDataset, tmp_path: Path, case: Prolonged, message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        check_prolonged(dataset, tmp_path, case)
+
+
+def test_steps_cannot_be_lowered(dataset: TokenDataset, tmp_path: Path) -> None:
+    before, after = (
+        tiny_recipe(tmp_path, training={"steps": steps}, optimizer={"schedule": "constant"})
+        for steps in (6, 5)
+    )
+    info = CheckpointInfo.from_recipe(before, dataset, step=3)
+    with pytest.raises(CheckpointError, match=r"training\.steps: 6 in the checkpoint, 5 in"):
+        info.check_same_run(after, dataset)
+
+
+def test_another_commit_of_the_same_base_is_no_other_run(
+    dataset: TokenDataset, tmp_path: Path
+) -> None:
+    """The Hub's branch may have moved on since; earlier checkpoints have no commit at all."""
+    first, second = (
+        tiny_recipe(tmp_path, base={"hf": "somebody/a-model", "revision": revision})
+        for revision in (None, "0" * 40)
+    )
+    CheckpointInfo.from_recipe(first, dataset, step=3).check_same_run(second, dataset)
+    other = tiny_recipe(tmp_path, base={"hf": "somebody/b-model"})
+    with pytest.raises(CheckpointError, match=r"base\.hf: somebody/a-model in the checkpoint"):
+        CheckpointInfo.from_recipe(first, dataset, step=3).check_same_run(other, dataset)
 
 
 def test_run_resumes_from_its_last_checkpoint(dataset: TokenDataset, tmp_path: Path) -> None:

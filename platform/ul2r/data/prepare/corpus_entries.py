@@ -1,0 +1,61 @@
+"""Entries of `data.corpus`: the paths that each of them names."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from ul2r.data.store.token_store import append_suffix
+from ul2r.errors import CorpusError
+
+
+def find_entry_paths(entry: str) -> tuple[list[Path], bool]:
+    """Return the absolute paths of an entry, and whether the entry is a pattern.
+
+    Args:
+        entry: A file or folder, a file:// URL of one, a pattern, or the prefix of a Megatron token store: `x` for
+            `x.bin` and `x.idx`, as Megatron's own tools name it.
+
+    Raises:
+        CorpusError: If there is nothing there.
+    """
+    # An empty path is the working directory, which nobody means.
+    if not entry.strip():
+        raise CorpusError("data.corpus has an empty entry: name a file or folder, or remove it")
+
+    name = os.path.expanduser(_resolve_url(entry))  # noqa: PTH111  `Path.expanduser` raises for an unknown ~user
+    path = Path(name).absolute()
+    try:
+        if path.exists():
+            return [path], False
+        prefixed = append_suffix(path, ".bin")
+        if prefixed.exists() or append_suffix(path, ".idx").exists():
+            return [prefixed], False
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise CorpusError(f"{entry}: cannot be read: {error.strerror}") from None
+
+    if glob.has_magic(name):
+        # Sorted, since the order of a file system differs between machines.
+        matches = sorted(glob.glob(name, recursive=True))  # noqa: PTH207  `Path.glob` takes no absolute pattern
+        paths = [Path(match).absolute() for match in matches]
+        if paths:
+            return paths, True
+        raise CorpusError(f"{entry}: no file matches this pattern: set data.corpus to your text")
+    raise CorpusError(f"{entry}: no such file or folder: set data.corpus to your text")
+
+
+def _resolve_url(entry: str) -> str:
+    """Return the path of a file:// URL, and anything that is not a URL unchanged."""
+    if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", entry):
+        return entry
+    url = urlsplit(entry)
+    if url.scheme.lower() == "file" and url.netloc in ("", "localhost"):
+        return url2pathname(url.path)
+    raise CorpusError(
+        f"{entry}: data.corpus takes files and folders: copy the text to a file system that every machine sees, or "
+        "mount it there"
+    )

@@ -1,0 +1,168 @@
+"""Text files in a folder and below it, in an order that does not depend on the file system."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ul2r.data.prepare.left_out import LeftOut
+from ul2r.data.prepare.suffixes import COMPRESSIONS, TEXT_SUFFIXES, text_suffix
+from ul2r.errors import CorpusError
+
+SKIPPED_LIBRARY_FOLDERS = frozenset({"test", "tests", "idlelib", "site-packages"})
+"""Folders of the installed standard library with tests, a program, or third-party packages."""
+
+
+@dataclass(frozen=True)
+class FoundFile:
+    """A text file or token store of the corpus.
+
+    Attributes:
+        path: Absolute path.
+        name: Path below the corpus entry.
+        size: Bytes.
+        modified_ns: Time of the last modification.
+        identity: Equal for two paths of one file.
+        is_linked: Whether the path leads through a link.
+        was_listed: Whether earlier versions found it.
+    """
+
+    path: Path
+    name: str
+    size: int
+    modified_ns: int
+    identity: object
+    is_linked: bool = False
+    was_listed: bool = True
+
+    @classmethod
+    def describe(cls, path: Path, root: Path, *, is_linked: bool = False) -> FoundFile:
+        """Describe an existing file below the entry `root`.
+
+        Raises:
+            CorpusError: If it cannot be read.
+        """
+        try:
+            status = path.stat()
+            real_path = os.path.realpath(path)
+        except OSError as error:
+            raise CorpusError(f"{path}: cannot be read: {error.strerror}") from None
+        return cls(
+            path=path,
+            name=path.relative_to(root).as_posix(),
+            size=status.st_size,
+            modified_ns=status.st_mtime_ns,
+            # A path and not always the inode, which some network file systems do not keep; one with hard links does.
+            identity=(status.st_dev, status.st_ino) if status.st_nlink > 1 else real_path,
+            is_linked=is_linked or path.is_symlink(),
+            was_listed=not is_linked and _has_earlier_suffix(path),
+        )
+
+
+def list_library(root: Path) -> list[FoundFile]:
+    """Return the modules of the standard library in `root`, without tests and third-party packages."""
+    found = []
+    for folder, subfolders, names in os.walk(root):
+        # In place: os.walk descends into what is left of this list.
+        subfolders[:] = [
+            name
+            for name in subfolders
+            if name not in SKIPPED_LIBRARY_FOLDERS and not name.startswith(".")
+        ]
+        paths = (Path(folder) / name for name in names if not name.startswith("."))
+        found += [path for path in paths if path.suffix == ".py" and path.is_file()]
+    return [FoundFile.describe(path, root) for path in sorted(found)]
+
+
+def walk_folder(root: Path, left_out: LeftOut) -> list[FoundFile]:
+    """Return the text files in a folder and below it, sorted by path; follow links to folders.
+
+    Args:
+        root: The folder.
+        left_out: Output: counts what is hidden or has another suffix.
+
+    Raises:
+        CorpusError: If a folder or file cannot be read.
+    """
+    walk = _FolderWalk(root, left_out)
+    return sorted(walk.find(), key=lambda file: file.path)
+
+
+class _FolderWalk:
+    """Visits every folder below `root` once, links last: what can be reached without one has no other name."""
+
+    def __init__(self, root: Path, left_out: LeftOut) -> None:
+        self._root = root
+        self._left_out = left_out
+        self._found: list[FoundFile] = []
+        self._visited: set[str] = set()
+        self._links: list[Path] = []
+
+    def find(self) -> list[FoundFile]:
+        self._visit(self._root, is_linked=False)
+        # Grows while it is walked: linked folders may hold further links.
+        for link in self._links:
+            self._visit(link, is_linked=True)
+        return self._found
+
+    def _visit(self, top: Path, *, is_linked: bool) -> None:
+        # A stack and no recursion, which would be as deep as the folders are.
+        pending = [top]
+        while pending:
+            folder = pending.pop()
+            real = os.path.realpath(folder)
+            # Links may lead back to a folder above, or two of them to one folder.
+            if real in self._visited:
+                self._left_out.add("linked folders read already", 0, str(folder))
+                continue
+            self._visited.add(real)
+            subfolders = [
+                Path(entry.path)
+                for entry in _list_folder(folder)
+                if self._take(entry, is_linked=is_linked)
+            ]
+            pending += reversed(subfolders)
+
+    def _take(self, entry: os.DirEntry[str], *, is_linked: bool) -> bool:
+        """Take a file, note a link to a folder, count anything else; return whether to visit the entry now."""
+        path = Path(entry.path)
+        is_hidden = entry.name.startswith(".")
+        if entry.is_dir():
+            if is_hidden:
+                self._left_out.add("hidden folders", 0, entry.path)
+            elif entry.is_symlink():
+                self._links.append(path)
+            return not (is_hidden or entry.is_symlink())
+
+        if not entry.is_file():
+            # Of a link that leads nowhere as well as of a socket.
+            self._left_out.add("broken links and special files", 0, entry.path)
+        elif is_hidden:
+            self._left_out.add("hidden files", _size_of(entry), entry.path)
+        elif text_suffix(path) not in TEXT_SUFFIXES:
+            self._left_out.add_file(path, _size_of(entry))
+        else:
+            self._found.append(FoundFile.describe(path, self._root, is_linked=is_linked))
+        return False
+
+
+def _list_folder(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise CorpusError(f"{folder}: cannot be read: {error.strerror}") from None
+
+
+def _size_of(entry: os.DirEntry[str]) -> int:
+    try:
+        return entry.stat().st_size
+    except OSError as error:
+        raise CorpusError(f"{entry.path}: cannot be read: {error.strerror}") from None
+
+
+def _has_earlier_suffix(path: Path) -> bool:
+    """Return whether earlier versions read the file: they knew suffixes in small letters only."""
+    name = path.with_suffix("") if path.suffix in COMPRESSIONS else path
+    return name.suffix in TEXT_SUFFIXES

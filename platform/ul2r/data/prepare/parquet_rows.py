@@ -1,0 +1,91 @@
+"""Records of Parquet files, a row each."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow
+import pyarrow.parquet
+
+from ul2r.data.prepare.records import (
+    Record,
+    describe_bad_byte,
+    describe_os_error,
+    list_keys,
+)
+from ul2r.data.prepare.source_files import SourceFile
+from ul2r.data.prepare.suffixes import compression_suffix
+from ul2r.errors import CorpusError
+
+# pyarrow's default of 65,536 rows would be gigabytes of text if the documents are long.
+ROWS_PER_BATCH = 64
+
+
+def read_parquet_texts(file: SourceFile, stream: IO[bytes]) -> Iterator[Record]:
+    """Yield what each row of the file has in the column that is the file's text key.
+
+    Raises:
+        CorpusError: If it is not a parquet file, or has no such column of text; the message has
+            the row if there is one.
+    """
+    path = file.path
+    with tempfile.TemporaryFile() as seekable:
+        # Parquet keeps its index at the end of the file, so a compressed one is unpacked first.
+        if compression_suffix(path):
+            shutil.copyfileobj(stream, seekable)
+            stream = seekable
+
+        row = 0
+        try:
+            table = pyarrow.parquet.ParquetFile(stream)
+            _check_column(path, table.schema_arrow, file.text_key)
+            for batch in table.iter_batches(ROWS_PER_BATCH, columns=[file.text_key]):
+                for value in batch.column(0):
+                    row += 1
+                    locate = partial("{}: row {}".format, path, row)
+                    yield Record(_to_python(value, locate), "", locate)
+        # Arrow's own exceptions have no common base but this one, and damaged pages are an OSError.
+        except (pyarrow.ArrowException, OSError) as error:
+            where = f"row {row + 1}: " if row else ""
+            reason = (
+                describe_os_error(error)
+                if isinstance(error, OSError)
+                else " ".join(str(error).split())
+            )
+            raise CorpusError(f"{path}: {where}not a readable parquet file: {reason}") from None
+
+
+def _check_column(path: Path, schema: pyarrow.Schema, column: str) -> None:
+    if column not in schema.names:
+        raise CorpusError(
+            f'{path}: no column "{column}"; it has {list_keys(schema.names)}: set data.text_key to the one of the text'
+        )
+    (kind, *others) = [field.type for field in schema if field.name == column]
+    if others:
+        raise CorpusError(f"{path}: has {1 + len(others)} columns {column!r}: rename all but one")
+    if pyarrow.types.is_dictionary(kind):
+        kind = kind.value_type
+    is_text = (
+        pyarrow.types.is_string(kind)
+        or pyarrow.types.is_large_string(kind)
+        or pyarrow.types.is_string_view(kind)
+        or pyarrow.types.is_null(kind)
+    )
+    if not is_text:
+        raise CorpusError(
+            f"{path}: column {column!r} holds {kind}, not text: set data.text_key to a column of text, or cast it to "
+            "string"
+        )
+
+
+def _to_python(value: pyarrow.Scalar, locate: Callable[[], str]) -> Any:  # noqa: ANN401  any type that the column may have
+    try:
+        # Arrow does not validate the strings of a file that it reads: bytes that are not UTF-8 show only here.
+        return value.as_py()
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{locate()}: {describe_bad_byte(error)}") from None

@@ -1,0 +1,155 @@
+"""Reading of a distributed checkpoint without running code from its files.
+
+torch describes a checkpoint (`torch_dist`) in a pickle, `.metadata`, and pickles objects between the tensors. Python
+runs whatever a pickle says, so a checkpoint from elsewhere could run its author's code on each machine that opens it,
+even to check a recipe. Here `.metadata` may name the classes of torch's own descriptions and nothing else, and objects
+are left out: models and optimizer states consist of tensors.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from ul2r.errors import CheckpointError
+from ul2r.paths import is_file_name
+
+METADATA_FILE = ".metadata"
+"""torch's description of a `torch_dist` checkpoint, present in each of them."""
+
+# What torch 2.1 to 2.13 and Megatron-Core 0.7 to 0.17 write. Each is plain data: making one, with any arguments, has no
+# effect outside of it.
+ALLOWED_GLOBALS = {
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath", "PurePosixPath"},
+    "pathlib._local": {"PosixPath", "PurePosixPath"},
+    "torch": {"Size"},
+    "torch.distributed._shard.sharded_tensor.metadata": {"MEM_FORMAT_ENCODING", "TensorProperties"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.planner": {
+        "BytesIOWriteData",
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+    },
+    "torch.serialization": {"_get_layout"},
+}
+"""Names that `.metadata` may refer to, by module; torch's dtypes, such as torch.bfloat16, as well."""
+
+
+class RestrictedReader(FileSystemReader):
+    """Reader of a checkpoint's tensors, which reads `.metadata` once.
+
+    Args:
+        folder: The checkpoint.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.folder = folder
+        self._metadata: Metadata | None = None
+
+    def read_metadata(self, *_: object, **__: object) -> Metadata:
+        """Return the description of the tensors; that of objects is left out, so that none is ever unpickled.
+
+        Raises:
+            CheckpointError: If `.metadata` is damaged, or refers to anything but torch's descriptions.
+            OSError: If there is none.
+        """
+        if self._metadata is None:
+            self._metadata = _read_metadata(self.folder / METADATA_FILE)
+        return self._metadata
+
+
+def load_restricted(path: Path) -> Any:  # noqa: ANN401  any nested structure
+    """Load a file that torch.save wrote, of tensors and plain values only.
+
+    Raises:
+        CheckpointError: If it refers to anything else, or is damaged.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # noqa: BLE001  a damaged archive or pickle may raise anything
+        raise CheckpointError(_describe_refused(path, error)) from None
+
+
+def _read_metadata(path: Path) -> Metadata:
+    with path.open("rb") as file:
+        try:
+            metadata = _MetadataUnpickler(file, path).load()
+        except CheckpointError:
+            raise
+        except Exception as error:  # noqa: BLE001  a damaged pickle may raise anything
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise CheckpointError(
+                f"{path}: not the metadata of a torch_dist checkpoint ({reason}): copy the checkpoint again"
+            ) from None
+
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+        raise CheckpointError(
+            f"{path}: not the metadata of a torch_dist checkpoint: copy the checkpoint again"
+        )
+    for place in metadata.storage_data.values():
+        name = getattr(place, "relative_path", None)
+        if not is_file_name(name):
+            raise CheckpointError(
+                f"{path}: names {name!r}, which is not a file of the checkpoint: "
+                "get it from a source that you trust"
+            )
+    metadata.state_dict_metadata = {
+        key: found
+        for key, found in metadata.state_dict_metadata.items()
+        if isinstance(found, TensorStorageMetadata)
+    }
+    return metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        super().__init__(file)
+        self._path = path
+
+    def find_class(self, module_name: str, global_name: str) -> Any:  # noqa: ANN401  the base class's signature
+        is_dtype = module_name == "torch" and isinstance(
+            getattr(torch, global_name, None), torch.dtype
+        )
+        if not is_dtype and global_name not in ALLOWED_GLOBALS.get(module_name, ()):
+            raise CheckpointError(_refuse(self._path, f"{module_name}.{global_name}"))
+        return super().find_class(module_name, global_name)
+
+
+def _describe_refused(path: Path, error: Exception) -> str:
+    try:
+        # torch's own message is a page of advice on how to load the file after all.
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # noqa: BLE001  as above
+        names = []
+    if names:
+        return _refuse(path, names[0])
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    return f"{path}: cannot be loaded as tensors and plain values ({reason}): restore an earlier checkpoint"
+
+
+def _refuse(path: Path, name: str) -> str:
+    return (
+        f"{path}: refers to {name}, which is not part of a checkpoint and could run code: "
+        "get the checkpoint from a source that you trust"
+    )
