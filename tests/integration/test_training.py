@@ -60,7 +60,7 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen[bytes] | No
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("training")
+    folder = tmp_path_factory.mktemp("my training")
     make_tiny_store(folder / "store")
     return folder
 
@@ -113,6 +113,7 @@ def write_recipe(
     name: str,
     parallel: Mapping[str, int] = MappingProxyType({"num_workers": 2}),
     max_failures: int = 3,
+    launch: Mapping[str, float] = MappingProxyType({}),
     **guards: float,
 ) -> tuple[Recipe, Path]:
     """Write the recipe of a run that skips batches 21, 24 and 25, whose gradients spike: 27 batches for 24 steps."""
@@ -124,17 +125,19 @@ def write_recipe(
         checkpoints={"every": SAVED_EVERY, "keep": STEPS},
         guards={"window": 8, "deviations": 4, **guards},
         profile={"steps": [2]},
-        launch={"max_failures": max_failures},
+        launch={"max_failures": max_failures} | dict(launch),
     )
     path = storage / f"{name}.yaml"
     path.write_text(dump(recipe))
     return recipe, path
 
 
-def start_job(path: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+def start_job(
+    path: Path, environment: dict[str, str], python: str | Path = sys.executable
+) -> subprocess.Popen[bytes]:
     with path.with_suffix(".log").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "jobs/train.py", str(path)],
+            [python, "jobs/train.py", str(path)],
             cwd=ROOT,
             env=environment,
             stdout=log,
@@ -309,7 +312,11 @@ def test_killed_driver_resumes_when_run_again(
     driver.wait(60)
     before = first_checkpoint_id(recipe)
     assert latest_checkpoint(recipe) != f"step_{STEPS:08d}", "killed too late to show anything"
-    again = start_job(path, environment)
+    # In a folder whose name a shell would take apart, as somebody's "My Documents".
+    odd = storage / 'my "$HOME" it\'s #1 100% é;(x)'
+    odd.mkdir()
+    (odd / ".venv").symlink_to(BIN.parent)
+    again = start_job(path, environment, odd / ".venv/bin/python")
     assert again.wait(WAIT_S) == 0, path.with_suffix(".log").read_text()
     assert first_checkpoint_id(recipe) == before, "it started from step 0 again"
     check_equal(tracking_uri, recipe, undisturbed)
@@ -343,6 +350,30 @@ def test_driver_saves_on_sigterm_and_resumes_when_run_again(
     assert max(step for step, _ in read_history(tracking_uri, recipe, "train/loss")) == stopped_at
     assert start_job(path, environment).wait(WAIT_S) == 0, path.with_suffix(".log").read_text()
     check_equal(tracking_uri, recipe, undisturbed)
+
+
+def test_driver_ends_at_once_on_sigterm_before_the_first_step(
+    storage: Path, environment: dict[str, str], tracking_uri: str
+) -> None:
+    recipe, path = write_recipe(storage, "stopped-early")
+    log = path.with_suffix(".log")
+    driver = start_job(path, environment)
+    wait_for(lambda: "starting workers" in log.read_text(), driver)
+    driver.send_signal(signal.SIGTERM)
+    assert driver.wait(WAIT_S) == 130, log.read_text()
+    assert "stopped before its first step, nothing to save; run the same" in log.read_text()
+    assert latest_checkpoint(recipe) is None
+    assert read_status(tracking_uri, recipe) == "KILLED"
+
+
+def test_workers_that_do_not_start_in_time_end_the_run_in_one_line(
+    storage: Path, environment: dict[str, str], tracking_uri: str
+) -> None:
+    recipe, path = write_recipe(storage, "slow-start", launch={"worker_start_timeout_s": 0.1})
+    assert start_job(path, environment).wait(WAIT_S) == 2
+    *_, last = path.with_suffix(".log").read_text().strip().splitlines()
+    assert last.startswith("error: slow-start: the workers did not start within 0.1 s (launch.")
+    assert read_status(tracking_uri, recipe) == "FAILED"
 
 
 def test_damaged_token_store_ends_the_run_in_one_line(

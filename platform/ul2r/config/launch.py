@@ -19,6 +19,10 @@ class Launch(StrictModel):
     taken. They need little: one core processes over a million tokens a second."""
     max_failures: int = Field(default=3, ge=0)
     """Restarts of the worker group before the run fails, counted anew from each new checkpoint."""
+    worker_start_timeout_s: float = Field(default=600, gt=0)
+    """Seconds within which the workers' processes start on machines that are there; otherwise the run ends with Ray's
+    reason. Ray gives each process 60 s and then starts another, so that the default allows ten attempts: importing
+    torch on many machines from one network file system takes some."""
     min_workers: PositiveInt | None = None
     """Fewest workers that a run continues with after a machine is lost; by default it waits for a replacement."""
     device_memory_gib: float | None = Field(default=None, gt=0)

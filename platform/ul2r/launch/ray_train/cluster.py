@@ -15,6 +15,7 @@ from pathlib import Path
 import ray
 
 from ul2r.errors import LayoutError, ServiceError
+from ul2r.launch.ray_train.local_ray import python_environment, start_local_ray
 
 ADDRESS_VARIABLE = "RAY_ADDRESS"
 ANY_CLUSTER = "auto"
@@ -41,7 +42,7 @@ def connect_ray(cpus: float, gpus: float = 0, *, smaller: str = "ask for fewer")
         smaller: Advice for the error message: how to need less.
 
     Raises:
-        ServiceError: If RAY_ADDRESS names no cluster that answers.
+        ServiceError: If RAY_ADDRESS names no cluster that answers, or a local one cannot start.
         LayoutError: If the cluster is too small.
     """
     for variable, value in SETTINGS.items():
@@ -52,16 +53,7 @@ def connect_ray(cpus: float, gpus: float = 0, *, smaller: str = "ask for fewer")
     if address:
         _join(address)
     else:
-        # Ray warns that it turns token authentication on, which is wanted.
-        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-        ray.init(
-            "local",
-            num_cpus=max(count_cores(), math.ceil(cpus)),
-            include_dashboard=False,
-            # Records of workers come by `forward_logs`; Ray would print them a second time, with its own prefixes.
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
+        start_local_ray(max(count_cores(), math.ceil(cpus)))
     if threading.current_thread() is threading.main_thread():
         # `ray.init` installs a SIGTERM handler that aborts without any cleanup.
         signal.signal(signal.SIGTERM, on_sigterm)
@@ -95,7 +87,13 @@ def _join(address: str) -> None:
     try:
         if address != ANY_CLUSTER:
             socket.create_connection(_host_and_port(address), PROBE_TIMEOUT_S).close()
-        ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
+        ray.init(
+            address,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            # A cluster's machines have the package at the same path, see clusters/README.md.
+            runtime_env=python_environment(),
+        )
     # ray.init raises ConnectionError, which is an OSError, too.
     except OSError as error:
         raise ServiceError(

@@ -6,6 +6,7 @@ import re
 import time
 
 import ray
+from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
 # Ray Train 2.60 has no public way to replace its failure policy.
@@ -41,15 +42,19 @@ class FailurePolicy(DefaultFailurePolicy):  # type: ignore[misc]  # Ray has no t
     Args:
         failure_config: Ray's own settings.
         recipe: The run.
+        board: Actor of the driver's `Board`, which gets the reason for each restart.
     """
 
-    def __init__(self, failure_config: FailureConfig, recipe: Recipe) -> None:
+    def __init__(self, failure_config: FailureConfig, recipe: Recipe, board: ActorHandle) -> None:
         super().__init__(failure_config)
         self._recipe = recipe
+        self._board = board
         self._saved_step = find_saved_step(recipe)
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         """Return what Ray Train shall do about a failure."""
+        # Of a traceback the last line, which is the error itself.
+        self._board.restart.remote(str(training_failed_error).strip().rpartition("\n")[2])
         if isinstance(find_cause(training_failed_error), UserError) or self._must_shrink():
             return FailureDecision.RAISE
         self._renew_budget()

@@ -1,4 +1,4 @@
-"""Link between a run's workers and the driver: progress and log records one way, a stop request the other."""
+"""Link between a run's workers and the driver: progress and log records one way, a stop request the other way."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Literal, NamedTuple
 
 import ray
 from ray.actor import ActorHandle
@@ -23,21 +24,49 @@ LAST_READ_S = 2.0
 
 LogRecord = tuple[str, int, str]
 """Logger name, level and message of a worker's record."""
+Phase = Literal["starting", "loading", "training"]
+"""Phase of a group of workers: its processes start, its workers prepare their first step, or it has made one."""
 
 logger = logging.getLogger(__name__)
 
 
+class _Content(NamedTuple):
+    """Content of the board, as a read returns it."""
+
+    progress: tuple[int, str]
+    """Tokens and a note."""
+    records: list[LogRecord]
+    """Log records since the last read."""
+    phase: Phase
+    failure: str
+    """Reason for the last restart of the workers, empty before it."""
+
+
 class _Board:
-    """Actor that holds the last reported progress, log records not yet read, and whether the run shall stop."""
+    """Actor that holds progress, phase, log records not yet read, and whether the run shall stop."""
 
     def __init__(self) -> None:
         self._progress = (0, "")
         self._records: list[LogRecord] = []
+        self._phase: Phase = "starting"
+        self._failure = ""
         self._is_stopping = False
+
+    def begin(self) -> None:
+        """Note that the processes of all workers run."""
+        self._phase = "loading"
+
+    def restart(self, failure: str) -> None:
+        """Note that the workers are started again, and why."""
+        self._phase = "starting"
+        self._failure = failure
 
     def report(self, tokens: int, note: str) -> bool:
         """Take the progress; return whether the run shall stop."""
         self._progress = (tokens, note)
+        # A late report of workers that have been replaced changes nothing: theirs have not begun.
+        if self._phase == "loading":
+            self._phase = "training"
         return self._is_stopping
 
     def log(self, name: str, level: int, message: str) -> None:
@@ -46,13 +75,28 @@ class _Board:
     def stop(self) -> None:
         self._is_stopping = True
 
-    def read(self) -> tuple[tuple[int, str], list[LogRecord]]:
+    def read(self) -> _Content:
         records, self._records = self._records, []
-        return self._progress, records
+        return _Content(self._progress, records, self._phase, self._failure)
+
+
+class Board:
+    """The driver's end of a board.
+
+    Attributes:
+        actor: Handle that workers write to.
+        phase: Phase of the workers at the last read.
+        failure: Reason for their last restart.
+    """
+
+    def __init__(self, actor: ActorHandle) -> None:
+        self.actor = actor
+        self.phase: Phase = "starting"
+        self.failure = ""
 
 
 @contextmanager
-def progress_board(recipe: Recipe, stop_event: threading.Event) -> Iterator[ActorHandle]:
+def progress_board(recipe: Recipe, stop_event: threading.Event) -> Iterator[Board]:
     """Show the progress and log the records that workers write to the yielded board, while the block runs.
 
     Args:
@@ -62,11 +106,11 @@ def progress_board(recipe: Recipe, stop_event: threading.Event) -> Iterator[Acto
     # On the driver's node, so that the loss of another one does not take the board with it.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # Without a CPU of its own: `elastic.count_cpus` reserves none for it.
-    board = ray.remote(num_cpus=0, scheduling_strategy=here)(_Board).remote()
+    board = Board(ray.remote(num_cpus=0, scheduling_strategy=here)(_Board).remote())
     ended = threading.Event()
     threads = [
         threading.Thread(target=_show, args=(recipe, board, ended), daemon=True),
-        threading.Thread(target=_forward_stop, args=(board, stop_event, ended), daemon=True),
+        threading.Thread(target=_forward_stop, args=(board.actor, stop_event, ended), daemon=True),
     ]
     for thread in threads:
         thread.start()
@@ -77,7 +121,7 @@ def progress_board(recipe: Recipe, stop_event: threading.Event) -> Iterator[Acto
         ended.set()
         for thread in threads:
             thread.join()
-        ray.kill(board)
+        ray.kill(board.actor)
 
 
 def _forward_stop(board: ActorHandle, stop_event: threading.Event, ended: threading.Event) -> None:
@@ -88,7 +132,7 @@ def _forward_stop(board: ActorHandle, stop_event: threading.Event, ended: thread
             return
 
 
-def _show(recipe: Recipe, board: ActorHandle, ended: threading.Event) -> None:
+def _show(recipe: Recipe, board: Board, ended: threading.Event) -> None:
     """Show a bar that starts with the first step, so that its rate excludes the start of the workers."""
     logger.info("%s: starting workers", recipe.name)
     reports = _poll(board, ended)
@@ -101,14 +145,14 @@ def _show(recipe: Recipe, board: ActorHandle, ended: threading.Event) -> None:
             bar.update(tokens, note)
 
 
-def _poll(board: ActorHandle, ended: threading.Event) -> Iterator[tuple[int, str]]:
+def _poll(board: Board, ended: threading.Event) -> Iterator[tuple[int, str]]:
     """Yield each new progress until the block ends; log the workers' records on the way.
 
     A board whose process is still starting, or cannot start, does not keep the block from ending.
     """
     last: tuple[int, str] = (0, "")
     num_last_reads = 0
-    pending = board.read.remote()
+    pending = board.actor.read.remote()
     # Two reads after the end: the first was requested before it and may lack what came in between.
     while num_last_reads < 2:
         is_ending = ended.wait(POLL_S)
@@ -116,14 +160,16 @@ def _poll(board: ActorHandle, ended: threading.Event) -> Iterator[tuple[int, str
         if not ray.wait([pending], timeout=LAST_READ_S if is_ending else 0)[0]:
             continue
 
-        progress, records = ray.get(pending)
-        pending = board.read.remote()
-        for name, level, message in records:
+        content: _Content = ray.get(pending)
+        pending = board.actor.read.remote()
+        board.phase = content.phase
+        board.failure = content.failure
+        for name, level, message in content.records:
             # As an argument: a message may contain percent signs.
             logging.getLogger(name).log(level, "%s", message)
-        if progress != last:
-            last = progress
-            yield progress
+        if content.progress != last:
+            last = content.progress
+            yield last
 
 
 class BoardReporter(Callback):
@@ -131,7 +177,7 @@ class BoardReporter(Callback):
 
     Args:
         recipe: The run.
-        board: Board from `progress_board`.
+        board: Actor of the `Board` from `progress_board`.
     """
 
     def __init__(self, recipe: Recipe, board: ActorHandle) -> None:
@@ -139,6 +185,10 @@ class BoardReporter(Callback):
         self._board = board
         self._answers: list[ray.ObjectRef[bool]] = []
         self._is_stopping = False
+
+    def begin(self) -> None:
+        """Report that this worker, and so every other one, has started."""
+        self._board.begin.remote()
 
     def on_progress(self, state: TrainState, metrics: Mapping[str, float]) -> None:
         """Report a step without waiting for the answer."""

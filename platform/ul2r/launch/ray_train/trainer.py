@@ -12,6 +12,8 @@ import ray
 
 # Ray Train 2.60 has no public way to replace its failure policy or to leave out one of its callbacks.
 from ray._private.worker import get_dashboard_url
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -36,6 +38,7 @@ from ul2r.launch.ray_train.cluster import connect_ray
 from ul2r.launch.ray_train.elastic import count_cpus, has_room, resources_per_worker, shrink_layout
 from ul2r.launch.ray_train.failures import FailurePolicy, describe_deaths, find_cause
 from ul2r.launch.ray_train.progress import progress_board
+from ul2r.launch.ray_train.start import StartMonitor
 from ul2r.launch.ray_train.streaming import build_store_in_background
 from ul2r.launch.stop_signal import StopSignal
 from ul2r.tracking.mlflow import check_artifact_store, check_server
@@ -99,17 +102,28 @@ def _open_if_begun(recipe: Recipe) -> TokenDataset | None:
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types here
-    """Ray Train's trainer with three private methods of 2.60 replaced, for which it has no settings."""
+    """Ray Train's trainer with three private methods of 2.60 replaced, for which it has no settings.
+
+    Args:
+        monitor: Watches the start of the workers.
+        arguments: Ray Train's own.
+    """
+
+    def __init__(self, monitor: StartMonitor, **arguments: Any) -> None:  # noqa: ANN401  Ray's own arguments
+        super().__init__(_train_worker, **arguments)
+        self._monitor = monitor
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Result:  # noqa: ANN401  Ray's own arguments
         """Run with a failure policy that gives up at once where a restart cannot help."""
         # The only way in: Ray Train calls this method with its own default policy among the arguments.
-        recipe: Recipe = self.train_loop_config["recipe"]
-        policy = FailurePolicy(self.run_config.failure_config, recipe)
+        config = self.train_loop_config
+        policy = FailurePolicy(self.run_config.failure_config, config["recipe"], config["board"])
         return super()._initialize_and_run_controller(**{**arguments, "failure_policy": policy})
 
-    def _register_sigint_handler(self, _: object) -> None:
+    def _register_sigint_handler(self, controller: ActorHandle) -> None:
         """Leave Ctrl-C as it is: Ray's handler waits for workers that still start, and then exits with code 0."""
+        # The only method that gets the controller, right after its creation.
+        self._monitor.watch(controller)
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
         """Leave out the actor that frees the workers' resources should the controller die, if it cannot work.
@@ -157,15 +171,18 @@ def _fit(
     """Run Ray Train until the run ends or fails for good."""
     launch = recipe.launch
     environment = gpu_environment(recipe.parallel) if launch.gpus_per_worker else NO_GPU
-    with progress_board(recipe, stop_event) as board:
+    with (
+        progress_board(recipe, stop_event) as board,
+        StartMonitor(recipe, board, stop_event) as monitor,
+    ):
         trainer = _Trainer(
-            _train_worker,
+            monitor,
             train_loop_config={
                 "recipe": recipe,
                 "fingerprint": fingerprint,
                 "uri": uri,
                 "run_id": run_id,
-                "board": board,
+                "board": board.actor,
                 # A new one for each start: workers of an earlier one that still live can save no more.
                 "writer_token": acquire_writer_token(recipe.paths.checkpoints),
             },
@@ -190,6 +207,11 @@ def _fit(
             trainer.fit()
         except TrainingFailedError as error:
             raise find_cause(error) from error
+        except RayActorError:
+            # The monitor has killed the controller.
+            if monitor.outcome is None:
+                raise
+            raise monitor.outcome from None
 
 
 def _train_worker(config: dict[str, Any]) -> None:

@@ -42,12 +42,15 @@ def train_worker(
         fingerprint: Fingerprint of its token store.
         uri: MLflow's address.
         run_id: MLflow's ID of the run.
-        board: Board from `progress_board`.
+        board: Actor of the driver's `Board`.
         writer_token: Token from `acquire_writer_token`.
     """
     torch.set_num_threads(max(int(recipe.launch.cpus_per_worker), 1))
     rank = ray.train.get_context().get_world_rank()
     reporter = BoardReporter(recipe, board)
+    # Ray Train calls this function when the processes of all workers run.
+    if rank == 0:
+        reporter.begin()
 
     def train(tracker: Tracker, *callbacks: Callback) -> None:
         state = run_worker(

@@ -31,6 +31,17 @@ DEATH = WorkerGroupError(
 )
 
 
+class RecordingBoard:
+    """Stands for the actor of the driver's board."""
+
+    def __init__(self) -> None:
+        self.restart = self
+        self.reasons: list[str] = []
+
+    def remote(self, reason: str) -> None:
+        self.reasons.append(reason)
+
+
 @pytest.mark.parametrize(
     ("failures", "decision"),
     [
@@ -42,8 +53,10 @@ DEATH = WorkerGroupError(
 def test_user_errors_are_not_retried(
     failures: dict[int, Exception], decision: FailureDecision
 ) -> None:
-    policy = FailurePolicy(FailureConfig(max_failures=3), tiny_recipe(Path("/nowhere")))
+    board = RecordingBoard()
+    policy = FailurePolicy(FailureConfig(max_failures=3), tiny_recipe(Path("/nowhere")), board)
     assert policy.make_decision(WorkerGroupError("failed", failures)) is decision
+    assert board.reasons == ["failed"]
 
 
 def save(recipe: Recipe, step: int) -> None:
@@ -56,7 +69,7 @@ def save(recipe: Recipe, step: int) -> None:
 def test_each_new_checkpoint_renews_the_budget_of_failures(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, launch={"max_failures": 1})
     save(recipe, 4)
-    policy = FailurePolicy(FailureConfig(max_failures=1), recipe)
+    policy = FailurePolicy(FailureConfig(max_failures=1), recipe, RecordingBoard())
 
     for step in (8, 12, 16):
         save(recipe, step)
@@ -67,7 +80,7 @@ def test_each_new_checkpoint_renews_the_budget_of_failures(tmp_path: Path) -> No
 def test_falling_back_to_an_earlier_checkpoint_does_not_renew_it(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, launch={"max_failures": 1})
     save(recipe, 8)
-    policy = FailurePolicy(FailureConfig(max_failures=1), recipe)
+    policy = FailurePolicy(FailureConfig(max_failures=1), recipe, RecordingBoard())
     assert policy.make_decision(DEATH) is FailureDecision.RETRY
     save(recipe, 4)  # step 8 was damaged, and the run repeats the steps before it
     assert policy.make_decision(DEATH) is FailureDecision.RAISE

@@ -1,0 +1,52 @@
+"""Surroundings of a local Ray node: long paths for temporary files, and Pythons whose path a shell would misread."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ul2r.errors import ServiceError
+from ul2r.launch.ray_train import local_ray
+
+
+def test_folder_follows_tmpdir_as_far_as_its_sockets_can_be_opened() -> None:
+    room = local_ray.MAX_SOCKET_PATH - len(local_ray.SOCKET_SUFFIX)
+    longest = Path("/" + "x" * (room - 1))
+    assert local_ray.choose_folder(longest) == longest
+    short = local_ray.choose_folder(Path(f"{longest}x"))
+    assert str(short) in local_ray.SHORT_FOLDERS
+
+
+def test_length_of_a_path_is_counted_in_bytes() -> None:
+    room = local_ray.MAX_SOCKET_PATH - len(local_ray.SOCKET_SUFFIX)
+    folder = Path("/" + "é" * (room - 1))
+    assert local_ray.choose_folder(folder) != folder
+
+
+def test_long_tmpdir_without_another_folder_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(local_ray, "SHORT_FOLDERS", (f"{tmp_path}/missing/ray",))
+    with pytest.raises(ServiceError, match="is too long for Ray's sockets"):
+        local_ray.choose_folder(Path("/" + "x" * 200))
+
+
+@pytest.mark.parametrize("name", ["my work", "it's", 'a "b"', "$HOME", "a#b", "a;b&c(d)", "é", "*"])
+def test_python_at_any_path_is_found_by_the_shell_that_starts_workers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    python = tmp_path / name / "python"
+    python.parent.mkdir()
+    python.symlink_to(sys.executable)
+    monkeypatch.setattr(sys, "executable", str(python))
+    command = local_ray.python_environment()["py_executable"]
+    # As ray._private.runtime_env.context.RuntimeEnvContext.exec_worker does.
+    subprocess.run(["bash", "-c", f"exec {command} -S -c pass"], check=True)
+
+
+def test_plain_path_is_left_to_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/opt/ul2r/.venv/bin/python")
+    assert local_ray.python_environment() == {}
