@@ -12,10 +12,10 @@ bin := .venv/bin
 ready := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fix ui serve bench
+.PHONY: help demo test test-slurm check fix ui serve bench
 
 help:  ## list these targets
-	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: $(ready)  ## text -> base -> UL2R -> comparison -> served model; CORPUS=path for your own text
 	@$(bin)/python jobs/demo.py $(if $(CORPUS),--corpus '$(CORPUS)')
@@ -23,6 +23,12 @@ demo: $(ready)  ## text -> base -> UL2R -> comparison -> served model; CORPUS=pa
 # Two files at a time: tests spend most of their time waiting for processes to start.
 test: $(ready)  ## every test that this machine can run; ARGS="-k spans" selects some
 	@$(bin)/pytest -n 2 --dist loadfile $(ARGS)
+
+# Not part of `test`: it needs root and packages of the system.
+test-slurm: $(ready)  ## test clusters/slurm.sbatch on a Slurm of two nodes on this machine; as root
+	@command -v slurmctld slurmd munged >/dev/null || { echo "error: no Slurm here: apt install slurm-wlm munge" >&2; exit 2; }
+	@test "$$(id -u)" = 0 || { echo "error: Slurm's daemons need root here: sudo make test-slurm" >&2; exit 2; }
+	@$(bin)/pytest tests/slurm $(ARGS)
 
 check: $(ready)  ## check lint, format and types; change nothing
 	@$(bin)/ruff check
