@@ -49,11 +49,11 @@ def dry_run(recipe: Recipe) -> str:
         vocabulary_size = planned_vocabulary(recipe)
         tokenizer = recipe.data.tokenizer
         origin = f"of {tokenizer}" if tokenizer else "from data.vocabulary_size"
+        # With a store, `check_run` has done it.
+        check_memory(recipe, vocabulary_size)
         start = _describe_start(recipe)
         checked = f"recipe and memory only: {recipe.storage_paths.store} is not prepared yet"
 
-    # Needed if there is no store; with one, `check_run` has done it.
-    check_memory(recipe, vocabulary_size)
     estimate = estimate_run(recipe, vocabulary_size)
     padded = pad_vocabulary(recipe.model.num_used_embeddings(vocabulary_size))
     facts = [
