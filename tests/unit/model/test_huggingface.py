@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
+from huggingface_hub import close_session
 from safetensors.torch import load_file, save_file
 
 from ul2r.config import HuggingFaceBase, Recipe, dump, load
@@ -252,6 +255,33 @@ def test_a_failing_job_prints_one_line_and_leaves_nothing(
 def test_a_hub_model_without_a_network_fails_in_one_line(tmp_path: Path) -> None:
     message = run_failing_job("jobs/check_base.py", "somebody/a-model", folder=tmp_path)
     assert "could not be downloaded from the Hugging Face Hub" in message
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [
+        ("all_proxy", "socks5://127.0.0.1:9", "SOCKS"),
+        ("https_proxy", "ftp://127.0.0.1:9", "ftp://127.0.0.1:9"),
+        ("https_proxy", "fo:o", "Invalid port"),
+        ("SSL_CERT_FILE", "/nowhere.pem", "SSL_CERT_FILE=/nowhere.pem does not exist"),
+    ],
+)
+def test_fault_of_the_environment_is_named_when_a_base_is_fetched(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str, value: str, reason: str
+) -> None:
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    # Nothing listens there: no test reaches the network.
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "https://127.0.0.1:9")
+    close_session()  # a client that exists has read the environment before
+    with pytest.raises(CheckpointError, match="could not be downloaded") as caught:
+        resolve_model_folder("nobody/no-such-model")
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+    close_session()
 
 
 def test_a_cached_hub_model_needs_no_network(llama: Path, tmp_path: Path) -> None:

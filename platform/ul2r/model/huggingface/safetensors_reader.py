@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -62,18 +63,22 @@ def resolve_model_folder(name: str, revision: str | None = None) -> Path:
         raise CheckpointError(f"base.hf={name}: the folder does not exist")
 
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     # Every worker may resolve the base: their bars would fill the logs.
     disable_progress_bars()
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOADED_FILES))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    # Its HTTP client's errors about proxies, certificates and missing packages have no base in common.
+    except Exception as error:  # noqa: BLE001  as above
+        reason = str(error).strip().partition("\n")[0]
+        certificates = os.environ.get("SSL_CERT_FILE", "")
+        if certificates and not Path(certificates).exists():
+            reason = f"SSL_CERT_FILE={certificates} does not exist"
         raise CheckpointError(
             f"base.hf={name}{f' (revision {revision})' if revision else ''} is not a folder and could not be "
             "downloaded from the Hugging Face Hub "
-            f"({type(error).__name__}): point to a folder, or download it on a machine with a network"
+            f"({type(error).__name__}: {reason}): point to a folder, or download it on a machine with a network"
         ) from None
 
 
