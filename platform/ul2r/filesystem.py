@@ -150,6 +150,14 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         staging.write_bytes(data)
 
 
+def is_transfer_error(error: Exception) -> bool:
+    """Return whether an error comes from a transfer to or from a server, and not from a fault in this program."""
+    # fsspec raises ValueError for an unknown protocol and ImportError if a protocol's package is not installed. Some
+    # packages have errors of their own that are no OSError, such as aiohttp's for a connection that was cut off.
+    is_foreign = type(error).__module__.partition(".")[0] not in {"builtins", "ul2r"}
+    return is_foreign or isinstance(error, OSError | ValueError | ImportError)
+
+
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's content in hexadecimal."""
     with path.open("rb") as file:

@@ -17,7 +17,14 @@ import fsspec
 
 from ul2r.data.store.manifest import BLEND_KEY, MANIFEST_FILE, Manifest
 from ul2r.errors import CorpusError
-from ul2r.filesystem import STAGING_SUFFIX, file_lock, remove, sha256_of, staging_dir
+from ul2r.filesystem import (
+    STAGING_SUFFIX,
+    file_lock,
+    is_transfer_error,
+    remove,
+    sha256_of,
+    staging_dir,
+)
 
 CACHE_VARIABLE = "UL2R_CACHE"
 """Environment variable with the folder for downloaded stores; the default is `ul2r` in the user's cache folder."""
@@ -132,16 +139,8 @@ def _download(store: str, name: str, folder: Path) -> Path:
             f"{url}: not found; give the URL of a folder that jobs/prepare.py wrote"
         ) from None
     except Exception as error:
-        if not _is_transfer_error(error):
+        if not is_transfer_error(error):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CorpusError(f"{url}: download failed: {reason}") from error
     return folder / name
-
-
-def _is_transfer_error(error: Exception) -> bool:
-    """Return whether an error comes from a download, and not from a fault in this program."""
-    # fsspec raises ValueError for an unknown protocol and ImportError if a protocol's package is not installed. Some
-    # packages have errors of their own that are no OSError, such as aiohttp's for a connection that was cut off.
-    is_foreign = type(error).__module__.partition(".")[0] not in {"builtins", "ul2r"}
-    return is_foreign or isinstance(error, OSError | ValueError | ImportError)

@@ -16,11 +16,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ul2r.filesystem import sha256_of
+from ul2r.paths import is_file_name
 from ul2r.train.checkpoint.layout import DIGESTS_FILE
 
 FORMAT = 1
 SMALL_BYTES = 2**20
 """Files up to this size, such as checkpoint.json, are always read."""
+# A damaged file may be no JSON, or JSON of any shape.
+UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,7 @@ def find_damage(
         return "does not exist"
     try:
         files = _read_digests(folder)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        # A damaged file may be no JSON, or JSON of any shape.
+    except UNREADABLE as error:
         return f"has no readable {DIGESTS_FILE} ({_describe(error)})"
 
     # Round robin: neighbors in the sorted list are files of the same rank.
@@ -108,10 +110,22 @@ def find_damage(
     return f"has a {changed[0]} whose SHA-256 is not the one written" if changed else None
 
 
+def list_files(folder: Path) -> list[str]:
+    """Return the names of a checkpoint's files according to its digests; none if they cannot be read."""
+    try:
+        return list(_read_digests(folder))
+    except UNREADABLE:
+        return []
+
+
 def _read_digests(folder: Path) -> dict[str, FileDigest]:
     tree = json.loads((folder / DIGESTS_FILE).read_text(encoding="utf-8"))
     if tree["format"] != FORMAT:
         raise ValueError(f"format {tree['format']}, this version reads {FORMAT}")
+    for name in tree["files"]:
+        # A remote copy must not choose what is read and where it is written.
+        if not is_file_name(name):
+            raise ValueError(f"names {name!r}, which is not a file of the checkpoint")
     return {str(name): FileDigest(**fields) for name, fields in tree["files"].items()}
 
 

@@ -5,7 +5,7 @@ checkpoints/
     checkpoint.json  its description (metadata.py)
     digests.json     sizes and SHA-256 of all files, written last (checksums.py)
   latest             name of the last finished checkpoint
-  owner              token of the attempt at the run that may write (storage.py); not in the remote copy
+  owner              token of the attempt at the run that may write here (storage.py, remote.py)
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ _CHECKPOINT_NAME = re.compile(r"step_(\d{8}|[1-9]\d{8,})")
 def checkpoint_name(step: int) -> str:
     """Return the folder name of the checkpoint of a step."""
     return f"step_{step:08d}"
+
+
+def lineage_of(writer_token: str) -> str:
+    """Return the part of a token that all attempts at a run in one storage have in common."""
+    return writer_token.partition(".")[0]
 
 
 def parse_step(name: str) -> int | None:

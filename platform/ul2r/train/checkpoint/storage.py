@@ -7,7 +7,6 @@ importing them.
 from __future__ import annotations
 
 import logging
-import shutil
 import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,12 +14,21 @@ from pathlib import Path
 
 from ul2r.config import Recipe
 from ul2r.errors import CheckpointError
-from ul2r.filesystem import STAGING_SUFFIX, file_lock, write_atomically
+from ul2r.filesystem import (
+    PREVIOUS_SUFFIX,
+    STAGING_SUFFIX,
+    file_lock,
+    remove,
+    replace_dir,
+    staging_path,
+    write_atomically,
+)
 from ul2r.train.checkpoint.checksums import find_damage
 from ul2r.train.checkpoint.layout import (
     LATEST_FILE,
     WRITER_TOKEN_FILE,
     checkpoint_name,
+    lineage_of,
     list_up_to,
     parse_step,
 )
@@ -55,6 +63,7 @@ class CheckpointStore:
         # The checkpoints that this attempt may count as valid, see `_find_expired`.
         self._resumed_step = 0
         self._written_steps: set[int] = set()
+        self._leftovers: list[Path] = []
 
     @classmethod
     def from_recipe(
@@ -67,7 +76,9 @@ class CheckpointStore:
             recipe.storage_paths.run(name).checkpoints,
             Retention(settings.keep, settings.keep_every),
             writer_token,
-            RemoteCheckpoints(settings.remote_dir, name) if settings.remote_dir else None,
+            RemoteCheckpoints(settings.remote_dir, name, writer_token)
+            if settings.remote_dir
+            else None,
         )
 
     def list_checkpoints(self) -> list[Path]:
@@ -103,21 +114,28 @@ class CheckpointStore:
         return path
 
     def start_attempt(self, resumed_step: int = 0) -> None:
-        """Remove unfinished checkpoints of killed attempts; call on rank 0 before the first save.
+        """Remove unfinished checkpoints of killed attempts and claim the remote folder; call before the first save.
+
+        Only rank 0 calls it.
 
         Args:
             resumed_step: Step that this attempt resumes from. Checkpoints of later steps, which are damaged or were
                 undone by resetting `latest`, are removed by the first `publish`.
 
         Raises:
-            CheckpointError: If another attempt at the run has begun since this one did.
+            CheckpointError: If another attempt at the run has begun since this one did, or the remote folder has the
+                copies of a run in another storage.
         """
         self._check_writer_token()
         self._resumed_step = resumed_step
-        for path in self.folder.glob(f"*{STAGING_SUFFIX}"):
-            # Only folders: a file may be the token that a newer attempt is writing at this moment.
-            if path.is_dir():
-                shutil.rmtree(path)
+        for suffix in (STAGING_SUFFIX, PREVIOUS_SUFFIX):
+            for path in self.folder.glob(f"*{suffix}"):
+                # Only folders: a file may be the token that a newer attempt is writing at this moment.
+                if path.is_dir():
+                    remove(path)
+        if self.remote is not None:
+            resumed = self.folder / checkpoint_name(resumed_step) if resumed_step else None
+            self.remote.claim(resumed)
 
     def staging_dir(self, step: int) -> Path:
         """Folder in which this attempt writes the checkpoint of a step; no other attempt uses the same one."""
@@ -134,7 +152,7 @@ class CheckpointStore:
 
     def discard(self, step: int) -> None:
         """Remove the staging folder of a step, whose checkpoint could not be written."""
-        shutil.rmtree(self.staging_dir(step))
+        remove(self.staging_dir(step))
 
     def publish(self, step: int, may_remove: Callable[[Path], bool] = lambda _: True) -> Path:
         """Turn the complete staging folder of a step into the latest checkpoint, then remove those not kept.
@@ -156,16 +174,18 @@ class CheckpointStore:
         final = self.folder / checkpoint_name(step)
 
         # Rename, then switch the pointer, then remove: a crash in between leaves `latest` naming a complete checkpoint.
-        if final.exists():
-            shutil.rmtree(final)
-        self.staging_dir(step).rename(final)
+        replace_dir(self.staging_dir(step), final)
         write_atomically(self.folder / LATEST_FILE, final.name)
         self._written_steps.add(step)
         self.remove_expired(may_remove)
         return final
 
     def remove_expired(self, may_remove: Callable[[Path], bool] = lambda _: True) -> None:
-        """Remove the checkpoints that are not kept, if this attempt has written any; see `publish`."""
+        """Remove the checkpoints that are not kept, if this attempt has written any; see `publish`.
+
+        What cannot be removed is tried again at the next call: the new checkpoint is complete, so training goes on.
+        """
+        self._leftovers = [path for path in self._leftovers if not remove(path)]
         if not self._written_steps:
             return
         latest_step = parse_step(self.list_checkpoints()[0].name)
@@ -173,7 +193,20 @@ class CheckpointStore:
         for old_step in sorted(self._find_expired(latest_step)):
             path = self.folder / checkpoint_name(old_step)
             if may_remove(path):
-                shutil.rmtree(path)
+                self._remove_checkpoint(path)
+
+    def _remove_checkpoint(self, path: Path) -> None:
+        # Renamed first, which succeeds where removing does not (NFS, files that are open elsewhere): what has a
+        # checkpoint's name is complete, and counts for retention.
+        leftover = staging_path(path)
+        try:
+            path.rename(leftover)
+        except OSError:
+            # Found again by `_find_expired`.
+            remove(path)
+            return
+        if not remove(leftover):
+            self._leftovers.append(leftover)
 
     def _find_expired(self, latest_step: int) -> set[int]:
         """Return the steps of finished checkpoints that are not kept.
@@ -300,12 +333,15 @@ def acquire_writer_token(folder: Path) -> str:
     """Begin an attempt at a run: from now on only it may write checkpoints to `folder`.
 
     The token fences off earlier attempts: one that is still running, such as workers whose driver was killed, fails
-    at its next checkpoint.
+    at its next checkpoint. All tokens of a folder begin with the same random digits, before a dot: by these a remote
+    copy tells the attempts at one run from those at a run of the same name in another storage.
 
     Returns:
         The token, for the attempt's `CheckpointStore`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    token = uuid.uuid4().hex
-    write_atomically(folder / WRITER_TOKEN_FILE, token)
+    owner = folder / WRITER_TOKEN_FILE
+    lineage = lineage_of(owner.read_text(encoding="utf-8")) if owner.is_file() else uuid.uuid4().hex
+    token = f"{lineage}.{uuid.uuid4().hex}"
+    write_atomically(owner, token)
     return token

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -195,3 +197,74 @@ def test_attempts_have_staging_folders_of_their_own(tmp_path: Path) -> None:
         CheckpointStore(tmp_path, writer_token=acquire_writer_token(tmp_path)) for _ in range(2)
     ]
     assert stores[0].staging_dir(4) != stores[1].staging_dir(4)
+
+
+@pytest.fixture
+def open_files(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Names of files that another process holds open on NFS: their folders can be renamed, and not be removed."""
+    names: set[str] = set()
+    rmtree = shutil.rmtree
+
+    def refuse(path: Path) -> None:
+        if names & {file.name for file in path.iterdir()}:
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+        rmtree(path)
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    return names
+
+
+def test_old_checkpoint_that_cannot_be_removed_ends_no_run(
+    tmp_path: Path, open_files: set[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    store = make_store(tmp_path, keep=2)
+    open_files.add("weights")
+    write_checkpoints(store, 2, 4, 6, 8)
+    assert [path.name for path in store.list_checkpoints()] == ["step_00000008", "step_00000006"]
+    assert find_latest(store, caplog) == ("step_00000008", [])
+    leftovers = sorted(path.name for path in tmp_path.glob(".step_*"))
+    assert [name.split(".")[1] for name in leftovers] == ["step_00000002", "step_00000004"]
+
+    open_files.clear()
+    write_checkpoints(store, 10)
+    assert list_steps(store) == [8, 10]
+
+
+def test_removal_that_fails_is_said_once(
+    tmp_path: Path, open_files: set[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    store = make_store(tmp_path, keep=1)
+    open_files.add("weights")
+    write_checkpoints(store, 2, 4)
+    for _ in range(3):
+        store.remove_expired()
+    (line,) = caplog.messages
+    assert "step_00000002" in line
+    assert "cannot be removed (Directory not empty)" in line
+
+
+def test_leftovers_and_a_failed_checkpoint_that_cannot_be_removed_end_no_run(
+    tmp_path: Path, open_files: set[str]
+) -> None:
+    store = make_store(tmp_path, 2)
+    open_files.add("weights")
+    store.create_staging_dir(4)
+    (store.staging_dir(4) / "weights").touch()
+    store.discard(4)
+    store.start_attempt(2)
+    assert store.staging_dir(4).exists()
+    open_files.clear()
+    store.start_attempt(2)
+    assert list_steps(store) == [2]
+
+
+def test_checkpoint_is_written_again_although_the_damaged_one_cannot_be_removed(
+    tmp_path: Path, open_files: set[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    make_store(tmp_path, 2, 4)
+    truncate(tmp_path, 4)
+    store = CheckpointStore(tmp_path, Retention(9), acquire_writer_token(tmp_path))
+    store.start_attempt(2)
+    open_files.add("weights")
+    write_checkpoints(store, 4)
+    assert find_latest(store, caplog) == ("step_00000004", [])
