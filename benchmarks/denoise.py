@@ -9,8 +9,10 @@ Rows of 2,048 positions of the `ul2r` mixture, from text that is in memory alrea
     copy_ratio                 speed relative to numpy copying the same rows, which is the limit
     fill                       fraction of the positions that carry tokens
     peak_bytes_ratio           peak memory while rows are built, relative to the rows' own size
+    document_start_seconds     time to count the windows of 10**7 documents, once in a process (within_document)
+    document_batch_seconds     time to read the text of 32 rows from them
 
-The three alternate in one process; each speed is the median of its turns.
+The first three alternate in one process; each speed is the median of its turns.
 """
 
 from __future__ import annotations
@@ -21,14 +23,16 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from ul2r.config import Objective
-from ul2r.data.sampling.text_windows import TextWindows
-from ul2r.data.store.token_store import TokenStore, TokenWriter
+from ul2r.data.sampling.text_windows import DocumentWindows, TextWindows
+from ul2r.data.store.index_file import write_index
+from ul2r.data.store.token_store import TokenStore, TokenWriter, append_suffix
 from ul2r.objective import Batch, Vocabulary, build_batch
 from ul2r.testing.reference import build_row
 
@@ -36,6 +40,8 @@ SEED = 1
 NUM_ROWS = 512
 NUM_REFERENCE_ROWS = 8
 NUM_TURNS = 9
+NUM_DOCUMENTS = 10**7
+NUM_DOCUMENT_ROWS = 32
 OBJECTIVE = Objective(sequence_length=2048)
 VOCABULARY = Vocabulary(
     size=32_000,
@@ -54,6 +60,34 @@ def random_store(num_tokens: int) -> Iterator[TokenStore]:
             writer.append(tokens)
             writer.end_document()
         yield TokenStore.open(Path(folder) / "train")
+
+
+@contextmanager
+def store_of_documents(num_documents: int, size: int) -> Iterator[TokenStore]:
+    """Open a token store of documents of one size."""
+    with TemporaryDirectory() as folder:
+        prefix = Path(folder) / "train"
+        np.zeros(num_documents * size, np.uint16).tofile(append_suffix(prefix, ".bin"))
+        lengths = np.full(num_documents, size, np.int32)
+        write_index(append_suffix(prefix, ".idx"), lengths, np.uint16)
+        yield TokenStore.open(prefix)
+
+
+def measure_documents(store: TokenStore) -> dict[str, float]:
+    """Return the times of windows within documents."""
+    start = time_call(lambda: DocumentWindows(store, OBJECTIVE.max_raw_length, SEED))
+    windows = DocumentWindows(store, OBJECTIVE.max_raw_length, SEED)
+    out = np.empty((NUM_DOCUMENT_ROWS, OBJECTIVE.max_raw_length), np.int32)
+
+    def read(turn: int) -> None:
+        samples = np.arange(turn * NUM_DOCUMENT_ROWS, (turn + 1) * NUM_DOCUMENT_ROWS)
+        windows.read(samples, np.full(NUM_DOCUMENT_ROWS, OBJECTIVE.max_raw_length), out)
+
+    reads = [time_call(partial(read, turn)) for turn in range(NUM_TURNS)]
+    return {
+        "document_start_seconds": round(start, 3),
+        "document_batch_seconds": round(statistics.median(reads), 5),
+    }
 
 
 def count_source_tokens(batch: Batch) -> int:
@@ -118,7 +152,10 @@ def measure(store: TokenStore) -> dict[str, float]:
 def main() -> None:
     """Measure and print."""
     with random_store(2**24) as store:
-        print(json.dumps({"benchmark": "denoise", **measure(store)}))
+        figures = measure(store)
+    with store_of_documents(NUM_DOCUMENTS, 8) as store:
+        figures |= measure_documents(store)
+    print(json.dumps({"benchmark": "denoise", **figures}))
 
 
 if __name__ == "__main__":

@@ -230,6 +230,15 @@ def build_arrays(recipe: Recipe, dataset: TokenDataset) -> list[Mapping[str, npt
     return [builder.build(batch_index, 1, 2).to_arrays() for batch_index in range(STEPS)]
 
 
+def test_worker_process_opens_the_store_once(recipe: Recipe, dataset: TokenDataset) -> None:
+    loader._open_builder.cache_clear()
+    for chunk in (range(1), range(1, 3)):
+        # As it arrives in a worker: equal, but another object.
+        received = recipe.model_copy(deep=True)
+        loader._build_block(received, dataset.manifest.fingerprint, chunk, 0, 1)
+    assert loader._open_builder.cache_info().misses == 1
+
+
 def test_batches_in_order_pass_the_check(recipe: Recipe, dataset: TokenDataset) -> None:
     arrays = build_arrays(recipe, dataset)
     assert len(list(check_order(arrays, recipe, range(STEPS), 1, 2))) == STEPS

@@ -16,7 +16,7 @@ class WeightedStore(StrictModel):
 
     store: FolderOrUrl
     """Its folder or URL; another recipe's `jobs/prepare.py` wrote it."""
-    weight: float = Field(gt=0)
+    weight: float = Field(ge=1e-100, le=1e100)
     """Relative to the weights of the other stores of the blend: its share of the samples."""
 
 
@@ -40,7 +40,7 @@ class Data(StrictModel):
     """Fraction of the documents kept out of training."""
     tokenizer: Path | None = None
     """An existing Hugging Face tokenizer.json; by default a byte-level BPE is trained on the corpus."""
-    vocabulary_size: PositiveInt = 4096
+    vocabulary_size: int = Field(default=4096, gt=0, lt=2**31)
     """Entries of a trained tokenizer, special tokens included."""
     mode_tokens: Literal["special", "text"] = "special"
     """Modes as tokens of their own, or as the pieces of "[S2S]", "[NLU]" and "[NLG]" (the papers do not say)."""

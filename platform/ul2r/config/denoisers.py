@@ -6,19 +6,22 @@ The positions of the spans are drawn in `ul2r.objective`.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from ul2r.config.strict_model import StrictModel
 
 Mode = Literal["S2S", "NLU", "NLG"]
-Weight = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(ge=1e-100, le=1e100)]
+"""Bounded, so that sums and ratios of weights are neither infinite nor rounded to zero."""
 
 
 class _Denoiser(StrictModel):
     """Settings of every denoiser."""
 
+    has_inputs: ClassVar[bool]
+    """True for a kind whose examples are a mode, inputs and targets; False if all of an example is predicted."""
     weight: Weight
     """Relative to the other weights of the mixture: its share of the examples."""
     whole_row: bool = False
@@ -32,6 +35,7 @@ class SpanCorruption(_Denoiser):
     Inputs are the mode, then kept runs, each followed by its sentinel; targets are sentinel and span in turn, then eos.
     """
 
+    has_inputs = True
     kind: Literal["span_corruption"] = "span_corruption"
     name: str
     mean_noise_span_length: float = Field(ge=1)
@@ -85,6 +89,7 @@ class Prefix(_Denoiser):
     2205.05131, table 1).
     """
 
+    has_inputs = True
     kind: Literal["prefix"] = "prefix"
     name: str = "S"
     mode: Mode = "S2S"
@@ -112,6 +117,7 @@ class Fim(_Denoiser):
     token, every cut equally likely; three sentinels precede prefix, suffix and middle. It has no mode.
     """
 
+    has_inputs = False
     kind: Literal["fim"] = "fim"
     name: str = "FIM"
 
@@ -134,6 +140,7 @@ class Fim(_Denoiser):
 class Causal(_Denoiser):
     """Plain next-token prediction: a window of raw tokens, without mode or eos."""
 
+    has_inputs = False
     kind: Literal["causal"] = "causal"
     name: str = "causal"
     weight: Weight = 1.0

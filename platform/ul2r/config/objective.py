@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ul2r.config.architecture import Architecture
 from ul2r.config.denoisers import MIXTURE_PRESETS, Denoiser, fit_raw_length
 from ul2r.config.field_types import PositiveInt
 from ul2r.config.strict_model import StrictModel
+
+MAX_DENOISERS = 127
+"""Batches hold the number of each position's denoiser in 8 bits."""
+MAX_SEQUENCE_LENGTH = 2**24
+"""Positions are counted in 32 bits; far below that, lengths are no longer solved for in seconds."""
+MAX_SAMPLES = 2**48
+"""Samples of a run: the number of an epoch is at most that of a sample, and shares 63 bits with that of a store."""
 
 
 def _resolve_mixture(value: Any) -> Any:  # noqa: ANN401  any YAML value
@@ -28,6 +35,10 @@ def _check_names(mixture: tuple[Denoiser, ...]) -> tuple[Denoiser, ...]:
     # Names are keys of metrics: two denoisers of one name would overwrite each other's.
     if not names or len(set(names)) != len(names):
         raise ValueError(f"needs at least one denoiser, and a different name for each; got {names}")
+    if len(names) > MAX_DENOISERS:
+        raise ValueError(
+            f"has {len(names)} denoisers, a batch can tell {MAX_DENOISERS} apart: leave some out"
+        )
     return mixture
 
 
@@ -41,7 +52,7 @@ class Objective(StrictModel):
     """The denoisers of a run, and how their examples fill a row."""
 
     mixture: Mixture = MIXTURE_PRESETS["ul2r"]
-    sequence_length: PositiveInt = 2048
+    sequence_length: int = Field(default=2048, gt=0, le=MAX_SEQUENCE_LENGTH)
     slots_per_row: PositiveInt = 1
     attention: Literal["prefix", "causal"] = "prefix"
     """Attention among inputs: prefix lets each of them see all of them, causal only those before it (which an engine
@@ -113,7 +124,7 @@ class Objective(StrictModel):
     @property
     def is_denoising(self) -> bool:
         """True if any denoiser has inputs, so that modes and sentinels are trained."""
-        return any(denoiser.kind in {"span_corruption", "prefix"} for denoiser in self.mixture)
+        return any(denoiser.has_inputs for denoiser in self.mixture)
 
 
 def check_rows_fit_model(objective: Objective, model: Architecture) -> None:
@@ -137,4 +148,22 @@ def check_rows_fit_model(objective: Objective, model: Architecture) -> None:
         raise ValueError(
             f"objective.slots_per_row={objective.slots_per_row} with model.position_embedding=learned: evaluation "
             "and serving count positions from the start of a row: set objective.slots_per_row to 1"
+        )
+
+
+def check_num_samples(objective: Objective, num_rows: int) -> None:
+    """Refuse a run of more samples than can be numbered.
+
+    Args:
+        objective: The shape of the rows.
+        num_rows: Rows of the whole run.
+
+    Raises:
+        ValueError: With the number of samples.
+    """
+    num_samples = num_rows * objective.slots_per_row
+    if num_samples > MAX_SAMPLES:
+        raise ValueError(
+            f"training.steps x training.global_batch_size x objective.slots_per_row = {num_samples} samples, a run "
+            f"has at most 2**48: lower training.steps"
         )

@@ -23,7 +23,7 @@ from ul2r.config.export import Export
 from ul2r.config.field_types import AbsolutePath, RunName
 from ul2r.config.guards import Guards
 from ul2r.config.launch import Launch, check_min_workers
-from ul2r.config.objective import Objective, check_rows_fit_model
+from ul2r.config.objective import Objective, check_num_samples, check_rows_fit_model
 from ul2r.config.optimizer import Optimizer, check_optimizer_state, check_schedule
 from ul2r.config.parallel import (
     Parallel,
@@ -91,6 +91,7 @@ class Recipe(StrictModel):
         check_rows_fit_model(self.objective, self.model)
         check_validation_rows(self.validation, self.training, self.parallel)
         check_batch_size(self.training, self.parallel)
+        check_num_samples(self.objective, self.training.steps * self.training.global_batch_size)
         check_schedule(self.optimizer, self.training.steps)
         check_num_sentinels(
             self.data,

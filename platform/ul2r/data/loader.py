@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ from ray.exceptions import RayTaskError
 
 from ul2r.config import Recipe
 from ul2r.data.sampling.batches import BatchBuilder, replica_row_indices
-from ul2r.data.store.dataset import open_dataset
+from ul2r.data.store.dataset import open_dataset, read_manifest
 from ul2r.errors import UserError
 from ul2r.objective.batch import Batch, bytes_per_row
 
@@ -260,8 +260,15 @@ def _build_block(
 ) -> list[Any]:
     """Build one block from its position in the run alone; runs in a Ray task."""
     # With the fingerprint: a store that was replaced during the run must not be mixed into it.
-    builder = BatchBuilder(recipe, open_dataset(recipe.storage_paths.store, fingerprint))
+    read_manifest(recipe.storage_paths.store, fingerprint)
+    builder = _open_builder(recipe, fingerprint)
     parts = [builder.build(batch_index, replica, num_replicas).to_arrays() for batch_index in chunk]
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     # A list, since the function of a ReadTask returns an iterable of blocks.
     return [BlockAccessor.batch_to_block(columns)]
+
+
+@lru_cache(maxsize=1)
+def _open_builder(recipe: Recipe, fingerprint: str) -> BatchBuilder:
+    """Open the token store once in a worker process, which builds many blocks of a run."""
+    return BatchBuilder(recipe, open_dataset(recipe.storage_paths.store, fingerprint))

@@ -8,6 +8,7 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from ul2r.config import Evaluation
+from ul2r.data.sampling.batches import check_token_ids
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.evaluation.held_out_windows import TokenArray, select_windows
 from ul2r.evaluation.scores import Score, average, average_tokens
@@ -41,7 +42,7 @@ class InfillExamples:
         """Return the examples of a recipe's evaluation settings, the same for every arm.
 
         Raises:
-            CorpusError: If the held-out split has fewer than two of them.
+            CorpusError: If the held-out split has fewer than two of them, or holds tokens outside the vocabulary.
         """
         context = settings.infill_context_length
         span = settings.infill_span_length
@@ -52,6 +53,7 @@ class InfillExamples:
             2 * context + span,
             excluded_token=dataset.vocabulary.eos,
         )
+        check_token_ids(windows, dataset.vocabulary, dataset.tokenizer_file.parent)
         # (B, C), (B, N) and (B, C), in the order of the fields.
         return cls(*(np.split(windows, [context, context + span], axis=1)))
 

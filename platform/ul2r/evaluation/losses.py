@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ul2r.config import Causal, Denoiser, Prefix, Recipe
-from ul2r.data.sampling.batches import BatchBuilder
+from ul2r.data.sampling.batches import BatchBuilder, check_token_ids
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.errors import CorpusError
 from ul2r.evaluation.held_out_windows import select_windows
@@ -59,6 +59,7 @@ def measure_second_half_loss(model: LanguageModel, dataset: TokenDataset, recipe
     mode = dataset.vocabulary.modes[denoiser.mode]
     length = recipe.objective.raw_length(denoiser, len(mode))
     windows = select_windows(dataset.held_out, recipe.evaluation.num_rows, length)
+    check_token_ids(windows, dataset.vocabulary, recipe.storage_paths.store)
     # At a fixed place, so that both halves are the same for every arm.
     first, second = np.split(windows, [length // 2], axis=1)
 

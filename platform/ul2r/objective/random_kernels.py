@@ -126,7 +126,9 @@ def uniform(seed: Word, purpose: Word, index: int, bound: float) -> float:
     words = np.empty(1, np.uint64)
     fill_words(seed, purpose, index, words)
     # 53 bits are the mantissa of a float64, so the quotient is exact and below 1.
-    return float(words[0] >> np.uint64(11)) * 2.0**-53 * bound
+    drawn = float(words[0] >> np.uint64(11)) * 2.0**-53 * bound
+    # Only below 2**-1022 may the product be rounded up to the bound: there float64 has fewer than 53 bits.
+    return min(drawn, np.nextafter(bound, 0.0))
 
 
 # Shuffles.

@@ -5,6 +5,11 @@ The batch index is the number of the step that trains on the batch, as long as t
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
 from ul2r.config import Denoiser, Recipe
 from ul2r.data.sampling.blend import Blend
 from ul2r.data.sampling.streaming_windows import StreamingWindows
@@ -12,7 +17,7 @@ from ul2r.data.sampling.text_windows import DocumentWindows, TextWindows
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.data.store.segments import SegmentedStore
 from ul2r.errors import CorpusError
-from ul2r.objective import Batch, WindowSource, build_batch
+from ul2r.objective import Batch, Vocabulary, WindowSource, build_batch
 
 HELD_OUT_SEED = 0
 """Held-out rows do not depend on the recipe's seed, so all runs are compared on the same ones."""
@@ -26,6 +31,22 @@ def replica_row_indices(recipe: Recipe, batch_index: int, replica: int, num_repl
     # Contiguous per replica: in replica order the parts are the global batch, whatever the number of replicas.
     first = batch_index * global_rows + replica * replica_rows
     return range(first, first + replica_rows)
+
+
+def check_token_ids(tokens: npt.NDArray[np.int32], vocabulary: Vocabulary, store: Path) -> None:
+    """Check tokens that were read from a store against its vocabulary.
+
+    Raises:
+        CorpusError: If one lies outside.
+    """
+    # On a GPU such an id is an assertion far from its cause, with tensor parallelism silently a zero embedding.
+    lowest = tokens.min(initial=0)
+    highest = tokens.max(initial=0)
+    if lowest < 0 or highest >= vocabulary.size:
+        raise CorpusError(
+            f"{store}: holds tokens {lowest} to {highest}, but its vocabulary has {vocabulary.size}: its files are "
+            "damaged or changed; delete it and prepare it again"
+        )
 
 
 class BatchBuilder:
@@ -66,14 +87,7 @@ class BatchBuilder:
             seed=self._recipe.seed,
             text_windows=self._train,
         )
-        # On a GPU such an id is an assertion far from its cause, with tensor parallelism silently a zero embedding.
-        lowest = batch.tokens.min()
-        highest = batch.tokens.max()
-        if lowest < 0 or highest >= self._vocabulary.size:
-            raise CorpusError(
-                f"{self._recipe.storage_paths.store}: holds tokens {lowest} to {highest}, but its vocabulary has "
-                f"{self._vocabulary.size}: its files are damaged or changed; delete it and prepare it again"
-            )
+        self._check_tokens(batch)
         return batch
 
     @property
@@ -90,14 +104,24 @@ class BatchBuilder:
         Args:
             denoiser: The only denoiser; it need not be part of the recipe's mixture.
             num_rows: Number of rows; fewer rows are a prefix of more.
+
+        Raises:
+            CorpusError: As `build`.
         """
-        return build_batch(
+        batch = build_batch(
             range(num_rows),
             objective=self._recipe.objective.with_mixture(denoiser),
             vocabulary=self._vocabulary,
             seed=HELD_OUT_SEED,
             text_windows=self._held_out,
         )
+        self._check_tokens(batch)
+        return batch
+
+    def _check_tokens(self, batch: Batch) -> None:
+        # The last token of a slot is a label only.
+        for ids in (batch.tokens, batch.labels):
+            check_token_ids(ids, self._vocabulary, self._recipe.storage_paths.store)
 
 
 def _window_type(recipe: Recipe) -> type[TextWindows] | type[DocumentWindows]:

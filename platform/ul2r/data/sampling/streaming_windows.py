@@ -10,11 +10,10 @@ import numpy.typing as npt
 from ul2r.data.sampling.blend import read_from_sources
 from ul2r.data.sampling.shuffle import Int64s
 from ul2r.data.sampling.text_windows import DocumentWindows, TextWindows
-from ul2r.data.store.segments import SegmentedStore
+from ul2r.data.store.segments import MAX_SEGMENTS, SegmentedStore
 from ul2r.objective.randomness import Purpose
 
-# Each segment doubles the store, so that 2**8 of them are never reached.
-SEGMENT_BITS = 8
+SEGMENT_BITS = MAX_SEGMENTS.bit_length() - 1
 """Bits of the segment's number in the `source` that shuffles its windows; the store's number in a blend is above."""
 
 

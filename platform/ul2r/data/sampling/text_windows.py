@@ -7,6 +7,8 @@ tokens left over. `DocumentWindows` cuts each document separately.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 
@@ -15,6 +17,11 @@ from ul2r.data.sampling.shuffle import Int64s, index_shuffle
 from ul2r.data.store.token_source import DocumentSource, TokenSource
 from ul2r.errors import CorpusError
 from ul2r.objective.randomness import Purpose
+
+DOCUMENTS_PER_BLOCK = 2**8
+"""Documents of which only the sum of their windows is kept: 8 bytes for each block."""
+DOCUMENTS_PER_READ = 2**16
+"""Documents whose sizes are read at a time while windows are counted; a multiple of `DOCUMENTS_PER_BLOCK`."""
 
 
 class TextWindows:
@@ -97,6 +104,9 @@ class DocumentWindows:
     A document of n tokens is cut into ceil(n / length) windows of nearly equal length. Sample k is window `k % n` of
     epoch `k // n`, where n counts the windows of all documents; every epoch reads each of them once, in a new order.
     Documents shorter than `MINIMUM_RAW_LENGTH` tokens are left out.
+
+    Windows are counted once, and remembered for each block of documents: a window is found by a binary search among the
+    blocks, then among the documents of its block, whose bounds are read from the index.
     """
 
     def __init__(
@@ -122,10 +132,7 @@ class DocumentWindows:
 
         if split is not None:
             self.check_store(store, length, split)
-        self._bounds = store.document_bounds  # (D + 1,)
-        sizes = np.diff(self._bounds)
-        self._counts = np.where(sizes < MINIMUM_RAW_LENGTH, 0, -(-sizes // length))
-        self._ends = np.cumsum(self._counts)
+        self._block_ends = self._count_windows()
 
     @staticmethod
     def check_store(store: DocumentSource, length: int, split: str) -> None:  # noqa: ARG004  as in `TextWindows`
@@ -134,7 +141,7 @@ class DocumentWindows:
         Raises:
             CorpusError: If no document is long enough.
         """
-        if np.diff(store.document_bounds).max(initial=0) < MINIMUM_RAW_LENGTH:
+        if not any((sizes >= MINIMUM_RAW_LENGTH).any() for sizes in _iter_document_sizes(store)):
             raise CorpusError(
                 f"the {split} split has no document of {MINIMUM_RAW_LENGTH} tokens or more: use other text, or set "
                 "objective.within_document to false"
@@ -142,25 +149,63 @@ class DocumentWindows:
 
     def __len__(self) -> int:
         """Windows in an epoch."""
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return int(self._block_ends[-1]) if len(self._block_ends) else 0
 
     def read(self, samples: Int64s, lengths: Int64s, windows: npt.NDArray[np.int32]) -> None:
         """Read each sample's window into `windows[i]`; reduce `lengths[i]` where the window has fewer tokens."""
         _, positions = index_shuffle(
             self._seed, self._purpose, samples, len(self), source=self._source
         )
-        # side="right" skips documents without windows: they end where the document before them ends.
-        documents = np.searchsorted(self._ends, positions, side="right")
-        counts = self._counts[documents]
-        part = positions - (self._ends[documents] - counts)
-
-        # Nearly equal parts without a remainder: 10 tokens in 3 windows are cut at 0, 3, 6 and 10.
-        begins = self._bounds[documents]
-        sizes = np.diff(self._bounds)[documents]
-        starts = begins + part * sizes // counts
-        ends = begins + (part + 1) * sizes // counts
-        np.minimum(lengths, ends - starts, out=lengths)
+        starts = np.empty(len(samples), np.int64)
+        # side="right" skips blocks without windows: they end where the block before them ends.
+        blocks = np.searchsorted(self._block_ends, positions, side="right")
+        for block in np.unique(blocks).tolist():
+            is_in_block = blocks == block
+            begins, sizes = self._locate(block, positions[is_in_block])
+            starts[is_in_block] = begins
+            lengths[is_in_block] = np.minimum(lengths[is_in_block], sizes)
         _copy_tokens(self._store, starts, lengths, windows)
+
+    def _count_windows(self) -> Int64s:
+        """Return the windows up to the end of each block of documents, int64 (ceil(D / DOCUMENTS_PER_BLOCK),)."""
+        counts = [
+            np.add.reduceat(self._num_windows(sizes), np.arange(0, len(sizes), DOCUMENTS_PER_BLOCK))
+            for sizes in _iter_document_sizes(self._store)
+        ]
+        return np.cumsum(np.concatenate([*counts, np.empty(0, np.int64)]))
+
+    def _num_windows(self, sizes: Int64s) -> Int64s:
+        return np.where(sizes < MINIMUM_RAW_LENGTH, 0, -(-sizes // self.length))
+
+    def _locate(self, block: int, positions: Int64s) -> tuple[Int64s, Int64s]:
+        """Return the first token and the length of windows of one block of documents.
+
+        Args:
+            block: Number of the block.
+            positions: Positions of the windows in the store, int64 (N,).
+        """
+        first = block * DOCUMENTS_PER_BLOCK
+        end = min(first + DOCUMENTS_PER_BLOCK, self._store.num_documents)
+        bounds = self._store.document_bounds(first, end)
+        counts = self._num_windows(np.diff(bounds))
+        window_ends = np.cumsum(counts) + (self._block_ends[block - 1] if block else 0)
+
+        # As for blocks: documents without windows are skipped.
+        documents = np.searchsorted(window_ends, positions, side="right")
+        count = counts[documents]
+        part = positions - (window_ends[documents] - count)
+        # Nearly equal parts without a remainder: 10 tokens in 3 windows are cut at 0, 3, 6 and 10.
+        begins = bounds[documents]
+        sizes = bounds[documents + 1] - begins
+        starts = begins + part * sizes // count
+        return starts, begins + (part + 1) * sizes // count - starts
+
+
+def _iter_document_sizes(store: DocumentSource) -> Iterator[Int64s]:
+    """Yield the tokens of all documents, some at a time, so that memory does not grow with their number."""
+    for first in range(0, store.num_documents, DOCUMENTS_PER_READ):
+        end = min(first + DOCUMENTS_PER_READ, store.num_documents)
+        yield np.diff(store.document_bounds(first, end))
 
 
 def _copy_tokens(

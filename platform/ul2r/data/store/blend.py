@@ -20,6 +20,8 @@ from ul2r.paths import TOKENIZER_FILE
 
 BLOCK = 10_000
 """Samples in which every store has its exact share."""
+MAX_STREAMED_STORES = 2**7
+"""First stores of a blend, which may be streamed: a shuffle has 15 bits for its source, and 8 count the segments."""
 
 
 def allocate_samples(weights: Sequence[float]) -> list[int]:
@@ -57,6 +59,7 @@ def collect_blend_inputs(stores: Sequence[WeightedStore]) -> dict[str, Any]:
     allocate_samples([store.weight for store in stores])
     names = [store.store for store in stores]
     datasets = [open_dataset(fetch_store(name)) for name in names]
+    check_streamed_members(names, datasets)
     _check_members(names, datasets)
     return {
         BLEND_KEY: [
@@ -68,6 +71,20 @@ def collect_blend_inputs(stores: Sequence[WeightedStore]) -> dict[str, Any]:
             for store, dataset in zip(stores, datasets, strict=True)
         ]
     }
+
+
+def check_streamed_members(names: Sequence[str], datasets: Sequence[TokenDataset]) -> None:
+    """Check that the streamed stores of a blend are among those whose segments can be numbered.
+
+    Raises:
+        CorpusError: If one is not.
+    """
+    for number, (name, dataset) in enumerate(zip(names, datasets, strict=True)):
+        if number >= MAX_STREAMED_STORES and dataset.manifest.segments:
+            raise CorpusError(
+                f"data.blend.{number}: {name} was prepared with data.order=streamed, and only the first "
+                f"{MAX_STREAMED_STORES} stores of a blend may be: list it among them"
+            )
 
 
 def _check_members(names: Sequence[str], datasets: Sequence[TokenDataset]) -> None:

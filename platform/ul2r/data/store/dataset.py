@@ -53,12 +53,7 @@ def open_dataset(folder: Path, fingerprint: str | None = None) -> TokenDataset:
     Raises:
         CorpusError: If the store, or one that a blend names, is missing, incomplete, damaged or replaced.
     """
-    manifest = Manifest.read(folder)
-    if fingerprint is not None and fingerprint != manifest.fingerprint:
-        raise CorpusError(
-            f"{folder}: the token store was replaced while a run reads it (fingerprint {fingerprint[:8]} before, "
-            f"{manifest.fingerprint[:8]} now): restore it to resume, or train under another name"
-        )
+    manifest = read_manifest(folder, fingerprint)
     tokenizer = folder / TOKENIZER_FILE
     # The only file that is hashed here: it is small. Token files are compared with their index by size alone.
     if not tokenizer.is_file() or sha256_of(tokenizer) != manifest.tokenizer:
@@ -79,6 +74,21 @@ def open_dataset(folder: Path, fingerprint: str | None = None) -> TokenDataset:
         manifest=manifest,
         tokenizer_file=tokenizer,
     )
+
+
+def read_manifest(folder: Path, fingerprint: str | None) -> Manifest:
+    """Read a store's manifest and check that it has the fingerprint that a run expects, if there is one.
+
+    Raises:
+        CorpusError: If the store is missing or damaged, or was replaced.
+    """
+    manifest = Manifest.read(folder)
+    if fingerprint is not None and fingerprint != manifest.fingerprint:
+        raise CorpusError(
+            f"{folder}: the token store was replaced while a run reads it (fingerprint {fingerprint[:8]} before, "
+            f"{manifest.fingerprint[:8]} now): restore it to resume, or train under another name"
+        )
+    return manifest
 
 
 def _open_blend(folder: Path, manifest: Manifest) -> TokenDataset:

@@ -113,16 +113,19 @@ class IndexFile:
         last_bytes = int(self.sequence_lengths[-1]) * np.dtype(self.dtype).itemsize
         return int(self.sequence_pointers[-1]) + last_bytes
 
-    @property
-    def document_bounds(self) -> npt.NDArray[np.int64]:
-        """Token at which each document begins, and the total number of tokens, int64 (D + 1,)."""
+    def document_bounds(self, first: int, end: int) -> npt.NDArray[np.int64]:
+        """Return the tokens at which documents [first, end) begin, and where the last ends, int64 (N + 1,)."""
         # Megatron's own stores may have several sequences per document, so documents are found through both tables.
-        byte_bounds = np.append(self.sequence_pointers, self.data_bytes)[self.document_indices]
-        return byte_bounds // np.dtype(self.dtype).itemsize
+        sequences = self.document_indices[first : end + 1]
+        num_sequences = len(self.sequence_pointers)
+        begins = self.sequence_pointers[np.minimum(sequences, num_sequences - 1)]
+        byte_bounds = np.where(sequences == num_sequences, self.data_bytes, begins)
+        bounds: npt.NDArray[np.int64] = byte_bounds // np.dtype(self.dtype).itemsize
+        return bounds
 
     def document_range(self, number: int) -> tuple[int, int]:
         """Return the tokens [begin, end) of one document, counted from the beginning of `.bin`."""
-        # Two entries of the mapped file; `document_bounds` would compute those of all documents.
+        # Two entries of the mapped file, without the arrays of `document_bounds`: a merge asks for each document.
         begin, end = self.document_indices[number : number + 2]
         return self._token_offset(int(begin)), self._token_offset(int(end))
 

@@ -30,16 +30,25 @@ class MergedStores:
         """Number of documents, D."""
         return int(self._document_ends[-1])
 
-    @property
-    def document_bounds(self) -> npt.NDArray[np.int64]:
-        """Token at which each document begins, and the total number of tokens, int64 (D + 1,)."""
-        begins = [0, *self._token_ends]
-        parts = [
-            store.document_bounds[:-1] + begin
-            # Not strict: `begins` has one more entry, the end of the last store.
-            for store, begin in zip(self._stores, begins, strict=False)
-        ]
-        return np.concatenate([*parts, [len(self)]])
+    def document_bounds(self, first: int, end: int) -> npt.NDArray[np.int64]:
+        """Return the tokens at which documents [first, end) begin, and where the last ends; see `DocumentSource`."""
+        bounds = np.empty(end - first + 1, np.int64)
+        # Written store by store: where one ends, the next begins, so that the shared entry is written twice.
+        token_begin = 0
+        document_begin = 0
+        for store, token_end, document_end in zip(
+            self._stores, self._token_ends, self._document_ends, strict=True
+        ):
+            first_here = max(first, document_begin)
+            end_here = min(end, document_end)
+            if first_here < end_here:
+                of_store = store.document_bounds(
+                    first_here - document_begin, end_here - document_begin
+                )
+                bounds[first_here - first : end_here - first + 1] = of_store + token_begin
+            token_begin = token_end
+            document_begin = document_end
+        return bounds
 
     def read_document(self, number: int) -> npt.NDArray[np.int32]:
         """Return a copy of one document's tokens.

@@ -26,6 +26,8 @@ from ul2r.filesystem import is_locked
 
 WORK_PREFIX = "store.partial-"
 """Begins the names of the folders, next to a store, in which it is built."""
+MAX_SEGMENTS = 2**8
+"""Segments of a store; as each doubles it, they are never reached."""
 POLL_S = 0.5
 """Seconds between two looks for a new segment."""
 BUILDER_TIMEOUT_S = 60.0
@@ -79,6 +81,11 @@ class SegmentedStore(MergedStores):
                 time.sleep(POLL_S)
 
     def _add_segments(self, manifest: Manifest) -> None:
+        if len(manifest.segments) > MAX_SEGMENTS:
+            raise CorpusError(
+                f"{self.folder}: has {len(manifest.segments)} segments, a store has at most {MAX_SEGMENTS}: its "
+                "manifest is damaged; delete it and prepare it again"
+            )
         for number, segment in enumerate(
             manifest.segments[self._num_segments :], self._num_segments
         ):

@@ -24,9 +24,11 @@ class DocumentSource(TokenSource, Protocol):
     def num_documents(self) -> int:
         """Number of documents, D."""
 
-    @property
-    def document_bounds(self) -> npt.NDArray[np.int64]:
-        """Token at which each document begins, and the total number of tokens, int64 (D + 1,)."""
+    def document_bounds(self, first: int, end: int) -> npt.NDArray[np.int64]:
+        """Return the tokens at which documents [first, end) begin, and where the last ends, int64 (end - first + 1,).
+
+        It costs time and memory for these documents only.
+        """
 
     def read_document(self, number: int) -> npt.NDArray[np.int32]:
         """Return the tokens of one document."""

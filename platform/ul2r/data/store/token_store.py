@@ -20,6 +20,9 @@ UINT16_VOCABULARY = 65_500
 MAX_DOCUMENT_TOKENS = 2**31 - 1
 """The index counts the tokens of a sequence in 32 bits."""
 
+MAX_TOKEN = 2**31 - 1
+"""Batches hold tokens in 32 bits."""
+
 
 class TokenStore:
     """A memory-mapped store, read by document or as one circular sequence of tokens.
@@ -72,10 +75,9 @@ class TokenStore:
         """Number of documents, D."""
         return self._index.num_documents
 
-    @property
-    def document_bounds(self) -> npt.NDArray[np.int64]:
-        """Token at which each document begins, and the total number of tokens, int64 (D + 1,)."""
-        return self._index.document_bounds
+    def document_bounds(self, first: int, end: int) -> npt.NDArray[np.int64]:
+        """Return the tokens at which documents [first, end) begin, and where the last ends; see `DocumentSource`."""
+        return self._index.document_bounds(first, end)
 
     def read_document(self, number: int) -> npt.NDArray[np.int32]:
         """Return a copy of one document's tokens.
@@ -92,8 +94,8 @@ class TokenStore:
                 f"{append_suffix(self.prefix, '.idx')}: document {number} has tokens {begin} to {end} of "
                 f"{len(self)}: the index is damaged; prepare the store again"
             )
-        # astype copies: a view would be read-only and keep the type of the file.
-        return self._tokens[begin:end].astype(np.int32)
+        # A copy: a view would be read-only and keep the type of the file.
+        return self._to_int32(self._tokens[begin:end])
 
     def read_tokens(self, start: int, length: int) -> npt.NDArray[np.int32]:
         """Return a copy of tokens [start, start + length), int32 (length,); the first token follows the last."""
@@ -103,10 +105,26 @@ class TokenStore:
         # More than two turns only if the store is shorter than `length`.
         while filled < length:
             part = self._tokens[position : position + length - filled]
-            out[filled : filled + len(part)] = part
+            out[filled : filled + len(part)] = self._to_int32(part)
             filled += len(part)
             position = 0
         return out
+
+    def _to_int32(self, tokens: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int32]:
+        """Return a copy as int32.
+
+        Raises:
+            CorpusError: If a token is larger.
+        """
+        # Of the types of the format only int64 has larger numbers, which numpy would take modulo 2**32.
+        if self._index.dtype is np.int64 and tokens.size:
+            highest = max(-int(tokens.min()), int(tokens.max()))
+            if highest > MAX_TOKEN:
+                raise CorpusError(
+                    f"{append_suffix(self.prefix, '.bin')}: has a token {highest}, ids up to {MAX_TOKEN} are "
+                    "supported: the file is damaged, or not one of tokens"
+                )
+        return tokens.astype(np.int32)
 
 
 class TokenWriter:
@@ -121,6 +139,7 @@ class TokenWriter:
 
     def __init__(self, prefix: Path, vocabulary_size: int) -> None:
         self.prefix = prefix
+        self._vocabulary_size = vocabulary_size
         self.dtype: type[np.integer[Any]] = (
             np.uint16 if vocabulary_size < UINT16_VOCABULARY else np.int32
         )
@@ -139,10 +158,20 @@ class TokenWriter:
         return self
 
     def append(self, tokens: npt.ArrayLike) -> None:
-        """Add tokens to the current document."""
+        """Add tokens to the current document.
+
+        Raises:
+            CorpusError: If one lies outside the vocabulary.
+        """
+        values = np.asarray(tokens)
+        # Checked before the conversion, in which numpy takes integers modulo 2**16.
+        if values.size and not 0 <= values.min() <= values.max() < self._vocabulary_size:
+            raise CorpusError(
+                f"{self.prefix}: tokens {values.min()} to {values.max()} are to be stored, but the vocabulary has "
+                f"{self._vocabulary_size}: prepare the text again with the tokenizer that made them"
+            )
         # Written at once: a document may be larger than the memory.
-        values = np.asarray(tokens, dtype=self.dtype)
-        self._data.write(values.tobytes())
+        self._data.write(values.astype(self.dtype).tobytes())
         self._open_length += values.size
 
     def end_document(self) -> None:

@@ -7,10 +7,15 @@ from collections import Counter
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ul2r.data.sampling.text_windows import DocumentWindows, TextWindows
+from ul2r.data.sampling.text_windows import (
+    DOCUMENTS_PER_BLOCK,
+    DOCUMENTS_PER_READ,
+    DocumentWindows,
+    TextWindows,
+)
 from ul2r.errors import CorpusError
 from ul2r.objective.random_kernels import SHUFFLE_ROUNDS, permute
 
@@ -143,16 +148,15 @@ class CountingDocuments(CountingStore):
         super().__init__(sum(sizes))
         self.sizes = sizes
 
-    @property
-    def document_bounds(self) -> npt.NDArray[np.int64]:
-        return np.cumsum([0, *self.sizes])
+    def document_bounds(self, first: int, end: int) -> npt.NDArray[np.int64]:
+        return np.cumsum([0, *self.sizes])[first : end + 1]
 
     @property
     def num_documents(self) -> int:
         return len(self.sizes)
 
     def read_document(self, number: int) -> npt.NDArray[np.int32]:
-        begin, end = self.document_bounds[number : number + 2].tolist()
+        begin, end = self.document_bounds(number, number + 1).tolist()
         return self.read_tokens(begin, end - begin)
 
 
@@ -200,6 +204,48 @@ def test_windows_stay_within_a_document_and_have_nearly_equal_lengths(
         assert len(lengths) == -(-sizes[document] // length)
         assert max(lengths) - min(lengths) <= 1
         assert max(lengths) <= length
+
+
+class EqualDocuments(CountingDocuments):
+    """Documents of one size, however many, that record how many of them are asked for at a time."""
+
+    def __init__(self, num_documents: int, size: int) -> None:
+        CountingStore.__init__(self, num_documents * size)
+        self.document_size = size
+        self.asked: list[int] = []
+
+    @property
+    def num_documents(self) -> int:
+        return len(self) // self.document_size
+
+    def document_bounds(self, first: int, end: int) -> npt.NDArray[np.int64]:
+        self.asked.append(end - first)
+        return np.arange(first, end + 1) * self.document_size
+
+
+def test_window_of_ten_million_documents_is_looked_up() -> None:
+    store = EqualDocuments(10**7 + 3, 12)
+    windows = DocumentWindows(store, 10, seed=1)
+    assert len(windows) == 2 * store.num_documents
+    assert max(store.asked) == DOCUMENTS_PER_READ, "counted without an array of all documents"
+
+    store.asked.clear()
+    texts = read_texts(windows, range(64))
+    assert sum(store.asked) <= 64 * DOCUMENTS_PER_BLOCK
+    assert all(len(text) == 6 and text[0] % 6 == 0 for text in texts)
+
+
+@settings(max_examples=10)
+@given(st.lists(st.integers(0, 9), min_size=500, max_size=900), seeds)
+def test_epoch_of_several_blocks_of_documents_reads_every_token_once(
+    sizes: list[int], seed: int
+) -> None:
+    # Long runs of documents without a window, which fill blocks.
+    sizes = [*sizes, *[3] * 2 * DOCUMENTS_PER_BLOCK, 50]
+    windows = DocumentWindows(CountingDocuments(sizes), 8, seed)
+    texts = read_texts(windows, range(len(windows)))
+    assert sum(map(len, texts)) == len({token for text in texts for token in text})
+    assert sum(map(len, texts)) == sum(size for size in sizes if size >= 4)
 
 
 def test_document_windows_are_shuffled_differently_in_each_epoch() -> None:

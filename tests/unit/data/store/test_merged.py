@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,8 @@ class CountingStore:
     def __len__(self) -> int:
         return len(self._tokens)
 
-    @property
-    def document_bounds(self) -> npt.NDArray[np.int64]:
-        return np.array([0, len(self)])
+    def document_bounds(self, first: int, end: int) -> npt.NDArray[np.int64]:
+        return np.array([0, len(self)])[first : end + 1]
 
     def read_document(self, number: int) -> npt.NDArray[np.int32]:
         assert number == 0
@@ -63,7 +63,9 @@ def test_documents_of_merged_stores_are_concatenated(tmp_path: Path) -> None:
     merged = MergedStores([TokenStore.open(tmp_path / name) for name in "ab"])
     assert (len(merged), merged.num_documents) == (7, 4)
     assert [merged.read_document(number).tolist() for number in range(4)] == documents
-    assert merged.document_bounds.tolist() == [0, 2, 3, 6, 7]
+    bounds = [0, 2, 3, 6, 7]
+    for first, end in combinations(range(5), 2):
+        assert merged.document_bounds(first, end).tolist() == bounds[first : end + 1]
     for number in (-1, 4):
         with pytest.raises(IndexError):
             merged.read_document(number)

@@ -92,10 +92,10 @@ def test_store_pickles_as_its_path(tmp_path: Path) -> None:
 
 def test_failed_write_leaves_no_files(tmp_path: Path) -> None:
     with (
-        pytest.raises(OverflowError),
+        pytest.raises(CorpusError, match="the vocabulary has 1000"),
         TokenWriter(tmp_path / "own", vocabulary_size=1000) as writer,
     ):
-        writer.append([1, 2, 70_000])
+        writer.append([1, 2, 1000])
     assert list(tmp_path.iterdir()) == []
 
 
