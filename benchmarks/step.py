@@ -234,7 +234,7 @@ def measure(folder: Path) -> dict[str, float]:
             run_worker(
                 recipe,
                 tracker,
-                lambda _, numbers: read_from_ray_data(recipe, numbers),
+                lambda _, numbers, __: read_from_ray_data(recipe, numbers),
                 callbacks=[loops],
             )
             tracker.close()

@@ -141,6 +141,10 @@ def test_a_run_starts_from_an_export_as_from_the_checkpoint(
     info = CheckpointInfo.read(latest)
     assert (info.base_id or "").startswith("hf-")
     assert info.tokens == 3 * 8 * 64
+    # The export tells what its run has read: its follower of the same seed reads in another order.
+    assert info.data is not None
+    assert [use["run"] for use in info.data["history"]] == [trained.name]
+    assert info.data["order"]["seed"] != follower.seed == trained.seed
 
 
 def test_a_chosen_checkpoint_is_exported_to_a_folder_of_its_own(

@@ -14,6 +14,7 @@ import pytest
 from torch.multiprocessing.spawn import ProcessExitedException
 
 from ul2r.config import Recipe, Training
+from ul2r.data.sampling.order import DataOrder
 from ul2r.errors import DivergedError
 from ul2r.objective import Batch
 from ul2r.testing.corpus import make_tiny_store
@@ -85,8 +86,8 @@ def train(recipe: Recipe, faults: Faults, order: list[int] | None = None) -> Res
             is_faulty = number == faults.disagree and self.mesh.rank == 1
             return replace(result, gradient_norm=math.nan) if is_faulty else result
 
-    def read(mesh: Mesh, batches: range) -> Iterator[Batch]:
-        builder = BatchBuilder(recipe, open_dataset(recipe.storage_paths.store))
+    def read(mesh: Mesh, batches: range, data_order: DataOrder) -> Iterator[Batch]:
+        builder = BatchBuilder(recipe, open_dataset(recipe.storage_paths.store), data_order)
         for batch in batches:
             if batch == faults.kill:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -31,7 +31,7 @@ WORKER = """
     recipe = load(folder / "recipe.yaml", (), Recipe)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
 
-    def read(mesh, numbers):
+    def read(mesh, numbers, order):
         builder = BatchBuilder(recipe, open_dataset(recipe.storage_paths.store))
         for number in numbers:
             if number == 2 and rank == 1:

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -231,12 +232,13 @@ def build_arrays(recipe: Recipe, dataset: TokenDataset) -> list[Mapping[str, npt
 
 
 def test_worker_process_opens_the_store_once(recipe: Recipe, dataset: TokenDataset) -> None:
-    loader._open_builder.cache_clear()
+    loader._make_builder.cache_clear()
     for chunk in (range(1), range(1, 3)):
         # As it arrives in a worker: equal, but another object.
         received = recipe.model_copy(deep=True)
-        loader._build_block(received, dataset.manifest.fingerprint, chunk, 0, 1)
-    assert loader._open_builder.cache_info().misses == 1
+        open_builder = partial(loader._open_builder, received, None, dataset.manifest.fingerprint)
+        loader._build_block(open_builder, chunk, 0, 1)
+    assert loader._make_builder.cache_info().misses == 1
 
 
 def test_batches_in_order_pass_the_check(recipe: Recipe, dataset: TokenDataset) -> None:

@@ -36,6 +36,9 @@ class Data(StrictModel):
     size."""
     blend: tuple[WeightedStore, ...] = ()
     """Token stores of one tokenizer to train on instead of `corpus`, in proportion to their weights."""
+    continue_from_base: bool = False
+    """Go on in the text where the base stopped: its order, from the first sample that it has not read. By default a run
+    whose base has read this store reads it in another order."""
     held_out_fraction: float = Field(default=0.03, gt=0, lt=0.5)
     """Fraction of the documents kept out of training."""
     tokenizer: Path | None = None

@@ -53,8 +53,13 @@ def _check_form(value: Any) -> Any:  # noqa: ANN401  any YAML value
 Base = Annotated[RunName | HuggingFaceBase | MegatronBase, BeforeValidator(_check_form)]
 
 
-def check_base(base: Base | None, name: str) -> None:
-    """Refuse a run that continues itself.
+def check_base(base: Base | None, name: str, *, continue_from_base: bool) -> None:
+    """Refuse a run that continues itself, and one that goes on in the text of a base whose text is not known.
+
+    Args:
+        base: The base.
+        name: Name of the run.
+        continue_from_base: See `Data`.
 
     Raises:
         ValueError: With the name.
@@ -62,3 +67,8 @@ def check_base(base: Base | None, name: str) -> None:
     # Only a run's name can be equal to it: the other forms are not strings.
     if base == name:
         raise ValueError(f"base={base} is the run's own name: set base to the run to continue")
+    if continue_from_base and (base is None or isinstance(base, MegatronBase)):
+        raise ValueError(
+            "data.continue_from_base=true needs a base that records the text it was trained on: a run of this storage, "
+            "or an export of this project; name one, or set data.continue_from_base to false"
+        )

@@ -86,7 +86,7 @@ class Recipe(StrictModel):
         sequence_length = self.objective.sequence_length
 
         # The order matters: later checks divide sizes that earlier ones have found divisible.
-        check_base(self.base, self.name)
+        check_base(self.base, self.name, continue_from_base=self.data.continue_from_base)
         check_tensor_parallel(self.parallel, self.model)
         check_rows_fit_model(self.objective, self.model)
         check_validation_rows(self.validation, self.training, self.parallel)

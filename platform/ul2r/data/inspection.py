@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from ul2r.config import Denoiser, Recipe
 from ul2r.data.sampling.batches import BatchBuilder
+from ul2r.data.sampling.order import DataOrder
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.data.tokenizer import load_tokenizer
 from ul2r.filesystem import write_atomically
@@ -135,7 +136,9 @@ class _PositionCounts:
     num_targets: int = 0
 
 
-def measure_mixture(recipe: Recipe, dataset: TokenDataset) -> list[DenoiserStats]:
+def measure_mixture(
+    recipe: Recipe, dataset: TokenDataset, order: DataOrder | None = None
+) -> list[DenoiserStats]:
     """Measure the first rows of a run, and collect the first examples of each denoiser."""
     mixture = recipe.objective.mixture
     total_weight = sum(denoiser.weight for denoiser in mixture)
@@ -146,7 +149,7 @@ def measure_mixture(recipe: Recipe, dataset: TokenDataset) -> list[DenoiserStats
         stats.append(DenoiserStats(denoiser, denoiser.weight / total_weight, raw_length))
     positions = [_PositionCounts() for _ in mixture]
 
-    for denoiser_id, example in _iter_examples(recipe, dataset):
+    for denoiser_id, example in _iter_examples(recipe, dataset, order):
         denoiser_stats = stats[denoiser_id]
         denoiser_stats.num_examples += 1
         if denoiser_stats.denoiser.kind == "span_corruption":
@@ -180,8 +183,14 @@ def _count_spans(
     stats.raw_tokens += len(example.inputs) + len(example.targets) - num_special
 
 
-def write_page(recipe: Recipe, dataset: TokenDataset) -> Path:
-    """Write the page of a run into the run's folder atomically; return its path."""
+def write_page(recipe: Recipe, dataset: TokenDataset, order: DataOrder | None = None) -> Path:
+    """Write the page of a run into the run's folder atomically; return its path.
+
+    Args:
+        recipe: The run.
+        dataset: Its token store.
+        order: As in `BatchBuilder`.
+    """
     tokenizer = load_tokenizer(dataset.tokenizer_file)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -194,7 +203,7 @@ def write_page(recipe: Recipe, dataset: TokenDataset) -> Path:
     page = environment.get_template("inspection.html").render(
         recipe=recipe,
         manifest=dataset.manifest,
-        mixture=measure_mixture(recipe, dataset),
+        mixture=measure_mixture(recipe, dataset, order),
         render_tokens=lambda tokens: render_tokens(tokens, tokenizer, dataset.vocabulary),
         draw_attention=draw_attention,
         picture_size=PICTURE_SIZE,
@@ -247,9 +256,11 @@ def draw_attention(example: Example) -> str:
     return " ".join(f"{x * scale:.1f},{y * scale:.1f}" for x, y in points)
 
 
-def _iter_examples(recipe: Recipe, dataset: TokenDataset) -> Iterator[tuple[int, Example]]:
+def _iter_examples(
+    recipe: Recipe, dataset: TokenDataset, order: DataOrder | None
+) -> Iterator[tuple[int, Example]]:
     """Yield denoiser index and example for each example of the run's first rows."""
-    builder = BatchBuilder(recipe, dataset)
+    builder = BatchBuilder(recipe, dataset, order)
     batch_size = recipe.training.global_batch_size
     num_batches = min(-(-MEASURED_ROWS // batch_size), recipe.training.steps)
     for batch_index in range(num_batches):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache, partial
 from typing import Any
 
@@ -30,6 +30,7 @@ from ray.exceptions import RayTaskError
 
 from ul2r.config import Recipe
 from ul2r.data.sampling.batches import BatchBuilder, replica_row_indices
+from ul2r.data.sampling.order import DataOrder
 from ul2r.data.store.dataset import open_dataset, read_manifest
 from ul2r.errors import UserError
 from ul2r.objective.batch import Batch, bytes_per_row
@@ -69,9 +70,17 @@ class SchedulerThrottle(ExecutionCallback):  # type: ignore[misc]  # Ray is unty
 class BatchDatasource(Datasource):  # type: ignore[misc]  # Ray is untyped here, so its classes are Any
     """Blocks of successive batches of a run."""
 
-    def __init__(self, recipe: Recipe, fingerprint: str, batches: range, num_replicas: int) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        order: DataOrder | None,
+        fingerprint: str,
+        batches: range,
+        num_replicas: int,
+    ) -> None:
         super().__init__()
         self.recipe = recipe
+        self.order = order
         self.fingerprint = fingerprint
         self.batches = batches
         self.num_replicas = num_replicas
@@ -90,11 +99,10 @@ class BatchDatasource(Datasource):  # type: ignore[misc]  # Ray is untyped here,
         """Return one task per block, in the order in which blocks are dealt out."""
         rows_per_batch = self.recipe.training.global_batch_size // self.num_replicas
         row_bytes = bytes_per_row(self.recipe.objective)
+        open_builder = partial(_open_builder, self.recipe, self.order, self.fingerprint)
         return [
             ReadTask(
-                partial(
-                    _build_block, self.recipe, self.fingerprint, chunk, replica, self.num_replicas
-                ),
+                partial(_build_block, open_builder, chunk, replica, self.num_replicas),
                 BlockMetadata(
                     num_rows=len(chunk) * rows_per_batch,
                     size_bytes=len(chunk) * rows_per_batch * row_bytes,
@@ -107,13 +115,16 @@ class BatchDatasource(Datasource):  # type: ignore[misc]  # Ray is untyped here,
         ]
 
 
-def make_dataset(recipe: Recipe, batches: range, num_replicas: int) -> Dataset:
+def make_dataset(
+    recipe: Recipe, batches: range, num_replicas: int, order: DataOrder | None = None
+) -> Dataset:
     """Return a lazy data set of the rows of successive batches of a run.
 
     Args:
         recipe: The run; its token store must be on a file system that every node of the cluster can reach.
         batches: Batch indices; at least one.
         num_replicas: Model replicas that share each global batch.
+        order: As in `BatchBuilder`.
 
     Returns:
         A data set for `split_for_replicas`.
@@ -127,7 +138,7 @@ def make_dataset(recipe: Recipe, batches: range, num_replicas: int) -> Dataset:
         )
 
     fingerprint = open_dataset(recipe.storage_paths.store).manifest.fingerprint
-    source = BatchDatasource(recipe, fingerprint, batches, num_replicas)
+    source = BatchDatasource(recipe, order, fingerprint, batches, num_replicas)
     with DataContext.current(_make_context(num_replicas)):
         return ray.data.read_datasource(
             source,
@@ -256,19 +267,24 @@ def plan_chunks(recipe: Recipe, batches: range, num_replicas: int) -> list[range
 
 
 def _build_block(
-    recipe: Recipe, fingerprint: str, chunk: range, replica: int, num_replicas: int
+    open_builder: Callable[[], BatchBuilder], chunk: range, replica: int, num_replicas: int
 ) -> list[Any]:
     """Build one block from its position in the run alone; runs in a Ray task."""
-    # With the fingerprint: a store that was replaced during the run must not be mixed into it.
-    read_manifest(recipe.storage_paths.store, fingerprint)
-    builder = _open_builder(recipe, fingerprint)
+    builder = open_builder()
     parts = [builder.build(batch_index, replica, num_replicas).to_arrays() for batch_index in chunk]
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     # A list, since the function of a ReadTask returns an iterable of blocks.
     return [BlockAccessor.batch_to_block(columns)]
 
 
+def _open_builder(recipe: Recipe, order: DataOrder | None, fingerprint: str) -> BatchBuilder:
+    """Return this process's builder of a run's batches, after checking that the token store is still the run's."""
+    # With the fingerprint: a store that was replaced during the run must not be mixed into it.
+    read_manifest(recipe.storage_paths.store, fingerprint)
+    return _make_builder(recipe, order, fingerprint)
+
+
 @lru_cache(maxsize=1)
-def _open_builder(recipe: Recipe, fingerprint: str) -> BatchBuilder:
-    """Open the token store once in a worker process, which builds many blocks of a run."""
-    return BatchBuilder(recipe, open_dataset(recipe.storage_paths.store, fingerprint))
+def _make_builder(recipe: Recipe, order: DataOrder | None, fingerprint: str) -> BatchBuilder:
+    """Open the token store, once in a worker process, which builds many blocks of a run."""
+    return BatchBuilder(recipe, open_dataset(recipe.storage_paths.store, fingerprint), order)

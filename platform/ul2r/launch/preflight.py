@@ -9,6 +9,7 @@ from functools import partial
 from ul2r.config import Parallel, Recipe
 from ul2r.data.inspection import write_page
 from ul2r.data.sampling.batches import check_dataset
+from ul2r.data.sampling.order import DataPlan
 from ul2r.data.special_tokens import assign_special_tokens
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.data.tokenizer import build_vocabulary, load_tokenizer
@@ -21,6 +22,7 @@ from ul2r.tracking.mlflow import find_run, finish_run, log_artifact, start_run
 from ul2r.tracking.names import check_denoiser_names
 from ul2r.tracking.tracker import RunStatus
 from ul2r.train.checkpoint.copying import CheckpointCopies
+from ul2r.train.checkpoint.lineage import plan_data
 from ul2r.train.checkpoint.metadata import CheckpointInfo
 from ul2r.train.checkpoint.storage import CheckpointStore, find_base_checkpoint, latest_valid
 
@@ -74,13 +76,36 @@ def check_initial_weights(
 
     Raises:
         CheckpointError: If they are missing, damaged or of another model.
-        RecipeError: If a Hugging Face base has other tokens than the token store.
+        RecipeError: If a Hugging Face base has other tokens than the token store, or the run is to go on in its base's
+            text and cannot.
     """
     if resumed is not None:
         resumed.check_same_run(recipe, dataset)
         return
     check_base(recipe, dataset)
     check_base_run(recipe, dataset)
+    plan_run_data(recipe, dataset, resumed)
+
+
+def plan_run_data(
+    recipe: Recipe, dataset: TokenDataset, resumed: CheckpointInfo | None
+) -> DataPlan:
+    """Return the order in which the run reads its text, as its workers will find it.
+
+    Args:
+        recipe: The run.
+        dataset: Its token store.
+        resumed: Checkpoint that it resumes from, as `find_resume_checkpoint` returns it.
+
+    Raises:
+        CheckpointError: If the run's base has no valid checkpoint.
+        RecipeError: If the run is to go on where its base stopped, and that cannot be.
+    """
+    base = None
+    if resumed is None:
+        base = find_base_checkpoint(recipe, partial(latest_valid, thorough=False, quiet=True))
+    info = CheckpointInfo.read(base) if base is not None else None
+    return plan_data(recipe, dataset, resumed, info)
 
 
 def check_unprepared(recipe: Recipe) -> None:
@@ -193,7 +218,8 @@ def track_run(recipe: Recipe, dataset: TokenDataset, uri: str) -> Iterator[str]:
     status: RunStatus = "FAILED"
     try:
         # Within the try: a run whose page cannot be made has failed, too.
-        log_artifact(uri, run_id, write_page(recipe, dataset))
+        order = plan_run_data(recipe, dataset, find_resume_checkpoint(recipe)).order
+        log_artifact(uri, run_id, write_page(recipe, dataset, order))
         yield run_id
         status = "FINISHED"
     except (KeyboardInterrupt, RunInterrupted):

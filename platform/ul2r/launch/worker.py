@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from ul2r.config import Recipe
 from ul2r.data.sampling.batches import BatchBuilder
+from ul2r.data.sampling.order import DataOrder
 from ul2r.data.store.dataset import TokenDataset, open_dataset
 from ul2r.objective.batch import Batch
 from ul2r.tracking.tracker import Tracker
@@ -82,9 +83,9 @@ def run_worker(
 def _compute_batches(recipe: Recipe, dataset: TokenDataset) -> BatchSource:
     """Return a source that computes batches in this process."""
 
-    def source(mesh: Mesh, numbers: range) -> Iterator[Batch]:
+    def source(mesh: Mesh, numbers: range, order: DataOrder) -> Iterator[Batch]:
         # A generator's body runs when it is first iterated, hence on reader ranks only.
-        builder = BatchBuilder(recipe, dataset)
+        builder = BatchBuilder(recipe, dataset, order)
         for number in numbers:
             yield builder.build(number, mesh.data_rank, recipe.parallel.data)
 

@@ -40,6 +40,8 @@ class ExportMetadata:
         flops: Training FLOPs, including parent runs.
         checkpoint: Identity of the exported checkpoint.
         vocabulary: Eos, modes and sentinels; None for a folder without ul2r.json.
+        data: Text that the weights were trained on, as plain JSON values of `ul2r.data.sampling.order.DataUse`, oldest
+            first; None if it is not recorded.
     """
 
     run: str
@@ -51,6 +53,7 @@ class ExportMetadata:
     flops: float | None = None
     checkpoint: str | None = None
     vocabulary: Vocabulary | None = None
+    data: list[dict[str, Any]] | None = None
 
     def write(self, folder: Path) -> None:
         """Write ul2r.json into an export's folder."""
@@ -71,6 +74,9 @@ class ExportMetadata:
         assert self.vocabulary is not None
         fields = dict(vars(self))
         vocabulary = fields.pop("vocabulary").to_dict()
+        # Left out, so that an export of a version without it is not written again.
+        if self.data is None:
+            del fields["data"]
         return {"format": FORMAT, "vocabulary": vocabulary, **fields}
 
     @classmethod
@@ -95,6 +101,7 @@ class ExportMetadata:
             flops=tree["flops"],
             checkpoint=tree.get("checkpoint"),
             vocabulary=Vocabulary.from_dict(tree["vocabulary"]),
+            data=tree.get("data"),
         )
 
 

@@ -128,7 +128,7 @@ def uniform(seed: Word, purpose: Word, index: int, bound: float) -> float:
     # 53 bits are the mantissa of a float64, so the quotient is exact and below 1.
     drawn = float(words[0] >> np.uint64(11)) * 2.0**-53 * bound
     # Only below 2**-1022 may the product be rounded up to the bound: there float64 has fewer than 53 bits.
-    return min(drawn, np.nextafter(bound, 0.0))
+    return float(min(drawn, np.nextafter(bound, 0.0)))
 
 
 # Shuffles.

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from ul2r.data.sampling.order import DataOrder
 from ul2r.objective.batch import Batch
 from ul2r.train.mesh import Mesh
 from ul2r.train.waiting import run_in_background
 
 Wait = Callable[[Callable[[], bool]], None]
 """Waits until the function that it is given returns True, on every rank together."""
-BatchSource = Callable[[Mesh, range], Iterator[Batch]]
-"""Returns an iterator over this replica's rows of the batches with the given numbers.
+BatchSource = Callable[[Mesh, range, DataOrder], Iterator[Batch]]
+"""Returns an iterator over this replica's rows of the batches with the given numbers, in the given order of the text.
 
 It is called on every rank, since it may be collective; only reader ranks iterate.
 """
@@ -26,11 +27,13 @@ class BatchIterator:
     Args:
         source: Source of batches.
         mesh: Position of this rank.
+        order: Order in which the run reads its text.
     """
 
-    def __init__(self, source: BatchSource, mesh: Mesh) -> None:
+    def __init__(self, source: BatchSource, mesh: Mesh, order: DataOrder) -> None:
         self._source = source
         self._mesh = mesh
+        self._order = order
         self._remaining = range(0)
         self._batches: Iterator[Batch] = iter(())
 
@@ -46,7 +49,7 @@ class BatchIterator:
         if not self._remaining:
             self.check_exhausted()
             self._remaining = range(number, end)
-            self._batches = self._source(self._mesh, self._remaining)
+            self._batches = self._source(self._mesh, self._remaining, self._order)
 
         # Checked on every rank, since ranks that count differently would train on different batches.
         assert number == self._remaining[0], (number, self._remaining)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ul2r.config import Causal, Recipe
 from ul2r.data.sampling.batches import BatchBuilder
+from ul2r.data.sampling.order import DataPlan
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.data.store.segments import measure_build
 from ul2r.errors import DivergedError
@@ -17,6 +18,7 @@ from ul2r.tracking.tracker import Tracker
 from ul2r.train.batch_iterator import BatchIterator, BatchSource
 from ul2r.train.callbacks import Callback, LoopAction, Phase
 from ul2r.train.checkpoint.checkpointer import Checkpointer
+from ul2r.train.checkpoint.lineage import plan_data
 from ul2r.train.checkpoint.metadata import CheckpointInfo
 from ul2r.train.checkpoint.pretrained import load_pretrained
 from ul2r.train.checkpoint.sharded_state import load_checkpoint
@@ -88,7 +90,10 @@ class Trainer:
         self.is_store_growing = mesh.broadcast_from_rank0(lambda: not dataset.manifest.is_complete)
         self.resumed: Path | None = None
         self.state = TrainState()
+        self.data: DataPlan
         self.state = self._load()
+        if mesh.is_rank0 and recipe.base is not None:
+            logger.info("%s: order of the text: %s", recipe.name, self.data.description)
 
     def fit(self, source: BatchSource) -> TrainState:
         """Train to the last step, or until a callback of any rank requests to stop.
@@ -105,7 +110,7 @@ class Trainer:
         """
         num_steps = self.recipe.training.steps
         first_step = self.state.step
-        batches = BatchIterator(source, self.mesh)
+        batches = BatchIterator(source, self.mesh, self.data.order)
         action = LoopAction.CONTINUE
         try:
             if first_step == 0:
@@ -339,6 +344,7 @@ class Trainer:
             flops=self.state.flops,
             base_id=self.base_id,
             guards=self.guard.state.as_json(),
+            data=self.data.to_record(self.dataset),
         )
         self.checkpointer.save(self.train_step, info)
 
@@ -349,15 +355,18 @@ class Trainer:
         own = self.checkpointer.latest_valid(self.checkpoints)
         pretrained = self.recipe.pretrained_base
         if own is None and pretrained is not None:
+            self._plan_data()
             self.base_id = load_pretrained(self.recipe, pretrained, self.train_step)
             return TrainState()
 
         # The base is searched with this checkpointer's method as well, in which ranks share the reading.
         path = own or find_base_checkpoint(self.recipe, self.checkpointer.latest_valid)
         if path is None:
+            self._plan_data()
             return TrainState()
 
         info = CheckpointInfo.read(path)
+        self._plan_data(resumed=info if own else None, base=None if own else info)
         if own:
             self.resumed = own
             info.check_same_run(self.recipe, self.dataset)
@@ -373,6 +382,14 @@ class Trainer:
         state = TrainState(info.step if own else 0, info.tokens, info.flops)
         self._log(state.step, {"checkpoint/load_seconds": time.perf_counter() - began})
         return state
+
+    def _plan_data(
+        self, resumed: CheckpointInfo | None = None, base: CheckpointInfo | None = None
+    ) -> None:
+        """Choose the order of the text on rank 0: a streamed store may be completed at this very moment."""
+        self.data = self.mesh.broadcast_from_rank0(
+            lambda: plan_data(self.recipe, self.dataset, resumed, base)
+        )
 
 
 def _held_out_batches(recipe: Recipe, dataset: TokenDataset, mesh: Mesh) -> dict[str, Batch]:

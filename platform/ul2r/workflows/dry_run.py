@@ -9,7 +9,12 @@ import numpy.typing as npt
 
 from ul2r.config import Recipe
 from ul2r.data.store.dataset import open_dataset
-from ul2r.launch.preflight import check_run, find_resume_checkpoint, planned_vocabulary
+from ul2r.launch.preflight import (
+    check_run,
+    find_resume_checkpoint,
+    plan_run_data,
+    planned_vocabulary,
+)
 from ul2r.model.flops import num_active_parameters, num_visible_keys, training_flops
 from ul2r.model.sizing import (
     GIB,
@@ -44,6 +49,7 @@ def dry_run(recipe: Recipe) -> str:
         vocabulary_size = dataset.vocabulary.size
         origin = "of the token store"
         start = f"step {resumed.step:,}" if resumed else _describe_start(recipe)
+        order = plan_run_data(recipe, dataset, resumed).description
         checked = "recipe, token store, checkpoints, memory"
     else:
         vocabulary_size = planned_vocabulary(recipe)
@@ -52,6 +58,7 @@ def dry_run(recipe: Recipe) -> str:
         # With a store, `check_run` has done it.
         check_memory(recipe, vocabulary_size)
         start = _describe_start(recipe)
+        order = "that of the base" if recipe.data.continue_from_base else "known with the store"
         checked = f"recipe and memory only: {recipe.storage_paths.store} is not prepared yet"
 
     estimate = estimate_run(recipe, vocabulary_size)
@@ -59,6 +66,7 @@ def dry_run(recipe: Recipe) -> str:
     facts = [
         ("checked", checked),
         ("starts from", start),
+        ("order of the text", order),
         ("vocabulary", f"{vocabulary_size:,} {origin}, embedding padded to {padded:,}"),
         *_model_and_layout(recipe, estimate, vocabulary_size),
         *_length_and_cost(recipe, estimate, vocabulary_size),

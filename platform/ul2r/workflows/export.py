@@ -18,6 +18,7 @@ from ul2r.model.sizing import GIB
 from ul2r.tracking.mlflow import check_server, find_run, register
 from ul2r.train.checkpoint.checksums import find_damage
 from ul2r.train.checkpoint.layout import INFO_FILE
+from ul2r.train.checkpoint.lineage import list_uses
 from ul2r.train.checkpoint.metadata import CheckpointInfo
 from ul2r.train.checkpoint.storage import CheckpointStore, latest_valid
 from ul2r.workflows.model_card import write_card
@@ -119,6 +120,8 @@ def _make_metadata(recipe: Recipe, dataset: TokenDataset, checkpoint: Path) -> E
         flops=info.flops,
         checkpoint=info.checkpoint_id,
         vocabulary=dataset.vocabulary,
+        # A checkpoint of an older version has no record of its own, and neither has its export.
+        data=[use.to_dict() for use in list_uses(info, recipe)] if info.data else None,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +39,17 @@ def refusal(storage: Path, **changes: object) -> str:
     return str(caught.value)
 
 
+def largest_number(array: str) -> int:
+    """Return the largest number that an array of a batch can hold."""
+    return int(np.iinfo(str(np.dtype(DTYPES[array]))).max)
+
+
 def make_mixture(num_denoisers: int) -> list[dict[str, object]]:
     return [{"kind": "prefix", "name": f"S{n}", "weight": 1} for n in range(num_denoisers)]
 
 
 def test_mixture_has_as_many_denoisers_as_batches_can_number(tmp_path: Path) -> None:
-    limit = np.iinfo(DTYPES["denoiser_ids"]).max
+    limit = largest_number("denoiser_ids")
     assert limit == MAX_DENOISERS
     recipe = tiny_recipe(tmp_path, objective={"mixture": make_mixture(limit)})
     assert len(recipe.objective.mixture) == limit
@@ -53,14 +59,14 @@ def test_mixture_has_as_many_denoisers_as_batches_can_number(tmp_path: Path) -> 
 
 
 def test_positions_of_a_row_fit_their_type(tmp_path: Path) -> None:
-    assert np.iinfo(DTYPES["position_ids"]).max > MAX_SEQUENCE_LENGTH
-    assert np.iinfo(DTYPES["kv_end"]).max > MAX_SEQUENCE_LENGTH
+    assert largest_number("position_ids") > MAX_SEQUENCE_LENGTH
+    assert largest_number("kv_end") > MAX_SEQUENCE_LENGTH
     text = refusal(tmp_path, objective={"sequence_length": MAX_SEQUENCE_LENGTH + 1})
     assert "objective.sequence_length" in text
 
 
 def test_vocabulary_fits_the_type_of_tokens(tmp_path: Path) -> None:
-    assert np.iinfo(DTYPES["tokens"]).max == token_store.MAX_TOKEN == 2**31 - 1
+    assert largest_number("tokens") == token_store.MAX_TOKEN == 2**31 - 1
     assert "data.vocabulary_size" in refusal(tmp_path, data={"vocabulary_size": 2**31})
 
 
@@ -138,7 +144,7 @@ def test_int64_token_that_int32_cannot_hold_is_refused(tmp_path: Path) -> None:
     write_index(tmp_path / "theirs.idx", np.array([2], np.int32), np.int64)
     np.array([7, 2**32 + 7], np.int64).tofile(tmp_path / "theirs.bin")
     store = TokenStore.open(tmp_path / "theirs")
-    for read in (lambda: store.read_document(0), lambda: store.read_tokens(0, 2)):
+    for read in (partial(store.read_document, 0), partial(store.read_tokens, 0, 2)):
         with pytest.raises(CorpusError, match=f"has a token {2**32 + 7}, ids up to {2**31 - 1}"):
             read()
     assert store.read_tokens(0, 1).tolist() == [7]

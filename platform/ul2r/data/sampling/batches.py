@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from ul2r.config import Denoiser, Recipe
 from ul2r.data.sampling.blend import Blend
+from ul2r.data.sampling.order import ContinuedWindows, DataOrder
 from ul2r.data.sampling.streaming_windows import StreamingWindows
 from ul2r.data.sampling.text_windows import DocumentWindows, TextWindows
 from ul2r.data.store.dataset import TokenDataset
@@ -52,8 +53,15 @@ def check_token_ids(tokens: npt.NDArray[np.int32], vocabulary: Vocabulary, store
 class BatchBuilder:
     """Builds training and held-out batches of a recipe."""
 
-    def __init__(self, recipe: Recipe, dataset: TokenDataset) -> None:
+    def __init__(
+        self, recipe: Recipe, dataset: TokenDataset, order: DataOrder | None = None
+    ) -> None:
         """Combine a recipe and a data set.
+
+        Args:
+            recipe: The run.
+            dataset: Its token store.
+            order: Order in which it reads the store; by default that of its seed, which a run without a base has.
 
         Raises:
             CorpusError: If the data set is shorter than one window, or its tokenizer has too few sentinels.
@@ -61,7 +69,7 @@ class BatchBuilder:
         _check_sentinels(recipe, dataset)
         self._recipe = recipe
         self._vocabulary = dataset.vocabulary
-        self._train = _training_windows(recipe, dataset)
+        self._train = _training_windows(recipe, dataset, order or DataOrder(recipe.seed))
         self._held_out = _window_type(recipe)(
             dataset.held_out, recipe.objective.max_raw_length, HELD_OUT_SEED, split="held-out"
         )
@@ -128,23 +136,24 @@ def _window_type(recipe: Recipe) -> type[TextWindows] | type[DocumentWindows]:
     return DocumentWindows if recipe.objective.within_document else TextWindows
 
 
-def _training_windows(recipe: Recipe, dataset: TokenDataset) -> WindowSource:
+def _training_windows(recipe: Recipe, dataset: TokenDataset, order: DataOrder) -> WindowSource:
     length = recipe.objective.max_raw_length
     window_type = _window_type(recipe)
 
     sources: list[WindowSource] = []
     # The number shuffles each store on its own: stores of equal length would otherwise be read in the same order.
     for number, source in enumerate(dataset.train):
-        if isinstance(source.store, SegmentedStore):
+        if isinstance(source.store, SegmentedStore) and not order.whole_store:
             sources.append(
-                StreamingWindows(source.store, window_type, length, recipe.seed, source=number)
+                StreamingWindows(source.store, window_type, length, order.seed, source=number)
             )
         else:
-            sources.append(window_type(source.store, length, recipe.seed, source=number))
+            sources.append(window_type(source.store, length, order.seed, source=number))
 
-    if len(sources) == 1:
-        return sources[0]
-    return Blend(sources, [source.weight for source in dataset.train], recipe.seed)
+    windows = sources[0]
+    if len(sources) > 1:
+        windows = Blend(sources, [source.weight for source in dataset.train], order.seed)
+    return ContinuedWindows(windows, order.first_sample) if order.first_sample else windows
 
 
 def check_dataset(recipe: Recipe, dataset: TokenDataset) -> None:

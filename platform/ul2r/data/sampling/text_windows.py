@@ -188,17 +188,20 @@ class DocumentWindows:
         end = min(first + DOCUMENTS_PER_BLOCK, self._store.num_documents)
         bounds = self._store.document_bounds(first, end)
         counts = self._num_windows(np.diff(bounds))
-        window_ends = np.cumsum(counts) + (self._block_ends[block - 1] if block else 0)
+        first_window = int(self._block_ends[block - 1]) if block else 0
+        window_ends: Int64s = np.cumsum(counts) + first_window
 
         # As for blocks: documents without windows are skipped.
         documents = np.searchsorted(window_ends, positions, side="right")
         count = counts[documents]
-        part = positions - (window_ends[documents] - count)
+        part: Int64s = positions - (window_ends[documents] - count)
         # Nearly equal parts without a remainder: 10 tokens in 3 windows are cut at 0, 3, 6 and 10.
         begins = bounds[documents]
         sizes = bounds[documents + 1] - begins
-        starts = begins + part * sizes // count
-        return starts, begins + (part + 1) * sizes // count - starts
+        # Not the operator, which numpy's hints take for a division of floats here.
+        starts = begins + np.floor_divide(part * sizes, count)
+        ends = begins + np.floor_divide((part + 1) * sizes, count)
+        return starts, ends - starts
 
 
 def _iter_document_sizes(store: DocumentSource) -> Iterator[Int64s]:

@@ -11,6 +11,7 @@ from ray.train.collective import broadcast_from_rank_zero
 
 from ul2r.config import Recipe
 from ul2r.data import loader
+from ul2r.data.sampling.order import DataOrder
 from ul2r.launch.logs import forward_logs
 from ul2r.launch.ray_train.progress import BoardReporter
 from ul2r.launch.ray_train.prometheus import PrometheusGauges
@@ -95,12 +96,12 @@ class PreemptionMonitor(Callback):
 def _read_from_ray_data(recipe: Recipe) -> BatchSource:
     """Return a source that has Ray Data compute batches; it is collective, since rank 0 splits the data for all."""
 
-    def source(mesh: Mesh, numbers: range) -> Iterator[Batch]:
+    def source(mesh: Mesh, numbers: range, order: DataOrder) -> Iterator[Batch]:
         num_replicas = recipe.parallel.data
         # By Ray rather than torch.distributed: iterators hold actor handles, which only Ray itself may serialize.
         iterators = broadcast_from_rank_zero(
             loader.split_for_replicas(
-                loader.make_dataset(recipe, numbers, num_replicas), num_replicas
+                loader.make_dataset(recipe, numbers, num_replicas, order), num_replicas
             )
             if mesh.is_rank0
             else None

@@ -21,7 +21,7 @@ from ul2r.errors import CheckpointError
 from ul2r.model.huggingface.families import FAMILIES
 from ul2r.model.huggingface.family import TensorSlice, slice_tensor, tensor_shapes
 from ul2r.model.tensors import EMBEDDING
-from ul2r.paths import is_file_name
+from ul2r.paths import EXPORT_METADATA_FILE, is_file_name
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -37,6 +37,7 @@ DOWNLOADED_FILES = [
     "tokenizer*",
     "*.safetensors",
     INDEX_FILE,
+    EXPORT_METADATA_FILE,
 ]
 
 

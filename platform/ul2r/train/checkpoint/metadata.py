@@ -18,8 +18,8 @@ from ul2r.errors import CheckpointError
 from ul2r.train.checkpoint.layout import INFO_FILE
 from ul2r.train.checkpoint.prolonging import find_obstacle, without_schedule
 
-FORMAT = 2
-"""Format 1 had other names of fields and of recipe keys; it is still read."""
+FORMAT = 3
+"""Format 2 had no `data`, format 1 other names of fields and of recipe keys; both are still read."""
 _FORMAT_1_FIELDS = {
     "identity": "checkpoint_id",
     "run": "run_name",
@@ -59,6 +59,8 @@ class CheckpointInfo:
         data_fingerprint: Fingerprint of the token store.
         recipe: The parts of the recipe that make the run what it is.
         guards: State of `ul2r.train.monitor.guards`: batches skipped, and the losses of the last steps.
+        data: The order in which the run reads its text, and what its weights were trained on before (`lineage.py`);
+            None for a run of a version without it, whose order is that of its seed.
     """
 
     checkpoint_id: str
@@ -71,6 +73,7 @@ class CheckpointInfo:
     data_fingerprint: str
     recipe: dict[str, Any]
     guards: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] | None = None
 
     @classmethod
     def from_recipe(
@@ -83,6 +86,7 @@ class CheckpointInfo:
         flops: float = 0.0,
         base_id: str | None = None,
         guards: dict[str, Any] | None = None,
+        data: dict[str, Any] | None = None,
     ) -> CheckpointInfo:
         """Describe a run at `step`, under a new identifier."""
         return cls(
@@ -97,6 +101,7 @@ class CheckpointInfo:
             # As JSON, so that it compares equal to one read back: no tuples, no paths.
             recipe=recipe.model_dump(mode="json", include=RECIPE_PARTS),
             guards=guards or {},
+            data=data,
         )
 
     @property
@@ -164,6 +169,11 @@ class CheckpointInfo:
             "tokenizer": (self.tokenizer_digest, wanted.tokenizer_digest),
             "data": (self.data_fingerprint, wanted.data_fingerprint),
             **{part: self._settings(part, wanted) for part in sorted(RECIPE_PARTS)},
+            # Not a part of the recipe: a checkpoint from before this setting has the default.
+            "data.continue_from_base": (
+                bool(self.data and self.data["order"]["continues_base"]),
+                recipe.data.continue_from_base,
+            ),
         }
         if wanted.num_steps > self.num_steps:
             self._allow_more_steps(fields, wanted)

@@ -398,6 +398,6 @@ def test_another_recipe_than_that_of_a_format_1_checkpoint_is_refused_by_its_cur
 
 def test_format_of_a_later_version_is_refused(dataset: TokenDataset, tmp_path: Path) -> None:
     folder = write_checkpoint(make_info(dataset, tmp_path), tmp_path)
-    (folder / "checkpoint.json").write_text(json.dumps({"format": 3}))
-    with pytest.raises(CheckpointError, match="format 3 is newer than this version, which reads"):
+    (folder / "checkpoint.json").write_text(json.dumps({"format": 4}))
+    with pytest.raises(CheckpointError, match="format 4 is newer than this version, which reads"):
         CheckpointInfo.read(folder)

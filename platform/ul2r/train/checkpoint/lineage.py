@@ -1,0 +1,110 @@
+"""Text that the runs have read which a run's weights come from, and the order that follows from it."""
+
+from __future__ import annotations
+
+import json
+
+from ul2r.config import HuggingFaceBase, Objective, Recipe
+from ul2r.data.sampling.order import DataOrder, DataPlan, DataUse, choose_order
+from ul2r.data.store.dataset import TokenDataset
+from ul2r.errors import CheckpointError
+from ul2r.paths import EXPORT_METADATA_FILE
+from ul2r.train.checkpoint.metadata import CheckpointInfo
+from ul2r.train.checkpoint.storage import CheckpointStore
+from ul2r.train.monitor.guards import GuardState
+
+
+def plan_data(
+    recipe: Recipe,
+    dataset: TokenDataset,
+    resumed: CheckpointInfo | None,
+    base: CheckpointInfo | None,
+) -> DataPlan:
+    """Return the order in which a run reads its text: that of its checkpoint if it has one, else a new one.
+
+    Args:
+        recipe: The run.
+        dataset: Its token store.
+        resumed: Checkpoint that it resumes from.
+        base: Checkpoint of the run that it continues, if it continues one.
+
+    Raises:
+        RecipeError: If it is to go on where its base stopped, and that cannot be.
+    """
+    if resumed is not None:
+        order = order_of(resumed)
+        history = (
+            () if resumed.data is None else tuple(map(DataUse.from_dict, resumed.data["history"]))
+        )
+        return DataPlan(order, history, "that of the run's checkpoint")
+    if base is not None:
+        return choose_order(recipe, dataset, list_uses(base, recipe))
+    if isinstance(recipe.base, HuggingFaceBase):
+        return choose_order(recipe, dataset, _read_export(recipe.base))
+    return choose_order(recipe, dataset, None if recipe.base is not None else ())
+
+
+def order_of(info: CheckpointInfo) -> DataOrder:
+    """Return the order of the run that wrote a checkpoint."""
+    # Runs of versions without a record read in the order of their seed.
+    if info.data is None:
+        return DataOrder(info.recipe["seed"])
+    return DataOrder(**info.data["order"])
+
+
+def list_uses(info: CheckpointInfo, recipe: Recipe) -> tuple[DataUse, ...]:
+    """Return the text that a checkpoint's weights have been trained on, oldest first.
+
+    Args:
+        info: The checkpoint.
+        recipe: A run of the same storage, in which the bases of older checkpoints are looked up by their names.
+    """
+    objective = Objective.model_validate(info.recipe["objective"])
+    order = order_of(info)
+    num_batches = info.step + GuardState.from_json(info.guards).skipped_batches
+    num_rows = num_batches * int(info.recipe["training"]["global_batch_size"])
+    stores = (info.data_fingerprint,) if info.data is None else tuple(info.data["stores"])
+    own = DataUse(
+        run=info.run_name,
+        stores=stores,
+        order=order,
+        window_length=objective.max_raw_length,
+        within_document=objective.within_document,
+        end_sample=order.first_sample + num_rows * objective.slots_per_row,
+    )
+    if info.data is not None:
+        return (*map(DataUse.from_dict, info.data["history"]), own)
+    return (*_find_older_uses(info, recipe), own)
+
+
+def _find_older_uses(info: CheckpointInfo, recipe: Recipe) -> tuple[DataUse, ...]:
+    """Return the text of the base of a checkpoint without a record, if the base's own checkpoint is still there."""
+    name = info.recipe["base"]
+    if not isinstance(name, str):
+        return ()
+    for folder in CheckpointStore.from_recipe(recipe, name).list_checkpoints():
+        base = CheckpointInfo.read(folder)
+        if base.checkpoint_id == info.base_id:
+            return list_uses(base, recipe)
+    return ()
+
+
+def _read_export(base: HuggingFaceBase) -> tuple[DataUse, ...] | None:
+    """Return the text that an export of this project was trained on; None if it has no record.
+
+    Raises:
+        CheckpointError: If its description is damaged.
+    """
+    # Imported here: a run without such a base need not wait for safetensors.
+    from ul2r.model.huggingface.safetensors_reader import resolve_model_folder
+
+    file = resolve_model_folder(base.hf, base.revision) / EXPORT_METADATA_FILE
+    if not file.is_file():
+        return None
+    try:
+        data = json.loads(file.read_text(encoding="utf-8")).get("data")
+        return None if data is None else tuple(map(DataUse.from_dict, data))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read ({type(error).__name__}: {error}): export the base again"
+        ) from None
