@@ -353,20 +353,17 @@ class Trainer:
         self._enter_phase(Phase.LOAD, self.state.step)
         began = time.perf_counter()
         own = self.checkpointer.latest_valid(self.checkpoints)
-        pretrained = self.recipe.pretrained_base
-        if own is None and pretrained is not None:
-            self._plan_data()
-            self.base_id = load_pretrained(self.recipe, pretrained, self.train_step)
-            return TrainState()
-
         # The base is searched with this checkpointer's method as well, in which ranks share the reading.
         path = own or find_base_checkpoint(self.recipe, self.checkpointer.latest_valid)
-        if path is None:
-            self._plan_data()
+        info = CheckpointInfo.read(path) if path is not None else None
+        self._plan_data(resumed=info if own else None, base=None if own else info)
+        if path is None or info is None:
+            if self.recipe.pretrained_base is not None:
+                self.base_id = load_pretrained(
+                    self.recipe, self.recipe.pretrained_base, self.train_step
+                )
             return TrainState()
 
-        info = CheckpointInfo.read(path)
-        self._plan_data(resumed=info if own else None, base=None if own else info)
         if own:
             self.resumed = own
             info.check_same_run(self.recipe, self.dataset)
@@ -383,10 +380,8 @@ class Trainer:
         self._log(state.step, {"checkpoint/load_seconds": time.perf_counter() - began})
         return state
 
-    def _plan_data(
-        self, resumed: CheckpointInfo | None = None, base: CheckpointInfo | None = None
-    ) -> None:
-        """Choose the order of the text on rank 0: a streamed store may be completed at this very moment."""
+    def _plan_data(self, resumed: CheckpointInfo | None, base: CheckpointInfo | None) -> None:
+        # By rank 0 for all: a streamed store may be completed at this very moment.
         self.data = self.mesh.broadcast_from_rank0(
             lambda: plan_data(self.recipe, self.dataset, resumed, base)
         )
