@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import psutil
 import pytest
@@ -22,8 +17,9 @@ from mlflow import MlflowClient
 
 from ul2r.config import Recipe, dump
 from ul2r.testing.corpus import make_tiny_store
+from ul2r.testing.ray_cluster import ACTIVATED, BIN, WAIT_S, RayCluster, run_ray_cluster, wait_for
 from ul2r.testing.recipes import tiny_recipe
-from ul2r.tracking.server import find_free_port, run_mlflow_server
+from ul2r.tracking.server import run_mlflow_server
 from ul2r.train.checkpoint.checksums import find_damage
 from ul2r.train.checkpoint.metadata import CheckpointInfo
 from ul2r.workflows.export import export
@@ -31,31 +27,7 @@ from ul2r.workflows.export import export
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
-ACTIVATED = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
 STEPS, SAVED_EVERY, SKIPPED = 24, 4, 3
-WAIT_S = 240
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """A running cluster: process of its head, address of its control store, address of its job server."""
-
-    head: int
-    gcs: str
-    jobs: str
-
-
-def wait_for(condition: Callable[[], Any], process: subprocess.Popen[bytes] | None = None) -> Any:  # noqa: ANN401  the condition's own value
-    """Poll a condition until it is true and return its value; fail on a timeout or if `process` ends first."""
-    deadline = time.monotonic() + WAIT_S
-    while time.monotonic() < deadline:
-        value = condition()
-        if value:
-            return value
-        assert process is None or process.poll() is None, "the process ended too early"
-        time.sleep(0.05)
-    raise AssertionError(f"the condition was not met within {WAIT_S} s")
 
 
 @pytest.fixture(scope="module")
@@ -72,40 +44,14 @@ def tracking_uri(storage: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Start a cluster as an operator does, with `ray start --head`."""
-    port, dashboard, agent = find_free_port(), find_free_port(), find_free_port()
-    log = tmp_path_factory.mktemp("cluster") / "ray.log"
-    command = [
-        *(f"{BIN}/ray", "start", "--head", "--block", "--num-cpus=4"),
-        *(f"--port={port}", f"--dashboard-port={dashboard}", "--include-dashboard=true"),
-        f"--dashboard-agent-listen-port={agent}",  # its default is one port for the whole machine
-        *("--object-store-memory=300000000", "--disable-usage-stats"),
-    ]
-    with log.open("wb") as output:
-        head = subprocess.Popen(
-            command, stdout=output, stderr=output, env=ACTIVATED, start_new_session=True
-        )
-    try:
-        wait_for(lambda: is_listening(dashboard), head)
-        yield Cluster(head.pid, f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}")
-    finally:
-        # Asked to stop, `ray start --block` waits half a minute for processes that are gone.
-        for process in (*psutil.Process(head.pid).children(recursive=True), head):
-            with contextlib.suppress(psutil.NoSuchProcess):  # some end when their parents do
-                process.kill()
-        head.wait()
-
-
-def is_listening(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-        return True
-    return False
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
+    with run_ray_cluster(tmp_path_factory.mktemp("cluster") / "ray.log") as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="module")
-def environment(cluster: Cluster, tracking_uri: str) -> dict[str, str]:
-    return ACTIVATED | {"RAY_ADDRESS": cluster.gcs, "MLFLOW_TRACKING_URI": tracking_uri}
+def environment(cluster: RayCluster, tracking_uri: str) -> dict[str, str]:
+    return {**ACTIVATED, "RAY_ADDRESS": cluster.gcs, "MLFLOW_TRACKING_URI": tracking_uri}
 
 
 def write_recipe(
@@ -169,7 +115,7 @@ def read_status(uri: str, recipe: Recipe) -> str:
 
 @pytest.fixture(scope="module")
 def undisturbed(
-    storage: Path, cluster: Cluster, tracking_uri: str
+    storage: Path, cluster: RayCluster, tracking_uri: str
 ) -> tuple[Recipe, list[tuple[int, float]]]:
     """Run and losses that the others must equal; submitted to the cluster as a job."""
     recipe, path = write_recipe(storage, "undisturbed")
@@ -231,7 +177,7 @@ def test_submitted_job_trains_and_is_tracked(
 
 def test_workers_killed_once_between_checkpoints_are_restarted_and_nothing_changes(
     storage: Path,
-    cluster: Cluster,
+    cluster: RayCluster,
     environment: dict[str, str],
     tracking_uri: str,
     undisturbed: tuple[Recipe, list[tuple[int, float]]],
@@ -248,7 +194,7 @@ def test_workers_killed_once_between_checkpoints_are_restarted_and_nothing_chang
 
 
 def test_worker_killed_more_often_than_allowed_ends_the_run_in_one_line(
-    storage: Path, cluster: Cluster, environment: dict[str, str], tracking_uri: str
+    storage: Path, cluster: RayCluster, environment: dict[str, str], tracking_uri: str
 ) -> None:
     recipe, path = write_recipe(storage, "killed-for-good", max_failures=0)
     driver = start_job(path, environment)
@@ -263,7 +209,7 @@ def test_worker_killed_more_often_than_allowed_ends_the_run_in_one_line(
 
 def test_hanging_worker_is_noticed_and_all_workers_are_restarted(
     storage: Path,
-    cluster: Cluster,
+    cluster: RayCluster,
     environment: dict[str, str],
     tracking_uri: str,
     undisturbed: tuple[Recipe, list[tuple[int, float]]],
@@ -288,7 +234,7 @@ def check_resumes(recipe: Recipe, driver: subprocess.Popen[bytes]) -> None:
     assert first_checkpoint_id(recipe) == before, "it started from step 0 again"
 
 
-def find_workers(cluster: Cluster) -> list[psutil.Process]:
+def find_workers(cluster: RayCluster) -> list[psutil.Process]:
     """Return the two workers of the run that the cluster trains."""
     workers = [
         process
@@ -398,7 +344,7 @@ def torchrun(path: Path, processes: int = 2, **environment: str) -> subprocess.P
         return subprocess.Popen(
             [*start, "jobs/train.py", str(path)],
             cwd=ROOT,
-            env=ACTIVATED | environment,
+            env={**ACTIVATED, **environment},
             stdout=log,
             stderr=log,
         )

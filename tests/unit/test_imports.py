@@ -63,7 +63,7 @@ PLACES = {
     "megatron": ("model/", "train/", "testing/"),
     "mlflow": ("tracking/",),
     "numba": ("objective/",),
-    "psutil": ("train/monitor/", "benchmarks/"),
+    "psutil": ("train/monitor/", "testing/ray_cluster", "benchmarks/"),
     "pyarrow": ("data/prepare/",),
     "pynvml": ("train/monitor/",),
     "ray": (
