@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.util import find_spec
 from statistics import fmean
 
@@ -18,6 +19,8 @@ from ul2r.train.callbacks import Callback
 from ul2r.train.mesh import Mesh
 
 GIB = 2**30
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -84,17 +87,35 @@ def _node_load() -> dict[str, list[float]]:
 
 
 def _gpu_load(device: int) -> dict[str, float]:
-    """Return the load of a GPU; what NVML cannot tell is left out."""
-    from pynvml import NVMLError  # torch.cuda's own source of these numbers
+    """Return the load of a GPU; what NVML cannot tell is left out, with a line the first time."""
+    from pynvml import NVMLError, NVMLError_NotSupported  # torch.cuda's own source of these numbers
 
+    readers = {
+        "gpu_memory_used_gib": lambda: torch.cuda.device_memory_used(device) / GIB,
+        "gpu_utilization_percentage": lambda: float(torch.cuda.utilization(device)),
+    }
     load = {}
-    # A MIG slice reports no utilization; a lost device or a driver that was replaced reports nothing (torch turns some
-    # of these errors into RuntimeError). Monitoring ends no run: a GPU that is really gone fails in training itself.
-    with suppress(NVMLError, RuntimeError):
-        load["gpu_memory_used_gib"] = torch.cuda.device_memory_used(device) / GIB
-    with suppress(NVMLError, RuntimeError):
-        load["gpu_utilization_percentage"] = float(torch.cuda.utilization(device))
+    for name, read in readers.items():
+        try:
+            load[name] = read()
+        except NVMLError_NotSupported:
+            continue  # a MIG slice has no utilization
+        # A lost device, or a driver that was replaced; torch turns some of these errors into its own. Monitoring ends
+        # no run: a GPU that is really gone fails in training itself.
+        except (NVMLError, RuntimeError, ImportError) as error:
+            _warn_once(name, device, str(error) or type(error).__name__)
     return load
+
+
+@cache
+def _warn_once(name: str, device: int, reason: str) -> None:
+    logger.warning(
+        "%s: GPU %d has no %s, which its metrics leave out: %s",
+        socket.gethostname(),
+        device,
+        name,
+        reason,
+    )
 
 
 def _worker_memory() -> int:

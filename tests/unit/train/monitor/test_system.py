@@ -25,10 +25,13 @@ def test_number_of_metrics_does_not_depend_on_the_number_of_nodes() -> None:
 
 
 @pytest.mark.parametrize("of_torch", [False, True])
-def test_error_of_the_gpu_driver_leaves_a_value_out(
-    monkeypatch: pytest.MonkeyPatch, of_torch: bool
+def test_error_of_the_gpu_driver_leaves_a_value_out_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, of_torch: bool
 ) -> None:
     class NVMLError(Exception):
+        pass
+
+    class NVMLError_NotSupported(NVMLError):  # noqa: N801  pynvml's name
         pass
 
     def fail(_: int) -> int:
@@ -36,7 +39,11 @@ def test_error_of_the_gpu_driver_leaves_a_value_out(
 
     pynvml = types.ModuleType("pynvml")
     monkeypatch.setattr(pynvml, "NVMLError", NVMLError, raising=False)
+    monkeypatch.setattr(pynvml, "NVMLError_NotSupported", NVMLError_NotSupported, raising=False)
     monkeypatch.setitem(sys.modules, "pynvml", pynvml)
     monkeypatch.setattr(torch.cuda, "device_memory_used", lambda _: 2**30)
     monkeypatch.setattr(torch.cuda, "utilization", fail)
-    assert _gpu_load(0) == {"gpu_memory_used_gib": 1}
+    for _ in range(2):
+        assert _gpu_load(0) == {"gpu_memory_used_gib": 1}
+    (line,) = caplog.messages
+    assert "GPU 0 has no gpu_utilization_percentage, which its metrics leave out: " in line
