@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
@@ -90,7 +90,7 @@ def _gpu_load(device: int) -> dict[str, float]:
     """Return the load of a GPU; what NVML cannot tell is left out, with a line the first time."""
     from pynvml import NVMLError, NVMLError_NotSupported  # torch.cuda's own source of these numbers
 
-    readers = {
+    readers: dict[str, Callable[[], float]] = {
         "gpu_memory_used_gib": lambda: torch.cuda.device_memory_used(device) / GIB,
         "gpu_utilization_percentage": lambda: float(torch.cuda.utilization(device)),
     }

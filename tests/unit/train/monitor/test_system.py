@@ -31,7 +31,7 @@ def test_error_of_the_gpu_driver_leaves_a_value_out_with_one_line(
     class NVMLError(Exception):
         pass
 
-    class NVMLError_NotSupported(NVMLError):  # noqa: N801  pynvml's name
+    class NVMLError_NotSupported(NVMLError):  # noqa: N801, N818  pynvml's name
         pass
 
     def fail(_: int) -> int:
