@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Self
 
 from ul2r.train.callbacks import Callback, LoopAction
+
+TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"
+"""Set by torchrun in the processes that it starts."""
+SHUTDOWN_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+"""Seconds that torchrun (2.13) leaves its processes after SIGTERM, where its --shutdown-timeout does not say it."""
+
+logger = logging.getLogger(__name__)
 
 
 class StopSignal(Callback):
@@ -19,6 +28,7 @@ class StopSignal(Callback):
 
     def __init__(self) -> None:
         self.received = threading.Event()
+        self._is_announced = False
 
     def __enter__(self) -> Self:
         # Only the main thread may set a handler; elsewhere the process keeps the one that it has.
@@ -38,7 +48,13 @@ class StopSignal(Callback):
 
     def requested_action(self) -> LoopAction:
         """Return STOP once SIGTERM was received."""
-        return LoopAction.STOP if self.received.is_set() else LoopAction.CONTINUE
+        if not self.received.is_set():
+            return LoopAction.CONTINUE
+        # Not in the handler, which may interrupt a thread that holds the lock of a log.
+        if not self._is_announced:
+            self._is_announced = True
+            logger.info("stopping after a checkpoint; once more to stop at once%s", _limit())
+        return LoopAction.STOP
 
     def _handle(self, _: int, __: FrameType | None) -> None:
         # The first signal only sets a flag: an exception in the middle of a collective would leave the other ranks
@@ -46,3 +62,15 @@ class StopSignal(Callback):
         if self.received.is_set():
             raise KeyboardInterrupt
         self.received.set()
+
+
+def _limit() -> str:
+    """Return, for a log line, how long torchrun lets its processes live after it has sent them SIGTERM."""
+    if TORCHRUN_VARIABLE not in os.environ:
+        return ""
+    # No process can change the limit of the torchrun that has started it.
+    return (
+        f". torchrun ends this process {os.environ.get(SHUTDOWN_VARIABLE, '30')} s after SIGTERM, unless its "
+        f"--shutdown-timeout or {SHUTDOWN_VARIABLE} allows more: a checkpoint that is not complete by then is lost, "
+        "the previous one is not"
+    )
