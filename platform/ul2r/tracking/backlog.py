@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ul2r.filesystem import write_atomically
+from ul2r.filesystem import remove, write_atomically
 
 
 class Point(NamedTuple):
@@ -90,7 +90,8 @@ class Backlog:
         """Write the queues to `path`; remove it if they are empty."""
         with self._lock:
             if self.is_empty:
-                self.path.unlink(missing_ok=True)
+                # What stays is read by the next attempt, which leaves out the points that the server has.
+                remove(self.path)
                 return
             content = {"points": self._points, "files": [str(file) for file in self._files]}
             # Losses may be NaN or infinite: Python writes and reads them, although JSON has no such numbers.

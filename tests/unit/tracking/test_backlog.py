@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from ul2r.tracking.backlog import Backlog, Point
 
 # As versions before this module existed wrote it.
@@ -46,5 +48,27 @@ def test_file_of_an_empty_backlog_is_removed(tmp_path: Path) -> None:
     backlog.remove_points(1)
     assert backlog.is_empty
     assert backlog.first_file() is None
+    backlog.save()
+    assert not path.exists()
+
+
+def test_file_that_cannot_be_removed_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "tracking_waiting.json"
+    backlog = Backlog(path)
+    backlog.add_file(Path("a"))
+    backlog.save()
+    backlog.remove_file()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        backlog.save()
+        backlog.save()
+    (line,) = caplog.messages
+    assert line.startswith(f"{path} cannot be removed (Permission denied)")
     backlog.save()
     assert not path.exists()

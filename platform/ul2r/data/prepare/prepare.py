@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import uuid
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -44,7 +45,7 @@ from ul2r.data.store.manifest import Manifest
 from ul2r.data.store.segments import WORK_PREFIX
 from ul2r.data.tokenizer import build_vocabulary, load_tokenizer, train_tokenizer
 from ul2r.errors import CorpusError, RecipeError, UserError
-from ul2r.filesystem import file_lock, staged_file
+from ul2r.filesystem import file_lock, remove, staged_file
 from ul2r.objective import Vocabulary
 from ul2r.paths import TOKENIZER_FILE
 
@@ -53,6 +54,8 @@ logger = logging.getLogger(__name__)
 MAX_TRAINING_CHARACTERS = 2**25
 """Characters that a tokenizer is trained on, at most."""
 MEGABYTE = 1e6
+ABANDONED = "abandoned-"
+"""Begins the name of a work folder that is being removed, after the prefix of all work folders."""
 
 
 def load_finished(recipe: Recipe) -> Manifest | None:
@@ -159,7 +162,7 @@ def build_streaming_store(recipe: Recipe, cpus: float | None = None) -> Generato
                 round_trip=_measure_round_trip(work_folder, recipe.data, listing.files),
             )
             yield from builder.build(cpus)
-        shutil.rmtree(work_folder)
+        _discard(work_folder)
 
 
 def count_corpus_bytes(recipe: Recipe) -> int:
@@ -252,9 +255,14 @@ def _remove_on_user_error(work_folder: Path) -> Iterator[None]:
     try:
         yield
     except UserError:
-        # Renamed first: a task that is still running must not find its folder again.
-        shutil.rmtree(work_folder.replace(work_folder.with_name(f"{WORK_PREFIX}abandoned")))
+        _discard(work_folder)
         raise
+
+
+def _discard(work_folder: Path) -> None:
+    """Remove a work folder; what stays is removed with the next store's `_make_work_folder`."""
+    # Renamed first: neither a task that is still running nor a later attempt must find a part of it.
+    remove(work_folder.rename(work_folder.with_name(f"{WORK_PREFIX}{ABANDONED}{uuid.uuid4().hex}")))
 
 
 def _make_work_folder(recipe: Recipe, inputs: Mapping[str, Any]) -> Path:
@@ -263,7 +271,7 @@ def _make_work_folder(recipe: Recipe, inputs: Mapping[str, Any]) -> Path:
     work_folder = storage / f"{WORK_PREFIX}{digest_inputs(inputs)}"
     for old in storage.glob(f"{WORK_PREFIX}*"):
         if old != work_folder:
-            shutil.rmtree(old)
+            remove(old)
     _make_folder(recipe, work_folder)
     return work_folder
 

@@ -25,7 +25,7 @@ from ul2r.data.prepare.suffixes import ONE_DOCUMENT_SUFFIXES, text_suffix
 from ul2r.data.store.token_store import TokenStore, TokenWriter, append_suffix
 from ul2r.data.tokenizer import encode
 from ul2r.errors import CorpusError
-from ul2r.filesystem import staged_file, write_atomically
+from ul2r.filesystem import remove, staged_file, write_atomically
 from ul2r.objective.vocabulary import Vocabulary
 
 TARGET_SHARDS = 64
@@ -182,7 +182,7 @@ def remove_shard(folder: Path, number: int) -> None:
     """Remove those of a shard's files that exist."""
     # The document table first: without it the shard does not count as done, should this be interrupted.
     for suffix in (".npy", ".json", ".bin", ".idx"):
-        append_suffix(shard_prefix(folder, number), suffix).unlink(missing_ok=True)
+        remove(append_suffix(shard_prefix(folder, number), suffix))
 
 
 def _document_table_file(folder: Path, number: int) -> Path:

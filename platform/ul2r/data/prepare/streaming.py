@@ -32,7 +32,7 @@ from ul2r.data.store.manifest import Manifest, Segment
 from ul2r.data.store.segments import segment_prefix
 from ul2r.data.store.token_store import TokenStore
 from ul2r.errors import UserError
-from ul2r.filesystem import sha256_of
+from ul2r.filesystem import STAGING_SUFFIX, remove, sha256_of, staging_path
 from ul2r.objective import Vocabulary
 from ul2r.paths import TOKENIZER_FILE
 
@@ -154,8 +154,9 @@ class StreamingStoreBuilder:
 
     def _merge_first(self, shards: Sequence[int]) -> Manifest:
         # In the work folder: what an interrupted attempt left is removed here, or together with that folder.
-        staging = self.work_folder / "store"
-        shutil.rmtree(staging, ignore_errors=True)
+        for leftover in self.work_folder.glob(f".store.*{STAGING_SUFFIX}"):
+            remove(leftover)
+        staging = staging_path(self.work_folder / "store")
         staging.mkdir()
         shutil.copyfile(self.work_folder / TOKENIZER_FILE, staging / TOKENIZER_FILE)
         prefix = segment_prefix(staging, 0)

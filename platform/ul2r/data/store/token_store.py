@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from ul2r.data.store.index_file import IndexFile, write_index
 from ul2r.errors import CorpusError
+from ul2r.filesystem import remove
 
 UINT16_VOCABULARY = 65_500
 """Vocabularies below this size are stored as uint16, others as int32 (Megatron's `optimal_dtype`)."""
@@ -198,7 +199,7 @@ class TokenWriter:
         self._data.close()
         # What a killed process leaves, a .bin file without an .idx, is refused by every reader.
         if kind is not None:
-            append_suffix(self.prefix, ".bin").unlink()
+            remove(append_suffix(self.prefix, ".bin"))
             return
         assert not self._open_length, "the last document was not ended"
         lengths = np.array(self._lengths, np.int32)

@@ -26,6 +26,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Self
 
 from ul2r.config import Guards
+from ul2r.filesystem import remove
 from ul2r.objective.batch import Batch
 from ul2r.train.callbacks import Callback, Phase
 from ul2r.train.monitor.guards import Anomaly
@@ -132,7 +133,7 @@ class Watchdog(Callback):
         self._file.close()
         # After an error the heartbeat stays: other ranks may still wait for this one, and then name it.
         if kind is None:
-            self._path(self._rank).unlink(missing_ok=True)
+            remove(self._path(self._rank))
 
     def on_phase(self, step: int, phase: str) -> None:
         """Write a heartbeat: this rank makes progress."""
