@@ -6,3 +6,7 @@ import os
 os.environ.setdefault(
     "RAY_DEDUP_LOGS_SKIP_REGEX", r"Task ServeController\.graceful_shutdown failed"
 )
+# Proxies of Serve get the limit on bodies by this variable only; a local Ray cluster inherits it.
+os.environ.setdefault(
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "serving.body_limit:create_proxy_middleware"
+)

@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
+from serving.body_limit import BodyLimitMiddleware
 from serving.schema import (
     CompletionRequest,
     CompletionResponse,
@@ -31,8 +32,9 @@ PLAYGROUND = Path(__file__).with_name("playground.html")
 def create_api(service: InferenceService) -> FastAPI:
     """Return the API of one model.
 
-    Every error is `{"error": "one line"}`: 400 for malformed JSON and for requests that the model cannot serve, 422
-    for a field that is unknown, missing, of the wrong type or out of range, 404 and 405 for a wrong URL or method.
+    Every error is `{"error": "one line"}`: 400 for malformed JSON and for requests that the model cannot serve, 413
+    for a body of more than `MAX_BODY_BYTES`, 422 for a field that is unknown, missing, of the wrong type or out of
+    range, 404 and 405 for a wrong URL or method.
     """
     # Read once, at the start: a missing file fails there and not at the first visitor.
     page = PLAYGROUND.read_text(encoding="utf-8")
@@ -40,8 +42,9 @@ def create_api(service: InferenceService) -> FastAPI:
         title="UL2R",
         docs_url=None,  # FastAPI's documentation pages load their scripts from a CDN
         redoc_url=None,
-        responses={400: {"model": ErrorResponse}, 422: {"model": ErrorResponse}},
+        responses={status: {"model": ErrorResponse} for status in (400, 413, 422)},
     )
+    api.add_middleware(BodyLimitMiddleware)
 
     # Handlers are async, so FastAPI runs them in the event loop, not in its thread pool: none of them blocks.
     @api.get("/", response_class=HTMLResponse, include_in_schema=False)

@@ -10,11 +10,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from serving.body_limit import MAX_PROMPT_CHARACTERS
 from ul2r.config.denoisers import Mode
 from ul2r.inference import FinishReason
-
-MAX_PROMPT_CHARACTERS = 1_000_000
-"""Longer prompts are refused before they are tokenized."""
 
 # Wide bounds, the same for every model: what a model allows is checked in `ul2r.inference`.
 Prompt = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)]

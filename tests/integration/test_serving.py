@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http.client import HTTPResponse
 from pathlib import Path
 
 import httpx
@@ -18,6 +21,7 @@ import pytest
 from mlflow import MlflowClient
 
 from serving.app import ServingConfig
+from serving.body_limit import MAX_BODY_BYTES
 from serving.server import check_port, serve_model
 from ul2r.errors import ServiceError
 from ul2r.inference import LanguageModel, complete, infill
@@ -166,6 +170,49 @@ def test_a_bad_request_gets_4xx_and_its_reason(
 
     assert response.status_code == status
     assert message in response.json()["error"]
+
+
+@pytest.mark.parametrize("path", ["/v1/complete", "/v1/infill", "/healthz", "/nowhere"])
+def test_a_stated_length_beyond_the_limit_is_refused_before_the_body(
+    server: Server, path: str
+) -> None:
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {200 * 10**6}\r\n\r\n"
+
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+        connection.sendall(head.encode())
+        assert_too_large(connection)
+
+
+def test_a_body_without_a_stated_length_is_refused_while_it_arrives(server: Server) -> None:
+    head = "POST /v1/complete HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    size = MAX_BODY_BYTES // 8 + 1
+    chunk = b"%x\r\n%s\r\n" % (size, b" " * size)
+
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+        connection.sendall(head.encode())
+        # One byte per chunk too many, and never the empty chunk that ends a body.
+        for _ in range(8):
+            connection.sendall(chunk)
+        assert_too_large(connection)
+
+    def stream() -> Iterator[bytes]:
+        for _ in range(24):
+            yield b" " * size
+
+    response = server.client.post("/v1/infill", content=stream())
+    assert response.status_code == 413
+    assert "the body is larger than" in response.json()["error"]
+    assert server.client.get("/healthz").json() == {"status": "ok"}
+
+
+def assert_too_large(connection: socket.socket) -> None:
+    """Read the answer to a request whose body has not ended."""
+    response = HTTPResponse(connection)
+    response.begin()
+    assert response.status == 413
+    assert "the body is larger than" in json.loads(response.read())["error"]
+    # Serve's proxy adds this header to what comes from a replica: the proxy itself must refuse, since it reads on.
+    assert "x-request-id" not in response.headers
 
 
 def test_the_playground_is_the_first_page(server: Server) -> None:
