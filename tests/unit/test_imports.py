@@ -39,7 +39,13 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
 ROOMS: dict[str, tuple[frozenset[str], ...]] = {
     part: tuple(frozenset(line.split()) for line in lines)
     for part, lines in {
-        "data": ("tokenizer", "special_tokens", "store", "prepare sampling", "*"),
+        "data": (
+            "tokenizer",
+            "special_tokens document_tokenizer",
+            "store",
+            "prepare sampling",
+            "*",
+        ),
         "model": ("window", "attention", "*", "huggingface"),
         "train": (
             "mesh state optimizer monitor/guards",

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from ul2r.config import Denoiser, Recipe
+from ul2r.data.document_tokenizer import decode_token
 from ul2r.data.sampling.batches import BatchBuilder
 from ul2r.data.sampling.order import DataOrder
 from ul2r.data.store.dataset import TokenDataset
@@ -227,8 +228,7 @@ def render_tokens(
     def render(token: int) -> DisplayToken:
         # Token by token, to color each: bytes of a character that is split over tokens appear as replacement
         # characters.
-        text = tokenizer.decode([token], skip_special_tokens=False)
-        return DisplayToken(text, kinds.get(token, "text"), token)
+        return DisplayToken(decode_token(tokenizer, token), kinds.get(token, "text"), token)
 
     if len(tokens) <= MAX_SHOWN_TOKENS:
         return [render(token) for token in tokens]

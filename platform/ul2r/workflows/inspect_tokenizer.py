@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from ul2r.data.document_tokenizer import decode_token
 from ul2r.data.prepare.round_trip import describe_samples
 from ul2r.data.special_tokens import (
     SpecialTokenSource,
@@ -73,7 +74,7 @@ def _describe_group(tokens: Sequence[TokenAssignment], before: Tokenizer) -> str
         text = f"{token.text} {token.token_id}"
         if token.previous_text in (None, token.text):
             return text
-        return f"{text} ({before.decode([token.token_id], skip_special_tokens=False)})"
+        return f"{text} ({decode_token(before, token.token_id)})"
 
     if len(tokens) == 1:
         return describe(tokens[0])

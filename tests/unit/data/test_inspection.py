@@ -21,9 +21,15 @@ from ul2r.data.inspection import (
     write_page,
 )
 from ul2r.data.store.dataset import TokenDataset
-from ul2r.data.tokenizer import load_tokenizer
+from ul2r.data.tokenizer import (
+    add_special_tokens,
+    build_vocabulary,
+    encode,
+    load_tokenizer,
+)
 from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.recipes import tiny_recipe
+from ul2r.testing.tokenizers import KINDS
 
 ROOT = Path(__file__).parents[3]
 
@@ -180,3 +186,15 @@ def test_job_without_a_token_store_ends_in_one_line(tmp_path: Path) -> None:
         finished.stderr
         == f"error: {tmp_path}/store: no token store: run jobs/prepare.py RECIPE first\n"
     )
+
+
+def test_tokens_are_shown_as_inside_a_document() -> None:
+    """Alone, a token of Llama 2 would lose the space that it begins with."""
+    tokenizer = KINDS["Llama 2"]()
+    add_special_tokens(tokenizer, num_sentinels=2)
+    vocabulary = build_vocabulary(tokenizer)
+    ids = encode(tokenizer, "The river sees the sea").tolist()
+
+    shown = render_tokens([*ids, vocabulary.sentinels[0]], tokenizer, vocabulary)
+
+    assert "".join(token.text for token in shown) == " The river sees the sea<extra_id_0>"

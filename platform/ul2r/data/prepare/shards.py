@@ -18,12 +18,13 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from ul2r.data.document_tokenizer import DocumentTokenizer
 from ul2r.data.prepare.documents import read_documents
 from ul2r.data.prepare.left_out import LeftOut
+from ul2r.data.prepare.long_documents import ChunkTokenizer
 from ul2r.data.prepare.source_files import SourceFile
 from ul2r.data.prepare.suffixes import ONE_DOCUMENT_SUFFIXES, text_suffix
 from ul2r.data.store.token_store import TokenStore, TokenWriter, append_suffix
-from ul2r.data.tokenizer import encode
 from ul2r.errors import CorpusError
 from ul2r.filesystem import remove, staged_file, write_atomically
 from ul2r.objective.vocabulary import Vocabulary
@@ -62,7 +63,7 @@ class _TokenChunk(NamedTuple):
     """A part of a document, tokenized.
 
     Attributes:
-        tokens: Its tokens, int32 (length,).
+        tokens: Its tokens, int32 (length,); those of a long document's end come with its next chunk.
         content: Bytes that the document's key is a digest of.
         text_bytes: UTF-8 bytes of its text.
         ends_document: Whether the document ends with it.
@@ -136,7 +137,8 @@ def write_shard(
 
             if chunk.ends_document or group.split_documents:
                 # Token stores that Megatron's preprocessing wrote with --append-eod have it already.
-                if chunk.tokens[-1] != vocabulary.eos:
+                # A tokenizer that drops white space has no token for a document of nothing else.
+                if not len(chunk.tokens) or chunk.tokens[-1] != vocabulary.eos:
                     writer.append([vocabulary.eos])
                 writer.end_document()
                 keys.append(int.from_bytes(key.digest(), "little"))
@@ -196,13 +198,17 @@ def _left_out_file(folder: Path, number: int) -> Path:
 def _read_chunks(
     group: FileGroup, tokenizer: Tokenizer, vocabulary: Vocabulary, left_out: LeftOut
 ) -> Iterator[_TokenChunk]:
+    chunk_tokenizer = ChunkTokenizer(DocumentTokenizer(tokenizer))
     for file in group.files:
         if file.holds_tokens:
             yield from _read_token_documents(file.path, vocabulary, left_out)
         else:
             for text, ends_document in read_documents(file, left_out):
                 content = text.encode()
-                yield _TokenChunk(encode(tokenizer, text), content, len(content), ends_document)
+                # A chunk that is a document of its own is encoded as one.
+                is_last = ends_document or group.split_documents
+                tokens = chunk_tokenizer.encode(text, ends_document=is_last)
+                yield _TokenChunk(tokens, content, len(content), ends_document)
 
 
 def _read_token_documents(

@@ -26,9 +26,10 @@ from ul2r.data.prepare.source_files import SourceFile, find_files
 from ul2r.data.store.dataset import TokenDataset, open_dataset
 from ul2r.data.store.manifest import Manifest
 from ul2r.data.store.token_source import DocumentSource
-from ul2r.data.tokenizer import build_vocabulary, train_tokenizer
+from ul2r.data.tokenizer import add_special_tokens, build_vocabulary, encode, train_tokenizer
 from ul2r.errors import CorpusError
 from ul2r.testing.corpus import write_texts
+from ul2r.testing.tokenizers import KINDS
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,27 @@ def decode_documents(store: DocumentSource, tokenizer: Tokenizer) -> list[str]:
 
 def make_file(size: int) -> SourceFile:
     return SourceFile(Path("a.jsonl"), "a.jsonl", size, 0)
+
+
+@pytest.mark.parametrize("kind", ["Llama 2", "byte-level"])
+def test_a_document_of_several_chunks_is_tokenized_as_a_whole(tmp_path: Path, kind: str) -> None:
+    tokenizer = KINDS[kind]()
+    add_special_tokens(tokenizer, num_sentinels=2)
+    long = "class Sea:\n    def area(self):\n        return self.depth\n" * 2500
+    texts = {"a": "a short one", "b": long, "c": "def f(x): return x", "d": long + "end"}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+
+    group = FileGroup(0, tuple(find_files([str(tmp_path)])))
+    dataset = make_store(tmp_path / "store", [group], tokenizer)
+
+    stored = {
+        tuple(store.read_document(number).tolist())
+        for store in (dataset.train[0].store, dataset.held_out)
+        for number in range(store.num_documents)
+    }
+    eos = dataset.vocabulary.eos
+    assert stored == {(*encode(tokenizer, text).tolist(), eos) for text in texts.values()}
 
 
 def test_every_document_is_whole_and_on_one_side(tmp_path: Path, tokenizer: Tokenizer) -> None:
