@@ -95,8 +95,7 @@ class Prefix(_Denoiser):
     mode: Mode = "S2S"
     noise_density: float | None = Field(default=None, gt=0, lt=1)
     sentinel: bool = False
-    """End the inputs and begin the targets with a sentinel, as in span corruption (the papers do not say).
-    Served completions have none."""
+    """End the inputs and begin the targets with a sentinel, as in span corruption (the papers do not say)."""
 
     def num_sentinels(self, raw_length: int) -> int:  # noqa: ARG002  one signature for every denoiser
         """Return 1 if a sentinel separates the two parts, else 0."""

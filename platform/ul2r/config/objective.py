@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ul2r.config.architecture import Architecture
-from ul2r.config.denoisers import MIXTURE_PRESETS, Denoiser, fit_raw_length
+from ul2r.config.denoisers import MIXTURE_PRESETS, Denoiser, Prefix, fit_raw_length
 from ul2r.config.field_types import PositiveInt
 from ul2r.config.strict_model import StrictModel
 
@@ -60,7 +60,7 @@ class Objective(StrictModel):
     within_document: bool = False
     """Keep an example within one document; short documents then leave positions unused."""
     eos_after_inputs: bool = False
-    """Close the inputs with an eos as well as the targets (the papers do not say). Served prompts have none."""
+    """Close the inputs with an eos as well as the targets (the papers do not say)."""
 
     @model_validator(mode="after")
     def _check_slots(self) -> Self:
@@ -125,6 +125,15 @@ class Objective(StrictModel):
     def is_denoising(self) -> bool:
         """True if any denoiser has inputs, so that modes and sentinels are trained."""
         return any(denoiser.has_inputs for denoiser in self.mixture)
+
+    @property
+    def is_prefix_closed_by_sentinel(self) -> bool:
+        """True if a sentinel stands between inputs and targets of mode S2S, in most of its examples."""
+        weights = {True: 0.0, False: 0.0}
+        for denoiser in self.mixture:
+            if isinstance(denoiser, Prefix) and denoiser.mode == "S2S":
+                weights[denoiser.sentinel] += denoiser.weight
+        return weights[True] > weights[False]
 
 
 def check_rows_fit_model(objective: Objective, model: Architecture) -> None:

@@ -64,8 +64,8 @@ def measure_infill_loss(
     """Return the loss of the true span in nats per token; neither sentinels nor the end of the span count.
 
     A causal arm reads the left context, then the span. A UL2R arm reads mode, left context, sentinel, right context
-    and one more sentinel (its training inputs always end in one), in both directions unless its attention is causal,
-    then the first sentinel again and the span.
+    and one more sentinel (its training inputs always end in one, and in an eos if it was trained so), in both
+    directions unless its attention is causal, then the first sentinel again and the span.
     """
     num_examples = len(examples.span)
     target_mask = np.ones(examples.span.shape, bool)
@@ -76,7 +76,7 @@ def measure_infill_loss(
         # The sentinel before the span is a target of the model, but not of this metric.
         not_counted = np.zeros((num_examples, 1), bool)
         batch = build_scoring_batch(
-            build_infill_prompts(examples, vocabulary),
+            build_infill_prompts(model, examples, vocabulary),
             concat_columns(num_examples, sentinel, examples.span),
             np.concatenate((not_counted, target_mask), axis=1),
             bidirectional=model.attention == "prefix",
@@ -99,30 +99,36 @@ def measure_infill_match(
     # A causal arm cannot read text after the span, so its prompt is the left context.
     prompts = examples.left
     if model.metadata.denoising:
-        prompts = build_infill_prompts(examples, vocabulary)
+        prompts = build_infill_prompts(model, examples, vocabulary)
 
     is_exact = []
     similarities = []
-    for prompt, span in zip(prompts.tolist(), examples.span.tolist(), strict=True):
-        # Compared as text, since different tokens can spell the same text.
-        generated = model.decode(_generate_infill(model, prompt, len(span), vocabulary))
-        expected = model.decode(span)
+    rows = zip(prompts.tolist(), examples.left.tolist(), examples.span.tolist(), strict=True)
+    for prompt, left, span in rows:
+        # Compared as text, since different tokens can spell the same text; as text behind the left side, since some
+        # tokenizers drop the space at the beginning.
+        ids = _generate_infill(model, prompt, len(span), vocabulary)
+        generated = model.decode_continuation(left, ids)
+        expected = model.decode_continuation(left, span)
         is_exact.append(float(generated == expected))
         similarities.append(Levenshtein.normalized_similarity(generated, expected))
     return average(is_exact), average(similarities)
 
 
-def build_infill_prompts(examples: InfillExamples, vocabulary: Vocabulary) -> TokenArray:
-    """Return the prompts of a UL2R arm: mode, left, first sentinel, right, second sentinel.
+def build_infill_prompts(
+    model: LanguageModel, examples: InfillExamples, vocabulary: Vocabulary
+) -> TokenArray:
+    """Return the prompts of a UL2R arm: mode, left, first sentinel, right, second sentinel, and eos if trained so.
 
     Returns:
-        int32 (B, 2 C + 2 + M), M being the number of mode tokens.
+        int32 (B, 2 C + 2 + M), M being the number of mode tokens, and of eos.
     """
     num_examples, length = examples.span.shape
     mode = vocabulary.modes["NLU" if length < MIN_LONG_SPAN else "NLG"]
     # The second sentinel closes the input, like every training input.
     first, second = vocabulary.sentinels[:2]
-    return concat_columns(num_examples, *mode, examples.left, first, examples.right, second)
+    columns = (*mode, examples.left, first, examples.right, second, *model.inputs_end)
+    return concat_columns(num_examples, *columns)
 
 
 def _generate_infill(

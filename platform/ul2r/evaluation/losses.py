@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ul2r.config import Causal, Denoiser, Prefix, Recipe
+from ul2r.config.denoisers import fit_raw_length
 from ul2r.data.sampling.batches import BatchBuilder, check_token_ids
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.errors import CorpusError
@@ -51,23 +52,35 @@ def measure_second_half_loss(model: LanguageModel, dataset: TokenDataset, recipe
     """Return the mean loss of the second half of a text given the first half, each arm in its own way.
 
     A causal arm reads the text causally. A UL2R arm reads [S2S] and the first half, in both directions unless its
-    attention is causal, and then the second half causally, as when it continues a prompt. The same raw tokens count
-    for every arm: those of the second half, except the eos of documents that end in it. The closing eos of S training
-    is not scored.
+    attention is causal, and then the second half causally, as when it continues a prompt; between them are the
+    sentinels and the eos that it was trained with, if any. The same raw tokens count for every arm: those of the second
+    half, except the eos of documents that end in it. The closing eos of S training is not scored.
     """
     denoiser = Prefix(weight=1.0)  # its length and mode are used here, not its batches
     mode = dataset.vocabulary.modes[denoiser.mode]
-    length = recipe.objective.raw_length(denoiser, len(mode))
+    # Without the objective's eos_after_inputs, in which arms may differ.
+    max_length = recipe.objective.max_example_length(denoiser)
+    length = fit_raw_length(denoiser, max_length, len(mode))
     windows = select_windows(dataset.held_out, recipe.evaluation.num_rows, length)
     check_token_ids(windows, dataset.vocabulary, recipe.storage_paths.store)
     # At a fixed place, so that both halves are the same for every arm.
     first, second = np.split(windows, [length // 2], axis=1)
 
-    is_denoising = model.metadata.denoising
+    target_mask = second != dataset.vocabulary.eos
+    if not model.metadata.denoising:
+        batch = build_scoring_batch(first, second, target_mask, bidirectional=False)
+        return average_tokens(model.token_losses(batch), batch.loss_mask)
+
+    sentinel = dataset.vocabulary.sentinels[: int(model.metadata.prefix_sentinel)]
+    # What an arm reads besides the text takes the place of its beginning: rows are no longer than in training, and the
+    # second half stays the same.
+    first = first[:, 2 * len(sentinel) + len(model.inputs_end) :]
+    num_rows = len(windows)
+    not_counted = np.zeros((num_rows, len(sentinel)), bool)
     batch = build_scoring_batch(
-        concat_columns(len(windows), *mode, first) if is_denoising else first,
-        second,
-        second != dataset.vocabulary.eos,
-        bidirectional=is_denoising and model.attention == "prefix",
+        concat_columns(num_rows, *mode, first, *sentinel, *model.inputs_end),
+        concat_columns(num_rows, *sentinel, second),
+        np.concatenate((not_counted, target_mask), axis=1),
+        bidirectional=model.attention == "prefix",
     )
     return average_tokens(model.token_losses(batch), batch.loss_mask)

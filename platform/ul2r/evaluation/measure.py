@@ -68,7 +68,7 @@ def measure(
     """
     # Before the first metric, since measuring takes minutes.
     _check_vocabulary(model, dataset, recipe)
-    _check_infill_length(dataset, recipe)
+    _check_infill_length(model, dataset, recipe)
 
     # Perplexity needs no pass of its own; its error follows from that of the loss.
     causal = measure_causal_loss(model, dataset, recipe)
@@ -100,7 +100,7 @@ def _check_vocabulary(model: LanguageModel, dataset: TokenDataset, recipe: Recip
         )
 
 
-def _check_infill_length(dataset: TokenDataset, recipe: Recipe) -> None:
+def _check_infill_length(model: LanguageModel, dataset: TokenDataset, recipe: Recipe) -> None:
     """Refuse infilling examples that are longer than the examples of training."""
     context = recipe.evaluation.infill_context_length
     span = recipe.evaluation.infill_span_length
@@ -108,7 +108,7 @@ def _check_infill_length(dataset: TokenDataset, recipe: Recipe) -> None:
     mode = max(map(len, dataset.vocabulary.modes.values()))
 
     # Three sentinels: two in the prompt, and the first one again before the span.
-    length = 2 * context + span + 3 + mode
+    length = 2 * context + span + 3 + mode + len(model.inputs_end)
     # One more token than positions, since labels are shifted.
     max_length = recipe.objective.slot_length + 1
     if length > max_length:

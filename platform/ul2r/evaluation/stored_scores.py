@@ -14,7 +14,7 @@ from ul2r.filesystem import sha256_of, write_atomically
 from ul2r.paths import TOKENIZER_FILE
 from ul2r.tracking.registry import hash_export
 
-FORMAT = 2
+FORMAT = 3
 """Raised when a metric's meaning or this file's fields change, so that older evaluations are repeated."""
 
 

@@ -43,8 +43,9 @@ def complete(
         model: Any model; one trained with prefix-LM attention reads the prompt in both directions.
         prompt: Text of at least one token.
         mode: S2S is trained on continuations. NLU and NLG close the prompt with one sentinel, as the paper prompts
-            them (arXiv 2210.11399), and generate the text of that sentinel. Default: S2S for a model trained on
-            denoisers, and the bare prompt for a causal one, which knows no modes.
+            them (arXiv 2210.11399), and generate the text of that sentinel; S2S does if it was trained with one
+            (`sentinel` of a prefix). Default: S2S for a model trained on denoisers, and the bare prompt for a causal
+            one, which knows no modes.
         max_tokens: Maximum number of tokens to generate; default 64, or fewer where fewer fit.
         temperature: 0 is greedy.
         seed: Seed of the sampling.
@@ -56,8 +57,14 @@ def complete(
     if not prompt:
         raise RequestError("the prompt is empty: give some text to continue")
 
-    if mode in ("NLU", "NLG"):
-        model.require_denoising(f"mode {mode}")
+    # A causal model never read a mode in training, so the default gives it none.
+    if mode is None and model.metadata.denoising:
+        mode = "S2S"
+    inputs: list[int] = []
+    if mode is not None:
+        inputs += model.require_denoising(f"mode {mode}").modes[mode]
+
+    if mode in ("NLU", "NLG") or (mode == "S2S" and model.metadata.prefix_sentinel):
         # One slot at the end: the prompt closes with its sentinel.
         filled = infill(
             model,
@@ -74,17 +81,19 @@ def complete(
             completion_tokens=filled.completion_tokens,
         )
 
-    tokens = model.encode(prompt)
-    # A causal model never read a mode in training, so the default gives it none.
-    if mode == "S2S" or model.metadata.denoising:
-        tokens = [*model.require_denoising("mode S2S").modes["S2S"], *tokens]
+    text = model.encode(prompt)
+    if not text:
+        raise RequestError("the prompt has no token: give some text to continue")
+    inputs += text
+    if mode is not None:
+        inputs += model.inputs_end
 
     # The mode counts against the model's maximum length, so it is in front before the limit is computed.
     generated = list(
         generate(
             model,
-            tokens,
-            max_tokens=resolve_max_tokens(model, len(tokens), max_tokens),
+            inputs,
+            max_tokens=resolve_max_tokens(model, len(inputs), max_tokens),
             stop=model.eos_token_ids,
             temperature=temperature,
             seed=seed,
@@ -94,8 +103,8 @@ def complete(
     # eos counts as a completion token but is not part of the text.
     is_stopped = generated[-1] in model.eos_token_ids
     return CompletionResult(
-        text=model.decode(generated[:-1] if is_stopped else generated),
+        text=model.decode_continuation(text, generated[:-1] if is_stopped else generated),
         finish_reason="stop" if is_stopped else "length",
-        prompt_tokens=len(tokens),
+        prompt_tokens=len(inputs),
         completion_tokens=len(generated),
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Literal
 
+from ul2r.config.denoisers import Mode
 from ul2r.errors import RequestError
 from ul2r.inference.generation import (
     FinishReason,
@@ -40,7 +40,7 @@ def infill(
     model: LanguageModel,
     parts: Sequence[str],
     *,
-    mode: Literal["NLU", "NLG"] = "NLU",
+    mode: Mode = "NLU",
     max_tokens: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
@@ -52,7 +52,8 @@ def infill(
     The prompt has the form of span corruption in training (arXiv 2205.05131, 3.1): the parts with a sentinel in place
     of each slot; the model then writes each sentinel followed by its span. A training input always ends in a sentinel,
     so one more sentinel closes the prompt if text follows the last slot. That sentinel's span stands for the text
-    after the prompt, and generation stops where it would begin.
+    after the prompt, and generation stops where it would begin. An eos follows if the model was trained with one
+    (`objective.eos_after_inputs`).
 
     Sentinels come in order whatever the model's preference: inside a span only text and the sentinel of the next slot
     are allowed (eos for a slot at the end of the text), the closing token only after at least one token of text, and a
@@ -61,7 +62,7 @@ def infill(
     Args:
         model: A model trained on denoisers.
         parts: n + 1 texts around n slots; the first and the last may be empty.
-        mode: NLU was trained on short spans, NLG on long or many ones.
+        mode: NLU was trained on short spans, NLG on long or many ones, S2S on continuations (some with a sentinel).
         max_tokens: Maximum number of tokens per slot; default 64, or fewer where fewer fit.
         temperature: 0 is greedy.
         seed: Seed of the sampling.
@@ -70,14 +71,18 @@ def infill(
         RequestError: If the model was trained causally, or the request does not fit the model.
     """
     vocabulary = model.require_denoising("infilling")
-    # Parts are encoded one by one: no token may span a slot.
-    encoded = [model.encode(part) for part in parts]
-    _check_parts(encoded, max_infill_slots(model))
+    # Parts are encoded one by one: no token may span a slot. Only the first one begins a document.
+    encoded = [
+        (model.encode_continuation if place else model.encode)(part)
+        for place, part in enumerate(parts)
+    ]
+    # Text at the end takes a sentinel more than slots.
+    _check_parts(encoded, len(vocabulary.sentinels) - any(encoded[-1:]))
 
     num_slots = len(parts) - 1
     # The prompt ends in a sentinel, like every training input: that of the last slot, or one more after text.
     sentinels = vocabulary.sentinels[: num_slots + bool(encoded[-1])]
-    prompt = [*vocabulary.modes[mode], *_interleave(encoded, sentinels)]
+    prompt = [*vocabulary.modes[mode], *_interleave(encoded, sentinels), *model.inputs_end]
     limit = resolve_max_tokens(
         model, len(prompt), max_tokens, num_spans=num_slots, extra_tokens_per_span=1
     )
@@ -92,7 +97,7 @@ def infill(
         for opener, closer in zip(sentinels[:num_slots], closers, strict=True)
     ]
 
-    fills = [model.decode(ids) for ids, _ in spans]
+    fills = _decode_fills(model, encoded, [ids for ids, _ in spans])
     finish_reasons = tuple(finish_reason for _, finish_reason in spans)
     # The closer of the last slot is generated too, unless the span reached its limit.
     completion_tokens = sum(1 + len(ids) for ids, _ in spans) + (finish_reasons[-1] == "stop")
@@ -141,6 +146,18 @@ def max_infill_slots(model: LanguageModel) -> int:
     if not model.metadata.denoising or model.vocabulary is None:
         return 0
     return len(model.vocabulary.sentinels) - 1
+
+
+def _decode_fills(
+    model: LanguageModel, parts: Sequence[list[int]], spans: Sequence[list[int]]
+) -> list[str]:
+    """Return the text of each span in the document that parts and spans make up."""
+    fills: list[str] = []
+    before = list(parts[0])
+    for span, part in zip(spans, parts[1:], strict=True):
+        fills.append(model.decode_continuation(before, span))
+        before += [*span, *part]
+    return fills
 
 
 def _interleave(parts: Sequence[list[int]], sentinels: Sequence[int]) -> list[int]:

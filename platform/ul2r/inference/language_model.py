@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional
 
+from ul2r.data.document_tokenizer import DocumentTokenizer
 from ul2r.errors import RequestError
 from ul2r.inference.loading import (
     load_export_tokenizer,
@@ -56,6 +58,7 @@ class LanguageModel:
     ) -> None:
         self.network = network
         self.tokenizer = tokenizer
+        self._documents = DocumentTokenizer(tokenizer)
         self.metadata = metadata
         self.eos_token_ids = eos_token_ids
         self.device: torch.device = network.device
@@ -99,15 +102,29 @@ class LanguageModel:
             )
         return self.vocabulary
 
+    @property
+    def inputs_end(self) -> tuple[int, ...]:
+        """Tokens that close the inputs of every example: eos if the model was trained with it there."""
+        if self.vocabulary is None or not self.metadata.eos_after_inputs:
+            return ()
+        return (self.vocabulary.eos,)
+
     def encode(self, text: str) -> list[int]:
-        """Return the tokens of a text; the names of special tokens in it are encoded as plain text."""
+        """Return the tokens of text that begins a document; names of special tokens are encoded as plain text."""
         # Training rows have no bos, which some tokenizers put in front of a text.
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        return self._documents.encode(text)
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Return the tokens of text as it is found behind other text of a document."""
+        return self._documents.encode_continuation(text)
 
     def decode(self, ids: list[int]) -> str:
-        """Return the text of tokens, including special ones."""
+        """Return the text of tokens that begin a document, including special ones."""
         return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def decode_continuation(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        """Return the text that tokens add to the text of those before them."""
+        return self._documents.decode_continuation(before, ids)
 
     @torch.inference_mode()
     def forward(

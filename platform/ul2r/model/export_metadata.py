@@ -1,7 +1,8 @@
 """Description of an export: the content of its ul2r.json. Imports neither torch nor Megatron-Core.
 
 {"format": 3, "vocabulary": {...}, "run": "tiny", "role": "ul2r", "attention": "prefix", "denoising": true,
- "step": 300, "tokens": 1228800, "flops": 1.2e+15, "checkpoint": "..."}
+ "eos_after_inputs": false, "prefix_sentinel": false, "step": 300, "tokens": 1228800, "flops": 1.2e+15,
+ "checkpoint": "..."}
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ REQUIRED_FILES = ("config.json", TOKENIZER_FILE)
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 """An export holds one of these: all weights in one file, or an index of several."""
 
+PARSING_ERRORS = (ValueError, KeyError, TypeError, AttributeError, AssertionError)
+"""What parsing a damaged or edited ul2r.json raises, the assertions of `Vocabulary` included."""
+
 
 @dataclass(frozen=True)
 class ExportMetadata:
@@ -35,6 +39,8 @@ class ExportMetadata:
         role: The run's role in a comparison.
         attention: "prefix" if inputs attended in both directions during training, else "causal".
         denoising: True if trained on denoisers, so that the model knows modes and sentinels.
+        eos_after_inputs: True if an eos closes the inputs, as well as the targets.
+        prefix_sentinel: True if a sentinel closes the inputs of S2S and begins its targets.
         step: Optimizer steps of the run.
         tokens: Row positions trained on, including parent runs.
         flops: Training FLOPs, including parent runs.
@@ -48,6 +54,8 @@ class ExportMetadata:
     role: str | None = None
     attention: Attention = "causal"
     denoising: bool = False
+    eos_after_inputs: bool = False
+    prefix_sentinel: bool = False
     step: int | None = None
     tokens: int | None = None
     flops: float | None = None
@@ -61,13 +69,13 @@ class ExportMetadata:
         write_atomically(folder / EXPORT_METADATA_FILE, text)
 
     def is_written_in(self, folder: Path) -> bool:
-        """Return whether a folder's ul2r.json has exactly this content."""
+        """Return whether a folder's ul2r.json has this content."""
         file = folder / EXPORT_METADATA_FILE
         try:
-            written = json.loads(file.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+            # Parsed, since a file of an older version lacks fields that then have their defaults.
+            return self == self.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        except (FileNotFoundError, *PARSING_ERRORS):
             return False
-        return bool(written == self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values that `from_dict` reads back."""
@@ -96,6 +104,9 @@ class ExportMetadata:
             role=tree["role"],
             attention=tree["attention"],
             denoising=tree["denoising"],
+            # Not recorded before they could be served: False, as those exports were served.
+            eos_after_inputs=tree.get("eos_after_inputs", False),
+            prefix_sentinel=tree.get("prefix_sentinel", False),
             step=tree["step"],
             tokens=tree["tokens"],
             flops=tree["flops"],
@@ -129,8 +140,7 @@ def read_export_metadata(folder: Path) -> ExportMetadata:
         return ExportMetadata(run=folder.resolve().name)
     try:
         return ExportMetadata.from_dict(json.loads(file.read_text(encoding="utf-8")))
-    # Any of these is what parsing a damaged or edited file raises, Vocabulary's assertions included.
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+    except PARSING_ERRORS as error:
         raise CheckpointError(
             f"{file} cannot be read ({type(error).__name__}: {error}): export the run again"
         ) from error

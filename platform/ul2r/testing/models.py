@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from ul2r.config import Architecture
@@ -34,7 +35,9 @@ def write_tiny_export(
     max_positions: int = 128,
     num_sentinels: int = 8,
     texts: Sequence[str] = TEXTS,
+    tokenizer: Tokenizer | None = None,
     seed: int = 1,
+    **metadata: bool,
 ) -> Path:
     """Write an export of a Llama with random weights and a byte-level tokenizer, in jobs/export.py's format.
 
@@ -48,7 +51,9 @@ def write_tiny_export(
         max_positions: Longest sequence.
         num_sentinels: Sentinel tokens of the vocabulary.
         texts: Texts that the tokenizer is trained on.
+        tokenizer: A tokenizer with special tokens to use instead of training one.
         seed: Seed of the weights.
+        metadata: Further fields of ul2r.json.
 
     Returns:
         `folder`.
@@ -58,7 +63,8 @@ def write_tiny_export(
     )
     # 256 bytes, eos and three modes, sentinels, and room for 32 merges.
     vocabulary_size = 256 + 4 + num_sentinels + 32
-    tokenizer = train_tokenizer(texts, vocabulary_size=vocabulary_size, num_sentinels=num_sentinels)
+    if tokenizer is None:
+        tokenizer = train_tokenizer(texts, vocabulary_size, num_sentinels)
     vocabulary = build_vocabulary(tokenizer)
     denoising = attention == "prefix" if denoising is None else denoising
     role = "ul2r" if denoising else "base"
@@ -82,6 +88,7 @@ def write_tiny_export(
                 flops=3e9,
                 checkpoint="none",
                 vocabulary=vocabulary,
+                **metadata,
             ),
             tokenizer=tokenizer_file,
             shard_bytes=2**30,

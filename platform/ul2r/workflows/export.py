@@ -115,6 +115,8 @@ def _make_metadata(recipe: Recipe, dataset: TokenDataset, checkpoint: Path) -> E
         role=recipe.role,
         attention="causal" if recipe.objective.is_causal else "prefix",
         denoising=recipe.objective.is_denoising,
+        eos_after_inputs=recipe.objective.eos_after_inputs,
+        prefix_sentinel=recipe.objective.is_prefix_closed_by_sentinel,
         step=info.step,
         tokens=info.tokens,
         flops=info.flops,
