@@ -127,8 +127,8 @@ def build_infill_prompts(
     mode = vocabulary.modes["NLU" if length < MIN_LONG_SPAN else "NLG"]
     # The second sentinel closes the input, like every training input.
     first, second = vocabulary.sentinels[:2]
-    columns = (*mode, examples.left, first, examples.right, second, *model.inputs_end)
-    return concat_columns(num_examples, *columns)
+    end = model.inputs_end
+    return concat_columns(num_examples, *mode, examples.left, first, examples.right, second, *end)
 
 
 def _generate_infill(

@@ -108,6 +108,7 @@ def test_spans_are_compared_as_text_behind_their_left_side(tmp_path: Path) -> No
     left = real.encode("The river")
     (without_space,) = real.encode_continuation("s")
     with_space = tokenizer.token_to_id(f"{SPACE}s")
+    assert with_space is not None
     assert real.decode([with_space]) == real.decode([without_space])
 
     examples = InfillExamples(*(np.array([ids] * 2) for ids in (left, [with_space], left)))

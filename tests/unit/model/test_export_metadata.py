@@ -46,8 +46,8 @@ def test_metadata_is_read_as_written(tmp_path: Path) -> None:
 
     assert read(tmp_path) == METADATA
     assert METADATA.is_written_in(tmp_path)
-    for field in ("eos_after_inputs", "prefix_sentinel"):
-        assert not replace(METADATA, **{field: False}).is_written_in(tmp_path)
+    assert not replace(METADATA, eos_after_inputs=False).is_written_in(tmp_path)
+    assert not replace(METADATA, prefix_sentinel=False).is_written_in(tmp_path)
 
 
 def test_a_file_of_an_older_version_has_the_defaults(tmp_path: Path) -> None:

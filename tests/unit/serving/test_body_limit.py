@@ -169,6 +169,7 @@ def test_proxies_of_serve_get_the_limit_from_the_environment() -> None:
 
     assert variable == f"{serving.__name__}.body_limit:{create_proxy_middleware.__name__}"
     (middleware,) = create_proxy_middleware()
-    assert isinstance(middleware.cls(EchoApp()), BodyLimitMiddleware)
+    wrapped = middleware.cls(EchoApp(), *middleware.args, **middleware.kwargs)
+    assert isinstance(wrapped, BodyLimitMiddleware)
     program = "import sys, serving.body_limit; assert not {'torch', 'ray'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", program], check=True)
