@@ -36,8 +36,9 @@ def write_tiny_export(
     num_sentinels: int = 8,
     texts: Sequence[str] = TEXTS,
     tokenizer: Tokenizer | None = None,
+    eos_after_inputs: bool = False,
+    prefix_sentinel: bool = False,
     seed: int = 1,
-    **metadata: bool,
 ) -> Path:
     """Write an export of a Llama with random weights and a byte-level tokenizer, in jobs/export.py's format.
 
@@ -52,8 +53,9 @@ def write_tiny_export(
         num_sentinels: Sentinel tokens of the vocabulary.
         texts: Texts that the tokenizer is trained on.
         tokenizer: A tokenizer with special tokens to use instead of training one.
+        eos_after_inputs: True if an eos closes inputs, according to ul2r.json.
+        prefix_sentinel: True if a sentinel closes the inputs of S2S, according to ul2r.json.
         seed: Seed of the weights.
-        metadata: Further fields of ul2r.json.
 
     Returns:
         `folder`.
@@ -88,7 +90,8 @@ def write_tiny_export(
                 flops=3e9,
                 checkpoint="none",
                 vocabulary=vocabulary,
-                **metadata,
+                eos_after_inputs=eos_after_inputs,
+                prefix_sentinel=prefix_sentinel,
             ),
             tokenizer=tokenizer_file,
             shard_bytes=2**30,
