@@ -130,6 +130,9 @@ class IndexFile:
         return self._token_offset(int(begin)), self._token_offset(int(end))
 
     def _token_offset(self, sequence: int) -> int:
+        # A damaged table can hold any number; no token has this offset, so `TokenStore.read_document` refuses it.
+        if not 0 <= sequence <= len(self.sequence_pointers):
+            return -1
         is_end = sequence == len(self.sequence_pointers)
         offset = self.data_bytes if is_end else int(self.sequence_pointers[sequence])
         return offset // np.dtype(self.dtype).itemsize

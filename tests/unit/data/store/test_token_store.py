@@ -123,6 +123,17 @@ def test_truncated_index_is_refused(tmp_path: Path) -> None:
             TokenStore.open(tmp_path / "own")
 
 
+@pytest.mark.parametrize("sequence", [-1, 99, 2**62])
+def test_document_outside_the_index_is_refused(tmp_path: Path, sequence: int) -> None:
+    index = write_store(tmp_path).with_suffix(".idx")
+    whole = index.read_bytes()
+    # The document table is last: the beginning of the second document is two entries before its end.
+    index.write_bytes(whole[:-16] + struct.pack("<q", sequence) + whole[-8:])
+    store = TokenStore.open(tmp_path / "own")
+    with pytest.raises(CorpusError, match=r"own\.idx: document \d has tokens .* index is damaged"):
+        store.read_document(store.num_documents - 1)
+
+
 def test_index_of_floats_and_other_files_are_refused(tmp_path: Path) -> None:
     index = write_store(tmp_path).with_suffix(".idx")
     whole = index.read_bytes()
