@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ul2r.data.prepare.left_out import LeftOut
-from ul2r.data.prepare.suffixes import COMPRESSIONS, TEXT_SUFFIXES, text_suffix
+from ul2r.data.prepare.suffixes import (
+    COMPRESSIONS,
+    TEXT_SUFFIXES,
+    TOKEN_SUFFIXES,
+    is_read_if_named,
+    text_suffix,
+)
 from ul2r.errors import CorpusError
 
 SKIPPED_LIBRARY_FOLDERS = frozenset({"test", "tests", "idlelib", "site-packages"})
@@ -26,6 +32,7 @@ class FoundFile:
         identity: Equal for two paths of one file.
         is_linked: Whether the path leads through a link.
         was_listed: Whether earlier versions found it.
+        is_read: False for a file that is read only if an entry of its own names it.
     """
 
     path: Path
@@ -35,28 +42,35 @@ class FoundFile:
     identity: object
     is_linked: bool = False
     was_listed: bool = True
+    is_read: bool = True
 
     @classmethod
-    def describe(cls, path: Path, root: Path, *, is_linked: bool = False) -> FoundFile:
+    def describe(
+        cls, path: Path, root: Path, *, is_linked: bool = False, is_read: bool = True
+    ) -> FoundFile:
         """Describe an existing file below the entry `root`.
 
         Raises:
             CorpusError: If it cannot be read.
         """
         try:
-            status = path.stat()
-            real_path = os.path.realpath(path)
+            size = path.stat().st_size
+            # The .bin file stands for both halves of a token store.
+            data = path.with_suffix(".bin") if path.suffix == ".idx" else path
+            status = (data if data.exists() else path).stat()
+            real_path = os.path.realpath(data)
         except OSError as error:
             raise CorpusError(f"{path}: cannot be read: {error.strerror}") from None
         return cls(
             path=path,
             name=path.relative_to(root).as_posix(),
-            size=status.st_size,
+            size=size,
             modified_ns=status.st_mtime_ns,
             # A path and not always the inode, which some network file systems do not keep; one with hard links does.
             identity=(status.st_dev, status.st_ino) if status.st_nlink > 1 else real_path,
             is_linked=is_linked or path.is_symlink(),
             was_listed=not is_linked and _has_earlier_suffix(path),
+            is_read=is_read,
         )
 
 
@@ -76,7 +90,7 @@ def list_library(root: Path) -> list[FoundFile]:
 
 
 def walk_folder(root: Path, left_out: LeftOut) -> list[FoundFile]:
-    """Return the text files in a folder and below it, sorted by path; follow links to folders.
+    """Return the text files in a folder and below it, sorted by path, and those that could be named; follow links.
 
     Args:
         root: The folder.
@@ -140,10 +154,12 @@ class _FolderWalk:
             self._left_out.add("broken links and special files", 0, entry.path)
         elif is_hidden:
             self._left_out.add("hidden files", _size_of(entry), entry.path)
-        elif text_suffix(path) not in TEXT_SUFFIXES:
-            self._left_out.add_file(path, _size_of(entry))
+        elif (is_text := text_suffix(path) in TEXT_SUFFIXES) or is_read_if_named(path):
+            self._found.append(
+                FoundFile.describe(path, self._root, is_linked=is_linked, is_read=is_text)
+            )
         else:
-            self._found.append(FoundFile.describe(path, self._root, is_linked=is_linked))
+            self._left_out.add_file(path, _size_of(entry))
         return False
 
 
@@ -165,4 +181,4 @@ def _size_of(entry: os.DirEntry[str]) -> int:
 def _has_earlier_suffix(path: Path) -> bool:
     """Return whether earlier versions read the file: they knew suffixes in small letters only."""
     name = path.with_suffix("") if path.suffix in COMPRESSIONS else path
-    return name.suffix in TEXT_SUFFIXES
+    return name.suffix in (*TEXT_SUFFIXES, *TOKEN_SUFFIXES)

@@ -110,6 +110,9 @@ def list_corpus(
     for number, entry in enumerate(entries):
         found += [(number, file) for file in _find_entry_files(entry, left_out)]
 
+    unread = [file for _, file in found if not file.is_read]
+    found = [(number, file) for number, file in found if file.is_read]
+
     # The first entry that has a file keeps it, and in it the path without links, so that the choice does not depend on
     # the order of a file system.
     first_with: dict[object, int] = {}
@@ -121,6 +124,9 @@ def list_corpus(
     for i, file in enumerate(files):
         if i not in chosen:
             left_out.add("files named twice", file.size, str(file.path))
+    for file in unread:
+        if file.identity not in first_with:
+            left_out.add_file(file.path, file.size)
     return CorpusListing(
         files=tuple(file for i, file in enumerate(files) if i in chosen),
         earlier_files=tuple(
@@ -163,7 +169,9 @@ def _find_entry_files(entry: str, left_out: LeftOut) -> list[FoundFile]:
             skipped.add_file(path, path.lstat().st_size)
         else:
             raise CorpusError(f"{entry}: unsupported corpus file: use {describe_suffixes()}")
-    if not files:
+    if not any(file.is_read for file in files):
+        for file in files:
+            skipped.add_file(file.path, file.size)
         kind = "this pattern" if is_pattern else "this folder"
         has = f"; it has {skipped.describe()}" if skipped else ""
         raise CorpusError(f"{entry}: {kind} has no {describe_suffixes()}{has}")

@@ -31,6 +31,11 @@ def is_compressed_text(path: Path) -> bool:
     return bool(compression_suffix(path)) or text_suffix(path) == ".parquet"
 
 
+def is_read_if_named(path: Path) -> bool:
+    """Return whether a file is read only if the recipe names it, not where a folder holds it."""
+    return path.suffix in TOKEN_SUFFIXES or text_suffix(path) in NAMED_TEXT_SUFFIXES
+
+
 def describe_suffixes() -> str:
     """Return the suffixes of text files as they are listed in messages."""
     return f"{', '.join(TEXT_SUFFIXES)} (each plain, {' or '.join(COMPRESSIONS)})"

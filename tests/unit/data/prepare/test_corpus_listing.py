@@ -146,6 +146,17 @@ def test_json_files_are_read_if_they_are_named(texts: Path) -> None:
     ]
 
 
+def test_files_that_another_entry_names_are_not_left_out(texts: Path) -> None:
+    (texts / "s.json").write_text('{"text": "a"}\n')
+    (texts / "t.json").write_text('{"text": "a"}\n')
+    (texts / "y.bin").write_text("y")
+    entries = (str(texts), str(texts / "s.json"), str(texts / "x"))
+    assert list_paths(*entries) == [
+        texts / name for name in ("a.txt", "sub/b.md", "s.json", "x.bin")
+    ]
+    assert count_left_out(*entries) == {".json files": 1, "token files": 1}
+
+
 def test_other_files_of_a_pattern_are_counted(texts: Path) -> None:
     (texts / "model.bin").write_text("no index beside it")
     (texts / "p.png").write_text("")
@@ -187,6 +198,12 @@ def test_folder_that_may_not_be_entered_is_refused(texts: Path) -> None:
     (texts / "sub").chmod(0)
     with pytest.raises(CorpusError, match="sub: cannot be read: Permission denied"):
         find_files([str(texts)])
+
+
+def test_earlier_versions_took_a_pair_of_halves_twice(texts: Path) -> None:
+    listing = list_corpus([str(texts / "x.bin"), str(texts / "x.idx")])
+    assert [file.path for file in listing.files] == [texts / "x.bin"]
+    assert [file.path for file in listing.earlier_files] == [texts / "x.bin"] * 2
 
 
 def make_inputs(*entries: Path, **settings: object) -> tuple[dict[str, object], str]:
