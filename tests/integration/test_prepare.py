@@ -70,8 +70,10 @@ def connection(one_cpu: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def text(connection: None, tmp_path: Path) -> Recipe:
-    """A recipe whose store was made from a folder of stories."""
+    """A recipe whose store was made from a folder of stories, one of them empty, and a hidden file."""
     write_texts(tmp_path / "texts")
+    (tmp_path / "texts/empty.txt").touch()
+    (tmp_path / "texts/.hidden").touch()
     data = {"corpus": [str(tmp_path / "texts")], "vocabulary_size": 512}
     recipe = tiny_recipe(tmp_path / "text", data=data)
     assert load_finished(recipe) is None
@@ -212,16 +214,27 @@ def test_store_of_changed_text_is_refused(text: Recipe) -> None:
         load_finished(text)
 
 
+def test_what_a_store_leaves_out_is_counted_in_its_manifest(text: Recipe) -> None:
+    left_out = Manifest.read(text.storage_paths.store).left_out
+    texts = text.data.corpus[0]
+    assert left_out == {
+        "hidden files": {"count": 1, "bytes": 0, "example": f"{texts}/.hidden"},
+        "empty documents": {"count": 1, "bytes": 0, "example": f"{texts}/empty.txt"},
+    }
+
+
 def test_existing_megatron_store_can_be_the_corpus(text: Recipe, tmp_path: Path) -> None:
     theirs = text.storage_paths.store
     data = {
-        "corpus": [str(theirs / "train.bin"), str(theirs / "held_out.idx")],
+        # All that the shell finds for train.*, and a prefix as Megatron's own tools name it.
+        "corpus": [str(theirs / name) for name in ("train.bin", "train.idx", "held_out")],
         "tokenizer": theirs / "tokenizer.json",
     }
     recipe = tiny_recipe(tmp_path / "tokens", data=data)
     manifest = prepare(recipe)
     assert manifest.vocabulary == Manifest.read(theirs).vocabulary
     assert read_all_documents(recipe.storage_paths.store) == read_all_documents(theirs)
+    assert manifest.left_out["files named twice"]["count"] == 1
 
 
 def test_tokens_without_their_tokenizer_are_refused(text: Recipe, tmp_path: Path) -> None:
