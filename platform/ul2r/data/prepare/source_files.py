@@ -124,9 +124,9 @@ def list_corpus(
     for i, file in enumerate(files):
         if i not in chosen:
             left_out.add("files named twice", file.size, str(file.path))
-    for file in unread:
-        if file.identity not in first_with:
-            left_out.add_file(file.path, file.size)
+    for unnamed in unread:
+        if unnamed.identity not in first_with:
+            left_out.add_file(unnamed.path, unnamed.size)
     return CorpusListing(
         files=tuple(file for i, file in enumerate(files) if i in chosen),
         earlier_files=tuple(
