@@ -12,10 +12,13 @@ import pytest
 
 from ul2r.config import dump
 from ul2r.testing.corpus import make_tiny_store
+from ul2r.testing.distributed import run_distributed
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.train.monitor.watchdog import HANG_EXIT_CODE
 
 pytestmark = pytest.mark.distributed
+
+NUM_MOVES = 5
 
 WORKER = """
     import os, signal, sys
@@ -40,6 +43,31 @@ WORKER = """
 
     run_worker(recipe, MemoryTracker(), read)
 """
+
+
+def wait_for_rank_1() -> int:
+    """Wait for work that only rank 1 has; return the number of heartbeats."""
+    from ul2r.config import Parallel
+    from ul2r.train.mesh import Mesh
+    from ul2r.train.waiting import wait_for_all
+
+    mesh = Mesh.join(Parallel(num_workers=2))
+    moves = iter(range(NUM_MOVES))
+    position = 0
+    heartbeats: list[int] = []
+
+    def is_done() -> bool:
+        nonlocal position
+        move = None if mesh.is_rank0 else next(moves, None)
+        position = position if move is None else move + 1
+        return move is None
+
+    wait_for_all(mesh, is_done, lambda: position, lambda: heartbeats.append(position))
+    return len(heartbeats)
+
+
+def test_progress_of_one_rank_is_a_heartbeat_of_all() -> None:
+    assert run_distributed(wait_for_rank_1, 2) == [NUM_MOVES, NUM_MOVES]
 
 
 def test_hanging_rank_is_named_and_the_others_end(tmp_path: Path) -> None:
