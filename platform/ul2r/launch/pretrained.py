@@ -12,6 +12,7 @@ from ul2r.config.architecture import resolve_preset
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.data.tokenizer import list_objective_tokens, load_tokenizer
 from ul2r.errors import CheckpointError, RecipeError
+from ul2r.launch.hub_commit import resolve_base_once
 from ul2r.paths import TOKENIZER_FILE
 
 # Transformers and safetensors are imported in the functions: a recipe with another base does not wait for them.
@@ -21,7 +22,7 @@ def fill_model_from_base(tree: dict[str, Any]) -> None:
     """Fill a recipe's `model` and `data.tokenizer` from its Hugging Face base, in place.
 
     Settings of `model` that the recipe gives itself must agree with the base. The commit of a base from the Hub is
-    filled in as well: this process alone asks for it, and everybody who gets the recipe takes the same files.
+    filled in as well: one process asks for it, and everybody who gets the recipe takes the same files.
 
     Args:
         tree: The recipe, not yet validated.
@@ -33,9 +34,12 @@ def fill_model_from_base(tree: dict[str, Any]) -> None:
     base = tree.get("base")
     if not isinstance(base, dict) or not isinstance(base.get("hf"), str):
         return
-    from ul2r.model.huggingface.safetensors_reader import find_commit, resolve_model_folder
+    revision = base.get("revision")
+    if not isinstance(revision, str | None):
+        return  # the recipe's validation reports it
+    from ul2r.model.huggingface.safetensors_reader import find_commit
 
-    folder = resolve_model_folder(base["hf"], base.get("revision"))
+    folder = resolve_base_once(base["hf"], revision)
     commit = find_commit(folder)
     if commit is not None:
         tree["base"] = {**base, "revision": commit}
