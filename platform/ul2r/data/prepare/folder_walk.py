@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,36 +40,52 @@ class FoundFile:
     name: str
     size: int
     modified_ns: int
-    identity: object
+    identity: str
     is_linked: bool = False
     was_listed: bool = True
     is_read: bool = True
 
     @classmethod
     def describe(
-        cls, path: Path, root: Path, *, is_linked: bool = False, is_read: bool = True
+        cls,
+        path: Path,
+        root: Path,
+        *,
+        real_path: str = "",
+        is_linked: bool = False,
+        is_read: bool = True,
     ) -> FoundFile:
         """Describe an existing file below the entry `root`.
+
+        Args:
+            path: Absolute path.
+            root: The entry, or the folder of an entry that is a file.
+            real_path: The path without links, if the caller knows that the last part is none.
+            is_linked: Whether the path leads through a linked folder.
+            is_read: See `FoundFile`.
 
         Raises:
             CorpusError: If it cannot be read.
         """
         try:
-            size = path.stat().st_size
+            status = path.stat()
+            is_link = not real_path and path.is_symlink()
             # The .bin file stands for both halves of a token store.
-            data = path.with_suffix(".bin") if path.suffix == ".idx" else path
-            status = (data if data.exists() else path).stat()
-            real_path = os.path.realpath(data)
+            if path.suffix == ".idx" and path.with_suffix(".bin").is_file():
+                real_path = os.path.realpath(path.with_suffix(".bin"))
+            # A path and not always the inode, which some network file systems do not keep; one with hard links does.
+            elif status.st_nlink > 1:
+                real_path = f"inode {status.st_dev} {status.st_ino}"
+            identity = real_path or os.path.realpath(path)
         except OSError as error:
             raise CorpusError(f"{path}: cannot be read: {error.strerror}") from None
         return cls(
             path=path,
             name=path.relative_to(root).as_posix(),
-            size=size,
+            size=status.st_size,
             modified_ns=status.st_mtime_ns,
-            # A path and not always the inode, which some network file systems do not keep; one with hard links does.
-            identity=(status.st_dev, status.st_ino) if status.st_nlink > 1 else real_path,
-            is_linked=is_linked or path.is_symlink(),
+            identity=identity,
+            is_linked=is_linked or is_link,
             was_listed=not is_linked and _has_earlier_suffix(path),
             is_read=is_read,
         )
@@ -134,33 +151,47 @@ class _FolderWalk:
             subfolders = [
                 Path(entry.path)
                 for entry in _list_folder(folder)
-                if self._take(entry, is_linked=is_linked)
+                if self._take(entry, real, is_linked=is_linked)
             ]
             pending += reversed(subfolders)
 
-    def _take(self, entry: os.DirEntry[str], *, is_linked: bool) -> bool:
+    def _take(self, entry: os.DirEntry[str], real_folder: str, *, is_linked: bool) -> bool:
         """Take a file, note a link to a folder, count anything else; return whether to visit the entry now."""
         path = Path(entry.path)
+        is_link = entry.is_symlink()
         is_hidden = entry.name.startswith(".")
-        if entry.is_dir():
+        if _is_kind(entry, entry.is_dir):
             if is_hidden:
                 self._left_out.add("hidden folders", 0, entry.path)
-            elif entry.is_symlink():
+            elif is_link:
                 self._links.append(path)
-            return not (is_hidden or entry.is_symlink())
+            return not (is_hidden or is_link)
 
-        if not entry.is_file():
+        if not _is_kind(entry, entry.is_file):
             # Of a link that leads nowhere as well as of a socket.
             self._left_out.add("broken links and special files", 0, entry.path)
         elif is_hidden:
             self._left_out.add("hidden files", _size_of(entry), entry.path)
         elif (is_text := text_suffix(path) in TEXT_SUFFIXES) or is_read_if_named(path):
-            self._found.append(
-                FoundFile.describe(path, self._root, is_linked=is_linked, is_read=is_text)
+            # The folder's is known without links, so that few files need the system for their own.
+            real_path = "" if is_link else os.path.join(real_folder, entry.name)  # noqa: PTH118  for each file
+            found = FoundFile.describe(
+                path, self._root, real_path=real_path, is_linked=is_linked, is_read=is_text
             )
+            self._found.append(found)
         else:
             self._left_out.add_file(path, _size_of(entry))
         return False
+
+
+def _is_kind(entry: os.DirEntry[str], is_kind: Callable[[], bool]) -> bool:
+    try:
+        return is_kind()
+    except OSError as error:
+        # A link to itself, or to where nobody may look.
+        if entry.is_symlink():
+            return False
+        raise CorpusError(f"{entry.path}: cannot be read: {error.strerror}") from None
 
 
 def _list_folder(folder: Path) -> list[os.DirEntry[str]]:

@@ -115,7 +115,7 @@ def list_corpus(
 
     # The first entry that has a file keeps it, and in it the path without links, so that the choice does not depend on
     # the order of a file system.
-    first_with: dict[object, int] = {}
+    first_with: dict[str, int] = {}
     for i in sorted(range(len(found)), key=lambda i: (found[i][0], found[i][1].is_linked, i)):
         first_with.setdefault(found[i][1].identity, i)
     chosen = set(first_with.values())
