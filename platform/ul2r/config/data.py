@@ -10,6 +10,9 @@ from pydantic import Field, model_validator
 from ul2r.config.field_types import FolderOrUrl, PositiveInt
 from ul2r.config.strict_model import StrictModel
 
+MAX_HELD_OUT_TOKENS = 2**24
+"""Twice the 64 rows that evaluation reads by default, if they are of 131,072 tokens each."""
+
 
 class WeightedStore(StrictModel):
     """A token store in a blend."""
@@ -40,7 +43,9 @@ class Data(StrictModel):
     """Go on in the text where the base stopped: its order, from the first sample that it has not read. By default a run
     whose base has read this store reads it in another order."""
     held_out_fraction: float = Field(default=0.03, gt=0, lt=0.5)
-    """Fraction of the documents kept out of training."""
+    """Fraction of the tokens kept out of training, for validation and evaluation."""
+    max_held_out_tokens: int = Field(default=MAX_HELD_OUT_TOKENS, gt=0)
+    """Most tokens kept out of training, however long the text is."""
     tokenizer: Path | None = None
     """An existing Hugging Face tokenizer.json; by default a byte-level BPE is trained on the corpus."""
     vocabulary_size: int = Field(default=4096, gt=0, lt=2**31)

@@ -13,7 +13,8 @@ from ul2r.evaluation.comparison import Arm, Role
 from ul2r.evaluation.measure import Metric
 
 NOTES = (
-    "Every arm is evaluated on the same held-out text. ± is one standard error over rows or examples. * marks the best "
+    "Every arm is evaluated on the same held-out text. ± is one standard error over rows or examples, ? if all of them "
+    "gave the same value, so that none can be estimated. * marks the best "
     "arm and every arm within the combined standard error of the two, which is a cautious rule on the same text.",
     "Inputs of each arm: plain text, all arms causally; second half, base and control causally, UL2R with [S2S] and "
     "the first half bidirectionally, unless its attention is causal; denoisers, all arms with the same rows, masks, "
@@ -138,5 +139,4 @@ def _format_heading(arm: Arm) -> str:
 
 
 def _format_score(metric: Metric, arm: Arm) -> str:
-    score = arm.scores[metric.name]
-    return f"{score.mean:.{metric.digits}f} ± {score.stderr:.{metric.digits}f}"
+    return arm.scores[metric.name].format(metric.digits)

@@ -25,6 +25,16 @@ class Score:
     stderr: float
     count: int
 
+    @property
+    def is_error_known(self) -> bool:
+        """False if nothing can be said of the error: there are no two examples, or all have the same value."""
+        return self.count > 1 and self.stderr > 0
+
+    def format(self, digits: int) -> str:
+        """Return "mean ± standard error" with this number of decimals, "mean ± ?" if the error is not known."""
+        error = f"{self.stderr:.{digits}f}" if self.is_error_known else "?"
+        return f"{self.mean:.{digits}f} ± {error}"
+
 
 def average(values: npt.ArrayLike) -> Score:
     """Return the mean of independent values (B,), B >= 2, with its standard error."""

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ul2r.data.prepare.merge import merge_shards
+from ul2r.config.data import MAX_HELD_OUT_TOKENS
+from ul2r.data.prepare.merge import HeldOutLimits, merge_shards
 from ul2r.data.prepare.shards import group_files, write_shard
 from ul2r.data.prepare.source_files import find_files
 from ul2r.data.store.dataset import TokenDataset, open_dataset
@@ -77,7 +78,7 @@ def make_tiny_store(
         num_sentences: Sentences per document, about 15 tokens each.
         vocabulary_size: Entries of the tokenizer; at least 260 + `num_sentinels`.
         num_sentinels: Sentinel tokens.
-        held_out_fraction: Fraction of the documents to hold out.
+        held_out_fraction: Fraction of the tokens to hold out.
         seed: Seed of the text.
         tokenizer: A tokenizer.json to use instead of training one.
     """
@@ -96,7 +97,8 @@ def make_tiny_store(
         groups = group_files(find_files([texts_folder]))
         for group in groups:
             write_shard(group, folder, loaded, vocabulary)
-    merge_shards(folder, len(groups), held_out_fraction, vocabulary, inputs={"corpus": "testing"})
+    held_out = HeldOutLimits(held_out_fraction, MAX_HELD_OUT_TOKENS)
+    merge_shards(folder, len(groups), held_out, vocabulary, inputs={"corpus": "testing"})
     return open_dataset(folder)
 
 

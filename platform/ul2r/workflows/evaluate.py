@@ -91,7 +91,7 @@ def make_score_table(recipe: Recipe, scores: Scores) -> Table:
 
     for metric in list_metrics(recipe.evaluation):
         score = scores[metric.name]
-        mean, error = (f"{value:.{metric.digits}f}" for value in (score.mean, score.stderr))
+        mean, error = score.format(metric.digits).split(" ± ")
         table.add_row(metric.title, mean, error, str(score.count))
 
     return table

@@ -58,7 +58,7 @@ def _insert(text: str, scores: Scores) -> str:
     before, recipe = text.split(RECIPE_HEADING, 1)
     before = before.split(SCORES_HEADING)[0]  # drops older scores
     rows = [
-        f"| {name} | {score.mean:.4f} | {score.stderr:.4f} |"
+        f"| {name} | {score.format(4).replace(' ± ', ' | ')} |"
         for name, score in scores.values.items()
     ]
     section = "\n".join(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
 
 from ul2r.config import Recipe
 from ul2r.data.prepare.left_out import LeftOut
 from ul2r.data.prepare.prepare import load_finished, prepare
 from ul2r.data.prepare.round_trip import RoundTrip
+from ul2r.data.sampling.batches import describe_small_split
 from ul2r.data.store.manifest import Manifest
 from ul2r.launch.ray_train.cluster import connect_ray
+
+logger = logging.getLogger(__name__)
 
 
 def prepare_store(recipe: Recipe) -> tuple[Manifest, bool]:
@@ -27,7 +31,10 @@ def prepare_store(recipe: Recipe) -> tuple[Manifest, bool]:
 
     # A blend only lists stores that exist: nothing to tokenize, so no cluster.
     with nullcontext() if recipe.data.blend else connect_ray(cpus=1):
-        return prepare(recipe), True
+        manifest = prepare(recipe)
+    if warning := describe_small_split(recipe, manifest.held_out.num_tokens):
+        logger.warning("%s", warning)
+    return manifest, True
 
 
 def describe_manifest(manifest: Manifest) -> str:

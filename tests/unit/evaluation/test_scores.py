@@ -67,3 +67,18 @@ def test_scores_survive_json() -> None:
     scores = Scores({"infill_loss": Score(1 / 3, 0.1, 7), "causal_loss": Score(2.0, 0.2, 8)})
 
     assert Scores.from_dict(json.loads(json.dumps(scores.to_dict()))) == scores
+
+
+@pytest.mark.parametrize(
+    ("score", "text"),
+    [
+        (Score(2.0, 0.125, 8), "2.000 ± 0.125"),
+        (Score(2.0, 1e-6, 8), "2.000 ± 0.000"),
+        (Score(0.0, 0.0, 64), "0.000 ± ?"),
+        (Score(2.0, 0.0, 1), "2.000 ± ?"),
+        (Score(2.0, math.nan, 1), "2.000 ± ?"),
+        (Score(math.nan, math.nan, 0), "nan ± ?"),
+    ],
+)
+def test_error_that_cannot_be_estimated_is_no_number(score: Score, text: str) -> None:
+    assert score.format(3) == text

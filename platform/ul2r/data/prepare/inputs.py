@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ul2r.config import Data
+from ul2r.config.data import MAX_HELD_OUT_TOKENS
 from ul2r.data.prepare.source_files import CorpusListing, SourceFile, list_corpus
 from ul2r.data.store.blend import collect_blend_inputs
 from ul2r.data.store.manifest import BLEND_KEY, ORDER_KEY
@@ -20,13 +21,24 @@ HELD_OUT_KEY = "data.held_out"
 SENTINELS_KEY = "data.sentinels"
 """Two inputs keep the names that these settings had when stores were first written: the fingerprint of a streamed store
 and the name of a work folder are digests of the inputs, so a new name would make another store of the same text."""
+MAX_HELD_OUT_KEY = "data.max_held_out_tokens"
+SPLIT_KEY = "data.held_out_by"
+"""How a streamed store, whose fingerprint is a digest of the inputs, is split: by tokens where this is among them, by
+documents in older stores."""
 RECIPE_KEYS = {HELD_OUT_KEY: "data.held_out_fraction", SENTINELS_KEY: "data.num_sentinels"}
 """Current names of settings that are called otherwise among the inputs."""
 TEXT_KEY = "data.text_key"
-DEFAULTS = {ORDER_KEY: "shuffled", SPECIAL_TOKENS_KEY: "reserved", TEXT_KEY: "text"}
+DEFAULTS = {
+    ORDER_KEY: "shuffled",
+    SPECIAL_TOKENS_KEY: "reserved",
+    TEXT_KEY: "text",
+    MAX_HELD_OUT_KEY: MAX_HELD_OUT_TOKENS,
+    SPLIT_KEY: None,
+}
 """Settings that are inputs only if they have other values than these."""
 COMPARED_KEYS = (
     HELD_OUT_KEY,
+    MAX_HELD_OUT_KEY,
     "data.mode_tokens",
     SENTINELS_KEY,
     SPECIAL_TOKENS_KEY,
@@ -91,6 +103,8 @@ def collect_inputs(data: Data) -> dict[str, Any]:
         "listing": _digest_listing(files),
         SPECIAL_TOKENS_KEY: data.special_tokens,
         TEXT_KEY: data.text_key,
+        MAX_HELD_OUT_KEY: data.max_held_out_tokens,
+        SPLIT_KEY: "tokens" if data.order == "streamed" else None,
     }
     # ORDER_KEY among the inputs marks a streamed store (see `Manifest.fingerprint`), so "shuffled" must be left out.
     # `...` stands for "no default": unlike None, no input equals it.

@@ -1,36 +1,45 @@
 """Shards merged into a store: a shuffled store at once, a streamed one segment by segment.
 
-The documents with the smallest keys are held out: this choice is as good as random, does not depend on anything else,
-and puts equal documents on one side. A streamed store holds out documents of its first segment; copies of them in later
-segments are excluded from training.
+`held_out.py` chooses what is held out. A streamed store holds out documents of its first segment; copies of them in
+later segments are excluded from training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from ul2r.data.prepare.held_out import HeldOutSplit, Int64s, choose_held_out
 from ul2r.data.prepare.shards import load_document_table, remove_shard, shard_prefix
+from ul2r.data.store.index_file import IndexFile
 from ul2r.data.store.manifest import STORE_FILES, Manifest, SplitCounts
-from ul2r.data.store.token_store import TokenStore, TokenWriter
-from ul2r.errors import CorpusError
+from ul2r.data.store.token_store import TokenStore, TokenWriter, append_suffix
 from ul2r.filesystem import sha256_of
 from ul2r.objective.vocabulary import Vocabulary
 
 HELD_OUT_KEYS = "held_out.npy"
-"""Keys of the documents that a streamed store holds out, uint64, sorted."""
+"""Documents that a streamed store holds out, by `HeldOutSplit.save`."""
 
-Keys = npt.NDArray[np.uint64]
+
+class HeldOutLimits(NamedTuple):
+    """Tokens to hold out.
+
+    Attributes:
+        fraction: Fraction of all tokens.
+        max_tokens: Most tokens.
+    """
+
+    fraction: float
+    max_tokens: int
 
 
 def merge_shards(
     folder: Path,
     num_shards: int,
-    held_out_fraction: float,
+    held_out: HeldOutLimits,
     vocabulary: Vocabulary,
     inputs: Mapping[str, Any],
 ) -> Manifest:
@@ -39,22 +48,21 @@ def merge_shards(
     Args:
         folder: Folder of the shards and of the store; the manifest is written last.
         num_shards: Number of shards.
-        held_out_fraction: Fraction of the documents to hold out; at least one document is, and at least one is not.
+        held_out: Tokens to hold out.
         vocabulary: Vocabulary of the tokenizer.
         inputs: See `Manifest`.
 
     Raises:
-        CorpusError: If there are not two different documents.
+        CorpusError: As `choose_held_out`.
     """
-    train, held_out = _split_documents(
-        folder, range(num_shards), folder / "train", held_out_fraction, vocabulary
-    )
+    split = _choose(folder, range(num_shards), held_out)
+    counts = _split_documents(folder, range(num_shards), folder / "train", split, vocabulary)
     # The shards go before the manifest is written: the caller renames this folder, and whatever is in it, to the store.
     files = {name: sha256_of(folder / name) for name in STORE_FILES}
     for number in range(num_shards):
         remove_shard(folder, number)
 
-    manifest = Manifest(inputs, vocabulary, train, held_out, files)
+    manifest = Manifest(inputs, vocabulary, *counts, files)
     manifest.write(folder)
     return manifest
 
@@ -63,7 +71,7 @@ def merge_first_segment(
     work_folder: Path,
     shards: Sequence[int],
     prefix: Path,
-    held_out_fraction: float,
+    held_out: HeldOutLimits,
     vocabulary: Vocabulary,
 ) -> tuple[SplitCounts, SplitCounts]:
     """Merge shards into the first segment of a streamed store; the shards are kept.
@@ -72,62 +80,73 @@ def merge_first_segment(
         work_folder: Folder of the shards.
         shards: Their numbers.
         prefix: Prefix of the segment; the held-out files are written to the same folder.
-        held_out_fraction: As in `merge_shards`, but of the segment's documents.
+        held_out: As in `merge_shards`, but of the segment's documents.
         vocabulary: Vocabulary of the tokenizer.
 
     Returns:
         Sizes of the training and the held-out split.
 
     Raises:
-        CorpusError: If there are not two different documents.
+        CorpusError: As `choose_held_out`.
     """
-    keys = _load_keys(work_folder, shards)
-    counts = _split_documents(work_folder, shards, prefix, held_out_fraction, vocabulary)
-    held_out = keys[keys <= _largest_held_out_key(keys, held_out_fraction)]
-    # Keys rather than documents: later segments may hold copies, which must not be trained on either.
-    np.save(prefix.parent / HELD_OUT_KEYS, np.unique(held_out))
-    return counts
+    split = _choose(work_folder, shards, held_out)
+    # By keys: later segments may hold copies, which must not be trained on either.
+    split.save(prefix.parent / HELD_OUT_KEYS)
+    return _split_documents(work_folder, shards, prefix, split, vocabulary)
 
 
 def merge_next_segment(
     work_folder: Path, shards: Sequence[int], prefix: Path, vocabulary: Vocabulary
 ) -> SplitCounts:
     """Merge shards into a later segment, without copies of held-out documents; see `merge_first_segment`."""
-    held_out: Keys = np.load(prefix.parent / HELD_OUT_KEYS)
+    split = HeldOutSplit.load(prefix.parent / HELD_OUT_KEYS)
     with TokenWriter(prefix, vocabulary.size) as train:
         text_bytes = 0
         for number in shards:
-            is_held_out = np.isin(load_document_table(work_folder, number)["key"], held_out)
-            text_bytes += _copy_documents(work_folder, number, ~is_held_out, train)
+            shard = _Shard.open(work_folder, number, split)
+            text_bytes += _copy_documents(shard, vocabulary, train, None)
     return SplitCounts(train.num_documents, train.num_tokens, text_bytes)
 
 
-def can_hold_out(work_folder: Path, shards: Sequence[int]) -> bool:
-    """Return whether the shards hold two different documents."""
-    keys = _load_keys(work_folder, shards)
-    return bool((keys[1:] != keys[:-1]).any())
+def count_tokens(work_folder: Path, shards: Sequence[int]) -> int:
+    """Return the tokens of shards."""
+    return sum(int(_document_sizes(work_folder, number).sum()) for number in shards)
+
+
+def _choose(work_folder: Path, shards: Sequence[int], limits: HeldOutLimits) -> HeldOutSplit:
+    keys = [load_document_table(work_folder, number)["key"] for number in shards]
+    sizes = [_document_sizes(work_folder, number) for number in shards]
+    return choose_held_out(
+        np.concatenate(keys), np.concatenate(sizes), limits.fraction, limits.max_tokens
+    )
+
+
+def _document_sizes(work_folder: Path, shard: int) -> Int64s:
+    """Return the tokens of a shard's documents, int64 (D,)."""
+    # Not through TokenStore, which refuses a shard without documents.
+    index = IndexFile.read(append_suffix(shard_prefix(work_folder, shard), ".idx"))
+    return index.sequence_lengths.astype(np.int64)
 
 
 def _split_documents(
     work_folder: Path,
     shards: Sequence[int],
     prefix: Path,
-    held_out_fraction: float,
+    split: HeldOutSplit,
     vocabulary: Vocabulary,
 ) -> tuple[SplitCounts, SplitCounts]:
-    """Copy the shards' documents to `prefix`, and the held-out ones to "held_out" in the same folder."""
-    limit = _largest_held_out_key(_load_keys(work_folder, shards), held_out_fraction)
+    """Copy the shards' documents to `prefix`, and what is held out to "held_out" in the same folder."""
     train_bytes = 0
     held_out_bytes = 0
-    # By key, not by number: all copies of a document have one key, and so end up on one side.
     with (
         TokenWriter(prefix, vocabulary.size) as train,
         TokenWriter(prefix.with_name("held_out"), vocabulary.size) as held_out,
     ):
         for number in shards:
-            is_held_out = load_document_table(work_folder, number)["key"] <= limit
-            train_bytes += _copy_documents(work_folder, number, ~is_held_out, train)
-            held_out_bytes += _copy_documents(work_folder, number, is_held_out, held_out)
+            shard = _Shard.open(work_folder, number, split)
+            copied = _copy_documents(shard, vocabulary, train, held_out)
+            train_bytes += copied
+            held_out_bytes += int(shard.text_bytes.sum()) - copied
 
     return (
         SplitCounts(train.num_documents, train.num_tokens, train_bytes),
@@ -135,41 +154,57 @@ def _split_documents(
     )
 
 
+class _Shard(NamedTuple):
+    """Documents of a shard, and their tokens that are held out.
+
+    Attributes:
+        prefix: Prefix of its token store.
+        sizes: Tokens of each document, int64 (D,).
+        held_out: Tokens at the end of each that are held out, int64 (D,).
+        text_bytes: UTF-8 bytes of each one's text, int64 (D,).
+    """
+
+    prefix: Path
+    sizes: Int64s
+    held_out: Int64s
+    text_bytes: Int64s
+
+    @classmethod
+    def open(cls, work_folder: Path, number: int, split: HeldOutSplit) -> _Shard:
+        table = load_document_table(work_folder, number)
+        sizes = _document_sizes(work_folder, number)
+        return cls(
+            shard_prefix(work_folder, number),
+            sizes,
+            split.count(table["key"], sizes),
+            table["text_bytes"],
+        )
+
+
 def _copy_documents(
-    work_folder: Path, shard: int, is_chosen: npt.NDArray[np.bool_], writer: TokenWriter
+    shard: _Shard, vocabulary: Vocabulary, train: TokenWriter, held_out: TokenWriter | None
 ) -> int:
-    """Copy the chosen documents of a shard; return the bytes of their text."""
+    """Copy a shard's documents to the writers of their sides; return the bytes of the training text.
+
+    The bytes of a document that is cut are divided in proportion to its tokens.
+    """
     # Not an optimization: a shard without documents has an empty .bin file, which TokenStore refuses to open.
-    if not is_chosen.any():
+    if not len(shard.sizes):
         return 0
-    store = TokenStore.open(shard_prefix(work_folder, shard))
+    store = TokenStore.open(shard.prefix)
     # Document by document: memory does not grow with the shard.
-    for document in np.flatnonzero(is_chosen).tolist():
-        writer.append(store.read_document(document))
-        writer.end_document()
-    return int(load_document_table(work_folder, shard)["text_bytes"][is_chosen].sum())
+    for number, num_held_out in enumerate(shard.held_out.tolist()):
+        tokens = store.read_document(number)
+        end = len(tokens) - num_held_out
+        if end:
+            train.append(tokens[:end])
+            # Every document ends in an eos, so that none runs on into the next.
+            if num_held_out:
+                train.append([vocabulary.eos])
+            train.end_document()
+        if num_held_out and held_out is not None:
+            held_out.append(tokens[end:])
+            held_out.end_document()
 
-
-def _load_keys(work_folder: Path, shards: Sequence[int]) -> Keys:
-    tables = [load_document_table(work_folder, number)["key"] for number in shards]
-    keys: Keys = np.concatenate(tables)
-    return keys
-
-
-def _largest_held_out_key(keys: Keys, fraction: float) -> int:
-    count = len(keys)
-    if not count:
-        raise CorpusError(
-            "the corpus has no text, all its files are empty: set data.corpus to your text"
-        )
-    if np.all(keys == keys[0]):
-        raise CorpusError(
-            f"the corpus has one document (in {count} copies), but one must be held out from training: "
-            "add more text to data.corpus, or write one document per line as .jsonl"
-        )
-
-    # The bounds leave at least one document on each side, whatever the fraction rounds to.
-    smallest = np.sort(keys)[: min(max(round(fraction * count), 1), count - 1)]
-    limit = smallest[-1]
-    # Copies of one document share a key: if they reached the largest, no document would be left to train on.
-    return int(limit if limit < keys.max() else np.max(keys[keys < limit]))
+    in_training = shard.text_bytes * (1 - shard.held_out / shard.sizes)
+    return int(np.rint(in_training).sum())

@@ -27,7 +27,7 @@ from ul2r.data.prepare.inputs import (
     list_data,
 )
 from ul2r.data.prepare.left_out import LeftOut
-from ul2r.data.prepare.merge import merge_shards
+from ul2r.data.prepare.merge import HeldOutLimits, merge_shards
 from ul2r.data.prepare.round_trip import (
     SAMPLE_CHARACTERS,
     check_round_trip,
@@ -155,7 +155,7 @@ def build_streaming_store(recipe: Recipe, cpus: float | None = None) -> Generato
                 folder=store,
                 work_folder=work_folder,
                 groups=group_streamed_files(listing.files),
-                held_out_fraction=recipe.data.held_out_fraction,
+                held_out=_held_out_limits(recipe.data),
                 vocabulary=vocabulary,
                 inputs=inputs,
                 left_out=listing.left_out,
@@ -185,10 +185,14 @@ def _build_shuffled_store(
     left_out = LeftOut()
     left_out.update(listing.left_out)
     left_out.update(load_left_out(work_folder, range(len(groups))))
-    merged = merge_shards(work_folder, len(groups), data.held_out_fraction, vocabulary, inputs)
+    merged = merge_shards(work_folder, len(groups), _held_out_limits(data), vocabulary, inputs)
     manifest = replace(merged, left_out=left_out.to_dict(), round_trip=round_trip)
     manifest.write(work_folder)
     return manifest
+
+
+def _held_out_limits(data: Data) -> HeldOutLimits:
+    return HeldOutLimits(data.held_out_fraction, data.max_held_out_tokens)
 
 
 def _make_tokenizer(work_folder: Path, data: Data, files: Sequence[SourceFile]) -> Vocabulary:

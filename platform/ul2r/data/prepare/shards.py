@@ -35,6 +35,8 @@ MIN_SHARD_BYTES = 2**20
 """A Ray task costs about 0.1 s."""
 MAX_SHARD_BYTES = 2**28
 """A large corpus should show progress and lose little work when stopped."""
+MAX_WHOLE_DOCUMENT_BYTES = 2**26
+"""A corpus of one longer text is split into many documents: held-out text then comes from all of it."""
 DOCUMENT_DTYPE = np.dtype([("key", "<u8"), ("text_bytes", "<i8")])
 """Record of a document in a shard: a digest that decides its side of the held-out split, and its size."""
 
@@ -103,9 +105,9 @@ def group_files(
         groups[-1].append(part)
         room -= part.size
 
-    # A corpus of one document could hold nothing out: at least two are needed.
     is_one_document = len(files) == 1 and text_suffix(files[0].path) in ONE_DOCUMENT_SUFFIXES
-    return [FileGroup(number, tuple(group), is_one_document) for number, group in enumerate(groups)]
+    splits = is_one_document and total > MAX_WHOLE_DOCUMENT_BYTES
+    return [FileGroup(number, tuple(group), splits) for number, group in enumerate(groups)]
 
 
 def is_shard_done(group: FileGroup, folder: Path) -> bool:

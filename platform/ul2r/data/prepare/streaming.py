@@ -15,7 +15,8 @@ from typing import Any
 from ul2r.data.prepare.left_out import LeftOut
 from ul2r.data.prepare.merge import (
     HELD_OUT_KEYS,
-    can_hold_out,
+    HeldOutLimits,
+    count_tokens,
     merge_first_segment,
     merge_next_segment,
 )
@@ -24,13 +25,11 @@ from ul2r.data.prepare.shards import (
     group_files,
     load_left_out,
     remove_shard,
-    shard_prefix,
 )
 from ul2r.data.prepare.source_files import SourceFile
 from ul2r.data.prepare.tokenize_shards import tokenize_shards
 from ul2r.data.store.manifest import Manifest, Segment
 from ul2r.data.store.segments import segment_prefix
-from ul2r.data.store.token_store import TokenStore
 from ul2r.errors import UserError
 from ul2r.filesystem import STAGING_SUFFIX, remove, sha256_of, staging_path
 from ul2r.objective import Vocabulary
@@ -62,7 +61,7 @@ class StreamingStoreBuilder:
         folder: Folder of the store; it exists from the first segment on.
         work_folder: Folder of the shards and the tokenizer.
         groups: Files of each shard.
-        held_out_fraction: See `merge_first_segment`.
+        held_out: See `merge_first_segment`.
         vocabulary: Vocabulary of the tokenizer.
         inputs: See `Manifest`.
         left_out: Files of the corpus that are not read.
@@ -72,7 +71,7 @@ class StreamingStoreBuilder:
     folder: Path
     work_folder: Path
     groups: Sequence[FileGroup]
-    held_out_fraction: float
+    held_out: HeldOutLimits
     vocabulary: Vocabulary
     inputs: Mapping[str, Any]
     left_out: LeftOut
@@ -133,14 +132,8 @@ class StreamingStoreBuilder:
             # Shards are numbered from 0, so this segment is as long as all before it together.
             return len(shards) == shards[0]
 
-        # A shard in which all documents are equal counts for nothing: nothing can be held out from it alone, and an
-        # empty one cannot even be opened.
-        num_tokens = sum(
-            len(TokenStore.open(shard_prefix(self.work_folder, number)))
-            for number in shards
-            if can_hold_out(self.work_folder, [number])
-        )
-        return num_tokens * self.held_out_fraction >= MIN_HELD_OUT_TOKENS
+        least = min(MIN_HELD_OUT_TOKENS, self.held_out.max_tokens)
+        return count_tokens(self.work_folder, shards) * self.held_out.fraction >= least
 
     def _merge_segment(self, shards: Sequence[int], manifest: Manifest | None) -> Manifest:
         merged = (
@@ -161,7 +154,7 @@ class StreamingStoreBuilder:
         shutil.copyfile(self.work_folder / TOKENIZER_FILE, staging / TOKENIZER_FILE)
         prefix = segment_prefix(staging, 0)
         train, held_out = merge_first_segment(
-            self.work_folder, shards, prefix, self.held_out_fraction, self.vocabulary
+            self.work_folder, shards, prefix, self.held_out, self.vocabulary
         )
 
         names = (

@@ -5,6 +5,7 @@ The batch index is the number of the step that trains on the batch, as long as t
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from ul2r.data.store.dataset import TokenDataset
 from ul2r.data.store.segments import SegmentedStore
 from ul2r.errors import CorpusError
 from ul2r.objective import Batch, Vocabulary, WindowSource, build_batch
+
+logger = logging.getLogger(__name__)
 
 HELD_OUT_SEED = 0
 """Held-out rows do not depend on the recipe's seed, so all runs are compared on the same ones."""
@@ -156,8 +159,30 @@ def _training_windows(recipe: Recipe, dataset: TokenDataset, order: DataOrder) -
     return ContinuedWindows(windows, order.first_sample) if order.first_sample else windows
 
 
+def describe_small_split(recipe: Recipe, num_held_out_tokens: int) -> str | None:
+    """Return a warning if the held-out split has fewer rows than evaluation is to read, None if it has enough.
+
+    Args:
+        recipe: Any run of the token store.
+        num_held_out_tokens: Tokens that the store holds out.
+    """
+    num_windows = num_held_out_tokens // recipe.objective.max_raw_length
+    num_rows = num_windows // recipe.objective.slots_per_row
+    wanted = max(recipe.evaluation.num_rows, recipe.validation.num_rows)
+    if num_rows >= wanted:
+        return None
+    return (
+        f"{recipe.storage_paths.store}: its {num_held_out_tokens:,} held-out tokens are {num_rows} rows of "
+        f"{recipe.objective.sequence_length:,}, fewer than the {wanted} to measure on: losses are less exact, and "
+        "small differences between runs mean nothing; for more, add text or raise data.held_out_fraction (and "
+        "data.max_held_out_tokens), and prepare again"
+    )
+
+
 def check_dataset(recipe: Recipe, dataset: TokenDataset) -> None:
     """Check that a token store is long enough for a recipe's windows and has enough sentinels.
+
+    A held-out split that is too small to measure well is logged.
 
     Raises:
         CorpusError: If it is not.
@@ -166,6 +191,8 @@ def check_dataset(recipe: Recipe, dataset: TokenDataset) -> None:
     window_type = _window_type(recipe)
     length = recipe.objective.max_raw_length
     window_type.check_store(dataset.held_out, length, "held-out")
+    if warning := describe_small_split(recipe, len(dataset.held_out)):
+        logger.warning("%s", warning)
     for source in dataset.train:
         # The first window of a streamed store may be in a segment that does not exist yet.
         if not isinstance(source.store, SegmentedStore) or source.store.is_complete:

@@ -12,7 +12,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from tokenizers import Tokenizer
 
-from ul2r.data.prepare.merge import merge_shards
+from ul2r.data.prepare.merge import HeldOutLimits, merge_shards
 from ul2r.data.prepare.shards import (
     MAX_SHARD_BYTES,
     MIN_SHARD_BYTES,
@@ -46,7 +46,8 @@ def make_store(
     # In reverse: shards can be made in any order.
     for group in reversed(groups):
         write_shard(group, folder, tokenizer, vocabulary)
-    merge_shards(folder, len(groups), held_out_fraction, vocabulary, {"made": "here"})
+    limits = HeldOutLimits(held_out_fraction, 2**24)
+    merge_shards(folder, len(groups), limits, vocabulary, {"made": "here"})
     return open_dataset(folder)
 
 
@@ -101,7 +102,10 @@ def test_manifest_counts_match_the_store(tmp_path: Path, tokenizer: Tokenizer) -
         tmp_path / "store", group_files(find_files([str(tmp_path / "texts")])), tokenizer
     )
     train, held_out = dataset.manifest.train, dataset.manifest.held_out
-    assert (train.num_documents, held_out.num_documents) == (9, 3)
+    assert (train.num_documents, held_out.num_documents) == (
+        dataset.train[0].store.num_documents,
+        dataset.held_out.num_documents,
+    )
     assert (train.num_tokens, held_out.num_tokens) == (
         len(dataset.train[0].store),
         len(dataset.held_out),
@@ -143,7 +147,7 @@ def test_adding_documents_moves_few_others_to_the_other_side(
 
 def test_equal_documents_are_on_one_side(tmp_path: Path, tokenizer: Tokenizer) -> None:
     texts = tmp_path / "texts"
-    write_texts(texts, num_documents=8, num_sentences=3)
+    write_texts(texts, num_documents=40, num_sentences=3)
     for path in list(texts.iterdir()):
         (texts / f"copy_{path.name}").write_bytes(path.read_bytes())
     dataset = make_store(tmp_path / "store", group_files(find_files([str(texts)])), tokenizer, 0.3)
@@ -152,43 +156,71 @@ def test_equal_documents_are_on_one_side(tmp_path: Path, tokenizer: Tokenizer) -
         decode_documents(dataset.held_out, tokenizer),
     )
     assert not set(train) & set(held_out)
-    assert len(train) + len(held_out) == 16
+    assert len(train) + len(held_out) == 80
 
 
-@pytest.mark.parametrize("fraction", [0.001, 0.499])
-def test_two_documents_are_one_on_each_side(
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.499])
+def test_two_long_texts_both_train_and_are_both_held_out(
     tmp_path: Path, tokenizer: Tokenizer, fraction: float
 ) -> None:
-    write_texts(tmp_path / "texts", num_documents=2)
-    dataset = make_store(
-        tmp_path / "store", group_files(find_files([str(tmp_path / "texts")])), tokenizer, fraction
-    )
-    assert (dataset.train[0].store.num_documents, dataset.held_out.num_documents) == (1, 1)
+    lengths = {"a": 3000, "b": 900}
+    for name, num_lines in lengths.items():
+        text = "".join(f"line {number} of {name}\n" for number in range(num_lines))
+        (tmp_path / f"{name}.txt").write_text(text)
+    files = find_files([str(tmp_path / f"{name}.txt") for name in lengths])
+    dataset = make_store(tmp_path / "store", group_files(files), tokenizer, fraction)
+    texts = decode_documents(dataset.train[0].store, tokenizer)
+    ends = decode_documents(dataset.held_out, tokenizer)
+
+    assert len(texts) == len(ends) == 2
+    for text, end, file in zip(texts, ends, files, strict=True):
+        # In one piece, and nowhere else.
+        assert text.removesuffix("<eos>") + end.removesuffix("<eos>") == file.path.read_text()
+        assert len(end) / len(text + end) == pytest.approx(fraction, rel=0.05)
 
 
-def test_corpus_of_one_long_text_is_split_at_line_breaks(
-    tmp_path: Path, tokenizer: Tokenizer
+def test_held_out_text_of_one_file_is_in_one_piece(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    text = "".join(f"line {number} of a long book\n" for number in range(12_000))
+    (tmp_path / "book.txt").write_text(text)
+    groups = group_files(find_files([str(tmp_path / "book.txt")]))
+    dataset = make_store(tmp_path / "store", groups, tokenizer, 0.03)
+    (end,) = decode_documents(dataset.held_out, tokenizer)
+    assert text.endswith(end.removesuffix("<eos>"))
+    assert len(dataset.held_out) == pytest.approx(0.03 * len(dataset.train[0].store), rel=0.04)
+
+
+def test_very_long_text_is_split_at_line_breaks(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("ul2r.data.prepare.shards.MAX_WHOLE_DOCUMENT_BYTES", 2**17)
     text = "".join(f"line {number} of a long book\n" for number in range(12_000))
     (tmp_path / "book.txt").write_text(text)
     groups = group_files(find_files([str(tmp_path / "book.txt")]))
     dataset = make_store(tmp_path / "store", groups, tokenizer)
-    parts = decode_documents(dataset.train[0].store, tokenizer) + decode_documents(
-        dataset.held_out, tokenizer
-    )
-    assert dataset.held_out.num_documents == 1
+    parts = decode_documents(dataset.train[0].store, tokenizer)
     assert len(parts) > 3
-    assert all(part.endswith("\n<eos>") for part in parts)
-    assert sorted("".join(parts).replace("<eos>", "").splitlines()) == sorted(text.splitlines())
+    ends = decode_documents(dataset.held_out, tokenizer)
+    assert len("".join(parts + ends).replace("<eos>", "")) == len(text)
+
+
+def test_copies_of_one_long_text_are_cut_at_the_same_place(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    for number in range(3):
+        write_texts(tmp_path / str(number), num_documents=1)
+    dataset = make_store(tmp_path / "store", group_files(find_files([str(tmp_path)])), tokenizer)
+    for store in (dataset.train[0].store, dataset.held_out):
+        assert len(set(decode_documents(store, tokenizer))) == 1
+        assert store.num_documents == 3
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_corpus_of_one_document_is_refused(
+def test_corpus_too_short_to_divide_is_refused(
     tmp_path: Path, tokenizer: Tokenizer, count: int
 ) -> None:
     for number in range(count):
-        (tmp_path / f"{number}.txt").write_text("the same words")
-    with pytest.raises(CorpusError, match=rf"one document \(in {count} copies\)"):
+        (tmp_path / f"{number}.txt").write_text("so")
+    with pytest.raises(CorpusError, match="has one document of 3 tokens, of which nothing can be"):
         make_store(tmp_path / "store", group_files(find_files([str(tmp_path)])), tokenizer)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy.typing as npt
 import pytest
 
 from ul2r.config import MIXTURE_PRESETS, Causal, Prefix
-from ul2r.data.sampling.batches import BatchBuilder
+from ul2r.data.sampling.batches import BatchBuilder, check_dataset
 from ul2r.data.store.dataset import TokenDataset, open_dataset
 from ul2r.data.store.token_source import DocumentSource
 from ul2r.errors import CorpusError
@@ -198,3 +199,19 @@ def test_denoisers_accept_windows_shorter_than_their_slot(
     for line, length in enumerate(used.tolist()):
         assert batch.labels[line, length - 1] == dataset.vocabulary.eos
         assert batch.kv_end[line, :length].max() == length
+
+
+def test_held_out_split_that_is_too_small_to_measure_by_is_said(
+    storage: Path, dataset: TokenDataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    num_rows = len(dataset.held_out) // 65
+    enough = tiny_recipe(storage, evaluation={"num_rows": num_rows})
+    too_many = tiny_recipe(storage, evaluation={"num_rows": num_rows + 1})
+    with caplog.at_level(logging.WARNING):
+        check_dataset(enough, dataset)
+        assert not caplog.text
+        check_dataset(too_many, dataset)
+    assert (
+        f"held-out tokens are {num_rows} rows of 64, fewer than the {num_rows + 1} to"
+        in caplog.text
+    )
