@@ -141,18 +141,25 @@ def test_standard_library_becomes_a_store(three_cpus: Recipe) -> None:
     dataset = open_dataset(three_cpus.storage_paths.store)
     manifest = dataset.manifest
     with_text = [file for file in find_files(["stdlib"]) if file.size]
-    assert manifest.train.num_documents + manifest.held_out.num_documents == len(with_text)
-    assert manifest.held_out.num_documents == round(0.03 * len(with_text))
+    num_tokens = manifest.train.num_tokens + manifest.held_out.num_tokens
+    assert 0.028 < manifest.held_out.num_tokens / num_tokens <= 0.03
     assert manifest.train.text_bytes + manifest.held_out.text_bytes == sum(
         file.size for file in with_text
     )
     assert dataset.vocabulary.size == 4096
     tokenizer = Tokenizer.from_file(str(dataset.tokenizer_file))
     texts = {file.path.read_text(encoding="utf-8") for file in with_text}
+    num_cut = 0
     for number in range(dataset.held_out.num_documents):
         ids = dataset.held_out.read_document(number)
         assert ids[-1] == dataset.vocabulary.eos
-        assert tokenizer.decode(ids[:-1].tolist()) in texts
+        text = tokenizer.decode(ids[:-1].tolist())
+        if text not in texts:
+            # The end of a long file, which may begin within a character.
+            num_cut += 1
+            assert any(file.endswith(text.lstrip("\ufffd")) for file in texts)
+    num_documents = manifest.train.num_documents + manifest.held_out.num_documents
+    assert num_documents == len(with_text) + num_cut
 
 
 def test_killed_job_resumes_and_one_cpu_gives_the_same_bytes(
