@@ -90,6 +90,7 @@ def test_prepared_store_is_checked_and_determines_the_vocabulary(prepared: Path)
     size = open_dataset(prepared / "store").vocabulary.size
     assert facts["checked"] == "recipe, token store, checkpoints, memory"
     assert facts["starts from"] == "initial weights"
+    assert facts["order of the text"] == "seed 1"
     assert facts["vocabulary"].startswith(f"{size:,} of the token store, embedding padded to ")
 
 
@@ -97,6 +98,7 @@ def test_missing_store_is_reported_as_unchecked(tmp_path: Path) -> None:
     facts = parse_facts(tiny_recipe(tmp_path, data={"vocabulary_size": 9999}, base="other"))
     assert facts["checked"] == f"recipe and memory only: {tmp_path / 'store'} is not prepared yet"
     assert facts["starts from"] == "weights of other"
+    assert facts["order of the text"] == "known with the store"
     assert facts["vocabulary"] == "9,999 from data.vocabulary_size, embedding padded to 10,112"
 
 
