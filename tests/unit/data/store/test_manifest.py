@@ -80,11 +80,29 @@ def make_old_inputs(data: Data, **changes: object) -> dict[str, object]:
 
 
 def test_store_made_before_the_renames_is_the_same_store(data: Data) -> None:
+    shuffled = data.model_copy(update={"order": "shuffled"})
     old = make_old_inputs(data)
-    assert collect_inputs(data) == old
-    assert list(collect_inputs(data)) == list(old), "the work folder's name depends on the order"
-    assert digest_inputs(collect_inputs(data)) == digest_inputs(old)
+    del old["data.order"]
+    assert collect_inputs(shuffled) == old
+    assert list(collect_inputs(shuffled)) == list(old), "the work folder's name depends on it"
+    assert digest_inputs(collect_inputs(shuffled)) == digest_inputs(old)
+    assert describe_difference(old, collect_inputs(shuffled)) == ""
+
+
+def test_streamed_store_that_was_split_by_documents_is_used_but_has_another_fingerprint(
+    data: Data,
+) -> None:
+    old = make_old_inputs(data)
     assert describe_difference(old, collect_inputs(data)) == ""
+    # Made again it would have other training text, so that runs on the old one must not go on.
+    assert collect_inputs(data) == {**old, "data.held_out_by": "tokens"}
+
+
+def test_store_with_another_cap_is_refused(data: Data) -> None:
+    capped = data.model_copy(update={"max_held_out_tokens": 1000})
+    assert describe_difference(make_old_inputs(data), collect_inputs(capped)) == (
+        "made with data.max_held_out_tokens=16777216, the recipe has 1000"
+    )
 
 
 @pytest.mark.parametrize(
