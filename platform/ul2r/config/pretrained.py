@@ -39,7 +39,8 @@ class MegatronBase(StrictModel):
 def _check_form(value: Any) -> Any:  # noqa: ANN401  any YAML value
     """Refuse a base of none of the three forms with one message; pydantic would report all three."""
     forms = "should be a run's name, {hf: FOLDER_OR_HUB_ID} or {megatron: FOLDER}"
-    # Other types, such as a number, are left to pydantic.
+    if not isinstance(value, dict | str | StrictModel | None):
+        raise ValueError(f"{forms}, got {value!r}")  # noqa: TRY004  pydantic reports a ValueError only
     if isinstance(value, dict) and not (
         value.keys() in ({"hf"}, {"hf", "revision"}, {"megatron"})
         and all(isinstance(v, str | Path | None) for v in value.values())

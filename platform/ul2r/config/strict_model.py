@@ -29,7 +29,7 @@ class StrictModel(BaseModel):
 
 def _has_bool_for_number(value: Any, annotation: Any) -> bool:  # noqa: ANN401  annotations have no type
     """Return whether `value` is, or holds, true or false where `annotation` has numbers and no bool."""
-    types = list(_flatten(annotation))
+    types = list(flatten_annotation(annotation))
     if isinstance(value, bool):
         # `value` itself is among the types for Literal[True].
         is_allowed = any(kind is bool or kind is value for kind in types)
@@ -44,14 +44,14 @@ def _has_bool_for_number(value: Any, annotation: Any) -> bool:  # noqa: ANN401  
     return False
 
 
-def _flatten(annotation: Any) -> Iterator[Any]:  # noqa: ANN401  annotations have no type
+def flatten_annotation(annotation: Any) -> Iterator[Any]:  # noqa: ANN401  annotations have no type
     """Yield the types of an annotation: the members of unions, without the metadata of `Annotated`."""
     origin = get_origin(annotation)
     if origin is Annotated:
-        yield from _flatten(get_args(annotation)[0])
+        yield from flatten_annotation(get_args(annotation)[0])
     elif origin in (Union, UnionType):
         for member in get_args(annotation):
-            yield from _flatten(member)
+            yield from flatten_annotation(member)
     elif origin is Literal:
         yield from get_args(annotation)
     else:

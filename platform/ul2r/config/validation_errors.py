@@ -9,7 +9,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from ul2r.config.denoisers import Denoiser
-from ul2r.config.strict_model import StrictModel
+from ul2r.config.strict_model import StrictModel, flatten_annotation
 
 MAX_SHOWN_CHARACTERS = 60
 """A wrong value is cut to this length."""
@@ -109,9 +109,15 @@ def _all_keys(kind: type[StrictModel]) -> Iterator[tuple[str, ...]]:
 
 
 def _section_type(annotation: Any) -> type[StrictModel] | None:  # noqa: ANN401  annotations have no type
-    # Optional sections and lists of them are not classes: their keys are not suggested.
-    is_section = isinstance(annotation, type) and issubclass(annotation, StrictModel)
-    return annotation if is_section else None
+    """Return the section that an annotation holds, also an optional one or a list of them; None if not exactly one."""
+    types = list(flatten_annotation(annotation))
+    items = [item for kind in types for item in get_args(kind)]
+    sections = [
+        kind
+        for kind in (*types, *items)
+        if isinstance(kind, type) and issubclass(kind, StrictModel)
+    ]
+    return sections[0] if len(sections) == 1 else None
 
 
 def _shorten(value: object) -> str:

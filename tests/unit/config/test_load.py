@@ -128,6 +128,14 @@ def test_recipes_of_a_comparison_are_relative_to_its_own_file(write: Write, tmp_
             "objective.mixture.1.density: unknown key; did you mean objective.mixture.1.noise_density?",
         ),
         ("model.head=2", "model.head: unknown key; did you mean model.num_heads?"),
+        (
+            "model.rope_scaling={kind: llama3, factr: 2, low_freq_factor: 1, high_freq_factor: 4}",
+            "model.rope_scaling.factr: unknown key; did you mean model.rope_scaling.factor? (and 1 more)",
+        ),
+        (
+            "data.blend=[{stor: runs/a/store, weight: 1}]",
+            "data.blend.0.stor: unknown key; did you mean data.blend.0.store? (and 1 more)",
+        ),
     ],
 )
 def test_nearest_key_is_suggested_for_an_unknown_one(
@@ -170,6 +178,8 @@ def test_misspelled_key_is_reported_before_the_missing_one(write: Write) -> None
             "objective.mixture.0",
             "kind should be one of span_corruption, ",
         ),
+        ("base=5", "base", "should be a run's name, {hf: .*, got 5"),
+        ("base=[a]", "base", "should be a run's name, {hf: .*, got .'a'.$"),
         ("objective.mixture=ul3", "objective.mixture", "unknown mixture 'ul3': use one of ul2r, "),
     ],
 )

@@ -139,6 +139,9 @@ def build_streaming_store(recipe: Recipe, cpus: float | None = None) -> Generato
     inputs = collect_inputs(recipe.data)
     store = recipe.storage_paths.store
     _make_folder(recipe, store.parent)
+    if listing.left_out:
+        # A run that trains meanwhile prints no summary of its store.
+        logger.info("data.corpus: left out %s", listing.left_out.describe())
 
     # A run and jobs/prepare.py may both build the store; the second one waits, then finds it complete.
     with file_lock(store):
