@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import signal
 import socket
@@ -131,9 +132,11 @@ def test_unchanged_results_are_not_added_again(uri: str, tmp_path: Path) -> None
     picture = tmp_path / "comparison.png"
     picture.write_bytes(b"picture")
     for value in (0.5, 0.5, 0.25):
-        tracking.log_summary(uri, run_id, {"evaluation/infill_loss": value}, [picture], step=7)
+        metrics = {"evaluation/infill_loss": value, "not/finite": math.inf, "not/number": math.nan}
+        tracking.log_summary(uri, run_id, metrics, [picture], step=7)
     client = MlflowClient(uri, uri)
     assert read_steps(uri, run_id, "evaluation/infill_loss") == [7, 7]
+    assert read_steps(uri, run_id, "not/finite") == read_steps(uri, run_id, "not/number") == [7]
     assert client.get_run(run_id).data.metrics["evaluation/infill_loss"] == 0.25
     assert [artifact.path for artifact in client.list_artifacts(run_id)] == ["comparison.png"]
 

@@ -133,13 +133,13 @@ def test_resumed_tracker_asks_only_for_what_it_writes_again(
     start_ms = MlflowClient(uri, uri).get_run(run_id).info.start_time
     points = [("train/rate", step, start_ms + step) for step in range(95, 121)]
 
-    stored = StoredPoints(uri, run_id)
+    stored = StoredPoints(uri, run_id, ["train/rate"])
     assert stored.find(points) == set(points[:6]), "not the 94 before them"
     # In smaller and smaller ranges, if the server has more than it returns at once.
     monkeypatch.setattr("ul2r.tracking.stored_points.MAX_RESULTS", 4)
     everything = [("train/rate", step, start_ms + step) for step in range(1, 101)]
     assert stored.find(everything) == set(everything)
-    assert StoredPoints(uri, run_id).find([("train/never_logged", 1, start_ms + 1)]) == set()
+    assert stored.find([("train/never_logged", 1, start_ms + 1)]) == set()
 
 
 @pytest.mark.parametrize("location", ["/proc/artifacts", "s3://bucket/runs"])

@@ -40,7 +40,7 @@ from ul2r.tracking.runs import (
     require_run,
     start_run,
 )
-from ul2r.tracking.stored_points import StoredPoints
+from ul2r.tracking.stored_points import StoredPoint, StoredPoints
 from ul2r.tracking.tracker import RunStatus
 from ul2r.tracking.view import list_view_urls
 
@@ -82,8 +82,8 @@ class MlflowTracker:
     again the later value has the later timestamp. Points that were written are forgotten: memory does not grow.
 
     The server may be down for any length of time, at the start too. What it refuses is left out, with a line for each
-    metric and file, and holds back nothing else. As a context manager it closes at the end of the
-    block; after an error it saves the backlog to disk and leaves the rest to `finish_run`.
+    metric and file, and holds back nothing else. As a context manager it closes at the end of the block; after an error
+    it saves the backlog to disk and leaves the rest to `finish_run`.
 
     Args:
         uri: The tracking server.
@@ -97,8 +97,8 @@ class MlflowTracker:
         self._client = create_client(uri)
         self._backlog = Backlog(RunPaths(folder).tracking_backlog)
 
-        self._stored = StoredPoints(uri, run_id)
-        self._start_ms: int | None = None
+        self._start_ms = 0
+        self._stored: StoredPoints | None = None
         self._refused = Counter[str]()
         # Empty while the server accepts what is written.
         self._problem = ""
@@ -201,7 +201,9 @@ class MlflowTracker:
         except Exception as error:  # noqa: BLE001  as above
             if not self._problem:
                 _log.warning(
-                    "MLflow at %s accepts no metrics, retrying: %s", self._uri, first_line(error)
+                    "MLflow at %s does not accept what is logged, retrying: %s",
+                    self._uri,
+                    first_line(error),
                 )
             self._problem = first_line(error)
             return False
@@ -215,18 +217,13 @@ class MlflowTracker:
             return False
 
         # Asked for here and not in the constructor: the server may be down when the run starts.
-        if self._start_ms is None:
-            self._start_ms = self._client.get_run(self._run_id).info.start_time
-        points = {}
-        for point in batch:
-            if is_metric_name(point.key):
-                # MLflow's key of a metric row is (run, metric, timestamp, step, value): a timestamp of now would store
-                # a replayed point again. Of a point that is twice in the batch, the later value.
-                timestamp = self._start_ms + point.step + point.rewinds
-                points[point.key, point.step, timestamp] = point.value
-            else:
-                self._leave_out(point.key, "it is not a name that MLflow takes")
+        if self._stored is None:
+            run = self._client.get_run(self._run_id)
+            self._start_ms = run.info.start_time
+            self._stored = StoredPoints(self._uri, self._run_id, run.data.metrics)
 
+        # Of a point that is twice in the batch, the later value.
+        points = {self._stored_point(p): p.value for p in batch if is_metric_name(p.key)}
         stored = self._stored.find(points)
         self._log_metrics(
             [
@@ -236,7 +233,17 @@ class MlflowTracker:
             ]
         )
         self._backlog.remove_points(len(batch))
+
+        # Counted at the end, so that a batch that is tried again is counted once.
+        for point in batch:
+            if not is_metric_name(point.key):
+                self._leave_out(point.key, "it is not a name that MLflow takes")
         return True
+
+    def _stored_point(self, point: Point) -> StoredPoint:
+        # MLflow's key of a metric row is (run, metric, timestamp, step, value): a timestamp of now would store a
+        # replayed point again.
+        return point.key, point.step, self._start_ms + point.step + point.rewinds
 
     def _log_metrics(self, metrics: list[Metric]) -> None:
         """Write metrics in one request, or, if the server refuses some of them, all others.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -165,7 +167,7 @@ def log_summary(
             Metric(key, float(value), now_ms, step)
             for key, value in metrics.items()
             # A job that is run again would add the same value under a new timestamp.
-            if stored.get(key) != float(value)
+            if key not in stored or not _is_stored_as(float(value), stored[key])
         ]
         if new:
             client.log_batch(run_id, metrics=new, synchronous=True)
@@ -198,6 +200,14 @@ def read_metric_history(uri: str, run_id: str, metric: str) -> list[tuple[int, f
     points = sorted(points, key=lambda point: point.timestamp)
     last = {int(point.step): float(point.value) for point in points}
     return sorted(last.items())
+
+
+def _is_stored_as(value: float, stored: float) -> bool:
+    """Return whether a store that was given `value` returns `stored`."""
+    if math.isnan(value):
+        return math.isnan(stored)
+    # SQL has no infinity: MLflow stores the largest number instead.
+    return stored == min(max(value, -sys.float_info.max), sys.float_info.max)
 
 
 def _find_recorded_run(uri: str, folder: Path) -> Run | None:

@@ -26,11 +26,13 @@ class StoredPoints:
     Args:
         uri: The tracking server.
         run_id: The run.
+        metrics: Names of the metrics that the run has.
     """
 
-    def __init__(self, uri: str, run_id: str) -> None:
+    def __init__(self, uri: str, run_id: str, metrics: Iterable[str]) -> None:
         self._uri = uri
         self._run_id = run_id
+        self._unasked = set(metrics)
         self._last_steps: dict[str, int] = {}
 
     def find(self, points: Iterable[StoredPoint]) -> set[StoredPoint]:
@@ -50,12 +52,13 @@ class StoredPoints:
         return found
 
     def _last_step(self, key: str) -> int:
-        """Return the last step of a metric when this process first wrote it, -1 if it was never logged."""
-        if key not in self._last_steps:
+        """Return the last step of a metric when this process started, -1 if it had not been logged."""
+        if key in self._unasked:
             # One result is the last point.
             stored = self._ask(key, 0, LAST_STEP, max_results=1)
             self._last_steps[key] = max((step for _, step, _ in stored), default=-1)
-        return self._last_steps[key]
+            self._unasked.remove(key)
+        return self._last_steps.get(key, -1)
 
     def _read(self, key: str, steps: Sequence[int]) -> set[StoredPoint]:
         """Return the points of a metric in a range that holds these ascending steps."""
