@@ -18,11 +18,8 @@ import sys
 import _interpreter  # noqa: F401  refuses a Python that cannot run the job
 
 from ul2r.config import Recipe
-from ul2r.workflows.cli import run_job
+from ul2r.workflows.cli import TORCHRUN_VARIABLE, run_job
 from ul2r.workflows.dry_run import dry_run
-
-TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"
-"""Set by torchrun in the processes that it starts."""
 
 
 def main(recipe: Recipe) -> None:

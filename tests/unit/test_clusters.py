@@ -12,8 +12,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import yaml
+from ray.scripts.scripts import cli
 from ray.serve.schema import ServeDeploySchema
 
 from serving.app import ServingConfig
@@ -29,6 +31,7 @@ SPEC_KEYS = {
         "backoffLimit",
         "entrypoint",
         "rayClusterSpec",
+        "runtimeEnvYAML",
         "shutdownAfterJobFinishes",
         "suspend",
         "ttlSecondsAfterFinished",
@@ -152,6 +155,37 @@ def test_job_starts_all_its_workers_at_once(job: dict[str, Any]) -> None:
     assert all(group["minReplicas"] == group["maxReplicas"] for group in groups)
     assert recipe.launch.gpus_per_worker == 1
     assert recipe.parallel.num_workers == gpus
+
+
+def test_run_has_time_to_save_when_its_pods_or_its_job_are_ended(job: dict[str, Any]) -> None:
+    (group,) = _cluster(job)["workerGroupSpecs"]
+    pod = group["template"]["spec"]
+    (container,) = pod["containers"]
+    (*_, script) = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert "DRAIN_NODE_REASON_PREEMPTION" in script
+    sleep = re.search(r"sleep (\d+)$", script)
+    assert sleep is not None
+    assert int(sleep[1]) < pod["terminationGracePeriodSeconds"]
+    variables = yaml.safe_load(job["spec"]["runtimeEnvYAML"])["env_vars"]
+    assert int(variables["RAY_JOB_STOP_WAIT_TIME_S"]) >= pod["terminationGracePeriodSeconds"]
+
+
+def test_drain_command_of_a_pod_is_one_that_ray_has(job: dict[str, Any]) -> None:
+    (group,) = _cluster(job)["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    (*_, script) = container["lifecycle"]["preStop"]["exec"]["command"]
+    words = shlex.split(script.partition(";")[0])
+    command = cli.get_command(click.Context(cli), words[1])
+    assert command is not None
+    # Raises for an option or a reason that does not exist.
+    command.make_context(words[1], words[2:])
+
+
+def test_slurm_gives_the_signal_to_the_process_that_saves() -> None:
+    """SIGTERM to `srun` kills its step, so the job runs in the batch script itself."""
+    script = (CLUSTERS / "slurm.sbatch").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^(.*)jobs/train\.py", re.sub(r"(?m)^#.*$", "", script), re.MULTILINE)
+    assert line == ".venv/bin/python "
 
 
 def test_pods_with_infiniband_may_lock_memory_and_have_shared_memory(

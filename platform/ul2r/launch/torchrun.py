@@ -29,6 +29,8 @@ from ul2r.tracking.tracker import MemoryTracker
 from ul2r.train.checkpoint.metadata import CheckpointInfo
 from ul2r.train.monitor.progress import ProgressBar
 
+STORE_TIMEOUT = timedelta(seconds=10)
+
 
 def train(recipe: Recipe) -> CheckpointInfo:
     """Train the run from where it stands to its last step; called in every process that torchrun starts.
@@ -71,6 +73,32 @@ def train(recipe: Recipe) -> CheckpointInfo:
         # Within `track_run`, so that MLflow learns of an interrupted run what it is.
         dist.destroy_process_group()
         return final_checkpoint_info(recipe)
+
+
+def is_first_to_report(message: str) -> bool:
+    """Return whether this process is the first of those that torchrun started to report a message.
+
+    All of them run the same checks, and most errors are everybody's.
+
+    Args:
+        message: Text that several processes may report.
+    """
+    # torchrun 2.13 says that its own store, which outlives its processes, is the one at MASTER_ADDR.
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    try:
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            wait_for_workers=False,
+            timeout=STORE_TIMEOUT,
+        )
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return store.add(f"ul2r/{attempt}/{message}", 1) == 1
+    # Without the store, a message too many is better than none.
+    except dist.DistError:
+        return True
 
 
 def check_complete(recipe: Recipe, dataset: TokenDataset) -> None:

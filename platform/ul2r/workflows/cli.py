@@ -21,6 +21,9 @@ USER_ERROR_EXIT = 2
 INTERRUPTED_EXIT = 128 + signal.SIGINT
 """As a shell reports a process that Ctrl-C ended."""
 
+TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"
+"""Set by torchrun in the processes that it starts."""
+
 SUBMITTED_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in the entrypoint of a submitted job."""
 
@@ -86,7 +89,9 @@ def run_and_report(work: Callable[[], None]) -> int:
         work()
     except UserError as error:
         # A message may quote another library's, which may have several lines.
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        message = " ".join(str(error).split())
+        if _is_to_report(message):
+            sys.stderr.write(f"error: {message}\n")
         return USER_ERROR_EXIT
     except RunInterrupted as interrupted:
         # Every rank under torchrun ends here with the same message. A user error may be of one rank alone.
@@ -99,6 +104,16 @@ def run_and_report(work: Callable[[], None]) -> int:
         return INTERRUPTED_EXIT
 
     return 0
+
+
+def _is_to_report(message: str) -> bool:
+    """Return whether this process prints an error: under torchrun only the first that meets it."""
+    if TORCHRUN_VARIABLE not in os.environ:
+        return True
+    # Imported here: only torchrun's processes, which have it already, need torch for this.
+    from ul2r.launch.torchrun import is_first_to_report
+
+    return is_first_to_report(message)
 
 
 def _rank() -> int:
