@@ -1,10 +1,11 @@
-"""Refuses, when it is imported, a Python that cannot run the jobs: in one line, with exit code 2.
+"""Refuses, when it is imported, surroundings that cannot run the jobs: in one line, with exit code 2.
 
 Each job imports it before anything that may be missing. It uses no syntax that Python 3.8 lacks.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.util import find_spec
 
@@ -31,6 +32,9 @@ def find_problem(version: tuple[int, int], is_installed: bool) -> str | None:
 
 
 problem = find_problem(sys.version_info[:2], find_spec("ul2r") is not None)
+# MLflow asks for the home folder when it is imported, and fails if there is none; `~` is left as it is then.
+if problem is None and os.path.expanduser("~") == "~":  # noqa: PTH111  Path raises an error instead
+    problem = f"user {os.getuid()} has no home folder: set HOME, which need not be writable"
 if problem is not None:
     sys.stderr.write(f"error: {problem}\n")
     sys.exit(USER_ERROR_EXIT)

@@ -46,7 +46,7 @@ def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def run_job(job: str, *options: str, code: str = "") -> subprocess.CompletedProcess[str]:
     """Run a job with a Python that has options, or that executes `code` first."""
-    start = f"{code}; import runpy; runpy.run_path(sys.argv[1], run_name='__main__')"
+    start = f"import sys; {code}; import runpy; runpy.run_path(sys.argv[1], run_name='__main__')"
     return subprocess.run(
         [sys.executable, *options, *(("-c", start) if code else ()), f"jobs/{job}"],
         cwd=ROOT,
@@ -78,11 +78,21 @@ def test_job_run_without_the_package_ends_with_one_line(job: str) -> None:
 
 @pytest.mark.parametrize("version", ["3, 10", "3, 14"])
 def test_job_run_with_another_python_ends_with_one_line(version: str) -> None:
-    result = run_job("train.py", code=f"import sys; sys.version_info = ({version}, 0, 'final', 0)")
+    result = run_job("train.py", code=f"sys.version_info = ({version}, 0, 'final', 0)")
     assert result.returncode == 2
     assert f"error: Python {version.replace(', ', '.')} (" in result.stderr
     assert "Python 3.11 to 3.13 is needed" in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_job_of_a_user_without_a_home_ends_with_one_line() -> None:
+    """As in a container that runs with the number of a user whom it does not know."""
+    result = run_job("train.py", code="import os; os.path.expanduser = lambda path: path")
+    assert result.returncode == 2
+    assert (
+        result.stderr
+        == f"error: user {os.getuid()} has no home folder: set HOME, which need not be writable\n"
+    )
 
 
 @pytest.mark.parametrize("version", ["3, 10", "3, 14"])
