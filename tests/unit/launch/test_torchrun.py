@@ -10,7 +10,9 @@ from ul2r.launch.torchrun import is_first_to_report
 
 def test_a_message_is_reported_once_in_each_start(monkeypatch: pytest.MonkeyPatch) -> None:
     # As torchrun's agent has one; port 0 takes a free one.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore(  # type: ignore[attr-defined]  # public, but not listed by torch
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False
+    )
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(store.port))
