@@ -14,7 +14,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from ul2r.data.tokenizer import configure_for_plain_text
+from ul2r.data.tokenizer import configure_for_plain_text, encode_to_list
 
 DECODING_CONTEXT = 32
 """Tokens before a continuation that its text can depend on: more than the bytes of a character."""
@@ -66,14 +66,14 @@ class DocumentTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of text that begins a document, without special tokens."""
-        return _encode(self.tokenizer, text)
+        return encode_to_list(self.tokenizer, text)
 
     def encode_continuation(self, text: str) -> list[int]:
         """Return the tokens of text as it is found behind other text of a document."""
         if self._inside is None:
-            return _encode(self.tokenizer, text)
+            return encode_to_list(self.tokenizer, text)
         if not self._restarts:
-            return _encode(self._inside, text)
+            return encode_to_list(self._inside, text)
 
         # All pieces but the first have the prefix inside a document, too.
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
@@ -83,7 +83,7 @@ class DocumentTokenizer:
             return list(encoding.ids)
         # Where the next piece begins: a prefix that is a piece by itself has the place of the character behind it.
         end = encoding.offsets[size][0] if size < len(encoding.ids) else len(text)
-        return [*_encode(self._inside, text[:end]), *encoding.ids[size:]]
+        return [*encode_to_list(self._inside, text[:end]), *encoding.ids[size:]]
 
     def decode_continuation(self, before: Sequence[int], ids: Sequence[int]) -> str:
         """Return the text of tokens that follow others; see `decode_continuation`."""
@@ -114,13 +114,7 @@ def decode_continuation(tokenizer: Tokenizer, before: Sequence[int], ids: Sequen
 
 def decode_token(tokenizer: Tokenizer, token_id: int) -> str:
     """Return the text of a token as it is found inside a document."""
-    return decode_continuation(tokenizer, _encode(tokenizer, "a"), [token_id])
-
-
-def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    # Without offsets, which are not needed here, it is faster.
-    (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
-    return list(encoding.ids)
+    return decode_continuation(tokenizer, encode_to_list(tokenizer, "a"), [token_id])
 
 
 def _count_first_piece(word_ids: Sequence[int | None]) -> int:

@@ -174,9 +174,15 @@ def build_vocabulary(tokenizer: Tokenizer, mode_tokens: ModeTokens = "special") 
 
 def encode(tokenizer: Tokenizer, text: str) -> npt.NDArray[np.int32]:
     """Return the token ids of a text, int32 (length,), without special tokens."""
+    return np.array(encode_to_list(tokenizer, text), np.int32)
+
+
+def encode_to_list(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the token ids of a text, without special tokens."""
     # Without offsets, which nothing here needs, it is faster; for a single text there is no such method.
     (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
-    return np.array(encoding.ids, np.int32)
+    ids: list[int] = encoding.ids
+    return ids
 
 
 def format_sentinel(number: int) -> str:
