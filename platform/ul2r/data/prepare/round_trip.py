@@ -1,4 +1,4 @@
-"""What a tokenizer loses of a text: the text is encoded, decoded and compared.
+"""Loss of text in a tokenizer: a text is encoded, decoded and compared.
 
 A tokenizer that the platform trains loses nothing, one that is given may: an uncased one the capital letters, one with
 an unknown token whole words, T5's the line breaks. What is lost cannot be learned.
