@@ -137,6 +137,7 @@ def test_report_names_assignments_and_the_size_of_the_embedding(tmp_path: Path) 
     few = describe_special_tokens(tmp_path, num_sentinels=10)
     assert "(<|reserved_special_token_0|>) .. <extra_id_0>" in few
     assert "<extra_id_1> 290 .. <extra_id_9> 298, 9 in all: new entry" in few
+    assert "\n  round trip: no character is lost of samples of English, code, " in few
     assert few.endswith("the embedding's 500 rows are enough; padded to 512 in training")
     many = describe_special_tokens(tmp_path, num_sentinels=300)
     assert "the embedding grows from 500 to 589 rows: 89 new ones" in many

@@ -24,7 +24,7 @@ LARGE_WINDOW = "requires too much memory for decoding"
 
 
 class Record(NamedTuple):
-    """What a line or row has under the key of the text.
+    """Content of a line or row under the key of the text.
 
     Attributes:
         value: Its value, None for null or if the key is missing.
