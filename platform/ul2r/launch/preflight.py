@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
 from ul2r.config import Parallel, Recipe
 from ul2r.data.inspection import write_page
-from ul2r.data.sampling.batches import check_dataset
+from ul2r.data.sampling.batches import check_dataset, describe_small_split
 from ul2r.data.sampling.order import DataPlan
 from ul2r.data.special_tokens import assign_special_tokens
 from ul2r.data.store.dataset import TokenDataset
@@ -25,6 +26,8 @@ from ul2r.train.checkpoint.copying import CheckpointCopies
 from ul2r.train.checkpoint.lineage import plan_data
 from ul2r.train.checkpoint.metadata import CheckpointInfo
 from ul2r.train.checkpoint.storage import CheckpointStore, find_base_checkpoint, latest_valid
+
+logger = logging.getLogger(__name__)
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 """Environment of workers that asked for no GPU, on a machine that has some."""
@@ -57,6 +60,9 @@ def check_run(recipe: Recipe, dataset: TokenDataset, resumed: CheckpointInfo | N
     check_family(recipe.model)
     check_memory(recipe, dataset.vocabulary.size)
     check_initial_weights(recipe, dataset, resumed)
+    # Last, so that a run that is refused has one line.
+    if warning := describe_small_split(recipe, len(dataset.held_out)):
+        logger.warning("%s", warning)
 
 
 def check_names(recipe: Recipe) -> None:

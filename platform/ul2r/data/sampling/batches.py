@@ -5,7 +5,6 @@ The batch index is the number of the step that trains on the batch, as long as t
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +19,6 @@ from ul2r.data.store.dataset import TokenDataset
 from ul2r.data.store.segments import SegmentedStore
 from ul2r.errors import CorpusError
 from ul2r.objective import Batch, Vocabulary, WindowSource, build_batch
-
-logger = logging.getLogger(__name__)
 
 HELD_OUT_SEED = 0
 """Held-out rows do not depend on the recipe's seed, so all runs are compared on the same ones."""
@@ -182,8 +179,6 @@ def describe_small_split(recipe: Recipe, num_held_out_tokens: int) -> str | None
 def check_dataset(recipe: Recipe, dataset: TokenDataset) -> None:
     """Check that a token store is long enough for a recipe's windows and has enough sentinels.
 
-    A held-out split that is too small to measure well is logged.
-
     Raises:
         CorpusError: If it is not.
     """
@@ -191,8 +186,6 @@ def check_dataset(recipe: Recipe, dataset: TokenDataset) -> None:
     window_type = _window_type(recipe)
     length = recipe.objective.max_raw_length
     window_type.check_store(dataset.held_out, length, "held-out")
-    if warning := describe_small_split(recipe, len(dataset.held_out)):
-        logger.warning("%s", warning)
     for source in dataset.train:
         # The first window of a streamed store may be in a segment that does not exist yet.
         if not isinstance(source.store, SegmentedStore) or source.store.is_complete:

@@ -10,10 +10,11 @@ import numpy.typing as npt
 import pytest
 
 from ul2r.config import MIXTURE_PRESETS, Causal, Prefix
-from ul2r.data.sampling.batches import BatchBuilder, check_dataset
+from ul2r.data.sampling.batches import BatchBuilder
 from ul2r.data.store.dataset import TokenDataset, open_dataset
 from ul2r.data.store.token_source import DocumentSource
 from ul2r.errors import CorpusError
+from ul2r.launch.preflight import check_run
 from ul2r.objective import Batch
 from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.recipes import tiny_recipe
@@ -208,9 +209,9 @@ def test_held_out_split_that_is_too_small_to_measure_by_is_said(
     enough = tiny_recipe(storage, evaluation={"num_rows": num_rows})
     too_many = tiny_recipe(storage, evaluation={"num_rows": num_rows + 1})
     with caplog.at_level(logging.WARNING):
-        check_dataset(enough, dataset)
+        check_run(enough, dataset, None)
         assert not caplog.text
-        check_dataset(too_many, dataset)
+        check_run(too_many, dataset, None)
     assert (
         f"held-out tokens are {num_rows} rows of 64, fewer than the {num_rows + 1} to"
         in caplog.text
