@@ -97,6 +97,18 @@ def test_a_model_is_described_with_its_parameters_and_embedding(llama: Path) -> 
             "1 tensors of the model in config.json are missing, the first is model.norm.weight",
         ),
         (
+            lambda f: change_index(f, lambda m: m.update({"model.norm.weight": "../llama/x"})),
+            r"index\.json names '\.\./llama/x', which is not a file of the folder",
+        ),
+        (
+            lambda f: change_index(f, lambda m: m.update({"model.norm.weight": "/etc/passwd"})),
+            r"index\.json names '/etc/passwd', which is not a file of the folder",
+        ),
+        (
+            lambda f: change_index(f, lambda m: m.update({"model.norm.weight": 7})),
+            r"index\.json names 7, which is not a file of the folder",
+        ),
+        (
             lambda f: change_config(f, num_hidden_layers=1),
             "9 tensors do not belong to the model in config.json",
         ),
