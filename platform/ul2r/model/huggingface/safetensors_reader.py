@@ -20,6 +20,7 @@ from ul2r.config.architecture import FamilyName
 from ul2r.errors import CheckpointError
 from ul2r.model.huggingface.families import FAMILIES
 from ul2r.model.huggingface.family import TensorSlice, slice_tensor, tensor_shapes
+from ul2r.model.huggingface.hub import download_model
 from ul2r.model.tensors import EMBEDDING
 from ul2r.paths import EXPORT_METADATA_FILE, is_file_name
 
@@ -51,7 +52,7 @@ def resolve_model_folder(name: str, revision: str | None = None) -> Path:
         revision: Branch, tag or commit on the Hub; by default its main branch.
 
     Raises:
-        CheckpointError: If there is no such folder, or the model cannot be downloaded.
+        CheckpointError: If there is no such folder, or the model cannot be downloaded or is damaged on the way.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -63,13 +64,14 @@ def resolve_model_folder(name: str, revision: str | None = None) -> Path:
     if folder.is_absolute() or name.startswith((".", "~")) or not HUB_ID.fullmatch(name):
         raise CheckpointError(f"base.hf={name}: the folder does not exist")
 
-    from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     # Every worker may resolve the base: their bars would fill the logs.
     disable_progress_bars()
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOADED_FILES))
+        return download_model(name, revision, DOWNLOADED_FILES)
+    except CheckpointError:
+        raise
     # Its HTTP client's errors about proxies, certificates and missing packages have no base in common.
     except Exception as error:  # noqa: BLE001  as above
         reason = str(error).strip().partition("\n")[0]

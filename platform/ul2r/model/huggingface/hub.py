@@ -1,0 +1,69 @@
+"""Downloads from the Hugging Face Hub, verified.
+
+huggingface_hub compares the size of a file that it has downloaded. In its cache a file is called by what the Hub states
+as its ETag: the SHA-256 of a large file, git's SHA-1 of a small one (huggingface_hub 1 and 2, "blobs").
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from ul2r.errors import CheckpointError
+from ul2r.filesystem import remove, sha256_of
+
+SHA256 = re.compile(r"[0-9a-f]{64}")
+GIT_SHA1 = re.compile(r"[0-9a-f]{40}")
+
+
+def download_model(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """Return the local folder of a model's files, downloaded if they are not in the cache.
+
+    Files that were in the cache before are not read again.
+
+    Args:
+        name: Name on the Hub.
+        revision: Branch, tag or commit; by default the main branch.
+        patterns: Names of the files to download.
+
+    Raises:
+        CheckpointError: If a file is not the one that the Hub names.
+    """
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.file_download import repo_folder_name
+
+    cache = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"))
+    known = set(_list_blobs(cache))
+    folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+
+    damaged = [path for path in _list_blobs(cache) if path not in known and not _is_intact(path)]
+    if damaged:
+        names = {path.resolve().name: path.name for path in folder.iterdir()}
+        for path in damaged:
+            remove(path)
+        first = damaged[0].name
+        raise CheckpointError(
+            f"base.hf={name}: {names.get(first, 'a file')} as downloaded does not have the digest that the Hub states, "
+            f"{first}: it was removed; run the same command again"
+        )
+    return folder
+
+
+def _list_blobs(cache: Path) -> list[Path]:
+    folder = cache / "blobs"
+    # Unfinished downloads, which end in ".incomplete", may be another process's.
+    return sorted(path for path in folder.iterdir() if not path.suffix) if folder.is_dir() else []
+
+
+def _is_intact(path: Path) -> bool:
+    """Return whether a file in the cache has the digest that it is named by; true if its name is no digest."""
+    if SHA256.fullmatch(path.name):
+        return sha256_of(path) == path.name
+    if GIT_SHA1.fullmatch(path.name):
+        content = path.read_bytes()
+        header = f"blob {len(content)}\0".encode()
+        return hashlib.sha1(header + content, usedforsecurity=False).hexdigest() == path.name
+    # A mirror of the Hub may have ETags of its own.
+    return True
