@@ -269,7 +269,7 @@ def test_prolonged_run_equals_one_that_was_as_long_from_the_start(storage: Path)
 
 
 class GatedFileSystem(LocalFileSystem):  # type: ignore[misc]  # fsspec has no types
-    """Folders that take no file before the last checkpoint of a run is complete."""
+    """Folders that take no file of a checkpoint before the last one of a run is complete."""
 
     protocol = "gated"
     pointer: Path
@@ -279,7 +279,8 @@ class GatedFileSystem(LocalFileSystem):  # type: ignore[misc]  # fsspec has no t
         return str(super()._strip_protocol(path.removeprefix("gated://")))
 
     def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:  # noqa: ANN401  fsspec's own
-        while mode == "wb" and self.pointer.read_text() != "step_00000006":
+        is_open = mode != "wb" or path.endswith("/owner")
+        while not is_open and self.pointer.read_text() != "step_00000006":
             time.sleep(0.01)
         return super()._open(path, mode, **options)
 
