@@ -50,7 +50,7 @@ def change_config(folder: Path, **changes: Any) -> None:  # noqa: ANN401  any JS
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def change_index(folder: Path, change: Callable[[dict[str, str]], object]) -> None:
+def change_index(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     file = folder / "model.safetensors.index.json"
     tree = json.loads(file.read_text())
     change(tree["weight_map"])
