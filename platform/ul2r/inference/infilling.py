@@ -76,8 +76,8 @@ def infill(
         (model.encode_continuation if place else model.encode)(part)
         for place, part in enumerate(parts)
     ]
-    # Text at the end takes a sentinel more than slots.
-    _check_parts(encoded, len(vocabulary.sentinels) - any(encoded[-1:]))
+    # The only slot of a completion is at the end, so it needs no second sentinel.
+    _check_parts(encoded, max(max_infill_slots(model), int(not any(encoded[-1:]))))
 
     num_slots = len(parts) - 1
     # The prompt ends in a sentinel, like every training input: that of the last slot, or one more after text.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from ul2r.errors import RequestError
 from ul2r.inference import LanguageModel, infill
 from ul2r.objective.vocabulary import Vocabulary
-from ul2r.testing.models import ScriptedModel
+from ul2r.testing.models import ScriptedModel, write_tiny_export
 
 
 def encode_characters(model: LanguageModel, text: str) -> list[int]:
@@ -114,6 +116,16 @@ def test_the_number_of_slots_is_limited_to_one_less_than_the_sentinels(
     message = f"has {max_slots + 1} slots, but the model has sentinels for {max_slots}"
     with pytest.raises(RequestError, match=message):
         infill(model, ["a"] * (max_slots + 2), max_tokens=2)
+    with pytest.raises(RequestError, match=message):
+        infill(model, [*["a"] * (max_slots + 1), ""], max_tokens=2)
+
+
+def test_one_sentinel_is_enough_for_a_slot_at_the_end(tmp_path: Path) -> None:
+    model = LanguageModel.load(write_tiny_export(tmp_path / "export", num_sentinels=1))
+
+    assert infill(model, ["a", ""], max_tokens=2).fills[0]
+    with pytest.raises(RequestError, match="has 1 slots, but the model has sentinels for 0"):
+        infill(model, ["a", "b"], max_tokens=2)
 
 
 def test_parts_and_fills_make_up_the_text(model: LanguageModel) -> None:
