@@ -189,7 +189,10 @@ def test_time_limit_saves_and_requeues_and_a_stop_saves_and_ends(
             first = saved_step(recipe)
             assert f"stopped after step {first} of 100000, checkpoint saved" in log.read_text()
 
-            # Slurm holds a requeued job back for two minutes.
+            # Slurm holds a requeued job back for two minutes, counted from the end of its first start.
+            wait_for(
+                lambda: slurm.job(number)["JobState"] == "PENDING", "the end of the first start"
+            )
             slurm.run("scontrol", "update", f"JobId={number}", "StartTime=now")
             wait_for(lambda: saved_step(recipe) > first, "a checkpoint of the second start")
             slurm.signal(number, "TERM")
