@@ -195,6 +195,12 @@ class Architecture(StrictModel):
             raise ValueError(
                 f"num_experts_per_token={per_token} is more than num_experts={experts}: lower the first"
             )
+        # Megatron-Core refuses to build it: the softmax over one expert is 1, and the router's gradient 0.
+        if per_token == 1:
+            raise ValueError(
+                "num_experts_per_token=1: the router could not be trained, since the weight of the only expert is "
+                "always 1: set 2 or more"
+            )
         if self.family == "mixtral" and experts is None:
             raise ValueError(
                 "family=mixtral needs experts: set num_experts and num_experts_per_token"

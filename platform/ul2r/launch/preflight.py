@@ -118,9 +118,11 @@ def check_unprepared(recipe: Recipe) -> None:
     """Check what can be checked of a recipe whose token store does not exist yet.
 
     Raises:
-        UserError: If its devices cannot hold the run, or its base is missing.
+        UserError: If its family's class does not compute the model, its devices cannot hold the run, or its base is
+            missing.
     """
     check_names(recipe)
+    check_family(recipe.model)
     # The only sizes known before there is a store are those that the recipe gives.
     check_memory(recipe, planned_vocabulary(recipe))
     find_base_checkpoint(recipe, partial(latest_valid, thorough=False, quiet=True))

@@ -28,6 +28,7 @@ from ul2r.tracking.mlflow import MlflowTracker, check_artifact_store, check_serv
 from ul2r.tracking.tracker import MemoryTracker
 from ul2r.train.checkpoint.metadata import CheckpointInfo
 from ul2r.train.monitor.progress import ProgressBar
+from ul2r.train.trial_build import check_buildable
 
 STORE_TIMEOUT = timedelta(seconds=10)
 
@@ -60,6 +61,9 @@ def train(recipe: Recipe) -> CheckpointInfo:
     if is_rank0:
         check_artifact_store(uri, recipe.tracking.experiment)
 
+    # In one process: the others wait for it when they join.
+    if is_rank0:
+        check_buildable(recipe)
     _join_process_group(recipe)
     # Rank 0's for all: each rank has read the recipe itself, and a branch on the Hub may have moved in between.
     shared = [recipe]

@@ -34,6 +34,7 @@ from ul2r.model.layers import (
     uses_transformer_engine,
 )
 from ul2r.model.loss import LogZGPTModel
+from ul2r.model.refusals import translate_refusals
 from ul2r.model.sizing import pad_vocabulary
 from ul2r.model.tensors import EMBEDDING
 
@@ -116,6 +117,16 @@ def make_transformer_config(
     )
 
 
+def check_settings(architecture: Architecture) -> None:
+    """Check that Megatron-Core accepts an architecture's settings, whatever the layout.
+
+    Raises:
+        LayoutError: If it does not.
+    """
+    with translate_refusals():
+        make_transformer_config(architecture, Parallel())
+
+
 def check_precision(recipe: Recipe) -> None:
     """Refuse a precision that this worker's device does not support.
 
@@ -158,22 +169,12 @@ def build_model(recipe: Recipe, vocabulary_size: int) -> list[GPTModel]:
         The chunks in the order of their layers; Megatron-Core's schedules alternate between them.
 
     Raises:
-        LayoutError: If this worker's device does not support the recipe's precision.
+        LayoutError: If this worker's device does not support the recipe's precision, or Megatron-Core refuses the
+            model.
         RecipeError: If the attention backend is not installed.
     """
     check_precision(recipe)
-    config = make_transformer_config(
-        recipe.model,
-        recipe.parallel,
-        precision=recipe.precision,
-        recompute=recipe.training.recompute,
-        moe_aux_loss_coeff=recipe.optimizer.moe_aux_loss_coeff,
-    )
-
-    chunks = [
-        _build_chunk(recipe, config, vocabulary_size, stage)
-        for stage in range(recipe.parallel.virtual_stages)
-    ]
+    chunks = build_chunks(recipe, vocabulary_size)
     for chunk in chunks:
         # Megatron allocates its matrices on the GPU, but the norms are torch's own and still in host memory.
         if torch.cuda.is_available():
@@ -181,6 +182,27 @@ def build_model(recipe: Recipe, vocabulary_size: int) -> list[GPTModel]:
         if recipe.base is None:
             initialize_weights(chunk, recipe.model, recipe.seed)
     return chunks
+
+
+def build_chunks(recipe: Recipe, vocabulary_size: int) -> list[GPTModel]:
+    """Build this rank's chunks as `build_model` does, but leave all weights uninitialized.
+
+    Raises:
+        LayoutError: If Megatron-Core refuses the model or the layout.
+        RecipeError: If the attention backend is not installed.
+    """
+    with translate_refusals():
+        config = make_transformer_config(
+            recipe.model,
+            recipe.parallel,
+            precision=recipe.precision,
+            recompute=recipe.training.recompute,
+            moe_aux_loss_coeff=recipe.optimizer.moe_aux_loss_coeff,
+        )
+        return [
+            _build_chunk(recipe, config, vocabulary_size, stage)
+            for stage in range(recipe.parallel.virtual_stages)
+        ]
 
 
 def _build_chunk(

@@ -187,7 +187,8 @@ class PostNormLayer(TransformerLayer):  # type: ignore[misc]  # as above
 def compute_embedding_scale(architecture: Architecture, dtype: torch.dtype) -> float:
     """Return sqrt(hidden_size) rounded to `dtype`: in bfloat16 that of 2560 is 50.5."""
     exact = architecture.hidden_size**0.5 if architecture.scale_embedding else 1.0
-    return float(torch.tensor(exact, dtype=dtype))
+    # On the CPU: models are also built on the meta device, which holds no values.
+    return float(torch.tensor(exact, dtype=dtype, device="cpu"))
 
 
 class ScaledGPTModel(GPTModel):  # type: ignore[misc]  # as above

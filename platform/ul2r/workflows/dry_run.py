@@ -16,6 +16,7 @@ from ul2r.launch.preflight import (
     planned_vocabulary,
 )
 from ul2r.model.flops import num_active_parameters, num_visible_keys, training_flops
+from ul2r.model.huggingface.config_json import check_family
 from ul2r.model.sizing import (
     GIB,
     RunEstimate,
@@ -52,6 +53,7 @@ def dry_run(recipe: Recipe) -> str:
         order = plan_run_data(recipe, dataset, resumed).description
         checked = "recipe, token store, checkpoints, memory"
     else:
+        check_family(recipe.model)
         vocabulary_size = planned_vocabulary(recipe)
         tokenizer = recipe.data.tokenizer
         origin = f"of {tokenizer}" if tokenizer else "from data.vocabulary_size"

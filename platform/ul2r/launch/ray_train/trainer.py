@@ -44,6 +44,7 @@ from ul2r.launch.stop_signal import StopSignal
 from ul2r.tracking.mlflow import check_artifact_store, check_server
 from ul2r.train.checkpoint.metadata import CheckpointInfo
 from ul2r.train.checkpoint.storage import acquire_writer_token
+from ul2r.train.trial_build import check_buildable
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ def train(recipe: Recipe) -> CheckpointInfo:
         return resumed
     check_artifact_store(uri, recipe.tracking.experiment)
 
+    check_buildable(recipe)
     must_build = dataset is None or not dataset.manifest.is_complete
     if must_build:
         check_resumable(recipe)
