@@ -162,6 +162,13 @@ def test_a_chosen_checkpoint_is_exported_to_a_folder_of_its_own(
     for name in ("model.safetensors", "ul2r.json", "config.json"):
         assert (folder / name).read_bytes() == (last / name).read_bytes()
 
+    # An older version's config.json may say something else than the model: it is written again.
+    config = json.loads((folder / "config.json").read_text())
+    wrong = json.dumps(config | {"rms_norm_eps": 0.5})
+    (folder / "config.json").write_text(wrong)
+    export(chosen)
+    assert (folder / "config.json").read_bytes() == (last / "config.json").read_bytes()
+
     shutil.rmtree(folder)
     damaged = max(copy.glob("*.distcp"))
     damaged.write_bytes(damaged.read_bytes()[:-1])

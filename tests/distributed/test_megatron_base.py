@@ -230,6 +230,8 @@ def test_a_base_of_another_model_is_refused(recipe: Recipe, megatron_logits: Ten
         check_base(with_model(ffn_hidden_size=98), dataset)
     with pytest.raises(CheckpointError, match=r"has no tensor .*linear_qkv.bias"):
         check_base(with_model(bias="qkv"), dataset)
+    with pytest.raises(CheckpointError, match=r"has a tensor output_layer\.weight, .* lacks"):
+        check_base(with_model(tie_embeddings=True), dataset)
 
 
 def test_code_in_a_checkpoint_is_not_run(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ul2r.config import Recipe
+from ul2r.config import Architecture, Recipe
 from ul2r.data.store.dataset import TokenDataset, open_dataset
 from ul2r.errors import CheckpointError
 from ul2r.model.export_metadata import ExportMetadata
@@ -13,6 +13,7 @@ from ul2r.model.huggingface.checkpoint_reader import (
     compute_foreign_identity,
     find_latest_iteration,
 )
+from ul2r.model.huggingface.config_json import find_changed_setting, read_architecture
 from ul2r.model.huggingface.exporting import convert_tensors, write_export
 from ul2r.model.sizing import GIB
 from ul2r.tracking.mlflow import check_server, find_run, register
@@ -80,7 +81,7 @@ def _write_export(recipe: Recipe, dataset: TokenDataset, checkpoint: Path, folde
     metadata = _make_metadata(recipe, dataset, checkpoint)
 
     # The metadata names the checkpoint, so the same folder is not written twice.
-    if not metadata.is_written_in(folder):
+    if not (metadata.is_written_in(folder) and _is_read_as(folder, recipe.model)):
         write_export(
             folder,
             convert_tensors(reader, recipe.model, rows),
@@ -92,6 +93,14 @@ def _write_export(recipe: Recipe, dataset: TokenDataset, checkpoint: Path, folde
         )
     # Even for an export that is kept: its scores may be new.
     write_card(folder, recipe, dataset, metadata)
+
+
+def _is_read_as(folder: Path, architecture: Architecture) -> bool:
+    """Return whether an export's config.json describes the model; older versions left out settings of some families."""
+    try:
+        return find_changed_setting(architecture, read_architecture(folder)) is None
+    except CheckpointError:
+        return False
 
 
 def _make_metadata(recipe: Recipe, dataset: TokenDataset, checkpoint: Path) -> ExportMetadata:

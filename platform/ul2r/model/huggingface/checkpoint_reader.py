@@ -33,6 +33,8 @@ BLOCK_BYTES = 8 * 2**20
 LIBC = CDLL(None)
 MADV_POPULATE_READ = 22
 """Linux's constant, which Python's mmap module does not define."""
+MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
+"""Begin the names of a GPT model's tensors in Megatron-Core; those of the optimizer's state begin otherwise."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class MegatronCheckpointReader:
             num_embeddings: Fewest rows of the embedding.
 
         Raises:
-            CheckpointError: Naming the first tensor that is missing or has another shape.
+            CheckpointError: Naming the first tensor that is missing, has another shape or would be left out.
         """
         expected = outer_tensor_shapes(architecture, num_embeddings)
         for key, shape in layer_tensor_shapes(architecture).items():
@@ -150,6 +152,14 @@ class MegatronCheckpointReader:
             if size != shape and not is_padded:
                 raise CheckpointError(
                     f"{self.folder}: {key} has shape {size}, but {shape} in the recipe's model: change model"
+                )
+
+        for key in self._tensors:
+            # TransformerEngine's scaling factors are no weights.
+            is_weight = key.startswith(MODEL_PREFIXES) and not key.endswith("_extra_state")
+            if is_weight and key not in expected:
+                raise CheckpointError(
+                    f"{self.folder} has a tensor {key}, which the recipe's model lacks: change model"
                 )
 
     def num_rows(self, key: str) -> int:

@@ -180,15 +180,30 @@ def check_family(architecture: Architecture) -> None:
         ) from None
 
     # Not a lookup in the table: reading the export back finds whatever config.json cannot hold.
+    if lost := find_changed_setting(architecture, exported):
+        setting, value, kept = lost
+        raise RecipeError(
+            f"model.{setting}={value}: {family.model_class}, which model.family={architecture.family} is "
+            f"exported as, has {kept}: change either"
+        )
+
+
+def find_changed_setting(
+    architecture: Architecture, exported: Architecture
+) -> tuple[str, Any, Any] | None:
+    """Return the first setting in which the model that an export is read as differs, with both values; None if none.
+
+    Args:
+        architecture: The model that was to be exported.
+        exported: The model that its config.json describes.
+    """
+    # As head_size, None means hidden_size / num_heads, which a configuration may spell out.
     kept = {**exported.model_dump(), "head_size": exported.head_dim}
-    # None means hidden_size / num_heads, which a configuration may spell out.
     settings = {**architecture.model_dump(), "head_size": architecture.head_dim}
     for setting, value in settings.items():
         if setting not in FREE_SETTINGS and kept[setting] != value:
-            raise RecipeError(
-                f"model.{setting}={value}: {family.model_class}, which model.family={architecture.family} is "
-                f"exported as, has {kept[setting]}: change either"
-            )
+            return setting, value, kept[setting]
+    return None
 
 
 def _take_sizes(remaining: Config, family: Family) -> Config:
