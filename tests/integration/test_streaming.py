@@ -157,15 +157,16 @@ def test_waiting_readers_get_the_error_of_an_unreadable_file(
     shutil.copytree(texts, tmp_path / "texts")
     training = {"steps": 100, "global_batch_size": 1000}
     recipe = make_recipe(tmp_path / "storage", tmp_path / "texts", training=training)
-    # A given tokenizer: no text is read before the tasks read it.
+    # A given tokenizer: no text is read before the tasks read it, except for a sample of the first lines of each file.
     changes = {"tokenizer": complete.storage_paths.store / "tokenizer.json"}
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=changes)})
     last = group_streamed_files(find_files(recipe.data.corpus))[-1].files[-1].path
-    last.write_bytes(b'{"text": "fine"}\n{"text": \n')
+    lines = [*last.read_text(encoding="utf-8").splitlines(), '{"text": ']
+    last.write_text("\n".join(lines), encoding="utf-8")
     batches = range(100)
     with build_store_in_background(recipe, cpus=1):
         (iterator,) = split_for_replicas(make_dataset(recipe, batches, 1), 1)
-        with pytest.raises(CorpusError, match=rf"{last.name}: line 2: not JSON") as caught:
+        with pytest.raises(CorpusError, match=rf"{last.name}: line {len(lines)}: not JSON") as caught:
             deque(iter_batches(iterator, recipe, batches, 0, 1))
     assert "\n" not in str(caught.value)
     assert len(Manifest.read(recipe.storage_paths.store).segments) == 2, (
