@@ -96,9 +96,9 @@ def _read_records(
     for record in records:
         text = check_text(record, file)
         if text is None:
-            left_out.add("records without text", 0, record.locate())
+            left_out.add("records without text", 0, record.locate)
         elif not text:
-            left_out.add("empty documents", 0, record.locate())
+            left_out.add("empty documents", 0, record.locate)
         else:
             yield from split_into_chunks([text])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,18 @@ class LeftOut:
     def __bool__(self) -> bool:
         return bool(self.counts)
 
-    def add(self, reason: str, num_bytes: int, example: str) -> None:
-        """Count a file or document."""
+    def add(self, reason: str, num_bytes: int, example: str | Callable[[], str]) -> None:
+        """Count a file or document.
+
+        Args:
+            reason: Why it is left out.
+            num_bytes: Its bytes.
+            example: Its path, with its line or row; a function that costs something is called for the first only.
+        """
+        if reason in self.counts:
+            example = ""
+        elif callable(example):
+            example = example()
         self._add(reason, Count(1, num_bytes, example[:MAX_EXAMPLE_CHARACTERS]))
 
     def add_file(self, path: Path, num_bytes: int) -> None:

@@ -29,7 +29,8 @@ class Record(NamedTuple):
     Attributes:
         value: Its value, None for null or if the key is missing.
         problem: Reason why there is no value, if the key is missing.
-        locate: Returns "PATH: line N"; a function, since it is needed for errors only.
+        locate: Returns "PATH: line N"; a function, since it may read the file up to there, and is needed for
+            errors and the first record that is left out only.
     """
 
     value: Any

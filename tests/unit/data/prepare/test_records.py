@@ -14,7 +14,7 @@ import zstandard
 from ul2r.data.prepare import json_lines
 from ul2r.data.prepare.documents import read_documents
 from ul2r.data.prepare.left_out import LeftOut
-from ul2r.data.prepare.source_files import find_files
+from ul2r.data.prepare.source_files import SourceFile, find_files
 from ul2r.errors import CorpusError
 
 
@@ -161,6 +161,31 @@ def test_records_without_text_are_skipped_and_counted(tmp_path: Path) -> None:
         },
         "empty documents": {"count": 3, "bytes": 0, "example": f"{tmp_path}/a.jsonl: line 6"},
     }
+
+
+@pytest.mark.parametrize("record", ["{}", '{"text": ""}'])
+def test_only_the_first_record_that_is_left_out_is_located(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: str
+) -> None:
+    """To count the lines before a part, the file is read up to there."""
+    calls = []
+
+    def locate(file: SourceFile, number: int) -> str:
+        calls.append(number)
+        return f"{file.path}: line {number}"
+
+    monkeypatch.setattr(json_lines, "_locate_line", locate)
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"{record}\n" * 2000)
+    (whole,) = find_files([str(path)], null_text="skip")
+    _, part = whole.split(path.stat().st_size // 2)
+    left_out = LeftOut()
+
+    assert list(read_documents(part, left_out)) == []
+
+    (count,) = left_out.counts.values()
+    assert (count.count, count.example) == (1000, f"{path}: line 1")
+    assert calls == [1]
 
 
 @pytest.mark.parametrize(
