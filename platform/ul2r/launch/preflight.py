@@ -25,7 +25,12 @@ from ul2r.tracking.tracker import RunStatus
 from ul2r.train.checkpoint.copying import CheckpointCopies
 from ul2r.train.checkpoint.lineage import plan_data
 from ul2r.train.checkpoint.metadata import CheckpointInfo
-from ul2r.train.checkpoint.storage import CheckpointStore, find_base_checkpoint, latest_valid
+from ul2r.train.checkpoint.storage import (
+    CheckpointStore,
+    find_base_checkpoint,
+    latest_valid,
+    read_writer_token,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -194,14 +199,29 @@ def mark_finished(recipe: Recipe, uri: str) -> None:
     Raises:
         CheckpointError: If the checkpoint cannot be copied.
     """
-    store = CheckpointStore.from_recipe(recipe)
-    if store.remote is not None:
-        copies = CheckpointCopies(store.remote, store.retention, recipe.guards.hang_timeout_s)
-        copies.add(store.list_checkpoints()[0], only_newer=True)
-        copies.wait()
+    copy_last_checkpoint(recipe)
     run_id = find_run(uri, recipe.paths.folder)
     if run_id is not None:
         finish_run(uri, run_id, recipe.paths.folder, "FINISHED")
+
+
+def copy_last_checkpoint(recipe: Recipe) -> None:
+    """Copy the last checkpoint of a finished run to its remote folder, if the recipe has one, unless it is there.
+
+    Raises:
+        CheckpointError: If it cannot be copied, or the folder has the copies of a run in another storage.
+    """
+    if recipe.checkpoints.remote_dir is None:
+        return
+    token = read_writer_token(recipe.paths.checkpoints)
+    store = CheckpointStore.from_recipe(recipe, writer_token=token)
+    assert store.remote is not None
+    last = store.list_checkpoints()[0]
+    store.remote.claim(last)
+
+    copies = CheckpointCopies(store.remote, store.retention, recipe.guards.hang_timeout_s)
+    copies.add(last, only_newer=True)
+    copies.wait()
 
 
 @contextmanager

@@ -345,3 +345,9 @@ def acquire_writer_token(folder: Path) -> str:
     token = f"{lineage}.{uuid.uuid4().hex}"
     write_atomically(owner, token)
     return token
+
+
+def read_writer_token(folder: Path) -> str:
+    """Return the token of the last attempt at a run; a new one if nothing was written there but a restored copy."""
+    owner = folder / WRITER_TOKEN_FILE
+    return owner.read_text(encoding="utf-8") if owner.is_file() else acquire_writer_token(folder)
