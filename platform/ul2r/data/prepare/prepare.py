@@ -33,7 +33,7 @@ from ul2r.data.prepare.round_trip import (
     check_round_trip,
     measure_round_trip,
 )
-from ul2r.data.prepare.sample_text import sample_text
+from ul2r.data.prepare.sample_text import sample_evenly, sample_text
 from ul2r.data.prepare.shards import group_files, is_shard_done, load_left_out
 from ul2r.data.prepare.source_files import CorpusListing, SourceFile
 from ul2r.data.prepare.streaming import StreamingStoreBuilder, group_streamed_files
@@ -231,7 +231,7 @@ def _measure_round_trip(
     if data.tokenizer is None:
         return {}
     tokenizer = load_tokenizer(work_folder / TOKENIZER_FILE)
-    round_trip = measure_round_trip(tokenizer, sample_text(files, SAMPLE_CHARACTERS))
+    round_trip = measure_round_trip(tokenizer, sample_evenly(files, SAMPLE_CHARACTERS))
     check_round_trip(round_trip, f"data.tokenizer={data.tokenizer}")
     if round_trip.num_lost:
         # Before the text is tokenized: at the end it may be too late.
