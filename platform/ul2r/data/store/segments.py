@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from ul2r.data.store.manifest import Manifest
@@ -109,8 +110,16 @@ def measure_build(store: Path) -> tuple[int, ...]:
     # The time of a folder changes with the names in it: shards come and go in the work folder. Segments grow for a long
     # time in the store itself, which has few files.
     folders = (store, *store.parent.glob(f"{WORK_PREFIX}*"))
-    numbers = [folder.stat().st_mtime_ns for folder in folders if folder.exists()]
-    return (*numbers, sum(entry.stat().st_size for entry in os.scandir(store) if entry.is_file()))
+    numbers = []
+    # The builder removes work folders and staging files between their listing and a look at them.
+    for folder in folders:
+        with suppress(FileNotFoundError):
+            numbers.append(folder.stat().st_mtime_ns)
+    num_bytes = 0
+    for entry in os.scandir(store):
+        with suppress(FileNotFoundError):
+            num_bytes += entry.stat().st_size if entry.is_file() else 0
+    return (*numbers, num_bytes)
 
 
 def segment_prefix(folder: Path, number: int) -> Path:

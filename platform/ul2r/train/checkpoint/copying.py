@@ -98,6 +98,7 @@ class CheckpointCopies:
         Raises:
             CheckpointError: If the last copy fails again, or makes no progress.
         """
+        self._raise_error()
         now_s = time.monotonic()
         if self._last_seen is None:
             self._logged_s = now_s
@@ -131,8 +132,6 @@ class CheckpointCopies:
             time.sleep(pause)
 
     def _retry(self) -> bool:
-        if self._thread is not None:
-            self._thread.result()
         if self._failed is None:
             return False
         copy, error = self._failed
@@ -143,13 +142,17 @@ class CheckpointCopies:
         return True
 
     def _add(self, copy: _Copy) -> None:
-        if self._thread is not None and self._thread.done():
-            self._thread.result()  # raises an error that is no CheckpointError
+        self._raise_error()
         with self._lock:
             self._queue.append(copy)
             if self._current is None:
                 self._current = self._queue.popleft()
                 self._thread = run_in_background(self._copy_all, "checkpoint-copy")
+
+    def _raise_error(self) -> None:
+        """Raise the error that has ended the thread, if it is no CheckpointError."""
+        if self._thread is not None and self._thread.done():
+            self._thread.result()
 
     def _describe(self) -> str:
         """Return what is being copied and how far it is."""
@@ -161,12 +164,11 @@ class CheckpointCopies:
         """Copy the current checkpoint and those that are added meanwhile."""
         copy = self._current
         while copy is not None:
-            try:
-                self._copy(copy)
-            finally:
-                # After an error that is not the user's as well, which ends this thread: nothing is being copied then.
-                with self._lock:
-                    self._current = copy = self._queue.popleft() if self._queue else None
+            # An error that is no CheckpointError ends this thread. `_current` then stays, so that no other thread takes
+            # its place before `watch` or `add` has raised the error.
+            self._copy(copy)
+            with self._lock:
+                self._current = copy = self._queue.popleft() if self._queue else None
 
     def _copy(self, copy: _Copy) -> None:
         self._progress = TransferProgress()

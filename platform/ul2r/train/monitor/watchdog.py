@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -177,8 +178,10 @@ class Watchdog(Callback):
             self._write()
             # The monotonic clock: a heartbeat's `since` is wall-clock time, which an administrator or NTP may set.
             if self.is_overdue(time.monotonic()):
-                self._report()
-                self._give_up(HANG_EXIT_CODE)
+                try:
+                    self._report()
+                finally:
+                    self._give_up(HANG_EXIT_CODE)
                 return
 
     def _path(self, rank: int) -> Path:
@@ -194,15 +197,13 @@ class Watchdog(Callback):
         with self._write_lock:
             record = json.dumps(asdict(self._own_heartbeat())).encode().ljust(RECORD_BYTES)
             assert len(record) == RECORD_BYTES, record
-            os.pwrite(self._file.fileno(), record, 0)
+            # A disk that is full or gone ends neither training nor this watch over it.
+            with suppress(OSError):
+                os.pwrite(self._file.fileno(), record, 0)
 
     def _report(self) -> None:
         """Write all stacks to a file, and a line on who hangs to stderr."""
-        stacks = self._path(self._rank).with_suffix(".stacks.txt")
-        with stacks.open("w", encoding="utf-8") as file:
-            # Of all threads: the main one may wait for a thread of the data loader or of the checkpoint writer.
-            faulthandler.dump_traceback(file, all_threads=True)
-
+        stacks = self._write_stacks()
         own = self._own_heartbeat()
         location = locate(sys._current_frames()[self._watched_thread])
         limit_s, key = self._limit()
@@ -216,12 +217,27 @@ class Watchdog(Callback):
         )
         sys.stderr.flush()
 
+    def _write_stacks(self) -> str:
+        """Write the stacks of all threads, and return where they are or why they are nowhere."""
+        stacks = self._path(self._rank).with_suffix(".stacks.txt")
+        try:
+            with stacks.open("w", encoding="utf-8") as file:
+                # Of all threads: the main one may wait for a thread of the data loader or of the checkpoint writer.
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError as error:
+            return f"not written ({error.strerror or error})"
+        return str(stacks)
+
     def _read_all(self) -> list[Heartbeat]:
-        """Return the heartbeats of all ranks that have not ended well."""
-        files = [self._path(rank) for rank in range(self._num_ranks)]
-        texts = [file.read_text(encoding="utf-8") for file in files if file.exists()]
-        # A file is empty between its creation and the first heartbeat.
-        return [Heartbeat(**json.loads(text)) for text in texts if text]
+        """Return the heartbeats of this rank and of all others that have not ended well and can be read."""
+        found = [self._own_heartbeat()]
+        for rank in range(self._num_ranks):
+            # A file is empty between its creation and the first heartbeat, and may be damaged on a full disk.
+            with suppress(OSError, ValueError, TypeError):
+                if rank != self._rank:
+                    text = self._path(rank).read_text(encoding="utf-8")
+                    found.append(Heartbeat(**json.loads(text)))
+        return sorted(found, key=lambda heartbeat: heartbeat.rank)
 
 
 def find_late_ranks(heartbeats: list[Heartbeat], timeout_s: float) -> list[Heartbeat]:

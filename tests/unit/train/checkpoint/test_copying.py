@@ -143,3 +143,21 @@ def test_resumed_checkpoint_is_copied_only_if_no_later_one_has_been(
         copies.wait()
         assert len(list_copies()) == expected
     assert list_copies() == {checkpoints[1].name, checkpoints[2].name}
+
+
+def test_fault_of_the_program_is_raised_although_more_checkpoints_wait(
+    checkpoints: list[Path], gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        gate.wait()
+        raise KeyError("a fault")
+
+    monkeypatch.setattr(RemoteCheckpoints, "upload", fail)
+    copies = make_copies(stall_timeout_s=1)
+    for folder in checkpoints:
+        copies.add(folder)
+    gate.set()
+    with pytest.raises(KeyError, match="a fault"):
+        copies.wait()
+    with pytest.raises(KeyError, match="a fault"):
+        copies.add(checkpoints[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,6 +99,13 @@ def test_heartbeats_keep_a_long_phase_alive_and_their_end_is_a_hang(watchdog: Wa
     assert watchdog.is_overdue(9_000 * 99 + 10_001)
 
 
+def wait_for_exit_code(exit_codes: list[int]) -> None:
+    deadline = time.monotonic() + 60
+    while not exit_codes:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_watchdog_gives_up_only_when_a_phase_exceeds_the_timeout(tmp_path: Path) -> None:
     """More than a timeout passes in phases that are each shorter than one."""
     exit_codes: list[int] = []
@@ -110,9 +119,37 @@ def test_watchdog_gives_up_only_when_a_phase_exceeds_the_timeout(tmp_path: Path)
             time.sleep(0.4)
         assert not exit_codes
 
-        deadline = time.monotonic() + 60
-        while not exit_codes:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for_exit_code(exit_codes)
     assert exit_codes == [HANG_EXIT_CODE]
     assert not list(tmp_path.glob("*.json")), "the heartbeat is removed when the run ends"
+
+
+def test_damaged_heartbeat_of_another_rank_keeps_nobody_from_giving_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank, text in enumerate(["", '{"rank": 1', "[]", '{"rank": 3}', "\0" * 8]):
+        (tmp_path / f"rank_{rank:05d}.json").write_text(text)
+    exit_codes: list[int] = []
+    limits = Guards(hang_timeout_s=0.5, start_timeout_s=0.5)
+    with Watchdog(tmp_path, 0, num_ranks=5, limits=limits, give_up=exit_codes.append):
+        wait_for_exit_code(exit_codes)
+    assert exit_codes == [HANG_EXIT_CODE]
+    assert "Waiting for: rank 0 (process" in capsys.readouterr().err
+
+
+def test_full_disk_keeps_nobody_from_giving_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    # A folder in its place: the stacks cannot be written either.
+    (tmp_path / "rank_00000.stacks.txt").mkdir()
+    monkeypatch.setattr(os, "pwrite", refuse)
+    exit_codes: list[int] = []
+    limits = Guards(hang_timeout_s=0.5, start_timeout_s=0.5)
+    with Watchdog(tmp_path, 0, num_ranks=1, limits=limits, give_up=exit_codes.append) as watchdog:
+        watchdog.on_phase(1, Phase.TRAIN)
+        wait_for_exit_code(exit_codes)
+    assert exit_codes == [HANG_EXIT_CODE]
+    assert "Stacks: not written (Is a directory)" in capsys.readouterr().err
