@@ -1,13 +1,15 @@
 """The held-out split by tokens: how many tokens at the end of each document are kept out of training.
 
-A corpus of many documents is split by whole ones: those with the smallest keys, which is as good as random, does not
-depend on anything else, and puts equal documents on one side. A document that would be a large part of the split is cut
-instead, and contributes its end in proportion to its length: so a corpus of two books is not split into one to train on
-and one to measure on.
+A long document contributes its end in proportion to its length: so a corpus of two books is not split into one to train
+on and one to measure on. Of all others some are held out as a whole: those with the smallest keys that fit, which is as
+good as random, does not depend on anything else, and puts equal documents on one side. Pieces that are too short to
+measure on are not made.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -20,13 +22,17 @@ from ul2r.errors import CorpusError
 Keys = npt.NDArray[np.uint64]
 Int64s = npt.NDArray[np.int64]
 
-MIN_WHOLE_DOCUMENTS = 4
-"""A document is cut if fewer of its length would be the whole split."""
+MIN_PIECE_TOKENS = 2**10
+"""A document is cut if at least so many of its tokens are held out: several windows of training rows and of infilling
+(131 tokens by default), since measurements on infilling take no text across the end of a document."""
 MIN_PART_TOKENS = 2
 """Tokens of either part of a document that is cut: one of text, and the eos that ends the part."""
+MIN_USABLE_TOKENS = 2**8
+"""Shorter documents hold no window of infilling and a margin: a split of them is not much use."""
 SPLIT_DTYPE = np.dtype([("key", "<u8"), ("tokens", "<i8")])
 ALL_TOKENS = 2**62
 """More than any document has: it is held out as a whole."""
+NUM_KEYS = 2**64
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +79,8 @@ class HeldOutSplit:
 def choose_held_out(keys: Keys, sizes: Int64s, fraction: float, max_tokens: int) -> HeldOutSplit:
     """Choose the tokens to hold out: `fraction` of all, but no more than `max_tokens`.
 
+    Beyond its arguments it needs a few bytes for each document, and tens of bytes for each that may be held out.
+
     Args:
         keys: Key of each document, uint64 (D,); copies of a document have the same.
         sizes: Tokens of each, the eos included, int64 (D,).
@@ -88,37 +96,109 @@ def choose_held_out(keys: Keys, sizes: Int64s, fraction: float, max_tokens: int)
         )
     total = int(sizes.sum())
     budget = min(fraction * total, max_tokens)
-    unique, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    size = sizes[first]
-    # With their copies, which are on one side. Floats add integers below 2**53 exactly.
-    with_copies = np.bincount(inverse, weights=sizes)
+    share = budget / total
 
-    is_cut = with_copies * MIN_WHOLE_DOCUMENTS > budget
-    tails = np.floor(size * (budget / total)).astype(np.int64)
-    tails[np.minimum(tails, size - tails) < MIN_PART_TOKENS] = 0
+    # Documents that are cut have this size or more, all others are shorter.
+    cut_size = math.ceil(MIN_PIECE_TOKENS / share)
+    is_cut = sizes >= cut_size
+    cut_keys, cut_sizes, _ = _merge_copies(keys[is_cut], sizes[is_cut])
+    tails = np.floor(cut_sizes * share).astype(np.int64)
 
-    # Keys are in ascending order: those whose documents fit into the share of the uncut ones.
-    running = np.cumsum(np.where(is_cut, 0.0, with_copies))
-    is_whole = ~is_cut & (running <= running[-1] * (budget / total))
-    held_out = np.where(is_cut, tails, np.where(is_whole, size, 0))
-    if not held_out.any():
-        held_out = _hold_out_least(size)
+    uncut_total = total - int(sizes[is_cut].sum())
+    limit = math.floor(budget * (uncut_total / total))
+    whole_keys, whole_sizes = _choose_whole(keys, sizes, cut_size, limit, share)
 
-    chosen = held_out > 0
-    return HeldOutSplit(unique[chosen], held_out[chosen])
+    if not len(cut_keys) and not _is_usable(whole_sizes, math.floor(budget), int(sizes.max())):
+        return _hold_out_piece(keys, sizes, math.floor(budget), max_tokens)
+    chosen = np.concatenate([cut_keys, whole_keys])
+    order = np.argsort(chosen)
+    return HeldOutSplit(chosen[order], np.concatenate([tails, whole_sizes])[order])
 
 
-def _hold_out_least(size: Int64s) -> Int64s:
-    """Return the smallest split of a corpus of which `fraction` is less than `MIN_PART_TOKENS`."""
-    held_out = np.zeros(len(size), np.int64)
-    longest = int(size.argmax())
-    if size[longest] >= 2 * MIN_PART_TOKENS:
-        held_out[longest] = MIN_PART_TOKENS
-    elif len(size) > 1:
-        held_out[0] = size[0]
-    else:
+def _is_usable(whole_sizes: Int64s, budget: int, longest: int) -> bool:
+    """Return whether whole documents are held out that can be measured on, or no document could hold the budget."""
+    if not len(whole_sizes) or longest < budget + MIN_PART_TOKENS or budget < MIN_USABLE_TOKENS:
+        return bool(len(whole_sizes))
+    usable = int(whole_sizes[whole_sizes >= MIN_USABLE_TOKENS].sum())
+    return 2 * usable >= budget
+
+
+def _merge_copies(keys: Keys, sizes: Int64s) -> tuple[Keys, Int64s, Int64s]:
+    """Return different documents in ascending order of their keys.
+
+    Returns:
+        Their keys, uint64 (U,), their tokens, and their tokens with those of all copies, both int64 (U,).
+    """
+    if not len(keys):
+        return keys, sizes, sizes
+    order = np.argsort(keys)
+    ordered = keys[order]
+    firsts = np.concatenate(([0], np.flatnonzero(ordered[1:] != ordered[:-1]) + 1))
+    ordered_sizes = sizes[order]
+    return ordered[firsts], ordered_sizes[firsts], np.add.reduceat(ordered_sizes, firsts)
+
+
+def _choose_whole(
+    keys: Keys, sizes: Int64s, cut_size: int, limit: int, share: float
+) -> tuple[Keys, Int64s]:
+    """Return the keys and sizes of documents below `cut_size` that are held out, no more than `limit` tokens.
+
+    They are taken in ascending order of their keys; a document that with its copies does not fit any more is left to
+    training.
+    """
+    chosen_keys = [np.empty(0, np.uint64)]
+    chosen_sizes = [np.empty(0, np.int64)]
+    # Keys are digests, so about `share` of the documents are in the first range, and seldom more ranges are needed.
+    for first, last in _iter_key_ranges(share):
+        if not limit:
+            break
+        is_candidate = (keys >= first) & (keys <= last) & (sizes < cut_size) & (sizes <= limit)
+        range_keys, range_sizes, with_copies = _merge_copies(
+            keys[is_candidate], sizes[is_candidate]
+        )
+        places = np.flatnonzero(with_copies <= limit)
+        while len(places):
+            ends = np.cumsum(with_copies[places])
+            number = int(np.searchsorted(ends, limit, side="right"))
+            chosen_keys.append(range_keys[places[:number]])
+            chosen_sizes.append(range_sizes[places[:number]])
+            limit -= int(ends[number - 1])
+            # Later ones may be shorter than the one that did not fit.
+            places = places[number:]
+            places = places[with_copies[places] <= limit]
+    return np.concatenate(chosen_keys), np.concatenate(chosen_sizes)
+
+
+def _iter_key_ranges(share: float) -> Iterator[tuple[np.uint64, np.uint64]]:
+    """Yield the first and the last key of ranges that together hold all keys: that of `share` of them, then doubled."""
+    first = 0
+    end = max(1, int(share * NUM_KEYS))
+    while first < NUM_KEYS:
+        end = min(end, NUM_KEYS)
+        yield np.uint64(first), np.uint64(end - 1)
+        first = end
+        end *= 2
+
+
+def _hold_out_piece(keys: Keys, sizes: Int64s, budget: int, max_tokens: int) -> HeldOutSplit:
+    """Return the split of a corpus whose documents are all longer than the budget: the end of one of them."""
+    unique, size, with_copies = _merge_copies(keys, sizes)
+    copies = with_copies // size
+    pieces = np.minimum(budget // copies, size - MIN_PART_TOKENS)
+    longest = int(pieces.argmax())
+    if pieces[longest] >= MIN_PART_TOKENS:
+        return HeldOutSplit(unique[[longest]], pieces[[longest]])
+
+    # Less than a piece can have: the fraction is exceeded, max_tokens only if it is less than one piece.
+    pieces = np.where(size >= 2 * MIN_PART_TOKENS, MIN_PART_TOKENS, size)
+    costs = pieces * copies
+    is_possible = (pieces < size) | (len(size) > 1)
+    is_possible &= costs <= max(max_tokens, MIN_PART_TOKENS)
+    if not is_possible.any():
         raise CorpusError(
-            f"the corpus has one document of {size[0]} tokens, of which nothing can be held out from training: add "
+            f"the corpus has {len(keys):,} documents, {len(size):,} of them different, the longest of {size.max():,} "
+            f"tokens, of which nothing can be held out from training (data.max_held_out_tokens={max_tokens:,}): add "
             "more text to data.corpus"
         )
-    return held_out
+    least = int(np.where(is_possible, costs, costs.max() + 1).argmin())
+    return HeldOutSplit(unique[[least]], pieces[[least]])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import tracemalloc
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ul2r.data.prepare.held_out import ALL_TOKENS, HeldOutSplit, choose_held_out
+from ul2r.data.prepare.held_out import ALL_TOKENS, MIN_PIECE_TOKENS, HeldOutSplit, choose_held_out
 from ul2r.data.prepare.merge import HeldOutLimits, merge_first_segment, merge_next_segment
 from ul2r.data.prepare.shards import FileGroup, write_shard
 from ul2r.data.prepare.source_files import find_files
 from ul2r.data.store.token_store import TokenStore
 from ul2r.data.tokenizer import build_vocabulary, train_tokenizer
+from ul2r.errors import CorpusError
 from ul2r.testing.corpus import write_texts
 
 NO_CAP = 2**62
@@ -29,6 +33,11 @@ def hold_out(
     split = choose_held_out(keys, array, fraction, max_tokens)
     held_out: list[int] = split.count(keys, array).tolist()
     return held_out
+
+
+def count_windows(held_out: list[int], length: int = 131) -> int:
+    """Return the windows within one document, by default those of infilling; an eos ends each."""
+    return sum((n - 1) // length for n in held_out if n)
 
 
 @given(
@@ -50,6 +59,50 @@ def test_no_more_than_the_budget_is_held_out_and_something_is(
     assert any(n < size for n, size in zip(held_out, sizes, strict=True)), (
         "there is text to train on"
     )
+    cut = [n for n, size in zip(held_out, sizes, strict=True) if 0 < n < size]
+    assert len(cut) == 1 or all(n >= MIN_PIECE_TOKENS for n in cut)
+
+
+@given(
+    st.lists(st.integers(200, 50_000), min_size=1, max_size=60),
+    st.integers(1000, 10**6),
+    st.integers(0, 9),
+)
+def test_held_out_text_holds_windows(sizes: list[int], max_tokens: int, seed: int) -> None:
+    held_out = hold_out(sizes, 0.1, max_tokens, seed)
+    budget = min(0.1 * sum(sizes), max_tokens)
+    if max(sizes) > budget + 2 > 300:
+        # It fits into one document: at least half of it is text to measure on.
+        assert count_windows(held_out) >= budget / 2 // 256
+    assert all(n > 131 for n in held_out if n) or budget < 200
+
+
+@pytest.mark.parametrize(
+    ("number", "size", "num_whole", "num_windows"),
+    [(100, 1000, 3, 21), (40, 2000, 1, 15), (1000, 1000, 30, 210), (200, 20_000, 6, 912)],
+)
+def test_similar_documents_are_held_out_as_wholes_and_hold_windows(
+    number: int, size: int, num_whole: int, num_windows: int
+) -> None:
+    held_out = hold_out([size] * number, 0.03)
+    assert sorted(held_out) == [0] * (number - num_whole) + [size] * num_whole
+    assert count_windows(held_out) == num_windows
+
+
+def test_documents_longer_than_the_budget_contribute_one_piece() -> None:
+    held_out = hold_out([1000] * 20, 0.03)
+    assert sorted(held_out) == [0] * 19 + [600]
+    assert hold_out([20_000], 0.03) == [600]
+    # Not many texts that are shorter than a window instead.
+    assert hold_out([*[30] * 100, *[1000] * 10], 0.03) == hold_out(
+        [*[30] * 100, *[1000] * 10], 0.03, max_tokens=390
+    )
+    assert sorted(hold_out([*[30] * 100, *[1000] * 10], 0.03))[-2:] == [0, 390]
+
+
+def test_short_texts_are_held_out_although_one_is_long() -> None:
+    held_out = hold_out([*[30] * 100_000, 5000], 0.03)
+    assert sum(held_out) == pytest.approx(0.03 * 3_005_000, abs=30)
 
 
 def test_long_documents_contribute_in_proportion() -> None:
@@ -76,13 +129,65 @@ def test_split_is_capped() -> None:
     assert set(held_out) == {2**24 // 1000}, "every source contributes"
 
 
-def test_frequent_copies_are_cut_instead_of_filling_the_split() -> None:
+@pytest.mark.parametrize(
+    ("max_tokens", "expected"), [(1000, [1000]), (999, [998]), (1999, [1000]), (300, [300])]
+)
+def test_cap_near_a_document_s_size_leaves_text_to_measure_on(
+    max_tokens: int, expected: list[int]
+) -> None:
+    held_out = hold_out([1000] * 10_000, 0.03, max_tokens)
+    assert [n for n in held_out if n] == expected
+
+
+def test_texts_with_too_many_copies_are_left_to_training() -> None:
     keys = np.array([7] * 900 + list(range(100, 1100)), np.uint64)
     sizes = np.full(1900, 100)
     split = choose_held_out(keys, sizes, 0.1, NO_CAP)
     held_out = split.count(keys, sizes)
-    assert set(held_out[:900].tolist()) == {10}
+    assert not held_out[:900].any()
     assert set(held_out[900:].tolist()) == {0, 100}
+    assert held_out.sum() == 19_000
+
+
+def test_copies_do_not_break_the_cap() -> None:
+    keys = np.full(1000, 7, np.uint64)
+    sizes = np.full(1000, 10)
+    # The least that can be held out of each, as they must be on one side.
+    assert choose_held_out(keys, sizes, 0.03, 2000).tokens.tolist() == [2]
+    with pytest.raises(CorpusError, match=r"has 1,000 documents, 1 of them different, the longest"):
+        choose_held_out(keys, sizes, 0.03, 1999)
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 2)), min_size=2, max_size=80))
+def test_whole_documents_are_those_of_the_smallest_keys_that_fit(
+    documents: list[tuple[int, int]],
+) -> None:
+    # Sizes follow from the keys, as those of copies do.
+    keys = np.array([2**57 * number for number, _ in documents], np.uint64)
+    sizes = np.array([300 + 7 * (number % 11) for number, _ in documents])
+    counts = Counter(zip(keys.tolist(), sizes.tolist(), strict=True))
+    limit = math.floor(0.4 * int(sizes.sum()))
+    expected = {}
+    for (key, size), number in sorted(counts.items()):
+        if size * number <= limit:
+            expected[key] = size
+            limit -= size * number
+    split = choose_held_out(keys, sizes, 0.4, NO_CAP)
+    if expected and sum(n for key, n in expected.items()) * 2 >= 0.4 * sizes.sum():
+        assert dict(zip(split.keys.tolist(), split.tokens.tolist(), strict=True)) == expected
+
+
+def test_memory_is_a_fraction_of_the_documents() -> None:
+    number = 10**6
+    keys = np.random.default_rng(0).integers(0, 2**64, number, np.uint64)
+    sizes = np.full(number, 1000)
+    tracemalloc.start()
+    try:
+        choose_held_out(keys, sizes, 0.03, NO_CAP)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 10 * number, "bytes"
 
 
 @pytest.mark.parametrize("is_old", [False, True])
@@ -96,7 +201,7 @@ def test_later_segments_leave_out_what_is_held_out(tmp_path: Path, is_old: bool)
         write_shard(FileGroup(number, files), tmp_path, tokenizer, vocabulary)
     limits = HeldOutLimits(0.2, NO_CAP)
     first, held_out = merge_first_segment(tmp_path, [0], tmp_path / "train_00", limits, vocabulary)
-    assert held_out.num_documents == 3
+    assert held_out.num_documents == 1
     if is_old:
         # As an older version wrote it, which held out whole documents.
         keys = HeldOutSplit.load(tmp_path / "held_out.npy").keys
