@@ -6,13 +6,15 @@ import builtins
 import os
 import pickle
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.serialization import _get_layout
 
 from ul2r.errors import CheckpointError
 from ul2r.inference.loading import load_network
@@ -105,6 +107,56 @@ def test_names_inside_of_allowed_modules_are_refused(name: str, checkpoint: Path
         b"".join([pickle.PROTO, b"\x04", *names, pickle.STACK_GLOBAL, pickle.STOP])
     )
     with pytest.raises(CheckpointError, match=f"refers to {name}, which"):
+        RestrictedReader(checkpoint).read_metadata()
+
+
+@pytest.mark.parametrize(
+    ("target", "state"),
+    [
+        # A class, a function and a member of an enum, of which the process has one each.
+        (b"cpathlib\nPosixPath\n", b"N}X\x04\0\0\0nameX\x01\0\0\0xs\x86"),
+        (b"ctorch.distributed.checkpoint.metadata\nMetadata\n", b"N}X\x01\0\0\0aK\x01s\x86"),
+        (b"ctorch.serialization\n_get_layout\n", b"}X\x01\0\0\0aK\x01s"),
+        (
+            b"ctorch.distributed.checkpoint.planner\nWriteItemType\nK\x01\x85R",
+            b"}X\x01\0\0\0aK\x01s",
+        ),
+    ],
+)
+def test_metadata_that_changes_a_class_or_function_is_refused(
+    target: bytes, state: bytes, checkpoint: Path
+) -> None:
+    stored = (checkpoint / ".metadata").read_bytes()
+    protocol, content = stored[:2], stored[2:]
+    change = target + state + pickle.BUILD + pickle.POP
+    (checkpoint / ".metadata").write_bytes(protocol + change + content)
+    before = [dict(vars(kind)) for kind in (PosixPath, Metadata, WriteItemType.TENSOR, _get_layout)]
+    with pytest.raises(CheckpointError, match=r"refers to a change of .*, which is not part"):
+        RestrictedReader(checkpoint).read_metadata()
+    after = [dict(vars(kind)) for kind in (PosixPath, Metadata, WriteItemType.TENSOR, _get_layout)]
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    "instructions",
+    [
+        b"(cpathlib\nPosixPath\no0",  # OBJ
+        b"(ipathlib\nPosixPath\n0",  # INST
+        b"cpathlib\nPosixPath\n)}\x920",  # NEWOBJ_EX
+        b"\x82\x010",  # EXT1
+        b"cpathlib\nPosixPath\nNa0",  # APPEND
+        b"cpathlib\nPosixPath\n(Ne0",  # APPENDS
+        b"cpathlib\nPosixPath\nNNs0",  # SETITEM
+        b"cpathlib\nPosixPath\n(NNu0",  # SETITEMS
+    ],
+)
+def test_instructions_that_torch_does_not_write_are_refused(
+    instructions: bytes, checkpoint: Path
+) -> None:
+    stored = (checkpoint / ".metadata").read_bytes()
+    protocol, content = stored[:2], stored[2:]
+    (checkpoint / ".metadata").write_bytes(protocol + instructions + content)
+    with pytest.raises(CheckpointError, match=r"refers to an? .*which is not part of a checkpoint"):
         RestrictedReader(checkpoint).read_metadata()
 
 
