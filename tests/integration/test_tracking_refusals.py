@@ -133,7 +133,7 @@ def test_resumed_tracker_asks_only_for_what_it_writes_again(
     start_ms = MlflowClient(uri, uri).get_run(run_id).info.start_time
     points = [("train/rate", step, start_ms + step) for step in range(95, 121)]
 
-    stored = StoredPoints(uri, run_id, ["train/rate"])
+    stored = StoredPoints(uri, run_id, ["train/rate"], {})
     assert stored.find(points) == set(points[:6]), "not the 94 before them"
     # In smaller and smaller ranges, if the server has more than it returns at once.
     monkeypatch.setattr("ul2r.tracking.stored_points.MAX_RESULTS", 4)

@@ -28,6 +28,9 @@ class Backlog:
     Args:
         path: File that `save` writes, {"points": [[key, value, step, rewinds], ...], "files": [path, ...]}; if it
             exists, the queues start with its content.
+
+    Attributes:
+        loaded_steps: Last step of each metric in that content.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,6 +42,11 @@ class Backlog:
             content = json.loads(path.read_text(encoding="utf-8"))
             self._points = [Point(*point) for point in content["points"]]
             self._files = [Path(file) for file in content["files"]]
+
+        self.loaded_steps: dict[str, int] = {}
+        for point in self._points:
+            last = self.loaded_steps.get(point.key, point.step)
+            self.loaded_steps[point.key] = max(last, point.step)
 
     @property
     def num_points(self) -> int:

@@ -220,7 +220,9 @@ class MlflowTracker:
         if self._stored is None:
             run = self._client.get_run(self._run_id)
             self._start_ms = run.info.start_time
-            self._stored = StoredPoints(self._uri, self._run_id, run.data.metrics)
+            self._stored = StoredPoints(
+                self._uri, self._run_id, run.data.metrics, self._backlog.loaded_steps
+            )
 
         # Of a point that is twice in the batch, the later value.
         points = {self._stored_point(p): p.value for p in batch if is_metric_name(p.key)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request_safe
@@ -27,13 +27,16 @@ class StoredPoints:
         uri: The tracking server.
         run_id: The run.
         metrics: Names of the metrics that the run has.
+        waiting: Last step of each metric that an earlier process left on disk: the server may not have it yet.
     """
 
-    def __init__(self, uri: str, run_id: str, metrics: Iterable[str]) -> None:
+    def __init__(
+        self, uri: str, run_id: str, metrics: Iterable[str], waiting: Mapping[str, int]
+    ) -> None:
         self._uri = uri
         self._run_id = run_id
         self._unasked = set(metrics)
-        self._last_steps: dict[str, int] = {}
+        self._last_steps = dict(waiting)
 
     def find(self, points: Iterable[StoredPoint]) -> set[StoredPoint]:
         """Return those of the points that the server has, and maybe others of their steps.
@@ -52,11 +55,12 @@ class StoredPoints:
         return found
 
     def _last_step(self, key: str) -> int:
-        """Return the last step of a metric when this process started, -1 if it had not been logged."""
+        """Return the last step of a metric that an earlier process logged, -1 if none did."""
         if key in self._unasked:
             # One result is the last point.
             stored = self._ask(key, 0, LAST_STEP, max_results=1)
-            self._last_steps[key] = max((step for _, step, _ in stored), default=-1)
+            steps = [step for _, step, _ in stored]
+            self._last_steps[key] = max([*steps, self._last_steps.get(key, -1)])
             self._unasked.remove(key)
         return self._last_steps.get(key, -1)
 
