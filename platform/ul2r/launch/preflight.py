@@ -247,8 +247,13 @@ def track_run(recipe: Recipe, dataset: TokenDataset, uri: str) -> Iterator[str]:
     try:
         # Within the try: a run whose page cannot be made has failed, too.
         order = plan_run_data(recipe, dataset, find_resume_checkpoint(recipe)).order
-        log_artifact(uri, run_id, write_page(recipe, dataset, order))
+        # A page of a whole store cannot be made before there is one, which the run itself waits for.
+        must_wait = order.whole_store and not dataset.manifest.is_complete
+        if not must_wait:
+            log_artifact(uri, run_id, write_page(recipe, dataset, order))
         yield run_id
+        if must_wait:
+            log_artifact(uri, run_id, write_page(recipe, dataset, order))
         status = "FINISHED"
     except (KeyboardInterrupt, RunInterrupted):
         status = "KILLED"

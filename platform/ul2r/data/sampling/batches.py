@@ -13,7 +13,7 @@ import numpy.typing as npt
 from ul2r.config import Denoiser, Recipe
 from ul2r.data.sampling.blend import Blend
 from ul2r.data.sampling.order import ContinuedWindows, DataOrder
-from ul2r.data.sampling.streaming_windows import StreamingWindows
+from ul2r.data.sampling.streaming_windows import StreamingWindows, WholeStoreWindows
 from ul2r.data.sampling.text_windows import DocumentWindows, TextWindows
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.data.store.segments import SegmentedStore
@@ -143,10 +143,9 @@ def _training_windows(recipe: Recipe, dataset: TokenDataset, order: DataOrder) -
     sources: list[WindowSource] = []
     # The number shuffles each store on its own: stores of equal length would otherwise be read in the same order.
     for number, source in enumerate(dataset.train):
-        if isinstance(source.store, SegmentedStore) and not order.whole_store:
-            sources.append(
-                StreamingWindows(source.store, window_type, length, order.seed, source=number)
-            )
+        if isinstance(source.store, SegmentedStore):
+            reader = WholeStoreWindows if order.whole_store else StreamingWindows
+            sources.append(reader(source.store, window_type, length, order.seed, source=number))
         else:
             sources.append(window_type(source.store, length, order.seed, source=number))
 

@@ -27,8 +27,8 @@ class DataOrder:
         seed: Seed of the shuffles.
         first_sample: Number in this order of the run's first sample.
         continues_base: True if the run goes on in its base's order.
-        whole_store: True if a streamed store is read as a shuffled one, from its second epoch on: the segments have
-            been read by a run before.
+        whole_store: True if a streamed store is read as a shuffled one, once it is complete: a run before has read its
+            segments.
     """
 
     seed: int
@@ -111,8 +111,8 @@ def choose_order(
     """Choose the order of a run that has no checkpoint yet.
 
     It is that of the recipe's seed, unless a run that the weights come from has read text of this store in that order:
-    then a seed is derived. It depends on the seed and these runs alone, so all runs of one seed that continue the same
-    base read the same windows.
+    then a seed is derived. It depends on the seed and these runs alone, not on how much of a streamed store exists, so
+    all runs of one seed that continue the same base read the same windows, whenever they start.
 
     Args:
         recipe: The run.
@@ -141,8 +141,8 @@ def choose_order(
     same = [use for use in history if stores.intersection(use.stores)]
     seed = _derive_seed(recipe.seed, {use.order.seed for use in same})
     is_streamed = any(isinstance(source.store, SegmentedStore) for source in dataset.train)
-    order = DataOrder(seed, whole_store=bool(same) and is_streamed and dataset.manifest.is_complete)
-    return DataPlan(order, tuple(history), _describe(recipe, order, history, same, is_streamed))
+    order = DataOrder(seed, whole_store=bool(same) and is_streamed)
+    return DataPlan(order, tuple(history), _describe(recipe, order, history, same))
 
 
 def _check_continuable(
@@ -194,7 +194,6 @@ def _describe(
     order: DataOrder,
     history: Sequence[DataUse],
     same: Sequence[DataUse],
-    is_streamed: bool,
 ) -> str:
     if not same:
         others = f"; {history[-1].run} was trained on another store" if history else ""
@@ -208,11 +207,8 @@ def _describe(
             f"derived from seed {recipe.seed}, in whose order {runs} read this store "
             "(data.continue_from_base=true goes on where the base stopped)"
         )
-    if is_streamed and not order.whole_store:
-        words += (
-            "; the store is not complete, so the segments that were read come first again: "
-            "jobs/prepare.py RECIPE completes it"
-        )
+    if order.whole_store:
+        words += "; the streamed store is read as a whole, once it is complete"
     return words
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,7 @@ from ul2r.data.sampling.blend import read_from_sources
 from ul2r.data.sampling.shuffle import Int64s
 from ul2r.data.sampling.text_windows import DocumentWindows, TextWindows
 from ul2r.data.store.segments import MAX_SEGMENTS, SegmentedStore
+from ul2r.objective import WindowSource
 from ul2r.objective.randomness import Purpose
 
 SEGMENT_BITS = MAX_SEGMENTS.bit_length() - 1
@@ -89,3 +91,33 @@ class StreamingWindows:
             whole = self._window_type(self._store, self._length, self._seed, source=self._source)
             self._windows.append(whole)
             self._is_complete = True
+
+
+class WholeStoreWindows:
+    """Windows of a streamed store, shuffled over all of it; the first reading blocks until the store is complete."""
+
+    def __init__(
+        self,
+        store: SegmentedStore,
+        window_type: type[TextWindows] | type[DocumentWindows],
+        length: int,
+        seed: int,
+        *,
+        source: int = 0,
+    ) -> None:
+        """Cut the store into windows, now or when it is complete; the arguments are those of `StreamingWindows`.
+
+        Raises:
+            CorpusError: If the store is complete and has no window.
+        """
+        self._store = store
+        self._cut = partial(window_type, store, length, seed, source=source)
+        self._windows: WindowSource | None = self._cut() if store.is_complete else None
+
+    def read(self, samples: Int64s, lengths: Int64s, windows: npt.NDArray[np.int32]) -> None:
+        """Read each sample's window; see `WindowSource`."""
+        if self._windows is None:
+            while not self._store.is_complete:
+                self._store.wait_for_more()
+            self._windows = self._cut()
+        self._windows.read(samples, lengths, windows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 from ul2r.config import HuggingFaceBase, Objective, Recipe
 from ul2r.data.sampling.order import DataOrder, DataPlan, DataUse, choose_order
@@ -38,7 +39,11 @@ def plan_data(
         )
         return DataPlan(order, history, "that of the run's checkpoint")
     if base is not None:
-        return choose_order(recipe, dataset, list_uses(base, recipe))
+        plan = choose_order(recipe, dataset, list_uses(base, recipe))
+        if unknown := _find_unrecorded(base, recipe):
+            words = f"{plan.description}; the text that {unknown} was trained on is not recorded"
+            return replace(plan, description=words)
+        return plan
     if isinstance(recipe.base, HuggingFaceBase):
         return choose_order(recipe, dataset, _read_export(recipe.base))
     return choose_order(recipe, dataset, None if recipe.base is not None else ())
@@ -53,7 +58,7 @@ def order_of(info: CheckpointInfo) -> DataOrder:
 
 
 def list_uses(info: CheckpointInfo, recipe: Recipe) -> tuple[DataUse, ...]:
-    """Return the text that a checkpoint's weights have been trained on, oldest first.
+    """Return the text that a checkpoint's weights have been trained on as far as it is known, oldest first.
 
     Args:
         info: The checkpoint.
@@ -74,19 +79,31 @@ def list_uses(info: CheckpointInfo, recipe: Recipe) -> tuple[DataUse, ...]:
     )
     if info.data is not None:
         return (*map(DataUse.from_dict, info.data["history"]), own)
-    return (*_find_older_uses(info, recipe), own)
+    older = _find_older_base(info, recipe)
+    return (own,) if older is None else (*list_uses(older, recipe), own)
 
 
-def _find_older_uses(info: CheckpointInfo, recipe: Recipe) -> tuple[DataUse, ...]:
-    """Return the text of the base of a checkpoint without a record, if the base's own checkpoint is still there."""
+def _find_older_base(info: CheckpointInfo, recipe: Recipe) -> CheckpointInfo | None:
+    """Return the checkpoint that a checkpoint's run began with, if it is a run of this storage and still there."""
     name = info.recipe["base"]
     if not isinstance(name, str):
-        return ()
+        return None
     for folder in CheckpointStore.from_recipe(recipe, name).list_checkpoints():
         base = CheckpointInfo.read(folder)
         if base.checkpoint_id == info.base_id:
-            return list_uses(base, recipe)
-    return ()
+            return base
+    return None
+
+
+def _find_unrecorded(info: CheckpointInfo, recipe: Recipe) -> str | None:
+    """Return the oldest base of a checkpoint that is known by name only; None if all text is known."""
+    name = info.recipe["base"]
+    if info.data is not None or name is None:
+        return None
+    older = _find_older_base(info, recipe)
+    if older is not None:
+        return _find_unrecorded(older, recipe)
+    return name if isinstance(name, str) else next(iter(name.values()))
 
 
 def _read_export(base: HuggingFaceBase) -> tuple[DataUse, ...] | None:

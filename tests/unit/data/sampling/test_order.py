@@ -12,7 +12,7 @@ from ul2r.config import Recipe
 from ul2r.data.sampling.batches import BatchBuilder
 from ul2r.data.sampling.order import DataOrder, DataPlan, DataUse, choose_order
 from ul2r.data.store.dataset import TokenDataset, WeightedSource
-from ul2r.data.store.manifest import Segment
+from ul2r.data.store.manifest import Manifest, Segment
 from ul2r.data.store.segments import SegmentedStore
 from ul2r.errors import RecipeError
 from ul2r.testing.corpus import make_tiny_store
@@ -176,32 +176,38 @@ def test_store_that_is_read_alone_or_in_a_blend_is_the_same_text(
     assert choose_order(recipe, blend, [use]).order.seed != 1
 
 
-@pytest.mark.parametrize("is_complete", [True, False])
-def test_streamed_store_is_read_as_a_whole_by_a_continuing_run(
-    storage: Path, dataset: TokenDataset, tmp_path: Path, is_complete: bool
+def test_streamed_store_is_read_as_a_whole_by_a_continuing_run_whenever_it_starts(
+    storage: Path, dataset: TokenDataset, tmp_path: Path
 ) -> None:
     # The first epoch of a streamed store begins with its first segments, whatever the seed is.
-    manifest = replace(
+    tokens = dataset.manifest.train.num_tokens
+    complete = replace(
         dataset.manifest,
         inputs={"data.order": "streamed"},
-        segments=(Segment(1, dataset.manifest.train.num_tokens),),
-        is_complete=is_complete,
+        segments=(Segment(1, tokens), Segment(1, tokens)),
     )
-    for suffix in (".bin", ".idx"):
-        (tmp_path / f"train_00{suffix}").symlink_to(storage / "store" / f"train{suffix}")
-    store = SegmentedStore(tmp_path, manifest)
-    streamed = replace(dataset, manifest=manifest, train=(WeightedSource(store, 1.0),))
+    begun = replace(complete, segments=complete.segments[:1], is_complete=False)
+    for number in range(2):
+        for suffix in (".bin", ".idx"):
+            file = storage / "store" / f"train{suffix}"
+            (tmp_path / f"train_0{number}{suffix}").symlink_to(file)
     recipe = tiny_recipe(storage, name="control", base="tiny", objective=CAUSAL)
 
-    plan = choose_order(recipe, streamed, [make_use(streamed, DataOrder(1))])
-    assert plan.order.whole_store is is_complete
-    assert ("the store is not complete" in plan.description) is not is_complete
-    if is_complete:
-        shuffled = DataOrder(plan.order.seed)
-        expected = BatchBuilder(recipe, dataset, shuffled).build(0)
-        assert np.array_equal(
-            BatchBuilder(recipe, streamed, plan.order).build(0).tokens, expected.tokens
-        )
+    def start(manifest: Manifest) -> tuple[DataPlan, BatchBuilder]:
+        manifest.write(tmp_path)
+        source = WeightedSource(SegmentedStore(tmp_path, manifest), 1.0)
+        streamed = replace(dataset, manifest=manifest, train=(source,))
+        plan = choose_order(recipe, streamed, [make_use(streamed, DataOrder(1))])
+        return plan, BatchBuilder(recipe, streamed, plan.order)
+
+    early_plan, early = start(begun)
+    # The early one waits for the end of the store, which comes only now.
+    late_plan, late = start(complete)
+    assert early_plan == late_plan
+    assert early_plan.order.whole_store
+    assert early_plan.description.endswith("read as a whole, once it is complete")
+    for batch in range(3):
+        assert np.array_equal(early.build(batch).tokens, late.build(batch).tokens)
 
 
 def test_use_is_read_back_as_written(dataset: TokenDataset) -> None:

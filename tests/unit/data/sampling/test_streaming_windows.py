@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ul2r.data.sampling.blend import Blend
-from ul2r.data.sampling.streaming_windows import StreamingWindows
+from ul2r.data.sampling.streaming_windows import StreamingWindows, WholeStoreWindows
 from ul2r.data.sampling.text_windows import DocumentWindows, TextWindows
 from ul2r.data.store import segments as segments_module
 from ul2r.data.store.manifest import Manifest, Segment, SplitCounts
@@ -172,6 +172,22 @@ def test_reader_waits_for_the_next_segment(tmp_path: Path) -> None:
         manifest.write(tmp_path)
         reader.join(60)
     assert sorted(found[0].ravel().tolist()) == list(range(20, 50))
+
+
+def test_reader_of_the_whole_store_waits_until_it_is_complete(tmp_path: Path) -> None:
+    manifest = write_store(tmp_path, [20, 30, 50], is_complete=True)
+    replace(manifest, segments=manifest.segments[:1], is_complete=False).write(tmp_path)
+    store = SegmentedStore(tmp_path, Manifest.read(tmp_path))
+    windows = WholeStoreWindows(store, TextWindows, LENGTH, seed=7)
+    replace(manifest, error="b.txt: line 3: not UTF-8 text", is_complete=False).write(tmp_path)
+    out = np.full((10, LENGTH), -1, np.int32)
+    with pytest.raises(CorpusError, match=r"b\.txt: line 3"):
+        windows.read(np.arange(10), np.full(10, LENGTH), out)
+    assert (out == -1).all(), "the finished segments alone are not read"
+
+    manifest.write(tmp_path)
+    windows.read(np.arange(10), np.full(10, LENGTH), out)
+    assert sorted(out.ravel().tolist()) == list(range(100))
 
 
 def open_unfinished(folder: Path) -> StreamingWindows:

@@ -111,6 +111,24 @@ def test_runs_without_a_record_count_by_their_recipes(
         assert (plan_run_data(third, dataset, None).order.seed == seed) is is_kept
 
 
+@pytest.mark.parametrize("base", ["tiny", {"hf": "theirs"}])
+def test_older_text_that_is_not_known_is_said(
+    dataset: TokenDataset, tmp_path: Path, base: object
+) -> None:
+    first = write_run(tiny_recipe(tmp_path), dataset)
+    second_recipe = tiny_recipe(tmp_path, name="second", base="tiny", seed=2)
+    second = write_run(second_recipe, dataset, first)
+    recipe = {**second.recipe, "base": base}
+    write_checkpoint(replace(second, data=None, recipe=recipe), second_recipe)
+    shutil.rmtree(tiny_recipe(tmp_path).paths.checkpoints)
+
+    third = tiny_recipe(tmp_path, name="third", base="second", seed=2)
+    plan = plan_run_data(third, dataset, None)
+    name = "tiny" if base == "tiny" else "theirs"
+    assert plan.description.endswith(f"; the text that {name} was trained on is not recorded")
+    assert plan.order.seed != 2, "what is known is not read again"
+
+
 def test_going_on_begins_after_all_batches_of_the_base(
     dataset: TokenDataset, tmp_path: Path
 ) -> None:
