@@ -249,7 +249,9 @@ def track_run(recipe: Recipe, dataset: TokenDataset, uri: str) -> Iterator[str]:
         order = plan_run_data(recipe, dataset, find_resume_checkpoint(recipe)).order
         # A page of a whole store cannot be made before there is one, which the run itself waits for.
         must_wait = order.whole_store and not dataset.manifest.is_complete
-        if not must_wait:
+        if must_wait:
+            logger.info("%s: waits until its token store is complete", recipe.name)
+        else:
             log_artifact(uri, run_id, write_page(recipe, dataset, order))
         yield run_id
         if must_wait:

@@ -94,8 +94,6 @@ class Trainer:
         self.state = self._load()
         if mesh.is_rank0 and recipe.base is not None:
             logger.info("%s: order of the text: %s", recipe.name, self.data.description)
-        if mesh.is_rank0 and self.is_store_growing and self.data.order.whole_store:
-            logger.info("%s: waits until its token store is complete", recipe.name)
 
     def fit(self, source: BatchSource) -> TrainState:
         """Train to the last step, or until a callback of any rank requests to stop.
