@@ -9,12 +9,14 @@ import threading
 from collections.abc import Iterator
 from http import HTTPStatus
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import huggingface_hub
 import pytest
 from huggingface_hub import close_session
 
 from ul2r.errors import CheckpointError
+from ul2r.model.huggingface import hub
 from ul2r.model.huggingface.safetensors_reader import resolve_model_folder
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -111,3 +113,32 @@ def test_damaged_download_of_equal_size_is_refused_and_repeated(
 
     files[name] = intact
     assert (resolve_model_folder("owner/model") / name).read_bytes() == intact
+
+
+@pytest.mark.parametrize("is_process_killed", [False, True])
+def test_file_of_an_interrupted_download_is_verified(
+    files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, *, is_process_killed: bool
+) -> None:
+    intact = files["model.safetensors"]
+    files["model.safetensors"] = bytes(byte ^ 1 for byte in intact)
+    download = huggingface_hub.snapshot_download
+
+    def lose_the_network(*arguments: Any, **named: Any) -> str:  # noqa: ANN401  as the function in its place
+        download(*arguments, **named)
+        raise ConnectionError("network lost after this file")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(huggingface_hub, "snapshot_download", lose_the_network)
+        if is_process_killed:
+            # It ends without looking at what it has.
+            patch.setattr(hub, "_list_blobs", lambda _: [])
+        with pytest.raises(Exception, match="network lost"):
+            resolve_model_folder("owner/model")
+
+    files["model.safetensors"] = intact
+    try:
+        folder = resolve_model_folder("owner/model")
+    except CheckpointError:
+        # Found in the cache, and removed.
+        folder = resolve_model_folder("owner/model")
+    assert (folder / "model.safetensors").read_bytes() == intact

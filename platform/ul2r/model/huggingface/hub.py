@@ -9,19 +9,22 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ul2r.errors import CheckpointError
-from ul2r.filesystem import remove, sha256_of
+from ul2r.filesystem import remove, sha256_of, write_atomically
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
+VERIFIED_FILE = "ul2r_verified.txt"
+"""File in a model's folder of the cache: names of the blobs that were verified, or there before, one per line."""
 GIT_SHA1 = re.compile(r"[0-9a-f]{40}")
 
 
 def download_model(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     """Return the local folder of a model's files, downloaded if they are not in the cache.
 
-    Files that were in the cache before are not read again.
+    Files that were verified before, or in the cache before this function was used, are not read again.
 
     Args:
         name: Name on the Hub.
@@ -35,14 +38,26 @@ def download_model(name: str, revision: str | None, patterns: Sequence[str]) -> 
     from huggingface_hub.file_download import repo_folder_name
 
     cache = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"))
-    known = set(_list_blobs(cache))
-    folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
-
-    damaged = [path for path in _list_blobs(cache) if path not in known and not _is_intact(path)]
-    if damaged:
-        names = {path.resolve().name: path.name for path in folder.iterdir()}
+    before = {path.name for path in _list_blobs(cache)}
+    if (cache / VERIFIED_FILE).exists():
+        before &= _read_verified(cache)
+    else:
+        # In a cache that others made, nothing is read again.
+        _write_verified(cache, before)
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+    finally:
+        # Also after an error: what a part of a download has brought is in the cache next time.
+        new = [path for path in _list_blobs(cache) if path.name not in before]
+        damaged = [path for path in new if not _is_intact(path)]
         for path in damaged:
             remove(path)
+        verified = {path.name for path in new if path not in damaged}
+        if verified:
+            _write_verified(cache, before | verified)
+
+    if damaged:
+        names = {path.resolve().name: path.name for path in folder.iterdir()}
         first = damaged[0].name
         raise CheckpointError(
             f"base.hf={name}: {names.get(first, 'a file')} as downloaded does not have the digest that the Hub states, "
@@ -55,6 +70,17 @@ def _list_blobs(cache: Path) -> list[Path]:
     folder = cache / "blobs"
     # Unfinished downloads, which end in ".incomplete", may be another process's.
     return sorted(path for path in folder.iterdir() if not path.suffix) if folder.is_dir() else []
+
+
+def _read_verified(cache: Path) -> set[str]:
+    return set((cache / VERIFIED_FILE).read_text(encoding="utf-8").split())
+
+
+def _write_verified(cache: Path, names: set[str]) -> None:
+    # A cache that is read-only gets no new blobs either.
+    with suppress(OSError):
+        cache.mkdir(parents=True, exist_ok=True)
+        write_atomically(cache / VERIFIED_FILE, "".join(f"{name}\n" for name in sorted(names)))
 
 
 def _is_intact(path: Path) -> bool:
