@@ -6,6 +6,7 @@ rayjob_types.go) are repeated: names of at most 47 characters, string values in 
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -174,11 +175,26 @@ def test_drain_command_of_a_pod_is_one_that_ray_has(job: dict[str, Any]) -> None
     (group,) = _cluster(job)["workerGroupSpecs"]
     (container,) = group["template"]["spec"]["containers"]
     (*_, script) = container["lifecycle"]["preStop"]["exec"]["command"]
-    words = shlex.split(script.partition(";")[0])
+    words = shlex.split(script.partition("&&")[0])
     command = cli.get_command(click.Context(cli), words[1])
     assert command is not None
     # Raises for an option or a reason that does not exist.
     command.make_context(words[1], words[2:])
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_pod_waits_only_if_its_end_could_be_announced(
+    job: dict[str, Any], tmp_path: Path, code: int
+) -> None:
+    (group,) = _cluster(job)["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    for name, lines in {"ray": f"exit {code}", "sleep": f"touch {tmp_path}/slept"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{lines}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = container["lifecycle"]["preStop"]["exec"]["command"]
+    subprocess.run(command, check=False, env=environment)
+    assert (tmp_path / "slept").exists() == (code == 0)
 
 
 def test_slurm_gives_the_signal_to_the_process_that_saves() -> None:

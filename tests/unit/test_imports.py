@@ -69,7 +69,7 @@ PLACES = {
     "megatron": ("model/", "train/", "testing/"),
     "mlflow": ("tracking/",),
     "numba": ("objective/",),
-    "psutil": ("train/monitor/", "testing/ray_cluster", "benchmarks/"),
+    "psutil": ("train/monitor/", "tracking/proxies", "testing/ray_cluster", "benchmarks/"),
     "pyarrow": ("data/prepare/",),
     "pynvml": ("train/monitor/",),
     "ray": (

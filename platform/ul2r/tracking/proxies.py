@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import os
 import socket
+from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies_environment
+
+import psutil
 
 THIS_MACHINE = ("localhost", "127.0.0.1", "127.0.0.0/8", "::1", "0.0.0.0")
 """Addresses of this machine; programs differ in the forms of no_proxy that they understand."""
@@ -73,15 +76,17 @@ def _is_this_machine(host: str) -> bool:
     """Return whether a host is an address or the name of this machine, without asking a name server."""
     if host == socket.gethostname():
         return True
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        socket.inet_pton(family, host)
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            # Only an address of this machine can be bound.
-            probe.bind((host, 0))
-    except OSError:
+        address = ip_address(host)
+    except ValueError:
         return False
-    return True
+    # Not by binding it: with net.ipv4.ip_nonlocal_bind any address can be bound. A link-local one ends in "%eth0".
+    own = (entry.address for entries in psutil.net_if_addrs().values() for entry in entries)
+    return (
+        address.is_loopback
+        or host in THIS_MACHINE
+        or str(address) in {a.partition("%")[0] for a in own}
+    )
 
 
 def _without_password(proxy: str) -> str:
