@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -72,8 +73,9 @@ def _read(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
         path: The file.
         extended_by: The files that lead to it by `extends`, the first one first.
     """
-    # Resolved, since the same file may be reached by different relative paths.
-    if path.resolve() in (file.resolve() for file in extended_by):
+    # Resolved, since the same file may be reached by different relative paths. Unlike `Path.resolve`, which raises a
+    # RuntimeError before Python 3.13, it leaves a link to itself to `read_text`.
+    if os.path.realpath(path) in map(os.path.realpath, extended_by):
         chain = " -> ".join(map(str, (*extended_by, path)))
         raise RecipeError(f"{path}: extends itself: {chain}")
 

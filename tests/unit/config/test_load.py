@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -302,6 +304,15 @@ def test_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
 def test_missing_extended_file_is_refused_naming_the_file_that_extends_it(write: Write) -> None:
     path = write("extends: none.yaml\n")
     assert refusal(path).endswith(f"No such file or directory (extended by {path})")
+
+
+def test_link_to_itself_is_refused(write: Write, tmp_path: Path) -> None:
+    link = tmp_path / "link.yaml"
+    link.symlink_to(link.name)
+    reason = os.strerror(errno.ELOOP)
+    assert refusal(link) == f"{link}: recipe cannot be read: {reason}"
+    path = write("extends: link.yaml\n")
+    assert refusal(path) == f"{link}: recipe cannot be read: {reason} (extended by {path})"
 
 
 def test_file_that_extends_itself_is_refused(write: Write) -> None:

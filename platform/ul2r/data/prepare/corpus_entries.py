@@ -28,6 +28,9 @@ def find_entry_paths(entry: str) -> tuple[list[Path], bool]:
         raise CorpusError("data.corpus has an empty entry: name a file or folder, or remove it")
 
     name = os.path.expanduser(_resolve_url(entry))  # noqa: PTH111  `Path.expanduser` raises for an unknown ~user
+    # glob raises for such a name, which no file can have.
+    if "\0" in name:
+        raise CorpusError(f"{entry!r}: no such file or folder: set data.corpus to your text")
     path = Path(name).absolute()
     try:
         if path.exists():
@@ -52,7 +55,10 @@ def _resolve_url(entry: str) -> str:
     """Return the path of a file:// URL, and anything that is not a URL unchanged."""
     if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", entry):
         return entry
-    url = urlsplit(entry)
+    try:
+        url = urlsplit(entry)
+    except ValueError as error:  # a bracket, as around an IPv6 address, without its other half
+        raise CorpusError(f"{entry}: not a URL: {error}: name a file or folder") from None
     if url.scheme.lower() == "file" and url.netloc in ("", "localhost"):
         return url2pathname(url.path)
     raise CorpusError(
