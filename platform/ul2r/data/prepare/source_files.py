@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -121,10 +121,9 @@ def list_corpus(
     chosen = set(first_with.values())
 
     files = [_to_source_file(file, text_key, null_text) for _, file in found]
-    for i, file in enumerate(files):
-        if i not in chosen:
-            left_out.add("files named twice", file.size, str(file.path))
-    for unnamed in unread:
+    for path, size in _find_named_twice(found, first_with):
+        left_out.add("files named twice", size, str(path))
+    for unnamed in _drop_repeated(unread):
         if unnamed.identity not in first_with:
             left_out.add_file(unnamed.path, unnamed.size)
     return CorpusListing(
@@ -134,6 +133,26 @@ def list_corpus(
         ),
         left_out=left_out,
     )
+
+
+def _find_named_twice(
+    found: Sequence[tuple[int, FoundFile]], first_with: Mapping[str, int]
+) -> list[tuple[Path, int]]:
+    """Return a further path, and the size, of each file that several entries name, or one entry by several paths.
+
+    A pattern may find a path often: by itself, and in each folder above it that it finds as well.
+    """
+    twice: dict[str, tuple[Path, int]] = {}
+    for number, file in found:
+        first_number, first = found[first_with[file.identity]]
+        if (number, file.path) != (first_number, first.path):
+            twice.setdefault(file.identity, (file.path, file.size))
+    return list(twice.values())
+
+
+def _drop_repeated(files: Sequence[FoundFile]) -> list[FoundFile]:
+    """Return each path once; the halves of a token store are two."""
+    return list({file.path: file for file in files}.values())
 
 
 def _to_source_file(
@@ -157,20 +176,27 @@ def _find_entry_files(entry: str, left_out: LeftOut) -> list[FoundFile]:
     paths, is_pattern = find_entry_paths(entry)
     skipped = LeftOut()
     files: list[FoundFile] = []
+    # What is left out of a folder that the pattern finds as well is counted there.
+    folders = {path for path in paths if path.is_dir()}
     for path in paths:
-        if path.is_dir():
-            files += walk_folder(path, skipped)
+        counted = LeftOut() if folders.intersection(path.parents) else skipped
+        if path in folders:
+            files += walk_folder(path, counted)
         elif path.suffix in TOKEN_SUFFIXES and not (is_pattern and _lacks_half(path)):
             # Either file names the pair; the .bin file stands for it, since its size is that of the tokens.
             files.append(_describe_named_file(path.with_suffix(".bin")))
-        elif text_suffix(path) in (*TEXT_SUFFIXES, *NAMED_TEXT_SUFFIXES):
+        elif text_suffix(path) in TEXT_SUFFIXES:
             files.append(_describe_named_file(path))
+        elif text_suffix(path) in NAMED_TEXT_SUFFIXES:
+            # A pattern for everything names settings as little as the folder does.
+            is_named = not is_pattern or text_suffix(Path(entry)) in NAMED_TEXT_SUFFIXES
+            files.append(replace(_describe_named_file(path), is_read=is_named))
         elif is_pattern:
-            skipped.add_file(path, path.lstat().st_size)
+            counted.add_file(path, path.lstat().st_size)
         else:
             raise CorpusError(f"{entry}: unsupported corpus file: use {describe_suffixes()}")
     if not any(file.is_read for file in files):
-        for file in files:
+        for file in _drop_repeated(files):
             skipped.add_file(file.path, file.size)
         kind = "this pattern" if is_pattern else "this folder"
         has = f"; it has {skipped.describe()}" if skipped else ""
