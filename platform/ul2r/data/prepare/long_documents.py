@@ -22,23 +22,29 @@ class ChunkTokenizer:
 
     def __init__(self, tokenizer: DocumentTokenizer) -> None:
         self._tokenizer = tokenizer
-        self._held_back = ""
+        # Joined only once a place to cut is found: without one, as in white space that is dropped, it may be much.
+        self._held_back: list[str] = []
+        self._window = ""
         self._begins_document = True
 
     def encode(self, text: str, *, ends_document: bool) -> npt.NDArray[np.int32]:
         """Return the tokens that are known with the next chunk of a document, int32 (length,)."""
-        text = self._held_back + text
-        end = len(text) if ends_document else find_cut(self._tokenizer, text)
-        self._held_back = text[end:]
+        self._held_back.append(text)
+        window = (self._window + text)[-CUT_WINDOW:]
+        end = len(window) if ends_document else find_cut(self._tokenizer, window)
+        self._window = window[end:] if end else window
 
         # Nothing yet of a document without a place to cut: what comes next still begins it.
         if not end:
             return np.empty(0, np.int32)
+        known = "".join(self._held_back)
+        known = known[: len(known) - len(self._window)]
+        self._held_back = [self._window]
         encode = self._tokenizer.encode
         if not self._begins_document:
             encode = self._tokenizer.encode_continuation
         self._begins_document = ends_document
-        return np.array(encode(text[:end]), np.int32)
+        return np.array(encode(known), np.int32)
 
 
 def find_cut(tokenizer: DocumentTokenizer, text: str) -> int:
@@ -47,6 +53,9 @@ def find_cut(tokenizer: DocumentTokenizer, text: str) -> int:
     Pieces that the pre-tokenizer makes are encoded independently of each other, and its regular expressions look ahead
     but not back. Without a pre-tokenizer (Llama 2) no token spans the end of a word. How white space is divided depends
     on what follows it, so the cut is before white space rather than behind it.
+
+    Patterns that count digits need the whole number: they divide it from its first digit on, as Llama 3's groups of
+    three, or from its last. So a number is cut only if nothing but digits is within reach, and its tokens may change.
     """
     begin = len(text) - CUT_WINDOW
     if begin < 0:
@@ -66,8 +75,11 @@ def find_cut(tokenizer: DocumentTokenizer, text: str) -> int:
     # The end of the token before, since white space between them may have been dropped.
     places = [begin + offsets[i - 1][1] for i in pieces or starts]
 
-    def rank(place: int) -> tuple[bool, bool, int]:
-        is_behind_word = not text[place - 1].isspace()
-        return is_behind_word and text[place].isspace(), is_behind_word, place
+    def rank(place: int) -> tuple[bool, bool, bool, int]:
+        before = text[place - 1]
+        after = text[place]
+        is_within_number = before.isnumeric() and after.isnumeric()
+        is_behind_word = not before.isspace()
+        return not is_within_number, is_behind_word and after.isspace(), is_behind_word, place
 
     return max(places, key=rank, default=0)

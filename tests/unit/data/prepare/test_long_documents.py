@@ -6,13 +6,14 @@ import random
 from itertools import pairwise
 
 import pytest
+from tokenizers import Regex, pre_tokenizers
 
 from ul2r.data.document_tokenizer import DocumentTokenizer
 from ul2r.data.prepare import long_documents
 from ul2r.data.prepare.documents import CHUNK_SIZE, split_into_chunks
 from ul2r.data.prepare.long_documents import ChunkTokenizer, find_cut
 from ul2r.data.tokenizer import encode
-from ul2r.testing.tokenizers import KINDS
+from ul2r.testing.tokenizers import KINDS, LLAMA_3_SPLIT
 
 WORDS = [
     *(
@@ -119,3 +120,58 @@ def test_a_document_without_a_place_to_cut_is_kept_whole() -> None:
     assert find_cut(tokenizer, blank) == 0
     assert encode_in_chunks(tokenizer, [blank, "the sea"]) == tokenizer.encode("the sea")
     assert encode_in_chunks(tokenizer, [blank, blank]) == []
+
+
+@pytest.mark.usefixtures("small_window")
+def test_held_back_text_is_not_searched_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gigabyte of blanks would be copied for each chunk."""
+    sizes = []
+
+    def find_and_note(tokenizer: DocumentTokenizer, text: str) -> int:
+        sizes.append(len(text))
+        return find_cut(tokenizer, text)
+
+    monkeypatch.setattr(long_documents, "find_cut", find_and_note)
+    tokenizer = DocumentTokenizer(KINDS["T5"]())
+    chunks = ["the sea ", *[" " * 150] * 20, "was calm ", *[" " * 150] * 20, "the sea"]
+
+    assert encode_in_chunks(tokenizer, chunks) == tokenizer.encode("".join(chunks))
+    assert len(sizes) == len(chunks) - 1
+    assert max(sizes) <= long_documents.CUT_WINDOW
+
+
+def make_splitting(numbers: str) -> DocumentTokenizer:
+    """Return Llama 3's kind with another pattern for numbers."""
+    tokenizer = KINDS["Llama 3"]()
+    pattern = LLAMA_3_SPLIT.replace(r"\p{N}{1,3}", numbers)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return DocumentTokenizer(tokenizer)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        pytest.param(r"\p{N}{1,3}", id="groups from the first digit on"),
+        pytest.param(r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))", id="groups up to the last digit"),
+    ],
+)
+@pytest.mark.usefixtures("small_window")
+def test_numbers_are_not_cut_if_there_is_anything_else(numbers: str) -> None:
+    tokenizer = make_splitting(numbers)
+    generator = random.Random(2)
+
+    for _ in range(20):
+        text = ""
+        for separator in generator.choices([" ", ",", "a", "\n"], [1, 6, 2, 1], k=100):
+            # Tokens of several digits, so that it shows how they are divided.
+            text += "".join(generator.choices("12345", k=generator.randint(1, 120))) + separator
+        ends = sorted(generator.sample(range(1, len(text)), 20))
+        bounds = [0, *ends, len(text)]
+        chunks = [text[begin:end] for begin, end in pairwise(bounds)]
+
+        assert encode_in_chunks(tokenizer, chunks) == encode(tokenizer.tokenizer, text).tolist()
