@@ -9,8 +9,8 @@ from rapidfuzz.distance import Levenshtein
 
 from ul2r.config import Evaluation
 from ul2r.data.sampling.batches import check_token_ids
+from ul2r.data.sampling.held_out_windows import TokenArray, select_windows
 from ul2r.data.store.dataset import TokenDataset
-from ul2r.evaluation.held_out_windows import TokenArray, select_windows
 from ul2r.evaluation.scores import Score, average, average_tokens
 from ul2r.evaluation.scoring_batch import build_scoring_batch, concat_columns
 from ul2r.inference import LanguageModel, generate

@@ -7,9 +7,9 @@ import numpy as np
 from ul2r.config import Causal, Denoiser, Prefix, Recipe
 from ul2r.config.denoisers import fit_raw_length
 from ul2r.data.sampling.batches import BatchBuilder, check_token_ids
+from ul2r.data.sampling.held_out_windows import select_windows
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.errors import CorpusError
-from ul2r.evaluation.held_out_windows import select_windows
 from ul2r.evaluation.scores import Score, average_tokens
 from ul2r.evaluation.scoring_batch import build_scoring_batch, concat_columns
 from ul2r.inference import LanguageModel

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ul2r.evaluation.held_out_windows import TokenArray
+from ul2r.data.sampling.held_out_windows import TokenArray
 from ul2r.objective import Batch
 
 

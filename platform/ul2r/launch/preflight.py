@@ -9,7 +9,8 @@ from functools import partial
 
 from ul2r.config import Parallel, Recipe
 from ul2r.data.inspection import write_page
-from ul2r.data.sampling.batches import check_dataset, describe_small_split
+from ul2r.data.sampling.batches import check_dataset
+from ul2r.data.sampling.held_out_windows import describe_small_split
 from ul2r.data.sampling.order import DataPlan
 from ul2r.data.special_tokens import assign_special_tokens
 from ul2r.data.store.dataset import TokenDataset
@@ -66,7 +67,7 @@ def check_run(recipe: Recipe, dataset: TokenDataset, resumed: CheckpointInfo | N
     check_memory(recipe, dataset.vocabulary.size)
     check_initial_weights(recipe, dataset, resumed)
     # Last, so that a run that is refused has one line.
-    if warning := describe_small_split(recipe, len(dataset.held_out)):
+    if warning := describe_small_split(recipe, dataset):
         logger.warning("%s", warning)
 
 

@@ -9,7 +9,8 @@ from ul2r.config import Recipe
 from ul2r.data.prepare.left_out import LeftOut
 from ul2r.data.prepare.prepare import load_finished, prepare
 from ul2r.data.prepare.round_trip import RoundTrip
-from ul2r.data.sampling.batches import describe_small_split
+from ul2r.data.sampling.held_out_windows import describe_small_split
+from ul2r.data.store.dataset import open_dataset
 from ul2r.data.store.manifest import Manifest
 from ul2r.launch.ray_train.cluster import connect_ray
 
@@ -32,7 +33,7 @@ def prepare_store(recipe: Recipe) -> tuple[Manifest, bool]:
     # A blend only lists stores that exist: nothing to tokenize, so no cluster.
     with nullcontext() if recipe.data.blend else connect_ray(cpus=1):
         manifest = prepare(recipe)
-    if warning := describe_small_split(recipe, manifest.held_out.num_tokens):
+    if warning := describe_small_split(recipe, open_dataset(recipe.storage_paths.store)):
         logger.warning("%s", warning)
     return manifest, True
 

@@ -10,10 +10,10 @@ from rapidfuzz.distance import Levenshtein
 
 from ul2r.config import Causal, Recipe
 from ul2r.data.sampling.batches import BatchBuilder
+from ul2r.data.sampling.held_out_windows import select_windows
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.errors import CheckpointError, CorpusError, RecipeError
 from ul2r.evaluation import evaluate, list_metrics
-from ul2r.evaluation.held_out_windows import select_windows
 from ul2r.evaluation.infilling import InfillExamples, measure_infill_loss, measure_infill_match
 from ul2r.evaluation.losses import (
     measure_causal_loss,

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from ul2r.config import Recipe
+from ul2r.data.sampling.held_out_windows import select_windows
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.data.tokenizer import add_special_tokens
 from ul2r.errors import RecipeError
 from ul2r.evaluation import evaluate
-from ul2r.evaluation.held_out_windows import select_windows
 from ul2r.evaluation.infilling import InfillExamples, build_infill_prompts, measure_infill_match
 from ul2r.evaluation.losses import measure_second_half_loss
 from ul2r.inference import LanguageModel

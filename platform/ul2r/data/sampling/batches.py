@@ -155,26 +155,6 @@ def _training_windows(recipe: Recipe, dataset: TokenDataset, order: DataOrder) -
     return ContinuedWindows(windows, order.first_sample) if order.first_sample else windows
 
 
-def describe_small_split(recipe: Recipe, num_held_out_tokens: int) -> str | None:
-    """Return a warning if the held-out split has fewer rows than evaluation is to read, None if it has enough.
-
-    Args:
-        recipe: Any run of the token store.
-        num_held_out_tokens: Tokens that the store holds out.
-    """
-    num_windows = num_held_out_tokens // recipe.objective.max_raw_length
-    num_rows = num_windows // recipe.objective.slots_per_row
-    wanted = max(recipe.evaluation.num_rows, recipe.validation.num_rows)
-    if num_rows >= wanted:
-        return None
-    return (
-        f"{recipe.storage_paths.store}: its {num_held_out_tokens:,} held-out tokens are {num_rows} rows of "
-        f"{recipe.objective.sequence_length:,}, fewer than the {wanted} to measure on: losses are less exact, and "
-        "small differences between runs mean nothing; for more, add text or raise data.held_out_fraction (and "
-        "data.max_held_out_tokens), and prepare again"
-    )
-
-
 def check_dataset(recipe: Recipe, dataset: TokenDataset) -> None:
     """Check that a token store is long enough for a recipe's windows and has enough sentinels.
 

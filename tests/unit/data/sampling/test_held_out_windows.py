@@ -1,12 +1,18 @@
 """Held-out windows do not overlap, are evenly spread, and lie within a document where required."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given
 
+from ul2r.data.sampling.held_out_windows import TokenArray, describe_small_split, select_windows
+from ul2r.data.store.token_store import TokenStore, TokenWriter
 from ul2r.errors import CorpusError
-from ul2r.evaluation.held_out_windows import TokenArray, select_windows
+from ul2r.testing.corpus import make_tiny_store
+from ul2r.testing.recipes import tiny_recipe
 
 EOS = -1
 
@@ -69,3 +75,26 @@ def test_text_too_short_for_two_windows_is_refused_with_its_numbers() -> None:
     documents = NumberedStore(40, list(range(0, 40, 5)))
     with pytest.raises(CorpusError, match="0 windows of 10 tokens within one document"):
         select_windows(documents, max_windows=4, length=10, excluded_token=EOS)
+
+
+def test_split_in_pieces_without_windows_is_said(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, validation={"num_rows": 2}, evaluation={"num_rows": 2})
+    length = 2 * recipe.evaluation.infill_context_length + recipe.evaluation.infill_span_length
+    wanted = recipe.evaluation.num_infill_examples
+    dataset = make_tiny_store(tmp_path / "store", num_documents=12)
+    eos = dataset.vocabulary.eos
+    tokens = np.full(2 * wanted * length, eos + 1, np.int32)
+
+    def describe(piece: int) -> str | None:
+        changed = tokens.copy()
+        changed[::piece] = eos
+        prefix = tmp_path / f"held_out_{piece}"
+        with TokenWriter(prefix, dataset.vocabulary.size) as writer:
+            writer.append(changed)
+            writer.end_document()
+        return describe_small_split(recipe, replace(dataset, held_out=TokenStore.open(prefix)))
+
+    assert describe(10**9) is None
+    warning = describe(length)
+    assert warning is not None
+    assert f"and 0 examples of infilling of {length} tokens within one document" in warning

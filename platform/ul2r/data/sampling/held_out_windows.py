@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 
+from ul2r.config import Recipe
+from ul2r.data.store.dataset import TokenDataset
 from ul2r.data.store.token_source import TokenSource
 from ul2r.errors import CorpusError
 
@@ -30,18 +34,7 @@ def select_windows(
     Raises:
         CorpusError: If there are fewer than two windows; a standard error needs at least two.
     """
-    # No part is shorter than a window.
-    num_parts = min(max_windows, len(store) // length)
-    part_length = len(store) // max(num_parts, 1)
-
-    windows = []
-    for part in range(num_parts):
-        # A window lies within its own part, so windows cannot overlap.
-        tokens = store.read_tokens(part * part_length, part_length)
-        window = _select_window(tokens, length, excluded_token)
-        if window is not None:
-            windows.append(window)
-
+    windows = list(_iter_windows(store, max_windows, length, excluded_token))
     if len(windows) < 2:
         within = " within one document" if excluded_token is not None else ""
         raise CorpusError(
@@ -50,6 +43,47 @@ def select_windows(
             "evaluation.infill_context_length"
         )
     return np.stack(windows)  # (B, L)
+
+
+def describe_small_split(recipe: Recipe, dataset: TokenDataset) -> str | None:
+    """Return a warning if the held-out split has less than evaluation is to read, None if it has enough.
+
+    Args:
+        recipe: Any run of the token store.
+        dataset: The token store.
+    """
+    num_tokens = len(dataset.held_out)
+    num_rows = num_tokens // recipe.objective.max_raw_length // recipe.objective.slots_per_row
+    wanted_rows = max(recipe.evaluation.num_rows, recipe.validation.num_rows)
+    length = 2 * recipe.evaluation.infill_context_length + recipe.evaluation.infill_span_length
+    wanted = recipe.evaluation.num_infill_examples
+    num_examples = sum(
+        1 for _ in _iter_windows(dataset.held_out, wanted, length, dataset.vocabulary.eos)
+    )
+    if num_rows >= wanted_rows and num_examples >= wanted:
+        return None
+    return (
+        f"{recipe.storage_paths.store}: its {num_tokens:,} held-out tokens are {num_rows} rows of "
+        f"{recipe.objective.sequence_length:,}, of {wanted_rows} to measure on, and {num_examples} examples of "
+        f"infilling of {length} tokens within one document, of {wanted}: losses are less exact, small differences "
+        "between runs mean nothing, and fewer than 2 cannot be measured; for more, add text or raise data.held_out_fraction (and "
+        "data.max_held_out_tokens), and prepare again"
+    )
+
+
+def _iter_windows(
+    store: TokenSource, max_windows: int, length: int, excluded_token: int | None
+) -> Iterator[TokenArray]:
+    """Yield the windows of `select_windows`, however few."""
+    # No part is shorter than a window.
+    num_parts = min(max_windows, len(store) // length)
+    part_length = len(store) // max(num_parts, 1)
+    for part in range(num_parts):
+        # A window lies within its own part, so windows cannot overlap.
+        tokens = store.read_tokens(part * part_length, part_length)
+        window = _select_window(tokens, length, excluded_token)
+        if window is not None:
+            yield window
 
 
 def _select_window(
