@@ -106,7 +106,7 @@ def remove(path: Path) -> bool:
             path.unlink(missing_ok=True)
     except OSError as error:
         # Another process may be removing it too.
-        if not os.path.lexists(path):
+        if _is_gone(path):
             return True
         if path not in _reported:
             _reported.add(path)
@@ -117,6 +117,18 @@ def remove(path: Path) -> bool:
             )
         return False
     return True
+
+
+def _is_gone(path: Path) -> bool:
+    """Return whether there is no such file or folder; False if the file system cannot tell."""
+    # Not `os.path.lexists`, which takes any error for absence: that of a stale NFS handle, for one.
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _exchange(first: Path, second: Path) -> bool:

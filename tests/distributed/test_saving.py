@@ -285,10 +285,10 @@ class GatedFileSystem(LocalFileSystem):  # type: ignore[misc]  # fsspec has no t
         return super()._open(path, mode, **options)
 
 
-def train_with_slow_copies(recipe: Recipe) -> TrainResult:
+def train_with_slow_copies(recipe: Recipe, stop_after: int | None = None) -> TrainResult:
     fsspec.register_implementation("gated", GatedFileSystem)
     GatedFileSystem.pointer = recipe.paths.checkpoints / "latest"
-    return train(recipe)
+    return train(recipe, stop_after)
 
 
 def test_copies_slower_than_training_hold_up_nothing(
@@ -313,10 +313,19 @@ def test_copies_slower_than_training_hold_up_nothing(
 def test_stop_requested_by_one_rank_stops_all_after_a_checkpoint(
     storage: Path, undisturbed: tuple[Recipe, Losses]
 ) -> None:
-    recipe = make_recipe(storage, "stopped")
-    first = run_distributed(train, 2, recipe, 3)[0]
+    """The stop does not wait for copies; the next attempt makes that of the last checkpoint."""
+    far = storage / "stopped-far"
+    recipe = make_recipe(storage, "stopped", remote_dir=f"gated://{far}")
+    # On failure the watchdog ends what would hang for ever.
+    recipe = recipe.model_copy(update={"guards": Guards(hang_timeout_s=60)})
+    first = run_distributed(train_with_slow_copies, 2, recipe, 3)[0]
     assert first.losses == {step: undisturbed[1][step] for step in (1, 2, 3)}
-    rest = run_distributed(train, 2, recipe)[0]
+    (message,) = first.messages
+    assert message.startswith(
+        f"the run stops without waiting for its copy to gated://{far}/stopped"
+    )
+    rest = run_distributed(train_with_slow_copies, 2, recipe)[0]
+    assert find_damage(far / "stopped" / "step_00000003") is None
     assert rest.losses == {step: undisturbed[1][step] for step in (4, 5, 6)}
 
 

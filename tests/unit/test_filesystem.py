@@ -212,3 +212,23 @@ def test_removal_says_what_it_leaves(
     stubborn.clear()
     assert remove(folder)
     assert not folder.exists()
+
+
+def test_file_that_the_file_system_cannot_look_up_does_not_count_as_removed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "weights"
+    path.touch()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", refuse)
+        patch.setattr(os, "lstat", refuse)
+        patch.setattr(os, "unlink", refuse)
+        is_gone = remove(path)
+    assert not is_gone
+    assert len(caplog.messages) == 1
+    assert remove(path / "below")
+    assert remove(path)

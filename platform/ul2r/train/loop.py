@@ -144,12 +144,12 @@ class Trainer:
                 if is_due or action != LoopAction.CONTINUE:
                     self._save_checkpoint()
 
-            self.checkpointer.close()
+            self.checkpointer.close(wait_for_copies=self.state.step == num_steps)
             if first_step < self.state.step == num_steps:
                 batches.check_exhausted()
         except DivergedError:
-            # Raised on every rank, so that collectives still work: finish the checkpoint that is being written.
-            self.checkpointer.wait()
+            # Raised on every rank, so that collectives still work: finish what is being written or copied.
+            self.checkpointer.close_diverged()
             raise
         finally:
             for callback in self.callbacks:

@@ -5,6 +5,7 @@ All ranks take part in starting and in publishing; rank 0 alone touches the run'
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from ul2r.train.step import TrainStep
 from ul2r.train.waiting import iter_pauses, wait_for_all
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 REMEDY = "The previous checkpoint is intact. Free disk space and rerun the same command."
 
@@ -148,13 +151,21 @@ class Checkpointer:
         if self._copies is not None:
             self._copies.add(folder, only_newer=True)
 
-    def close(self) -> None:
-        """Wait for the last checkpoint and the copies.
+    def close(self, *, wait_for_copies: bool = True) -> None:
+        """Publish the last checkpoint and wait for the copies.
+
+        Args:
+            wait_for_copies: False for a run that is asked to stop, which may be killed soon: the next attempt copies
+                the checkpoint that it resumes from.
 
         Raises:
             CheckpointError: If it cannot be written or copied.
         """
         self.wait()
+        if not wait_for_copies:
+            if self._copies is not None:
+                self._copies.leave()
+            return
         if self.store.remote is None:
             return
         for pause in iter_pauses():
@@ -166,6 +177,17 @@ class Checkpointer:
             self._heartbeat()
             time.sleep(pause)
         self._run_on_rank0(self.store.remove_expired)
+
+    def close_diverged(self) -> None:
+        """Publish and copy the last checkpoint of a run that a guard stops.
+
+        What fails is logged, since the run ends with the guard's error.
+        """
+        try:
+            self.close()
+        except CheckpointError as error:
+            if self.mesh.is_rank0:
+                logger.warning("%s", error)
 
     def latest_valid(self, store: CheckpointStore) -> Path | None:
         """Return the newest valid checkpoint, as `storage.latest_valid` does; the ranks share the reading.

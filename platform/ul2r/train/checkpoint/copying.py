@@ -131,6 +131,18 @@ class CheckpointCopies:
                 return
             time.sleep(pause)
 
+    def leave(self) -> None:
+        """Say what is not copied when a run stops early, and begin no other copy."""
+        with self._lock:
+            self._queue.clear()
+        if self.is_busy or self._failed is not None:
+            logger.warning(
+                "the run stops without waiting for its copy to %s (%s): running the same command again copies its last "
+                "checkpoint",
+                self._remote.url,
+                self._describe(),
+            )
+
     def _retry(self) -> bool:
         if self._failed is None:
             return False

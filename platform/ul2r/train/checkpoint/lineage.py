@@ -9,7 +9,7 @@ from ul2r.config import HuggingFaceBase, Objective, Recipe
 from ul2r.data.sampling.order import DataOrder, DataPlan, DataUse, choose_order
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.errors import CheckpointError
-from ul2r.paths import EXPORT_METADATA_FILE
+from ul2r.paths import EXPORT_METADATA_FILE, is_file_name
 from ul2r.train.checkpoint.metadata import CheckpointInfo
 from ul2r.train.checkpoint.storage import CheckpointStore
 from ul2r.train.monitor.guards import GuardState
@@ -86,10 +86,15 @@ def list_uses(info: CheckpointInfo, recipe: Recipe) -> tuple[DataUse, ...]:
 def _find_older_base(info: CheckpointInfo, recipe: Recipe) -> CheckpointInfo | None:
     """Return the checkpoint that a checkpoint's run began with, if it is a run of this storage and still there."""
     name = info.recipe["base"]
-    if not isinstance(name, str):
+    # From a file: it becomes part of a path.
+    if not isinstance(name, str) or not is_file_name(name):
         return None
     for folder in CheckpointStore.from_recipe(recipe, name).list_checkpoints():
-        base = CheckpointInfo.read(folder)
+        try:
+            base = CheckpointInfo.read(folder)
+        except CheckpointError:
+            # A damaged one, of another moment or of a run that is not needed any more.
+            continue
         if base.checkpoint_id == info.base_id:
             return base
     return None

@@ -129,6 +129,27 @@ def test_older_text_that_is_not_known_is_said(
     assert plan.order.seed != 2, "what is known is not read again"
 
 
+def test_damaged_checkpoint_or_name_of_an_older_base_is_passed_over(
+    dataset: TokenDataset, tmp_path: Path
+) -> None:
+    first = write_run(tiny_recipe(tmp_path), dataset)
+    recipe = tiny_recipe(tmp_path, name="second", base="tiny")
+    second = replace(write_run(recipe, dataset, first), data=None)
+    without_base = replace(second, base_id="that of a base that is gone")
+    unknown = list_uses(without_base, recipe)
+    assert list_uses(second, recipe) != unknown
+
+    damaged = tiny_recipe(tmp_path).paths.checkpoints / "step_00000003"
+    damaged.mkdir()
+    for text in ("", "{", "[]", "{}"):
+        (damaged / "checkpoint.json").write_text(text)
+        assert list_uses(without_base, recipe) == unknown
+
+    for base in ("../runs/tiny", "", "..", str(tmp_path / "runs" / "tiny")):
+        elsewhere = replace(second, recipe={**second.recipe, "base": base})
+        assert list_uses(elsewhere, recipe) == unknown, base
+
+
 def test_going_on_begins_after_all_batches_of_the_base(
     dataset: TokenDataset, tmp_path: Path
 ) -> None:
