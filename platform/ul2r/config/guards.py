@@ -36,11 +36,10 @@ class Guards(StrictModel):
     hang_timeout_s: float = Field(default=1200, gt=0)
     """A worker without progress for this long reports which ranks are behind, and exits so that all are restarted.
     Must be longer than any step, held-out batch or fsync of a file. Files that are still being written, remote copies
-    and segments of a streamed store count as progress, for as long as they grow."""
+    and segments of a streamed store that the next batch waits for count as progress, for as long as they grow."""
     start_timeout_s: float = Field(default=3600, gt=0)
-    """The same while workers start, up to the end of their first step, and while they load a checkpoint or wait for
-    the next segment of a streamed store. The default is enough to verify and then load a checkpoint of 540B parameters
-    (7.5 TB with its optimizer state) at 5 GB/s."""
+    """The same while workers start, up to the end of their first step, and while they load a checkpoint. The default is
+    enough to verify and then load a checkpoint of 540B parameters (7.5 TB with its optimizer state) at 5 GB/s."""
 
     @property
     def collective_timeout_s(self) -> float:
