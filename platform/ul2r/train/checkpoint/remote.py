@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +31,7 @@ from ul2r.train.checkpoint.layout import (
     parse_step,
 )
 from ul2r.train.checkpoint.retention import Retention
+from ul2r.train.waiting import run_in_background
 
 T = TypeVar("T")
 
@@ -344,6 +346,28 @@ def _put_file(filesystem: Any, source: Path, target: str, progress: TransferProg
 
 
 def _transfer(copy: Callable[[T], object], files: list[T]) -> None:
-    with ThreadPoolExecutor(NUM_STREAMS) as pool:
-        # list() raises the first error of a thread; without it errors are lost.
-        list(pool.map(copy, files))
+    """Copy files, several at a time; after an error begin no other and raise it.
+
+    Not in a `ThreadPoolExecutor`: Python waits for its threads before a process ends, and a run that is asked to stop
+    waits for no copy.
+    """
+    waiting = deque(files)
+    lock = threading.Lock()
+
+    def copy_waiting() -> None:
+        try:
+            while True:
+                with lock:
+                    if not waiting:
+                        return
+                    file = waiting.popleft()
+                copy(file)
+        except BaseException:
+            with lock:
+                waiting.clear()
+            raise
+
+    streams = [run_in_background(copy_waiting, "checkpoint-transfer") for _ in range(NUM_STREAMS)]
+    wait(streams)
+    for stream in streams:
+        stream.result()

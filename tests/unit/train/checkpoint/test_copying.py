@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,27 @@ from ul2r.train.checkpoint.checksums import write_digests
 from ul2r.train.checkpoint.copying import CheckpointCopies
 from ul2r.train.checkpoint.remote import RemoteCheckpoints
 from ul2r.train.checkpoint.retention import Retention
+
+
+END_DURING_COPY = """
+import sys
+import threading
+from pathlib import Path
+from ul2r.train.checkpoint import remote
+from ul2r.train.checkpoint.copying import CheckpointCopies
+from ul2r.train.checkpoint.retention import Retention
+
+is_copying = threading.Event()
+
+def hang(*_):
+    is_copying.set()
+    threading.Event().wait()
+
+remote._put_file = hang
+copies = CheckpointCopies(remote.RemoteCheckpoints(sys.argv[2], "tiny"), Retention(9), 1e9)
+copies.add(Path(sys.argv[1]))
+assert is_copying.wait(60)
+"""
 
 
 class GatedFileSystem(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no types
@@ -161,3 +184,8 @@ def test_fault_of_the_program_is_raised_although_more_checkpoints_wait(
         copies.wait()
     with pytest.raises(KeyError, match="a fault"):
         copies.add(checkpoints[0])
+
+
+def test_copy_keeps_no_process_from_ending(checkpoints: list[Path], tmp_path: Path) -> None:
+    command = [sys.executable, "-c", END_DURING_COPY, str(checkpoints[0]), str(tmp_path / "far")]
+    subprocess.run(command, check=True, timeout=60)
