@@ -20,7 +20,6 @@ from ul2r.train.checkpoint.copying import CheckpointCopies
 from ul2r.train.checkpoint.remote import RemoteCheckpoints
 from ul2r.train.checkpoint.retention import Retention
 
-
 END_DURING_COPY = """
 import sys
 import threading
