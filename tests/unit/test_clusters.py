@@ -204,6 +204,40 @@ def test_slurm_gives_the_signal_to_the_process_that_saves() -> None:
     assert line == ".venv/bin/python "
 
 
+@pytest.mark.parametrize(("name", "is_requeued"), [("USR1", True), ("TERM", False)])
+@pytest.mark.parametrize("stage", ["join", "start", "train"])
+def test_slurm_ends_with_130_at_each_stage_and_requeues_at_the_time_limit(
+    name: str, stage: str, tmp_path: Path, *, is_requeued: bool
+) -> None:
+    """The signal comes while Ray's machines join, before the job has a handler, or while the run trains."""
+    wait = f"kill -{name} $PPID; while :; do sleep 0.05; done"
+    train = wait if stage == "start" else f"trap 'exit 130' TERM; {wait}"
+    python = (
+        'case "$1" in -c) echo token;; -) '
+        f"{wait if stage == 'join' else 'exit 0'};; *) {train};; esac"
+    )
+    commands = {
+        ".venv/bin/python": python,
+        "bin/scontrol": f'case "$1" in requeue) touch {tmp_path}/requeued;; *) echo node1;; esac',
+        "bin/srun": "exit 0",
+        "bin/scancel": "exit 0",
+    }
+    for path, lines in commands.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(f"#!/bin/bash\n{lines}\n")
+        (tmp_path / path).chmod(0o755)
+    variables = {"SLURM_JOB_NODELIST": "node1", "SLURM_JOB_ID": "1", "SLURM_CPUS_PER_TASK": "1"}
+    result = subprocess.run(
+        ["bash", str(CLUSTERS / "slurm.sbatch"), "recipe.yaml"],
+        cwd=tmp_path,
+        env={"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", **variables},
+        check=False,
+        timeout=60,
+    )
+    assert result.returncode == 130
+    assert (tmp_path / "requeued").exists() == is_requeued
+
+
 def test_pods_with_infiniband_may_lock_memory_and_have_shared_memory(
     job: dict[str, Any],
 ) -> None:
