@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import threading
 import time
@@ -109,13 +110,19 @@ class StartMonitor:
             )
 
     def _watch(self, controller: ActorHandle) -> None:
+        resources: Mapping[str, float] = {}
         while not self._ended.wait(POLL_S):
-            # Asked for only during a start: it is a call to another process.
-            resources = ray.cluster_resources() if self._board.phase == "starting" else {}
-            self.check(time.monotonic(), resources)
-            if self.outcome is not None:
-                ray.kill(controller)
-                return
+            # Ray may be unreachable for a while: without this thread a start that hangs would never end.
+            try:
+                # Asked for only during a start: it is a call to another process.
+                if self._board.phase == "starting":
+                    resources = ray.cluster_resources()
+                self.check(time.monotonic(), resources)
+                if self.outcome is not None:
+                    ray.kill(controller)
+                    return
+            except Exception as error:  # noqa: BLE001  as above
+                logger.debug("the start's monitor asks again: %s", error)
 
     def _compare(self, resources: Mapping[str, float]) -> str:
         """Return the resources that the cluster has and that the run needs."""
@@ -130,8 +137,11 @@ def find_reason() -> str:
     """Return Ray's reason for a start that makes no progress, as far as this machine's logs have it."""
     logs = Path(ray_worker.global_worker.node.get_logs_dir_path())
     reason = next(find_reasons(logs), "Ray's logs on this machine do not tell why")
-    free = ray.available_resources().get("CPU", 0)
-    return f"{reason}; {free:g} CPUs are free; Ray's logs are in {logs}"
+    try:
+        free = f"{ray.available_resources().get('CPU', 0):g} CPUs"
+    except Exception as error:  # noqa: BLE001  what Ray raises when its head is gone differs; this is part of a message
+        free = f"an unknown number of CPUs ({type(error).__name__})"
+    return f"{reason}; {free} are free, others may be another job's; Ray's logs are in {logs}"
 
 
 def find_reasons(logs: Path) -> Iterator[str]:
@@ -141,8 +151,25 @@ def find_reasons(logs: Path) -> Iterator[str]:
         logs: Folder of the node's logs.
     """
     for pattern in LOG_FILES:
-        for path in sorted(logs.glob(pattern), key=lambda path: path.stat().st_mtime, reverse=True):
-            tail = path.read_bytes()[-TAIL_BYTES:].decode(errors="replace")
-            for line in reversed(tail.splitlines()):
+        for path in sorted(logs.glob(pattern), key=_modified_at, reverse=True):
+            for line in reversed(_read_tail(path).splitlines()):
                 if REASON.search(line):
                     yield f"{path.name}: {LOG_PREFIX.sub('', line).strip()}"
+
+
+def _modified_at(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        # Ray rotates and removes its logs meanwhile.
+        return 0.0
+
+
+def _read_tail(path: Path) -> str:
+    """Return the last `TAIL_BYTES` of a log, nothing of one that is gone."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
+            return file.read(TAIL_BYTES).decode(errors="replace")
+    except OSError:
+        return ""

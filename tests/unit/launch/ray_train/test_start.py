@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
 
 from ul2r.errors import RunInterrupted, ServiceError
+from ul2r.launch.ray_train import start
 from ul2r.launch.ray_train.progress import Board
 from ul2r.launch.ray_train.start import StartMonitor, find_reasons
 from ul2r.testing.recipes import tiny_recipe
@@ -108,3 +111,33 @@ def test_reason_is_the_last_error_in_the_most_specific_log(tmp_path: Path) -> No
     first, *_, last = find_reasons(tmp_path)
     assert first == "raylet.err: bash: line 1: exec: /my: cannot execute: Is a directory"
     assert last == "raylet.out: worker failed to register"
+
+
+def test_log_that_is_gone_does_not_hide_the_reason_in_others(tmp_path: Path) -> None:
+    # As one that is rotated between its listing and its reading.
+    (tmp_path / "raylet.err").symlink_to(tmp_path / "gone")
+    (tmp_path / "worker-1.err").mkdir()
+    (tmp_path / "raylet.out").write_text("x" * 200_000 + "\nworker failed to register\n")
+    assert list(find_reasons(tmp_path)) == ["raylet.out: worker failed to register"]
+
+
+def test_monitor_outlives_a_ray_that_does_not_answer(
+    monitor: StartMonitor, stop_event: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = threading.Event()
+    failures = iter([ConnectionError("head gone"), RuntimeError("head gone")])
+
+    def answer() -> dict[str, float]:
+        for error in failures:
+            raise error
+        stop_event.set()
+        return ROOM
+
+    monkeypatch.setattr(start, "POLL_S", 0.001)
+    monkeypatch.setattr(ray, "cluster_resources", answer)
+    monkeypatch.setattr(ray, "kill", lambda _: killed.set())
+    controller: Any = None
+    with monitor:
+        monitor.watch(controller)
+        assert killed.wait(60)
+    assert isinstance(monitor.outcome, RunInterrupted)
