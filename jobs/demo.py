@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shlex
 import signal
@@ -74,11 +75,13 @@ class Demo:
         self.overrides = list(overrides)
         self.storage_overrides: list[str] = []
         if corpus is not None:
+            # `Path.resolve` raises a RuntimeError for a link to itself before Python 3.13.
+            real_corpus = os.path.realpath(corpus)
             # The folder's name has to be one that a run may have, whatever the corpus is called.
-            name = re.sub(r"[^A-Za-z0-9._-]+", "-", corpus.resolve().name)
+            name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(real_corpus).name)
             self.storage_overrides = [f"storage=runs/{family}-{name}"]
             # JSON, since an override's value is parsed as YAML, which JSON is part of.
-            corpus_override = f"data.corpus={json.dumps([str(corpus.resolve())])}"
+            corpus_override = f"data.corpus={json.dumps([real_corpus])}"
             self.overrides += [*self.storage_overrides, corpus_override]
 
         # All recipes are read before anything starts: a mistake in the last one would otherwise show after hours.

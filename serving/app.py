@@ -3,6 +3,7 @@
 # No `from __future__ import annotations` here: Serve parses a deploy file's `args` into `ServingConfig` only if the
 # annotation of `build` is the class itself, not a string.
 
+import os
 import re
 from pathlib import Path
 from typing import Literal
@@ -94,7 +95,9 @@ def resolve_model(model: str, tracking_uri: str | None = None, key: str = "track
         ServiceError: If the registry cannot be reached or has no such model.
     """
     if not is_registry_uri(model):
-        return Path(model).resolve()  # replicas have another working directory
+        # Absolute, since replicas have another working directory. `Path.resolve` raises a RuntimeError for a link to
+        # itself before Python 3.13.
+        return Path(os.path.realpath(model))
 
     match = REGISTRY_URI.fullmatch(model)
     if match is None:

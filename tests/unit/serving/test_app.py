@@ -86,6 +86,13 @@ def test_the_builder_refuses_a_folder_that_is_not_an_export(tmp_path: Path) -> N
         build(ServingConfig(model=str(tmp_path)))
 
 
+def test_the_builder_refuses_a_link_to_itself(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(link.name)
+    with pytest.raises(CheckpointError, match="the folder does not exist"):
+        build(ServingConfig(model=str(link)))
+
+
 @pytest.mark.parametrize(
     "arguments",
     [{"model": "x", "cpu": 2}, {}, {"model": "x", "gpus": 2}, {"model": "x", "cpus": 0}],
