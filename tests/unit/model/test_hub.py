@@ -142,3 +142,12 @@ def test_file_of_an_interrupted_download_is_verified(
         # Found in the cache, and removed.
         folder = resolve_model_folder("owner/model")
     assert (folder / "model.safetensors").read_bytes() == intact
+
+
+def test_name_that_the_hub_does_not_have_leaves_nothing_in_the_cache(
+    files: dict[str, bytes], tmp_path: Path
+) -> None:
+    assert files
+    with pytest.raises(Exception, match="misspelled"):
+        resolve_model_folder("owner/misspelled")
+    assert not list((tmp_path / "hub").glob("models--*"))

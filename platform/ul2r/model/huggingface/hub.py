@@ -55,6 +55,11 @@ def download_model(name: str, revision: str | None, patterns: Sequence[str]) -> 
         verified = {path.name for path in new if path not in damaged}
         if verified:
             _write_verified(cache, before | verified)
+        elif not cache.joinpath("refs").exists() and not cache.joinpath("blobs").exists():
+            # The Hub has no such model: leave no folder for it.
+            with suppress(OSError):
+                (cache / VERIFIED_FILE).unlink()
+                cache.rmdir()
 
     if damaged:
         names = {path.resolve().name: path.name for path in folder.iterdir()}
