@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 from rich.table import Table
@@ -56,7 +57,23 @@ class ComparisonTable:
 
     def notes(self) -> list[str]:
         """Return the sentences that explain the table."""
-        return [*NOTES, *self._describe_budgets()]
+        return [*NOTES, *self._describe_orders(), *self._describe_budgets()]
+
+    def _describe_orders(self) -> list[str]:
+        """Return a warning if arms that continue the base were trained on text in different orders."""
+        # The last entry is the arm's own; exports of older versions have none.
+        orders = {
+            arm.role: arm.metadata.data[-1]["order"]
+            for arm in self.arms
+            if arm.role != "base" and arm.metadata.data
+        }
+        if all(order == other for order, other in pairwise(orders.values())):
+            return []
+        listed = "; ".join(f"{role} {_format_order(order)}" for role, order in orders.items())
+        return [
+            f"The arms were trained on text in different orders, which is part of their difference: {listed}. Runs of "
+            "one seed, base and data.continue_from_base have the same."
+        ]
 
     def to_markdown(self) -> str:
         """Return the table and its notes as a Markdown page."""
@@ -132,6 +149,11 @@ class ComparisonTable:
         return [
             f"Beyond the base's {base.tokens:,} tokens and {base.flops:.3g} FLOPs: {', '.join(extra)}."
         ]
+
+
+def _format_order(order: Mapping[str, Any]) -> str:
+    """Return the settings of a `ul2r.data.sampling.order.DataOrder` in words."""
+    return ", ".join(f"{name}={value}" for name, value in order.items())
 
 
 def _format_heading(arm: Arm) -> str:

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from ul2r.config import Recipe
+from ul2r.data.sampling.order import DataOrder, DataUse
 from ul2r.errors import RecipeError
 from ul2r.evaluation.comparison import ROLES, Arm, Role, check_comparable
 from ul2r.evaluation.comparison_table import ComparisonTable
@@ -66,6 +68,29 @@ def test_notes_state_how_much_each_arm_was_trained_beyond_the_base() -> None:
         "ul2r +50.0% tokens and +55.0% FLOPs."
     )
     assert "not comparable with each other" in table(arm("base")).notes()[2]
+
+
+def test_notes_warn_of_arms_that_read_their_text_in_different_orders() -> None:
+    def with_order(role: Role, order: DataOrder | None) -> Arm:
+        known = arm(role)
+        if order is None:
+            return known
+        use = DataUse("r", ("a",), order, 65, within_document=False, end_sample=8)
+        return replace(known, metadata=replace(known.metadata, data=[use.to_dict()]))
+
+    def notes(control: DataOrder | None, ul2r: DataOrder | None) -> list[str]:
+        base = with_order("base", DataOrder(9))
+        return table(base, with_order("control", control), with_order("ul2r", ul2r)).notes()
+
+    expected = notes(None, None)
+    # The base has its own order, and older exports have no record.
+    assert notes(DataOrder(1), DataOrder(1)) == expected
+    assert notes(DataOrder(1), None) == expected
+
+    (warning,) = set(notes(DataOrder(1), DataOrder(1, whole_store=True))) - set(expected)
+    assert warning.startswith("The arms were trained on text in different orders")
+    assert "control seed=1, first_sample=0, continues_base=False, whole_store=False;" in warning
+    assert "ul2r seed=1, first_sample=0, continues_base=False, whole_store=True." in warning
 
 
 def test_markdown_has_a_row_per_metric_a_column_per_arm_and_the_best_in_bold() -> None:

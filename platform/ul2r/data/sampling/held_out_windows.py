@@ -66,8 +66,8 @@ def describe_small_split(recipe: Recipe, dataset: TokenDataset) -> str | None:
         f"{recipe.storage_paths.store}: its {num_tokens:,} held-out tokens are {num_rows} rows of "
         f"{recipe.objective.sequence_length:,}, of {wanted_rows} to measure on, and {num_examples} examples of "
         f"infilling of {length} tokens within one document, of {wanted}: losses are less exact, small differences "
-        "between runs mean nothing, and fewer than 2 cannot be measured; for more, add text or raise data.held_out_fraction (and "
-        "data.max_held_out_tokens), and prepare again"
+        "between runs mean nothing, and fewer than 2 cannot be measured; for more, add text or raise "
+        "data.held_out_fraction (and data.max_held_out_tokens), and prepare again"
     )
 
 
