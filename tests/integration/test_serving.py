@@ -156,7 +156,7 @@ def test_the_server_stays_responsive_while_it_generates(server: Server) -> None:
         ("infill", b'{"prompt": "no place to fill"}', 400, "the prompt has no slot"),
         ("infill", b'{"prompt": "%s"}' % (b"a<slot>" * 8), 400, "8 slots, but the model has"),
         ("complete", b'{"prompt": "%s"}' % (b"a" * 500), 400, "too long: it has 501 tokens"),
-        ("complete", b'{"prompt": "a",}', 400, "malformed JSON at character 15"),
+        ("complete", b'{"prompt": a}', 400, "malformed JSON at character 11"),
         ("complete", b'{"prompt": "a", "tokens": 5}', 422, "tokens: unknown field"),
         ("infill", b'{"prompt": "<slot>.", "mode": "S2S"}', 422, "'NLU' or 'NLG', got 'S2S'"),
     ],

@@ -10,12 +10,17 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import is_dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 from ul2r.errors import CheckpointError
 from ul2r.paths import is_file_name
@@ -23,7 +28,7 @@ from ul2r.paths import is_file_name
 METADATA_FILE = ".metadata"
 """torch's description of a `torch_dist` checkpoint, present in each of them."""
 
-# What torch 2.1 to 2.13 and Megatron-Core 0.7 to 0.17 write. Each is plain data: making one, with any arguments, has no
+# What torch 2.1 to 2.13 and Megatron-Core 0.7 to 0.19 write. Each is plain data: making one, with any arguments, has no
 # effect outside of it.
 ALLOWED_GLOBALS = {
     "collections": {"OrderedDict"},
@@ -89,6 +94,21 @@ class RestrictedReader(FileSystemReader):
             self._metadata = _read_metadata(self.folder / METADATA_FILE)
         return self._metadata
 
+    def read_object(self, key: str) -> Any:  # noqa: ANN401  any nested structure
+        """Load an object of tensors and plain values that is stored among the tensors.
+
+        Raises:
+            CheckpointError: If there is none of that name, or it is anything else.
+        """
+        place = self.read_metadata().storage_data.get(MetadataIndex(key))
+        if place is None:
+            raise CheckpointError(f"{self.folder}: has no {key}: restore an earlier checkpoint")
+        path = self.folder / place.relative_path
+        with path.open("rb") as file:
+            file.seek(place.offset)
+            content = BytesIO(file.read(place.length))
+        return _load(content, path)
+
 
 def load_restricted(path: Path) -> Any:  # noqa: ANN401  any nested structure
     """Load a file that torch.save wrote, of tensors and plain values only.
@@ -97,11 +117,20 @@ def load_restricted(path: Path) -> Any:  # noqa: ANN401  any nested structure
         CheckpointError: If it refers to anything else, or is damaged.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            return _load(file, path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _load(file: BinaryIO, path: Path) -> Any:  # noqa: ANN401  any nested structure
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
     except Exception as error:  # noqa: BLE001  a damaged archive or pickle may raise anything
-        raise CheckpointError(_describe_refused(path, error)) from None
+        file.seek(0)
+        raise CheckpointError(_describe_refused(file, path, error)) from None
 
 
 def _read_metadata(path: Path) -> Metadata:
@@ -202,10 +231,10 @@ class _MetadataUnpickler(PythonUnpickler):  # type: ignore[misc]  # typed as Any
     }
 
 
-def _describe_refused(path: Path, error: Exception) -> str:
+def _describe_refused(file: BinaryIO, path: Path, error: Exception) -> str:
     try:
         # torch's own message is a page of advice on how to load the file after all.
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     except Exception:  # noqa: BLE001  as above
         names = []
     if names:

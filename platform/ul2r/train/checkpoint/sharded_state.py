@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.strategies import common as common_strategies
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategies
-from megatron.core.dist_checkpointing.strategies.common import (
-    COMMON_STATE_FNAME,
-    TorchCommonLoadStrategy,
-)
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
 )
@@ -25,6 +23,9 @@ from ul2r.train.checkpoint.async_write import AsyncWrite
 from ul2r.train.checkpoint.optimizer_state import shard_optimizer_state
 from ul2r.train.optimizer import load_optimizer_settings
 from ul2r.train.step import TrainStep
+
+COMMON_OBJECT = "common_state/shard_0_1"
+"""Name by which Megatron-Core 0.19 stores what is not sharded."""
 
 
 def start_save(
@@ -56,9 +57,8 @@ def load_checkpoint(folder: Path, train_step: TrainStep, *, optimizer: bool) -> 
     strategy = FullyParallelLoadStrategyWrapper(
         get_default_load_sharded_strategy(str(folder)), _replica_group()
     )
-    with _restrict_reading(folder):
-        common = _CommonStrategy(is_wanted=optimizer)
-        loaded = dist_checkpointing.load(state, str(folder), strategy, common)
+    with _restrict_reading(folder, is_common_wanted=optimizer):
+        loaded = dist_checkpointing.load(state, str(folder), strategy)
 
     load_model(train_step.chunks, loaded["model"])
     if optimizer:
@@ -69,41 +69,56 @@ def load_checkpoint(folder: Path, train_step: TrainStep, *, optimizer: bool) -> 
         train_step.optimizer.reload_model_params()
 
 
-class _CommonStrategy(TorchCommonLoadStrategy):  # type: ignore[misc]  # Megatron-Core has no types
-    """Reading of common.pt, in which Megatron-Core puts all that is not sharded: here, the optimizer's settings.
+@contextmanager
+def _restrict_reading(folder: Path, *, is_common_wanted: bool) -> Iterator[None]:
+    """Let Megatron-Core read a checkpoint with a `RestrictedReader` while the block runs.
 
     Args:
-        is_wanted: If not, the file is not opened: weights alone need nothing of it, and Megatron-LM's has all of its
-            command line and random states.
+        folder: The checkpoint.
+        is_common_wanted: Whether to read what is not sharded. Weights alone need nothing of it, and Megatron-LM's has
+            all of its command line and random states.
     """
-
-    def __init__(self, *, is_wanted: bool) -> None:
-        super().__init__()
-        self._is_wanted = is_wanted
-
-    def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
-        """Return the content of common.pt."""
-        if not self._is_wanted:
-            return {}
-        # Megatron-Core's own call leaves it to an environment variable whether any object is unpickled.
-        state: dict[str, Any] = load_restricted(Path(checkpoint_dir) / COMMON_STATE_FNAME)
-        return state
-
-
-@contextmanager
-def _restrict_reading(folder: Path) -> Iterator[None]:
-    """Let Megatron-Core read a checkpoint's tensors with a `RestrictedReader` while the block runs."""
     reader = RestrictedReader(folder)
     # Read here: what torch reads below, it reads in a collective, whose errors are those of all ranks with tracebacks.
     reader.read_metadata()
 
-    # Private to Megatron-Core (0.16 and 0.17): its only way to a reader. It is called several times per load.
-    original = torch_strategies._get_filesystem_reader
-    torch_strategies._get_filesystem_reader = lambda *_, **__: reader
+    def read_common(*_: object) -> dict[str, Any]:
+        return _read_common(folder, reader) if is_common_wanted else {}
+
+    with ExitStack() as stack:
+        # Private to Megatron-Core (0.16 to 0.19): its only way to a reader. It is called several times per load.
+        stack.enter_context(
+            _replaced(torch_strategies, "_get_filesystem_reader", lambda *_, **__: reader)
+        )
+        # Megatron-Core's own call leaves it to an environment variable whether any object is unpickled.
+        if hasattr(common_strategies, "TorchCommonLoadStrategy"):  # 0.16 and 0.17
+            owner, name = common_strategies.TorchCommonLoadStrategy, "load_common"
+        else:
+            owner, name = serialization, "load_common_state_dict"
+        stack.enter_context(_replaced(owner, name, read_common))
+        yield
+
+
+def _read_common(folder: Path, reader: RestrictedReader) -> dict[str, Any]:
+    """Read what Megatron-Core does not shard: here, the optimizer's settings."""
+    file = folder / common_strategies.COMMON_STATE_FNAME
+    state: dict[str, Any]
+    if file.exists():
+        state = load_restricted(file)
+    else:
+        # Megatron-Core 0.19 writes no such file, but a list of one item among the tensors.
+        (state,) = reader.read_object(COMMON_OBJECT)
+    return state
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:  # noqa: ANN401  any attribute of anything
+    original = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        torch_strategies._get_filesystem_reader = original
+        setattr(owner, name, original)
 
 
 def _replica_group() -> ProcessGroup:
