@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing import ShardedTensor, serialization
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.strategies import common as common_strategies
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategies
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
 )
+from torch import distributed as dist
 from torch.distributed import ProcessGroup
 
+from ul2r.errors import CheckpointError
 from ul2r.model.build import load_model, make_sharded_state_dict
 from ul2r.model.restricted_reader import RestrictedReader, load_restricted
 from ul2r.train.checkpoint.async_write import AsyncWrite
@@ -57,7 +61,8 @@ def load_checkpoint(folder: Path, train_step: TrainStep, *, optimizer: bool) -> 
     strategy = FullyParallelLoadStrategyWrapper(
         get_default_load_sharded_strategy(str(folder)), _replica_group()
     )
-    with _restrict_reading(folder, is_common_wanted=optimizer):
+    with _restrict_reading(folder, is_common_wanted=optimizer) as reader:
+        _check_complete(state, reader)
         loaded = dist_checkpointing.load(state, str(folder), strategy)
 
     load_model(train_step.chunks, loaded["model"])
@@ -70,7 +75,7 @@ def load_checkpoint(folder: Path, train_step: TrainStep, *, optimizer: bool) -> 
 
 
 @contextmanager
-def _restrict_reading(folder: Path, *, is_common_wanted: bool) -> Iterator[None]:
+def _restrict_reading(folder: Path, *, is_common_wanted: bool) -> Iterator[RestrictedReader]:
     """Let Megatron-Core read a checkpoint with a `RestrictedReader` while the block runs.
 
     Args:
@@ -82,8 +87,7 @@ def _restrict_reading(folder: Path, *, is_common_wanted: bool) -> Iterator[None]
     # Read here: what torch reads below, it reads in a collective, whose errors are those of all ranks with tracebacks.
     reader.read_metadata()
 
-    def read_common(*_: object) -> dict[str, Any]:
-        return _read_common(folder, reader) if is_common_wanted else {}
+    common = _read_common(folder, reader) if is_common_wanted else {}
 
     with ExitStack() as stack:
         # Private to Megatron-Core (0.16 to 0.19): its only way to a reader. It is called several times per load.
@@ -95,8 +99,21 @@ def _restrict_reading(folder: Path, *, is_common_wanted: bool) -> Iterator[None]
             owner, name = common_strategies.TorchCommonLoadStrategy, "load_common"
         else:
             owner, name = serialization, "load_common_state_dict"
-        stack.enter_context(_replaced(owner, name, read_common))
-        yield
+        stack.enter_context(_replaced(owner, name, lambda *_: common))
+        yield reader
+
+
+def _check_complete(state: dict[str, Any], reader: RestrictedReader) -> None:
+    """Refuse, on all ranks, a checkpoint that lacks a tensor of any; Megatron-Core 0.19 would leave that as it is."""
+    stored = reader.read_metadata().state_dict_metadata
+    tensors = [part for part in nested_values(state) if isinstance(part, ShardedTensor)]
+    missing = [part.key for part in tensors if part.key not in stored]
+
+    # Ranks of other pipeline stages have other tensors, and would wait for this one in the load.
+    missing_of_all: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(missing_of_all, missing)
+    for key in chain.from_iterable(missing_of_all):
+        raise CheckpointError(f"{reader.folder} has no tensor {key}: restore an earlier checkpoint")
 
 
 def _read_common(folder: Path, reader: RestrictedReader) -> dict[str, Any]:
