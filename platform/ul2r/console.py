@@ -26,7 +26,7 @@ from rich.text import Text
 LOG_INTERVAL_S = 10.0
 
 ASCII_FORMS = {"±": "+-", "↑": "^", "↓": "v", "→": "->", "…": "..."}
-"""What a stream shows of a character that its encoding lacks."""
+"""Replacements for characters that a stream's encoding lacks."""
 ENCODING_ERRORS = "ul2r.ascii"
 """Name of the codec error handler that shows them."""
 

@@ -174,7 +174,7 @@ def test_every_setting_of_an_architecture_is_tried() -> None:
 
 
 def test_settings_that_a_class_lacks_are_refused() -> None:
-    """What the tables and classes of transformers 5 have in common, listed once by hand."""
+    """Settings common to the tables and the classes of transformers 5, listed by hand."""
     has: dict[str, set[str]] = {setting: set() for setting in VALUES}
     for family, name in ACCEPTED:
         if name not in ("itself", "all together"):

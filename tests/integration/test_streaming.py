@@ -166,7 +166,9 @@ def test_waiting_readers_get_the_error_of_an_unreadable_file(
     batches = range(100)
     with build_store_in_background(recipe, cpus=1):
         (iterator,) = split_for_replicas(make_dataset(recipe, batches, 1), 1)
-        with pytest.raises(CorpusError, match=rf"{last.name}: line {len(lines)}: not JSON") as caught:
+        with pytest.raises(
+            CorpusError, match=rf"{last.name}: line {len(lines)}: not JSON"
+        ) as caught:
             deque(iter_batches(iterator, recipe, batches, 0, 1))
     assert "\n" not in str(caught.value)
     assert len(Manifest.read(recipe.storage_paths.store).segments) == 2, (

@@ -1,4 +1,4 @@
-"""What an MLflow server and its artifact stores refuse, and what a tracker keeps in memory, on a real server."""
+"""Refusals by an MLflow server and its artifact stores, and a tracker's memory, on a real server."""
 
 import gc
 import json

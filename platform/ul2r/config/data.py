@@ -32,7 +32,7 @@ class Data(StrictModel):
     text_key: str = Field(default="text", min_length=1)
     """Key of .jsonl records, and column of .parquet files, that holds the text."""
     null_text: Literal["refuse", "skip"] = "refuse"
-    """What to do about records whose text is null or missing: refuse the corpus, or skip and count them."""
+    """Treatment of records whose text is null or missing: refuse the corpus, or skip and count them."""
     order: Literal["shuffled", "streamed"] = "shuffled"
     """Shuffled text is read in a random order of all its windows, so it must be prepared before training. Streamed
     text is tokenized while training already runs on its first segment, and shuffled within segments that double in

@@ -18,7 +18,7 @@ class Launch(StrictModel):
     """CPUs reserved by each task that builds batches, one task per replica; with 0 they also run where every CPU is
     taken. They need little: one core processes over a million tokens a second."""
     max_failures: int = Field(default=3, ge=0)
-    """Restarts of the worker group before the run fails, counted anew from each new checkpoint."""
+    """Restarts of the worker group before the run fails; each new checkpoint resets the count."""
     worker_start_timeout_s: float = Field(default=600, gt=0)
     """Seconds within which the workers' processes start on machines that are there; otherwise the run ends with Ray's
     reason. Ray gives each process 60 s and then starts another, so that the default allows ten attempts: importing

@@ -27,7 +27,7 @@ WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 """An export holds one of these: all weights in one file, or an index of several."""
 
 PARSING_ERRORS = (ValueError, KeyError, TypeError, AttributeError, AssertionError)
-"""What parsing a damaged or edited ul2r.json raises, the assertions of `Vocabulary` included."""
+"""Errors raised by parsing a damaged or edited ul2r.json, including the assertions of `Vocabulary`."""
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ def translate_refusals() -> Iterator[None]:
     """Turn what Megatron-Core raises about its own settings and layers into an error of the recipe.
 
     Raises:
-        LayoutError: With Megatron-Core's reason. A user error is told in one line, and workers are not restarted for
-            it.
+        LayoutError: With Megatron-Core's reason. It is reported in one line, and workers are not restarted for it.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""What Megatron-Core refuses is found before workers start, and is told in one line wherever it is met."""
+"""Models that Megatron-Core refuses are found before workers start, and reported in one line wherever they occur."""
 
 from __future__ import annotations
 

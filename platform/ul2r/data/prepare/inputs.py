@@ -23,7 +23,7 @@ SENTINELS_KEY = "data.sentinels"
 and the name of a work folder are digests of the inputs, so a new name would make another store of the same text."""
 MAX_HELD_OUT_KEY = "data.max_held_out_tokens"
 SPLIT_KEY = "data.held_out_by"
-"""How a streamed store, whose fingerprint is a digest of the inputs, is split: by tokens where this is among them, by
+"""Key of the split of a streamed store, whose fingerprint is a digest of the inputs: by tokens if it is among them, by
 documents in older stores."""
 RECIPE_KEYS = {HELD_OUT_KEY: "data.held_out_fraction", SENTINELS_KEY: "data.num_sentinels"}
 """Current names of settings that are called otherwise among the inputs."""

@@ -64,7 +64,7 @@ def find_cut(tokenizer: DocumentTokenizer, text: str) -> int:
     offsets = encoding.offsets
     words = encoding.word_ids
     # Tokens that share a character with the one before are no places to cut, nor is the place behind an added token,
-    # where some tokenizers begin anew. The first tokens depend on where the window begins.
+    # where some tokenizers start over. The first tokens depend on where the window begins.
     starts = [
         i
         for i in range(1, len(offsets))

@@ -153,7 +153,7 @@ def make_config(architecture: Architecture, max_positions: int, num_embeddings: 
     elif architecture.position_embedding == "rope":
         config["rope_parameters"] = _make_rope_parameters(architecture)
         if family.partial_rotary:
-            # Always: GPT-NeoX's class rotates a quarter of each head unless it is told otherwise.
+            # Always: GPT-NeoX's class rotates a quarter of each head by default.
             config["rope_parameters"]["partial_rotary_factor"] = architecture.rotary_percent
     return config
 

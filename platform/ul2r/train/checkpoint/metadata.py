@@ -194,7 +194,7 @@ class CheckpointInfo:
         assert isinstance(saved, dict)
         assert isinstance(new, dict)
         fields["optimizer"] = without_schedule(saved), without_schedule(new)
-        # First: of another schedule, say, it need not be told that the steps cannot be raised.
+        # First: for a run with another schedule it is beside the point whether its steps can be raised.
         self._check({"optimizer": fields["optimizer"]})
 
         obstacle = find_obstacle(
