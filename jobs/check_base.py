@@ -14,7 +14,6 @@ import sys
 
 import _interpreter  # noqa: F401  refuses a Python that cannot run the job
 
-from ul2r.workflows.check_base import describe_base
 from ul2r.workflows.cli import run_and_report
 
 
@@ -28,7 +27,12 @@ def main() -> int:
     parser.add_argument("model", metavar="MODEL", help="folder, or owner/name on the Hub")
     model = parser.parse_args().model
 
-    return run_and_report(lambda: print(describe_base(model)))
+    def work() -> None:
+        from ul2r.workflows.check_base import describe_base
+
+        print(describe_base(model))
+
+    return run_and_report(work)
 
 
 if __name__ == "__main__":

@@ -11,15 +11,17 @@ from __future__ import annotations
 import sys
 
 import _interpreter  # noqa: F401  refuses a Python that cannot run the job
-from rich.console import Console
 
 from ul2r.config import Comparison
 from ul2r.workflows.cli import run_job
-from ul2r.workflows.compare import PLOT_FILE, TABLE_FILE, compare
 
 
 def main(comparison: Comparison) -> None:
     """Compare, then print the table and where it and the plot were written."""
+    from rich.console import Console
+
+    from ul2r.workflows.compare import PLOT_FILE, TABLE_FILE, compare
+
     result = compare(comparison)
 
     console = Console()

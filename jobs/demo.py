@@ -22,20 +22,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import _interpreter  # noqa: F401  refuses a Python that cannot run the job
-import httpx
-import ray
-from rich.console import Console
-from rich.markdown import Markdown
 
-from serving.app import ServingConfig
-from serving.server import serve_model
 from ul2r.config import Recipe, load
 from ul2r.data.prepare.source_files import find_files
 from ul2r.errors import UserError
-from ul2r.launch.ray_train.cluster import connect_ray
-from ul2r.tracking.server import find_free_port, run_mlflow_server
 from ul2r.workflows.cli import run_and_report
-from ul2r.workflows.compare import PLOT_FILE, TABLE_FILE
 from ul2r.workflows.phases import PhaseTimer, run_command
 
 RECIPES = Path("jobs/recipes")
@@ -99,6 +90,12 @@ class Demo:
             CommandError: If a job fails; the job has printed why.
             UserError: If a server does not start.
         """
+        # Imported when recipes and corpus were read: both take seconds.
+        import ray
+
+        from ul2r.launch.ray_train.cluster import connect_ray
+        from ul2r.tracking.server import run_mlflow_server
+
         with connect_ray(NUM_CPUS):
             # The jobs join this Ray, instead of starting one each.
             self.environment["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
@@ -135,6 +132,10 @@ class Demo:
 
     def _serve(self, uri: str) -> None:
         """Serve the registered model with Ray Serve, send it two requests over HTTP, stop it."""
+        from serving.app import ServingConfig
+        from serving.server import serve_model
+        from ul2r.tracking.server import find_free_port
+
         export = self.recipes["ul2r"].export
         model = f"models:/{export.registered_model}@{export.alias}"
 
@@ -148,6 +149,11 @@ class Demo:
 
     def _print_summary(self) -> None:
         """Print wall times, the comparison, what it shows, and the next commands."""
+        from rich.console import Console
+        from rich.markdown import Markdown
+
+        from ul2r.workflows.compare import PLOT_FILE, TABLE_FILE
+
         folder = self.recipes["ul2r"].storage_paths.comparison(f"{self.family}-compare")
         # Without the notes, which would fill the screen: the file has them.
         table = (folder / TABLE_FILE).read_text(encoding="utf-8").splitlines()
@@ -197,6 +203,8 @@ def _post(url: str, route: str, request: Mapping[str, object]) -> None:
     Raises:
         UserError: If the request is refused.
     """
+    import httpx
+
     print(f"\nPOST {route} {json.dumps(request)}", flush=True)
     # Without trust_env, since a proxy of the environment would not reach this machine's own port.
     response = httpx.post(url + route, json=request, timeout=120, trust_env=False)

@@ -11,15 +11,17 @@ from __future__ import annotations
 import sys
 
 import _interpreter  # noqa: F401  refuses a Python that cannot run the job
-from rich.console import Console
 
 from ul2r.config import Recipe
 from ul2r.workflows.cli import run_job
-from ul2r.workflows.evaluate import evaluate_run, make_score_table
 
 
 def main(recipe: Recipe) -> None:
     """Measure and record the run, then print its scores."""
+    from rich.console import Console
+
+    from ul2r.workflows.evaluate import evaluate_run, make_score_table
+
     Console().print(make_score_table(recipe, evaluate_run(recipe)))
 
 

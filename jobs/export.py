@@ -15,11 +15,12 @@ import _interpreter  # noqa: F401  refuses a Python that cannot run the job
 
 from ul2r.config import Recipe
 from ul2r.workflows.cli import run_job
-from ul2r.workflows.export import export
 
 
 def main(recipe: Recipe) -> None:
     """Export, then print where the export is."""
+    from ul2r.workflows.export import export
+
     folder = export(recipe)
 
     print(f"{recipe.name}: exported to {folder}")

@@ -14,14 +14,15 @@ import sys
 import _interpreter  # noqa: F401  refuses a Python that cannot run the job
 
 from ul2r.config import Recipe
-from ul2r.data.inspection import write_page
-from ul2r.data.store.dataset import open_dataset
-from ul2r.launch.preflight import find_resume_checkpoint, plan_run_data
 from ul2r.workflows.cli import run_job
 
 
 def main(recipe: Recipe) -> None:
     """Write the page, then print where it is."""
+    from ul2r.data.inspection import write_page
+    from ul2r.data.store.dataset import open_dataset
+    from ul2r.launch.preflight import find_resume_checkpoint, plan_run_data
+
     dataset = open_dataset(recipe.storage_paths.store)
     plan = plan_run_data(recipe, dataset, find_resume_checkpoint(recipe))
     path = write_page(recipe, dataset, plan.order)

@@ -15,11 +15,12 @@ import _interpreter  # noqa: F401  refuses a Python that cannot run the job
 
 from ul2r.config import Recipe
 from ul2r.workflows.cli import run_job
-from ul2r.workflows.prepare import describe_manifest, prepare_store
 
 
 def main(recipe: Recipe) -> None:
     """Make the recipe's token store unless it exists, then print what it holds."""
+    from ul2r.workflows.prepare import describe_manifest, prepare_store
+
     manifest, is_new = prepare_store(recipe)
     print(f"token store {recipe.storage_paths.store}: {'made' if is_new else 'up to date'}")
     print(describe_manifest(manifest))

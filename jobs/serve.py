@@ -17,18 +17,20 @@ from pathlib import Path
 
 import _interpreter  # noqa: F401  refuses a Python that cannot run the job
 
-from serving.app import ServingConfig, is_registry_uri, resolve_model
-from serving.server import LOCALHOST, check_port, serve_model
 from ul2r.errors import ServiceError
-from ul2r.launch.ray_train.cluster import connect_ray
 from ul2r.paths import StoragePaths
 from ul2r.workflows.cli import run_and_report
 
 DEFAULT_PORT = 8000
+DEFAULT_HOST = "127.0.0.1"
 
 
 def main(options: argparse.Namespace) -> None:
     """Serve until interrupted."""
+    from serving.app import ServingConfig
+    from serving.server import check_port, serve_model
+    from ul2r.launch.ray_train.cluster import connect_ray
+
     # First, since everything else takes seconds.
     check_port(options.port, options.host)
     _handle_signals()
@@ -54,6 +56,8 @@ def _handle_signals() -> None:
 
 def _find_export(model: str, tracking_uri: str | None, storage: Path | None) -> Path:
     """Return the export folder of a model; a registry in a storage folder is read before Ray is started."""
+    from serving.app import is_registry_uri, resolve_model
+
     if storage is None or not is_registry_uri(model):
         return resolve_model(model, tracking_uri, "--tracking-uri")
     if not StoragePaths(storage).mlflow_database.is_file():
@@ -93,7 +97,7 @@ def _parse_options() -> argparse.Namespace:
     parser.add_argument("model", metavar="MODEL", help="export folder, or models:/NAME@ALIAS")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT)
     parser.add_argument(
-        "--host", default=LOCALHOST, help="0.0.0.0 accepts connections from other machines"
+        "--host", default=DEFAULT_HOST, help="0.0.0.0 accepts connections from other machines"
     )
     parser.add_argument("--tracking-uri", metavar="URI", help="MLflow server of the registry")
     parser.add_argument(

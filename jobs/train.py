@@ -18,9 +18,7 @@ import sys
 import _interpreter  # noqa: F401  refuses a Python that cannot run the job
 
 from ul2r.config import Recipe
-from ul2r.train.trial_build import check_buildable
 from ul2r.workflows.cli import TORCHRUN_VARIABLE, run_job
-from ul2r.workflows.dry_run import dry_run
 
 
 def main(recipe: Recipe) -> None:
@@ -42,6 +40,9 @@ def main(recipe: Recipe) -> None:
 
 def print_dry_run(recipe: Recipe) -> None:
     """Print what the run needs."""
+    from ul2r.train.trial_build import check_buildable
+    from ul2r.workflows.dry_run import dry_run
+
     report = dry_run(recipe)
     check_buildable(recipe)
     print(report)

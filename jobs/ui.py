@@ -16,8 +16,6 @@ from pathlib import Path
 
 import _interpreter  # noqa: F401  refuses a Python that cannot run the job
 
-from ul2r.tracking.mlflow import list_view_urls
-from ul2r.tracking.server import run_mlflow_server
 from ul2r.workflows.cli import run_and_report
 
 DEFAULT_PORT = 5000
@@ -25,6 +23,9 @@ DEFAULT_PORT = 5000
 
 def main(storage: Path, port: int) -> None:
     """Serve until Ctrl-C or SIGTERM."""
+    from ul2r.tracking.mlflow import list_view_urls
+    from ul2r.tracking.server import run_mlflow_server
+
     # So that the server is stopped too: a killed job would leave it running.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

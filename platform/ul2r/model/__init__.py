@@ -2,6 +2,8 @@
 
 import warnings
 
+from ul2r.model.lazy_compile import replace_jit_fuser
+
 # On import, Megatron-Core warns of each optional CUDA package that is absent and calls collectives that torch renamed.
 # Set before its first import, since tests turn warnings into errors.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core\.")
@@ -11,3 +13,5 @@ warnings.filterwarnings(
 )
 warnings.filterwarnings("ignore", category=FutureWarning, message=r"Please use DTensor instead")
 warnings.filterwarnings("ignore", category=UserWarning, message=r"The \.grad attribute of a Tensor")
+
+replace_jit_fuser()
