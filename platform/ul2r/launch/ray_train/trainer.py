@@ -36,6 +36,7 @@ from ul2r.launch.preflight import (
 )
 from ul2r.launch.ray_train.cluster import connect_ray
 from ul2r.launch.ray_train.elastic import count_cpus, has_room, resources_per_worker, shrink_layout
+from ul2r.launch.ray_train.entry_point import start_worker
 from ul2r.launch.ray_train.failures import FailurePolicy, describe_deaths, find_cause
 from ul2r.launch.ray_train.progress import progress_board
 from ul2r.launch.ray_train.start import StartMonitor
@@ -112,7 +113,7 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types here
     """
 
     def __init__(self, monitor: StartMonitor, **arguments: Any) -> None:  # noqa: ANN401  Ray's own arguments
-        super().__init__(_train_worker, **arguments)
+        super().__init__(start_worker, **arguments)
         self._monitor = monitor
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Result:  # noqa: ANN401  Ray's own arguments
@@ -214,13 +215,3 @@ def _fit(
             if monitor.outcome is None:
                 raise
             raise monitor.outcome from None
-
-
-def _train_worker(config: dict[str, Any]) -> None:
-    """Train in a worker of Ray Train.
-
-    Megatron-Core is imported only here: the driver and Ray's controller, which import this module, start sooner.
-    """
-    from ul2r.launch.ray_train.worker import train_worker
-
-    train_worker(**config)

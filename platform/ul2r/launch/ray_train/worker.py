@@ -17,7 +17,6 @@ from ul2r.launch.ray_train.progress import BoardReporter
 from ul2r.launch.ray_train.prometheus import PrometheusGauges
 from ul2r.launch.worker import run_worker
 from ul2r.objective.batch import Batch
-from ul2r.tracking.mlflow import MlflowTracker
 from ul2r.tracking.tracker import MemoryTracker, Tracker
 from ul2r.train.batch_iterator import BatchSource
 from ul2r.train.callbacks import Callback, LoopAction
@@ -69,6 +68,9 @@ def train_worker(
         if rank != 0:
             train(MemoryTracker())
             return
+        # Here, since MLflow takes seconds to import and the other ranks do not need it.
+        from ul2r.tracking.mlflow import MlflowTracker
+
         with MlflowTracker(uri, run_id, recipe.paths.folder) as tracker:
             train(tracker, PrometheusGauges(recipe.name))
 
