@@ -20,6 +20,8 @@ MAX_SOCKET_PATH = 107
 SOCKET_SUFFIX = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.99"
 """Longest path that Ray 2.60 adds to its folder for a socket; 4194304 is Linux's highest process id."""
 SHORT_FOLDERS = ("/tmp/ray", "/var/tmp/ray", "/dev/shm/ray")
+UNQUOTED = "'\\"
+"""Characters that Ray 2.60 does not quote in the command lines of a node's processes (`subprocess.list2cmdline`)."""
 SLOW_START = "timed out during startup"
 """Part of the message of an untyped exception that Ray raises if its node is not up after 30 s (node.py in 2.60)."""
 
@@ -35,6 +37,7 @@ def start_local_ray(num_cpus: int) -> None:
     Raises:
         ServiceError: If it cannot start here.
     """
+    check_python_path(sys.executable)
     default = Path(get_default_ray_temp_dir())
     folder = choose_folder(default)
     _keep_token_in_memory()
@@ -74,6 +77,23 @@ def python_environment() -> dict[str, str]:
     """
     quoted = shlex.quote(sys.executable)
     return {} if quoted == sys.executable else {"py_executable": quoted}
+
+
+def check_python_path(python: str) -> None:
+    """Check that Ray can start Python by its path.
+
+    Args:
+        python: Path of the interpreter.
+
+    Raises:
+        ServiceError: If the path has a character that Ray does not quote.
+    """
+    found = sorted(set(python) & set(UNQUOTED))
+    if found:
+        raise ServiceError(
+            f"Ray cannot start {python}: its path has {' and '.join(found)}; move the folder of this Python's "
+            "environment to a path without"
+        )
 
 
 def choose_folder(default: Path) -> Path:
