@@ -1,5 +1,6 @@
 """Models on Megatron-Core: architecture, interval attention, CPU support, conversion to and from Hugging Face."""
 
+import logging
 import warnings
 
 from ul2r.model.lazy_compile import replace_jit_fuser
@@ -13,5 +14,8 @@ warnings.filterwarnings(
 )
 warnings.filterwarnings("ignore", category=FutureWarning, message=r"Please use DTensor instead")
 warnings.filterwarnings("ignore", category=UserWarning, message=r"The \.grad attribute of a Tensor")
+
+# Megatron-Core 0.19 imports it, and torch then logs each CUDA toolkit that it finds on a machine without a GPU.
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 replace_jit_fuser()

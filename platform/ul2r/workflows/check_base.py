@@ -23,12 +23,13 @@ def describe_base(name: str) -> str:
         CheckpointError: If it cannot be a base.
         LayoutError: If Megatron-Core refuses such a model.
     """
-    from ul2r.model.build import check_settings
-
     # The same checks as before a run, so that a base that passes here is not refused there.
     folder = resolve_model_folder(name)
     architecture = read_model(folder)
     check_model_folder(folder, architecture)
+    # Last, since Megatron-Core takes seconds to import.
+    from ul2r.model.build import check_settings
+
     check_settings(architecture)
 
     # A vocabulary of 0 entries counts the rows that the embedding has, and none for new tokens.
