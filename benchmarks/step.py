@@ -47,6 +47,7 @@ from ul2r.testing.plain_model import PlainModel
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.tracking.mlflow import MlflowTracker, read_metric_history
 from ul2r.tracking.server import run_mlflow_server
+from ul2r.tracking.store import open_store
 from ul2r.train.callbacks import Callback
 from ul2r.train.mesh import Mesh
 from ul2r.train.state import TrainState
@@ -227,7 +228,7 @@ def measure(folder: Path) -> dict[str, float]:
         dist.init_process_group(
             "gloo", init_method=f"file://{folder / 'rendezvous'}", rank=0, world_size=1
         )
-        with track_run(recipe, dataset, uri) as run_id:
+        with track_run(recipe, dataset, open_store(uri)) as run_id:
             tracker = MlflowTracker(uri, run_id, recipe.paths.folder)
             weights = initial_weights(recipe, dataset.vocabulary.size)
             loops = AlternatingLoops(recipe, dataset, weights)

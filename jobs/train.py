@@ -7,31 +7,31 @@ Trains the recipe's model on its objective with Ray Train, from initial weights 
 stopped, it resumes from the last valid checkpoint; a finished run is left as it is. On SIGTERM it saves a checkpoint
 after the current step and ends with exit code 130 (torchrun's own is 1); a second SIGTERM stops it at once, as Ctrl-C
 does. With --dry-run nothing is started: the run is checked, and its parameters, memory, FLOPs and expected time are
-printed. Started by torchrun it is the same run without Ray.
+printed. Started by torchrun, or by Python alone where Ray is not installed, it is the same run without Ray.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 
 import _interpreter  # noqa: F401  refuses a Python that cannot run the job
 
 from ul2r.config import Recipe
-from ul2r.workflows.cli import TORCHRUN_VARIABLE, run_job
+from ul2r.environment import get_rank, has_ray, is_started_by_torchrun
+from ul2r.workflows.cli import run_job
 
 
 def main(recipe: Recipe) -> None:
     """Train, then print how far the run is."""
     # Imported here: torchrun's processes need no Ray, and Ray's driver need not wait for Megatron-Core.
-    if TORCHRUN_VARIABLE in os.environ:
+    if is_started_by_torchrun() or not has_ray():
         from ul2r.launch.torchrun import train
     else:
         from ul2r.launch.ray_train.trainer import train
 
     info = train(recipe)
-    # torchrun starts this job on every rank; without it there is no RANK and one driver.
-    if os.environ.get("RANK", "0") == "0":
+    # torchrun starts this job on every rank.
+    if get_rank() == 0:
         print(
             f"{info.run_name}: {info.step} steps; {info.tokens:,} tokens and {info.flops:.3g} FLOPs including its "
             f"base's; checkpoints in {recipe.paths.checkpoints}"

@@ -10,6 +10,7 @@ storage/
     profiles/                traces of torch's profiler
     ray/                     Ray Train's own files
     data.html  evaluation.json  tracking.json  tracking_waiting.json
+    metrics.jsonl  run.json  recipe.yaml   the run's record, with tracking.uri: none
   comparisons/NAME/          table.md, table.json, comparison.png
   mlflow.db  artifacts/  mlflow.log   the MLflow server that a job starts here
 """
@@ -125,6 +126,21 @@ class RunPaths:
     def evaluation(self) -> Path:
         """Scores of the run's export."""
         return self.folder / "evaluation.json"
+
+    @property
+    def metrics(self) -> Path:
+        """Metrics of a run that is recorded in files."""
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def run_record(self) -> Path:
+        """Name, status, tags and parameters of a run that is recorded in files."""
+        return self.folder / "run.json"
+
+    @property
+    def recorded_recipe(self) -> Path:
+        """Recipe of the last start of a run that is recorded in files."""
+        return self.folder / "recipe.yaml"
 
     @property
     def tracking_record(self) -> Path:

@@ -25,6 +25,7 @@ from ul2r.tracking import RunStatus
 from ul2r.tracking import mlflow as tracking
 from ul2r.tracking.mlflow import MlflowTracker
 from ul2r.tracking.server import find_free_port, run_mlflow_server
+from ul2r.tracking.store import open_store
 
 ROOT = Path(__file__).parents[2]
 
@@ -277,7 +278,7 @@ def test_tracked_run_ends_as_its_block_does_and_writes_the_backlog_of_its_worker
     dataset, recipe = make_tiny_store(tmp_path / "store", num_documents=12), tiny_recipe(tmp_path)
     with (
         contextlib.suppress(RuntimeError, KeyboardInterrupt),
-        track_run(recipe, dataset, uri) as run_id,
+        track_run(recipe, dataset, open_store(uri)) as run_id,
     ):
         assert read_status(uri, run_id) == "RUNNING"
         recipe.paths.folder.joinpath("tracking_waiting.json").write_text(
@@ -299,7 +300,7 @@ def test_reason_of_a_failed_run_is_not_hidden_by_a_server_that_is_down(
         address = server.enter_context(run_mlflow_server(storage))
         with (  # noqa: PT012  the server stops while the block runs
             pytest.raises(RuntimeError, match="the real reason"),
-            track_run(recipe, dataset, address),
+            track_run(recipe, dataset, open_store(address)),
         ):
             server.close()
             raise RuntimeError("the real reason")

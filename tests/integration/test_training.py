@@ -16,9 +16,11 @@ from mlflow import MlflowClient
 
 from ul2r.config import Recipe, dump
 from ul2r.testing.corpus import make_tiny_store
+from ul2r.testing.hidden_packages import hide_packages
 from ul2r.testing.ray_cluster import ACTIVATED, BIN, WAIT_S, RayCluster, run_ray_cluster, wait_for
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.tracking.server import run_mlflow_server
+from ul2r.tracking.store import open_store
 from ul2r.train.checkpoint.checksums import find_damage
 from ul2r.train.checkpoint.metadata import CheckpointInfo
 from ul2r.workflows.export import export
@@ -336,12 +338,14 @@ def test_damaged_token_store_ends_the_run_in_one_line(
     assert read_status(tracking_uri, recipe) == "FAILED"
 
 
-def torchrun(path: Path, processes: int = 2, **environment: str) -> subprocess.Popen[bytes]:
+def torchrun(
+    path: Path, processes: int = 2, *options: str, **environment: str
+) -> subprocess.Popen[bytes]:
     """Start jobs/train.py with torchrun; the output of its processes goes to the recipe's log."""
     start = [f"{BIN}/torchrun", "--standalone", f"--nproc-per-node={processes}"]
     with path.with_suffix(".log").open("ab") as log:
         return subprocess.Popen(
-            [*start, "jobs/train.py", str(path)],
+            [*start, "jobs/train.py", str(path), *options],
             cwd=ROOT,
             env={**ACTIVATED, **environment},
             stdout=log,
@@ -366,18 +370,20 @@ def test_torchrun_saves_on_sigterm_and_its_run_equals_the_one_of_ray(
     check_equal(tracking_uri, recipe, undisturbed)
 
 
-def test_torchrun_with_another_layout_gives_the_losses_of_ray(
-    storage: Path, tracking_uri: str, undisturbed: tuple[Recipe, list[tuple[int, float]]]
+def test_torchrun_with_another_layout_and_no_services_gives_the_losses_of_ray(
+    storage: Path, tmp_path: Path, undisturbed: tuple[Recipe, list[tuple[int, float]]]
 ) -> None:
-    """Tensor and sequence parallel with interleaved pipeline stages, against two replicas."""
+    """Tensor and sequence parallel with interleaved pipeline stages, recorded in files; against two replicas."""
     layout = {"tensor": 2, "sequence_parallel": True, "pipeline": 2, "virtual_stages": 2}
     recipe, path = write_recipe(storage, "torchrun-layout", {"num_workers": 4, **layout})
-    ended = torchrun(path, 4, MLFLOW_TRACKING_URI=tracking_uri).wait(WAIT_S)
+    bare = hide_packages(tmp_path, {"ray", "mlflow"}, str(ROOT / "platform"))
+    ended = torchrun(path, 4, "--set", "tracking.uri=none", **bare).wait(WAIT_S)
     assert ended == 0, path.with_suffix(".log").read_text()
-    for found, expected in zip(
-        read_history(tracking_uri, recipe, "train/loss"), undisturbed[1], strict=True
-    ):
+
+    losses = open_store("none").read_metric_history(str(recipe.paths.folder), "train/loss")
+    for found, expected in zip(losses, undisturbed[1], strict=True):
         assert found == pytest.approx(expected, rel=1e-3)
+    assert json.loads(recipe.paths.run_record.read_text())["status"] == "FINISHED"
 
 
 def test_torchrun_with_another_number_of_processes_is_refused(storage: Path) -> None:

@@ -22,7 +22,7 @@ JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("[!_]*.py"))
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(line.split())
     for line in (
-        "errors console filesystem paths",
+        "errors console environment filesystem paths",
         "config",
         "objective tracking",
         "data model",
@@ -76,7 +76,7 @@ PLACES = {
     "pynvml": ("train/monitor/",),
     "ray": (
         "data/loader",
-        "data/prepare/tokenize_shards",
+        "data/prepare/ray_tasks",
         "launch/ray_train/",
         "workflows/",
         "jobs/",
@@ -91,6 +91,7 @@ PLACES = {
 ONLY = {
     "config": {"pydantic", "yaml"},
     "objective": {"numba", "numpy"},
+    "environment": set[str](),
     "errors": set[str](),
     "filesystem": set[str](),
     "paths": set[str](),

@@ -1,11 +1,11 @@
-"""Held-out losses during training against training FLOPs, read from MLflow."""
+"""Held-out losses during training against training FLOPs, read from the runs' records."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ul2r.tracking.mlflow import read_metric_history
+from ul2r.tracking.store import TrackingStore
 
 
 @dataclass(frozen=True)
@@ -23,21 +23,21 @@ class LossCurve:
     denoiser_loss: tuple[float, ...]
 
 
-def load_loss_curve(uri: str, run_id: str, denoisers: Sequence[str]) -> LossCurve:
+def load_loss_curve(store: TrackingStore, run_id: str, denoisers: Sequence[str]) -> LossCurve:
     """Return the curve of a run; steps that lack one of the metrics are left out.
 
     Args:
-        uri: MLflow server.
+        store: Where the run is recorded.
         run_id: The run.
         denoisers: Names of the denoisers to average over.
 
     Raises:
         ServiceError: If the server fails.
     """
-    eflops = dict(read_metric_history(uri, run_id, "progress/eflops"))
-    causal = dict(read_metric_history(uri, run_id, "held_out/loss/causal"))
+    eflops = dict(store.read_metric_history(run_id, "progress/eflops"))
+    causal = dict(store.read_metric_history(run_id, "held_out/loss/causal"))
     by_denoiser = [
-        dict(read_metric_history(uri, run_id, f"held_out/loss/{name}")) for name in denoisers
+        dict(store.read_metric_history(run_id, f"held_out/loss/{name}")) for name in denoisers
     ]
 
     # Progress is logged more often than held-out losses: only steps with all metrics count.

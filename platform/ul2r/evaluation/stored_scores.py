@@ -12,7 +12,7 @@ from ul2r.errors import CheckpointError
 from ul2r.evaluation.scores import Scores
 from ul2r.filesystem import sha256_of, write_atomically
 from ul2r.paths import TOKENIZER_FILE
-from ul2r.tracking.registry import hash_export
+from ul2r.tracking.export_digest import hash_export
 
 FORMAT = 3
 """Raised when a metric's meaning or this file's fields change, so that older evaluations are repeated."""

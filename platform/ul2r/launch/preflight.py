@@ -1,4 +1,4 @@
-"""Checks before a run starts, and its record in MLflow while it trains, whoever starts the workers."""
+"""Checks before a run starts, and its record while it trains, whoever starts the workers."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from ul2r.launch.pretrained import check_base
 from ul2r.model.flops import num_parameters
 from ul2r.model.huggingface.config_json import check_family
 from ul2r.model.sizing import check_memory
-from ul2r.tracking.mlflow import find_run, finish_run, log_artifact, start_run
 from ul2r.tracking.names import check_denoiser_names
+from ul2r.tracking.store import TrackingStore
 from ul2r.tracking.tracker import RunStatus
 from ul2r.train.checkpoint.copying import CheckpointCopies
 from ul2r.train.checkpoint.lineage import plan_data
@@ -194,16 +194,16 @@ def final_checkpoint_info(recipe: Recipe) -> CheckpointInfo:
     return info
 
 
-def mark_finished(recipe: Recipe, uri: str) -> None:
-    """Do what a finished run may have been killed before: copy its last checkpoint, set its status in MLflow.
+def mark_finished(recipe: Recipe, store: TrackingStore) -> None:
+    """Do what a finished run may have been killed before: copy its last checkpoint, record its status.
 
     Raises:
         CheckpointError: If the checkpoint cannot be copied.
     """
     copy_last_checkpoint(recipe)
-    run_id = find_run(uri, recipe.paths.folder)
+    run_id = store.find_run(recipe.paths.folder)
     if run_id is not None:
-        finish_run(uri, run_id, recipe.paths.folder, "FINISHED")
+        store.finish_run(run_id, recipe.paths.folder, "FINISHED")
 
 
 def copy_last_checkpoint(recipe: Recipe) -> None:
@@ -226,20 +226,19 @@ def copy_last_checkpoint(recipe: Recipe) -> None:
 
 
 @contextmanager
-def track_run(recipe: Recipe, dataset: TokenDataset, uri: str) -> Iterator[str]:
-    """Start the run in MLflow, or continue it, and end it with the status that the block ends with.
+def track_run(recipe: Recipe, dataset: TokenDataset, store: TrackingStore) -> Iterator[str]:
+    """Begin the run's record, or continue it, and end it with the status that the block ends with.
 
     Args:
         recipe: The run.
         dataset: Its token store.
-        uri: MLflow's address.
+        store: Where it is recorded.
 
     Yields:
-        MLflow's ID of the run.
+        The ID of the run there.
     """
-    run_id = start_run(
+    run_id = store.start_run(
         recipe,
-        uri,
         tags={"ul2r.data": dataset.manifest.fingerprint},
         params=_parameters(recipe, dataset),
     )
@@ -253,17 +252,17 @@ def track_run(recipe: Recipe, dataset: TokenDataset, uri: str) -> Iterator[str]:
         if must_wait:
             logger.info("%s: waits until its token store is complete", recipe.name)
         else:
-            log_artifact(uri, run_id, write_page(recipe, dataset, order))
+            store.log_artifact(run_id, write_page(recipe, dataset, order))
         yield run_id
         if must_wait:
-            log_artifact(uri, run_id, write_page(recipe, dataset, order))
+            store.log_artifact(run_id, write_page(recipe, dataset, order))
         status = "FINISHED"
     except (KeyboardInterrupt, RunInterrupted):
         status = "KILLED"
         raise
     finally:
         # It also writes what rank 0's tracker had to leave on disk.
-        finish_run(uri, run_id, recipe.paths.folder, status)
+        store.finish_run(run_id, recipe.paths.folder, status)
 
 
 def _parameters(recipe: Recipe, dataset: TokenDataset) -> dict[str, str | int | float]:

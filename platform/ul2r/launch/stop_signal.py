@@ -9,10 +9,9 @@ import threading
 from types import FrameType, TracebackType
 from typing import Self
 
+from ul2r.environment import is_started_by_torchrun
 from ul2r.train.callbacks import Callback, LoopAction
 
-TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"
-"""Set by torchrun in the processes that it starts."""
 SHUTDOWN_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 """Seconds that torchrun (2.13) leaves its processes after SIGTERM, where its --shutdown-timeout does not say it."""
 
@@ -66,7 +65,7 @@ class StopSignal(Callback):
 
 def _limit() -> str:
     """Return, for a log line, how long torchrun lets its processes live after it has sent them SIGTERM."""
-    if TORCHRUN_VARIABLE not in os.environ:
+    if not is_started_by_torchrun():
         return ""
     # No process can change the limit of the torchrun that has started it.
     return (

@@ -1,16 +1,18 @@
-"""A run without Ray: torchrun starts the workers, and each computes its own batches."""
+"""A run without Ray: torchrun starts the workers, or this process is the only one; each computes its own batches."""
 
 from __future__ import annotations
 
 import os
 from contextlib import nullcontext
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ul2r.config import Recipe
 from ul2r.data.store.dataset import TokenDataset, open_dataset
+from ul2r.environment import get_rank, is_started_by_torchrun
 from ul2r.errors import CorpusError, LayoutError
 from ul2r.launch.preflight import (
     NO_GPU,
@@ -24,7 +26,7 @@ from ul2r.launch.preflight import (
 )
 from ul2r.launch.stop_signal import StopSignal
 from ul2r.launch.worker import run_worker
-from ul2r.tracking.mlflow import MlflowTracker, check_artifact_store, check_server
+from ul2r.tracking.store import TrackingStore, check_store
 from ul2r.tracking.tracker import MemoryTracker
 from ul2r.train.checkpoint.metadata import CheckpointInfo
 from ul2r.train.monitor.progress import ProgressBar
@@ -35,6 +37,8 @@ STORE_TIMEOUT = timedelta(seconds=10)
 
 def train(recipe: Recipe) -> CheckpointInfo:
     """Train the run from where it stands to its last step; called in every process that torchrun starts.
+
+    Without torchrun this process is the only one.
 
     Rows, losses and checkpoints are those of `ray_train.trainer.train`, so that a run may change between the two.
 
@@ -51,15 +55,15 @@ def train(recipe: Recipe) -> CheckpointInfo:
     check_num_processes(recipe)
     resumed = find_resume_checkpoint(recipe)
     check_run(recipe, dataset, resumed)
-    uri = check_server(recipe.tracking.uri)
+    store = check_store(recipe.tracking.uri)
 
-    is_rank0 = os.environ["RANK"] == "0"
+    is_rank0 = get_rank() == 0
     if resumed is not None and has_finished(recipe, resumed):
         if is_rank0:
-            mark_finished(recipe, uri)
+            mark_finished(recipe, store)
         return resumed
     if is_rank0:
-        check_artifact_store(uri, recipe.tracking.experiment)
+        store.check_experiment(recipe.tracking.experiment)
 
     # In one process: the others wait for it when they join.
     if is_rank0:
@@ -71,10 +75,10 @@ def train(recipe: Recipe) -> CheckpointInfo:
     (recipe,) = shared
     with (
         StopSignal() as stop_signal,
-        track_run(recipe, dataset, uri) if is_rank0 else nullcontext(None) as run_id,
+        track_run(recipe, dataset, store) if is_rank0 else nullcontext(None) as run_id,
     ):
-        _train(recipe, dataset, uri, run_id, stop_signal)
-        # Within `track_run`, so that MLflow learns of an interrupted run what it is.
+        _train(recipe, dataset, store, run_id, stop_signal)
+        # Within `track_run`, so that its record tells of an interrupted run what it is.
         dist.destroy_process_group()
         return final_checkpoint_info(recipe)
 
@@ -124,11 +128,19 @@ def check_num_processes(recipe: Recipe) -> None:
     Raises:
         LayoutError: If it did not.
     """
+    num_workers = recipe.parallel.num_workers
+    if not is_started_by_torchrun():
+        if num_workers != 1:
+            raise LayoutError(
+                f"without Ray this is one process, parallel.num_workers={num_workers}: start it with "
+                f"torchrun --nproc-per-node {num_workers}, or install Ray"
+            )
+        return
     num_started = int(os.environ["WORLD_SIZE"])
-    if num_started != recipe.parallel.num_workers:
+    if num_started != num_workers:
         raise LayoutError(
-            f"torchrun started {num_started} processes, parallel.num_workers={recipe.parallel.num_workers}: "
-            f"set torchrun's --nnodes x --nproc-per-node to {recipe.parallel.num_workers}"
+            f"torchrun started {num_started} processes, parallel.num_workers={num_workers}: "
+            f"set torchrun's --nnodes x --nproc-per-node to {num_workers}"
         )
 
 
@@ -137,21 +149,29 @@ def _join_process_group(recipe: Recipe) -> None:
     # As under Ray Train. Torch's own, 10 minutes with NCCL, would end ranks before the watchdog can name the one that
     # hangs.
     timeout = timedelta(seconds=recipe.guards.collective_timeout_s)
+    # A store in memory needs no port.
+    alone: dict[str, Any] = (
+        {} if is_started_by_torchrun() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]  # as above
+    )
     # torch would take all cores of the machine in each of its processes.
     torch.set_num_threads(max(int(launch.cpus_per_worker), 1))
     if launch.gpus_per_worker:
         # Before the first call that starts CUDA, which reads it.
         os.environ.update(gpu_environment(recipe.parallel))
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device, timeout=timeout)
+        dist.init_process_group("nccl", device_id=device, timeout=timeout, **alone)
     else:
         os.environ.update(NO_GPU)
-        dist.init_process_group("gloo", timeout=timeout)
+        dist.init_process_group("gloo", timeout=timeout, **alone)
 
 
 def _train(
-    recipe: Recipe, dataset: TokenDataset, uri: str, run_id: str | None, stop_signal: StopSignal
+    recipe: Recipe,
+    dataset: TokenDataset,
+    store: TrackingStore,
+    run_id: str | None,
+    stop_signal: StopSignal,
 ) -> None:
     """Train this rank's part; rank 0, which alone has a `run_id`, logs and shows a bar."""
     fingerprint = dataset.manifest.fingerprint
@@ -159,7 +179,7 @@ def _train(
         run_worker(recipe, MemoryTracker(), callbacks=[stop_signal], fingerprint=fingerprint)
         return
 
-    with MlflowTracker(uri, run_id, recipe.paths.folder) as tracker:
+    with store.open_tracker(run_id, recipe.paths.folder) as tracker:
         callbacks = [stop_signal, ProgressBar(recipe)]
         state = run_worker(recipe, tracker, callbacks=callbacks, fingerprint=fingerprint)
         # Closed here with its status; the end of the block would close it as FINISHED, and a second call does nothing.

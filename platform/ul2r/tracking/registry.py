@@ -6,7 +6,6 @@ Weights are not copied. MLflow's server refuses `file://` sources (3.17), so a v
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -15,29 +14,9 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from ul2r.errors import CheckpointError, ServiceError
-from ul2r.filesystem import sha256_of
 from ul2r.paths import EXPORT_METADATA_FILE
 from ul2r.tracking.client import check_server, create_client, translate_errors
-
-
-def hash_export(folder: Path) -> str:
-    """Return the SHA-256, in hexadecimal, over the digests of an export's weights and metadata.
-
-    Raises:
-        CheckpointError: If `folder` is not an export.
-    """
-    weights = sorted(folder.glob("*.safetensors"))
-    metadata = folder / EXPORT_METADATA_FILE
-    if not weights or not metadata.is_file():
-        raise CheckpointError(
-            f"{folder} is not an export (no *.safetensors with {EXPORT_METADATA_FILE}): run jobs/export.py RECIPE first"
-        )
-
-    # Of the content alone: a copy of the export elsewhere has the same digest. `*.safetensors` are in order of names.
-    combined = hashlib.sha256()
-    for path in (*weights, metadata):
-        combined.update(bytes.fromhex(sha256_of(path)))
-    return combined.hexdigest()
+from ul2r.tracking.export_digest import hash_export
 
 
 def register(uri: str, name: str, folder: Path, run_id: str, alias: str) -> str:

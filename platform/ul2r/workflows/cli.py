@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from ul2r.config import Comparison, Recipe, load
 from ul2r.console import make_streams_encodable
+from ul2r.environment import get_rank, is_started_by_torchrun
 from ul2r.errors import RecipeError, RunInterrupted, UserError
 from ul2r.launch.logs import configure_console
 from ul2r.launch.pretrained import fill_model_from_base
@@ -20,9 +21,6 @@ from ul2r.tracking.proxies import bypass_proxies_for_this_machine
 USER_ERROR_EXIT = 2
 INTERRUPTED_EXIT = 128 + signal.SIGINT
 """As a shell reports a process that Ctrl-C ended."""
-
-TORCHRUN_VARIABLE = "TORCHELASTIC_RUN_ID"
-"""Set by torchrun in the processes that it starts."""
 
 SUBMITTED_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in the entrypoint of a submitted job."""
@@ -63,7 +61,7 @@ def run_job(
 
     # SIGTERM ends a job as Ctrl-C does; while it trains, training has a handler of its own, which saves a checkpoint.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    configure_console(_rank())
+    configure_console(get_rank())
 
     def work() -> None:
         # Within `work`, so that a mistake in the recipe is reported in one line like any other user error.
@@ -95,7 +93,7 @@ def run_and_report(work: Callable[[], None]) -> int:
         return USER_ERROR_EXIT
     except RunInterrupted as interrupted:
         # Every rank under torchrun ends here with the same message. A user error may be of one rank alone.
-        if _rank() == 0:
+        if get_rank() == 0:
             sys.stderr.write(f"{interrupted}; run the same command again to continue\n")
         return INTERRUPTED_EXIT
     except KeyboardInterrupt:
@@ -108,17 +106,12 @@ def run_and_report(work: Callable[[], None]) -> int:
 
 def _is_to_report(message: str) -> bool:
     """Return whether this process prints an error: under torchrun only the first that meets it."""
-    if TORCHRUN_VARIABLE not in os.environ:
+    if not is_started_by_torchrun():
         return True
     # Imported here: only torchrun's processes, which have it already, need torch for this.
     from ul2r.launch.torchrun import is_first_to_report
 
     return is_first_to_report(message)
-
-
-def _rank() -> int:
-    """Return the rank of this process under torchrun, 0 without."""
-    return int(os.environ.get("RANK", "0"))
 
 
 def _make_parser(description: str | None) -> argparse.ArgumentParser:

@@ -21,17 +21,8 @@ from ul2r.filesystem import write_atomically
 from ul2r.inference import read_export_metadata
 from ul2r.launch.pretrained import fill_model_from_base
 from ul2r.paths import StoragePaths
-from ul2r.tracking.mlflow import (
-    check_artifact_store,
-    check_server,
-    continue_run,
-    end_on_error,
-    end_run,
-    find_run,
-    log_summary,
-    require_run,
-)
 from ul2r.tracking.names import check_denoiser_names
+from ul2r.tracking.store import TrackingStore, check_store
 from ul2r.workflows.evaluate import evaluate_runs, log_scores
 
 TABLE_FILE = "table.md"
@@ -68,18 +59,18 @@ def compare(comparison: Comparison) -> ComparisonResult:
     _check_experiment(comparison, recipes)
     for recipe in recipes.values():
         check_denoiser_names(recipe.evaluation.mixture, "evaluation.mixture")
-    uri = check_server(comparison.tracking.uri)
-    check_artifact_store(uri, comparison.tracking.experiment)
+    store = check_store(comparison.tracking.uri)
+    store.check_experiment(comparison.tracking.experiment)
 
     any_recipe = next(iter(recipes.values()))  # they agree in storage and evaluation
     dataset = open_dataset(any_recipe.storage_paths.store)
-    run_ids = {role: require_run(uri, recipe) for role, recipe in recipes.items()}
+    run_ids = {role: store.require_run(recipe) for role, recipe in recipes.items()}
     exports = [find_export(recipe, dataset) for recipe in recipes.values()]
 
     # Scores go to each run as well, as jobs/evaluate.py does: a run may be compared without having been evaluated.
     scores = evaluate_runs(list(recipes.values()), dataset)
     for recipe, run_scores in zip(recipes.values(), scores, strict=True):
-        log_scores(uri, recipe, dataset, run_scores)
+        log_scores(store, recipe, dataset, run_scores)
 
     table = ComparisonTable(
         name=comparison.name,
@@ -91,10 +82,10 @@ def compare(comparison: Comparison) -> ComparisonResult:
     )
     result = ComparisonResult(StoragePaths(comparison.storage).comparison(comparison.name), table)
     # The server is asked too: it may be another one than that of the last comparison.
-    if not _is_current(result, run_ids) or find_run(uri, result.folder) is None:
+    if not _is_current(result, run_ids) or store.find_run(result.folder) is None:
         denoisers = [denoiser.name for denoiser in any_recipe.evaluation.mixture]
-        _write_files(result, uri, run_ids, denoisers)
-        _log_files(result, comparison, uri)
+        _write_files(result, store, run_ids, denoisers)
+        _log_files(result, comparison, store)
 
     return result
 
@@ -142,12 +133,15 @@ def _is_current(result: ComparisonResult, run_ids: Mapping[Role, str]) -> bool:
 
 
 def _write_files(
-    result: ComparisonResult, uri: str, run_ids: Mapping[Role, str], denoisers: Sequence[str]
+    result: ComparisonResult,
+    store: TrackingStore,
+    run_ids: Mapping[Role, str],
+    denoisers: Sequence[str],
 ) -> None:
     result.folder.mkdir(parents=True, exist_ok=True)
 
-    # Curves come from MLflow and are no part of `_is_current`: a finished run's do not change.
-    curves = {role: load_loss_curve(uri, run_id, denoisers) for role, run_id in run_ids.items()}
+    # Curves come from the runs' records and are no part of `_is_current`: a finished run's do not change.
+    curves = {role: load_loss_curve(store, run_id, denoisers) for role, run_id in run_ids.items()}
     plot_comparison(result.folder / PLOT_FILE, result.table, curves, denoisers)
     write_atomically(result.folder / TABLE_FILE, result.table.to_markdown())
     # Last, since `_is_current` takes it for a description of the other two.
@@ -155,17 +149,16 @@ def _write_files(
     write_atomically(result.folder / JSON_FILE, json.dumps(tree, indent=2) + "\n")
 
 
-def _log_files(result: ComparisonResult, comparison: Comparison, uri: str) -> None:
-    """Log the files to the comparison's own MLflow run, the same one each time."""
-    run_id = continue_run(
-        uri,
+def _log_files(result: ComparisonResult, comparison: Comparison, store: TrackingStore) -> None:
+    """Log the files to the comparison's own run, the same one each time."""
+    run_id = store.continue_run(
         comparison.tracking.experiment,
         comparison.name,
         result.folder,
         tags={"ul2r.role": "comparison"},
         params={arm.role: arm.metadata.run for arm in result.table.arms},
     )
-    with end_on_error(uri, run_id):
+    with store.end_on_error(run_id):
         # No metrics: they belong to the compared runs.
-        log_summary(uri, run_id, {}, [result.folder / file for file in FILES])
-    end_run(uri, run_id, "FINISHED")
+        store.log_summary(run_id, {}, [result.folder / file for file in FILES])
+    store.end_run(run_id, "FINISHED")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ul2r.config import Architecture, Recipe
+from ul2r.config.tracking import FILES
 from ul2r.data.store.dataset import TokenDataset, open_dataset
-from ul2r.errors import CheckpointError
+from ul2r.errors import CheckpointError, RecipeError
 from ul2r.model.export_metadata import ExportMetadata
 from ul2r.model.huggingface.checkpoint_reader import (
     MegatronCheckpointReader,
@@ -16,7 +17,7 @@ from ul2r.model.huggingface.checkpoint_reader import (
 from ul2r.model.huggingface.config_json import find_changed_setting, read_architecture
 from ul2r.model.huggingface.exporting import convert_tensors, write_export
 from ul2r.model.sizing import GIB
-from ul2r.tracking.mlflow import check_server, find_run, register
+from ul2r.tracking.store import TrackingStore, check_store
 from ul2r.train.checkpoint.checksums import find_damage
 from ul2r.train.checkpoint.layout import INFO_FILE
 from ul2r.train.checkpoint.lineage import list_uses
@@ -36,18 +37,32 @@ def export(recipe: Recipe) -> Path:
 
     Raises:
         CheckpointError: If there is no such checkpoint, it is damaged, or it belongs to another model.
+        RecipeError: If it is to be registered without a tracking server.
         ServiceError: If it is to be registered and the tracking server fails.
     """
     dataset = open_dataset(recipe.storage_paths.store)
     checkpoint, folder = _choose_checkpoint(recipe)
     # Before the weights are written, which can take long: that the server answers.
-    uri = check_server(recipe.tracking.uri) if recipe.export.registered_model else None
+    store = _check_registry(recipe)
 
     _write_export(recipe, dataset, checkpoint, folder)
-    if uri is not None:
-        _register(recipe, uri, folder)
+    if store is not None:
+        _register(recipe, store, folder)
 
     return folder
+
+
+def _check_registry(recipe: Recipe) -> TrackingStore | None:
+    """Return the server that the export is to be registered at, once it is known to answer."""
+    name = recipe.export.registered_model
+    if name is None:
+        return None
+    if recipe.tracking.uri == FILES:
+        raise RecipeError(
+            f"export.registered_model={name}: only an MLflow server has a registry, and tracking.uri={FILES}: set "
+            "either of the two to null"
+        )
+    return check_store(recipe.tracking.uri)
 
 
 def _choose_checkpoint(recipe: Recipe) -> tuple[Path, Path]:
@@ -136,13 +151,17 @@ def _make_metadata(recipe: Recipe, dataset: TokenDataset, checkpoint: Path) -> E
     )
 
 
-def _register(recipe: Recipe, uri: str, folder: Path) -> None:
+def _register(recipe: Recipe, store: TrackingStore, folder: Path) -> None:
     # A registered version points to the run it comes from.
-    run_id = find_run(uri, recipe.paths.folder)
+    run_id = store.find_run(recipe.paths.folder)
     if run_id is None:
         raise CheckpointError(
-            f"MLflow at {uri} does not know run {recipe.name!r}: set tracking.uri to the server it was trained with"
+            f"MLflow at {store.uri} does not know run {recipe.name!r}: set tracking.uri to the server it was trained "
+            "with"
         )
     assert recipe.export.registered_model is not None
 
-    register(uri, recipe.export.registered_model, folder, run_id, recipe.export.alias)
+    # Here, since MLflow takes seconds to import.
+    from ul2r.tracking.mlflow import register
+
+    register(store.uri, recipe.export.registered_model, folder, run_id, recipe.export.alias)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 from ul2r.config import Recipe
 from ul2r.data.prepare.left_out import LeftOut
@@ -12,13 +12,13 @@ from ul2r.data.prepare.round_trip import RoundTrip
 from ul2r.data.sampling.held_out_windows import describe_small_split
 from ul2r.data.store.dataset import open_dataset
 from ul2r.data.store.manifest import Manifest
-from ul2r.launch.ray_train.cluster import connect_ray
+from ul2r.environment import has_ray_cluster
 
 logger = logging.getLogger(__name__)
 
 
 def prepare_store(recipe: Recipe) -> tuple[Manifest, bool]:
-    """Make the recipe's token store, on the Ray cluster at hand or one of this machine's, unless it exists.
+    """Make the recipe's token store, on the Ray cluster at hand or in processes of this machine, unless it exists.
 
     Returns:
         The store's manifest, and whether the store was made just now.
@@ -31,11 +31,21 @@ def prepare_store(recipe: Recipe) -> tuple[Manifest, bool]:
         return manifest, False
 
     # A blend only lists stores that exist: nothing to tokenize, so no cluster.
-    with nullcontext() if recipe.data.blend else connect_ray(cpus=1):
+    with nullcontext() if recipe.data.blend else _connect_cluster():
         manifest = prepare(recipe)
     if warning := describe_small_split(recipe, open_dataset(recipe.storage_paths.store)):
         logger.warning("%s", warning)
     return manifest, True
+
+
+def _connect_cluster() -> AbstractContextManager[None]:
+    """Connect to the Ray cluster that the environment names, if it names one."""
+    if not has_ray_cluster():
+        return nullcontext()
+    # Here, since Ray takes seconds to import and may be absent.
+    from ul2r.launch.ray_train.cluster import connect_ray
+
+    return connect_ray(cpus=1)
 
 
 def describe_manifest(manifest: Manifest) -> str:

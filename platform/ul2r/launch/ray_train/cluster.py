@@ -10,16 +10,14 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import ray
 
+from ul2r.environment import RAY_ADDRESS, count_cores
 from ul2r.errors import LayoutError, ServiceError
 from ul2r.launch.ray_train.local_ray import python_environment, start_local_ray
 
-ADDRESS_VARIABLE = "RAY_ADDRESS"
 ANY_CLUSTER = "auto"
-CPU_QUOTA_FILE = Path("/sys/fs/cgroup/cpu.max")
 PROBE_TIMEOUT_S = 10.0
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -49,7 +47,7 @@ def connect_ray(cpus: float, gpus: float = 0, *, smaller: str = "ask for fewer")
         os.environ.setdefault(variable, value)
 
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    address = os.environ.get(ADDRESS_VARIABLE)
+    address = os.environ.get(RAY_ADDRESS)
     if address:
         _join(address)
     else:
@@ -64,17 +62,6 @@ def connect_ray(cpus: float, gpus: float = 0, *, smaller: str = "ask for fewer")
         yield
     finally:
         ray.shutdown()
-
-
-def count_cores() -> int:
-    """Return the CPU cores that this process may use, by its affinity and its control group's quota."""
-    # os.cpu_count() gives the machine's cores, in a container as well.
-    available = len(os.sched_getaffinity(0))
-    if CPU_QUOTA_FILE.is_file():
-        quota, period = CPU_QUOTA_FILE.read_text(encoding="ascii").split()
-        if quota != "max":
-            available = min(available, math.ceil(int(quota) / int(period)))
-    return available
 
 
 def _join(address: str) -> None:
@@ -97,8 +84,8 @@ def _join(address: str) -> None:
     # ray.init raises ConnectionError, which is an OSError, too.
     except OSError as error:
         raise ServiceError(
-            f"no Ray cluster answers at {ADDRESS_VARIABLE}={address} ({error}): "
-            f"start it, or unset {ADDRESS_VARIABLE} to run on this machine"
+            f"no Ray cluster answers at {RAY_ADDRESS}={address} ({error}): "
+            f"start it, or unset {RAY_ADDRESS} to run on this machine"
         ) from None
 
 
@@ -111,7 +98,7 @@ def _host_and_port(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdecimal() or int(port) >= 2**16:
         raise ServiceError(
-            f"{ADDRESS_VARIABLE}={address}: is not host:port of a Ray cluster's head; set that, "
+            f"{RAY_ADDRESS}={address}: is not host:port of a Ray cluster's head; set that, "
             "or submit the job with `ray job submit`"
         )
     # An IPv6 address is in brackets before its port.

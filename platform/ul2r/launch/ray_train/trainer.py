@@ -42,7 +42,7 @@ from ul2r.launch.ray_train.progress import progress_board
 from ul2r.launch.ray_train.start import StartMonitor
 from ul2r.launch.ray_train.streaming import build_store_in_background
 from ul2r.launch.stop_signal import StopSignal
-from ul2r.tracking.mlflow import check_artifact_store, check_server
+from ul2r.tracking.store import TrackingStore, check_store
 from ul2r.train.checkpoint.metadata import CheckpointInfo
 from ul2r.train.checkpoint.storage import acquire_writer_token
 from ul2r.train.trial_build import check_buildable
@@ -70,11 +70,11 @@ def train(recipe: Recipe) -> CheckpointInfo:
     else:
         resumed = find_resume_checkpoint(recipe)
         check_run(recipe, dataset, resumed)
-    uri = check_server(recipe.tracking.uri)
+    store = check_store(recipe.tracking.uri)
     if resumed is not None and has_finished(recipe, resumed):
-        mark_finished(recipe, uri)
+        mark_finished(recipe, store)
         return resumed
-    check_artifact_store(uri, recipe.tracking.experiment)
+    store.check_experiment(recipe.tracking.experiment)
 
     check_buildable(recipe)
     must_build = dataset is None or not dataset.manifest.is_complete
@@ -91,8 +91,8 @@ def train(recipe: Recipe) -> CheckpointInfo:
         # What could not be checked without a store.
         if must_build:
             check_run(recipe, dataset, find_resume_checkpoint(recipe))
-        with StopSignal() as stop_signal, track_run(recipe, dataset, uri) as run_id:
-            _fit_and_shrink(recipe, dataset, uri, run_id, stop_signal.received)
+        with StopSignal() as stop_signal, track_run(recipe, dataset, store) as run_id:
+            _fit_and_shrink(recipe, dataset, store, run_id, stop_signal.received)
             return final_checkpoint_info(recipe)
 
 
@@ -140,12 +140,16 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types here
 
 
 def _fit_and_shrink(
-    recipe: Recipe, dataset: TokenDataset, uri: str, run_id: str, stop_event: threading.Event
+    recipe: Recipe,
+    dataset: TokenDataset,
+    store: TrackingStore,
+    run_id: str,
+    stop_event: threading.Event,
 ) -> None:
     """Train; if machines are lost, continue with fewer replicas as far as the recipe allows."""
     while True:
         try:
-            return _fit(recipe, dataset.manifest.fingerprint, uri, run_id, stop_event)
+            return _fit(recipe, dataset.manifest.fingerprint, store, run_id, stop_event)
         # A user error is raised as itself (see `find_cause`) and ends the run, whatever machines are left.
         except TrainingFailedError as error:
             left = ray.cluster_resources()
@@ -169,7 +173,11 @@ def _fit_and_shrink(
 
 
 def _fit(
-    recipe: Recipe, fingerprint: str, uri: str, run_id: str, stop_event: threading.Event
+    recipe: Recipe,
+    fingerprint: str,
+    store: TrackingStore,
+    run_id: str,
+    stop_event: threading.Event,
 ) -> None:
     """Run Ray Train until the run ends or fails for good."""
     launch = recipe.launch
@@ -183,7 +191,7 @@ def _fit(
             train_loop_config={
                 "recipe": recipe,
                 "fingerprint": fingerprint,
-                "uri": uri,
+                "uri": store.uri,
                 "run_id": run_id,
                 "board": board.actor,
                 # A new one for each start: workers of an earlier one that still live can save no more.

@@ -17,6 +17,7 @@ from ul2r.launch.ray_train.progress import BoardReporter
 from ul2r.launch.ray_train.prometheus import PrometheusGauges
 from ul2r.launch.worker import run_worker
 from ul2r.objective.batch import Batch
+from ul2r.tracking.store import open_store
 from ul2r.tracking.tracker import MemoryTracker, Tracker
 from ul2r.train.batch_iterator import BatchSource
 from ul2r.train.callbacks import Callback, LoopAction
@@ -40,8 +41,8 @@ def train_worker(
     Args:
         recipe: The run.
         fingerprint: Fingerprint of its token store.
-        uri: MLflow's address.
-        run_id: MLflow's ID of the run.
+        uri: Address of the tracking store.
+        run_id: ID of the run there.
         board: Actor of the driver's `Board`.
         writer_token: Token from `acquire_writer_token`.
     """
@@ -68,10 +69,7 @@ def train_worker(
         if rank != 0:
             train(MemoryTracker())
             return
-        # Here, since MLflow takes seconds to import and the other ranks do not need it.
-        from ul2r.tracking.mlflow import MlflowTracker
-
-        with MlflowTracker(uri, run_id, recipe.paths.folder) as tracker:
+        with open_store(uri).open_tracker(run_id, recipe.paths.folder) as tracker:
             train(tracker, PrometheusGauges(recipe.name))
 
 

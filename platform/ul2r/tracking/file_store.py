@@ -1,0 +1,221 @@
+"""Runs recorded in files of their own folders: metrics as JSON lines, the rest in one JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from ul2r.config import Recipe, dump
+from ul2r.config.tracking import FILES
+from ul2r.errors import RunInterrupted, ServiceError
+from ul2r.filesystem import write_atomically
+from ul2r.paths import RunPaths
+from ul2r.tracking.tracker import RunStatus
+
+
+class FileStore:
+    """Records of runs in their folders; the id of a run is its folder's path.
+
+    metrics.jsonl has a line for each call of `Tracker.log`, {"step": 1, "rewinds": 0, "metrics": {...}}. A resumed run
+    appends the steps that it repeats: of lines with the same step and metric, the last one counts. run.json has the
+    run's name, status, tags and parameters. Artifacts stay where they are, in the run's folder.
+    """
+
+    uri = FILES
+
+    def check_experiment(self, experiment: str) -> None:
+        """Do nothing: every folder that a run can be written to can be recorded in."""
+
+    def start_run(
+        self, recipe: Recipe, tags: Mapping[str, str], params: Mapping[str, str | int | float]
+    ) -> str:
+        """Begin the record of a recipe's run, or continue it; return its id."""
+        parent = {"ul2r.parent": str(recipe.base)} if recipe.base else {}
+        run_id = self.continue_run(
+            recipe.tracking.experiment,
+            recipe.name,
+            recipe.paths.folder,
+            tags={"ul2r.role": recipe.role or "none", **parent, **tags},
+            params=params,
+        )
+        write_atomically(recipe.paths.recorded_recipe, dump(recipe))
+        return run_id
+
+    def continue_run(
+        self,
+        experiment: str,
+        name: str,
+        folder: Path,
+        *,
+        tags: Mapping[str, str],
+        params: Mapping[str, str | int | float],
+    ) -> str:
+        """Continue the record that a folder belongs to, or begin it; return its id."""
+        folder.mkdir(parents=True, exist_ok=True)
+        run_id = str(folder)
+        before = _read_record(run_id)
+        _write_record(
+            run_id,
+            {
+                "name": name,
+                "experiment": experiment,
+                "status": "RUNNING",
+                "tags": {**before.get("tags", {}), **tags},
+                # As in MLflow: a parameter keeps its first value.
+                "params": {**params, **before.get("params", {})},
+            },
+        )
+        return run_id
+
+    def find_run(self, folder: Path) -> str | None:
+        """Return the id of the run in a folder, None if it has no record."""
+        return str(folder) if RunPaths(folder).run_record.is_file() else None
+
+    def require_run(self, recipe: Recipe) -> str:
+        """Return the id of a recipe's run.
+
+        Raises:
+            ServiceError: If it has no record.
+        """
+        run_id = self.find_run(recipe.paths.folder)
+        if run_id is None:
+            raise ServiceError(
+                f"run {recipe.name!r} has no {recipe.paths.run_record}: train it first, or set tracking.uri to the "
+                "server it was trained with"
+            )
+        return run_id
+
+    def open_tracker(self, run_id: str, folder: Path) -> FileTracker:
+        """Return a tracker that appends to the run's metrics."""
+        return FileTracker(run_id, folder)
+
+    def finish_run(self, run_id: str, folder: Path, status: RunStatus) -> None:
+        """Record the run's status."""
+        del folder
+        self.end_run(run_id, status)
+
+    @contextmanager
+    def end_on_error(self, run_id: str) -> Iterator[None]:
+        """End a run if the block fails: as KILLED if it was interrupted, else as FAILED."""
+        try:
+            yield
+        except BaseException as error:
+            is_interrupted = isinstance(error, KeyboardInterrupt | RunInterrupted)
+            self.end_run(run_id, "KILLED" if is_interrupted else "FAILED")
+            raise
+
+    def end_run(self, run_id: str, status: RunStatus) -> None:
+        """Record a run's status."""
+        _write_record(run_id, {**_read_record(run_id), "status": status})
+
+    def log_artifact(self, run_id: str, file: Path) -> None:
+        """Do nothing: files stay in the run's folder."""
+
+    def log_summary(
+        self,
+        run_id: str,
+        metrics: Mapping[str, float],
+        artifacts: Iterable[Path] = (),
+        step: int = 0,
+    ) -> None:
+        """Append results; skip metrics whose last value is this one already."""
+        del artifacts
+        stored = {
+            key: value for _, values in _read_metrics(run_id) for key, value in values.items()
+        }
+        # By their text, since NaN equals nothing.
+        new = {key: float(value) for key, value in metrics.items()}
+        new = {key: value for key, value in new.items() if repr(value) != repr(stored.get(key))}
+        if new:
+            with FileTracker(run_id, Path(run_id)) as tracker:
+                tracker.log(step, new)
+                tracker.flush()
+
+    def read_metric_history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
+        """Return (step, value) of a metric by rising step; empty if never logged."""
+        last = {step: values[metric] for step, values in _read_metrics(run_id) if metric in values}
+        return sorted(last.items())
+
+
+class FileTracker:
+    """Tracker that appends metrics to a file of the run's folder.
+
+    Args:
+        run_id: The run.
+        folder: Its folder.
+    """
+
+    def __init__(self, run_id: str, folder: Path) -> None:
+        self._run_id = run_id
+        path = RunPaths(folder).metrics
+        _cut_torn_line(path)
+        # A line at a time: a process that is killed loses none.
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def log(self, step: int, metrics: Mapping[str, float], rewinds: int = 0) -> None:
+        """Append a line."""
+        values = {key: float(value) for key, value in metrics.items()}
+        # Losses may be NaN or infinite: Python writes and reads them, although JSON has no such numbers.
+        line = json.dumps({"step": step, "rewinds": rewinds, "metrics": values})
+        self._file.write(f"{line}\n")
+
+    def log_artifact(self, file: Path) -> None:
+        """Do nothing: files stay in the run's folder."""
+
+    def flush(self) -> None:
+        """Wait until the lines are on disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self, status: RunStatus = "FINISHED") -> None:
+        """Record the run's status; a second call does nothing."""
+        if not self._file.closed:
+            self._file.close()
+            FileStore().end_run(self._run_id, status)
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Cut off a last line without an end, which a machine that lost its power may leave."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
+
+
+def _read_metrics(run_id: str) -> Iterator[tuple[int, dict[str, float]]]:
+    """Yield step and metrics of each line, in the order written."""
+    path = RunPaths(Path(run_id)).metrics
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            # A line that is being written has no end yet.
+            if line.endswith("\n"):
+                record = json.loads(line)
+                yield record["step"], record["metrics"]
+
+
+def _read_record(run_id: str) -> dict[str, Any]:
+    path = RunPaths(Path(run_id)).run_record
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return record
+
+
+def _write_record(run_id: str, record: Mapping[str, Any]) -> None:
+    write_atomically(RunPaths(Path(run_id)).run_record, json.dumps(record, indent=2) + "\n")

@@ -1,0 +1,90 @@
+"""Runs recorded on an MLflow server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ul2r.config import Recipe
+from ul2r.tracking import mlflow
+from ul2r.tracking.mlflow import MlflowTracker
+from ul2r.tracking.tracker import RunStatus
+
+
+@dataclass(frozen=True)
+class MlflowStore:
+    """Records of runs on an MLflow server.
+
+    Every method but `open_tracker` raises a ServiceError if the server fails.
+
+    Attributes:
+        uri: Its address.
+    """
+
+    uri: str
+
+    def check_experiment(self, experiment: str) -> None:
+        """Check that an experiment can be opened and its artifacts written."""
+        mlflow.check_artifact_store(self.uri, experiment)
+
+    def start_run(
+        self, recipe: Recipe, tags: Mapping[str, str], params: Mapping[str, str | int | float]
+    ) -> str:
+        """Create a recipe's run, or continue it; return its id."""
+        return mlflow.start_run(recipe, self.uri, tags, params)
+
+    def continue_run(
+        self,
+        experiment: str,
+        name: str,
+        folder: Path,
+        *,
+        tags: Mapping[str, str],
+        params: Mapping[str, str | int | float],
+    ) -> str:
+        """Continue the run that a folder has a record of, or create one; return its id."""
+        return mlflow.continue_run(self.uri, experiment, name, folder, tags=tags, params=params)
+
+    def find_run(self, folder: Path) -> str | None:
+        """Return the id of the run that a folder has a record of, None if the server does not have it."""
+        return mlflow.find_run(self.uri, folder)
+
+    def require_run(self, recipe: Recipe) -> str:
+        """Return the id of a recipe's run; raise a ServiceError if the server does not have it."""
+        return mlflow.require_run(self.uri, recipe)
+
+    def open_tracker(self, run_id: str, folder: Path) -> MlflowTracker:
+        """Return a tracker that writes to the run."""
+        return MlflowTracker(self.uri, run_id, folder)
+
+    def finish_run(self, run_id: str, folder: Path, status: RunStatus) -> None:
+        """Write the backlog that a worker left in a folder, then set the run's status."""
+        mlflow.finish_run(self.uri, run_id, folder, status)
+
+    def end_on_error(self, run_id: str) -> AbstractContextManager[None]:
+        """End a run that this process has opened if the block fails."""
+        return mlflow.end_on_error(self.uri, run_id)
+
+    def end_run(self, run_id: str, status: RunStatus) -> None:
+        """Set a run's status."""
+        mlflow.end_run(self.uri, run_id, status)
+
+    def log_artifact(self, run_id: str, file: Path) -> None:
+        """Upload a file to a run's artifacts, under its own name."""
+        mlflow.log_artifact(self.uri, run_id, file)
+
+    def log_summary(
+        self,
+        run_id: str,
+        metrics: Mapping[str, float],
+        artifacts: Iterable[Path] = (),
+        step: int = 0,
+    ) -> None:
+        """Add results to a run; skip metrics that have this value already."""
+        mlflow.log_summary(self.uri, run_id, metrics, artifacts, step)
+
+    def read_metric_history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
+        """Return (step, value) of a metric by rising step."""
+        return mlflow.read_metric_history(self.uri, run_id, metric)

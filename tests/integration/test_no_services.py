@@ -1,0 +1,172 @@
+"""The jobs where neither Ray nor MLflow is installed: from text to a comparison, recorded in files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ul2r.config import Recipe, load
+from ul2r.testing.corpus import write_texts
+from ul2r.testing.hidden_packages import hide_packages
+from ul2r.tracking.store import open_store
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[2]
+ROLES = ("base", "ul2r")
+SERVICES = {"ray", "mlflow"}
+STEPS = 4
+RECIPE = {
+    "storage": "storage",
+    "data": {
+        "corpus": ["text"],
+        "vocabulary_size": 400,
+        "num_sentinels": 64,
+        "held_out_fraction": 0.1,
+    },
+    "model": {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "ffn_hidden_size": 64,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+    },
+    "training": {"steps": STEPS, "global_batch_size": 4, "micro_batch_size": 4, "log_every": 1},
+    "validation": {"every": 2, "num_rows": 4},
+    "checkpoints": {"every": 2},
+    "evaluation": {"num_rows": 4, "num_infill_examples": 4, "infill_context_length": 16},
+    "tracking": {"uri": "none"},
+}
+
+
+@dataclass(frozen=True)
+class BareMachine:
+    """A folder with recipes and text, and the environment of jobs that find no service."""
+
+    folder: Path
+    environment: Mapping[str, str]
+
+    def recipe(self, role: str) -> Recipe:
+        return load(self.folder / f"{role}.yaml", (), Recipe)
+
+    def run(self, job: str, recipe: str, *options: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, ROOT / f"jobs/{job}.py", f"{recipe}.yaml", *options],
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> BareMachine:
+    folder = tmp_path_factory.mktemp("bare")
+    write_texts(folder / "text")
+    for role in ROLES:
+        tree = RECIPE | {
+            "name": role,
+            "role": role,
+            "base": None if role == "base" else "base",
+            "objective": {
+                "sequence_length": 128,
+                "mixture": "causal" if role == "base" else "ul2r",
+            },
+        }
+        (folder / f"{role}.yaml").write_text(yaml.safe_dump(tree))
+    comparison = {"name": "both", "storage": "storage", "tracking": {"uri": "none"}}
+    comparison["recipes"] = {role: f"{role}.yaml" for role in ROLES}
+    (folder / "compare.yaml").write_text(yaml.safe_dump(comparison))
+
+    unset = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    bare = hide_packages(
+        tmp_path_factory.mktemp("site"), SERVICES, f"{ROOT / 'platform'}{os.pathsep}{ROOT}"
+    )
+    return BareMachine(folder, {**unset, **bare})
+
+
+def test_services_are_not_found(machine: BareMachine) -> None:
+    for package in SERVICES:
+        command = [sys.executable, "-c", f"import {package}"]
+        ran = subprocess.run(command, env=machine.environment, capture_output=True, check=False)
+        assert b"ModuleNotFoundError" in ran.stderr
+
+
+@pytest.fixture(scope="module")
+def compared(machine: BareMachine) -> str:
+    """Output of the last job, after all before it."""
+    for job, recipe in (
+        ("prepare", "base"),
+        ("train", "base"),
+        ("train", "ul2r"),
+        ("export", "base"),
+        ("export", "ul2r"),
+        ("evaluate", "base"),
+        ("compare", "compare"),
+    ):
+        ran = machine.run(job, recipe)
+        assert ran.returncode == 0, f"{job} {recipe}: {ran.stderr}"
+    return ran.stdout
+
+
+def test_text_becomes_a_comparison(machine: BareMachine, compared: str) -> None:
+    assert "infilled span" in compared
+    folder = machine.folder / "storage/comparisons/both"
+    assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((folder / "run.json").read_text())["status"] == "FINISHED"
+
+
+@pytest.mark.usefixtures("compared")
+def test_every_step_and_score_is_in_the_run_s_folder(machine: BareMachine) -> None:
+    store = open_store("none")
+    for role in ROLES:
+        folder = machine.recipe(role).paths.folder
+        losses = store.read_metric_history(str(folder), "train/loss")
+        assert [step for step, _ in losses] == list(range(1, STEPS + 1))
+        assert store.read_metric_history(str(folder), "held_out/loss/causal")
+        ((step, score),) = store.read_metric_history(str(folder), "evaluation/causal_loss")
+        assert step == STEPS
+        assert score > 0
+        record = json.loads((folder / "run.json").read_text())
+        assert (record["name"], record["status"]) == (role, "FINISHED")
+        assert record["params"]["steps"] == STEPS
+
+
+@pytest.mark.usefixtures("compared")
+def test_finished_work_is_not_done_again(machine: BareMachine) -> None:
+    metrics = machine.recipe("ul2r").paths.metrics
+    before = metrics.read_bytes()
+    assert machine.run("train", "ul2r").returncode == 0
+    assert machine.run("evaluate", "ul2r").returncode == 0
+    assert metrics.read_bytes() == before
+
+
+@pytest.mark.usefixtures("compared")
+@pytest.mark.parametrize(
+    ("job", "option", "message"),
+    [
+        (
+            "train",
+            "parallel.num_workers=2",
+            "without Ray this is one process, parallel.num_workers=2",
+        ),
+        ("export", "export.registered_model=m", "only an MLflow server has a registry"),
+        ("evaluate", "name=never", "run 'never' has no "),
+    ],
+)
+def test_work_that_needs_a_service_is_refused_in_one_line(
+    machine: BareMachine, job: str, option: str, message: str
+) -> None:
+    ran = machine.run(job, "base", "--set", option)
+    assert ran.returncode == 2, ran.stderr
+    assert message in ran.stderr
+    assert ran.stderr.count("\n") == 1
