@@ -39,7 +39,7 @@ RECIPE = {
         "num_heads": 4,
         "num_kv_heads": 2,
     },
-    "training": {"steps": STEPS, "global_batch_size": 4, "micro_batch_size": 4, "log_every": 1},
+    "training": {"steps": STEPS, "global_batch_size": 4, "micro_batch_size": 2, "log_every": 1},
     "validation": {"every": 2, "num_rows": 4},
     "checkpoints": {"every": 2},
     "evaluation": {"num_rows": 4, "num_infill_examples": 4, "infill_context_length": 16},
@@ -55,7 +55,8 @@ class BareMachine:
     environment: Mapping[str, str]
 
     def recipe(self, role: str) -> Recipe:
-        return load(self.folder / f"{role}.yaml", (), Recipe)
+        storage = f"storage={self.folder / 'storage'}"
+        return load(self.folder / f"{role}.yaml", [storage], Recipe)
 
     def run(self, job: str, recipe: str, *options: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

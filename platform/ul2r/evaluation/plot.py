@@ -15,7 +15,7 @@ from ul2r.evaluation.comparison import Arm, Role
 from ul2r.evaluation.comparison_table import ComparisonTable
 from ul2r.evaluation.curves import LossCurve
 from ul2r.filesystem import staged_file
-from ul2r.tracking.view import ROLE_COLORS
+from ul2r.tracking.roles import ROLE_COLORS
 
 ROLE_LABELS: dict[Role, str] = {"base": "base", "control": "control", "ul2r": "UL2R"}
 SIZE_INCHES = (16.0, 9.0)

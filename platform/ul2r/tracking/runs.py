@@ -20,8 +20,9 @@ from ul2r.filesystem import write_atomically
 from ul2r.paths import RunPaths
 from ul2r.tracking.artifacts import open_experiment, translate_store_errors
 from ul2r.tracking.client import create_client, translate_errors
+from ul2r.tracking.roles import ROLE_COLORS
 from ul2r.tracking.tracker import RunStatus
-from ul2r.tracking.view import ROLE_COLORS, RUN_COLOR_TAG, install_view
+from ul2r.tracking.view import RUN_COLOR_TAG, install_view
 
 MAX_PARAM_LENGTH = 6000
 """Characters that MLflow allows in a parameter: a mixture of some hundred denoisers has more."""

@@ -7,7 +7,7 @@ that 3.17's page reads, verified in a browser. A later version that does not und
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ul2r.tracking.client import create_client, translate_errors
@@ -18,8 +18,6 @@ MAX_TAG_LENGTH = 5000
 """Characters that MLflow allows in a tag of an experiment."""
 RUN_COLOR_TAG = "mlflow.runColor"
 """Tag that MLflow's page reads a run's line color from; not documented either."""
-ROLE_COLORS: Mapping[str, str] = {"base": "#999999", "control": "#0072B2", "ul2r": "#D55E00"}
-"""Line color by role; distinguishable without color vision (Okabe and Ito 2008)."""
 SECTIONS = {
     "progress/eflops": "1. Held-out loss by training compute (EFLOPs)",
     "progress/tokens": "2. Held-out loss by training tokens",
