@@ -1,4 +1,4 @@
-"""What a process finds around it: cores, Ray, torchrun."""
+"""Cores, Ray and torchrun, as a process finds them."""
 
 from __future__ import annotations
 
