@@ -1,10 +1,11 @@
 """Model FLOPs utilization (MFU) of training on one device, without Ray.
 
-    python benchmarks/mfu.py [--attention auto|sdpa|flex|te] [--peak-tflops 989]
+    python benchmarks/mfu.py [--models 1b 3b] [--lengths 2048 8192] [--arms prefix causal fp8]
+        [--attention auto|sdpa|flex|te] [--peak-tflops 989]
 
 Llama-shaped models of 1B and 3B parameters with random weights (Llama 3.2's sizes), rows of 2,048 and 8,192 of the
 `ul2r` mixture, bf16. On a CPU a tiny model takes the same path; its figures are meaningless. Prints one JSON line with
-these figures by model and row length:
+these figures by model and row length; MFU, tokens and memory are those of the first arm:
 
     mfu                  model FLOPs (PaLM, arXiv 2204.02311, appendix B; attention counted by visible pairs) per second
                          divided by the dense bf16 peak; goal: 0.5, PaLM had 0.462
@@ -68,7 +69,14 @@ SHAPES = {
     "3b": Shape(28, 3072, 8192, 24, 8, 128_256, 8192, 8),
 }
 TINY = {"tiny": Shape(2, 64, 128, 4, 2, 2048, 256, 2)}
+MODELS = SHAPES if ON_CUDA else TINY
 LENGTHS = (2048, 8192) if ON_CUDA else (128, 256)
+ARMS: dict[str, Mapping[str, Any]] = {
+    "prefix": {},
+    "causal": {"objective": {"attention": "causal"}},
+    "fp8": {"training": {"precision": "fp8"}},
+}
+HAS_FP8 = ON_CUDA and find_spec("transformer_engine") is not None
 
 
 def make_recipe(shape: Shape, length: int, changes: Mapping[str, Any]) -> Recipe:
@@ -84,6 +92,8 @@ def make_recipe(shape: Shape, length: int, changes: Mapping[str, Any]) -> Recipe
     return Recipe.model_validate(
         {
             "name": "mfu",
+            # Leaves the weights to `draw_weights`.
+            "base": "none",
             "storage": tempfile.gettempdir(),
             "data": {
                 "num_sentinels": Objective(sequence_length=length).num_sentinels_needed,
@@ -127,9 +137,20 @@ def make_batch(recipe: Recipe, step: int) -> Batch:
     )
 
 
+@torch.no_grad()
+def draw_weights(train_step: TrainStep) -> None:
+    """Draw weights on the device; drawn on the CPU, as those of a run are, they would keep it waiting for minutes."""
+    for chunk in train_step.chunks:
+        for weight in chunk.parameters():
+            # Norms have one axis.
+            weight.normal_(0, 0.02) if weight.dim() > 1 else weight.fill_(1)
+    train_step.optimizer.reload_model_params()
+
+
 def train(recipe: Recipe, mesh: Mesh, peak: float) -> dict[str, float]:
     """Train and return the seconds of a step and what follows from them."""
     train_step = TrainStep(recipe, mesh, recipe.data.vocabulary_size)
+    draw_weights(train_step)
     if ON_CUDA:
         torch.cuda.reset_peak_memory_stats()
 
@@ -163,34 +184,33 @@ def train(recipe: Recipe, mesh: Mesh, peak: float) -> dict[str, float]:
 
 
 def measure(
-    shape: Shape, length: int, mesh: Mesh, attention: str, peak: float
+    shape: Shape, length: int, mesh: Mesh, options: argparse.Namespace
 ) -> dict[str, float | str]:
-    """Measure one model at one row length."""
+    """Measure the arms of one model at one row length, and compare them."""
     try:
-        check_memory(make_recipe(shape, length, {"attention": attention}), shape.vocabulary_size)
+        check_memory(
+            make_recipe(shape, length, {"attention": options.attention}), shape.vocabulary_size
+        )
     except RecipeError as error:
         return {"left_out": str(error)}
-    arms: dict[str, Mapping[str, Any]] = {
-        "prefix": {},
-        "causal": {"objective": {"attention": "causal"}},
-    }
-    if ON_CUDA and find_spec("transformer_engine"):
-        arms["fp8"] = {"training": {"precision": "fp8"}}
     results = {
-        arm: train(make_recipe(shape, length, {"attention": attention, **changes}), mesh, peak)
-        for arm, changes in arms.items()
+        arm: train(
+            make_recipe(shape, length, {"attention": options.attention, **ARMS[arm]}),
+            mesh,
+            options.peak_tflops,
+        )
+        for arm in options.arms
     }
-    prefix = results["prefix"]
-    causal = results["causal"]
+    first = results[options.arms[0]]
     figures: dict[str, float | str] = {
-        "mfu": prefix["mfu"],
-        "tokens_per_second": prefix["tokens_per_second"],
-        "prefix_penalty": 1 - prefix["mfu"] / causal["mfu"],
-        "prefix_seconds": prefix["step_seconds"] / causal["step_seconds"],
-        "peak_memory_gib": prefix["peak_memory_gib"],
+        key: first[key] for key in ("mfu", "tokens_per_second", "peak_memory_gib")
     }
-    if "fp8" in results:
-        figures["fp8_speedup"] = prefix["step_seconds"] / results["fp8"]["step_seconds"]
+    if {"prefix", "causal"} <= results.keys():
+        prefix, causal = results["prefix"], results["causal"]
+        figures["prefix_penalty"] = 1 - prefix["mfu"] / causal["mfu"]
+        figures["prefix_seconds"] = prefix["step_seconds"] / causal["step_seconds"]
+    if {"prefix", "fp8"} <= results.keys():
+        figures["fp8_speedup"] = results["prefix"]["step_seconds"] / results["fp8"]["step_seconds"]
     return figures
 
 
@@ -201,6 +221,10 @@ def main() -> None:
         "--peak-tflops", type=float, default=989.0, help="dense bf16 peak (H100, H200: 989)"
     )
     parser.add_argument("--attention", default="auto", help="attention backend")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, help="row lengths")
+    arms = [arm for arm in ARMS if arm != "fp8" or HAS_FP8]
+    parser.add_argument("--arms", nargs="+", choices=arms, default=arms)
     arguments = parser.parse_args()
     peak = arguments.peak_tflops
     figures = {}
@@ -212,10 +236,10 @@ def main() -> None:
             world_size=1,
             device_id=torch.device("cuda", 0) if ON_CUDA else None,
         )
-        for name, shape in (SHAPES if ON_CUDA else TINY).items():
-            for length in LENGTHS:
+        for name in arguments.models:
+            for length in arguments.lengths:
                 mesh = Mesh.join(Parallel())
-                results = measure(shape, length, mesh, arguments.attention, peak)
+                results = measure(MODELS[name], length, mesh, arguments)
                 mesh.leave()
                 figures[f"{name}/{length}"] = {
                     key: value if isinstance(value, str) else float(f"{value:.4g}")
