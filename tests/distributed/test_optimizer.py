@@ -20,6 +20,7 @@ pytestmark = pytest.mark.distributed
 TENSOR_2 = {"num_workers": 2, "tensor": 2}
 PIPELINE_2 = {"num_workers": 2, "pipeline": 2}
 Z_WEIGHT = 0.1
+NUM_CLIPPED = 3
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class RankResult:
     """Of "base", and of runs that start from it with ("loaded") or without ("fresh") its optimizer state."""
     runs: dict[str, list[tuple[float, float]]]
     """Loss and gradient norm of each step: by `training.recompute`, and with z-loss by layout."""
+    clipping: Clipping
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,16 @@ class ZLoss:
     losses: torch.Tensor
     log_z: torch.Tensor
     gradient: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """Steps whose gradients are clipped."""
+
+    num_norms: int
+    """Gradient norms that were computed in them."""
+    differing: set[str]
+    """Parameters that are others than after Megatron-Core's own steps."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +70,7 @@ def measure(
     decays: dict[bool, tuple[Recipe, Recipe]],
     starts: dict[str, Recipe],
     runs: dict[str, Recipe],
+    clipped: Recipe,
 ) -> RankResult:
     """Measure everything in one pair of processes: starting them takes longer than any of it."""
     return RankResult(
@@ -65,6 +78,7 @@ def measure(
         decayed={embeddings: find_decayed(*pair) for embeddings, pair in decays.items()},
         states={name: read_initial_state(recipe) for name, recipe in starts.items()},
         runs={name: train(recipe) for name, recipe in runs.items()},
+        clipping=compare_clipping(clipped),
     )
 
 
@@ -104,6 +118,47 @@ def find_decayed(without: Recipe, with_decay: Recipe) -> set[str]:
         (chunk,) = take_step(recipe).chunks
         after.append({name: value.detach().clone() for name, value in chunk.named_parameters()})
     return {name for name, value in after[0].items() if not torch.equal(value, after[1][name])}
+
+
+def compare_clipping(recipe: Recipe) -> Clipping:
+    """Take `NUM_CLIPPED` steps as a run does, and by Megatron-Core's `optimizer.step`."""
+    from megatron.core.optimizer import optimizer as megatron_optimizer
+
+    from ul2r.data.sampling.batches import BatchBuilder
+    from ul2r.data.store.dataset import open_dataset
+    from ul2r.train.mesh import Mesh
+    from ul2r.train.step import TrainStep
+
+    dataset = open_dataset(recipe.storage_paths.store)
+    builder = BatchBuilder(recipe, dataset)
+    mesh = Mesh.join(recipe.parallel)
+    compute_norm = megatron_optimizer.get_grad_norm_fp32
+    norms = []
+
+    def count_norm(*arguments: Any, **named: Any) -> float:  # noqa: ANN401  Megatron-Core's own
+        norms.append(compute_norm(*arguments, **named))
+        return float(norms[-1])
+
+    weights = []
+    for is_own in (True, False):
+        step = TrainStep(recipe, mesh, dataset.vocabulary.size)
+        if is_own:
+            megatron_optimizer.get_grad_norm_fp32 = count_norm
+        for number in range(NUM_CLIPPED):
+            step.forward_backward(
+                number, builder.build(number, mesh.data_rank, recipe.parallel.data)
+            )
+            step.optimizer_step() if is_own else step.optimizer.step()
+        megatron_optimizer.get_grad_norm_fp32 = compute_norm
+        (chunk,) = step.chunks
+        weights.append({name: value.detach().clone() for name, value in chunk.named_parameters()})
+    mesh.leave()
+
+    assert all(norm > recipe.optimizer.max_grad_norm for norm in norms), "nothing was clipped"
+    differing = {
+        name for name, value in weights[0].items() if not torch.equal(value, weights[1][name])
+    }
+    return Clipping(len(norms), differing)
 
 
 def take_step(recipe: Recipe) -> Any:  # noqa: ANN401  a TrainStep; its module is imported in the processes only
@@ -224,6 +279,9 @@ def results(storage: Path) -> list[RankResult]:
             "z tensor": run("z-tensor", sequence_parallel, optimizer={"z_loss": Z_WEIGHT}),
             "z pipeline": run("z-pipeline", PIPELINE_2, optimizer={"z_loss": Z_WEIGHT}),
         },
+        tiny_recipe(
+            storage, parallel={"num_workers": 2}, optimizer={"max_grad_norm": 1e-3}, **quick
+        ),
     )
 
 
@@ -242,6 +300,13 @@ def test_z_loss_over_a_split_vocabulary_equals_that_over_the_whole_vocabulary(
         torch.testing.assert_close(own.log_z.double(), log_z.detach(), atol=1e-5, rtol=1e-5)
         gradient = logits.grad.chunk(2, dim=-1)[rank]
         torch.testing.assert_close(own.gradient.double(), gradient, atol=1e-5, rtol=1e-5)
+
+
+def test_a_step_computes_one_gradient_norm_and_clips_as_megatron_does(
+    results: list[RankResult],
+) -> None:
+    for rank_result in results:
+        assert rank_result.clipping == Clipping(NUM_CLIPPED, set())
 
 
 def test_z_loss_changes_gradients_but_not_reported_losses(results: list[RankResult]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
@@ -26,7 +28,11 @@ from ul2r.model.flops import num_visible_keys, training_flops
 from ul2r.objective.batch import Batch
 from ul2r.train.mesh import Mesh
 from ul2r.train.monitor.guards import StepStats
-from ul2r.train.optimizer import LearningRateSchedule, build_optimizer
+from ul2r.train.optimizer import (
+    LearningRateSchedule,
+    build_optimizer,
+    unwrap_chained_optimizer,
+)
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
@@ -107,6 +113,7 @@ class TrainStep:
         self.model = [self._wrap(chunk) for chunk in self.chunks]
         self.optimizer = build_optimizer(recipe, self.model)
         self.schedule = LearningRateSchedule(recipe, self.optimizer)
+        self._gradient_norm = math.nan
 
         # Megatron-Core's schedules take these from the model's config.
         self.config.finalize_model_grads_func = finalize_model_grads
@@ -149,20 +156,25 @@ class TrainStep:
         num_denoisers = len(self.recipe.objective.mixture)
         losses = self._run(batch, num_denoisers, forward_only=False)
 
-        # `optimizer.step` repeats both calls and then applies the gradients even if they are NaN. Neither call
-        # changes the gradients, so that a caller may look at the norm first and leave the step out.
+        # The first part of `optimizer.step`, which would go on and apply the gradients even if they are NaN. Neither
+        # call changes them, so that a caller may look at the norm first and leave the step out.
         self.optimizer.prepare_grads()
-        gradient_norm = float(self.optimizer.get_grad_norm())
+        self._gradient_norm = float(self.optimizer.get_grad_norm())
 
         flops = training_flops(
             self.recipe.model, self.vocabulary_size, losses.positions, losses.num_visible_keys
         )
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        return StepResult(losses, gradient_norm, learning_rate, flops)
+        return StepResult(losses, self._gradient_norm, learning_rate, flops)
 
     def optimizer_step(self) -> None:
-        """Apply the gradients of the last `forward_backward`; collective over all ranks."""
-        self.optimizer.step()
+        """Clip the gradients of the last `forward_backward` and apply them; collective over all ranks."""
+        # The second part of `optimizer.step`.
+        max_norm = self.recipe.optimizer.max_grad_norm
+        parameters = unwrap_chained_optimizer(self.optimizer).get_parameters()
+        if max_norm > 0 and parameters:
+            clip_grad_by_total_norm_fp32(parameters, max_norm, self._gradient_norm)
+        self.optimizer.step_with_ready_grads()
 
     def _mean_targets(self, batch: Batch) -> float:
         """Return the mean number of target tokens per microbatch, over all microbatches of all replicas."""

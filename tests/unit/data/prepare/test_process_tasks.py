@@ -5,10 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from contextlib import closing
 from pathlib import Path
 
+import psutil
 import pytest
 
 from ul2r.data.prepare.process_tasks import run_in_processes
@@ -55,3 +58,18 @@ def test_an_early_end_waits_for_no_task(tmp_path: Path) -> None:
     with closing(run_in_processes(touch_or_sleep, [(started, False), (started, True)])) as results:
         assert next(results) == "short"
     assert not multiprocessing.active_children()
+
+
+def test_processes_end_with_a_parent_that_is_killed() -> None:
+    module = "from ul2r.data.prepare.process_tasks import run_in_processes"
+    script = f"import time; {module}; list(run_in_processes(time.sleep, [{LONG_S}] * 2))"
+    with subprocess.Popen([sys.executable, "-c", script]) as parent:
+        children: list[psutil.Process] = []
+        # A pool's processes begin with "spawn_main"; the other child only cleans up.
+        while not any("spawn_main" in " ".join(child.cmdline()) for child in children):
+            assert parent.poll() is None
+            time.sleep(0.05)
+            children = psutil.Process(parent.pid).children(recursive=True)
+        parent.kill()
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive
