@@ -22,7 +22,7 @@ JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("[!_]*.py"))
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(line.split())
     for line in (
-        "errors console environment filesystem paths",
+        "errors child_process console environment filesystem paths",
         "config",
         "objective tracking",
         "data model",
@@ -91,6 +91,7 @@ PLACES = {
 ONLY = {
     "config": {"pydantic", "yaml"},
     "objective": {"numba", "numpy"},
+    "child_process": set[str](),
     "environment": set[str](),
     "errors": set[str](),
     "filesystem": set[str](),

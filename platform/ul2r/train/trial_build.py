@@ -7,6 +7,7 @@ import os
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 
+from ul2r.child_process import tie_to_parent
 from ul2r.config import Recipe
 
 VOCABULARY_SIZE = 2**16
@@ -32,7 +33,7 @@ def check_buildable(recipe: Recipe) -> None:
         return
     # A forked process would inherit the locks of this one's threads; a fork server needs a socket in TMPDIR.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
+    with ProcessPoolExecutor(1, mp_context=context, initializer=tie_to_parent) as pool:
         pool.submit(build_stages, portable).result()
     _built.add(sections)
 
