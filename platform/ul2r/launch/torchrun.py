@@ -151,7 +151,7 @@ def _join_process_group(recipe: Recipe) -> None:
     timeout = timedelta(seconds=recipe.guards.collective_timeout_s)
     # A store in memory needs no port.
     alone: dict[str, Any] = (
-        {} if is_started_by_torchrun() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]  # as above
+        {} if is_started_by_torchrun() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[attr-defined]  # public, but not listed by torch
     )
     # torch would take all cores of the machine in each of its processes.
     torch.set_num_threads(max(int(launch.cpus_per_worker), 1))

@@ -12,10 +12,11 @@ from typing import Any, Self
 
 from ul2r.config import Recipe, dump
 from ul2r.config.tracking import FILES
-from ul2r.errors import RunInterrupted, ServiceError
+from ul2r.errors import ServiceError
 from ul2r.filesystem import write_atomically
 from ul2r.paths import RunPaths
-from ul2r.tracking.tracker import RunStatus
+from ul2r.tracking.roles import describe_origin
+from ul2r.tracking.tracker import RunStatus, status_after
 
 
 class FileStore:
@@ -35,12 +36,11 @@ class FileStore:
         self, recipe: Recipe, tags: Mapping[str, str], params: Mapping[str, str | int | float]
     ) -> str:
         """Begin the record of a recipe's run, or continue it; return its id."""
-        parent = {"ul2r.parent": str(recipe.base)} if recipe.base else {}
         run_id = self.continue_run(
             recipe.tracking.experiment,
             recipe.name,
             recipe.paths.folder,
-            tags={"ul2r.role": recipe.role or "none", **parent, **tags},
+            tags={**describe_origin(recipe), **tags},
             params=params,
         )
         write_atomically(recipe.paths.recorded_recipe, dump(recipe))
@@ -105,8 +105,7 @@ class FileStore:
         try:
             yield
         except BaseException as error:
-            is_interrupted = isinstance(error, KeyboardInterrupt | RunInterrupted)
-            self.end_run(run_id, "KILLED" if is_interrupted else "FAILED")
+            self.end_run(run_id, status_after(error))
             raise
 
     def end_run(self, run_id: str, status: RunStatus) -> None:
@@ -194,8 +193,13 @@ def _cut_torn_line(path: Path) -> None:
     if not path.exists():
         return
     with path.open("rb+") as file:
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
+        end = file.seek(0, os.SEEK_END)
+        while end > 0:
+            file.seek(end - 1)
+            if file.read(1) == b"\n":
+                break
+            end -= 1
+        file.truncate(end)
 
 
 def _read_metrics(run_id: str) -> Iterator[tuple[int, dict[str, float]]]:

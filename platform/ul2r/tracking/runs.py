@@ -15,13 +15,13 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
 from ul2r.config import Recipe, dump
-from ul2r.errors import RunInterrupted, ServiceError
+from ul2r.errors import ServiceError
 from ul2r.filesystem import write_atomically
 from ul2r.paths import RunPaths
 from ul2r.tracking.artifacts import open_experiment, translate_store_errors
 from ul2r.tracking.client import create_client, translate_errors
-from ul2r.tracking.roles import ROLE_COLORS
-from ul2r.tracking.tracker import RunStatus
+from ul2r.tracking.roles import ROLE_COLORS, describe_origin
+from ul2r.tracking.tracker import RunStatus, status_after
 from ul2r.tracking.view import RUN_COLOR_TAG, install_view
 
 MAX_PARAM_LENGTH = 6000
@@ -38,14 +38,13 @@ def start_run(
     Raises:
         ServiceError: If the server fails.
     """
-    parent = {"ul2r.parent": str(recipe.base)} if recipe.base else {}
     color = {RUN_COLOR_TAG: ROLE_COLORS[recipe.role]} if recipe.role else {}
     run_id = continue_run(
         uri,
         recipe.tracking.experiment,
         recipe.name,
         recipe.paths.folder,
-        tags={"ul2r.role": recipe.role or "none", **parent, **color, **tags},
+        tags={**describe_origin(recipe), **color, **tags},
         params=params,
     )
 
@@ -138,9 +137,8 @@ def end_on_error(uri: str, run_id: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        is_interrupted = isinstance(error, KeyboardInterrupt | RunInterrupted)
         try:
-            end_run(uri, run_id, "KILLED" if is_interrupted else "FAILED")
+            end_run(uri, run_id, status_after(error))
         except ServiceError as failure:
             # Not raised: it would hide the reason of the first one.
             _log.error("run %s stays RUNNING: %s", run_id, failure)

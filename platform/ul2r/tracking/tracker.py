@@ -6,8 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Protocol
 
+from ul2r.errors import RunInterrupted
+
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 """Final status of a run, in MLflow's words."""
+
+
+def status_after(error: BaseException) -> RunStatus:
+    """Return the status of a run that an error ended."""
+    return "KILLED" if isinstance(error, KeyboardInterrupt | RunInterrupted) else "FAILED"
 
 
 class Tracker(Protocol):

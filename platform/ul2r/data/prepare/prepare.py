@@ -44,7 +44,7 @@ from ul2r.data.store.dataset import open_dataset
 from ul2r.data.store.manifest import Manifest
 from ul2r.data.store.segments import WORK_PREFIX
 from ul2r.data.tokenizer import build_vocabulary, load_tokenizer, train_tokenizer
-from ul2r.errors import CorpusError, RecipeError, UserError
+from ul2r.errors import CorpusError, RecipeError, ServiceError, UserError
 from ul2r.filesystem import file_lock, remove, staged_file
 from ul2r.objective import Vocabulary
 from ul2r.paths import TOKENIZER_FILE
@@ -258,9 +258,12 @@ def _show_bytes(done: Iterable[int], total: int, already_done: int = 0) -> None:
 
 @contextmanager
 def _remove_on_user_error(work_folder: Path) -> Iterator[None]:
-    """Remove the work folder if the block raises a `UserError`; keep it after anything else, to resume."""
+    """Remove the work folder if text or recipe are refused in the block; keep it after anything else, to resume."""
     try:
         yield
+    # A service that fails, or processes that are killed: nothing is wrong with the finished shards.
+    except ServiceError:
+        raise
     except UserError:
         _discard(work_folder)
         raise

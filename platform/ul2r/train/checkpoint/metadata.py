@@ -194,7 +194,7 @@ class CheckpointInfo:
         assert isinstance(saved, dict)
         assert isinstance(new, dict)
         fields["optimizer"] = without_schedule(saved), without_schedule(new)
-        # First: for a run with another schedule it is beside the point whether its steps can be raised.
+        # First: under another schedule, whether the steps can be raised does not matter.
         self._check({"optimizer": fields["optimizer"]})
 
         obstacle = find_obstacle(

@@ -5,16 +5,18 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ul2r.config import Recipe
+from ul2r.data.prepare import tokenize_shards
 from ul2r.data.prepare.prepare import prepare
 from ul2r.data.store.segments import WORK_PREFIX
-from ul2r.errors import UserError
-from ul2r.testing.corpus import make_tiny_store
+from ul2r.errors import ServiceError, UserError
+from ul2r.testing.corpus import make_tiny_store, write_texts
 from ul2r.testing.recipes import tiny_recipe
 
 
@@ -60,3 +62,26 @@ def test_mistake_of_the_user_is_named_although_the_work_folder_cannot_be_removed
     recipe = tiny_recipe(tmp_path / "run", data={"corpus": [str(text)]})
     with pytest.raises(UserError, match=r"text\.txt: .*UTF-8"):
         prepare(recipe)
+
+
+def test_finished_shards_are_kept_when_processes_are_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_texts(tmp_path / "text")
+    data = {"corpus": [str(tmp_path / "text")], "vocabulary_size": 400}
+    recipe = tiny_recipe(tmp_path / "run", data=data)
+
+    def make_one_shard(function: Callable[[Any], str], tasks: Sequence[object]) -> Iterator[str]:
+        function(tasks[0])
+        raise ServiceError("processes were killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tokenize_shards, "run_in_processes", make_one_shard)
+        with pytest.raises(ServiceError):
+            prepare(recipe)
+
+    def make_none(function: Callable[[Any], str], tasks: Sequence[object]) -> Iterator[str]:
+        raise AssertionError(f"{len(tasks)} shards were lost, {function} is called again")
+
+    monkeypatch.setattr(tokenize_shards, "run_in_processes", make_none)
+    assert prepare(recipe).train.num_documents > 0

@@ -31,6 +31,13 @@ def kill_itself(task: str) -> str:
     return task
 
 
+def kill_itself_once(path: Path) -> str:
+    if not path.exists():
+        path.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return path.name
+
+
 def touch_and_sleep(path: Path) -> str:
     path.touch()
     time.sleep(LONG_S)
@@ -47,8 +54,13 @@ def test_results_have_the_order_of_the_tasks() -> None:
     assert list(run_in_processes(sleep_then_name, tasks)) == ["a", "b", "c"]
 
 
-def test_a_killed_process_ends_in_one_line() -> None:
-    with pytest.raises(ServiceError, match="a process was killed"):
+def test_a_killed_process_is_replaced(tmp_path: Path) -> None:
+    tasks = [tmp_path / name for name in "abc"]
+    assert list(run_in_processes(kill_itself_once, tasks)) == ["a", "b", "c"]
+
+
+def test_processes_that_are_killed_again_and_again_end_in_one_line() -> None:
+    with pytest.raises(ServiceError, match="processes were killed 3 times"):
         list(run_in_processes(kill_itself, ["x"]))
 
 
