@@ -28,7 +28,8 @@ def load(
     """Read `path`, apply `overrides` such as "training.steps=10", and validate as `kind`.
 
     A file may begin with `extends: other.yaml`, a path relative to its own. Its keys are then laid over that file's:
-    groups are merged key by key, lists and values are replaced.
+    groups are merged key by key, lists and values are replaced, and `key: null` removes an inherited key with all that
+    is in it, so that its default counts.
 
     Args:
         path: The YAML file.
@@ -112,6 +113,11 @@ def _refuse_renamed_keys(tree: dict[str, Any], where: str) -> None:
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     merged = dict(below)
     for key, value in above.items():
+        # Removed rather than set to None, which most settings and no section can be; for those that can, None is the
+        # default. As in Helm's values files.
+        if value is None and key in merged:
+            del merged[key]
+            continue
         # Lists are replaced as a whole: a mixture of another file's denoisers and these would be hard to foresee.
         old = merged.get(key)
         if isinstance(old, dict) and isinstance(value, dict):

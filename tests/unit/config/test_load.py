@@ -110,6 +110,55 @@ def test_extending_file_replaces_lists(write: Write) -> None:
     assert load(path, [], Recipe).objective.is_causal
 
 
+@pytest.mark.parametrize(
+    ("child", "key", "expected"),
+    [
+        ("seed: null", "seed", 1),
+        ("seed:", "seed", 1),
+        ("base: null", "base", None),
+        ("training: {micro_batch_size: null}", "training.micro_batch_size", 1),
+        ("objective: {mixture: null}", "objective.mixture.1.name", "R"),
+        ("optimizer: null", "optimizer.learning_rate", 1e-4),
+        ("optimizer: {weight_decay: null}", "optimizer.learning_rate", 3e-3),
+        ("optimizer: {weight_decay: null}", "optimizer.weight_decay", 0.1),
+        # Of the file that is extended last: what it removes, no file above it inherits.
+        ("extends: middle.yaml\ntraining: {steps: 5}", "seed", 1),
+    ],
+)
+def test_null_in_an_extending_file_removes_the_inherited_key(
+    write: Write, child: str, key: str, expected: object
+) -> None:
+    write(
+        RECIPE.replace("  steps: 10", "  steps: 10\n  micro_batch_size: 2")
+        + "seed: 7\nbase: first\noptimizer: {learning_rate: 3e-3, weight_decay: 0.3}\n"
+    )
+    write("extends: recipe.yaml\nseed: null\n", "middle.yaml")
+    extends = "" if child.startswith("extends") else "extends: recipe.yaml\n"
+
+    found: object = load(write(f"{extends}{child}\n", "child.yaml"), [], Recipe)
+    for name in key.split("."):
+        found = found[int(name)] if isinstance(found, tuple) else getattr(found, name)
+    assert found == expected
+
+
+def test_removed_key_without_a_default_is_required(write: Write) -> None:
+    write()
+    path = write("extends: recipe.yaml\ntraining: {steps: null}\n", "child.yaml")
+    assert refusal(path) == f"{path}: training.steps: this key is required"
+
+
+def test_null_for_a_key_that_nothing_is_inherited_for_is_refused(write: Write) -> None:
+    write()
+    path = write("extends: recipe.yaml\nlauch: null\n", "child.yaml")
+    assert refusal(path) == f"{path}: lauch: unknown key; did you mean launch?"
+
+
+def test_role_of_an_extended_comparison_can_be_removed(write: Write) -> None:
+    write("name: c\nstorage: runs\nrecipes: {base: b.yaml, ul2r: u.yaml, control: c.yaml}\n")
+    path = write("extends: recipe.yaml\nname: d\nrecipes: {control: null}\n", "child.yaml")
+    assert load(path, [], Comparison).recipes.keys() == {"base", "ul2r"}
+
+
 def test_recipes_of_a_comparison_are_relative_to_its_own_file(write: Write, tmp_path: Path) -> None:
     path = write("name: c\nstorage: runs\nrecipes: {base: base.yaml, ul2r: ../ul2r.yaml}\n")
     assert load(path, [], Comparison).recipes == {
