@@ -1,6 +1,7 @@
 """Runs, artifacts and models through a real MLflow server on SQLite."""
 
 import contextlib
+import getpass
 import json
 import math
 import os
@@ -14,11 +15,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import mlflow.data
 import pytest
 from mlflow import MlflowClient
 
-from ul2r.errors import CheckpointError, ServiceError
+from ul2r.errors import ServiceError
 from ul2r.launch.preflight import track_run
+from ul2r.launch.run_inputs import list_run_inputs
 from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.tracking import RunStatus
@@ -128,6 +131,38 @@ def test_tags_are_updated_and_parameters_keep_their_first_value(uri: str, tmp_pa
     assert data.params == {"steps": "10", "num_rows": "4"}
 
 
+def test_run_shows_its_origin_settings_and_text(uri: str, tmp_path: Path) -> None:
+    dataset, recipe = make_tiny_store(tmp_path / "store", num_documents=12), tiny_recipe(tmp_path)
+    inputs = list_run_inputs(recipe, dataset)
+    client = MlflowClient(uri, uri)
+    run_id = tracking.start_run(recipe, uri, {}, {"parameters": 12345}, inputs)
+    client.set_tag(run_id, "mlflow.note.content", "edited on the page")
+    assert tracking.start_run(recipe, uri, {}, {"parameters": 12345}, inputs) == run_id
+
+    run = client.get_run(run_id)
+    assert run.info.user_id == getpass.getuser()
+    assert run.data.tags["mlflow.source.name"]
+    assert (
+        run.data.tags["mlflow.source.git.commit"]
+        == subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip()
+    )
+    assert run.data.tags["mlflow.note.content"] == "edited on the page"
+    assert run.data.params["optimizer.learning_rate"] == "0.01"
+    assert run.data.params["parameters"] == "12345"
+
+    read = {entry.tags[0].value: entry.dataset for entry in run.inputs.dataset_inputs}
+    assert {entry.tags[0].key for entry in run.inputs.dataset_inputs} == {"mlflow.data.context"}
+    assert set(read) == {"train", "held_out"}
+    for context, counts in (
+        ("train", dataset.manifest.train),
+        ("held_out", dataset.manifest.held_out),
+    ):
+        assert dataset.manifest.fingerprint.startswith(read[context].digest)
+        assert json.loads(read[context].profile)["num_tokens"] == counts.num_tokens
+        # MLflow's own way from a run to its data.
+        assert mlflow.data.get_source(read[context]).load() == str(tmp_path / "store")
+
+
 def test_unchanged_results_are_not_added_again(uri: str, tmp_path: Path) -> None:
     run_id = make_run(uri, tmp_path)
     picture = tmp_path / "comparison.png"
@@ -140,46 +175,6 @@ def test_unchanged_results_are_not_added_again(uri: str, tmp_path: Path) -> None
     assert read_steps(uri, run_id, "not/finite") == read_steps(uri, run_id, "not/number") == [7]
     assert client.get_run(run_id).data.metrics["evaluation/infill_loss"] == 0.25
     assert [artifact.path for artifact in client.list_artifacts(run_id)] == ["comparison.png"]
-
-
-def make_export(folder: Path, weights: bytes = b"weights") -> Path:
-    folder.mkdir()
-    (folder / "model.safetensors").write_bytes(weights)
-    (folder / "ul2r.json").write_text("{}")
-    return folder
-
-
-def test_export_is_registered_once_and_found_by_its_alias(uri: str, tmp_path: Path) -> None:
-    run_id = make_run(uri, tmp_path)
-    first = make_export(tmp_path / "first export")
-    second = make_export(tmp_path / "second", b"better weights")
-    assert tracking.register(uri, "tests-alias", first, run_id, "champion") == "1"
-    assert tracking.register(uri, "tests-alias", first, run_id, "champion") == "1"
-    assert tracking.resolve(uri, "tests-alias", "champion") == first
-    assert tracking.register(uri, "tests-alias", second, run_id, "champion") == "2"
-    assert tracking.resolve(uri, "tests-alias", "champion") == second
-    tracking.register(uri, "tests-alias", first, run_id, "previous")
-    assert tracking.resolve(uri, "tests-alias", "previous") == first
-
-
-def test_unknown_model_or_alias_is_refused_in_one_line(uri: str, tmp_path: Path) -> None:
-    run_id = make_run(uri, tmp_path)
-    tracking.register(uri, "tests-known", make_export(tmp_path / "export"), run_id, "champion")
-    for name, alias in (("tests-known", "challenger"), ("tests-unknown", "champion")):
-        with pytest.raises(ServiceError, match=f"models:/{name}@{alias}") as caught:
-            tracking.resolve(uri, name, alias)
-        assert "\n" not in str(caught.value)
-
-
-def test_missing_export_folder_is_reported_in_one_line(uri: str, tmp_path: Path) -> None:
-    run_id = make_run(uri, tmp_path)
-    export = make_export(tmp_path / "export")
-    tracking.register(uri, "tests-gone", export, run_id, "champion")
-    export.rename(tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match=r"tests-gone@champion.*no export at .*/export"):
-        tracking.resolve(uri, "tests-gone", "champion")
-    with pytest.raises(CheckpointError, match=r"run jobs/export\.py"):
-        tracking.register(uri, "tests-gone", export, run_id, "champion")
 
 
 def test_two_servers_share_a_storage_and_a_tracker_reports_its_backlog_when_one_stops(

@@ -17,6 +17,7 @@ from ul2r.data.store.dataset import TokenDataset
 from ul2r.data.tokenizer import build_vocabulary, load_tokenizer
 from ul2r.errors import RunInterrupted
 from ul2r.launch.pretrained import check_base
+from ul2r.launch.run_inputs import list_run_inputs
 from ul2r.model.flops import num_parameters
 from ul2r.model.huggingface.config_json import check_family
 from ul2r.model.sizing import check_memory
@@ -204,6 +205,7 @@ def mark_finished(recipe: Recipe, store: TrackingStore) -> None:
     run_id = store.find_run(recipe.paths.folder)
     if run_id is not None:
         store.finish_run(run_id, recipe.paths.folder, "FINISHED")
+        _log_page(recipe, store.find_page(run_id))
 
 
 def copy_last_checkpoint(recipe: Recipe) -> None:
@@ -241,10 +243,14 @@ def track_run(recipe: Recipe, dataset: TokenDataset, store: TrackingStore) -> It
         recipe,
         tags={"ul2r.data": dataset.manifest.fingerprint},
         params=_parameters(recipe, dataset),
+        inputs=list_run_inputs(recipe, dataset),
     )
     # Until the block has ended well: any exception, of whatever kind, leaves a run that failed.
     status: RunStatus = "FAILED"
+    page = None
     try:
+        # Here a failure of the server is one of the run; at the end it would hide that the run is done.
+        page = store.find_page(run_id)
         # Within the try: a run whose page cannot be made has failed, too.
         order = plan_run_data(recipe, dataset, find_resume_checkpoint(recipe)).order
         # A page of a whole store cannot be made before there is one, which the run itself waits for.
@@ -263,19 +269,17 @@ def track_run(recipe: Recipe, dataset: TokenDataset, store: TrackingStore) -> It
     finally:
         # It also writes what rank 0's tracker had to leave on disk.
         store.finish_run(run_id, recipe.paths.folder, status)
+        _log_page(recipe, page)
+
+
+def _log_page(recipe: Recipe, page: str | None) -> None:
+    if page is not None:
+        logger.info("%s: charts of its experiment: %s", recipe.name, page)
 
 
 def _parameters(recipe: Recipe, dataset: TokenDataset) -> dict[str, str | int | float]:
-    """Return the parameters that people sort and filter runs by."""
+    """Return the parameters of a run that are no settings of its recipe."""
     return {
         "mixture": ", ".join(f"{d.name} {d.weight:g}" for d in recipe.objective.mixture),
-        "sequence_length": recipe.objective.sequence_length,
         "parameters": num_parameters(recipe.model, dataset.vocabulary.size),
-        "steps": recipe.training.steps,
-        "global_batch_size": recipe.training.global_batch_size,
-        "learning_rate": recipe.optimizer.learning_rate,
-        "tensor": recipe.parallel.tensor,
-        "pipeline": recipe.parallel.pipeline,
-        "data": recipe.parallel.data,
-        "seed": recipe.seed,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +15,9 @@ from ul2r.config.tracking import FILES
 from ul2r.errors import ServiceError
 from ul2r.filesystem import write_atomically
 from ul2r.paths import RunPaths
+from ul2r.tracking.provenance import NOTE_TAG, describe_process, describe_run, flatten_recipe
 from ul2r.tracking.roles import describe_origin
+from ul2r.tracking.run_inputs import RunInput
 from ul2r.tracking.tracker import RunStatus, status_after
 
 
@@ -24,7 +26,7 @@ class FileStore:
 
     metrics.jsonl has a line for each call of `Tracker.log`, {"step": 1, "rewinds": 0, "metrics": {...}}. A resumed run
     appends the steps that it repeats: of lines with the same step and metric, the last one counts. run.json has the
-    run's name, status, tags and parameters. Artifacts stay where they are, in the run's folder.
+    run's name, status, tags, parameters and inputs. Artifacts stay where they are, in the run's folder.
     """
 
     uri = FILES
@@ -33,7 +35,11 @@ class FileStore:
         """Do nothing: every folder that a run can be written to can be recorded in."""
 
     def start_run(
-        self, recipe: Recipe, tags: Mapping[str, str], params: Mapping[str, str | int | float]
+        self,
+        recipe: Recipe,
+        tags: Mapping[str, str],
+        params: Mapping[str, str | int | float],
+        inputs: Sequence[RunInput] = (),
     ) -> str:
         """Begin the record of a recipe's run, or continue it; return its id."""
         run_id = self.continue_run(
@@ -41,8 +47,11 @@ class FileStore:
             recipe.name,
             recipe.paths.folder,
             tags={**describe_origin(recipe), **tags},
-            params=params,
+            params={**flatten_recipe(recipe), **params},
+            note=describe_run(recipe, params, inputs),
         )
+        listed = [entry.to_dict() for entry in inputs]
+        _write_record(run_id, {**_read_record(run_id), "inputs": listed})
         write_atomically(recipe.paths.recorded_recipe, dump(recipe))
         return run_id
 
@@ -54,18 +63,22 @@ class FileStore:
         *,
         tags: Mapping[str, str],
         params: Mapping[str, str | int | float],
+        note: str | None = None,
     ) -> str:
         """Continue the record that a folder belongs to, or begin it; return its id."""
         folder.mkdir(parents=True, exist_ok=True)
         run_id = str(folder)
         before = _read_record(run_id)
+        tags_before = before.get("tags", {})
+        described = {} if note is None else {NOTE_TAG: tags_before.get(NOTE_TAG, note)}
         _write_record(
             run_id,
             {
+                **before,
                 "name": name,
                 "experiment": experiment,
                 "status": "RUNNING",
-                "tags": {**before.get("tags", {}), **tags},
+                "tags": {**tags_before, **describe_process(), **tags, **described},
                 # As in MLflow: a parameter keeps its first value.
                 "params": {**params, **before.get("params", {})},
             },
@@ -111,6 +124,9 @@ class FileStore:
     def end_run(self, run_id: str, status: RunStatus) -> None:
         """Record a run's status."""
         _write_record(run_id, {**_read_record(run_id), "status": status})
+
+    def find_page(self, run_id: str) -> str | None:
+        """Return None: files have no page."""
 
     def log_artifact(self, run_id: str, file: Path) -> None:
         """Do nothing: files stay in the run's folder."""

@@ -42,7 +42,7 @@ from ul2r.tracking.runs import (
 )
 from ul2r.tracking.stored_points import StoredPoint, StoredPoints
 from ul2r.tracking.tracker import RunStatus
-from ul2r.tracking.view import list_view_urls
+from ul2r.tracking.view import find_view_url, list_view_urls
 
 __all__ = [
     "MlflowTracker",
@@ -52,6 +52,7 @@ __all__ = [
     "end_on_error",
     "end_run",
     "find_run",
+    "find_view_url",
     "finish_run",
     "list_view_urls",
     "log_artifact",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from pathlib import Path
 from ul2r.config import Recipe
 from ul2r.tracking import mlflow
 from ul2r.tracking.mlflow import MlflowTracker
+from ul2r.tracking.run_inputs import RunInput
 from ul2r.tracking.tracker import RunStatus
 
 
@@ -30,10 +31,14 @@ class MlflowStore:
         mlflow.check_artifact_store(self.uri, experiment)
 
     def start_run(
-        self, recipe: Recipe, tags: Mapping[str, str], params: Mapping[str, str | int | float]
+        self,
+        recipe: Recipe,
+        tags: Mapping[str, str],
+        params: Mapping[str, str | int | float],
+        inputs: Sequence[RunInput] = (),
     ) -> str:
         """Create a recipe's run, or continue it; return its id."""
-        return mlflow.start_run(recipe, self.uri, tags, params)
+        return mlflow.start_run(recipe, self.uri, tags, params, inputs)
 
     def continue_run(
         self,
@@ -43,9 +48,12 @@ class MlflowStore:
         *,
         tags: Mapping[str, str],
         params: Mapping[str, str | int | float],
+        note: str | None = None,
     ) -> str:
         """Continue the run that a folder has a record of, or create one; return its id."""
-        return mlflow.continue_run(self.uri, experiment, name, folder, tags=tags, params=params)
+        return mlflow.continue_run(
+            self.uri, experiment, name, folder, tags=tags, params=params, note=note
+        )
 
     def find_run(self, folder: Path) -> str | None:
         """Return the id of the run that a folder has a record of, None if the server does not have it."""
@@ -70,6 +78,10 @@ class MlflowStore:
     def end_run(self, run_id: str, status: RunStatus) -> None:
         """Set a run's status."""
         mlflow.end_run(self.uri, run_id, status)
+
+    def find_page(self, run_id: str) -> str | None:
+        """Return the address of the charts of a run's experiment."""
+        return mlflow.find_view_url(self.uri, run_id)
 
     def log_artifact(self, run_id: str, file: Path) -> None:
         """Upload a file to a run's artifacts, under its own name."""

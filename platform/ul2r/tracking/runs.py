@@ -7,11 +7,11 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
 from ul2r.config import Recipe, dump
@@ -20,20 +20,39 @@ from ul2r.filesystem import write_atomically
 from ul2r.paths import RunPaths
 from ul2r.tracking.artifacts import open_experiment, translate_store_errors
 from ul2r.tracking.client import create_client, translate_errors
+from ul2r.tracking.provenance import NOTE_TAG, describe_process, describe_run, flatten_recipe
 from ul2r.tracking.roles import ROLE_COLORS, describe_origin
+from ul2r.tracking.run_inputs import RunInput
 from ul2r.tracking.tracker import RunStatus, status_after
 from ul2r.tracking.view import RUN_COLOR_TAG, install_view
 
 MAX_PARAM_LENGTH = 6000
 """Characters that MLflow allows in a parameter: a mixture of some hundred denoisers has more."""
+MAX_BATCH_PARAMS = 100
+"""MLflow's limit of one request."""
+MAX_DIGEST_LENGTH = 36
+"""Characters that MLflow allows in the digest of a data set."""
+CONTEXT_TAG = "mlflow.data.context"
+"""Tag of a run's input that MLflow's page shows next to it."""
 
 _log = logging.getLogger(__name__)
 
 
 def start_run(
-    recipe: Recipe, uri: str, tags: Mapping[str, str], params: Mapping[str, str | int | float]
+    recipe: Recipe,
+    uri: str,
+    tags: Mapping[str, str],
+    params: Mapping[str, str | int | float],
+    inputs: Sequence[RunInput] = (),
 ) -> str:
     """Create the recipe's MLflow run, or continue the one that its run folder names; return the run id.
+
+    Args:
+        recipe: The run; its settings become parameters, by dotted key.
+        uri: The tracking server.
+        tags: Tags besides those of its origin.
+        params: Parameters besides its settings.
+        inputs: The text that it reads.
 
     Raises:
         ServiceError: If the server fails.
@@ -45,10 +64,12 @@ def start_run(
         recipe.name,
         recipe.paths.folder,
         tags={**describe_origin(recipe), **color, **tags},
-        params=params,
+        params={**flatten_recipe(recipe), **params},
+        note=describe_run(recipe, params, inputs),
     )
 
     with end_on_error(uri, run_id):
+        _log_inputs(uri, run_id, inputs)
         # The recipe of the last attempt, which may differ in layout or launch from that of the first.
         with translate_store_errors(uri, f"run {run_id}"):
             create_client(uri).log_text(run_id, dump(recipe), "recipe.yaml")
@@ -64,10 +85,12 @@ def continue_run(
     *,
     tags: Mapping[str, str],
     params: Mapping[str, str | int | float],
+    note: str | None = None,
 ) -> str:
     """Set the run that `folder` has a record of to RUNNING again; create a new one if there is none.
 
-    Tags are updated. A parameter keeps its first value: MLflow refuses to change one.
+    Tags are updated, and the user, program and commit of this process are among them. A parameter keeps its first
+    value, which MLflow refuses to change, and a run its description, which may have been edited on its page.
 
     Returns:
         The run id.
@@ -76,26 +99,32 @@ def continue_run(
         ServiceError: If the server fails.
     """
     client = create_client(uri)
+    process = describe_process()
     with translate_errors(uri):
         # By the record in the run's folder and not by name: MLflow's run names are not unique.
         run = _find_recorded_run(uri, folder)
         if run is None:
             experiment_id = open_experiment(uri, experiment).experiment_id
-            run = client.create_run(experiment_id, run_name=name)
+            # With these tags: MLflow takes the user of the run from them when it is created.
+            run = client.create_run(experiment_id, run_name=name, tags=process)
             # At once, before requests that may fail: the next attempt must find this run instead of creating another.
             _write_record(folder, uri, experiment, run.info.run_id)
 
         run_id: str = run.info.run_id
         client.update_run(run_id, status="RUNNING")
+        all_tags = {**process, **tags}
+        if note is not None and NOTE_TAG not in run.data.tags:
+            all_tags[NOTE_TAG] = note
+        client.log_batch(run_id, tags=[RunTag(*tag) for tag in all_tags.items()], synchronous=True)
         # MLflow refuses the whole batch if it has another value of one of the parameters.
         new = [
             Param(key, str(value)[:MAX_PARAM_LENGTH])
             for key, value in params.items()
             if key not in run.data.params
         ]
-        client.log_batch(
-            run_id, params=new, tags=[RunTag(*tag) for tag in tags.items()], synchronous=True
-        )
+        for start in range(0, len(new), MAX_BATCH_PARAMS):
+            batch = new[start : start + MAX_BATCH_PARAMS]
+            client.log_batch(run_id, params=batch, synchronous=True)
     return run_id
 
 
@@ -199,6 +228,37 @@ def read_metric_history(uri: str, run_id: str, metric: str) -> list[tuple[int, f
     points = sorted(points, key=lambda point: point.timestamp)
     last = {int(point.step): float(point.value) for point in points}
     return sorted(last.items())
+
+
+def _log_inputs(uri: str, run_id: str, inputs: Sequence[RunInput]) -> None:
+    """Add what a run reads to its inputs; what it has already is not added again."""
+    # As `mlflow.log_input` does for the fluent API's active run. Data sets of another name, since MLflow keeps an input
+    # of a run by its data set alone: of one under two contexts the second would be dropped.
+    datasets = [
+        DatasetInput(
+            Dataset(
+                name=entry.name,
+                digest=entry.fingerprint[:MAX_DIGEST_LENGTH],
+                # A type that `mlflow.data.get_source` loads; it reads the key "uri" alone.
+                source_type="local",
+                source=json.dumps(
+                    {
+                        "uri": str(entry.folder),
+                        "sources": list(entry.sources),
+                        "fingerprint": entry.fingerprint,
+                    }
+                ),
+                profile=json.dumps(
+                    {"num_tokens": entry.num_tokens, "num_documents": entry.num_documents}
+                ),
+            ),
+            [InputTag(CONTEXT_TAG, entry.context)],
+        )
+        for entry in inputs
+    ]
+    if datasets:
+        with translate_errors(uri):
+            create_client(uri).log_inputs(run_id, datasets)
 
 
 def _is_stored_as(value: float, stored: float) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
 from ul2r.config import Recipe
 from ul2r.config.tracking import FILES
+from ul2r.tracking.run_inputs import RunInput
 from ul2r.tracking.tracker import RunStatus, Tracker
 
 
@@ -23,9 +24,16 @@ class TrackingStore(Protocol):
         """Check that runs and files of an experiment can be recorded."""
 
     def start_run(
-        self, recipe: Recipe, tags: Mapping[str, str], params: Mapping[str, str | int | float]
+        self,
+        recipe: Recipe,
+        tags: Mapping[str, str],
+        params: Mapping[str, str | int | float],
+        inputs: Sequence[RunInput] = (),
     ) -> str:
-        """Begin the record of a recipe's run, or continue it; return its id."""
+        """Begin the record of a recipe's run, or continue it; return its id.
+
+        The recipe's settings become parameters, the inputs are listed, and a new run gets a description.
+        """
 
     def continue_run(
         self,
@@ -35,8 +43,12 @@ class TrackingStore(Protocol):
         *,
         tags: Mapping[str, str],
         params: Mapping[str, str | int | float],
+        note: str | None = None,
     ) -> str:
-        """Continue the record that a folder belongs to, or begin it; return its id."""
+        """Continue the record that a folder belongs to, or begin it; return its id.
+
+        The note, Markdown, describes it unless it has a description.
+        """
 
     def find_run(self, folder: Path) -> str | None:
         """Return the id of the run in a folder, None if it has no record here."""
@@ -55,6 +67,9 @@ class TrackingStore(Protocol):
 
     def end_run(self, run_id: str, status: RunStatus) -> None:
         """Record a run's status."""
+
+    def find_page(self, run_id: str) -> str | None:
+        """Return the address of a page with the charts of the run's experiment, None if there is none."""
 
     def log_artifact(self, run_id: str, file: Path) -> None:
         """Add a file to a run, under its own name."""

@@ -42,6 +42,17 @@ def install_view(uri: str, run_id: str, denoisers: Sequence[str]) -> None:
         client.set_experiment_tag(experiment, VIEW_TAG, build_view_state(denoisers))
 
 
+def find_view_url(uri: str, run_id: str) -> str:
+    """Return the address of the view of a run's experiment.
+
+    Raises:
+        ServiceError: If the server fails.
+    """
+    with translate_errors(uri):
+        experiment = create_client(uri).get_run(run_id).info.experiment_id
+    return _make_view_url(uri, experiment)
+
+
 def list_view_urls(uri: str) -> dict[str, str]:
     """Return the addresses of the views, by name of the experiment.
 
@@ -52,11 +63,17 @@ def list_view_urls(uri: str) -> dict[str, str]:
         experiments = create_client(uri).search_experiments()
 
     return {
-        experiment.name: f"{uri}/#/experiments/{experiment.experiment_id}/runs"
-        f"?viewStateShareKey={VIEW_KEY}&compareRunsMode=CHART"
+        experiment.name: _make_view_url(uri, experiment.experiment_id)
         for experiment in experiments
         if VIEW_TAG in experiment.tags
     }
+
+
+def _make_view_url(uri: str, experiment_id: str) -> str:
+    return (
+        f"{uri}/#/experiments/{experiment_id}/runs"
+        f"?viewStateShareKey={VIEW_KEY}&compareRunsMode=CHART"
+    )
 
 
 def build_view_state(denoisers: Sequence[str]) -> str:

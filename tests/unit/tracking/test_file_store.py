@@ -10,6 +10,7 @@ import pytest
 
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.tracking.file_store import FileStore, FileTracker
+from ul2r.tracking.provenance import flatten_recipe
 
 STORE = FileStore()
 
@@ -68,14 +69,14 @@ def test_a_summary_is_recorded_once(tmp_path: Path) -> None:
 def test_a_run_that_starts_again_keeps_its_parameters_and_takes_new_tags(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, name="run")
     assert STORE.find_run(recipe.paths.folder) is None
-    first = STORE.start_run(recipe, {"a": "1"}, {"steps": 6})
+    first = STORE.start_run(recipe, {"a": "1"}, {"parameters": 6})
     STORE.finish_run(first, recipe.paths.folder, "KILLED")
-    assert STORE.start_run(recipe, {"a": "2", "b": "3"}, {"steps": 9, "seed": 1}) == first
+    assert STORE.start_run(recipe, {"a": "2", "b": "3"}, {"parameters": 9, "more": 1}) == first
 
     assert STORE.find_run(recipe.paths.folder) == first == STORE.require_run(recipe)
     record = json.loads(recipe.paths.run_record.read_text())
     assert record["status"] == "RUNNING"
-    assert record["params"] == {"steps": 6, "seed": 1}
+    assert record["params"] == {**flatten_recipe(recipe), "parameters": 6, "more": 1}
     assert record["tags"]["a"] == "2"
     assert record["tags"]["b"] == "3"
 
