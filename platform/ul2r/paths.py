@@ -11,6 +11,7 @@ storage/
     ray/                     Ray Train's own files
     data.html  evaluation.json  tracking.json  tracking_waiting.json
     metrics.jsonl  run.json  recipe.yaml   the run's record, with tracking.uri: none
+  bases/NAME-DIGEST/         evaluation.json, tracking.json of a model that a comparison measures as it is
   comparisons/NAME/          table.md, table.json, comparison.png
   mlflow.db  artifacts/  mlflow.log   the MLflow server that a job starts here
 """
@@ -71,6 +72,11 @@ class StoragePaths:
     def run(self, name: str) -> RunPaths:
         """Return the paths of a run."""
         return RunPaths(self.storage / "runs" / name)
+
+    @property
+    def bases(self) -> Path:
+        """Folder of what is known of models that are no runs: their scores in comparisons."""
+        return self.storage / "bases"
 
     def comparison(self, name: str) -> Path:
         """Return the folder of a comparison's table and plot."""

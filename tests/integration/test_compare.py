@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 
 from ul2r.config import Comparison, Recipe, load
 from ul2r.data.store.dataset import open_dataset
+from ul2r.data.tokenizer import train_tokenizer
 from ul2r.errors import CheckpointError, RecipeError, ServiceError
 from ul2r.evaluation import evaluate
 from ul2r.evaluation.comparison import ROLES, Role
@@ -182,6 +183,75 @@ def check_scores(table: dict[str, Any], folder: Path, output: str) -> None:
             mean = metric["scores"][role]["mean"]
             assert mean == pytest.approx(expected[metric["name"]].mean, abs=1e-5), metric["name"]
             assert f"{mean:.{metric['digits']}f} ±" in output
+
+
+def test_a_model_that_is_no_run_is_measured_once_as_it_is(
+    folder: Path, uri: str, tmp_path: Path
+) -> None:
+    storage = folder / "storage"
+    model = tmp_path / "llama"
+    shutil.copytree(storage / "runs/base/export", model)
+    (model / "ul2r.json").unlink()
+    tree = {
+        "name": "four",
+        "storage": str(storage),
+        "recipes": {role: str(folder / f"{role}.yaml") for role in ("base", "ul2r")}
+        | {"plain": {"hf": str(model)}},
+        "tracking": {"experiment": "three"},
+    }
+    write_yaml(tmp_path / "four.yaml", tree)
+    before = modification_times(model)
+
+    comparison = load(tmp_path / "four.yaml", (), Comparison)
+    table = json.loads((compare_with(comparison, uri) / "table.json").read_text())
+
+    # The base's weights: without denoisers it is the same model.
+    assert list(table["arms"]) == ["base", "ul2r", "plain"]
+    for metric in table["metrics"]:
+        scores = metric["scores"]
+        assert scores["plain"]["mean"] == pytest.approx(scores["base"]["mean"], abs=1e-6)
+    client = MlflowClient(uri, uri)
+    recorded = client.get_run(table["mlflow_runs"]["plain"])
+    assert (recorded.info.run_name, recorded.info.status) == ("llama", "FINISHED")
+    assert recorded.data.tags["ul2r.role"] == "plain"
+    infill_loss = recorded.data.metrics["evaluation/infill_loss"]
+    assert infill_loss == pytest.approx(table["metrics"][-3]["scores"]["plain"]["mean"])
+
+    times = modification_times(storage / "bases")
+    assert [path.name for path in times].count("evaluation.json") == 1
+    compare_with(comparison, uri)
+    assert modification_times(storage / "bases") == times
+    assert modification_times(model) == before
+
+
+def test_folders_that_cannot_be_measured_are_refused_before_anything_is(
+    folder: Path, uri: str, tmp_path: Path
+) -> None:
+    storage = folder / "storage"
+    model = tmp_path / "model"
+    shutil.copytree(storage / "runs/base/export", model)
+    (model / "ul2r.json").unlink()
+
+    def refusal(path: Path) -> str:
+        tree = {
+            "name": "refused",
+            "storage": str(storage),
+            "recipes": {"ul2r": str(folder / "ul2r.yaml"), "model": {"hf": str(path)}},
+            "tracking": {"experiment": "three"},
+        }
+        write_yaml(tmp_path / "refused.yaml", tree)
+        finished = run_job("compare", tmp_path / "refused.yaml", uri)
+        assert finished.returncode == 2, finished.stderr
+        assert finished.stderr.count("\n") == 1
+        assert not (storage / "comparisons/refused").exists()
+        return finished.stderr
+
+    assert f"{tmp_path / 'none'}: the folder does not exist" in refusal(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    assert "recipes.model: " in refusal(tmp_path / "empty")
+    tokenizer = train_tokenizer(["other text"], 300, num_sentinels=0)
+    tokenizer.save(str(model / "tokenizer.json"))
+    assert "gives" in refusal(model)
 
 
 def test_the_plot_is_1600_by_900(folder: Path, uri: str) -> None:

@@ -225,11 +225,17 @@ def test_recipe_loads_and_is_named_like_its_file_and_family(name: str) -> None:
     assert recipe.base == (None if recipe.role == "base" else f"{family}-base")
 
 
+def _load_run(comparison: Comparison, role: str) -> Recipe:
+    path = comparison.recipes[role]
+    assert isinstance(path, Path)
+    return load(path, (), Recipe)
+
+
 @pytest.mark.parametrize("name", _list_recipes("comparison"))
 def test_comparison_loads_and_names_a_recipe_of_each_role(name: str) -> None:
     comparison = load(RECIPES / name, (), Comparison)
     assert f"{comparison.name}.yaml" == name
-    runs = {role: load(path, (), Recipe) for role, path in comparison.recipes.items()}
+    runs = {role: _load_run(comparison, role) for role in comparison.recipes}
     assert {role: run.role for role, run in runs.items()} == {role: role for role in runs}
     assert {run.storage for run in runs.values()} == {comparison.storage}
     assert {run.tracking.experiment for run in runs.values()} == {comparison.tracking.experiment}
@@ -238,7 +244,7 @@ def test_comparison_loads_and_names_a_recipe_of_each_role(name: str) -> None:
 @pytest.mark.parametrize("name", _list_recipes("comparison"))
 def test_runs_of_a_comparison_differ_only_in_what_is_compared(name: str) -> None:
     comparison = load(RECIPES / name, (), Comparison)
-    ul2r_run, control = (load(comparison.recipes[role], (), Recipe) for role in ("ul2r", "control"))
+    ul2r_run, control = (_load_run(comparison, role) for role in ("ul2r", "control"))
     own = {"name", "role", "objective", "export"}
     assert control.model_dump(exclude=own) == ul2r_run.model_dump(exclude=own)
     assert control.objective.sequence_length == ul2r_run.objective.sequence_length

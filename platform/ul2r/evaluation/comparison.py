@@ -5,25 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
-from ul2r.config import Recipe
+from ul2r.config import HuggingFaceBase, Recipe
 from ul2r.errors import RecipeError
 from ul2r.evaluation.scores import Scores
 from ul2r.evaluation.stored_scores import evaluation_settings
 from ul2r.inference import ExportMetadata
 
-Role = Literal["base", "control", "ul2r"]
+Role = str
+"""Name of a column: one of `ROLES`, or any other."""
 ROLES: tuple[Role, ...] = ("base", "control", "ul2r")
-"""Columns of the table, from left to right."""
+"""First columns of the table, from left to right."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One run of a comparison.
+    """One run of a comparison, or a pretrained model.
 
     Attributes:
-        role: The run's part in the comparison.
+        role: Its part in the comparison, and the name of its column.
         metadata: Description of its export; tokens and FLOPs include the base's.
         scores: Its held-out scores.
     """
@@ -33,33 +34,68 @@ class Arm:
     scores: Scores
 
 
-def check_comparable(recipes: Mapping[Role, Recipe]) -> None:
+def check_comparable(
+    recipes: Mapping[Role, Recipe], pretrained: Mapping[Role, HuggingFaceBase] | None = None
+) -> None:
     """Check that all recipes are evaluated on the same text and continue the same base.
+
+    Args:
+        recipes: Runs by column.
+        pretrained: Models that are measured as they are.
 
     Raises:
         RecipeError: If they are not; it names the first field that differs and both values.
     """
-    if len(recipes) < 2:
+    models = pretrained or {}
+    if len(recipes) + len(models) < 2:
         raise RecipeError(
-            f"recipes: {len(recipes)} given, but a comparison needs at least two of {', '.join(ROLES)}"
+            f"recipes: {len(recipes) + len(models)} given, but a comparison needs at least two of {', '.join(ROLES)} "
+            "and other names"
+        )
+    if not recipes:
+        raise RecipeError(
+            "recipes: none of them is a recipe, from which a comparison has its text and settings: add a run"
         )
 
-    # A comparison may leave out the base; then the others' bases are not checked.
-    base = recipes.get("base")
     for role, recipe in recipes.items():
-        # A recipe without a role may be listed under any.
-        if recipe.role not in (None, role):
+        # A recipe without a role may be listed under any, and any under a name that is no role.
+        if role in ROLES and recipe.role not in (None, role):
             raise RecipeError(
-                f"recipes.{role}: recipe {recipe.name!r} has role={recipe.role}: list it under that role"
+                f"recipes.{role}: recipe {recipe.name!r} has role={recipe.role}: list it under that role, or under a "
+                f"name other than {', '.join(ROLES)}"
             )
-        if base is not None and role != "base" and str(recipe.base) != base.name:
-            raise RecipeError(
-                f"base: {role} has {str(recipe.base)!r}, but the comparison's base is {base.name!r}: change one of them"
-            )
+    _check_names(recipes)
+    _check_bases(recipes, models.get("base"))
 
     # Neighbors suffice, since equality is transitive.
     for (role, recipe), (other_role, other) in pairwise(recipes.items()):
         _check_same_settings(role, recipe, other_role, other)
+
+
+def _check_names(recipes: Mapping[Role, Recipe]) -> None:
+    """Refuse a run that is listed twice: its files are one run's."""
+    role_by_name: dict[str, Role] = {}
+    for role, recipe in recipes.items():
+        other = role_by_name.setdefault(recipe.name, role)
+        if other != role:
+            raise RecipeError(
+                f"recipes.{role}: run {recipe.name!r} is also recipes.{other}: list each run once"
+            )
+
+
+def _check_bases(recipes: Mapping[Role, Recipe], pretrained_base: HuggingFaceBase | None) -> None:
+    """Refuse runs that continue neither the comparison's base nor another of its runs."""
+    base = recipes["base"].name if "base" in recipes else pretrained_base
+    # A comparison may leave out the base; then the others' bases are not checked.
+    if base is None:
+        return
+    names = {recipe.name for recipe in recipes.values()}
+    for role, recipe in recipes.items():
+        if role == "base" or recipe.base == base or recipe.base in names:
+            continue
+        raise RecipeError(
+            f"base: {role} has {str(recipe.base)!r}, but the comparison's base is {str(base)!r}: change one of them"
+        )
 
 
 def _check_same_settings(role: Role, recipe: Recipe, other_role: Role, other: Recipe) -> None:

@@ -21,8 +21,11 @@ ROLE_LABELS: dict[Role, str] = {"base": "base", "control": "control", "ul2r": "U
 SIZE_INCHES = (16.0, 9.0)
 DOTS_PER_INCH = 100
 MARGIN_INCHES = 0.15
-BAR_WIDTH = 0.27
-"""Groups are 1 apart: three bars and a gap."""
+MAX_LEGEND_COLUMNS = 3
+GROUP_WIDTH = 0.81
+"""Groups are 1 apart: their bars and a gap."""
+OTHER_COLORS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
+"""Colors of columns that are no role, one after the other: the other ones of Okabe and Ito (2008)."""
 LOSS_LABEL = "nats per token (lower is better)"
 
 
@@ -49,19 +52,20 @@ def plot_comparison(
         width_ratios=[1.2, 1.2, 0.75],
     )
 
-    _plot_denoiser_losses(panels["denoisers"], table.arms, denoisers)
-    _plot_curves(panels["curves"], curves)
-    _plot_conditional_losses(panels["loss"], table.arms)
-    _plot_infilling(panels["match"], table.arms)
+    colors = choose_colors([arm.role for arm in table.arms])
+    _plot_denoiser_losses(panels["denoisers"], table.arms, colors, denoisers)
+    _plot_curves(panels["curves"], curves, colors)
+    _plot_conditional_losses(panels["loss"], table.arms, colors)
+    _plot_infilling(panels["match"], table.arms, colors)
 
     figure.legend(
         handles=[
-            Line2D([], [], color=ROLE_COLORS[arm.role], linewidth=8, label=_arm_label(arm))
+            Line2D([], [], color=colors[arm.role], linewidth=8, label=_arm_label(arm))
             for arm in table.arms
         ],
         # Below all panels; the constrained layout makes room for it.
         loc="outside lower center",
-        ncols=len(table.arms),
+        ncols=min(len(table.arms), MAX_LEGEND_COLUMNS),
         frameon=False,
         fontsize=13,
     )
@@ -70,47 +74,62 @@ def plot_comparison(
         figure.savefig(staging, format="png")
 
 
-def _plot_denoiser_losses(axes: Axes, arms: Sequence[Arm], denoisers: Sequence[str]) -> None:
-    _plot_bars(axes, arms, {f"denoiser_loss/{name}": name for name in denoisers})
+def choose_colors(roles: Sequence[Role]) -> dict[Role, str]:
+    """Return a color for each column: that of its role, else the next of `OTHER_COLORS`, again from the first."""
+    others = [role for role in roles if role not in ROLE_COLORS]
+    return {
+        role: ROLE_COLORS.get(role) or OTHER_COLORS[others.index(role) % len(OTHER_COLORS)]
+        for role in roles
+    }
+
+
+def _plot_denoiser_losses(
+    axes: Axes, arms: Sequence[Arm], colors: Mapping[Role, str], denoisers: Sequence[str]
+) -> None:
+    _plot_bars(axes, arms, colors, {f"denoiser_loss/{name}": name for name in denoisers})
     axes.set(title="Loss of each denoiser's targets", ylabel=LOSS_LABEL)
 
 
-def _plot_conditional_losses(axes: Axes, arms: Sequence[Arm]) -> None:
+def _plot_conditional_losses(axes: Axes, arms: Sequence[Arm], colors: Mapping[Role, str]) -> None:
     groups = {"second_half_loss": "second\nhalf", "infill_loss": "infilled\nspan"}
-    _plot_bars(axes, arms, groups)
+    _plot_bars(axes, arms, colors, groups)
     axes.set(title="Loss, each arm in its own way", ylabel=LOSS_LABEL)
 
 
-def _plot_infilling(axes: Axes, arms: Sequence[Arm]) -> None:
+def _plot_infilling(axes: Axes, arms: Sequence[Arm], colors: Mapping[Role, str]) -> None:
     groups = {
         "infill_exact_match": "exact\nmatch",
         "infill_edit_similarity": "edit\nsimilarity",
     }
-    _plot_bars(axes, arms, groups)
+    _plot_bars(axes, arms, colors, groups)
     axes.set(title="Infilling, UL2R sees both sides", ylabel="share (higher is better)")
 
 
-def _plot_bars(axes: Axes, arms: Sequence[Arm], groups: Mapping[str, str]) -> None:
+def _plot_bars(
+    axes: Axes, arms: Sequence[Arm], colors: Mapping[Role, str], groups: Mapping[str, str]
+) -> None:
     """Plot a group of bars for each metric, one bar for each arm, with standard errors and values.
 
     Args:
         axes: Axes to plot on.
         arms: Bars of a group, from left to right.
+        colors: Color by column.
         groups: Labels on the x-axis by metric.
     """
     # Groups are centered on 0, 1, 2, ... whatever the number of arms.
     positions = np.arange(len(groups))
+    width = GROUP_WIDTH / max(len(arms), 3)  # bars of two arms are no wider than those of three
     for number, arm in enumerate(arms):
         scores = [arm.scores[metric] for metric in groups]
         bars = axes.bar(
-            positions + (number - (len(arms) - 1) / 2) * BAR_WIDTH,
+            positions + (number - (len(arms) - 1) / 2) * width,
             [score.mean for score in scores],
-            BAR_WIDTH * 0.92,  # leaves a narrow gap between bars
+            width * 0.92,  # leaves a narrow gap between bars
             yerr=[score.stderr for score in scores],
-            color=ROLE_COLORS[arm.role],
+            color=colors[arm.role],
             error_kw={"ecolor": "#222222", "elinewidth": 1, "capsize": 2},
         )
-        axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=9)
+        axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=min(9, 27 / len(arms)))
 
     axes.set_xticks(positions, list(groups.values()), fontsize=12)
     _style_axes(axes)
@@ -119,7 +138,7 @@ def _plot_bars(axes: Axes, arms: Sequence[Arm], groups: Mapping[str, str]) -> No
     axes.set_ylim(bottom=0)
 
 
-def _plot_curves(axes: Axes, curves: Mapping[Role, LossCurve]) -> None:
+def _plot_curves(axes: Axes, curves: Mapping[Role, LossCurve], colors: Mapping[Role, str]) -> None:
     """Plot loss against FLOPs; dotted lines join the end of the base to the end of its UL2R version."""
     for role, curve in curves.items():
         for losses, style in ((curve.denoiser_loss, "-"), (curve.causal_loss, "--")):
@@ -127,7 +146,7 @@ def _plot_curves(axes: Axes, curves: Mapping[Role, LossCurve]) -> None:
                 curve.flops,
                 losses,
                 style,
-                color=ROLE_COLORS[role],
+                color=colors[role],
                 linewidth=2,
                 marker="o",
                 markersize=4,
@@ -175,4 +194,4 @@ def _style_axes(axes: Axes) -> None:
 
 def _arm_label(arm: Arm) -> str:
     tokens = f", {arm.metadata.tokens:,} tokens" if arm.metadata.tokens else ""
-    return f"{ROLE_LABELS[arm.role]} ({arm.metadata.run}{tokens})"
+    return f"{ROLE_LABELS.get(arm.role, arm.role)} ({arm.metadata.run}{tokens})"

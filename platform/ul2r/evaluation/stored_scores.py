@@ -9,6 +9,7 @@ from typing import Any
 from ul2r.config import Recipe
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.errors import CheckpointError
+from ul2r.evaluation.pretrained import PretrainedArm
 from ul2r.evaluation.scores import Scores
 from ul2r.filesystem import sha256_of, write_atomically
 from ul2r.paths import TOKENIZER_FILE
@@ -38,15 +39,22 @@ def find_export(recipe: Recipe, dataset: TokenDataset) -> Path:
     return folder
 
 
-def load_scores(recipe: Recipe, dataset: TokenDataset) -> Scores | None:
+def load_scores(
+    recipe: Recipe, dataset: TokenDataset, pretrained: PretrainedArm | None = None
+) -> Scores | None:
     """Return the stored scores, or None if there are none of this very export, text and settings.
+
+    Args:
+        recipe: A run, whose export is measured.
+        dataset: Its token store.
+        pretrained: Model that is measured in place of the export, with the recipe's settings.
 
     Raises:
         CheckpointError: If the run has no export.
     """
     # First, since it raises for a run without an export, even if there are scores.
-    conditions = _conditions(recipe, dataset)
-    path = recipe.paths.evaluation
+    conditions = _conditions(recipe, dataset, pretrained)
+    path = (pretrained or recipe).paths.evaluation
     if not path.is_file():
         return None
 
@@ -57,10 +65,23 @@ def load_scores(recipe: Recipe, dataset: TokenDataset) -> Scores | None:
     return Scores.from_dict(stored["scores"])
 
 
-def save_scores(recipe: Recipe, dataset: TokenDataset, scores: Scores) -> Path:
-    """Write the scores, with everything they depend on, to the run's evaluation.json and return its path."""
-    path = recipe.paths.evaluation
-    tree = {**_conditions(recipe, dataset), "scores": scores.to_dict()}
+def save_scores(
+    recipe: Recipe,
+    dataset: TokenDataset,
+    scores: Scores,
+    pretrained: PretrainedArm | None = None,
+) -> Path:
+    """Write the scores, with everything they depend on, to the run's evaluation.json and return its path.
+
+    Args:
+        recipe: The run.
+        dataset: Its token store.
+        scores: What was measured.
+        pretrained: Model that was measured in place of the run's export.
+    """
+    path = (pretrained or recipe).paths.evaluation
+    path.parent.mkdir(parents=True, exist_ok=True)  # a pretrained model's
+    tree = {**_conditions(recipe, dataset, pretrained), "scores": scores.to_dict()}
     write_atomically(path, json.dumps(tree, indent=2) + "\n")
     return path
 
@@ -76,13 +97,15 @@ def evaluation_settings(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _conditions(recipe: Recipe, dataset: TokenDataset) -> dict[str, Any]:
+def _conditions(
+    recipe: Recipe, dataset: TokenDataset, pretrained: PretrainedArm | None
+) -> dict[str, Any]:
     """Return everything that scores depend on, except the code."""
     settings = evaluation_settings(recipe)
     del settings["storage"]  # a moved storage has the same text, by its fingerprint
     return {
         "format": FORMAT,
-        "export": hash_export(find_export(recipe, dataset)),
+        "export": pretrained.digest if pretrained else hash_export(find_export(recipe, dataset)),
         "token_store": dataset.manifest.fingerprint,
         **settings,
     }

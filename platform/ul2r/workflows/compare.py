@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ul2r.config import Comparison, Recipe, load
+from ul2r.config import Comparison, HuggingFaceBase, Recipe, load
 from ul2r.data.store.dataset import open_dataset
 from ul2r.errors import RecipeError
 from ul2r.evaluation.comparison import ROLES, Arm, Role, check_comparable
@@ -16,14 +16,21 @@ from ul2r.evaluation.comparison_table import ComparisonTable
 from ul2r.evaluation.curves import load_loss_curve
 from ul2r.evaluation.measure import list_metrics
 from ul2r.evaluation.plot import plot_comparison
+from ul2r.evaluation.pretrained import PretrainedArm
 from ul2r.evaluation.stored_scores import find_export
 from ul2r.filesystem import write_atomically
 from ul2r.inference import read_export_metadata
+from ul2r.inference.pretrained import read_pretrained_metadata
 from ul2r.launch.pretrained import fill_model_from_base
 from ul2r.paths import StoragePaths
 from ul2r.tracking.names import check_denoiser_names
 from ul2r.tracking.store import TrackingStore, check_store
-from ul2r.workflows.evaluate import evaluate_runs, log_scores
+from ul2r.workflows.evaluate import evaluate_arms, log_scores
+from ul2r.workflows.pretrained_arms import (
+    prepare_pretrained_arm,
+    record_pretrained_arm,
+    resolve_hub_model,
+)
 
 TABLE_FILE = "table.md"
 JSON_FILE = "table.json"
@@ -54,8 +61,8 @@ def compare(comparison: Comparison) -> ComparisonResult:
         UserError: If the recipes cannot be compared, an export is missing, or the tracking server fails.
     """
     # Everything that can refuse comes first: measuring takes minutes.
-    recipes = _load_recipes(comparison)
-    check_comparable(recipes)
+    recipes, models = _load_entries(comparison)
+    check_comparable(recipes, models)
     _check_experiment(comparison, recipes)
     for recipe in recipes.values():
         check_denoiser_names(recipe.evaluation.mixture, "evaluation.mixture")
@@ -65,21 +72,31 @@ def compare(comparison: Comparison) -> ComparisonResult:
     any_recipe = next(iter(recipes.values()))  # they agree in storage and evaluation
     dataset = open_dataset(any_recipe.storage_paths.store)
     run_ids = {role: store.require_run(recipe) for role, recipe in recipes.items()}
-    exports = [find_export(recipe, dataset) for recipe in recipes.values()]
+    metadata = {
+        role: read_export_metadata(find_export(recipe, dataset)) for role, recipe in recipes.items()
+    }
+    pretrained: dict[Role, PretrainedArm] = {}
+    for role, model in models.items():
+        pretrained[role] = prepare_pretrained_arm(role, model, any_recipe, dataset)
+        metadata[role] = read_pretrained_metadata(pretrained[role].model_folder, dataset.vocabulary)
 
+    roles = _sort_columns(comparison)
+    arms = [(recipes.get(role, any_recipe), pretrained.get(role)) for role in roles]
+    scores = dict(zip(roles, evaluate_arms(arms, dataset), strict=True))
     # Scores go to each run as well, as jobs/evaluate.py does: a run may be compared without having been evaluated.
-    scores = evaluate_runs(list(recipes.values()), dataset)
-    for recipe, run_scores in zip(recipes.values(), scores, strict=True):
-        log_scores(store, recipe, dataset, run_scores)
+    for role, recipe in recipes.items():
+        log_scores(store, recipe, dataset, scores[role])
+    for role, arm in pretrained.items():
+        run_ids[role] = record_pretrained_arm(
+            store, comparison.tracking.experiment, role, arm, scores[role]
+        )
 
     table = ComparisonTable(
         name=comparison.name,
-        arms=tuple(
-            Arm(role, read_export_metadata(folder), run_scores)
-            for role, folder, run_scores in zip(recipes, exports, scores, strict=True)
-        ),
+        arms=tuple(Arm(role, metadata[role], scores[role]) for role in roles),
         metrics=list_metrics(any_recipe.evaluation),
     )
+    run_ids = {role: run_ids[role] for role in roles}
     result = ComparisonResult(StoragePaths(comparison.storage).comparison(comparison.name), table)
     # The server is asked too: it may be another one than that of the last comparison.
     if not _is_current(result, run_ids) or store.find_run(result.folder) is None:
@@ -90,16 +107,33 @@ def compare(comparison: Comparison) -> ComparisonResult:
     return result
 
 
-def _load_recipes(comparison: Comparison) -> dict[Role, Recipe]:
+def _sort_columns(comparison: Comparison) -> list[Role]:
+    """Return the names of the columns: the known roles in their order, then the others as they are in the file."""
+    known = [role for role in ROLES if role in comparison.recipes]
+    return [*known, *(role for role in comparison.recipes if role not in ROLES)]
+
+
+def _load_entries(
+    comparison: Comparison,
+) -> tuple[dict[Role, Recipe], dict[Role, HuggingFaceBase]]:
+    """Return the recipes and the pretrained models of a comparison, by column."""
     # The comparison's storage replaces the recipes' own, so that --set storage=... moves all of them.
     storage = f"storage={json.dumps(str(comparison.storage))}"
 
-    return {
-        role: load(comparison.recipes[role], [storage], Recipe, fill_model_from_base)
-        # In the order of the table's columns, whatever the order in the file.
-        for role in ROLES
-        if role in comparison.recipes
-    }
+    recipes: dict[Role, Recipe] = {}
+    models: dict[Role, HuggingFaceBase] = {}
+    for role in _sort_columns(comparison):
+        entry = comparison.recipes[role]
+        if isinstance(entry, HuggingFaceBase):
+            models[role] = resolve_hub_model(entry)
+        else:
+            recipe = load(entry, [storage], Recipe, fill_model_from_base)
+            # So that a folder is the same however a recipe spells it.
+            base = recipe.base
+            if isinstance(base, HuggingFaceBase):
+                recipe = recipe.model_copy(update={"base": resolve_hub_model(base)})
+            recipes[role] = recipe
+    return recipes, models
 
 
 def _check_experiment(comparison: Comparison, recipes: Mapping[Role, Recipe]) -> None:

@@ -14,7 +14,7 @@ from ul2r.evaluation.stored_scores import find_export, load_scores
 from ul2r.inference import read_export_metadata
 from ul2r.tracking.names import check_denoiser_names
 from ul2r.tracking.store import TrackingStore, check_store
-from ul2r.workflows.measure_exports import measure_exports
+from ul2r.workflows.measure_exports import Measured, measure_exports
 from ul2r.workflows.model_card import add_scores
 
 
@@ -30,31 +30,33 @@ def evaluate_run(recipe: Recipe) -> Scores:
     store = check_store(recipe.tracking.uri)
     store.require_run(recipe)
 
-    (scores,) = evaluate_runs([recipe], dataset)
+    (scores,) = evaluate_arms([(recipe, None)], dataset)
     log_scores(store, recipe, dataset, scores)
 
     return scores
 
 
-def evaluate_runs(recipes: Sequence[Recipe], dataset: TokenDataset) -> list[Scores]:
-    """Return the scores of each recipe's export; measure those that have none, in parallel.
+def evaluate_arms(arms: Sequence[Measured], dataset: TokenDataset) -> list[Scores]:
+    """Return the scores of each export and pretrained model; measure those that have none, in parallel.
 
     Args:
-        recipes: Runs of one storage.
+        arms: Runs of one storage, and models that are compared with them.
         dataset: Its token store.
 
     Raises:
-        UserError: If an export is missing, or does not fit its recipe or the token store.
+        UserError: If an export is missing, or a model does not fit its recipe or the token store.
     """
-    missing = [recipe for recipe in recipes if load_scores(recipe, dataset) is None]
+    missing = [arm for arm in arms if load_scores(arm[0], dataset, arm[1]) is None]
     if missing:
         measure_exports(missing)
 
     # Read back from files: Ray's tasks ran on any machine of the cluster and returned notes only.
-    stored = [load_scores(recipe, dataset) for recipe in recipes]
+    stored = [load_scores(recipe, dataset, pretrained) for recipe, pretrained in arms]
     complete = [scores for scores in stored if scores is not None]
-    for recipe, scores in zip(recipes, complete, strict=True):
-        add_scores(find_export(recipe, dataset), scores)
+    for (recipe, pretrained), scores in zip(arms, complete, strict=True):
+        # A pretrained model's folder is the user's, and left as it is.
+        if pretrained is None:
+            add_scores(find_export(recipe, dataset), scores)
 
     return complete
 
@@ -65,13 +67,16 @@ def log_scores(store: TrackingStore, recipe: Recipe, dataset: TokenDataset, scor
     Raises:
         ServiceError: If the server fails.
     """
-    run_id = store.require_run(recipe)
-    means = {f"evaluation/{name}": score.mean for name, score in scores.values.items()}
-    errors = {f"evaluation_stderr/{name}": score.stderr for name, score in scores.values.items()}
     # MLflow shows the scores at the step of the checkpoint that was measured.
     step = read_export_metadata(find_export(recipe, dataset)).step or 0
+    store.log_summary(store.require_run(recipe), as_metrics(scores), step=step)
 
-    store.log_summary(run_id, {**means, **errors}, step=step)
+
+def as_metrics(scores: Scores) -> dict[str, float]:
+    """Return scores by the names that they have in a run's record."""
+    means = {f"evaluation/{name}": score.mean for name, score in scores.values.items()}
+    errors = {f"evaluation_stderr/{name}": score.stderr for name, score in scores.values.items()}
+    return {**means, **errors}
 
 
 def make_score_table(recipe: Recipe, scores: Scores) -> Table:

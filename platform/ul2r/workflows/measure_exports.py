@@ -1,4 +1,4 @@
-"""Exports measured in Ray tasks, or one after the other in this process."""
+"""Exports and pretrained models measured in Ray tasks, or one after the other in this process."""
 
 from __future__ import annotations
 
@@ -9,39 +9,44 @@ import torch
 
 from ul2r.config import Recipe
 from ul2r.console import ProgressBar, show_progress
-from ul2r.data.store.dataset import open_dataset
+from ul2r.data.store.dataset import TokenDataset, open_dataset
 from ul2r.environment import has_ray, has_ray_cluster
 from ul2r.errors import UserError
 from ul2r.evaluation.measure import list_metrics, measure
+from ul2r.evaluation.pretrained import PretrainedArm
 from ul2r.evaluation.scores import Scores
 from ul2r.evaluation.stored_scores import find_export, save_scores
 from ul2r.inference import LanguageModel
+from ul2r.inference.pretrained import PretrainedModel
+
+Measured = tuple[Recipe, PretrainedArm | None]
+"""A run whose export is measured, or a pretrained model that is measured in its place with the recipe's settings."""
 
 
-def measure_exports(recipes: Sequence[Recipe]) -> None:
-    """Measure the exports of runs and store their scores; show how many metrics are done.
+def measure_exports(arms: Sequence[Measured]) -> None:
+    """Measure exports and pretrained models and store their scores; show how many metrics are done.
 
     Raises:
-        UserError: If an export does not fit its recipe or the token store.
+        UserError: If one does not fit its recipe or the token store.
     """
     # Ray takes seconds to start: worth it on a cluster, or for several at once.
-    if has_ray_cluster() or (len(recipes) > 1 and has_ray()):
-        _measure_in_ray(recipes)
+    if has_ray_cluster() or (len(arms) > 1 and has_ray()):
+        _measure_in_ray(arms)
     else:
-        _measure_here(recipes)
+        _measure_here(arms)
 
 
-def _measure_here(recipes: Sequence[Recipe]) -> None:
-    with _show_metrics(recipes) as bar:
+def _measure_here(arms: Sequence[Measured]) -> None:
+    with _show_metrics(arms) as bar:
         # Shows the bar while a model is still loading.
         bar.update(0)
-        notes = (note for recipe in recipes for note in _measure(recipe))
+        notes = (note for arm in arms for note in _measure(*arm))
         for num_done, note in enumerate(notes, start=1):
             bar.update(num_done, note)
 
 
-def _measure_in_ray(recipes: Sequence[Recipe]) -> None:
-    """Run a task for each recipe, as many at once as the cluster has room for."""
+def _measure_in_ray(arms: Sequence[Measured]) -> None:
+    """Run a task for each model, as many at once as the cluster has room for."""
     # Here, since Ray takes seconds to import and may be absent.
     import ray
     from ray.exceptions import RayTaskError
@@ -49,17 +54,17 @@ def _measure_in_ray(recipes: Sequence[Recipe]) -> None:
     from ul2r.launch.ray_train.cluster import connect_ray
 
     # For the largest task alone: the others wait until Ray has resources for them.
-    most_gpus = max(recipe.launch.gpus_per_worker for recipe in recipes)
+    most_gpus = max(recipe.launch.gpus_per_worker for recipe, _ in arms)
     with connect_ray(cpus=1, gpus=most_gpus):
         tasks = set()
-        for recipe in recipes:
+        for recipe, pretrained in arms:
             gpus = recipe.launch.gpus_per_worker
             # "streaming" makes the task a generator, whose notes arrive one by one while it runs.
             task = ray.remote(num_cpus=1, num_gpus=gpus, num_returns="streaming")(_measure)
-            tasks.add(task.remote(recipe))
+            tasks.add(task.remote(recipe, pretrained))
 
         num_done = 0
-        with _show_metrics(recipes) as bar:
+        with _show_metrics(arms) as bar:
             # Shows the bar while models are still loading.
             bar.update(0)
             while tasks:
@@ -79,22 +84,32 @@ def _measure_in_ray(recipes: Sequence[Recipe]) -> None:
                 bar.update(num_done, note)
 
 
-def _show_metrics(recipes: Sequence[Recipe]) -> AbstractContextManager[ProgressBar]:
-    """Show a bar of the metrics of all recipes."""
-    total = sum(len(list_metrics(recipe.evaluation)) for recipe in recipes)
+def _show_metrics(arms: Sequence[Measured]) -> AbstractContextManager[ProgressBar]:
+    """Show a bar of the metrics of all models."""
+    total = sum(len(list_metrics(recipe.evaluation)) for recipe, _ in arms)
     return show_progress("evaluate", total, "metrics")
 
 
-def _measure(recipe: Recipe) -> Iterator[str]:
-    """Measure one run and store its scores; yield a note after each metric."""
+def _measure(recipe: Recipe, pretrained: PretrainedArm | None) -> Iterator[str]:
+    """Measure one model and store its scores; yield a note after each metric."""
     torch.set_num_threads(1)  # a task reserves one CPU
     dataset = open_dataset(recipe.storage_paths.store)
     device = "cuda" if recipe.launch.gpus_per_worker else "cpu"
-    model = LanguageModel.load(find_export(recipe, dataset), device)
+    model = _load(recipe, pretrained, dataset, device)
 
     scores = {}
     for name, score in measure(model, dataset, recipe):
         scores[name] = score
-        yield f"{recipe.name} {name}"
+        yield f"{(pretrained or recipe).name} {name}"
     # Only complete scores are stored: a task that fails halfway is measured again from the start.
-    save_scores(recipe, dataset, Scores(scores))
+    save_scores(recipe, dataset, Scores(scores), pretrained)
+
+
+def _load(
+    recipe: Recipe, pretrained: PretrainedArm | None, dataset: TokenDataset, device: str
+) -> LanguageModel:
+    if pretrained is None:
+        return LanguageModel.load(find_export(recipe, dataset), device)
+    return PretrainedModel.load_with_vocabulary(
+        pretrained.model_folder, dataset.vocabulary, dataset.tokenizer_file, device
+    )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ul2r.config import Comparison, Recipe, dump, load
+from ul2r.config import Comparison, HuggingFaceBase, Recipe, dump, load
 from ul2r.errors import RecipeError
 
 RECIPE = """
@@ -157,6 +157,23 @@ def test_role_of_an_extended_comparison_can_be_removed(write: Write) -> None:
     write("name: c\nstorage: runs\nrecipes: {base: b.yaml, ul2r: u.yaml, control: c.yaml}\n")
     path = write("extends: recipe.yaml\nname: d\nrecipes: {control: null}\n", "child.yaml")
     assert load(path, [], Comparison).recipes.keys() == {"base", "ul2r"}
+
+
+def test_comparison_takes_models_and_any_names(write: Write, tmp_path: Path) -> None:
+    path = write("name: c\nstorage: r\nrecipes: {base: {hf: models/llama}, u-2: u.yaml}\n")
+    assert load(path, [], Comparison).recipes == {
+        "base": HuggingFaceBase(hf="models/llama"),
+        "u-2": tmp_path / "u.yaml",
+    }
+
+
+@pytest.mark.parametrize("entry", ["5", "{hf: ''}", "{hg: a}", "{megatron: a}", "", "[a.yaml]"])
+def test_comparison_of_neither_a_recipe_nor_a_model_is_refused(write: Write, entry: str) -> None:
+    path = write(f"name: c\nstorage: r\nrecipes: {{base: {entry}}}\n")
+    with pytest.raises(RecipeError) as caught:
+        load(path, [], Comparison)
+    message = f"{path}: recipes.base: should be a recipe's file or {{hf: FOLDER_OR_HUB_ID}}, got "
+    assert str(caught.value).startswith(message)
 
 
 def test_recipes_of_a_comparison_are_relative_to_its_own_file(write: Write, tmp_path: Path) -> None:

@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ul2r.config import Recipe
+from ul2r.config import HuggingFaceBase, Recipe
 from ul2r.data.sampling.order import DataOrder, DataUse
 from ul2r.errors import RecipeError
 from ul2r.evaluation.comparison import ROLES, Arm, Role, check_comparable
 from ul2r.evaluation.comparison_table import ComparisonTable
 from ul2r.evaluation.curves import LossCurve
 from ul2r.evaluation.measure import Metric
-from ul2r.evaluation.plot import plot_comparison
+from ul2r.evaluation.plot import choose_colors, plot_comparison
 from ul2r.evaluation.scores import Score, Scores
 from ul2r.inference import ExportMetadata
+from ul2r.tracking.roles import ROLE_COLORS
 
 LOSS = Metric("infill_loss", "infilled span, loss")
 MATCH = Metric("infill_exact_match", "infilled span, exact match", higher_is_better=True)
@@ -139,6 +140,20 @@ def test_the_plot_is_drawn_with_and_without_losses_during_training(
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_columns_of_any_name_have_colors_and_bars_of_their_own(tmp_path: Path) -> None:
+    roles = [*ROLES, "longer", "shorter"]
+    colors = choose_colors(roles)
+    assert len(set(colors.values())) == 5
+    assert {role: colors[role] for role in ROLES} == dict(ROLE_COLORS)
+
+    arms = [replace(arm("ul2r"), role=role) for role in roles]
+    curves = {role: LossCurve((1.0, 2.0), (5.0, 4.0), (6.0, 5.0)) for role in roles}
+    plot_comparison(tmp_path / "five.png", table(*arms), curves, ["S"])
+
+    assert (tmp_path / "five.png").read_bytes().startswith(b"\x89PNG")
+    assert "longer (run-ul2r)" in table(*arms).to_markdown()
+
+
 @pytest.fixture
 def comparable(recipe: Recipe) -> Callable[..., dict[Role, Recipe]]:
     """Build three comparable recipes, then change one of them."""
@@ -191,6 +206,38 @@ def test_a_difference_between_recipes_is_refused_with_both_values(
             check_comparable(recipes)
         assert str(caught.value).startswith(message)
         assert "\n" not in str(caught.value)
+
+
+def test_a_pretrained_base_and_any_number_of_runs_are_comparable(
+    comparable: Callable[..., dict[Role, Recipe]],
+) -> None:
+    model = HuggingFaceBase(hf="/models/llama")
+    _, control, ul2r = comparable("ul2r").values()
+    recipes = {
+        "control": control.model_copy(update={"base": model}),
+        "ul2r": ul2r.model_copy(update={"base": model}),
+        # Continues one of the runs, and so the base.
+        "longer": ul2r.model_copy(update={"name": "u2", "base": "u"}),
+    }
+    check_comparable(recipes, {"base": model})
+
+    other = HuggingFaceBase(hf="/models/other")
+    with pytest.raises(RecipeError, match=r"base: control has '/models/llama', but .* is '/models"):
+        check_comparable(recipes, {"base": other})
+    # Under another name it is one more column.
+    check_comparable(recipes, {"base": model, "other": other})
+
+
+def test_a_run_listed_twice_and_a_comparison_without_runs_are_refused(
+    comparable: Callable[..., dict[Role, Recipe]],
+) -> None:
+    recipes = comparable("ul2r")
+    with pytest.raises(RecipeError, match=r"recipes.again: run 'u' is also recipes.ul2r"):
+        check_comparable(recipes | {"again": recipes["ul2r"]})
+
+    models = {name: HuggingFaceBase(hf=f"/models/{name}") for name in ("base", "other")}
+    with pytest.raises(RecipeError, match="none of them is a recipe"):
+        check_comparable({}, models)
 
 
 def test_a_single_run_is_refused(recipe: Recipe) -> None:
