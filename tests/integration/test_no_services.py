@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -59,8 +60,11 @@ class BareMachine:
         return load(self.folder / f"{role}.yaml", [storage], Recipe)
 
     def run(self, job: str, recipe: str, *options: str) -> subprocess.CompletedProcess[str]:
+        return self.run_script(f"jobs/{job}.py", f"{recipe}.yaml", *options)
+
+    def run_script(self, script: str, *options: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, ROOT / f"jobs/{job}.py", f"{recipe}.yaml", *options],
+            [sys.executable, ROOT / script, *options],
             cwd=self.folder,
             env=self.environment,
             capture_output=True,
@@ -171,3 +175,32 @@ def test_work_that_needs_a_service_is_refused_in_one_line(
     assert ran.returncode == 2, ran.stderr
     assert message in ran.stderr
     assert ran.stderr.count("\n") == 1
+
+
+def run_short(machine: BareMachine, *options: str) -> dict[str, Any]:
+    """Run the benchmark and return its JSON line."""
+    ran = machine.run_script("benchmarks/short_run.py", "--model=tiny", "--corpus=text", *options)
+    assert ran.returncode == 0, ran.stderr
+    (line,) = ran.stdout.splitlines()
+    result: dict[str, Any] = json.loads(line)
+    return result
+
+
+def test_a_short_run_needs_no_service_and_resumes_exactly(machine: BareMachine) -> None:
+    own = run_short(machine, "--steps=4", "--arms", "base", "ul2r", "--output=short")
+    assert own["resume"]["exact"], own["resume"]
+    assert own["resume"]["from"] == "step_00000002"
+    for arm in ("base", "ul2r"):
+        assert own["arms"][arm].keys() >= {"tokens_per_second", "held_out_loss", "scores"}
+    before, after = own["arms"]["base"]["held_out_loss"]["causal"]
+    assert after < before
+    # The first losses of an arm that continues the base are the base's last.
+    assert own["arms"]["ul2r"]["held_out_loss"]["causal"][0] == after
+
+    # The base's folder as any other model's: without this project's own description.
+    export = machine.folder / "short/runs/base/export"
+    (export / "ul2r.json").unlink()
+    options = ("--steps=2", "--arms", "fim", "--output=continued")
+    continued = run_short(machine, f"--hf={export}", *options)
+    assert continued["arms"].keys() == {"base", "fim"}
+    assert "fim_infill_loss" in continued["arms"]["fim"]["scores"]

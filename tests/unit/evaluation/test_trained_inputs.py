@@ -1,4 +1,4 @@
-"""What an arm reads in evaluation, if it was trained with an eos after its inputs and a sentinel in its prefixes."""
+"""What an arm reads in evaluation that was trained with an eos after inputs, a sentinel in prefixes, or on FIM."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ul2r.data.store.dataset import TokenDataset
 from ul2r.data.tokenizer import add_special_tokens
 from ul2r.errors import RecipeError
 from ul2r.evaluation import evaluate
+from ul2r.evaluation.fim_infilling import measure_fim_infilling
 from ul2r.evaluation.infilling import InfillExamples, build_infill_prompts, measure_infill_match
 from ul2r.evaluation.losses import measure_second_half_loss
 from ul2r.inference import LanguageModel
@@ -116,3 +117,37 @@ def test_spans_are_compared_as_text_behind_their_left_side(tmp_path: Path) -> No
         scripted = ScriptedModel(real, {first: [token], token: [second]}, fallback=token)
         exact_match, _ = measure_infill_match(scripted, examples, real.vocabulary)
         assert exact_match.mean == matches
+
+
+def test_fim_reads_both_sides_and_ends_its_span_itself(
+    ul2r_model: LanguageModel, dataset: TokenDataset, recipe: Recipe
+) -> None:
+    examples = InfillExamples.build(dataset, recipe.evaluation)
+    first, second, third = dataset.vocabulary.sentinels[:3]
+    span = examples.span[0].tolist()
+    # Written so in training: tests/unit/objective compares the rows of the denoiser with the reference.
+    prompt = [first, *examples.left[0].tolist(), second, *examples.right[0].tolist()]
+    model = RecordingModel(
+        ul2r_model.network, ul2r_model.tokenizer, ul2r_model.metadata, ul2r_model.eos_token_ids
+    )
+    model.batches = []
+
+    loss, _, _ = measure_fim_infilling(model, examples, dataset.vocabulary)
+
+    (batch,) = model.batches
+    assert [*batch.tokens[0].tolist(), batch.labels[0, -1]] == [*prompt, third, *span]
+    assert batch.labels[0, batch.loss_mask[0] == 1].tolist() == span
+    assert (batch.kv_end == batch.position_ids + 1).all()
+    assert loss.count == recipe.evaluation.num_infill_examples
+
+    # One example in which each token of the span follows the one before, and eos the last.
+    chain = dict(zip([third, *span], [*span, dataset.vocabulary.eos], strict=True))
+    twice = InfillExamples(
+        *(part[[0, 0]] for part in (examples.left, examples.span, examples.right))
+    )
+    scripted = ScriptedModel(ul2r_model, {t: [n] for t, n in chain.items()}, fallback=span[0])
+    scripted.token_losses = model.token_losses  # type: ignore[method-assign]  # a script has no losses
+    _, exact_match, similarity = measure_fim_infilling(scripted, twice, dataset.vocabulary)
+    assert (exact_match.mean, similarity.mean) == (1, 1)
+    assert scripted.calls[0] == prompt
+    assert not any(scripted.bidirectional_calls)

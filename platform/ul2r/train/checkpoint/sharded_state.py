@@ -87,7 +87,7 @@ def _restrict_reading(folder: Path, *, is_common_wanted: bool) -> Iterator[Restr
     # Read here: what torch reads below, it reads in a collective, whose errors are those of all ranks with tracebacks.
     reader.read_metadata()
 
-    common = _read_common(folder, reader) if is_common_wanted else {}
+    common = read_common(folder, reader) if is_common_wanted else {}
 
     with ExitStack() as stack:
         # Private to Megatron-Core (0.16 to 0.19): its only way to a reader. It is called several times per load.
@@ -116,7 +116,7 @@ def _check_complete(state: dict[str, Any], reader: RestrictedReader) -> None:
         raise CheckpointError(f"{reader.folder} has no tensor {key}: restore an earlier checkpoint")
 
 
-def _read_common(folder: Path, reader: RestrictedReader) -> dict[str, Any]:
+def read_common(folder: Path, reader: RestrictedReader) -> dict[str, Any]:
     """Read what Megatron-Core does not shard: here, the optimizer's settings."""
     file = folder / common_strategies.COMMON_STATE_FNAME
     state: dict[str, Any]
