@@ -2,38 +2,16 @@
 
     python jobs/check_base.py MODEL
 
-MODEL is a folder, or a name on the Hub, which is downloaded into the cache (HF_HOME) so that later runs need no
-network. Its configuration, files, shapes and tokenizer are checked, and the lines that a recipe needs are printed. No
-weights are copied: a run with `base: {hf: MODEL}` reads them straight into each rank's shard.
+The same as `ul2r check`, for `ray job submit`.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 import _interpreter  # noqa: F401  refuses a Python that cannot run the job
 
-from ul2r.workflows.cli import run_and_report
-
-
-def main() -> int:
-    """Parse the command line, check the model and print what was found; return the exit code."""
-    parser = argparse.ArgumentParser(
-        # The docstring keeps its line breaks in --help.
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("model", metavar="MODEL", help="folder, or owner/name on the Hub")
-    model = parser.parse_args().model
-
-    def work() -> None:
-        from ul2r.workflows.check_base import describe_base
-
-        print(describe_base(model))
-
-    return run_and_report(work)
-
+from ul2r.commands.check_base import main
 
 if __name__ == "__main__":
     sys.exit(main())

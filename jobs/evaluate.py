@@ -2,8 +2,7 @@
 
     python jobs/evaluate.py RECIPE [--set evaluation.num_rows=128]
 
-Measures the run's export, prints the scores, stores them in the run's folder as evaluation.json and adds them to the
-run in MLflow. A run that was measured with the same settings before is not measured again.
+The same as `ul2r evaluate`, for `ray job submit`.
 """
 
 from __future__ import annotations
@@ -12,18 +11,7 @@ import sys
 
 import _interpreter  # noqa: F401  refuses a Python that cannot run the job
 
-from ul2r.config import Recipe
-from ul2r.workflows.cli import run_job
-
-
-def main(recipe: Recipe) -> None:
-    """Measure and record the run, then print its scores."""
-    from rich.console import Console
-
-    from ul2r.workflows.evaluate import evaluate_run, make_score_table
-
-    Console().print(make_score_table(recipe, evaluate_run(recipe)))
-
+from ul2r.commands.evaluate import main
 
 if __name__ == "__main__":
-    sys.exit(run_job(__doc__, Recipe, main))
+    sys.exit(main())

@@ -2,9 +2,7 @@
 
     python jobs/inspect_data.py RECIPE [--set a.b=c]
 
-Writes an HTML page into the run's folder: real examples of each denoiser, with modes, sentinels, inputs and targets
-colored and attention drawn, and the mixture's statistics as measured in the run's first rows. Every run in MLflow
-has the same page among its artifacts.
+The same as `ul2r inspect`, for `ray job submit`.
 """
 
 from __future__ import annotations
@@ -13,21 +11,7 @@ import sys
 
 import _interpreter  # noqa: F401  refuses a Python that cannot run the job
 
-from ul2r.config import Recipe
-from ul2r.workflows.cli import run_job
-
-
-def main(recipe: Recipe) -> None:
-    """Write the page, then print where it is."""
-    from ul2r.data.inspection import write_page
-    from ul2r.data.store.dataset import open_dataset
-    from ul2r.launch.preflight import find_resume_checkpoint, plan_run_data
-
-    dataset = open_dataset(recipe.storage_paths.store)
-    plan = plan_run_data(recipe, dataset, find_resume_checkpoint(recipe))
-    path = write_page(recipe, dataset, plan.order)
-    print(f"{recipe.name}: open {path} in a browser")
-
+from ul2r.commands.inspect_data import main
 
 if __name__ == "__main__":
-    sys.exit(run_job(__doc__, Recipe, main))
+    sys.exit(main())

@@ -2,50 +2,16 @@
 
     python jobs/inspect_tokenizer.py TOKENIZER [--sentinels 256] [--mode-tokens text] [--special-tokens last_subwords]
 
-TOKENIZER is a tokenizer.json, or a model's folder; its config.json then gives the number of embedding rows. Nothing is
-written: jobs/prepare.py does what is shown here, with data.tokenizer, data.num_sentinels, data.mode_tokens and
-data.special_tokens of a recipe.
+The same as `ul2r tokenizer`, for `ray job submit`.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
-from typing import get_args
 
 import _interpreter  # noqa: F401  refuses a Python that cannot run the job
 
-from ul2r.config import Data
-from ul2r.data.special_tokens import SpecialTokenSource
-from ul2r.data.tokenizer import ModeTokens
-from ul2r.workflows.cli import run_and_report
-from ul2r.workflows.inspect_tokenizer import describe_special_tokens
-
-
-def main() -> int:
-    """Parse the command line and print the assignment; return the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    # The recipe's own defaults, so that what is shown is what jobs/prepare.py does.
-    default = Data()
-    parser.add_argument("tokenizer", type=Path, metavar="TOKENIZER")
-    parser.add_argument("--sentinels", type=int, default=default.num_sentinels)
-    parser.add_argument("--mode-tokens", choices=get_args(ModeTokens), default=default.mode_tokens)
-    parser.add_argument(
-        "--special-tokens", choices=get_args(SpecialTokenSource), default=default.special_tokens
-    )
-    options = parser.parse_args()
-
-    return run_and_report(
-        lambda: print(
-            describe_special_tokens(
-                options.tokenizer, options.sentinels, options.mode_tokens, options.special_tokens
-            )
-        )
-    )
-
+from ul2r.commands.inspect_tokenizer import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,55 +2,16 @@
 
     python jobs/ui.py --storage runs/demo [--port 5000]
 
-Serves the runs, plots and models of one storage folder on this machine until Ctrl-C. Meanwhile other jobs can record
-there, with MLFLOW_TRACKING_URI or tracking.uri set to its address.
+The same as `ul2r ui`, for `ray job submit`.
 """
 
 from __future__ import annotations
 
-import argparse
-import signal
 import sys
-import threading
-from pathlib import Path
 
 import _interpreter  # noqa: F401  refuses a Python that cannot run the job
 
-from ul2r.workflows.cli import run_and_report
-
-DEFAULT_PORT = 5000
-
-
-def main(storage: Path, port: int) -> None:
-    """Serve until Ctrl-C or SIGTERM."""
-    from ul2r.tracking.mlflow import list_view_urls
-    from ul2r.tracking.server import run_mlflow_server
-
-    # So that the server is stopped too: a killed job would leave it running.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with run_mlflow_server(storage, port) as uri:
-            print(f"MLflow is up until Ctrl-C: {uri}", flush=True)
-            for experiment, page in list_view_urls(uri).items():
-                print(f"{experiment}, losses by training compute: {page}", flush=True)
-            # Sleeps until a signal raises KeyboardInterrupt here, in the main thread.
-            threading.Event().wait()
-    # The usual end of this job, so its exit code is 0.
-    except KeyboardInterrupt:
-        print("stopped", flush=True)
-
-
-def _parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--storage", type=Path, required=True, metavar="FOLDER", help="a recipe's storage"
-    )
-    parser.add_argument("--port", type=int, default=DEFAULT_PORT)
-    return parser.parse_args()
-
+from ul2r.commands.ui import main
 
 if __name__ == "__main__":
-    options = _parse_options()
-    sys.exit(run_and_report(lambda: main(options.storage, options.port)))
+    sys.exit(main())

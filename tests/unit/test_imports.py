@@ -32,7 +32,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "workflows",
         "testing",
         "serving",
-        "jobs",
+        "commands",
+        "__main__ jobs",
         "benchmarks tests",
     )
 )
@@ -67,7 +68,7 @@ Names on one line do not import each other; modules of one sub-package may, and 
 PLACES = {
     "fastapi": ("serving/",),
     "fsspec": ("data/store/remote", "train/checkpoint/remote"),
-    "httpx": ("tracking/", "jobs/", "serving/"),
+    "httpx": ("tracking/", "commands/", "jobs/", "serving/"),
     "megatron": ("model/", "train/", "testing/"),
     "mlflow": ("tracking/",),
     "numba": ("objective/",),

@@ -8,6 +8,7 @@ needs to know. Otherwise Megatron-Core runs unmodified over gloo (seen with 0.16
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -67,10 +68,6 @@ def use_cpu() -> None:
     def set_state(state: torch.Tensor, *_: object, **__: object) -> None:
         generator.set_state(state)
 
-    # A function of its own: torch's compiler refuses to load if one object stands under two names that it has rules for.
-    def manual_seed(seed: int) -> None:
-        torch.manual_seed(seed)
-
     def return_unchanged(tensor: Any, *_: object, **__: object) -> Any:  # noqa: ANN401  tensor or module
         return tensor
 
@@ -83,7 +80,8 @@ def use_cpu() -> None:
         "current_stream": _NoStream,
         "synchronize": do_nothing,
         # model_parallel_cuda_manual_seed keeps a generator state per tensor rank with these three, for dropout.
-        "manual_seed": manual_seed,
+        # Not torch.manual_seed itself: for this name torch 2.11's compiler has other rules, which go by object.
+        "manual_seed": functools.partial(torch.manual_seed),
         "get_rng_state": get_state,
         "set_rng_state": set_state,
         # Marks the process, so that a second call changes nothing.

@@ -6,7 +6,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,6 +33,9 @@ def run_job(
     config_type: type[ConfigType],
     action: Callable[[ConfigType], None],
     dry_run: Callable[[ConfigType], None] | None = None,
+    *,
+    arguments: Sequence[str] | None = None,
+    program: str | None = None,
 ) -> int:
     """Parse the command line, load the file it names, call `action` with it and return the exit code.
 
@@ -41,12 +44,14 @@ def run_job(
         config_type: Type that the file is validated as.
         action: The job's work.
         dry_run: Called instead of `action` with `--dry-run`; if None, the job has no such option.
+        arguments: The command line; by default the process's.
+        program: Name in --help; by default the process's.
 
     Returns:
         The exit code, see `run_and_report`.
     """
     make_streams_encodable()
-    parser = _make_parser(description)
+    parser = _make_parser(description, program)
     if dry_run is not None:
         parser.add_argument(
             "--dry-run",
@@ -57,7 +62,7 @@ def run_job(
         )
     # Also replaces the default of --dry-run, which is None.
     parser.set_defaults(action=action)
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
 
     # SIGTERM ends a job as Ctrl-C does; while it trains, training has a handler of its own, which saves a checkpoint.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -65,9 +70,9 @@ def run_job(
 
     def work() -> None:
         # Within `work`, so that a mistake in the recipe is reported in one line like any other user error.
-        config = load(arguments.recipe, arguments.overrides, config_type, fill_model_from_base)
+        config = load(options.recipe, options.overrides, config_type, fill_model_from_base)
         _check_storage(config.storage)
-        arguments.action(config)
+        options.action(config)
 
     return run_and_report(work)
 
@@ -114,8 +119,9 @@ def _is_to_report(message: str) -> bool:
     return is_first_to_report(message)
 
 
-def _make_parser(description: str | None) -> argparse.ArgumentParser:
+def _make_parser(description: str | None, program: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        prog=program,
         # The docstring keeps its line breaks and the indentation of its commands.
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,0 +1,36 @@
+"""Compare runs with each other.
+
+    ul2r compare COMPARISON [--set storage=FOLDER]
+
+Measures the exports of the comparison's recipes that have no scores yet, several at a time, and writes a table
+(Markdown, JSON) and a plot to comparisons/NAME in their storage and to MLflow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ul2r.config import Comparison
+from ul2r.workflows.cli import run_job
+
+
+def run(comparison: Comparison) -> None:
+    """Compare, then print the table and where it and the plot were written."""
+    from rich.console import Console
+
+    from ul2r.workflows.compare import PLOT_FILE, TABLE_FILE, compare
+
+    result = compare(comparison)
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # rich assumes 80 columns for a pipe, too few for the table
+    console.print(result.table.to_rich())
+
+    print(f"table: {result.folder / TABLE_FILE}")
+    print(f"picture: {result.folder / PLOT_FILE}")
+
+
+def main(arguments: Sequence[str] | None = None, program: str | None = None) -> int:
+    """Run the command line `arguments`, by default the process's; return the exit code."""
+    return run_job(__doc__, Comparison, run, arguments=arguments, program=program)

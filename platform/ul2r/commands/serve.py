@@ -1,0 +1,120 @@
+"""Serve a model over HTTP.
+
+    ul2r serve MODEL [--port 8000]
+
+MODEL is an export folder, or models:/NAME@ALIAS in the registry of the MLflow server at --tracking-uri (default:
+MLFLOW_TRACKING_URI). With --storage the registry is read from that folder, and no MLflow server needs to be running.
+The job serves until Ctrl-C. On a cluster use `serve deploy serving/deploy.yaml` instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from ul2r.errors import ServiceError
+from ul2r.paths import StoragePaths
+from ul2r.workflows.cli import run_and_report
+
+DEFAULT_PORT = 8000
+DEFAULT_HOST = "127.0.0.1"
+
+
+def run(options: argparse.Namespace) -> None:
+    """Serve until interrupted."""
+    from serving.app import ServingConfig
+    from serving.server import check_port, serve_model
+    from ul2r.launch.ray_train.cluster import connect_ray
+
+    # First, since everything else takes seconds.
+    check_port(options.port, options.host)
+    _handle_signals()
+    try:
+        folder = _find_export(options.model, options.tracking_uri, options.storage)
+        config = ServingConfig(model=str(folder), cpus=options.cpus, gpus=options.gpus)
+        with connect_ray(config.cpus, config.gpus):
+            _handle_signals()  # Ray has installed its own handlers
+            with serve_model(config, options.port, options.host) as url:
+                print(_usage(options.model, url), flush=True)
+                # Sleeps until a signal raises KeyboardInterrupt here, in the main thread.
+                threading.Event().wait()
+    # The usual end of this job, so its exit code is 0, not the 130 of `run_and_report`.
+    except KeyboardInterrupt:
+        print("stopped", flush=True)
+
+
+def _handle_signals() -> None:
+    """Shut down cleanly on SIGTERM as on Ctrl-C."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+
+
+def _find_export(model: str, tracking_uri: str | None, storage: Path | None) -> Path:
+    """Return the export folder of a model; a registry in a storage folder is read before Ray is started."""
+    from serving.app import is_registry_uri, resolve_model
+
+    if storage is None or not is_registry_uri(model):
+        return resolve_model(model, tracking_uri, "--tracking-uri")
+    if not StoragePaths(storage).mlflow_database.is_file():
+        raise ServiceError(
+            f"no model registry in {storage}: run `make demo` first, or give an MLflow server with --tracking-uri"
+        )
+    # Importing MLflow takes seconds; serving from a folder does not need it.
+    from ul2r.tracking.server import run_mlflow_server
+
+    # Only while the name is resolved: serving needs the folder alone.
+    with run_mlflow_server(storage) as uri:
+        return resolve_model(model, uri)
+
+
+def _usage(model: str, url: str) -> str:
+    """Return the addresses to open in a browser and commands to paste into a shell."""
+    post = "curl -s -H 'content-type: application/json'"
+    completion = """'{"prompt": "def area(width, height):", "max_tokens": 32}'"""
+    infilling = """'{"prompt": "def area(<slot>):\\n    return <slot>\\n", "max_tokens": 16}'"""
+    return "\n".join(
+        [
+            f"serving {model}, press Ctrl-C to stop",
+            f"playground  {url}/",
+            f"API         {url}/openapi.json",
+            f"  curl -s {url}/v1/model",
+            f"  curl -s {url}/healthz",
+            f"  {post} {url}/v1/complete -d {completion}",
+            f"  {post} {url}/v1/infill -d {infilling}",
+        ]
+    )
+
+
+def _make_parser(program: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", metavar="MODEL", help="export folder, or models:/NAME@ALIAS")
+    parser.add_argument("--port", type=int, default=DEFAULT_PORT)
+    parser.add_argument(
+        "--host", default=DEFAULT_HOST, help="0.0.0.0 accepts connections from other machines"
+    )
+    parser.add_argument("--tracking-uri", metavar="URI", help="MLflow server of the registry")
+    parser.add_argument(
+        "--storage", type=Path, metavar="FOLDER", help="storage folder that holds the registry"
+    )
+    parser.add_argument("--cpus", type=_positive_int, default=1, help="cores of the model")
+    # A model is on one device.
+    parser.add_argument("--gpus", type=int, default=0, choices=(0, 1))
+    return parser
+
+
+def _positive_int(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
+def main(arguments: Sequence[str] | None = None, program: str | None = None) -> int:
+    """Run the command line `arguments`, by default the process's; return the exit code."""
+    options = _make_parser(program).parse_args(arguments)
+    return run_and_report(lambda: run(options))

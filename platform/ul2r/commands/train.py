@@ -1,0 +1,51 @@
+"""Train a run.
+
+    ul2r train RECIPE [--set training.steps=100] [--dry-run]
+    torchrun --nproc-per-node 8 jobs/train.py RECIPE
+
+Trains the recipe's model on its objective with Ray Train, from initial weights or from `base`. Run again after it was
+stopped, it resumes from the last valid checkpoint; a finished run is left as it is. On SIGTERM it saves a checkpoint
+after the current step and ends with exit code 130 (torchrun's own is 1); a second SIGTERM stops it at once, as Ctrl-C
+does. With --dry-run nothing is started: the run is checked, and its parameters, memory, FLOPs and expected time are
+printed. Started by torchrun, or by Python alone where Ray is not installed, it is the same run without Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ul2r.config import Recipe
+from ul2r.environment import get_rank, has_ray, is_started_by_torchrun
+from ul2r.workflows.cli import run_job
+
+
+def run(recipe: Recipe) -> None:
+    """Train, then print how far the run is."""
+    # Imported here: torchrun's processes need no Ray, and Ray's driver need not wait for Megatron-Core.
+    if is_started_by_torchrun() or not has_ray():
+        from ul2r.launch.torchrun import train
+    else:
+        from ul2r.launch.ray_train.trainer import train
+
+    info = train(recipe)
+    # torchrun starts this job on every rank.
+    if get_rank() == 0:
+        print(
+            f"{info.run_name}: {info.step} steps; {info.tokens:,} tokens and {info.flops:.3g} FLOPs including its "
+            f"base's; checkpoints in {recipe.paths.checkpoints}"
+        )
+
+
+def print_dry_run(recipe: Recipe) -> None:
+    """Print what the run needs."""
+    from ul2r.train.trial_build import check_buildable
+    from ul2r.workflows.dry_run import dry_run
+
+    report = dry_run(recipe)
+    check_buildable(recipe)
+    print(report)
+
+
+def main(arguments: Sequence[str] | None = None, program: str | None = None) -> int:
+    """Run the command line `arguments`, by default the process's; return the exit code."""
+    return run_job(__doc__, Recipe, run, print_dry_run, arguments=arguments, program=program)
