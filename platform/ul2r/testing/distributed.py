@@ -1,4 +1,4 @@
-"""Process groups for tests: several processes over gloo, or this process alone over NCCL."""
+"""Process groups of several processes over gloo, for tests."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pickle
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,7 @@ def run_distributed(
     Raises:
         torch.multiprocessing.ProcessRaisedException: With the traceback of the first rank that failed.
     """
+    _start_fork_server()
     # Results come back as files, since `start_processes` returns none. It joins the processes, so all of them are
     # written.
     with tempfile.TemporaryDirectory() as folder:
@@ -61,20 +63,21 @@ def run_distributed(
         ]
 
 
-def init_single_gpu_group(rendezvous: Path) -> None:
-    """Initialize the default process group with this process and its first GPU.
+def _start_fork_server() -> None:
+    """Start the server from which processes are forked, unless it is running, in an environment without GPUs.
 
-    Args:
-        rendezvous: File that does not exist yet.
+    Megatron-Core 0.19 asks CUDA for devices when it is imported. Processes forked after that would have the server's
+    answer, and could not use CUDA: an empty CUDA_VISIBLE_DEVICES of their own would come too late.
     """
-    dist.init_process_group(
-        "nccl",
-        init_method=f"file://{rendezvous}",
-        rank=0,
-        world_size=1,
-        # NCCL connects at once instead of in the first collective, so a test that fails to connect fails here.
-        device_id=torch.device("cuda", 0),
-    )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        forkserver.ensure_running()
+    finally:
+        if visible is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible
 
 
 def take_step(train_step: TrainStep, step: int, batch: Batch) -> StepResult:
@@ -97,7 +100,7 @@ def _enter(
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
-    # gloo workers train on CPUs, on a machine with GPUs as well.
+    # gloo workers train on CPUs, on a machine with GPUs as well; here for a fork server that others started.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # The workers share the machine's cores; torch would start a thread per core in each.
     torch.set_num_threads(1)

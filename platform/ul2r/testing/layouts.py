@@ -28,17 +28,19 @@ def gather_logits(model: GPTModel, tokens: Tensor, prefix: int) -> Tensor:
         prefix: Tokens of each row that are visible to all.
 
     Returns:
-        (B, S, V) on the last stage; the stage's hidden states on the first of two.
+        (B, S, V) on the last stage, on its device; the stage's hidden states on the first of two.
     """
     length = tokens.shape[1]
+    device = next(model.parameters()).device
     position = torch.arange(length).expand(len(tokens), -1)
     kv_end = np.maximum(position.numpy() + 1, prefix)
     # What Megatron-Core's schedules do between stages, for one microbatch; hidden states are (S, B, H).
     if not parallel_state.is_pipeline_first_stage():
-        hidden = torch.empty(length, len(tokens), model.config.hidden_size)
+        hidden = torch.empty(length, len(tokens), model.config.hidden_size, device=device)
         dist.recv(hidden, src=0)
         model.set_input_tensor(hidden)
-    output: Tensor = model(tokens, position, pack_intervals(0 * kv_end, kv_end))
+    intervals = pack_intervals(0 * kv_end, kv_end)
+    output: Tensor = model(tokens.to(device), position.to(device), intervals)
     if not parallel_state.is_pipeline_last_stage():
         dist.send(output, dst=1)
         return output
