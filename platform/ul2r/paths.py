@@ -2,6 +2,7 @@
 
 storage/
   store/                     token store: tokenizer.json, manifest.json, *.bin, *.idx
+  pairs-DIGEST/              pairs of prompt and answer, in the same format; a folder for each `data.pairs`
   runs/NAME/
     checkpoints/             step_00000100/, latest, owner
     export/                  Hugging Face folder: safetensors, config.json, tokenizer.json, ul2r.json, README.md
@@ -53,6 +54,10 @@ class StoragePaths:
     def store(self) -> Path:
         """Folder of the token store and its tokenizer."""
         return self.storage / "store"
+
+    def pairs(self, digest: str) -> Path:
+        """Return the folder of pairs made with the settings of this digest."""
+        return self.storage / f"pairs-{digest}"
 
     @property
     def mlflow_database(self) -> Path:

@@ -44,7 +44,7 @@ ROOMS: dict[str, tuple[frozenset[str], ...]] = {
     for part, lines in {
         "data": (
             "tokenizer",
-            "special_tokens document_tokenizer",
+            "special_tokens document_tokenizer chat_template",
             "store",
             "prepare sampling",
             "*",
@@ -85,7 +85,7 @@ PLACES = {
         "benchmarks/",
     ),
     "safetensors": ("model/huggingface/", "inference/", "benchmarks/"),
-    "transformers": ("model/huggingface/", "inference/", "testing/"),
+    "transformers": ("data/chat_template", "model/huggingface/", "inference/", "testing/"),
 }
 """Rooms and modules of the library, the jobs and the application that may import a third-party package."""
 

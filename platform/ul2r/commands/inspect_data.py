@@ -18,10 +18,10 @@ from ul2r.workflows.cli import run_job
 def run(recipe: Recipe) -> None:
     """Write the page, then print where it is."""
     from ul2r.data.inspection import write_page
-    from ul2r.data.store.dataset import open_dataset
+    from ul2r.data.store.dataset import open_run_dataset
     from ul2r.launch.preflight import find_resume_checkpoint, plan_run_data
 
-    dataset = open_dataset(recipe.storage_paths.store)
+    dataset = open_run_dataset(recipe)
     plan = plan_run_data(recipe, dataset, find_resume_checkpoint(recipe))
     path = write_page(recipe, dataset, plan.order)
     print(f"{recipe.name}: open {path} in a browser")

@@ -11,6 +11,7 @@ from ul2r.config.denoisers import (
     Denoiser,
     Fim,
     Mode,
+    Pairs,
     Prefix,
     SpanCorruption,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "Mode",
     "Objective",
     "Optimizer",
+    "Pairs",
     "Parallel",
     "Precision",
     "Prefix",

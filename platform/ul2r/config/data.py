@@ -7,7 +7,9 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from ul2r.config.denoisers import Pairs
 from ul2r.config.field_types import FolderOrUrl, PositiveInt
+from ul2r.config.objective import Mixture, Objective
 from ul2r.config.strict_model import StrictModel
 
 MAX_HELD_OUT_TOKENS = 2**24
@@ -31,6 +33,13 @@ class Data(StrictModel):
     "stdlib" is Python's own library."""
     text_key: str = Field(default="text", min_length=1)
     """Key of .jsonl records, and column of .parquet files, that holds the text."""
+    pairs: tuple[str, ...] = ()
+    """Files, folders or patterns of .jsonl (plain, .gz or .zst) whose records are prompts and answers, for the denoiser
+    `kind: pairs`."""
+    prompt_key: str = Field(default="prompt", min_length=1)
+    """Key of the prompt in a record of `pairs`."""
+    answer_key: str = Field(default="answer", min_length=1)
+    """Key of the answer; a record with `messages` has chat messages instead of both."""
     null_text: Literal["refuse", "skip"] = "refuse"
     """Treatment of records whose text is null or missing: refuse the corpus, or skip and count them."""
     order: Literal["shuffled", "streamed"] = "shuffled"
@@ -77,6 +86,27 @@ class Data(StrictModel):
                 "or lower num_sentinels"
             )
         return self
+
+
+def check_pairs(data: Data, objective: Objective, evaluation: Mixture) -> None:
+    """Refuse a mixture with pairs if there are none.
+
+    Raises:
+        ValueError: With the key that is missing.
+    """
+    mixtures = (("objective.mixture", objective.mixture), ("evaluation.mixture", evaluation))
+    for key, mixture in mixtures:
+        if not data.pairs and any(isinstance(denoiser, Pairs) for denoiser in mixture):
+            raise ValueError(
+                f"{key} has a denoiser of kind=pairs, but data.pairs names no file: set data.pairs to .jsonl files "
+                "with a prompt and an answer in each line, or leave the denoiser out"
+            )
+    names = [denoiser.name for denoiser in evaluation]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"evaluation.mixture needs a different name for each denoiser, that of pairs included; got {names}: rename "
+            "one"
+        )
 
 
 def check_num_sentinels(data: Data, slot_length: int, *, objective: int, evaluation: int) -> None:

@@ -159,8 +159,34 @@ class Causal(_Denoiser):
         return raw_length
 
 
+class Pairs(_Denoiser):
+    """Predicts the answers of `data.pairs` from their prompts, which are seen in both directions (UL2's S, on pairs).
+
+    An example is a whole pair, not a window of text: mode, prompt | answer, eos. A slot holds as many pairs as fit.
+    `weight` is the share of slots, and so of positions, not of pairs. A pair that is longer than a slot loses the
+    beginning of its prompt.
+    """
+
+    has_inputs = True
+    kind: Literal["pairs"] = "pairs"
+    name: str = "pairs"
+    mode: Mode = "S2S"
+    sentinel: bool = False
+    """End the prompt and begin the answer with a sentinel, as in `Prefix`: for a base that was trained so."""
+
+    def num_sentinels(self, raw_length: int) -> int:  # noqa: ARG002  one signature for every denoiser
+        """Return 1 if a sentinel separates prompt and answer, else 0."""
+        return int(self.sentinel)
+
+    def example_length(
+        self, raw_length: int, num_mode_tokens: int = 1, *, eos_after_inputs: bool = False
+    ) -> int:
+        """Return the tokens of mode + prompt + answer + sentinels + eos; arguments as in `SpanCorruption`."""
+        return num_mode_tokens + raw_length + 2 * int(self.sentinel) + int(eos_after_inputs) + 1
+
+
 # With the discriminator pydantic reports the errors of the denoiser that `kind` names, not of every kind.
-Denoiser = Annotated[SpanCorruption | Prefix | Fim | Causal, Field(discriminator="kind")]
+Denoiser = Annotated[SpanCorruption | Prefix | Fim | Causal | Pairs, Field(discriminator="kind")]
 
 MINIMUM_RAW_LENGTH = 4
 

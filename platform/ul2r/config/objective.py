@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ul2r.config.architecture import Architecture
-from ul2r.config.denoisers import MIXTURE_PRESETS, Denoiser, Prefix, fit_raw_length
+from ul2r.config.denoisers import MIXTURE_PRESETS, Denoiser, Pairs, Prefix, fit_raw_length
 from ul2r.config.field_types import PositiveInt
 from ul2r.config.strict_model import StrictModel
 
@@ -17,6 +17,9 @@ MAX_SEQUENCE_LENGTH = 2**24
 """Positions are counted in 32 bits; far below that, lengths are no longer solved for in seconds."""
 MAX_SAMPLES = 2**48
 """Samples of a run: the number of an epoch is at most that of a sample, and shares 63 bits with that of a store."""
+
+ROW_BLOCK = 10_000
+"""Rows in which pairs have their exact share."""
 
 
 def _resolve_mixture(value: Any) -> Any:  # noqa: ANN401  any YAML value
@@ -39,6 +42,8 @@ def _check_names(mixture: tuple[Denoiser, ...]) -> tuple[Denoiser, ...]:
         raise ValueError(
             f"has {len(names)} denoisers, a batch can tell {MAX_DENOISERS} apart: leave some out"
         )
+    if sum(isinstance(denoiser, Pairs) for denoiser in mixture) > 1:
+        raise ValueError("has several denoisers of kind=pairs: list one, with their whole weight")
     return mixture
 
 
@@ -71,6 +76,17 @@ class Objective(StrictModel):
             )
         for denoiser in self.mixture:
             self.raw_length(denoiser)  # raises if no example fits
+        return self
+
+    @model_validator(mode="after")
+    def _check_share_of_pairs(self) -> Self:
+        has_text = bool(self.text_denoisers)
+        if self.pairs is not None and has_text and self.num_pair_rows in (0, ROW_BLOCK):
+            raise ValueError(
+                f"mixture: weight={self.pairs.weight:g} of {self.pairs.name!r} gives pairs "
+                f"{'no row' if not self.num_pair_rows else 'all rows'} of {ROW_BLOCK:,}: bring the weights closer "
+                "together, or leave one side out"
+            )
         return self
 
     def with_mixture(self, *denoisers: Denoiser) -> Objective:
@@ -107,8 +123,30 @@ class Objective(StrictModel):
 
     @property
     def max_raw_length(self) -> int:
-        """Upper bound of the raw tokens of any example, for modes of any length."""
-        return max(self.max_example_length(denoiser) for denoiser in self.mixture)
+        """Upper bound of the raw tokens of any example of text, for modes of any length."""
+        # Pairs are no windows of text: text is cut the same with them and without.
+        return max(
+            map(self.max_example_length, self.text_denoisers), default=1 + self.sequence_length
+        )
+
+    @property
+    def pairs(self) -> Pairs | None:
+        """The denoiser that predicts the answers of pairs, None if the mixture has none."""
+        return next((denoiser for denoiser in self.mixture if isinstance(denoiser, Pairs)), None)
+
+    @property
+    def text_denoisers(self) -> tuple[Denoiser, ...]:
+        """The denoisers that read windows of text."""
+        return tuple(denoiser for denoiser in self.mixture if not isinstance(denoiser, Pairs))
+
+    @property
+    def num_pair_rows(self) -> int:
+        """Rows of each `ROW_BLOCK` that hold pairs, so that their share of the examples is that of their weight."""
+        rows = {True: 0.0, False: 0.0}
+        for denoiser in self.mixture:
+            slots = 1 if denoiser.whole_row else self.slots_per_row
+            rows[isinstance(denoiser, Pairs)] += denoiser.weight / slots
+        return round(ROW_BLOCK * rows[True] / (rows[True] + rows[False]))
 
     @property
     def num_sentinels_needed(self) -> int:
@@ -131,7 +169,7 @@ class Objective(StrictModel):
         """True if a sentinel stands between inputs and targets of mode S2S, in most of its examples."""
         weights = {True: 0.0, False: 0.0}
         for denoiser in self.mixture:
-            if isinstance(denoiser, Prefix) and denoiser.mode == "S2S":
+            if isinstance(denoiser, Prefix | Pairs) and denoiser.mode == "S2S":
                 weights[denoiser.sentinel] += denoiser.weight
         return weights[True] > weights[False]
 

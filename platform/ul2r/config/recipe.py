@@ -17,7 +17,8 @@ from ul2r.config.attention import (
     resolve_attention,
 )
 from ul2r.config.checkpoints import Checkpoints
-from ul2r.config.data import Data, check_num_sentinels
+from ul2r.config.data import Data, check_num_sentinels, check_pairs
+from ul2r.config.denoisers import Pairs
 from ul2r.config.evaluation import Evaluation
 from ul2r.config.export import Export
 from ul2r.config.field_types import AbsolutePath, RunName
@@ -82,11 +83,25 @@ class Recipe(StrictModel):
     launch: Launch = Launch()
 
     @model_validator(mode="after")
+    def _measure_pairs(self) -> Self:
+        """Add the run's pairs to the denoisers that are measured, unless the recipe has listed some itself."""
+        mixture = self.evaluation.mixture
+        if self.data.pairs and not any(isinstance(denoiser, Pairs) for denoiser in mixture):
+            pairs = self.objective.pairs or Pairs(weight=1)
+            # Each loss is measured by itself: with one weight for all, runs that differ in it are comparable.
+            measured = (*mixture, pairs.model_copy(update={"weight": 1.0}))
+            evaluation = self.evaluation.model_copy(update={"mixture": measured})
+            # A recipe is frozen once it is complete, which it is only now.
+            object.__setattr__(self, "evaluation", evaluation)
+        return self
+
+    @model_validator(mode="after")
     def _check_sections_fit_each_other(self) -> Self:
         sequence_length = self.objective.sequence_length
 
         # The order matters: later checks divide sizes that earlier ones have found divisible.
         check_base(self.base, self.name, continue_from_base=self.data.continue_from_base)
+        check_pairs(self.data, self.objective, self.evaluation.mixture)
         check_tensor_parallel(self.parallel, self.model)
         check_rows_fit_model(self.objective, self.model)
         check_validation_rows(self.validation, self.training, self.parallel)

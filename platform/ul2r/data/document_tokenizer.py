@@ -136,7 +136,10 @@ def _build_tokenizer_without_prefix(tokenizer: Tokenizer) -> Tokenizer | None:
     tree = json.loads(tokenizer.to_str())
     tree["normalizer"] = normalizer
     tree["pre_tokenizer"] = pre_tokenizer
-    return configure_for_plain_text(Tokenizer.from_str(json.dumps(tree)))
+    copy = configure_for_plain_text(Tokenizer.from_str(json.dumps(tree)))
+    # tokenizer.json does not keep this setting.
+    copy.encode_special_tokens = tokenizer.encode_special_tokens
+    return copy
 
 
 def _read_component(component: Any) -> dict[str, Any] | None:  # noqa: ANN401  normalizers and pre-tokenizers

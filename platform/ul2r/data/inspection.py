@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -56,7 +57,7 @@ class Example:
         targets: Target tokens.
         kv_start: First key that each position sees, relative to the example's first one, int32 (N - 1,).
         kv_end: One past the last key that each position sees, likewise.
-        max_positions: Positions that its slot has.
+        max_positions: Positions that its slot has; 0 for all but the first example of a slot.
     """
 
     row: int
@@ -85,10 +86,11 @@ class DenoiserStats:
 
     Attributes:
         denoiser: The denoiser.
-        target_fraction: Configured fraction of the examples.
-        raw_length: Raw tokens of an example.
-        fraction: Measured fraction of the examples.
-        num_examples: Measured examples.
+        target_fraction: Configured fraction of the examples, a slot of pairs counting as one.
+        raw_length: Raw tokens of an example; of pairs, the most.
+        fraction: Measured fraction of the same.
+        num_examples: Measured examples; a slot of pairs has several.
+        num_slots: Slots that they fill.
         raw_tokens: Raw tokens of all measured examples; counted for span corruption only.
         filled: Fraction of its slots' positions that carry tokens.
         with_loss: Fraction of its positions that count in the loss.
@@ -101,6 +103,7 @@ class DenoiserStats:
     raw_length: int
     fraction: float = 0.0
     num_examples: int = 0
+    num_slots: int = 0
     raw_tokens: int = 0
     filled: float = 0.0
     with_loss: float = 0.0
@@ -153,6 +156,7 @@ def measure_mixture(
     for denoiser_id, example in _iter_examples(recipe, dataset, order):
         denoiser_stats = stats[denoiser_id]
         denoiser_stats.num_examples += 1
+        denoiser_stats.num_slots += bool(example.max_positions)
         if denoiser_stats.denoiser.kind == "span_corruption":
             _count_spans(denoiser_stats, example, recipe, dataset.vocabulary)
         if len(denoiser_stats.examples) < EXAMPLES_PER_DENOISER:
@@ -164,9 +168,9 @@ def measure_mixture(
         # Without inputs (causal), the first token is not predicted.
         counts.num_targets += len(example.targets) - (0 if example.inputs else 1)
 
-    num_examples = sum(denoiser_stats.num_examples for denoiser_stats in stats)
+    num_slots = sum(denoiser_stats.num_slots for denoiser_stats in stats)
     for denoiser_stats, counts in zip(stats, positions, strict=True):
-        denoiser_stats.fraction = denoiser_stats.num_examples / num_examples
+        denoiser_stats.fraction = denoiser_stats.num_slots / num_slots
         denoiser_stats.filled = counts.num_filled / max(counts.num_available, 1)
         denoiser_stats.with_loss = counts.num_targets / max(counts.num_filled, 1)
     return stats
@@ -267,31 +271,48 @@ def _iter_examples(
         batch = builder.build(batch_index)
         for line in range(len(batch)):
             for slot in np.flatnonzero(batch.sample_ids[line] >= 0).tolist():
-                yield _extract_example(recipe, batch, line, slot, batch_index * batch_size + line)
+                row = batch_index * batch_size + line
+                yield from _iter_slot(recipe, batch[line : line + 1], row, slot)
 
 
-def _extract_example(
-    recipe: Recipe, batch: Batch, line: int, slot: int, row: int
-) -> tuple[int, Example]:
-    objective = recipe.objective
-    begin = slot * objective.slot_length
-    denoiser_id = int(batch.denoiser_ids[line, begin])
-    max_positions = objective.max_example_length(objective.mixture[denoiser_id]) - 1
-    num_positions = int((batch.denoiser_ids[line, begin : begin + max_positions] >= 0).sum())
+def _iter_slot(recipe: Recipe, batch: Batch, row: int, slot: int) -> Iterator[tuple[int, Example]]:
+    """Yield denoiser index and example for each example of a slot: one, or several pairs; see `_extract_example`."""
+    begin = slot * recipe.objective.slot_length
+    denoiser_id = int(batch.denoiser_ids[0, begin])
+    denoiser = recipe.objective.mixture[denoiser_id]
+    end = begin + recipe.objective.max_example_length(denoiser) - 1
+    end = begin + int((batch.denoiser_ids[0, begin:end] >= 0).sum())
 
+    # Positions count from the beginning of each example.
+    starts = (begin + np.flatnonzero(batch.position_ids[0, begin:end] == 0)).tolist()
+    for first, after in pairwise([*starts, end]):
+        yield denoiser_id, _extract_example(recipe, batch, row, slot, slice(first, after))
+
+
+def _extract_example(recipe: Recipe, batch: Batch, row: int, slot: int, span: slice) -> Example:
+    """Return the example at some positions of a row.
+
+    Args:
+        recipe: The run.
+        batch: The row alone.
+        row: Index of the row in the run.
+        slot: Slot of the example.
+        span: Its positions.
+    """
+    denoiser = recipe.objective.mixture[int(batch.denoiser_ids[0, span.start])]
+    is_first = span.start == slot * recipe.objective.slot_length
     # Labels are the tokens shifted by one, so tokens and the last label are the whole example.
-    span = line, slice(begin, begin + num_positions)
-    tokens = [*batch.tokens[span].tolist(), int(batch.labels[span][-1])]
-    first_loss = int(batch.loss_mask[span].argmax())
+    tokens = [*batch.tokens[0, span].tolist(), int(batch.labels[0, span][-1])]
+    first_loss = int(batch.loss_mask[0, span].argmax())
     # A causal example has no inputs: its first position has a loss and sees itself alone.
-    has_inputs = first_loss or batch.kv_end[span][0] > begin + 1
+    has_inputs = first_loss or batch.kv_end[0, span.start] > span.start + 1
     num_inputs = first_loss + 1 if has_inputs else 0
-    return denoiser_id, Example(
+    return Example(
         row=row,
-        sample=int(batch.sample_ids[line, slot]),
+        sample=int(batch.sample_ids[0, slot]),
         inputs=tokens[:num_inputs],
         targets=tokens[num_inputs:],
-        kv_start=batch.kv_start[span] - begin,
-        kv_end=batch.kv_end[span] - begin,
-        max_positions=max_positions,
+        kv_start=batch.kv_start[0, span] - span.start,
+        kv_end=batch.kv_end[0, span] - span.start,
+        max_positions=recipe.objective.max_example_length(denoiser) - 1 if is_first else 0,
     )

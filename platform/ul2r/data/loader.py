@@ -31,7 +31,7 @@ from ray.exceptions import RayTaskError
 from ul2r.config import Recipe
 from ul2r.data.sampling.batches import BatchBuilder, replica_row_indices
 from ul2r.data.sampling.order import DataOrder
-from ul2r.data.store.dataset import open_dataset, read_manifest
+from ul2r.data.store.dataset import check_fingerprint, open_run_dataset, run_fingerprint
 from ul2r.errors import UserError
 from ul2r.objective.batch import Batch, bytes_per_row
 
@@ -137,7 +137,7 @@ def make_dataset(
             cpus,
         )
 
-    fingerprint = open_dataset(recipe.storage_paths.store).manifest.fingerprint
+    fingerprint = run_fingerprint(recipe, open_run_dataset(recipe))
     source = BatchDatasource(recipe, order, fingerprint, batches, num_replicas)
     with DataContext.current(_make_context(num_replicas)):
         return ray.data.read_datasource(
@@ -280,11 +280,11 @@ def _build_block(
 def _open_builder(recipe: Recipe, order: DataOrder | None, fingerprint: str) -> BatchBuilder:
     """Return this process's builder of a run's batches, after checking that the token store is still the run's."""
     # With the fingerprint: a store that was replaced during the run must not be mixed into it.
-    read_manifest(recipe.storage_paths.store, fingerprint)
+    check_fingerprint(recipe, fingerprint)
     return _make_builder(recipe, order, fingerprint)
 
 
 @lru_cache(maxsize=1)
 def _make_builder(recipe: Recipe, order: DataOrder | None, fingerprint: str) -> BatchBuilder:
     """Open the token store, once in a worker process, which builds many blocks of a run."""
-    return BatchBuilder(recipe, open_dataset(recipe.storage_paths.store, fingerprint), order)
+    return BatchBuilder(recipe, open_run_dataset(recipe, fingerprint), order)

@@ -30,7 +30,7 @@ def measure_denoiser_loss(
     """
     builder = BatchBuilder(recipe, dataset)
     # Rows beyond the split would read tokens again: no independent samples, so the standard error would be too small.
-    num_rows = min(recipe.evaluation.num_rows, builder.num_held_out_rows)
+    num_rows = min(recipe.evaluation.num_rows, builder.num_held_out_rows(denoiser))
     if num_rows < 2:
         raise CorpusError(
             f"the held-out split of {len(dataset.held_out)} tokens has {num_rows} rows of "

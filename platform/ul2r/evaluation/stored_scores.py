@@ -107,5 +107,7 @@ def _conditions(
         "format": FORMAT,
         "export": pretrained.digest if pretrained else hash_export(find_export(recipe, dataset)),
         "token_store": dataset.manifest.fingerprint,
+        # Only where there are some: scores of earlier versions are still those of runs without.
+        **({"pairs": dataset.pairs.manifest.fingerprint} if dataset.pairs else {}),
         **settings,
     }

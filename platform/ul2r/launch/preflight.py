@@ -9,11 +9,11 @@ from functools import partial
 
 from ul2r.config import Parallel, Recipe
 from ul2r.data.inspection import write_page
-from ul2r.data.sampling.batches import check_dataset
+from ul2r.data.sampling.batches import check_dataset, describe_unfit_pairs
 from ul2r.data.sampling.held_out_windows import describe_small_split
 from ul2r.data.sampling.order import DataPlan
 from ul2r.data.special_tokens import assign_special_tokens
-from ul2r.data.store.dataset import TokenDataset
+from ul2r.data.store.dataset import TokenDataset, run_fingerprint
 from ul2r.data.tokenizer import build_vocabulary, load_tokenizer
 from ul2r.errors import RunInterrupted
 from ul2r.launch.pretrained import check_base
@@ -68,8 +68,9 @@ def check_run(recipe: Recipe, dataset: TokenDataset, resumed: CheckpointInfo | N
     check_memory(recipe, dataset.vocabulary.size)
     check_initial_weights(recipe, dataset, resumed)
     # Last, so that a run that is refused has one line.
-    if warning := describe_small_split(recipe, dataset):
-        logger.warning("%s", warning)
+    for warning in (describe_small_split(recipe, dataset), describe_unfit_pairs(recipe, dataset)):
+        if warning:
+            logger.warning("%s", warning)
 
 
 def check_names(recipe: Recipe) -> None:
@@ -241,7 +242,7 @@ def track_run(recipe: Recipe, dataset: TokenDataset, store: TrackingStore) -> It
     """
     run_id = store.start_run(
         recipe,
-        tags={"ul2r.data": dataset.manifest.fingerprint},
+        tags={"ul2r.data": run_fingerprint(recipe, dataset)},
         params=_parameters(recipe, dataset),
         inputs=list_run_inputs(recipe, dataset),
     )

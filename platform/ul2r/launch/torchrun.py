@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ul2r.config import Recipe
-from ul2r.data.store.dataset import TokenDataset, open_dataset
+from ul2r.data.store.dataset import TokenDataset, open_run_dataset, run_fingerprint
 from ul2r.environment import get_rank, is_started_by_torchrun
 from ul2r.errors import CorpusError, LayoutError
 from ul2r.launch.preflight import (
@@ -49,7 +49,7 @@ def train(recipe: Recipe) -> CheckpointInfo:
         UserError: If a check fails, or torchrun started another number of processes than the recipe has workers.
         RunInterrupted: After a checkpoint, if any of the processes received SIGTERM.
     """
-    dataset = open_dataset(recipe.storage_paths.store)
+    dataset = open_run_dataset(recipe)
     check_complete(recipe, dataset)
     # Before the process group is joined: an error on one rank after that would leave the others waiting.
     check_num_processes(recipe)
@@ -174,7 +174,7 @@ def _train(
     stop_signal: StopSignal,
 ) -> None:
     """Train this rank's part; rank 0, which alone has a `run_id`, logs and shows a bar."""
-    fingerprint = dataset.manifest.fingerprint
+    fingerprint = run_fingerprint(recipe, dataset)
     if run_id is None:
         run_worker(recipe, MemoryTracker(), callbacks=[stop_signal], fingerprint=fingerprint)
         return

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from ul2r.config import Recipe
 from ul2r.data.sampling.batches import BatchBuilder
 from ul2r.data.sampling.order import DataOrder
-from ul2r.data.store.dataset import TokenDataset, open_dataset
+from ul2r.data.store.dataset import TokenDataset, open_run_dataset
 from ul2r.objective.batch import Batch
 from ul2r.tracking.tracker import Tracker
 from ul2r.train.batch_iterator import BatchSource
@@ -41,13 +41,13 @@ def run_worker(
         source: Source of the batches; without one this process computes them.
         callbacks: Callbacks besides those of every run; lists may differ between ranks.
         writer_token: Token from `acquire_writer_token`; without one rank 0 acquires it.
-        fingerprint: Fingerprint that the token store must have; without one any store is taken.
+        fingerprint: The `run_fingerprint` that its data must have; without one any data are taken.
 
     Returns:
         The counters of the run after its last step.
     """
     # Workers may start long after the driver's checks: the store must still be the one that was checked.
-    dataset = open_dataset(recipe.storage_paths.store, fingerprint)
+    dataset = open_run_dataset(recipe, fingerprint)
     mesh = Mesh.join(recipe.parallel, recipe.guards.collective_timeout_s)
     if writer_token is None:
         folder = recipe.paths.checkpoints

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from ul2r.config import Objective
-from ul2r.objective.denoiser_table import build_table, mode_tokens
+from ul2r.objective.denoiser_table import DenoiserTable, build_table, mode_tokens
 from ul2r.objective.layout_kernels import BatchArrays, Examples, SpecialTokens, fill_batch
+from ul2r.objective.pairs import Int64s, PairSource, locate_rows
 from ul2r.objective.random_kernels import Runs, Slots, choose_denoisers, draw_runs
 from ul2r.objective.randomness import Purpose
 from ul2r.objective.vocabulary import Vocabulary
@@ -46,7 +47,7 @@ class Batch:
         loss_mask: 1 if the label is a target, uint8 (B, S).
         kv_start: First key that each query sees, int32 (B, S), as a position of the row.
         kv_end: One past the last key that each query sees, int32 (B, S).
-        position_ids: Position within the slot, int32 (B, S).
+        position_ids: Position within the example, int32 (B, S).
         denoiser_ids: Index into the objective's mixture, int8 (B, S); -1 on padding.
         sample_ids: Sample indices of the slots, int64 (B, slots_per_row); -1 for the later slots of a row that one
             example has to itself.
@@ -104,12 +105,15 @@ def build_batch(
     vocabulary: Vocabulary,
     seed: int,
     text_windows: WindowSource,
+    pairs: PairSource | None = None,
 ) -> Batch:
     """Build rows by their indices in the run.
 
     Row r has the samples r * slots .. r * slots + slots - 1, or the first of them alone. A sample's denoiser, spans and
     split depend only on (seed, sample index), and its raw length is the longest whose example fits the slot. So nothing
     is truncated, and at most 2 positions of a slot are padding (more if a window is short).
+
+    A slot of a row of pairs has several examples, one behind the other, each of which sees itself alone.
 
     One row of two slots of 12 positions. Sample 0 is R (mean_noise_span_length 1, noise_density 0.4) on the raw tokens
     a b c d e f, where c and f are masked; one position is left as padding. Sample 1 is S on g ... q, split after j:
@@ -127,7 +131,8 @@ def build_batch(
         objective: The mixture and the shape of the rows.
         vocabulary: Ids of the special tokens.
         seed: The run's seed, 0 <= seed < 2**64.
-        text_windows: Raw text by sample index.
+        text_windows: Raw text by sample index; rows of pairs are not counted.
+        pairs: Pairs by the number of their slot, for a mixture that has them.
 
     Returns:
         The rows, in the order of `row_indices`.
@@ -137,23 +142,18 @@ def build_batch(
     table = build_table(objective, tuple(map(len, modes)))
     assert table.num_sentinels <= len(vocabulary.sentinels), "more spans than sentinels"
 
-    # Uninitialized: the compiled functions write every element that they read later.
-    shape = (len(row_indices), objective.slots_per_row)
-    slots = Slots(np.empty(shape, np.int64), np.empty(shape, np.int64), np.empty(shape, np.int64))
-    # np.uint64, since numba would type a Python integer as int64, and uint64 from 2**63 on: two compiled versions.
-    choose_denoisers(
-        np.uint64(seed),
-        np.uint64(Purpose.ROW),
-        np.uint64(Purpose.DENOISER),
-        table.whole_row_fraction,
-        np.array(row_indices, np.int64),
-        table.denoisers,
-        slots,
-    )
-
-    # Reading comes before drawing runs: it reduces the lengths of short windows, and runs depend on lengths.
-    windows = _read_windows(text_windows, slots)
-    runs = _empty_runs(shape, table.num_sentinels)
+    rows = np.array(row_indices, np.int64)
+    if table.pairs_id < 0:
+        slots = _choose_slots(rows, objective, table.denoisers, table.whole_row_fraction, seed)
+        # Reading comes before drawing runs: it reduces the lengths of short windows, and runs depend on lengths.
+        windows = _read_windows(text_windows, slots)
+        runs = _empty_runs(slots.samples.shape, table.num_sentinels)
+    else:
+        assert pairs is not None, "a mixture with pairs, but no source of them"
+        slots, numbers = _choose_slots_with_pairs(rows, objective, table, seed)
+        windows = _read_windows(text_windows, slots, numbers.text)
+        runs = _empty_runs(slots.samples.shape, max(table.num_sentinels, pairs.max_pairs))
+        _read_pairs(pairs, numbers.pairs, slots, windows, runs)
     draw_runs(np.uint64(seed), np.uint64(Purpose.SPANS), table.denoisers, slots, runs)
 
     # Uninitialized: `fill_batch` writes all positions, padding included.
@@ -179,21 +179,122 @@ def build_batch(
     return Batch(**arrays._asdict(), sample_ids=slots.samples)
 
 
-def _read_windows(source: WindowSource, slots: Slots) -> npt.NDArray[np.int32]:
-    """Return the raw text of every slot, int32 (B, slots, longest), and reduce the lengths of short windows."""
+class _Numbers(NamedTuple):
+    """Numbers of slots on their own side, int64 (B, slots) each; -1 for those of the other one."""
+
+    text: Int64s
+    pairs: Int64s
+
+
+def _choose_slots(
+    rows: Int64s,
+    objective: Objective,
+    denoisers: npt.NDArray[Any],
+    whole_row_fraction: float,
+    seed: int,
+) -> Slots:
+    """Draw the denoisers of rows of text."""
+    # Uninitialized: the compiled functions write every element that they read later.
+    shape = (len(rows), objective.slots_per_row)
+    slots = Slots(np.empty(shape, np.int64), np.empty(shape, np.int64), np.empty(shape, np.int64))
+    # np.uint64, since numba would type a Python integer as int64, and uint64 from 2**63 on: two compiled versions.
+    choose_denoisers(
+        np.uint64(seed),
+        np.uint64(Purpose.ROW),
+        np.uint64(Purpose.DENOISER),
+        whole_row_fraction,
+        rows,
+        denoisers,
+        slots,
+    )
+    return slots
+
+
+def _choose_slots_with_pairs(
+    rows: Int64s, objective: Objective, table: DenoiserTable, seed: int
+) -> tuple[Slots, _Numbers]:
+    """Draw the denoisers of rows of text, and put pairs into the others."""
+    is_pairs, row_numbers = locate_rows(rows, objective.num_pair_rows)
+    slots_per_row = objective.slots_per_row
+    slot = np.arange(slots_per_row)
+    pairs = table.denoisers[table.pairs_id]
+    is_used = (slot == 0) if pairs["whole_row"] else (slot >= 0)
+    of_row = 1 if pairs["whole_row"] else slots_per_row
+
+    # First as if all rows were rows of pairs; those of text are drawn as without pairs.
+    samples = np.where(is_used, rows[:, None] * slots_per_row + slot, -1)
+    slots = Slots(
+        samples=samples,
+        denoiser_ids=np.where(is_used, table.pairs_id, np.full_like(samples, -1)),
+        lengths=np.where(is_used, pairs["raw_length"], np.zeros_like(samples)),
+    )
+    text_ids = np.flatnonzero(np.arange(len(table.denoisers)) != table.pairs_id)
+    if not is_pairs.all():
+        text_denoisers = table.denoisers[text_ids]
+        text = _choose_slots(
+            rows[~is_pairs], objective, text_denoisers, table.whole_row_fraction, seed
+        )
+        slots.samples[~is_pairs] = text.samples
+        # The last entry is for empty slots, whose id is -1.
+        slots.denoiser_ids[~is_pairs] = np.append(text_ids, -1)[text.denoiser_ids]
+        slots.lengths[~is_pairs] = text.lengths
+
+    # Each side counts its own slots, so that text and pairs are read without gaps.
+    text_numbers = row_numbers[:, None] * slots_per_row + slot
+    pair_numbers = row_numbers[:, None] * of_row + slot
+    is_slot = slots.samples >= 0
+    return slots, _Numbers(
+        text=np.where(is_slot & ~is_pairs[:, None], text_numbers, -1),
+        pairs=np.where(is_slot & is_pairs[:, None], pair_numbers, -1),
+    )
+
+
+def _read_windows(
+    source: WindowSource, slots: Slots, numbers: Int64s | None = None
+) -> npt.NDArray[np.int32]:
+    """Return the raw text of every slot, int32 (B, slots, longest), and reduce the lengths of short windows.
+
+    Args:
+        source: The text.
+        slots: The slots.
+        numbers: Number of each slot among those of text, int64 (B, slots); -1 for one that is not. By default all are.
+    """
     # An array without rows has no maximum unless one is given.
     longest = int(slots.lengths.max(initial=0))
     # (B * slots, longest): the source reads all samples of a batch in one call.
     windows = np.empty((slots.samples.size, longest), np.int32)
     # ravel() of these contiguous arrays is a view: the source's changes to the lengths arrive in `slots`.
-    source.read(slots.samples.ravel(), slots.lengths.ravel(), windows)
+    if numbers is None:
+        source.read(slots.samples.ravel(), slots.lengths.ravel(), windows)
+    elif (numbers >= 0).any():
+        is_text = numbers >= 0
+        lengths = np.where(is_text, slots.lengths, 0)
+        source.read(numbers.ravel(), lengths.ravel(), windows)
+        slots.lengths[is_text] = lengths[is_text]
     return windows.reshape(*slots.samples.shape, longest)
 
 
-def _empty_runs(shape: tuple[int, int], num_sentinels: int) -> Runs:
-    # There are as many runs as sentinels, except in FIM (two kept runs) and in a prefix without a sentinel. A kind with
-    # more runs needs more room here: compiled code does not check bounds.
-    max_runs = max(num_sentinels, 2)
+def _read_pairs(
+    source: PairSource, numbers: Int64s, slots: Slots, windows: npt.NDArray[np.int32], runs: Runs
+) -> None:
+    """Read the pairs of a batch, in one call as text is."""
+    num_slots = numbers.size
+    source.read(
+        numbers.ravel(),
+        slots.lengths.ravel(),
+        windows.reshape(num_slots, -1),
+        Runs(
+            num_spans=runs.num_spans.ravel(),
+            kept=runs.kept.reshape(num_slots, -1),
+            masked=runs.masked.reshape(num_slots, -1),
+        ),
+    )
+
+
+def _empty_runs(shape: tuple[int, ...], max_spans: int) -> Runs:
+    # There are as many runs as sentinels or pairs, except in FIM (two kept runs) and in a prefix without a sentinel. A
+    # kind with more runs needs more room here: compiled code does not check bounds.
+    max_runs = max(max_spans, 2)
     return Runs(
         num_spans=np.empty(shape, np.int64),
         kept=np.empty((*shape, max_runs), np.int32),

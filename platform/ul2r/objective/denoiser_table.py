@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ul2r.config import Denoiser, Objective, Prefix, SpanCorruption
+from ul2r.config import Denoiser, Objective, Pairs, Prefix, SpanCorruption
 from ul2r.objective import layout_kernels, random_kernels
 from ul2r.objective.vocabulary import Vocabulary
 
@@ -37,12 +37,14 @@ RUNS = {
     "prefix": random_kernels.PREFIX_RUNS,
     "fim": random_kernels.FIM_RUNS,
     "causal": random_kernels.NO_RUNS,
+    "pairs": random_kernels.GIVEN_RUNS,
 }
 LAYOUTS = {
     "span_corruption": layout_kernels.DENOISING_LAYOUT,
     "prefix": layout_kernels.DENOISING_LAYOUT,
     "fim": layout_kernels.FIM_LAYOUT,
     "causal": layout_kernels.CAUSAL_LAYOUT,
+    "pairs": layout_kernels.PAIRS_LAYOUT,
 }
 
 
@@ -52,14 +54,16 @@ class DenoiserTable:
 
     Attributes:
         denoisers: Its denoisers, of dtype `DENOISER`, (D,).
-        whole_row_fraction: Fraction of the rows that one example has to itself, chosen such that each denoiser's share
-            of the examples is its share of the weights.
+        whole_row_fraction: Fraction of the rows of text that one example has to itself, chosen such that each
+            denoiser's share of the examples is its share of the weights.
+        pairs_id: Index of the denoiser of pairs, -1 if there is none.
         num_sentinels: Sentinels of the example with the most.
     """
 
     denoisers: npt.NDArray[Any]
     whole_row_fraction: float
     num_sentinels: int
+    pairs_id: int
 
 
 # Cached because raw lengths are found by trial, and a run builds thousands of batches from a few objectives.
@@ -76,7 +80,9 @@ def build_table(objective: Objective, num_mode_tokens: tuple[int, ...]) -> Denoi
     weights = {True: 0.0, False: 0.0}
     # Iteration over a structured array yields views of its records: assignments below write to the table.
     for record, denoiser, num_mode in zip(table, objective.mixture, num_mode_tokens, strict=True):
-        weights[denoiser.whole_row] += denoiser.weight
+        # Rows of pairs are not drawn (`ul2r.objective.pairs`), so their weight counts for none of the others.
+        if not isinstance(denoiser, Pairs):
+            weights[denoiser.whole_row] += denoiser.weight
         record["runs"] = RUNS[denoiser.kind]
         record["layout"] = LAYOUTS[denoiser.kind]
         record["num_mode_tokens"] = num_mode
@@ -92,17 +98,20 @@ def build_table(objective: Objective, num_mode_tokens: tuple[int, ...]) -> Denoi
         elif isinstance(denoiser, Prefix):
             record["noise_density"] = denoiser.noise_density or 0.0
             record["has_sentinels"] = denoiser.sentinel
+        elif isinstance(denoiser, Pairs):
+            record["has_sentinels"] = denoiser.sentinel
 
     # Whole-row examples take more rows than their weight says. Example: weights 0.5 and 0.5 with 4 slots: 0.5 whole
     # rows for each 0.125 shared ones, so 80 % of the rows have one example.
     # A row holds one example of the first kind, or `slots_per_row` of the second.
     shared_rows = weights[False] / objective.slots_per_row
-    whole_row_fraction = weights[True] / (weights[True] + shared_rows)
-    return DenoiserTable(table, whole_row_fraction, objective.num_sentinels_needed)
+    whole_row_fraction = weights[True] / ((weights[True] + shared_rows) or 1.0)
+    pairs_id = -1 if objective.pairs is None else objective.mixture.index(objective.pairs)
+    return DenoiserTable(table, whole_row_fraction, objective.num_sentinels_needed, pairs_id)
 
 
 def mode_tokens(denoiser: Denoiser, vocabulary: Vocabulary) -> tuple[int, ...]:
     """Return the tokens of a denoiser's mode; none for a denoiser without one."""
-    if isinstance(denoiser, SpanCorruption | Prefix):
+    if isinstance(denoiser, SpanCorruption | Prefix | Pairs):
         return vocabulary.modes[denoiser.mode]
     return ()

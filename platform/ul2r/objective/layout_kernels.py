@@ -23,6 +23,7 @@ DenoiserRecord = Any
 CAUSAL_LAYOUT = 0
 DENOISING_LAYOUT = 1
 FIM_LAYOUT = 2
+PAIRS_LAYOUT = 3
 
 
 class SpecialTokens(NamedTuple):
@@ -95,6 +96,24 @@ def fill_batch(
                 continue
             denoiser = denoisers[denoiser_id]
             num_spans = examples.num_spans[row, slot]
+            begin = slot * slot_length
+            end = row_length if denoiser.whole_row else begin + slot_length
+            if denoiser.layout == PAIRS_LAYOUT:
+                write_pairs(
+                    examples.windows[row, slot],
+                    examples.kept[row, slot, :num_spans],
+                    examples.masked[row, slot, :num_spans],
+                    denoisers,
+                    denoiser_id,
+                    special,
+                    example,
+                    row,
+                    begin,
+                    end,
+                    batch,
+                )
+                continue
+
             # Masked runs are cut to those drawn, since `write_denoising` takes the number of spans from their length.
             num_inputs, size = write_example(
                 examples.windows[row, slot, : examples.lengths[row, slot]],
@@ -106,10 +125,8 @@ def fill_batch(
                 example,
             )
 
-            begin = slot * slot_length
             # Only now does the example get its place in the row: attention, labels and positions of a slot refer to
             # nothing outside it, so packed examples do not see each other.
-            end = row_length if denoiser.whole_row else begin + slot_length
             num_open = num_inputs if denoiser.prefix_attention else 0
             write_slot(
                 example[:size],
@@ -160,6 +177,66 @@ def write_example(
 
 
 @compiled
+def write_pairs(
+    window: Tokens,
+    prompts: npt.NDArray[np.int32],
+    answers: npt.NDArray[np.int32],
+    denoisers: DenoiserTable,
+    denoiser_id: int,
+    special: SpecialTokens,
+    example: Tokens,
+    row: int,
+    begin: int,
+    end: int,
+    batch: BatchArrays,
+) -> None:
+    """Write the pairs of a slot one behind the other, each an example of its own; what is left of it is padding.
+
+    Args:
+        window: Prompt and answer of each pair in turn, int32 (all of them or more,).
+        prompts: Tokens of each prompt, int32 (pairs,).
+        answers: Tokens of each answer, int32 (pairs,).
+        denoisers: The mixture (D,).
+        denoiser_id: Index of the denoiser of pairs.
+        special: Ids of the special tokens.
+        example: Scratch, int32 (the longest example,).
+        row: Row of the slot.
+        begin: First position of the slot.
+        end: One past the last position of the slot.
+        batch: Output.
+    """
+    denoiser = denoisers[denoiser_id]
+    read = 0
+    for pair in range(len(prompts)):
+        num_inputs, size = write_example(
+            window[read : read + prompts[pair] + answers[pair]],
+            prompts[pair : pair + 1],
+            answers[pair : pair + 1],
+            denoiser,
+            special.modes[denoiser_id],
+            special,
+            example,
+        )
+        read += prompts[pair] + answers[pair]
+
+        # An example has one position less than tokens. That of the last pair gets all that is left, for its padding.
+        pair_end = end if pair == len(prompts) - 1 else begin + size - 1
+        num_open = num_inputs if denoiser.prefix_attention else 0
+        write_slot(
+            example[:size],
+            num_inputs,
+            num_open,
+            denoiser_id,
+            special.eos,
+            row,
+            begin,
+            pair_end,
+            batch,
+        )
+        begin = pair_end
+
+
+@compiled
 def write_denoising(
     window: Tokens,
     kept: npt.NDArray[np.int32],
@@ -171,9 +248,9 @@ def write_denoising(
 ) -> tuple[int, int]:
     """Write mode, kept runs, each followed by its sentinel | sentinel and masked run in turn.
 
-    A prefix has one run of each, and a sentinel only if its denoiser has. Runs alternate from a kept to a masked one,
-    so the first token is always kept and the last always masked (T5's `random_spans_noise_mask`, arXiv 1910.10683).
-    Arguments are those of `write_example`.
+    A prefix and a pair have one run of each, and a sentinel only if the denoiser has. Runs alternate from a kept to a
+    masked one, so the first token is always kept and the last always masked (T5's `random_spans_noise_mask`, arXiv
+    1910.10683). Arguments are those of `write_example`.
 
     Returns:
         Index of the first target, and the index after the last.

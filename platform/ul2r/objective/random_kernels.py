@@ -28,6 +28,8 @@ NO_RUNS = 0
 SPAN_RUNS = 1
 PREFIX_RUNS = 2
 FIM_RUNS = 3
+GIVEN_RUNS = 4
+"""The source of the tokens has written the runs: prompts and answers of pairs."""
 
 SHUFFLE_ROUNDS = 8
 """Feistel rounds of a shuffle; four are already pseudorandom if the round function is (Luby and Rackoff 1988)."""
@@ -274,7 +276,7 @@ def choose_denoisers(
 def draw_runs(
     seed: Word, purpose: Word, denoisers: DenoiserTable, slots: Slots, runs: Runs
 ) -> None:
-    """Divide each slot's window into kept and masked runs, as its denoiser says.
+    """Divide each slot's window into kept and masked runs, as its denoiser says; those of pairs are given.
 
     Args:
         seed: The run's seed.
@@ -293,12 +295,15 @@ def draw_runs(
     parts = np.empty(3, np.int32)
     for row in range(slots.samples.shape[0]):
         for slot in range(slots.samples.shape[1]):
-            runs.num_spans[row, slot] = 0
             if slots.samples[row, slot] < 0:
+                runs.num_spans[row, slot] = 0
                 continue
             sample = slots.samples[row, slot]
             length = slots.lengths[row, slot]
             denoiser = denoisers[slots.denoiser_ids[row, slot]]
+            if denoiser.runs == GIVEN_RUNS:
+                continue
+            runs.num_spans[row, slot] = 0
             kept = runs.kept[row, slot]
             masked = runs.masked[row, slot]
 

@@ -27,3 +27,5 @@ class Purpose(IntEnum):
     """The order of the stores in block `index` of a blend."""
     SEGMENT = 6
     """The order and shift of the windows in a segment of a streamed store; `index` holds its number and the store's."""
+    PAIRS = 7
+    """The order of the slots of pairs in epoch `index`."""

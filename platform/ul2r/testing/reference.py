@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from itertools import accumulate, pairwise
+from math import floor
 
-from ul2r.config import Causal, Denoiser, Fim, Objective, Prefix, SpanCorruption
+from ul2r.config import Causal, Denoiser, Fim, Objective, Pairs, Prefix, SpanCorruption
 from ul2r.objective import Vocabulary
 from ul2r.objective.randomness import Purpose
 
@@ -117,6 +119,33 @@ def build_example(
                 text = text[kept + masked :]
             return [*inputs, *closing], [*targets, eos]
 
+        case Pairs():
+            raise AssertionError("pairs are not made of windows")
+
+
+def build_pair(
+    denoiser: Pairs,
+    prompt: Sequence[int],
+    answer: Sequence[int],
+    *,
+    vocabulary: Vocabulary,
+    eos_after_inputs: bool,
+) -> tuple[list[int], list[int]]:
+    """Return the inputs and targets of a pair that fits."""
+    eos = vocabulary.eos
+    closing = [eos] if eos_after_inputs else []
+    sentinel = [vocabulary.sentinels[0]] if denoiser.sentinel else []
+    inputs = [*vocabulary.modes[denoiser.mode], *prompt, *sentinel, *closing]
+    return inputs, [*sentinel, *answer, eos]
+
+
+def locate_row(row: int, objective: Objective) -> tuple[bool, int]:
+    """Return whether a row has pairs, and how many rows before it are of its kind."""
+    share = Fraction(objective.num_pair_rows, 10_000)
+    before = floor(row * share)
+    is_pairs = floor((row + 1) * share) > before
+    return is_pairs, before if is_pairs else row - before
+
 
 def num_mode_tokens(denoiser: Denoiser, vocabulary: Vocabulary) -> int:
     """Return the number of tokens of a denoiser's mode."""
@@ -137,6 +166,8 @@ def build_row(
     vocabulary: Vocabulary,
     seed: int,
     window: Callable[[int, int], Sequence[int]],
+    *,
+    pairs: Callable[[int], Sequence[tuple[Sequence[int], Sequence[int]]]] | None = None,
 ) -> Row:
     """Return a row's arrays by name.
 
@@ -145,18 +176,27 @@ def build_row(
         objective: The mixture and the shape of the rows.
         vocabulary: Ids of the special tokens.
         seed: The run's seed.
-        window: Gives the first raw tokens of a sample, by sample index and length.
+        window: Gives the first raw tokens of a sample, by sample index and length; rows of pairs are not counted.
+        pairs: Gives prompts and answers of a slot, by its number among slots of pairs.
     """
+    is_pairs, number = locate_row(row, objective)
     slots = objective.slots_per_row
     mixture = objective.mixture
     whole = [denoiser for denoiser in mixture if denoiser.whole_row]
     shared = [denoiser for denoiser in mixture if not denoiser.whole_row]
+    if objective.pairs is not None:
+        # Whose rows are not drawn.
+        whole = [denoiser for denoiser in whole if denoiser.kind != "pairs"]
+        shared = [denoiser for denoiser in shared if denoiser.kind != "pairs"]
     whole_rows = sum(denoiser.weight for denoiser in whole)
     shared_rows = sum(denoiser.weight for denoiser in shared) / slots
 
     # The upper 53 bits, as in `random_kernels.uniform`.
     (word,) = random_words(seed, Purpose.ROW, row, 1)
-    is_whole = (word >> 11) * 2.0**-53 < whole_rows / (whole_rows + shared_rows)
+    if is_pairs:
+        is_whole = objective.pairs is not None and objective.pairs.whole_row
+    else:
+        is_whole = (word >> 11) * 2.0**-53 < whole_rows / (whole_rows + shared_rows)
     samples = [row * slots + slot for slot in range(1 if is_whole else slots)]
     built: Row = {
         "tokens": [],
@@ -168,23 +208,54 @@ def build_row(
         "denoiser_ids": [],
         "sample_ids": samples + [-1] * (slots - len(samples)),
     }
-    for sample in samples:
-        denoiser = choose_denoiser(whole if is_whole else shared, seed, sample)
-        raw_length = objective.raw_length(denoiser, num_mode_tokens(denoiser, vocabulary))
-        inputs, targets = build_example(
-            denoiser,
-            window(sample, raw_length),
-            vocabulary=vocabulary,
-            seed=seed,
-            sample=sample,
-            eos_after_inputs=objective.eos_after_inputs,
-        )
+    for slot, sample in enumerate(samples):
+        if is_pairs:
+            assert objective.pairs is not None
+            assert pairs is not None
+            denoiser: Denoiser = objective.pairs
+            examples = [
+                build_pair(
+                    objective.pairs,
+                    prompt,
+                    answer,
+                    vocabulary=vocabulary,
+                    eos_after_inputs=objective.eos_after_inputs,
+                )
+                for prompt, answer in pairs(number * len(samples) + slot)
+            ]
+        else:
+            denoiser = choose_denoiser(whole if is_whole else shared, seed, sample)
+            raw_length = objective.raw_length(denoiser, num_mode_tokens(denoiser, vocabulary))
+            example = build_example(
+                denoiser,
+                window(number * slots + slot, raw_length),
+                vocabulary=vocabulary,
+                seed=seed,
+                sample=sample,
+                eos_after_inputs=objective.eos_after_inputs,
+            )
+            examples = [example]
+        _write_slot(built, objective, vocabulary, denoiser, examples)
+    return built
 
+
+def _write_slot(
+    built: Row,
+    objective: Objective,
+    vocabulary: Vocabulary,
+    denoiser: Denoiser,
+    examples: Sequence[tuple[list[int], list[int]]],
+) -> None:
+    """Append the positions of a slot, or of the row for examples that have it to themselves."""
+    room = objective.max_example_length(denoiser) - 1
+    for number, (inputs, targets) in enumerate(examples, 1):
         begin = len(built["tokens"])
         example = inputs + targets
         num_open = len(inputs) if objective.attention == "prefix" else 0
-        # Positions of the slot, or of the row for an example that has it to itself.
-        for i in range(objective.max_example_length(denoiser) - 1):
+        # The last one has what the others leave.
+        num_positions = room if number == len(examples) else len(example) - 1
+        room -= num_positions
+        for i in range(num_positions):
             is_used = i + 1 < len(example)
             built["tokens"].append(example[i] if is_used else vocabulary.eos)
             built["labels"].append(example[i + 1] if is_used else 0)
@@ -192,5 +263,4 @@ def build_row(
             built["kv_start"].append(begin if is_used else begin + i)
             built["kv_end"].append(begin + (max(i + 1, num_open) if is_used else i + 1))
             built["position_ids"].append(i)
-            built["denoiser_ids"].append(mixture.index(denoiser) if is_used else -1)
-    return built
+            built["denoiser_ids"].append(objective.mixture.index(denoiser) if is_used else -1)

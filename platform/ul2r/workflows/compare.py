@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ul2r.config import Comparison, HuggingFaceBase, Recipe, load
-from ul2r.data.store.dataset import open_dataset
+from ul2r.data.store.dataset import open_run_dataset
 from ul2r.errors import RecipeError
 from ul2r.evaluation.comparison import ROLES, Arm, Role, check_comparable
 from ul2r.evaluation.comparison_table import ComparisonTable
@@ -70,7 +70,7 @@ def compare(comparison: Comparison) -> ComparisonResult:
     store.check_experiment(comparison.tracking.experiment)
 
     any_recipe = next(iter(recipes.values()))  # they agree in storage and evaluation
-    dataset = open_dataset(any_recipe.storage_paths.store)
+    dataset = open_run_dataset(any_recipe)
     run_ids = {role: store.require_run(recipe) for role, recipe in recipes.items()}
     metadata = {
         role: read_export_metadata(find_export(recipe, dataset)) for role, recipe in recipes.items()

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ul2r.config import Recipe
-from ul2r.data.store.dataset import open_dataset
+from ul2r.data.store.dataset import is_prepared, open_run_dataset
 from ul2r.launch.preflight import (
     check_run,
     find_resume_checkpoint,
@@ -43,8 +43,8 @@ def dry_run(recipe: Recipe) -> str:
         UserError: If a check fails.
     """
     # With a store the tokenizer is known, and so is the checkpoint that the run would resume from.
-    if recipe.storage_paths.store.exists():
-        dataset = open_dataset(recipe.storage_paths.store)
+    if is_prepared(recipe):
+        dataset = open_run_dataset(recipe)
         resumed = find_resume_checkpoint(recipe)
         check_run(recipe, dataset, resumed)
         vocabulary_size = dataset.vocabulary.size

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from ul2r.config import Recipe
-from ul2r.data.store.dataset import TokenDataset, open_dataset
+from ul2r.data.store.dataset import TokenDataset, open_run_dataset
 from ul2r.evaluation.measure import list_metrics
 from ul2r.evaluation.scores import Scores
 from ul2r.evaluation.stored_scores import find_export, load_scores
@@ -24,7 +24,7 @@ def evaluate_run(recipe: Recipe) -> Scores:
     Raises:
         UserError: If the export is missing or does not fit the recipe, or the tracking server fails.
     """
-    dataset = open_dataset(recipe.storage_paths.store)
+    dataset = open_run_dataset(recipe)
     # Before measuring, which takes minutes: that the scores can be recorded.
     check_denoiser_names(recipe.evaluation.mixture, "evaluation.mixture")
     store = check_store(recipe.tracking.uri)

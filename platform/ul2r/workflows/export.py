@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ul2r.config import Architecture, Recipe
 from ul2r.config.tracking import FILES
-from ul2r.data.store.dataset import TokenDataset, open_dataset
+from ul2r.data.store.dataset import TokenDataset, open_run_dataset
 from ul2r.errors import CheckpointError, RecipeError
 from ul2r.model.export_metadata import ExportMetadata
 from ul2r.model.huggingface.checkpoint_reader import (
@@ -40,7 +40,7 @@ def export(recipe: Recipe) -> Path:
         RecipeError: If it is to be registered without a tracking server.
         ServiceError: If it is to be registered and the tracking server fails.
     """
-    dataset = open_dataset(recipe.storage_paths.store)
+    dataset = open_run_dataset(recipe)
     checkpoint, folder = _choose_checkpoint(recipe)
     # Before the weights are written, which can take long: that the server answers.
     store = _check_registry(recipe)

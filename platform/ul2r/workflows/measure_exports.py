@@ -9,7 +9,7 @@ import torch
 
 from ul2r.config import Recipe
 from ul2r.console import ProgressBar, show_progress
-from ul2r.data.store.dataset import TokenDataset, open_dataset
+from ul2r.data.store.dataset import TokenDataset, open_run_dataset
 from ul2r.environment import has_ray, has_ray_cluster
 from ul2r.errors import UserError
 from ul2r.evaluation.measure import list_metrics, measure
@@ -93,7 +93,7 @@ def _show_metrics(arms: Sequence[Measured]) -> AbstractContextManager[ProgressBa
 def _measure(recipe: Recipe, pretrained: PretrainedArm | None) -> Iterator[str]:
     """Measure one model and store its scores; yield a note after each metric."""
     torch.set_num_threads(1)  # a task reserves one CPU
-    dataset = open_dataset(recipe.storage_paths.store)
+    dataset = open_run_dataset(recipe)
     device = "cuda" if recipe.launch.gpus_per_worker else "cpu"
     model = _load(recipe, pretrained, dataset, device)
 

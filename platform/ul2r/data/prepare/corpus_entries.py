@@ -13,24 +13,25 @@ from ul2r.data.store.token_store import append_suffix
 from ul2r.errors import CorpusError
 
 
-def find_entry_paths(entry: str) -> tuple[list[Path], bool]:
+def find_entry_paths(entry: str, key: str = "data.corpus") -> tuple[list[Path], bool]:
     """Return the absolute paths of an entry, and whether the entry is a pattern.
 
     Args:
         entry: A file or folder, a file:// URL of one, a pattern, or the prefix of a Megatron token store: `x` for
             `x.bin` and `x.idx`, as Megatron's own tools name it.
+        key: The setting that has the entry, for messages.
 
     Raises:
         CorpusError: If there is nothing there.
     """
     # An empty path is the working directory, which nobody means.
     if not entry.strip():
-        raise CorpusError("data.corpus has an empty entry: name a file or folder, or remove it")
+        raise CorpusError(f"{key} has an empty entry: name a file or folder, or remove it")
 
-    name = os.path.expanduser(_resolve_url(entry))  # noqa: PTH111  `Path.expanduser` raises for an unknown ~user
+    name = os.path.expanduser(_resolve_url(entry, key))  # noqa: PTH111  `Path.expanduser` raises for an unknown ~user
     # glob raises for such a name, which no file can have.
     if "\0" in name:
-        raise CorpusError(f"{entry!r}: no such file or folder: set data.corpus to your text")
+        raise CorpusError(f"{entry!r}: no such file or folder: set {key} to your text")
     path = Path(name).absolute()
     try:
         if path.exists():
@@ -47,11 +48,11 @@ def find_entry_paths(entry: str) -> tuple[list[Path], bool]:
         paths = [Path(match).absolute() for match in matches]
         if paths:
             return paths, True
-        raise CorpusError(f"{entry}: no file matches this pattern: set data.corpus to your text")
-    raise CorpusError(f"{entry}: no such file or folder: set data.corpus to your text")
+        raise CorpusError(f"{entry}: no file matches this pattern: set {key} to your text")
+    raise CorpusError(f"{entry}: no such file or folder: set {key} to your text")
 
 
-def _resolve_url(entry: str) -> str:
+def _resolve_url(entry: str, key: str) -> str:
     """Return the path of a file:// URL, and anything that is not a URL unchanged."""
     if not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", entry):
         return entry
@@ -62,6 +63,6 @@ def _resolve_url(entry: str) -> str:
     if url.scheme.lower() == "file" and url.netloc in ("", "localhost"):
         return url2pathname(url.path)
     raise CorpusError(
-        f"{entry}: data.corpus takes files and folders: copy the text to a file system that every machine sees, or "
+        f"{entry}: {key} takes files and folders: copy the text to a file system that every machine sees, or "
         "mount it there"
     )

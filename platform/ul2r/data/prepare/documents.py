@@ -54,7 +54,7 @@ def read_documents(file: SourceFile, left_out: LeftOut | None = None) -> Iterato
     skipped = LeftOut() if left_out is None else left_out
     path = file.path
     try:
-        with _open_decompressed(path) as stream:
+        with open_decompressed(path) as stream:
             suffix = text_suffix(path)
             if suffix in SPLITTABLE_SUFFIXES:
                 yield from _read_records(file, read_json_texts(file, stream), skipped)
@@ -103,7 +103,8 @@ def _read_records(
             yield from split_into_chunks([text])
 
 
-def _open_decompressed(path: Path) -> IO[bytes]:
+def open_decompressed(path: Path) -> IO[bytes]:
+    """Open a file, and decompress it if its suffix says that it is compressed."""
     compression = compression_suffix(path)
     if not compression:
         return path.open("rb")

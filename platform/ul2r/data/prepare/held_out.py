@@ -115,6 +115,28 @@ def choose_held_out(keys: Keys, sizes: Int64s, fraction: float, max_tokens: int)
     return HeldOutSplit(chosen[order], np.concatenate([tails, whole_sizes])[order])
 
 
+def choose_whole_held_out(
+    keys: Keys, sizes: Int64s, fraction: float, max_tokens: int
+) -> HeldOutSplit:
+    """Choose what to hold out of documents that must not be cut; those of one key are held out together.
+
+    Args:
+        keys: Key of each document, uint64 (D,).
+        sizes: Tokens of each, int64 (D,).
+        fraction: Fraction of the tokens.
+        max_tokens: Most tokens.
+    """
+    total = int(sizes.sum())
+    budget = math.floor(min(fraction * total, max_tokens))
+    chosen, _ = _choose_whole(keys, sizes, ALL_TOKENS, budget, budget / max(total, 1))
+    if not len(chosen):
+        # Nothing is as small as the budget: the smallest, unless it is all there is.
+        unique, _, with_copies = _merge_copies(keys, sizes)
+        chosen = unique[[int(with_copies.argmin())]] if len(unique) > 1 else chosen
+    chosen = np.sort(chosen)
+    return HeldOutSplit(chosen, np.full(len(chosen), ALL_TOKENS, np.int64))
+
+
 def _is_usable(whole_sizes: Int64s, budget: int, longest: int) -> bool:
     """Return whether whole documents are held out that can be measured on, or no document could hold the budget."""
     if not len(whole_sizes) or longest < budget + MIN_PART_TOKENS or budget < MIN_USABLE_TOKENS:

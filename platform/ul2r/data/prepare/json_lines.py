@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import IO, Any
 
@@ -17,6 +17,7 @@ from ul2r.data.prepare.source_files import SourceFile
 from ul2r.errors import CorpusError
 
 READ_SIZE = 2**16
+MAX_INTEGER_DIGITS = 1_000
 MAX_LINE_BYTES = 2**30
 """A line is in memory several times while it is read."""
 
@@ -29,12 +30,7 @@ def read_json_texts(file: SourceFile, stream: IO[bytes]) -> Iterator[Record]:
     Raises:
         CorpusError: If a line is not a JSON object; the message has its number.
     """
-    for number, line in _read_lines(file, stream):
-        if not line.strip():
-            continue
-        # Within a part, a line's number is counted from the file's beginning only if it is needed.
-        locate = partial(_locate_line, file, number)
-        record = _parse_line(file, number, line)
+    for record, locate in read_json_records(file, stream):
         if isinstance(record, dict):
             value = record.get(file.text_key)
             problem = ""
@@ -44,17 +40,35 @@ def read_json_texts(file: SourceFile, stream: IO[bytes]) -> Iterator[Record]:
         elif record is None:
             yield Record(None, "the whole record is null", locate)
         else:
-            hint = _ARRAY_HINT.format(file.path.name) if isinstance(record, list) else ""
-            raise CorpusError(
-                f'{locate()}: no text under "{file.text_key}": the line is not a JSON object{hint}'
-            )
+            problem = describe_no_object(record, file)
+            raise CorpusError(f'{locate()}: no text under "{file.text_key}": {problem}')
+
+
+def read_json_records(
+    file: SourceFile, stream: IO[bytes]
+) -> Iterator[tuple[Any, Callable[[], str]]]:
+    """Yield the JSON value of each line, and a function that returns "PATH: line N"; blank lines are no records.
+
+    Raises:
+        CorpusError: As `read_json_texts`, but any value is taken.
+    """
+    for number, line in _read_lines(file, stream):
+        if line.strip():
+            # Within a part, a line's number is counted from the file's beginning only if it is needed.
+            yield _parse_line(file, number, line), partial(_locate_line, file, number)
+
+
+def describe_no_object(record: Any, file: SourceFile) -> str:  # noqa: ANN401  any JSON value
+    """Return the problem of a line that is no JSON object."""
+    hint = _ARRAY_HINT.format(file.path.name) if isinstance(record, list) else ""
+    return f"the line is not a JSON object{hint}"
 
 
 def _parse_line(file: SourceFile, number: int, line: bytes) -> Any:  # noqa: ANN401  any JSON value
     try:
         # Decoded here: given bytes, json.loads guesses among UTF-8, 16 and 32, and accepts surrogates in them. JSON has
-        # no largest integer, but Python converts none of more than 4,300 digits, so they are read as floats.
-        return json.loads(line.decode("utf-8-sig"), parse_int=float)
+        # no largest integer, but Python converts none of more than 4,300 digits.
+        return json.loads(line.decode("utf-8-sig"), parse_int=_parse_integer)
     except UnicodeDecodeError as error:
         raise CorpusError(f"{_locate_line(file, number)}: {describe_bad_byte(error)}") from None
     except json.JSONDecodeError as error:
@@ -66,6 +80,11 @@ def _parse_line(file: SourceFile, number: int, line: bytes) -> Any:  # noqa: ANN
         raise CorpusError(f"{_locate_line(file, number)}: not JSON: {error.msg}{hint}") from None
     except RecursionError:
         raise CorpusError(f"{_locate_line(file, number)}: not JSON: nested too deeply") from None
+
+
+def _parse_integer(digits: str) -> int | float:
+    # Numbers matter in the messages of a chat only, which have none of that size.
+    return int(digits) if len(digits) < MAX_INTEGER_DIGITS else float(digits)
 
 
 def _read_lines(file: SourceFile, stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:

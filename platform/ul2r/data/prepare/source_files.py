@@ -92,7 +92,10 @@ def find_files(
 
 
 def list_corpus(
-    entries: Sequence[str], text_key: str = "text", null_text: Literal["refuse", "skip"] = "refuse"
+    entries: Sequence[str],
+    text_key: str = "text",
+    null_text: Literal["refuse", "skip"] = "refuse",
+    setting: str = "data.corpus",
 ) -> CorpusListing:
     """List the files of a corpus, each once however often and by whatever names it is reached, and what is left out.
 
@@ -101,6 +104,7 @@ def list_corpus(
             such as `texts/*.md`, file:// URLs, prefixes of Megatron token stores, or "stdlib".
         text_key: Key or column that holds the text of a record.
         null_text: Whether records without a text are refused, or skipped and counted.
+        setting: The setting that has the entries, for messages.
 
     Raises:
         CorpusError: If an entry is missing, cannot be read, or holds nothing readable.
@@ -108,7 +112,7 @@ def list_corpus(
     left_out = LeftOut()
     found: list[tuple[int, FoundFile]] = []
     for number, entry in enumerate(entries):
-        found += [(number, file) for file in _find_entry_files(entry, left_out)]
+        found += [(number, file) for file in _find_entry_files(entry, left_out, setting)]
 
     unread = [file for _, file in found if not file.is_read]
     found = [(number, file) for number, file in found if file.is_read]
@@ -168,12 +172,12 @@ def _to_source_file(
     )
 
 
-def _find_entry_files(entry: str, left_out: LeftOut) -> list[FoundFile]:
+def _find_entry_files(entry: str, left_out: LeftOut, setting: str) -> list[FoundFile]:
     """Return the files of a corpus entry, those of a folder sorted by path."""
     if entry == STANDARD_LIBRARY:
         return list_library(Path(sysconfig.get_path("stdlib")))
 
-    paths, is_pattern = find_entry_paths(entry)
+    paths, is_pattern = find_entry_paths(entry, setting)
     skipped = LeftOut()
     files: list[FoundFile] = []
     # What is left out of a folder that the pattern finds as well is counted there.

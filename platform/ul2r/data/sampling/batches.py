@@ -6,19 +6,22 @@ The batch index is the number of the step that trains on the batch, as long as t
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from ul2r.config import Denoiser, Recipe
+from ul2r.config import Denoiser, Pairs, Recipe
 from ul2r.data.sampling.blend import Blend
 from ul2r.data.sampling.order import ContinuedWindows, DataOrder
+from ul2r.data.sampling.pair_windows import PairWindows, fit_pairs
 from ul2r.data.sampling.streaming_windows import StreamingWindows, WholeStoreWindows
 from ul2r.data.sampling.text_windows import DocumentWindows, TextWindows
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.data.store.segments import SegmentedStore
 from ul2r.errors import CorpusError
 from ul2r.objective import Batch, Vocabulary, WindowSource, build_batch
+from ul2r.objective.denoiser_table import mode_tokens
 
 HELD_OUT_SEED = 0
 """Held-out rows do not depend on the recipe's seed, so all runs are compared on the same ones."""
@@ -69,7 +72,13 @@ class BatchBuilder:
         _check_sentinels(recipe, dataset)
         self._recipe = recipe
         self._vocabulary = dataset.vocabulary
-        self._train = _training_windows(recipe, dataset, order or DataOrder(recipe.seed))
+        self._pair_dataset = dataset.pairs
+        order = order or DataOrder(recipe.seed)
+        self._train = _training_windows(recipe, dataset, order)
+        self._train_pairs = None
+        if recipe.objective.pairs is not None:
+            self._train_pairs = self._make_pair_windows(recipe.objective.pairs, "train", order)
+        self._held_out_pairs: dict[Pairs, PairWindows] = {}
         self._held_out = _window_type(recipe)(
             dataset.held_out, recipe.objective.max_raw_length, HELD_OUT_SEED, split="held-out"
         )
@@ -94,20 +103,26 @@ class BatchBuilder:
             vocabulary=self._vocabulary,
             seed=self._recipe.seed,
             text_windows=self._train,
+            pairs=self._train_pairs,
         )
         self._check_tokens(batch)
         return batch
 
-    @property
-    def num_held_out_rows(self) -> int:
-        """Held-out rows available without reading any token twice."""
-        return len(self._held_out) // self._recipe.objective.slots_per_row
+    def num_held_out_rows(self, denoiser: Denoiser) -> int:
+        """Return the held-out rows of a denoiser that are available without reading any token twice."""
+        slots_per_row = self._recipe.objective.slots_per_row
+        if isinstance(denoiser, Pairs):
+            return len(self._open_held_out_pairs(denoiser)) // (
+                1 if denoiser.whole_row else slots_per_row
+            )
+        return len(self._held_out) // slots_per_row
 
     def build_held_out(self, denoiser: Denoiser, num_rows: int) -> Batch:
         """Build held-out rows with a single denoiser, to measure its loss.
 
-        They are the same for every recipe with the same token store and row shape, and all denoisers read the same
-        windows. Rows beyond the split's windows read it again, cut at other places.
+        They are the same for every recipe with the same token store and row shape, and all denoisers of text read the
+        same windows. Rows beyond the split's windows read it again, cut at other places; rows of pairs in another
+        order.
 
         Args:
             denoiser: The only denoiser; it need not be part of the recipe's mixture.
@@ -122,14 +137,48 @@ class BatchBuilder:
             vocabulary=self._vocabulary,
             seed=HELD_OUT_SEED,
             text_windows=self._held_out,
+            pairs=self._open_held_out_pairs(denoiser) if isinstance(denoiser, Pairs) else None,
         )
         self._check_tokens(batch)
         return batch
+
+    def _open_held_out_pairs(self, denoiser: Pairs) -> PairWindows:
+        # At the first use, and once: to pack pairs takes a while if they are many.
+        if denoiser not in self._held_out_pairs:
+            order = DataOrder(HELD_OUT_SEED)
+            self._held_out_pairs[denoiser] = self._make_pair_windows(denoiser, "held-out", order)
+        return self._held_out_pairs[denoiser]
+
+    def _make_pair_windows(
+        self, denoiser: Pairs, split: Literal["train", "held-out"], order: DataOrder
+    ) -> PairWindows:
+        recipe = self._recipe
+        dataset = self._pair_dataset
+        if dataset is None:
+            raise CorpusError(
+                f"{recipe.name}: denoiser {denoiser.name!r} needs pairs, data.pairs names none: set it to .jsonl files"
+            )
+        return PairWindows(
+            dataset.train if split == "train" else dataset.held_out,
+            recipe.objective,
+            denoiser,
+            len(mode_tokens(denoiser, self._vocabulary)),
+            order.seed,
+            split=split,
+            pack=packs_pairs(recipe),
+            first_slot=order.first_pair_slot,
+        )
 
     def _check_tokens(self, batch: Batch) -> None:
         # The last token of a slot is a label only.
         for ids in (batch.tokens, batch.labels):
             check_token_ids(ids, self._vocabulary, self._recipe.storage_paths.store)
+
+
+def packs_pairs(recipe: Recipe) -> bool:
+    """Return whether a slot holds as many pairs as fit, and not one alone."""
+    # Evaluation and serving count learned positions from the start of a row.
+    return recipe.model.position_embedding != "learned"
 
 
 def _window_type(recipe: Recipe) -> type[TextWindows] | type[DocumentWindows]:
@@ -169,6 +218,25 @@ def check_dataset(recipe: Recipe, dataset: TokenDataset) -> None:
         # The first window of a streamed store may be in a segment that does not exist yet.
         if not isinstance(source.store, SegmentedStore) or source.store.is_complete:
             window_type.check_store(source.store, length, "train")
+
+
+def describe_unfit_pairs(recipe: Recipe, dataset: TokenDataset) -> str | None:
+    """Return a warning if pairs are cut or left out in the rows of a recipe, None if all are read whole.
+
+    Args:
+        recipe: The run.
+        dataset: Its token store and pairs.
+    """
+    denoiser = recipe.objective.pairs
+    if denoiser is None or dataset.pairs is None:
+        return None
+    num_mode_tokens = len(mode_tokens(denoiser, dataset.vocabulary))
+    splits = (("training", dataset.pairs.train), ("held-out", dataset.pairs.held_out))
+    found = [
+        fit_pairs(store, recipe.objective, denoiser, num_mode_tokens).describe(name)
+        for name, store in splits
+    ]
+    return "; ".join(filter(None, found)) or None
 
 
 def _check_sentinels(recipe: Recipe, dataset: TokenDataset) -> None:

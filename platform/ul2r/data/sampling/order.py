@@ -25,16 +25,18 @@ class DataOrder:
 
     Attributes:
         seed: Seed of the shuffles.
-        first_sample: Number in this order of the run's first sample.
+        first_sample: Number in this order of the run's first sample of text.
         continues_base: True if the run goes on in its base's order.
         whole_store: True if a streamed store is read as a shuffled one, once it is complete: a run before has read its
             segments.
+        first_pair_slot: Number in this order of the run's first slot of pairs.
     """
 
     seed: int
     first_sample: int = 0
     continues_base: bool = False
     whole_store: bool = False
+    first_pair_slot: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class DataUse:
         order: Order of the run.
         window_length: Tokens of a window.
         within_document: Whether windows end with their documents.
-        end_sample: Number, in its order, of the first sample that it has not read.
+        end_sample: Number, in its order, of the first sample of text that it has not read.
+        end_pair_slot: Number, in its order, of the first slot of pairs that it has not read.
     """
 
     run: str
@@ -56,6 +59,7 @@ class DataUse:
     window_length: int
     within_document: bool
     end_sample: int
+    end_pair_slot: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values that `from_dict` reads back."""
@@ -100,9 +104,10 @@ class DataPlan:
 
 
 def list_fingerprints(dataset: TokenDataset) -> tuple[str, ...]:
-    """Return the fingerprint of a data set, and those of the stores that it blends."""
+    """Return the fingerprint of a data set, those of the stores that it blends, and that of its pairs."""
     members = dataset.manifest.inputs.get(BLEND_KEY, ())
-    return (dataset.manifest.fingerprint, *(str(entry["fingerprint"]) for entry in members))
+    pairs = () if dataset.pairs is None else (dataset.pairs.manifest.fingerprint,)
+    return (dataset.manifest.fingerprint, *(str(entry["fingerprint"]) for entry in members), *pairs)
 
 
 def choose_order(
@@ -129,6 +134,8 @@ def choose_order(
             base.end_sample,
             continues_base=True,
             whole_store=base.order.whole_store,
+            # Other pairs are read from their beginning.
+            first_pair_slot=base.end_pair_slot if _has_same_pairs(dataset, base) else 0,
         )
         words = f"that of {base.run}, from its sample {base.end_sample:,} on"
         return DataPlan(order, tuple(history or ()), words)
@@ -176,6 +183,10 @@ def _check_continuable(
                 f"{refused}: {name}: {theirs} in {base.run}, {ours} here: make them equal, or {remedy}"
             )
     return base
+
+
+def _has_same_pairs(dataset: TokenDataset, use: DataUse) -> bool:
+    return dataset.pairs is not None and dataset.pairs.manifest.fingerprint in use.stores
 
 
 def _derive_seed(seed: int, used: set[int]) -> int:

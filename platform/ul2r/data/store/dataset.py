@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ul2r.config import Recipe
 from ul2r.data.store.manifest import BLEND_KEY, Manifest
 from ul2r.data.store.merged import MergedStores
+from ul2r.data.store.pair_store import (
+    PairDataset,
+    find_pairs_folder,
+    open_pairs,
+    read_pairs_manifest,
+)
 from ul2r.data.store.remote import fetch_store
 from ul2r.data.store.segments import SegmentedStore
 from ul2r.data.store.token_store import TokenStore
@@ -34,6 +42,7 @@ class TokenDataset:
         vocabulary: Meaning of the token ids.
         manifest: Description of the store, or of the blend.
         tokenizer_file: Its tokenizer.json.
+        pairs: Pairs of prompt and answer, if the recipe has some.
     """
 
     train: tuple[WeightedSource, ...]
@@ -41,6 +50,66 @@ class TokenDataset:
     vocabulary: Vocabulary
     manifest: Manifest
     tokenizer_file: Path
+    pairs: PairDataset | None = None
+
+
+def open_run_dataset(recipe: Recipe, fingerprint: str | None = None) -> TokenDataset:
+    """Open the token store of a recipe, and its pairs if it has some.
+
+    Args:
+        recipe: The run.
+        fingerprint: Expected `run_fingerprint`, for a run that has started.
+
+    Raises:
+        CorpusError: As `open_dataset`, for the pairs as well.
+    """
+    if fingerprint is not None:
+        check_fingerprint(recipe, fingerprint)
+    dataset = open_dataset(recipe.storage_paths.store)
+    if not recipe.data.pairs:
+        return dataset
+    return replace(dataset, pairs=open_pairs(recipe, dataset.manifest.tokenizer))
+
+
+def is_prepared(recipe: Recipe) -> bool:
+    """Return whether a recipe's token store exists, and its pairs if it has some."""
+    has_pairs = not recipe.data.pairs or find_pairs_folder(recipe).exists()
+    return recipe.storage_paths.store.exists() and has_pairs
+
+
+def run_fingerprint(recipe: Recipe, dataset: TokenDataset) -> str:
+    """Return the digest of all that a run is trained on: its token store, and its pairs if its mixture has them."""
+    if recipe.objective.pairs is None:
+        return dataset.manifest.fingerprint
+    assert dataset.pairs is not None, "a mixture with pairs, but a data set without"
+    return _join_fingerprints(dataset.manifest.fingerprint, dataset.pairs.manifest.fingerprint)
+
+
+def check_fingerprint(recipe: Recipe, fingerprint: str) -> None:
+    """Check that neither the token store nor the pairs of a run were replaced since it has started.
+
+    Args:
+        recipe: The run.
+        fingerprint: Its `run_fingerprint`.
+
+    Raises:
+        CorpusError: If they were.
+    """
+    store = recipe.storage_paths.store
+    if recipe.objective.pairs is None:
+        read_manifest(store, fingerprint)
+        return
+    manifest = read_manifest(store, None)
+    pairs = read_pairs_manifest(recipe, manifest.tokenizer)
+    if fingerprint != _join_fingerprints(manifest.fingerprint, pairs.fingerprint):
+        raise CorpusError(
+            f"{store} or {find_pairs_folder(recipe)}: was replaced while a run reads it: restore it to resume, or "
+            "train under another name"
+        )
+
+
+def _join_fingerprints(store: str, pairs: str) -> str:
+    return hashlib.sha256(f"{store} {pairs}".encode()).hexdigest()
 
 
 def open_dataset(folder: Path, fingerprint: str | None = None) -> TokenDataset:

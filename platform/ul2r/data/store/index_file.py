@@ -12,7 +12,7 @@ The layout is that of `megatron/core/datasets/indexed_dataset.py`, little-endian
     i64 * D+1 number of the sequence at which each document begins, and N
 
 Sequences follow one another in `.bin` without gaps. The writer here makes one sequence of each document, as
-Megatron's own preprocessing does.
+Megatron's own preprocessing does, and two of a pair: prompt and answer.
 """
 
 from __future__ import annotations
@@ -138,20 +138,29 @@ class IndexFile:
         return offset // np.dtype(self.dtype).itemsize
 
 
-def write_index(path: Path, lengths: npt.NDArray[np.int32], dtype: type[np.integer[Any]]) -> None:
+def write_index(
+    path: Path,
+    lengths: npt.NDArray[np.int32],
+    dtype: type[np.integer[Any]],
+    sequences_per_document: int = 1,
+) -> None:
     """Write an `.idx` file atomically.
 
     Args:
         path: The file.
-        lengths: Tokens of each document, int32 (D,).
+        lengths: Tokens of each sequence, int32 (N,).
         dtype: Type of the tokens in `.bin`.
+        sequences_per_document: Sequences of each document; a divisor of N.
     """
+    num_sequences = len(lengths)
+    assert num_sequences % sequences_per_document == 0, (num_sequences, sequences_per_document)
+    document_indices = np.arange(0, num_sequences + 1, sequences_per_document, dtype=np.int64)
     code = next(code for code, known in TOKEN_TYPES.items() if known is dtype)
     # int64 before the product: a document of 2**30 tokens has more bytes than an int32 can count.
     sizes = lengths.astype(np.int64) * np.dtype(dtype).itemsize
 
     with staged_file(path) as staging, staging.open("wb") as file:
-        file.write(HEADER.pack(MAGIC, VERSION, code, len(lengths), len(lengths) + 1))
+        file.write(HEADER.pack(MAGIC, VERSION, code, num_sequences, len(document_indices)))
         file.write(lengths.tobytes())
         file.write((np.cumsum(sizes) - sizes).tobytes())
-        file.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
+        file.write(document_indices.tobytes())

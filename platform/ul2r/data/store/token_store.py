@@ -76,6 +76,16 @@ class TokenStore:
         """Number of documents, D."""
         return self._index.num_documents
 
+    @property
+    def sequence_lengths(self) -> npt.NDArray[np.int32]:
+        """Tokens of each sequence, int32 (N,); a document is one or more of them."""
+        return self._index.sequence_lengths
+
+    @property
+    def document_indices(self) -> npt.NDArray[np.int64]:
+        """Sequence at which each document begins, and N, int64 (D + 1,)."""
+        return self._index.document_indices
+
     def document_bounds(self, first: int, end: int) -> npt.NDArray[np.int64]:
         """Return the tokens at which documents [first, end) begin, and where the last ends; see `DocumentSource`."""
         return self._index.document_bounds(first, end)
@@ -138,21 +148,24 @@ class TokenWriter:
     If the block raises, both files are removed.
     """
 
-    def __init__(self, prefix: Path, vocabulary_size: int) -> None:
+    def __init__(
+        self, prefix: Path, vocabulary_size: int, *, sequences_per_document: int = 1
+    ) -> None:
         self.prefix = prefix
+        self._sequences_per_document = sequences_per_document
         self._vocabulary_size = vocabulary_size
         self.dtype: type[np.integer[Any]] = (
             np.uint16 if vocabulary_size < UINT16_VOCABULARY else np.int32
         )
         self.num_tokens = 0
-        # An array needs 4 bytes per document, a list 36: corpora have billions of documents.
+        # Of sequences. An array needs 4 bytes for each, a list 36: corpora have billions of documents.
         self._lengths = array("i")
         self._open_length = 0
 
     @property
     def num_documents(self) -> int:
         """Number of finished documents."""
-        return len(self._lengths)
+        return len(self._lengths) // self._sequences_per_document
 
     def __enter__(self) -> Self:
         self._data = append_suffix(self.prefix, ".bin").open("wb")
@@ -176,7 +189,7 @@ class TokenWriter:
         self._open_length += values.size
 
     def end_document(self) -> None:
-        """Finish the current document.
+        """Finish the current document, or one of its sequences if documents have several.
 
         Raises:
             CorpusError: If it has more tokens than the format can count.
@@ -203,7 +216,8 @@ class TokenWriter:
             return
         assert not self._open_length, "the last document was not ended"
         lengths = np.array(self._lengths, np.int32)
-        write_index(append_suffix(self.prefix, ".idx"), lengths, self.dtype)
+        index_path = append_suffix(self.prefix, ".idx")
+        write_index(index_path, lengths, self.dtype, self._sequences_per_document)
 
 
 def append_suffix(prefix: Path, suffix: str) -> Path:

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 import ray
 
 from ul2r.config import Recipe
+from ul2r.data.prepare.pairs import prepare_pairs
 from ul2r.data.prepare.prepare import build_streaming_store, count_corpus_bytes
-from ul2r.data.store.dataset import TokenDataset, open_dataset
+from ul2r.data.store.dataset import TokenDataset, open_run_dataset
 from ul2r.errors import CorpusError, UserError
 
 POLL_S = 0.5
@@ -52,7 +53,9 @@ def build_store_in_background(recipe: Recipe, cpus: float) -> Iterator[TokenData
             if error and not store.exists():
                 raise CorpusError(error)
 
-        yield open_dataset(store)
+        if recipe.data.pairs:
+            prepare_pairs(recipe)
+        yield open_run_dataset(recipe)
         if error := _wait_for_error(build, 0):
             logger.warning(
                 "the store is not complete, but this run did not need the rest: %s", error

@@ -21,8 +21,9 @@ from ray.train.v2.api.callback import RayTrainCallback
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from ul2r.config import Recipe
+from ul2r.data.prepare.pairs import prepare_pairs
 from ul2r.data.prepare.prepare import check_resumable
-from ul2r.data.store.dataset import TokenDataset, open_dataset
+from ul2r.data.store.dataset import TokenDataset, open_run_dataset, run_fingerprint
 from ul2r.launch.preflight import (
     NO_GPU,
     check_run,
@@ -99,9 +100,13 @@ def train(recipe: Recipe) -> CheckpointInfo:
 def _open_if_begun(recipe: Recipe) -> TokenDataset | None:
     """Open the recipe's token store; None if it is to be streamed and does not exist yet."""
     store = recipe.storage_paths.store
-    if recipe.data.order == "streamed" and not store.exists():
-        return None
-    return open_dataset(store)
+    if recipe.data.order == "streamed":
+        if not store.exists():
+            return None
+        # Small next to the text, pairs are made as a whole before the run begins.
+        if recipe.data.pairs:
+            prepare_pairs(recipe)
+    return open_run_dataset(recipe)
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types here
@@ -149,7 +154,7 @@ def _fit_and_shrink(
     """Train; if machines are lost, continue with fewer replicas as far as the recipe allows."""
     while True:
         try:
-            return _fit(recipe, dataset.manifest.fingerprint, store, run_id, stop_event)
+            return _fit(recipe, run_fingerprint(recipe, dataset), store, run_id, stop_event)
         # A user error is raised as itself (see `find_cause`) and ends the run, whatever machines are left.
         except TrainingFailedError as error:
             left = ray.cluster_resources()

@@ -9,6 +9,7 @@ from ul2r.config import HuggingFaceBase, Objective, Recipe
 from ul2r.data.sampling.order import DataOrder, DataPlan, DataUse, choose_order
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.errors import CheckpointError
+from ul2r.objective.pairs import count_pair_rows
 from ul2r.paths import EXPORT_METADATA_FILE, is_file_name
 from ul2r.train.checkpoint.metadata import CheckpointInfo
 from ul2r.train.checkpoint.storage import CheckpointStore
@@ -68,6 +69,8 @@ def list_uses(info: CheckpointInfo, recipe: Recipe) -> tuple[DataUse, ...]:
     order = order_of(info)
     num_batches = info.step + GuardState.from_json(info.guards).skipped_batches
     num_rows = num_batches * int(info.recipe["training"]["global_batch_size"])
+    num_pair_rows = count_pair_rows(num_rows, objective.num_pair_rows)
+    is_whole_row = objective.pairs is not None and objective.pairs.whole_row
     stores = (info.data_fingerprint,) if info.data is None else tuple(info.data["stores"])
     own = DataUse(
         run=info.run_name,
@@ -75,7 +78,9 @@ def list_uses(info: CheckpointInfo, recipe: Recipe) -> tuple[DataUse, ...]:
         order=order,
         window_length=objective.max_raw_length,
         within_document=objective.within_document,
-        end_sample=order.first_sample + num_rows * objective.slots_per_row,
+        end_sample=order.first_sample + (num_rows - num_pair_rows) * objective.slots_per_row,
+        end_pair_slot=order.first_pair_slot
+        + num_pair_rows * (1 if is_whole_row else objective.slots_per_row),
     )
     if info.data is not None:
         return (*map(DataUse.from_dict, info.data["history"]), own)

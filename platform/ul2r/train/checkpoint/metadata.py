@@ -13,7 +13,7 @@ from ul2r.config import Architecture, Change, Objective, Recipe
 from ul2r.config.optimizer import Optimizer
 from ul2r.config.renamed_keys import rename_keys
 from ul2r.config.strict_model import StrictModel
-from ul2r.data.store.dataset import TokenDataset
+from ul2r.data.store.dataset import TokenDataset, run_fingerprint
 from ul2r.errors import CheckpointError
 from ul2r.train.checkpoint.layout import INFO_FILE
 from ul2r.train.checkpoint.prolonging import find_obstacle, without_schedule
@@ -56,7 +56,7 @@ class CheckpointInfo:
         flops: Training FLOPs since then.
         base_id: `checkpoint_id` of the checkpoint that the run started from, None for initial weights.
         tokenizer_digest: Digest of the tokenizer.
-        data_fingerprint: Fingerprint of the token store.
+        data_fingerprint: Fingerprint of the token store, or of it and the pairs that the run is trained on.
         recipe: The parts of the recipe that make the run what it is.
         guards: State of `ul2r.train.monitor.guards`: batches skipped, and the losses of the last steps.
         data: The order in which the run reads its text, and what its weights were trained on before (`lineage.py`);
@@ -97,7 +97,7 @@ class CheckpointInfo:
             flops=flops,
             base_id=base_id,
             tokenizer_digest=dataset.manifest.tokenizer,
-            data_fingerprint=dataset.manifest.fingerprint,
+            data_fingerprint=run_fingerprint(recipe, dataset),
             # As JSON, so that it compares equal to one read back: no tuples, no paths.
             recipe=recipe.model_dump(mode="json", include=RECIPE_PARTS),
             guards=guards or {},

@@ -1,0 +1,330 @@
+"""Files of prompts and answers to a store of pairs."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Tokenizer
+
+from ul2r.config import Recipe
+from ul2r.data.document_tokenizer import DocumentTokenizer
+from ul2r.data.prepare.pairs import load_finished_pairs, prepare_pairs
+from ul2r.data.special_tokens import assign_special_tokens
+from ul2r.data.store.dataset import open_run_dataset
+from ul2r.data.store.pair_store import PairStore, find_pairs_folder
+from ul2r.data.tokenizer import load_tokenizer
+from ul2r.errors import CorpusError
+from ul2r.filesystem import sha256_of
+from ul2r.testing.corpus import make_tiny_store
+from ul2r.testing.pairs import write_json_lines
+from ul2r.testing.recipes import tiny_recipe
+from ul2r.testing.tokenizers import make_llama_3
+
+TEMPLATE = (
+    "{% if messages[0].role == 'robot' %}{{ raise_exception('no robots') }}{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_pairs(count: int) -> list[dict[str, str]]:
+    return [{"prompt": f"Question {i}?", "answer": f"It is {i * i}."} for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    storage = tmp_path_factory.mktemp("storage")
+    make_tiny_store(storage / "store", num_documents=8)
+    return storage
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Storage whose tokenizer has a chat template; `tokenizer` beside the store is the one that the user gave."""
+    storage = tmp_path_factory.mktemp("chat")
+    folder = storage / "tokenizer"
+    folder.mkdir()
+    tokenizer = make_llama_3()
+    names = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in names])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+
+    assigned = storage / "assigned.json"
+    assign_special_tokens(tokenizer, 64).save(str(assigned))
+    make_tiny_store(storage / "store", num_documents=8, tokenizer=assigned)
+    return storage
+
+
+def recipe_of(storage: Path, *entries: Path, **data: Any) -> Recipe:  # noqa: ANN401  values of a recipe
+    return tiny_recipe(
+        storage,
+        data={"num_sentinels": 64, "pairs": list(map(str, entries)), **data},
+        objective={"mixture": [{"kind": "pairs", "weight": 1}]},
+    )
+
+
+def texts_of(store: PairStore, tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    found = []
+    for number, length in enumerate(store.prompt_lengths.tolist()):
+        prompt, answer = np.split(store.read(number), [length])
+        found.append(
+            (
+                tokenizer.decode(prompt.tolist(), skip_special_tokens=False),
+                tokenizer.decode(answer.tolist(), skip_special_tokens=False),
+            )
+        )
+    return found
+
+
+def test_every_pair_is_on_one_side_with_its_boundary(storage: Path, tmp_path: Path) -> None:
+    records = make_pairs(90)
+    plain = write_json_lines(tmp_path / "a.jsonl", records[:50])
+    packed = tmp_path / "b.jsonl.gz"
+    packed.write_bytes(
+        gzip.compress("".join(json.dumps(r) + "\n\n" for r in records[50:]).encode())
+    )
+    recipe = recipe_of(storage, plain, packed)
+    manifest = prepare_pairs(recipe)
+
+    dataset = open_run_dataset(recipe)
+    assert dataset.pairs is not None
+    tokenizer = load_tokenizer(dataset.tokenizer_file)
+    train = texts_of(dataset.pairs.train, tokenizer)
+    held_out = texts_of(dataset.pairs.held_out, tokenizer)
+    assert sorted(train + held_out) == sorted((r["prompt"], r["answer"]) for r in records)
+    assert len(held_out) == manifest.held_out.num_documents > 0
+    tokens = manifest.held_out.num_tokens / (manifest.held_out + manifest.train).num_tokens
+    assert tokens <= recipe.data.held_out_fraction
+    text_bytes = sum(len(r["prompt"]) + len(r["answer"]) for r in records)
+    assert (manifest.train + manifest.held_out).text_bytes == text_bytes
+    # Megatron's format: documents of two sequences, in files whose digests are the fingerprint.
+    folder = find_pairs_folder(recipe)
+    assert {name: sha256_of(folder / name) for name in manifest.files} == manifest.files
+    assert sorted(p.name for p in folder.iterdir()) == sorted([*manifest.files, "manifest.json"])
+
+
+def test_prompts_and_answers_are_the_tokens_of_serving(storage: Path, tmp_path: Path) -> None:
+    # Names of special tokens are plain text.
+    record = {"prompt": "Say [S2S] <extra_id_0>", "answer": " now <eos>"}
+    recipe = recipe_of(storage, write_json_lines(tmp_path / "p.jsonl", [record, *make_pairs(5)]))
+    prepare_pairs(recipe)
+    dataset = open_run_dataset(recipe)
+    assert dataset.pairs is not None
+    tokenizer = DocumentTokenizer(load_tokenizer(dataset.tokenizer_file))
+    expected = (tokenizer.encode(record["prompt"]), tokenizer.encode_continuation(record["answer"]))
+    found = []
+    for store in (dataset.pairs.train, dataset.pairs.held_out):
+        for number, length in enumerate(store.prompt_lengths.tolist()):
+            tokens = store.read(number).tolist()
+            found.append((tokens[:length], tokens[length:]))
+    assert expected in found
+
+
+def test_pairs_with_one_prompt_are_on_one_side(storage: Path, tmp_path: Path) -> None:
+    records = [
+        {"prompt": f"Question {i % 10}?", "answer": f"Answer {i}, at some length."}
+        for i in range(100)
+    ]
+    path = write_json_lines(tmp_path / "p.jsonl", records)
+    recipe = recipe_of(storage, path, held_out_fraction=0.3)
+    prepare_pairs(recipe)
+    dataset = open_run_dataset(recipe)
+    assert dataset.pairs is not None
+    tokenizer = load_tokenizer(dataset.tokenizer_file)
+    train, held_out = (
+        {prompt for prompt, _ in texts_of(store, tokenizer)}
+        for store in (dataset.pairs.train, dataset.pairs.held_out)
+    )
+    assert len(held_out) in (2, 3)
+    assert not train & held_out
+
+
+def test_long_pairs_are_not_cut_for_the_held_out_split(storage: Path, tmp_path: Path) -> None:
+    records = [{"prompt": f"Story {i}", "answer": "again and again " * 4000} for i in range(3)]
+    recipe = recipe_of(storage, write_json_lines(tmp_path / "p.jsonl", records))
+    manifest = prepare_pairs(recipe)
+    assert (manifest.train.num_documents, manifest.held_out.num_documents) == (2, 1)
+
+
+def test_pairs_are_made_once_and_files_that_changed_are_refused(
+    storage: Path, tmp_path: Path
+) -> None:
+    path = write_json_lines(tmp_path / "p.jsonl", make_pairs(20))
+    recipe = recipe_of(storage, path)
+    assert load_finished_pairs(recipe) is None
+    manifest = prepare_pairs(recipe)
+    times = {p: p.stat().st_mtime_ns for p in find_pairs_folder(recipe).iterdir()}
+    assert prepare_pairs(recipe) == manifest == load_finished_pairs(recipe)
+    assert times == {p: p.stat().st_mtime_ns for p in find_pairs_folder(recipe).iterdir()}
+
+    write_json_lines(path, make_pairs(21))
+    with pytest.raises(CorpusError, match=r"changed since it was made \(1 files of 996 bytes then"):
+        load_finished_pairs(recipe)
+
+
+def test_pairs_do_not_touch_the_token_store(storage: Path, tmp_path: Path) -> None:
+    before = {p: p.read_bytes() for p in (storage / "store").iterdir()}
+    recipe = recipe_of(storage, write_json_lines(tmp_path / "p.jsonl", make_pairs(30)))
+    prepare_pairs(recipe)
+    assert before == {p: p.read_bytes() for p in (storage / "store").iterdir()}
+
+
+def test_pairs_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
+    path = write_json_lines(tmp_path / "p.jsonl", make_pairs(30))
+    recipe = recipe_of(tmp_path, path)
+    make_tiny_store(tmp_path / "store", num_documents=8)
+    prepare_pairs(recipe)
+    make_tiny_store(tmp_path / "store", num_documents=8, seed=1)
+    with pytest.raises(CorpusError, match=r"another tokenizer than .*: delete .* and run jobs/pre"):
+        open_run_dataset(recipe)
+
+
+def test_missing_pairs_are_named(storage: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(storage, tmp_path / "nothing.jsonl")
+    with pytest.raises(
+        CorpusError, match=r"pairs of data\.pairs=.*nothing.* are not prepared: run"
+    ):
+        open_run_dataset(recipe)
+    with pytest.raises(
+        CorpusError, match=r"nothing\.jsonl: no such file or folder: set data\.pairs"
+    ):
+        prepare_pairs(recipe)
+
+
+BAD = {
+    "missing": ({"prompt": "a"}, r'no "answer": the keys are prompt: set data\.answer_key'),
+    "empty": ({"prompt": "a", "answer": " \n"}, r'"answer" is empty: fill it in or leave'),
+    "null": ({"prompt": None, "answer": "b"}, r'"prompt" is null, not text'),
+    "number": ({"prompt": "a", "answer": 7}, r'"answer" is a number, not text'),
+    "list": ({"prompt": ["a"], "answer": "b"}, r'"prompt" is a list, not text'),
+    "surrogate": ({"prompt": "a", "answer": "\ud800"}, r'"answer": surrogates not allowed at char'),
+    "no object": (["a", "b"], r"no pair: the line is not a JSON object: write a record per line"),
+    "no chat": ({"messages": "hello"}, r"messages are not a list of objects with role and cont"),
+    "no role": ({"messages": [{"content": "a"}]}, r"messages, number 1: has no role, such as user"),
+    "no content": (
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]},
+        r"messages, number 2: content is empty",
+    ),
+    "no answer": (
+        {"messages": [{"role": "user", "content": "a"}]},
+        r"messages have no message of the role assistant",
+    ),
+    "no prompt": (
+        {"messages": [{"role": "assistant", "content": "a"}]},
+        r"messages begin with the assistant's answer",
+    ),
+    "no template": (
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        r"messages need a chat template, and the tokenizer that is trained on the text has none: set "
+        r"data\.tokenizer",
+    ),
+}
+
+
+@pytest.mark.parametrize(("record", "message"), BAD.values(), ids=BAD)
+def test_bad_record_is_named_by_file_and_line(
+    storage: Path, tmp_path: Path, record: object, message: str
+) -> None:
+    path = write_json_lines(tmp_path / "bad.jsonl", [*make_pairs(3), record])
+    recipe = recipe_of(storage, path)
+    with pytest.raises(CorpusError, match=rf"^{path}: line 4: {message}") as caught:
+        prepare_pairs(recipe)
+    assert "\n" not in str(caught.value)
+    # Nothing is left behind, and the lock's file is no folder of pairs.
+    assert not find_pairs_folder(recipe).exists()
+    assert not list(storage.glob(".pairs*"))
+
+
+def test_other_files_are_counted_and_a_folder_without_pairs_is_refused(
+    storage: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "README.md").write_text("pairs")
+    recipe = recipe_of(storage, tmp_path)
+    with pytest.raises(CorpusError, match=r"no \.jsonl file .*; they have 1 \.md files"):
+        prepare_pairs(recipe)
+    write_json_lines(tmp_path / "p.jsonl", make_pairs(9))
+    assert prepare_pairs(recipe).left_out[".md files"]["count"] == 1
+
+
+def test_keys_can_be_named(storage: Path, tmp_path: Path) -> None:
+    records = [{"question": f"Q{i}", "solution": f"A{i}", "prompt": 3} for i in range(9)]
+    path = write_json_lines(tmp_path / "p.jsonl", records)
+    recipe = recipe_of(storage, path, prompt_key="question", answer_key="solution")
+    assert prepare_pairs(recipe).train.num_documents == 8
+
+
+@pytest.mark.parametrize(
+    "write",
+    [lambda path: write_json_lines(path, []), lambda path: write_json_lines(path, make_pairs(1))],
+)
+def test_too_few_pairs_are_refused(
+    storage: Path, tmp_path: Path, write: Callable[[Path], Path]
+) -> None:
+    recipe = recipe_of(storage, write(tmp_path / "p.jsonl"))
+    with pytest.raises(CorpusError, match=r"the files have no pair|1 pairs of one prompt cannot"):
+        prepare_pairs(recipe)
+
+
+def chat_recipe(chat: Path, path: Path) -> Recipe:
+    return recipe_of(chat, path, tokenizer=chat / "tokenizer/tokenizer.json")
+
+
+def turns(*contents: str) -> dict[str, Any]:
+    roles = ("user", "assistant")
+    return {
+        "messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
+    }
+
+
+def test_every_answer_of_a_chat_is_a_pair_with_all_before_it(chat: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    chats = [turns(f"river {i}", "sees", "the sea?", "it sees\n") for i in range(6)]
+    recipe = chat_recipe(chat, write_json_lines(tmp_path / "p.jsonl", chats))
+    prepare_pairs(recipe)
+    dataset = open_run_dataset(recipe)
+    assert dataset.pairs is not None
+    found = []
+    for store in (dataset.pairs.train, dataset.pairs.held_out):
+        for number, length in enumerate(store.prompt_lengths.tolist()):
+            tokens = store.read(number).tolist()
+            found.append((tokens[:length], tokens[length:]))
+        # Both turns of a chat are on one side.
+        assert len(store) % 2 == 0
+
+    # What a server of the model that the user gave would prompt it with.
+    served = AutoTokenizer.from_pretrained(chat / "tokenizer")
+    expected = []
+    for record in chats:
+        for end, answer in ((1, "sees<|im_end|>"), (3, "it sees\n<|im_end|>")):
+            prompt = served.apply_chat_template(
+                record["messages"][:end], add_generation_prompt=True, return_dict=False
+            )
+            expected.append((prompt, served.encode(answer, add_special_tokens=False)))
+    assert sorted(found) == sorted(expected)
+
+
+def test_chat_that_spells_a_sentinel_is_left_out_and_counted(chat: Path, tmp_path: Path) -> None:
+    chats = [turns("say <extra_id_3>", "no"), *(turns(f"river {i}", "sees") for i in range(6))]
+    manifest = prepare_pairs(chat_recipe(chat, write_json_lines(tmp_path / "p.jsonl", chats)))
+    assert (manifest.train + manifest.held_out).num_documents == 6
+    count = manifest.left_out["chats that spell a mode or sentinel"]
+    assert count["count"] == 1
+    assert count["example"].endswith("p.jsonl: line 1")
+
+
+def test_chat_that_the_template_refuses_is_named(chat: Path, tmp_path: Path) -> None:
+    record = {
+        "messages": [{"role": "robot", "content": "a"}, {"role": "assistant", "content": "b"}]
+    }
+    path = write_json_lines(tmp_path / "p.jsonl", [turns("a", "b"), record])
+    with pytest.raises(CorpusError, match=r"p\.jsonl: line 2: messages do not fit .*: no robots$"):
+        prepare_pairs(chat_recipe(chat, path))
