@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ul2r.config import MIXTURE_PRESETS, Causal, Denoiser, Fim, Objective, Prefix, SpanCorruption
+from ul2r.config import (
+    MIXTURE_PRESETS,
+    Causal,
+    Denoiser,
+    Fim,
+    Objective,
+    Pairs,
+    Prefix,
+    SpanCorruption,
+)
 from ul2r.config.denoisers import MINIMUM_RAW_LENGTH, fit_raw_length
 
 corruptions = st.builds(
@@ -18,7 +27,11 @@ corruptions = st.builds(
     weight=st.just(1),
 )
 denoisers = st.one_of(
-    corruptions, st.just(Prefix(weight=1)), st.just(Fim(weight=1)), st.just(Causal())
+    corruptions,
+    st.just(Prefix(weight=1)),
+    st.just(Fim(weight=1)),
+    st.just(Causal()),
+    st.just(Pairs(weight=1)),
 )
 
 
@@ -120,6 +133,26 @@ def test_example_with_a_row_to_itself_may_fill_all_slots() -> None:
     assert objective.max_example_length(shared) == 33
     assert objective.max_raw_length == 129
     assert objective.with_mixture(shared).max_raw_length == 33
+
+
+def test_pairs_have_the_lengths_of_a_prefix_and_no_part_in_the_windows_of_text() -> None:
+    pairs = Pairs(weight=1, sentinel=True, whole_row=True)
+    assert pairs.example_length(100, 2, eos_after_inputs=True) == 106
+    assert Pairs(weight=1).example_length(100) == 102
+    mixture = (corruption(3, 0.15), pairs)
+    objective = Objective(mixture=mixture, sequence_length=128, slots_per_row=4)
+    assert objective.pairs == pairs
+    assert objective.text_denoisers == mixture[:1]
+    assert objective.max_example_length(pairs) == 129
+    assert objective.max_raw_length == 33
+    assert objective.is_denoising
+
+
+def test_sentinel_of_pairs_counts_as_that_of_a_prefix() -> None:
+    """By weight: most examples of mode S2S."""
+    mixture = (Pairs(weight=3, sentinel=True), Prefix(weight=1))
+    assert Objective(mixture=mixture).is_prefix_closed_by_sentinel
+    assert not Objective(mixture=(Pairs(weight=1), *mixture[1:])).is_prefix_closed_by_sentinel
 
 
 def test_ul2_mixture_is_the_papers_seven() -> None:

@@ -2,16 +2,18 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from rapidfuzz.distance import Levenshtein
 
-from ul2r.config import Causal, Recipe
+from ul2r.config import Causal, Pairs, Recipe
+from ul2r.data.prepare.pairs import prepare_pairs
 from ul2r.data.sampling.batches import BatchBuilder
 from ul2r.data.sampling.held_out_windows import select_windows
-from ul2r.data.store.dataset import TokenDataset
+from ul2r.data.store.dataset import TokenDataset, open_run_dataset
 from ul2r.errors import CheckpointError, CorpusError, RecipeError
 from ul2r.evaluation import evaluate, list_metrics
 from ul2r.evaluation.infilling import InfillExamples, measure_infill_loss, measure_infill_match
@@ -21,6 +23,7 @@ from ul2r.evaluation.losses import (
     measure_second_half_loss,
 )
 from ul2r.inference import LanguageModel, infill
+from ul2r.testing.pairs import write_pairs
 
 
 @pytest.fixture(params=["ul2r_model", "causal_model", "causal_ul2r_model"])
@@ -133,6 +136,45 @@ def test_every_arm_gets_the_same_denoiser_rows(
         score = measure_denoiser_loss(model, dataset, recipe, denoiser)
 
         assert score.mean == pytest.approx(np.mean(expected), abs=1e-5), denoiser.name
+
+
+def test_pairs_are_measured_by_their_answers(
+    model: LanguageModel, recipe: Recipe, tmp_path: Path
+) -> None:
+    """Each pair alone gives the same losses as in a row with others."""
+    pairs = [str(write_pairs(tmp_path / "pairs.jsonl", 300))]
+    tree = recipe.model_dump()
+    tree["data"]["pairs"] = pairs
+    tree["objective"]["sequence_length"] = 128
+    with_pairs = Recipe.model_validate(tree)
+    prepare_pairs(with_pairs)
+    dataset = open_run_dataset(with_pairs)
+    (denoiser,) = [d for d in with_pairs.evaluation.mixture if isinstance(d, Pairs)]
+    builder = BatchBuilder(with_pairs, dataset)
+    num_rows = min(6, builder.num_held_out_rows(denoiser))
+    batch = builder.build_held_out(denoiser, num_rows)
+
+    assert dataset.pairs is not None
+    store = dataset.pairs.held_out
+    shown = {tuple(store.read(n)): length for n, length in enumerate(store.prompt_lengths.tolist())}
+    mode = list(dataset.vocabulary.modes["S2S"])
+    expected = []
+    for row in range(num_rows):
+        starts = np.flatnonzero(
+            (batch.position_ids[row] == 0) & (batch.denoiser_ids[row] >= 0)
+        ).tolist()
+        for start in starts:
+            text = batch.tokens[row, start + 1 :].tolist()
+            (pair,) = [pair for pair in shown if text[: len(pair)] == list(pair)]
+            prompt = list(pair[: shown[pair]])
+            answer = [*pair[shown[pair] :], dataset.vocabulary.eos]
+            expected += target_losses(model, mode + prompt, answer, bidirectional=True)
+
+    assert len(expected) == batch.loss_mask.sum()
+    score = measure_denoiser_loss(model, dataset, with_pairs, denoiser)
+    assert score.mean == pytest.approx(np.mean(expected), abs=1e-5)
+    assert score.count == num_rows
+    assert "denoiser_loss/pairs" in [m.name for m in list_metrics(with_pairs.evaluation)]
 
 
 def test_infill_loss_counts_only_the_span(

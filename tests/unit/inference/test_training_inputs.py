@@ -7,11 +7,15 @@ from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
-from ul2r.config import Objective, Prefix, SpanCorruption
+from ul2r.config import Objective, Pairs, Prefix, SpanCorruption
+from ul2r.data.prepare.pair_records import PairText
+from ul2r.data.prepare.pairs import PairEncoder
 from ul2r.inference import LanguageModel, complete, infill
 from ul2r.objective import Batch, Vocabulary, build_batch
+from ul2r.objective.random_kernels import Runs
 from ul2r.testing.corpus import SyntheticWindows
 from ul2r.testing.models import ScriptedModel, write_tiny_export
 
@@ -40,6 +44,67 @@ def model(
         prefix_sentinel=prefix_sentinel,
     )
     return LanguageModel.load(folder)
+
+
+class OnePair:
+    """A `PairSource` of one pair in each slot."""
+
+    max_pairs = 1
+
+    def __init__(self, prompt: list[int], answer: list[int]) -> None:
+        self._prompt = prompt
+        self._answer = answer
+
+    def read(
+        self,
+        numbers: npt.NDArray[np.int64],
+        lengths: npt.NDArray[np.int64],
+        windows: npt.NDArray[np.int32],
+        runs: Runs,
+    ) -> None:
+        """Write the pair to each slot."""
+        size = len(self._prompt) + len(self._answer)
+        assert (numbers >= 0).all()
+        lengths[:] = size
+        windows[:, :size] = [*self._prompt, *self._answer]
+        runs.num_spans[:] = 1
+        runs.kept[:, 0] = len(self._prompt)
+        runs.masked[:, 0] = len(self._answer)
+
+
+@pytest.mark.parametrize(("prompt", "answer"), [("What is q?", " zero"), (" ab\n", "C[S2S]")])
+def test_a_completion_of_a_prompt_reads_what_its_pair_was_trained_on(
+    model: LanguageModel, vocabulary: Vocabulary, tmp_path: Path, prompt: str, answer: str
+) -> None:
+    model.tokenizer.save(str(tmp_path / "tokenizer.json"))
+    encoder = PairEncoder(tmp_path / "tokenizer.json", vocabulary)
+    encoded = encoder.encode(PairText([(prompt, answer)], is_chat=False, locate=str))
+    assert encoded is not None
+    denoiser = Pairs(weight=1, sentinel=model.metadata.prefix_sentinel)
+    batch = build_batch(
+        range(1),
+        objective=Objective(
+            mixture=(denoiser,),
+            sequence_length=40,
+            eos_after_inputs=model.metadata.eos_after_inputs,
+        ),
+        vocabulary=vocabulary,
+        seed=5,
+        text_windows=SyntheticWindows(lambda *_: []),
+        pairs=OnePair(*encoded[0]),
+    )
+    inputs, targets = split_example(batch, 0)
+    scripted = ScriptedModel(model, {}, fallback=vocabulary.eos)
+    if denoiser.sentinel:
+        scripted = ScriptedModel(model, {inputs[-1]: targets[:1]}, fallback=vocabulary.eos)
+
+    complete(scripted, prompt, max_tokens=1)
+
+    assert scripted.calls[0] == inputs
+    assert scripted.bidirectional_calls[0]
+    text = [token for token in targets if token not in (vocabulary.eos, vocabulary.sentinels[0])]
+    assert model.decode_continuation(inputs, text) == answer
+    assert targets[-1] == vocabulary.eos
 
 
 def build_rows(model: LanguageModel, denoiser: SpanCorruption | Prefix) -> Batch:

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
 
 from ul2r.config import Data, Recipe
 from ul2r.console import show_progress
@@ -205,7 +204,7 @@ class PairEncoder:
     def __init__(self, tokenizer: Path, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
         self._text = DocumentTokenizer(load_tokenizer(tokenizer))
-        self._chat = DocumentTokenizer(_load_with_special_tokens(tokenizer))
+        self._chat = load_chat_tokenizer(tokenizer)
 
     def encode(self, record: PairText) -> list[tuple[list[int], list[int]]] | None:
         """Return the tokens of each prompt and answer, None if they have tokens that only the objective may use.
@@ -233,11 +232,11 @@ class PairEncoder:
         return encoded
 
 
-def _load_with_special_tokens(path: Path) -> Tokenizer:
+def load_chat_tokenizer(path: Path) -> DocumentTokenizer:
     """Load a tokenizer that takes the names of special tokens for these tokens."""
     tokenizer = load_tokenizer(path)
     tokenizer.encode_special_tokens = False
-    return tokenizer
+    return DocumentTokenizer(tokenizer)
 
 
 def _split(

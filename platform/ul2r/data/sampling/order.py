@@ -38,6 +38,14 @@ class DataOrder:
     whole_store: bool = False
     first_pair_slot: int = 0
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values, from which the order can be made again."""
+        tree = asdict(self)
+        # Only where it says something: orders are compared with those of exports from before there were pairs.
+        if not self.first_pair_slot:
+            del tree["first_pair_slot"]
+        return tree
+
 
 @dataclass(frozen=True)
 class DataUse:
@@ -63,7 +71,10 @@ class DataUse:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values that `from_dict` reads back."""
-        return {**asdict(self), "stores": list(self.stores)}
+        tree = {**asdict(self), "stores": list(self.stores), "order": self.order.to_dict()}
+        if not self.end_pair_slot:
+            del tree["end_pair_slot"]
+        return tree
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> Self:
@@ -97,7 +108,7 @@ class DataPlan:
             dataset: The run's token store.
         """
         return {
-            "order": asdict(self.order),
+            "order": self.order.to_dict(),
             "stores": list(list_fingerprints(dataset)),
             "history": [use.to_dict() for use in self.history],
         }

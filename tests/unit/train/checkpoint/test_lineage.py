@@ -7,15 +7,19 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ul2r.config import Recipe
+from ul2r.data.prepare.pairs import prepare_pairs
+from ul2r.data.sampling.batches import BatchBuilder
 from ul2r.data.sampling.order import DataOrder, DataUse, choose_order
-from ul2r.data.store.dataset import TokenDataset
+from ul2r.data.store.dataset import TokenDataset, open_run_dataset
 from ul2r.errors import CheckpointError
 from ul2r.launch.preflight import check_initial_weights, find_resume_checkpoint, plan_run_data
 from ul2r.model.export_metadata import ExportMetadata
 from ul2r.testing.corpus import make_tiny_store
+from ul2r.testing.pairs import write_pairs
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.train.checkpoint.checksums import write_digests
 from ul2r.train.checkpoint.lineage import list_uses
@@ -220,3 +224,53 @@ def test_megatron_base_has_no_record(dataset: TokenDataset, tmp_path: Path) -> N
         plan.description
         == f"seed 1; the text that {tmp_path}/theirs was trained on is not recorded"
     )
+
+
+def test_run_goes_on_in_the_text_and_the_pairs_of_its_base(tmp_path: Path) -> None:
+    make_tiny_store(tmp_path / "store", num_documents=24)
+    write_pairs(tmp_path / "pairs.jsonl", 400)
+    data = {"num_sentinels": 64, "pairs": [str(tmp_path / "pairs.jsonl")]}
+    objective = {
+        "sequence_length": 64,
+        "slots_per_row": 2,
+        "mixture": [{"kind": "causal", "weight": 1}, {"kind": "pairs", "weight": 1}],
+    }
+    evaluation = {"infill_context_length": 8}
+    changes = {"data": data, "objective": objective, "evaluation": evaluation}
+    base_recipe = tiny_recipe(tmp_path, **changes)
+    prepare_pairs(base_recipe)
+    dataset = open_run_dataset(base_recipe)
+    write_run(base_recipe, dataset)
+
+    again = tiny_recipe(tmp_path, name="again", base="tiny", **changes)
+    plan = plan_run_data(again, dataset, None)
+    # 8 batches of 8 rows with 2 slots each, half of them pairs.
+    (use,) = plan.history
+    assert (use.end_sample, use.end_pair_slot) == (64, 64)
+    assert plan.order.seed != base_recipe.seed
+
+    changes["data"] = data | {"continue_from_base": True}
+    going_on = tiny_recipe(tmp_path, name="more", base="tiny", **changes)
+    plan = plan_run_data(going_on, dataset, None)
+    assert plan.order == DataOrder(1, 64, continues_base=True, first_pair_slot=64)
+    longer = BatchBuilder(base_recipe, dataset)
+    builder = BatchBuilder(going_on, dataset, plan.order)
+    for batch in range(3):
+        assert np.array_equal(builder.build(batch).tokens, longer.build(8 + batch).tokens)
+
+
+def test_resuming_on_other_pairs_is_refused(tmp_path: Path) -> None:
+    make_tiny_store(tmp_path / "store", num_documents=12)
+    objective = {"mixture": [{"kind": "pairs", "weight": 1}]}
+    recipes = []
+    for name in ("a", "b"):
+        write_pairs(tmp_path / f"{name}.jsonl", 30, first=ord(name))
+        data = {"num_sentinels": 64, "pairs": [str(tmp_path / f"{name}.jsonl")]}
+        recipes.append(tiny_recipe(tmp_path, data=data, objective=objective))
+        prepare_pairs(recipes[-1])
+    write_run(recipes[0], open_run_dataset(recipes[0]))
+
+    resumed = find_resume_checkpoint(recipes[0])
+    check_initial_weights(recipes[0], open_run_dataset(recipes[0]), resumed)
+    with pytest.raises(CheckpointError, match="data"):
+        check_initial_weights(recipes[1], open_run_dataset(recipes[1]), resumed)
