@@ -94,6 +94,8 @@ def evaluation_settings(recipe: Recipe) -> dict[str, Any]:
         "evaluation": recipe.evaluation.model_dump(mode="json"),
         "objective.sequence_length": recipe.objective.sequence_length,
         "objective.slots_per_row": recipe.objective.slots_per_row,
+        # Only where there are some: scores of earlier versions are still those of runs without.
+        **({"data.pairs": list(recipe.data.pairs)} if recipe.data.pairs else {}),
     }
 
 
@@ -107,7 +109,6 @@ def _conditions(
         "format": FORMAT,
         "export": pretrained.digest if pretrained else hash_export(find_export(recipe, dataset)),
         "token_store": dataset.manifest.fingerprint,
-        # Only where there are some: scores of earlier versions are still those of runs without.
         **({"pairs": dataset.pairs.manifest.fingerprint} if dataset.pairs else {}),
         **settings,
     }
