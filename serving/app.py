@@ -4,7 +4,6 @@
 # annotation of `build` is the class itself, not a string.
 
 import os
-import re
 from pathlib import Path
 from typing import Literal
 
@@ -18,17 +17,15 @@ from ray.serve.schema import LoggingConfig
 from serving.api import create_api
 from serving.service import InferenceService
 from ul2r.config.strict_model import StrictModel
-from ul2r.errors import CheckpointError
 from ul2r.inference import LanguageModel, read_export_metadata
-
-REGISTRY_URI = re.compile(r"models:/(?P<name>[^/@]+)@(?P<alias>[^/@]+)")
+from ul2r.tracking.model_uri import ModelUri, is_model_uri
 
 
 class ServingConfig(StrictModel):
     """Arguments of `build`, from a deploy file or a command line."""
 
     model: str
-    """An export folder, or models:/NAME@ALIAS in MLflow's model registry."""
+    """An export folder, or models:/NAME@ALIAS, models:/NAME/VERSION or models:/NAME/latest in MLflow's registry."""
     tracking_uri: str | None = None
     """MLflow server of the registry. Default: the environment's MLFLOW_TRACKING_URI."""
     cpus: PositiveInt = 1
@@ -77,13 +74,10 @@ def build(config: ServingConfig) -> Application:
     return deployment.bind(str(folder), "cuda" if config.gpus else "cpu", config.cpus)
 
 
-def is_registry_uri(model: str) -> bool:
-    """Return whether `model` is a URI in a model registry rather than a folder."""
-    return model.startswith("models:")
-
-
 def resolve_model(model: str, tracking_uri: str | None = None, key: str = "tracking_uri") -> Path:
-    """Return the absolute export folder of `model`, which is a path or models:/NAME@ALIAS.
+    """Return the absolute export folder of `model`, which is a path or a URI in a model registry.
+
+    An alias and the newest version are those of now: what is served stays the same when they move.
 
     Args:
         model: The model.
@@ -91,20 +85,16 @@ def resolve_model(model: str, tracking_uri: str | None = None, key: str = "track
         key: Setting that `tracking_uri` comes from, for error messages.
 
     Raises:
-        CheckpointError: If a registry URI lacks a name or an alias, or its folder is gone.
-        ServiceError: If the registry cannot be reached or has no such model.
+        CheckpointError: If a registry URI has another form than `ModelUri`, or its folder is gone.
+        ServiceError: If the registry cannot be reached or has no such model or version.
     """
-    if not is_registry_uri(model):
+    if not is_model_uri(model):
         # Absolute, since replicas have another working directory. `Path.resolve` raises a RuntimeError for a link to
         # itself before Python 3.13.
         return Path(os.path.realpath(model))
 
-    match = REGISTRY_URI.fullmatch(model)
-    if match is None:
-        raise CheckpointError(
-            f"{model!r} is not a registry URI: write models:/NAME@ALIAS, for example models:/ul2r-demo@champion"
-        )
+    uri = ModelUri.parse(model)
     # Importing MLflow takes seconds; serving from a folder does not need it.
     from ul2r.tracking.mlflow import check_server, resolve
 
-    return resolve(check_server(tracking_uri, key), match["name"], match["alias"])
+    return resolve(check_server(tracking_uri, key), uri)

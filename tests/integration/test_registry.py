@@ -1,11 +1,32 @@
-"""Models in the registry of a real MLflow server."""
+"""Models in the registry of a real MLflow server, and what MLflow itself can do with them."""
 
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
+from mlflow import MlflowClient
 
 from ul2r.errors import CheckpointError, ServiceError
+from ul2r.inference import LanguageModel, complete, infill
+from ul2r.inference.pyfunc import make_pointer
+from ul2r.testing.models import write_tiny_export
 from ul2r.tracking import mlflow as tracking
+from ul2r.tracking.logged_model import ModelDetails
+from ul2r.tracking.model_uri import ModelUri
+from ul2r.tracking.server import find_free_port
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.integration
 
@@ -21,34 +42,179 @@ def make_export(folder: Path, weights: bytes = b"weights") -> Path:
     return folder
 
 
-def test_export_is_registered_once_and_found_by_its_alias(uri: str, tmp_path: Path) -> None:
+def register(uri: str, name: str, folder: Path, run_id: str, alias: str = "champion") -> str:
+    return tracking.register(
+        uri, name, folder, run_id, alias=alias, details=ModelDetails("a run", step=7)
+    )
+
+
+def resolve(uri: str, model: str) -> Path:
+    return tracking.resolve(uri, ModelUri.parse(model))
+
+
+def test_export_is_registered_once_and_found_by_alias_version_or_as_the_newest(
+    uri: str, tmp_path: Path
+) -> None:
     run_id = make_run(uri, tmp_path)
     first = make_export(tmp_path / "first export")
     second = make_export(tmp_path / "second", b"better weights")
-    assert tracking.register(uri, "tests-alias", first, run_id, "champion") == "1"
-    assert tracking.register(uri, "tests-alias", first, run_id, "champion") == "1"
-    assert tracking.resolve(uri, "tests-alias", "champion") == first
-    assert tracking.register(uri, "tests-alias", second, run_id, "champion") == "2"
-    assert tracking.resolve(uri, "tests-alias", "champion") == second
-    tracking.register(uri, "tests-alias", first, run_id, "previous")
-    assert tracking.resolve(uri, "tests-alias", "previous") == first
+    assert register(uri, "tests-alias", first, run_id) == "1"
+    assert register(uri, "tests-alias", first, run_id) == "1"
+    assert resolve(uri, "models:/tests-alias@champion") == first
+    assert register(uri, "tests-alias", second, run_id) == "2"
+    assert resolve(uri, "models:/tests-alias@champion") == second
+    assert register(uri, "tests-alias", first, run_id, "previous") == "1"
+    assert resolve(uri, "models:/tests-alias@previous") == first
+    assert resolve(uri, "models:/tests-alias/1") == first
+    for newest in ("models:/tests-alias/2", "models:/tests-alias/latest", "models:/tests-alias"):
+        assert resolve(uri, newest) == second
+    run = MlflowClient(uri, uri).get_run(run_id)
+    assert [output.step for output in run.outputs.model_outputs] == [7, 7]
 
 
-def test_unknown_model_or_alias_is_refused_in_one_line(uri: str, tmp_path: Path) -> None:
+def test_version_that_was_registered_before_there_were_logged_models_is_still_found(
+    uri: str, tmp_path: Path
+) -> None:
     run_id = make_run(uri, tmp_path)
-    tracking.register(uri, "tests-known", make_export(tmp_path / "export"), run_id, "champion")
-    for name, alias in (("tests-known", "challenger"), ("tests-unknown", "champion")):
-        with pytest.raises(ServiceError, match=f"models:/{name}@{alias}") as caught:
-            tracking.resolve(uri, name, alias)
+    export = make_export(tmp_path / "export")
+    client = MlflowClient(uri, uri)
+    client.create_registered_model("tests-old")
+    tags = {"export_uri": export.as_uri()}
+    client.create_model_version("tests-old", f"runs:/{run_id}/export", run_id, tags=tags)
+    assert resolve(uri, "models:/tests-old/1") == export
+    # Exported again, it gets a version that MLflow can load.
+    assert register(uri, "tests-old", export, run_id) == "2"
+
+
+def test_what_the_registry_lacks_is_refused_in_one_line(uri: str, tmp_path: Path) -> None:
+    run_id = make_run(uri, tmp_path)
+    register(uri, "tests-known", make_export(tmp_path / "export"), run_id)
+    MlflowClient(uri, uri).create_registered_model("tests-empty")
+    for model in (
+        "models:/tests-known@challenger",
+        "models:/tests-known/9",
+        "models:/tests-unknown@champion",
+        "models:/tests-unknown/latest",
+        "models:/tests-empty/latest",
+    ):
+        with pytest.raises(ServiceError, match=f"^{model} is not in the registry") as caught:
+            resolve(uri, model)
         assert "\n" not in str(caught.value)
 
 
 def test_missing_export_folder_is_reported_in_one_line(uri: str, tmp_path: Path) -> None:
     run_id = make_run(uri, tmp_path)
     export = make_export(tmp_path / "export")
-    tracking.register(uri, "tests-gone", export, run_id, "champion")
+    register(uri, "tests-gone", export, run_id)
     export.rename(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match=r"tests-gone@champion.*no export at .*/export"):
-        tracking.resolve(uri, "tests-gone", "champion")
+        resolve(uri, "models:/tests-gone@champion")
     with pytest.raises(CheckpointError, match=r"run jobs/export\.py"):
-        tracking.register(uri, "tests-gone", export, run_id, "champion")
+        register(uri, "tests-gone", export, run_id)
+
+
+LOADING_PROGRAM = """
+    import json, sys
+    import mlflow
+    model = mlflow.pyfunc.load_model(sys.argv[1])
+    completion, infilling = model.predict({"prompt": sys.argv[2:]}, params={"max_tokens": 4})
+    assert "ray" not in sys.modules and "megatron" not in sys.modules
+    print(json.dumps([completion, infilling]))
+"""
+
+
+def test_mlflow_loads_a_registered_model_and_answers_with_prefix_attention(
+    uri: str, tmp_path: Path
+) -> None:
+    """In a process that has MLflow and this package; the answers are those of the library, not causal ones."""
+    run_id = make_run(uri, tmp_path)
+    export = write_tiny_export(tmp_path / "export", attention="prefix")
+    model = LanguageModel.load(export)
+    prompts = (find_prompt_read_in_both_directions(model), "a cat <slot> on the <slot>.")
+    details = ModelDetails(
+        "tiny.1", 3, make_pointer(export), "# A card", {"attention": "prefix"}, can_infill=True
+    )
+    version = tracking.register(
+        uri, "tests-loaded", export, run_id, alias="champion", details=details
+    )
+    name = f"models:/tests-loaded/{version}"
+    environment = {
+        **os.environ,
+        "MLFLOW_TRACKING_URI": uri,
+        "PYTHONPATH": str(ROOT / "platform"),
+        # As in an activated environment: MLflow starts uvicorn by its name.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    program = [sys.executable, "-c", textwrap.dedent(LOADING_PROGRAM), name, *prompts]
+
+    loaded = subprocess.run(
+        program, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+
+    assert loaded.returncode == 0, loaded.stderr
+    completion, infilling = json.loads(loaded.stdout.splitlines()[-1])
+    assert completion["text"] == complete(model, prompts[0], max_tokens=4).text
+    filled = infill(model, prompts[1].split("<slot>"), max_tokens=4)
+    assert infilling["fills"] == list(filled.fills)
+    assert infilling["text"] == filled.text
+    answers = ask_mlflow_server(name, prompts, environment)
+    assert [answer["text"] for answer in answers] == [completion["text"], filled.text]
+
+    stored = MlflowClient(uri, uri).get_model_version("tests-loaded", version)
+    assert "# A card" in stored.description
+    assert f"ul2r serve {name}" in stored.description
+    assert stored.tags["attention"] == "prefix"
+    assert stored.tags["serve"] == f"ul2r serve {name}"
+    logged = MlflowClient(uri, uri).get_logged_model(stored.model_id)
+    assert logged.status == "READY"
+    assert logged.name == "tiny-1"
+    assert logged.source_run_id == run_id
+
+
+def ask_mlflow_server(
+    model: str, prompts: Sequence[str], environment: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """Return the answers of `mlflow models serve`."""
+    port = find_free_port()
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local"]
+    command += ["--model-uri", model, "--port", str(port), "--workers", "1"]
+    with subprocess.Popen(command, env=dict(environment), start_new_session=True) as server:
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+                wait_until_up(client, server)
+                records = [{"prompt": prompt} for prompt in prompts]
+                body = {"dataframe_records": records, "params": {"max_tokens": 4}}
+                response = client.post("/invocations", json=body, timeout=120)
+        finally:
+            # It may have ended by itself, after an error.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGKILL)
+    assert response.status_code == 200, response.text
+    answers: list[dict[str, Any]] = response.json()["predictions"]
+    return answers
+
+
+def wait_until_up(client: httpx.Client, server: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 240
+    while True:
+        try:
+            if client.get("/ping", timeout=30).is_success:
+                return
+        except httpx.TransportError:
+            assert server.poll() is None, "the server ended"
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.2)
+
+
+def find_prompt_read_in_both_directions(model: LanguageModel) -> str:
+    """Return a prompt that a causal reading continues otherwise."""
+    metadata = dataclasses.replace(model.metadata, attention="causal")
+    causal = LanguageModel(model.network, model.tokenizer, metadata, model.eos_token_ids)
+    for number in range(50):
+        prompt = f"the {number} old cats sat on the mat and"
+        if (
+            complete(model, prompt, max_tokens=4).text
+            != complete(causal, prompt, max_tokens=4).text
+        ):
+            return prompt
+    raise AssertionError("no prompt tells the two apart")

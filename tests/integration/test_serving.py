@@ -25,8 +25,10 @@ from serving.body_limit import MAX_BODY_BYTES
 from serving.server import check_port, serve_model
 from ul2r.errors import ServiceError
 from ul2r.inference import LanguageModel, complete, infill
+from ul2r.inference.pyfunc import make_pointer
 from ul2r.launch.ray_train.cluster import connect_ray
 from ul2r.testing.models import write_tiny_export
+from ul2r.tracking.logged_model import ModelDetails
 from ul2r.tracking.mlflow import register
 from ul2r.tracking.server import find_free_port, run_mlflow_server
 
@@ -78,7 +80,8 @@ def _register(storage: Path, export: Path) -> None:
     with run_mlflow_server(storage) as uri:
         client = MlflowClient(uri)
         run = client.create_run(client.create_experiment("serving"))
-        register(uri, "tiny", export, run.info.run_id, "champion")
+        details = ModelDetails("tiny", pointer=make_pointer(export))
+        register(uri, "tiny", export, run.info.run_id, alias="champion", details=details)
 
 
 def _start_job(*arguments: str) -> subprocess.Popen[str]:

@@ -27,6 +27,7 @@ from ul2r.testing.recipes import tiny_recipe
 from ul2r.tracking import RunStatus
 from ul2r.tracking import mlflow as tracking
 from ul2r.tracking.mlflow import MlflowTracker
+from ul2r.tracking.model_uri import ModelUri
 from ul2r.tracking.server import find_free_port, run_mlflow_server
 from ul2r.tracking.store import open_store
 
@@ -201,7 +202,7 @@ def test_two_servers_share_a_storage_and_a_tracker_reports_its_backlog_when_one_
         left.close()
     assert "\n" not in str(caught.value)
     with pytest.raises(ServiceError, match=other):
-        tracking.resolve(other, "tests-alias", "champion")
+        tracking.resolve(other, ModelUri("tests-alias", "champion"))
 
 
 def test_killed_server_loses_no_points_and_does_not_block_the_run(

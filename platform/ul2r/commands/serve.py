@@ -2,9 +2,10 @@
 
     ul2r serve MODEL [--port 8000]
 
-MODEL is an export folder, or models:/NAME@ALIAS in the registry of the MLflow server at --tracking-uri (default:
-MLFLOW_TRACKING_URI). With --storage the registry is read from that folder, and no MLflow server needs to be running.
-The job serves until Ctrl-C. On a cluster use `serve deploy serving/deploy.yaml` instead.
+MODEL is an export folder, or a model in the registry of the MLflow server at --tracking-uri (default:
+MLFLOW_TRACKING_URI): models:/NAME@ALIAS, models:/NAME/3, or models:/NAME/latest. With --storage the registry is read
+from that folder, and no MLflow server needs to be running. The job serves until Ctrl-C. On a cluster use
+`serve deploy serving/deploy.yaml` instead.
 """
 
 from __future__ import annotations
@@ -54,10 +55,13 @@ def _handle_signals() -> None:
 
 def _find_export(model: str, tracking_uri: str | None, storage: Path | None) -> Path:
     """Return the export folder of a model; a registry in a storage folder is read before Ray is started."""
-    from serving.app import is_registry_uri, resolve_model
+    from serving.app import resolve_model
+    from ul2r.tracking.model_uri import ModelUri, is_model_uri
 
-    if storage is None or not is_registry_uri(model):
+    if storage is None or not is_model_uri(model):
         return resolve_model(model, tracking_uri, "--tracking-uri")
+    # Before a server is started for it.
+    ModelUri.parse(model)
     if not StoragePaths(storage).mlflow_database.is_file():
         raise ServiceError(
             f"no model registry in {storage}: run `make demo` first, or give an MLflow server with --tracking-uri"
@@ -92,7 +96,9 @@ def _make_parser(program: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", metavar="MODEL", help="export folder, or models:/NAME@ALIAS")
+    parser.add_argument(
+        "model", metavar="MODEL", help="export folder, or models:/NAME@ALIAS and the like"
+    )
     parser.add_argument("--port", type=int, default=DEFAULT_PORT)
     parser.add_argument(
         "--host", default=DEFAULT_HOST, help="0.0.0.0 accepts connections from other machines"

@@ -24,6 +24,8 @@ for _name, _value in {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    # A project of uv's in the working directory is none of an export's.
+    "MLFLOW_UV_AUTO_DETECT": "false",
 }.items():
     os.environ.setdefault(_name, _value)
 

@@ -28,7 +28,7 @@ from ul2r.tracking.backlog import Backlog, Point
 from ul2r.tracking.client import check_server, create_client, first_line
 from ul2r.tracking.names import is_metric_name
 from ul2r.tracking.refusals import INVALID_VALUE, is_refusal
-from ul2r.tracking.registry import register, resolve
+from ul2r.tracking.registry import log_export, register, resolve
 from ul2r.tracking.runs import (
     continue_run,
     end_on_error,
@@ -56,6 +56,7 @@ __all__ = [
     "finish_run",
     "list_view_urls",
     "log_artifact",
+    "log_export",
     "log_summary",
     "read_metric_history",
     "register",

@@ -24,6 +24,8 @@ DIRTY_TAG = "mlflow.source.git.dirty"
 NOTE_TAG = "mlflow.note.content"
 
 GIT_TIMEOUT_S = 10.0
+PROGRAM = "ul2r"
+"""The command line's program, whose first argument is a verb."""
 
 ROLES = {
     "base": "Base model",
@@ -50,6 +52,10 @@ def describe_process(folder: Path | None = None) -> dict[str, str]:
         # A program of an environment, such as .venv/bin/ul2r, is known by its name.
         inside = program.is_relative_to(working_directory) and program.suffix == ".py"
         shown = program.relative_to(working_directory) if inside else Path(program.name)
+    source = str(shown) if program.name else "python"
+    # The verb is the job's name.
+    if program.name == PROGRAM and len(sys.argv) > 1:
+        source = f"{PROGRAM} {sys.argv[1]}"
 
     checkout = Path(__file__).resolve().parents[3]
     commit = _describe_commit(working_directory)
@@ -57,7 +63,7 @@ def describe_process(folder: Path | None = None) -> dict[str, str]:
         commit = _describe_commit(checkout)
     return {
         USER_TAG: _find_user(),
-        SOURCE_NAME_TAG: str(shown) if program.name else "python",
+        SOURCE_NAME_TAG: source,
         SOURCE_TYPE_TAG: "LOCAL",
         **commit,
     }

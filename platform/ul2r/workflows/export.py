@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ul2r.config import Architecture, Recipe
-from ul2r.config.tracking import FILES
 from ul2r.data.store.dataset import TokenDataset, open_run_dataset
-from ul2r.errors import CheckpointError, RecipeError
+from ul2r.errors import CheckpointError
 from ul2r.model.export_metadata import ExportMetadata
 from ul2r.model.huggingface.checkpoint_reader import (
     MegatronCheckpointReader,
@@ -17,17 +16,17 @@ from ul2r.model.huggingface.checkpoint_reader import (
 from ul2r.model.huggingface.config_json import find_changed_setting, read_architecture
 from ul2r.model.huggingface.exporting import convert_tensors, write_export
 from ul2r.model.sizing import GIB
-from ul2r.tracking.store import TrackingStore, check_store
 from ul2r.train.checkpoint.checksums import find_damage
 from ul2r.train.checkpoint.layout import INFO_FILE
 from ul2r.train.checkpoint.lineage import list_uses
 from ul2r.train.checkpoint.metadata import CheckpointInfo
 from ul2r.train.checkpoint.storage import CheckpointStore, latest_valid
+from ul2r.workflows.log_export import find_server, log_export
 from ul2r.workflows.model_card import write_card
 
 
 def export(recipe: Recipe) -> Path:
-    """Write a checkpoint as a Hugging Face folder, and register it if the recipe names a registered model.
+    """Write a checkpoint as a Hugging Face folder, and log it in MLflow; see `log_export`.
 
     The checkpoint is the run's last valid one and the folder is "export", unless `export.checkpoint` names another,
     whose folder is named after it. An existing export of the same checkpoint is kept.
@@ -43,26 +42,13 @@ def export(recipe: Recipe) -> Path:
     dataset = open_run_dataset(recipe)
     checkpoint, folder = _choose_checkpoint(recipe)
     # Before the weights are written, which can take long: that the server answers.
-    store = _check_registry(recipe)
+    server = find_server(recipe)
 
     _write_export(recipe, dataset, checkpoint, folder)
-    if store is not None:
-        _register(recipe, store, folder)
+    if server is not None:
+        log_export(recipe, server, folder)
 
     return folder
-
-
-def _check_registry(recipe: Recipe) -> TrackingStore | None:
-    """Return the server that the export is to be registered at, once it is known to answer."""
-    name = recipe.export.registered_model
-    if name is None:
-        return None
-    if recipe.tracking.uri == FILES:
-        raise RecipeError(
-            f"export.registered_model={name}: only an MLflow server has a registry, and tracking.uri={FILES}: set "
-            "either of the two to null"
-        )
-    return check_store(recipe.tracking.uri)
 
 
 def _choose_checkpoint(recipe: Recipe) -> tuple[Path, Path]:
@@ -149,19 +135,3 @@ def _make_metadata(recipe: Recipe, dataset: TokenDataset, checkpoint: Path) -> E
         # A checkpoint of an older version has no record of its own, and neither has its export.
         data=[use.to_dict() for use in list_uses(info, recipe)] if info.data else None,
     )
-
-
-def _register(recipe: Recipe, store: TrackingStore, folder: Path) -> None:
-    # A registered version points to the run it comes from.
-    run_id = store.find_run(recipe.paths.folder)
-    if run_id is None:
-        raise CheckpointError(
-            f"MLflow at {store.uri} does not know run {recipe.name!r}: set tracking.uri to the server it was trained "
-            "with"
-        )
-    assert recipe.export.registered_model is not None
-
-    # Here, since MLflow takes seconds to import.
-    from ul2r.tracking.mlflow import register
-
-    register(store.uri, recipe.export.registered_model, folder, run_id, recipe.export.alias)

@@ -13,10 +13,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from ray.serve.schema import ServeDeploySchema
 
-from serving.app import ServingConfig, build, is_registry_uri, resolve_model
+from serving.app import ServingConfig, build, resolve_model
 from serving.server import check_port
 from ul2r.errors import CheckpointError, ServiceError
 from ul2r.testing.models import write_tiny_export
+from ul2r.tracking.model_uri import is_model_uri
 
 DEPLOY_FILE = Path(__file__).parents[3] / "serving" / "deploy.yaml"
 
@@ -109,9 +110,9 @@ def test_a_path_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert resolve_model("some/export") == tmp_path / "some/export"
 
 
-@pytest.mark.parametrize("uri", ["models:/name", "models:/name/3", "models:/@x", "models:name@x"])
+@pytest.mark.parametrize("uri", ["models:/", "models:/name/", "models:/@x", "models:name@x"])
 def test_an_incomplete_registry_uri_is_refused(uri: str) -> None:
-    assert is_registry_uri(uri)
+    assert is_model_uri(uri)
     with pytest.raises(CheckpointError, match="write models:/NAME@ALIAS"):
         resolve_model(uri, "http://127.0.0.1:1")
 

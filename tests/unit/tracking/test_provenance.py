@@ -43,14 +43,14 @@ def test_commit_is_that_of_the_repository_in_which_the_job_runs(repository: Path
     [
         ("jobs/train.py", "jobs/train.py"),
         ("{cwd}/jobs/train.py", "jobs/train.py"),
-        ("{cwd}/.venv/bin/ul2r", "ul2r"),
+        ("{cwd}/.venv/bin/ul2r train", "ul2r train"),
         ("/usr/lib/somewhere/train.py", "train.py"),
     ],
 )
 def test_source_is_the_program_as_people_call_it(
     repository: Path, monkeypatch: pytest.MonkeyPatch, program: str, shown: str
 ) -> None:
-    monkeypatch.setattr(sys, "argv", [program.format(cwd=repository)])
+    monkeypatch.setattr(sys, "argv", program.format(cwd=repository).split())
     assert describe_process(repository)["mlflow.source.name"] == shown
 
 
