@@ -20,7 +20,7 @@ Prints one JSON line, also when it is interrupted:
         train_loss          of the first and the last step
         held_out_loss       before the first and after the last step, of plain text and of each denoiser
         export_seconds, evaluate_seconds
-        scores              of the export, as evaluation/NAME in jobs/evaluate.py: mean and standard error; of FIM also
+        scores              of the export, as jobs/evaluate.py measures them: mean and standard error; of FIM also
                             fim_infill_loss, ..., with both sides of the span
     resume              UL2R again from its middle: `exact` if weights, optimizer state and losses are the same in every
                         bit; else what differs, and `repeatable` if a second resume equals the first
@@ -133,7 +133,7 @@ def describe_training(recipe: Recipe) -> dict[str, Any]:
     rates = read("train/tokens_per_second")
     utilization = read("train/mfu")
     held_out = {
-        denoiser.name: read(f"held_out/loss/{denoiser.name}") for denoiser in (Causal(), *EVALUATED)
+        denoiser.name: read(f"{denoiser.name}/held_out_loss") for denoiser in (Causal(), *EVALUATED)
     }
     return {
         "steps_seconds": sum(recipe.tokens_per_step / rate for rate in rates),

@@ -70,7 +70,7 @@ def test_rates_agree_with_the_batches(
     dataset = open_dataset(recipe.storage_paths.store)
     batches, positions = BatchBuilder(recipe, dataset), 8 * 64
     special = [dataset.vocabulary.eos, *dataset.vocabulary.non_text_ids]
-    eflops = 0.0
+    petaflops = 0.0
     (records, _, _), _ = seen
     rated = [(step, metrics) for step, metrics in records if "train/mfu" in metrics]
     assert [step for step, _ in rated] == [2, 3, 4, 6]
@@ -84,11 +84,11 @@ def test_rates_agree_with_the_batches(
         taken = (step - before) * positions
         rate = metrics["train/tokens_per_second"]
         assert metrics["train/source_tokens_per_second"] / rate == pytest.approx(text / taken)
-        flops = (metrics["progress/eflops"] - eflops) * 1e18
+        flops = (metrics["progress/petaflops"] - petaflops) * 1e15
         assert metrics["train/tflops_per_device"] * 2e12 / rate == pytest.approx(flops / taken)
         assert metrics["train/mfu"] == pytest.approx(metrics["train/tflops_per_device"] / 0.01)
         assert 0 <= metrics["train/data_wait_fraction"] <= 1
-        before, eflops = step, metrics["progress/eflops"]
+        before, petaflops = step, metrics["progress/petaflops"]
 
 
 def test_memory_and_load_over_all_nodes_are_logged_by_rank_0(

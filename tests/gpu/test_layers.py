@@ -28,7 +28,7 @@ def train(run: Recipe) -> dict[str, list[float]]:
     """Train; return losses and gradient norms in the order of the steps, and held-out losses of plain text."""
     tracker = MemoryTracker()
     run_worker(run, tracker)
-    names = ("train/loss", "train/grad_norm", "held_out/loss/causal")
+    names = ("train/loss", "train/grad_norm", "causal/held_out_loss")
     return {name: [value for _, value in tracker.series(name)] for name in names}
 
 
@@ -59,8 +59,8 @@ def test_layers_of_both_kinds_read_one_checkpoint_and_continue_alike(
     # The first loss after the change is that of the same weights.
     assert resumed["train/loss"][0] == pytest.approx(uninterrupted["train/loss"][3], rel=1e-2)
     assert resumed["train/loss"] == pytest.approx(uninterrupted["train/loss"][3:], rel=2e-2)
-    assert resumed["held_out/loss/causal"][-1] == pytest.approx(
-        uninterrupted["held_out/loss/causal"][-1], rel=2e-2
+    assert resumed["causal/held_out_loss"][-1] == pytest.approx(
+        uninterrupted["causal/held_out_loss"][-1], rel=2e-2
     )
 
 

@@ -111,11 +111,11 @@ def uri(folder: Path) -> Iterator[str]:
             steps_before = 0 if role == "base" else STEPS[-1]
             for step in STEPS:
                 metrics = {
-                    f"held_out/loss/{denoiser.name}": 5.0 - step / 20
+                    f"{denoiser.name}/held_out_loss": 5.0 - step / 20
                     for denoiser in recipe.evaluation.mixture
                 }
-                metrics["held_out/loss/causal"] = 4.0 - step / 20
-                metrics["progress/eflops"] = 1e-9 * (step + steps_before)
+                metrics["causal/held_out_loss"] = 4.0 - step / 20
+                metrics["progress/petaflops"] = 1e-9 * (step + steps_before)
                 tracker.log(step, metrics)
             tracker.close()
         yield uri
@@ -156,8 +156,8 @@ def test_a_comparison_evaluates_each_arm_once_and_keeps_its_files(folder: Path, 
     assert artifacts == ["comparison.png", "table.json", "table.md"]
     (infill_loss,) = (m for m in table["metrics"] if m["name"] == "infill_loss")
     ul2r_metrics = runs["ul2r"].data.metrics
-    assert ul2r_metrics["evaluation/infill_loss"] == infill_loss["scores"]["ul2r"]["mean"]
-    assert ul2r_metrics["evaluation_stderr/infill_loss"] == infill_loss["scores"]["ul2r"]["stderr"]
+    assert ul2r_metrics["infill/evaluation_loss"] == infill_loss["scores"]["ul2r"]["mean"]
+    assert ul2r_metrics["infill/evaluation_loss_stderr"] == infill_loss["scores"]["ul2r"]["stderr"]
     assert "viewStateShareKey" in list_view_urls(uri)["three"]
 
     before = modification_times(storage / "runs") | modification_times(output_folder)
@@ -214,7 +214,7 @@ def test_a_model_that_is_no_run_is_measured_once_as_it_is(
     recorded = client.get_run(table["mlflow_runs"]["plain"])
     assert (recorded.info.run_name, recorded.info.status) == ("llama", "FINISHED")
     assert recorded.data.tags["ul2r.role"] == "plain"
-    infill_loss = recorded.data.metrics["evaluation/infill_loss"]
+    infill_loss = recorded.data.metrics["infill/evaluation_loss"]
     assert infill_loss == pytest.approx(table["metrics"][-3]["scores"]["plain"]["mean"])
 
     times = modification_times(storage / "bases")

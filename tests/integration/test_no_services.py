@@ -137,8 +137,8 @@ def test_every_step_and_score_is_in_the_run_s_folder(machine: BareMachine) -> No
         folder = machine.recipe(role).paths.folder
         losses = store.read_metric_history(str(folder), "train/loss")
         assert [step for step, _ in losses] == list(range(1, STEPS + 1))
-        assert store.read_metric_history(str(folder), "held_out/loss/causal")
-        ((step, score),) = store.read_metric_history(str(folder), "evaluation/causal_loss")
+        assert store.read_metric_history(str(folder), "causal/held_out_loss")
+        ((step, score),) = store.read_metric_history(str(folder), "causal/evaluation_loss")
         assert step == STEPS
         assert score > 0
         record = json.loads((folder / "run.json").read_text())

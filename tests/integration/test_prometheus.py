@@ -22,7 +22,7 @@ class Worker:
         """Log two steps."""
         gauges = PrometheusGauges("my-run")
         gauges.on_metrics(2, {"train/loss": 9.0})
-        gauges.on_metrics(3, {"train/loss": 2.5, "train/loss/X-long": 3.5, "system/cpu/max": 1.0})
+        gauges.on_metrics(3, {"train/loss": 2.5, "X-long/train_loss": 3.5, "system/cpu/max": 1.0})
 
 
 def values(text: str) -> dict[str, float]:
@@ -46,7 +46,7 @@ def test_gauges_of_a_run_show_the_last_values() -> None:
         wanted = {
             "ul2r_progress_step": 3,
             "ul2r_train_loss": 2.5,
-            "ul2r_train_loss_x_long": 3.5,
+            "ul2r_x_long_train_loss": 3.5,
         }
         deadline, seen = time.monotonic() + 120, dict[str, float]()
         while seen != wanted:

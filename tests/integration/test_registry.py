@@ -165,7 +165,7 @@ def test_mlflow_loads_a_registered_model_and_answers_with_prefix_attention(
     assert f"ul2r serve {name}" in stored.description
     assert stored.tags["attention"] == "prefix"
     assert stored.tags["serve"] == f"ul2r serve {name}"
-    logged = MlflowClient(uri, uri).get_logged_model(stored.model_id)
+    logged = MlflowClient(uri, uri).get_logged_model(stored.source.removeprefix("models:/"))
     assert logged.status == "READY"
     assert logged.name == "tiny-1"
     assert logged.source_run_id == run_id

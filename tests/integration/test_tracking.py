@@ -169,12 +169,12 @@ def test_unchanged_results_are_not_added_again(uri: str, tmp_path: Path) -> None
     picture = tmp_path / "comparison.png"
     picture.write_bytes(b"picture")
     for value in (0.5, 0.5, 0.25):
-        metrics = {"evaluation/infill_loss": value, "not/finite": math.inf, "not/number": math.nan}
+        metrics = {"infill/evaluation_loss": value, "not/finite": math.inf, "not/number": math.nan}
         tracking.log_summary(uri, run_id, metrics, [picture], step=7)
     client = MlflowClient(uri, uri)
-    assert read_steps(uri, run_id, "evaluation/infill_loss") == [7, 7]
+    assert read_steps(uri, run_id, "infill/evaluation_loss") == [7, 7]
     assert read_steps(uri, run_id, "not/finite") == read_steps(uri, run_id, "not/number") == [7]
-    assert client.get_run(run_id).data.metrics["evaluation/infill_loss"] == 0.25
+    assert client.get_run(run_id).data.metrics["infill/evaluation_loss"] == 0.25
     assert [artifact.path for artifact in client.list_artifacts(run_id)] == ["comparison.png"]
 
 
@@ -186,11 +186,11 @@ def test_two_servers_share_a_storage_and_a_tracker_reports_its_backlog_when_one_
         trackers = {address: MlflowTracker(address, run_id, tmp_path) for address in (uri, other)}
         for step in range(1, 101):
             trackers[uri].log(step, {"train/loss": float(step)})
-            trackers[other].log(step, {"held_out/loss/S": float(step)})
+            trackers[other].log(step, {"S/held_out_loss": float(step)})
         trackers[uri].close()
         trackers[other].close()
         assert len(tracking.read_metric_history(uri, run_id, "train/loss")) == 100
-        assert len(tracking.read_metric_history(uri, run_id, "held_out/loss/S")) == 100
+        assert len(tracking.read_metric_history(uri, run_id, "S/held_out_loss")) == 100
         left = MlflowTracker(other, run_id, tmp_path)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr("ul2r.tracking.mlflow.CLOSE_TIMEOUT_S", 0.5)

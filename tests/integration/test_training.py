@@ -172,7 +172,7 @@ def test_submitted_job_trains_and_is_tracked(
     for metric in ("train/memory_gib", "system/cpu_utilization_percentage/max"):
         assert len(read_history(tracking_uri, recipe, metric)) == STEPS
     for name in ("causal", "S", "R", "X-long", "X-dense"):
-        points = read_history(tracking_uri, recipe, f"held_out/loss/{name}")
+        points = read_history(tracking_uri, recipe, f"{name}/held_out_loss")
         assert [step for step, _ in points] == [0, *range(3, STEPS + 1, 3)]
 
 

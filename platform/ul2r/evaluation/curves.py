@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ul2r.tracking.names import CAUSAL, PETAFLOPS, find_former_name, name_held_out_loss
 from ul2r.tracking.store import TrackingStore
 
 
@@ -34,19 +35,27 @@ def load_loss_curve(store: TrackingStore, run_id: str, denoisers: Sequence[str])
     Raises:
         ServiceError: If the server fails.
     """
-    eflops = dict(store.read_metric_history(run_id, "progress/eflops"))
-    causal = dict(store.read_metric_history(run_id, "held_out/loss/causal"))
-    by_denoiser = [
-        dict(store.read_metric_history(run_id, f"held_out/loss/{name}")) for name in denoisers
-    ]
+    petaflops = _read_history(store, run_id, PETAFLOPS)
+    causal = _read_history(store, run_id, name_held_out_loss(CAUSAL))
+    by_denoiser = [_read_history(store, run_id, name_held_out_loss(name)) for name in denoisers]
 
     # Progress is logged more often than held-out losses: only steps with all metrics count.
-    steps = sorted(set(eflops).intersection(causal, *by_denoiser))
+    steps = sorted(set(petaflops).intersection(causal, *by_denoiser))
     return LossCurve(
-        # MLflow holds exaFLOPs, which its charts show in readable numbers.
-        flops=tuple(eflops[step] * 1e18 for step in steps),
+        flops=tuple(petaflops[step] * 1e15 for step in steps),
         causal_loss=tuple(causal[step] for step in steps),
         denoiser_loss=tuple(
             sum(losses[step] for losses in by_denoiser) / len(by_denoiser) for step in steps
         ),
     )
+
+
+def _read_history(store: TrackingStore, run_id: str, metric: str) -> dict[int, float]:
+    """Return a metric by step, of steps that were logged under its former name as well."""
+    values = dict[int, float]()
+    former = find_former_name(metric)
+    if former is not None:
+        name, factor = former
+        values = {step: value * factor for step, value in store.read_metric_history(run_id, name)}
+    # Last: of a step that was taken again after a change of names, the later value counts.
+    return values | dict(store.read_metric_history(run_id, metric))

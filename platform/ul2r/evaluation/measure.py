@@ -23,7 +23,7 @@ class Metric:
     """Name and display of a metric.
 
     Attributes:
-        name: Its key in `Scores`, and after "evaluation/" in MLflow.
+        name: Its key in `Scores`; `ul2r.tracking.names.name_evaluation` turns it into the name in MLflow.
         label: For people, with its unit.
         higher_is_better: True if a higher score is better.
         digits: Number of decimals shown.

@@ -55,7 +55,7 @@ def find_run_differences(recipe: Recipe, other: Recipe) -> list[str]:
         "train/grad_norm",
         "train/learning_rate",
         *(f"train/loss/{name}" for name in denoisers),
-        *(f"held_out/loss/{name}" for name in held_out),
+        *(f"{name}/held_out_loss" for name in held_out),
     ):
         losses = _read_metric(recipe, metric)
         other_losses = _read_metric(other, metric)

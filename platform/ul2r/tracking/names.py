@@ -1,4 +1,4 @@
-"""Names that end as names of metrics in MLflow."""
+"""Names of metrics, in MLflow and in files."""
 
 from __future__ import annotations
 
@@ -12,8 +12,63 @@ from ul2r.errors import RecipeError
 METRIC_NAME = re.compile(r"[\w/. :-]+")
 """Characters of a metric's name in MLflow (3.17, `mlflow.utils.validation`)."""
 MAX_METRIC_NAME = 250
-LONGEST_PREFIX = "evaluation_stderr/denoiser_loss/"
-"""Longest of the prefixes that a denoiser's name gets."""
+LONGEST_SUFFIX = "/evaluation_loss_stderr"
+"""Longest of the suffixes that a denoiser's name gets."""
+RESERVED = ("infill", "progress", "second_half", "system", "train")
+"""First parts of metrics that are of no denoiser; MLflow shows those of `system` on another page."""
+
+PETAFLOPS = "progress/petaflops"
+"""Training compute, in 10^15 FLOPs: a readable number from models that train on a CPU to the largest ones."""
+TOKENS = "progress/tokens"
+
+CAUSAL = "causal"
+"""Name of plain text among denoisers."""
+DENOISER_LOSS = "denoiser_loss/"
+"""Beginning of the name of a denoiser's score; its own name follows."""
+
+
+def name_train_loss(denoiser: str) -> str:
+    """Return the metric of a denoiser's training loss.
+
+    In this and other names of metrics the part that tells them apart comes first: MLflow's page cuts their ends.
+    """
+    return f"{denoiser}/train_loss"
+
+
+def name_held_out_loss(denoiser: str) -> str:
+    """Return the metric of a denoiser's held-out loss during training, or of plain text's (`CAUSAL`)."""
+    return f"{denoiser}/held_out_loss"
+
+
+def name_evaluation(score: str) -> str:
+    """Return the metric of an evaluation's score, such as causal/evaluation_loss of the score causal_loss.
+
+    Args:
+        score: One of the names of `ul2r.evaluation.measure.list_metrics`.
+    """
+    if score.startswith(DENOISER_LOSS):
+        return f"{score.removeprefix(DENOISER_LOSS)}/evaluation_loss"
+    for group in (CAUSAL, "second_half", "infill"):
+        if score.startswith(f"{group}_"):
+            return f"{group}/evaluation_{score.removeprefix(f'{group}_')}"
+    return f"{score}/evaluation"
+
+
+def name_evaluation_stderr(score: str) -> str:
+    """Return the metric of a score's standard error."""
+    return f"{name_evaluation(score)}_stderr"
+
+
+def find_former_name(metric: str) -> tuple[str, float] | None:
+    """Return the name that a metric of training had before, and the factor from its unit to the present one.
+
+    Runs that began under the former names have them still; those that continue have both.
+    """
+    if metric == PETAFLOPS:
+        return "progress/eflops", 1e3
+    name, _, kind = metric.rpartition("/")
+    former = {"held_out_loss": "held_out/loss", "train_loss": "train/loss"}.get(kind)
+    return (f"{former}/{name}", 1.0) if former else None
 
 
 def is_metric_name(name: str) -> bool:
@@ -41,14 +96,18 @@ def check_denoiser_names(mixture: Sequence[Denoiser], key: str) -> None:
     """
     for denoiser in mixture:
         name = denoiser.name
-        if not is_metric_name(LONGEST_PREFIX + name):
+        if not is_metric_name(name + LONGEST_SUFFIX):
             raise RecipeError(
                 f"{key}: name {name!r} ends in names of metrics, for which MLflow takes letters, digits and any of "
-                f"'_-. :/', no path such as a//b or .., and {MAX_METRIC_NAME - len(LONGEST_PREFIX)} characters at "
+                f"'_-. :/', no path such as a//b or .., and {MAX_METRIC_NAME - len(LONGEST_SUFFIX)} characters at "
                 "most: rename the denoiser"
             )
+        if name in RESERVED:
+            raise RecipeError(
+                f"{key}: name {name!r} begins the names of other metrics in MLflow: rename the denoiser"
+            )
         # Validation adds plain text under this name to the denoisers of evaluation.
-        if name == "causal" and denoiser.kind != "causal":
+        if name == CAUSAL and denoiser.kind != "causal":
             raise RecipeError(
                 f"{key}: name 'causal' of a {denoiser.kind} denoiser is that of plain text: rename the denoiser"
             )

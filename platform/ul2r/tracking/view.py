@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ul2r.tracking.client import create_client, translate_errors
+from ul2r.tracking.names import CAUSAL, PETAFLOPS, TOKENS, name_held_out_loss
 
 VIEW_KEY = "ul2r"
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW_KEY}"
@@ -19,8 +20,8 @@ MAX_TAG_LENGTH = 5000
 RUN_COLOR_TAG = "mlflow.runColor"
 """Tag that MLflow's page reads a run's line color from; not documented either."""
 SECTIONS = {
-    "progress/eflops": "1. Held-out loss by training compute (EFLOPs)",
-    "progress/tokens": "2. Held-out loss by training tokens",
+    PETAFLOPS: "1. Held-out loss by training compute (petaFLOPs)",
+    TOKENS: "2. Held-out loss by training tokens",
 }
 """Section titles by the metric of the x-axis. MLflow sorts sections by title, hence the numbers."""
 
@@ -78,7 +79,7 @@ def _make_view_url(uri: str, experiment_id: str) -> str:
 
 def build_view_state(denoisers: Sequence[str]) -> str:
     """Return the tag's JSON: charts of the causal loss and of as many denoisers' losses as fit."""
-    names = ["causal", *denoisers]
+    names = [CAUSAL, *denoisers]
     # The causal loss is first, so it is always shown.
     while len(state := _dump_state(names)) > MAX_TAG_LENGTH:
         names.pop()
@@ -101,7 +102,7 @@ def _build_chart(name: str, x_metric: str) -> dict[str, Any]:
         "type": "LINE",
         "uuid": f"{x_metric} {name}",
         "metricSectionId": x_metric,
-        "metricKey": f"held_out/loss/{name}",
+        "metricKey": name_held_out_loss(name),
         "xAxisKey": "metric",
         "selectedXAxisMetricKey": x_metric,
         # A chart otherwise follows the page's own x-axis and smoothing, and ignores what is set here.

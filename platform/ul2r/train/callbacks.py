@@ -103,7 +103,7 @@ class Callback:
 
         Args:
             state: Counters of the run, this step included.
-            metrics: "train/loss", "train/loss/NAME" of each denoiser in the batch, "train/grad_norm",
+            metrics: "train/loss", "NAME/train_loss" of each denoiser in the batch, "train/grad_norm",
                 "train/learning_rate" and "train/skipped_batches" of the step, and the rates that were logged last.
         """
 

@@ -14,6 +14,7 @@ from ul2r.data.store.dataset import TokenDataset
 from ul2r.data.store.segments import measure_build
 from ul2r.errors import DivergedError
 from ul2r.objective.batch import Batch
+from ul2r.tracking.names import PETAFLOPS, TOKENS, name_held_out_loss, name_train_loss
 from ul2r.tracking.tracker import Tracker
 from ul2r.train.batch_iterator import BatchIterator, BatchSource
 from ul2r.train.callbacks import Callback, LoopAction, Phase
@@ -235,7 +236,7 @@ class Trainer:
         losses = result.losses.by_denoiser(names)
         return {
             "train/loss": result.losses.mean,
-            **{f"train/loss/{name}": loss for name, loss in losses.items()},
+            **{name_train_loss(name): loss for name, loss in losses.items()},
             "train/grad_norm": result.gradient_norm,
             "train/learning_rate": result.learning_rate,
             "train/skipped_batches": float(self.guard.state.skipped_batches),
@@ -259,15 +260,15 @@ class Trainer:
         self._enter_phase(Phase.VALIDATE, self.state.step)
         losses = {}
         for name, batch in self.held_out.items():
-            losses[f"held_out/loss/{name}"] = self.train_step.evaluate(batch).mean
+            losses[name_held_out_loss(name)] = self.train_step.evaluate(batch).mean
             self._heartbeat()
         return losses
 
     def _log_progress(self, metrics: Mapping[str, float]) -> None:
         """Log metrics of the current step together with the compute spent so far."""
         progress = {
-            "progress/tokens": float(self.state.tokens),
-            "progress/eflops": self.state.flops / 1e18,
+            TOKENS: float(self.state.tokens),
+            PETAFLOPS: self.state.flops / 1e15,
         }
         self._log(self.state.step, {**metrics, **progress}, self.guard.state.rewinds)
 

@@ -12,7 +12,11 @@ from ul2r.evaluation.measure import list_metrics
 from ul2r.evaluation.scores import Scores
 from ul2r.evaluation.stored_scores import find_export, load_scores
 from ul2r.inference import read_export_metadata
-from ul2r.tracking.names import check_denoiser_names
+from ul2r.tracking.names import (
+    check_denoiser_names,
+    name_evaluation,
+    name_evaluation_stderr,
+)
 from ul2r.tracking.store import TrackingStore, check_store
 from ul2r.workflows.measure_exports import Measured, measure_exports
 from ul2r.workflows.model_card import add_scores
@@ -62,7 +66,7 @@ def evaluate_arms(arms: Sequence[Measured], dataset: TokenDataset) -> list[Score
 
 
 def log_scores(store: TrackingStore, recipe: Recipe, dataset: TokenDataset, scores: Scores) -> None:
-    """Add scores to the run's record: evaluation/<metric>, and evaluation_stderr/<metric> for standard errors.
+    """Add scores and their standard errors to the run's record, under the names of `ul2r.tracking.names`.
 
     Raises:
         ServiceError: If the server fails.
@@ -74,8 +78,8 @@ def log_scores(store: TrackingStore, recipe: Recipe, dataset: TokenDataset, scor
 
 def as_metrics(scores: Scores) -> dict[str, float]:
     """Return scores by the names that they have in a run's record."""
-    means = {f"evaluation/{name}": score.mean for name, score in scores.values.items()}
-    errors = {f"evaluation_stderr/{name}": score.stderr for name, score in scores.values.items()}
+    means = {name_evaluation(name): score.mean for name, score in scores.values.items()}
+    errors = {name_evaluation_stderr(name): score.stderr for name, score in scores.values.items()}
     return {**means, **errors}
 
 

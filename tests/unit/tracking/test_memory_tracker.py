@@ -10,13 +10,13 @@ def test_copies_of_metrics_are_kept_in_order() -> None:
     metrics = {"train/loss": 3.0}
     tracker.log(1, metrics)
     metrics["train/loss"] = 2.0
-    tracker.log(2, {**metrics, "held_out/loss/S": 4.0})
+    tracker.log(2, {**metrics, "S/held_out_loss": 4.0})
     assert tracker.records == [
         (1, {"train/loss": 3.0}),
-        (2, {"train/loss": 2.0, "held_out/loss/S": 4.0}),
+        (2, {"train/loss": 2.0, "S/held_out_loss": 4.0}),
     ]
     assert tracker.series("train/loss") == [(1, 3.0), (2, 2.0)]
-    assert tracker.series("held_out/loss/S") == [(2, 4.0)]
+    assert tracker.series("S/held_out_loss") == [(2, 4.0)]
 
 
 def test_first_status_is_kept() -> None:

@@ -6,9 +6,15 @@ import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.utils.validation import _validate_metric
 
-from ul2r.config import Denoiser, Export, Prefix, SpanCorruption
+from ul2r.config import Denoiser, Evaluation, Export, Prefix, SpanCorruption
 from ul2r.errors import RecipeError
-from ul2r.tracking.names import check_denoiser_names, is_metric_name
+from ul2r.evaluation.measure import list_metrics
+from ul2r.tracking.names import (
+    check_denoiser_names,
+    is_metric_name,
+    name_evaluation,
+    name_evaluation_stderr,
+)
 
 NAMES = [
     *("R", "R-3", "R_3", "R.3", "R 3", "R:3", "a/b", "ü", "x" * 250, "...", "a..b"),
@@ -34,7 +40,9 @@ def make_denoiser(name: str) -> Denoiser:
     )
 
 
-@pytest.mark.parametrize("name", ["R15%", "a//b", "..", "", "x" * 220, "causal"])
+@pytest.mark.parametrize(
+    "name", ["R15%", "a//b", "..", "", "x" * 228, "causal", "infill", "system"]
+)
 def test_denoiser_whose_loss_cannot_be_recorded_is_refused(name: str) -> None:
     with pytest.raises(RecipeError, match=r"evaluation\.mixture: name .*: rename the denoiser"):
         check_denoiser_names([Prefix(weight=1), make_denoiser(name)], "evaluation.mixture")
@@ -44,6 +52,18 @@ def test_other_names_are_accepted() -> None:
     check_denoiser_names(
         [make_denoiser(n) for n in ("X-long", "R 15", "a/b", "R:3")], "objective.mixture"
     )
+
+
+def test_names_of_scores_begin_with_what_tells_them_apart() -> None:
+    scores = [metric.name for metric in list_metrics(Evaluation())]
+    names = [*map(name_evaluation, scores), *map(name_evaluation_stderr, scores)]
+    assert len(set(names)) == 2 * len(scores)
+    assert "infill/evaluation_edit_similarity" in names
+    assert "second_half/evaluation_loss" in names
+    assert "X-long/evaluation_loss_stderr" in names
+    for name in names:
+        assert is_metric_name(name)
+        assert not name.startswith(("evaluation", "denoiser"))
 
 
 @pytest.mark.parametrize(

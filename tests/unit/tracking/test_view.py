@@ -13,14 +13,14 @@ def test_state_fits_the_tag_and_shows_as_many_losses_as_fit(denoisers: int, show
     text = build_view_state(names)
     assert len(text) <= 5000
     metrics = {chart["metricKey"] for chart in json.loads(text)["compareRunCharts"]}
-    expected = ["held_out/loss/causal", *(f"held_out/loss/{name}" for name in names)]
+    expected = ["causal/held_out_loss", *(f"{name}/held_out_loss" for name in names)]
     assert metrics == set(expected[:shown])
 
 
 def test_each_chart_is_in_the_section_of_its_axis() -> None:
     state = json.loads(build_view_state(["S"]))
     sections = {section["uuid"] for section in state["compareRunSections"]}
-    assert sections == {"progress/eflops", "progress/tokens"}
+    assert sections == {"progress/petaflops", "progress/tokens"}
     for chart in state["compareRunCharts"]:
         assert chart["metricSectionId"] == chart["selectedXAxisMetricKey"]
         assert chart["metricSectionId"] in sections
