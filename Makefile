@@ -4,8 +4,6 @@
 supported := -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p $(supported) && { echo $$p; break; }; done)
 STORAGE ?= runs/demo
-UI_PORT ?= 5000
-PORT ?= 8000
 MODEL ?= ul2r-demo
 
 bin := .venv/bin
@@ -39,11 +37,11 @@ fix: $(ready)  ## fix what ruff can fix
 	@$(bin)/ruff check --fix
 	@$(bin)/ruff format
 
-ui: $(ready)  ## MLflow with the demo's runs, until Ctrl-C; UI_PORT=5000, STORAGE=runs/demo
-	@$(bin)/python jobs/ui.py --storage '$(STORAGE)' --port $(UI_PORT)
+ui: $(ready)  ## MLflow with the demo's runs, until Ctrl-C; PORT=5000, STORAGE=runs/demo
+	@$(bin)/python jobs/ui.py --storage '$(STORAGE)' --port $(or $(PORT),5000)
 
 serve: $(ready)  ## the demo's UL2R model over HTTP, until Ctrl-C; PORT=8000, STORAGE=runs/demo
-	@$(bin)/python jobs/serve.py models:/$(MODEL)@champion --storage '$(STORAGE)' --port $(PORT)
+	@$(bin)/python jobs/serve.py models:/$(MODEL)@champion --storage '$(STORAGE)' --port $(or $(PORT),8000)
 
 bench: $(ready)  ## run every benchmark; each prints one JSON line
 	@for file in benchmarks/*.py; do $(bin)/python $$file || exit; done
