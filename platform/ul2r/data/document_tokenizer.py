@@ -64,6 +64,20 @@ class DocumentTokenizer:
         is_behind_another = any(place > 0 for place in prefixing)
         return is_behind_another or (bool(self.added_text_ids) and (prepends or bool(prefixing)))
 
+    def describe_inside(self) -> dict[str, Any] | None:
+        """Return how text inside a document is tokenized, as plain JSON values; None if as at its beginning.
+
+        `components` are those of tokenizer.json without the prefix; `restarts` is true if all but the first piece of a
+        text keep the original ones.
+        """
+        if self._inside is None:
+            return None
+        components = {
+            name: _read_component(getattr(self._inside, name))
+            for name in ("normalizer", "pre_tokenizer")
+        }
+        return {"components": components, "restarts": self._restarts}
+
     def encode(self, text: str) -> list[int]:
         """Return the tokens of text that begins a document, without special tokens."""
         return encode_to_list(self.tokenizer, text)

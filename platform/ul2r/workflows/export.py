@@ -21,6 +21,7 @@ from ul2r.train.checkpoint.layout import INFO_FILE
 from ul2r.train.checkpoint.lineage import list_uses
 from ul2r.train.checkpoint.metadata import CheckpointInfo
 from ul2r.train.checkpoint.storage import CheckpointStore, latest_valid
+from ul2r.workflows.export_files import write_export_files
 from ul2r.workflows.log_export import find_server, log_export
 from ul2r.workflows.model_card import write_card
 
@@ -74,7 +75,7 @@ def _choose_checkpoint(recipe: Recipe) -> tuple[Path, Path]:
 
 
 def _write_export(recipe: Recipe, dataset: TokenDataset, checkpoint: Path, folder: Path) -> None:
-    """Write weights, tokenizer and metadata unless the folder has those of the checkpoint, and the model card."""
+    """Write weights, tokenizer and metadata unless the folder has those of the checkpoint, and the files on its use."""
     # Without the rows that training added to make the embedding divisible.
     rows = recipe.model.num_used_embeddings(dataset.vocabulary.size)
     reader = MegatronCheckpointReader(checkpoint)
@@ -92,7 +93,8 @@ def _write_export(recipe: Recipe, dataset: TokenDataset, checkpoint: Path, folde
             tokenizer=dataset.tokenizer_file,
             shard_bytes=int(recipe.export.max_shard_gib * GIB),
         )
-    # Even for an export that is kept: its scores may be new.
+    # Even for an export that is kept: it may be an older version's, and its scores may be new.
+    write_export_files(folder, recipe, dataset, metadata)
     write_card(folder, recipe, dataset, metadata)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ul2r.config import HuggingFaceBase, Recipe, dump
+import yaml
+
+from ul2r.config import HuggingFaceBase, Recipe
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.evaluation.scores import Scores
 from ul2r.evaluation.stored_scores import load_scores
@@ -15,19 +17,93 @@ from ul2r.paths import EXPORT_METADATA_FILE, MODEL_CARD_FILE
 SCORES_HEADING = "## Held-out text"
 RECIPE_HEADING = "## Recipe"
 
+LOCAL_SECTIONS = ("storage", "base", "tracking", "checkpoints", "export", "launch", "profile")
+"""Parts of a recipe with folders, addresses and resources."""
+LOCAL_DATA = ("corpus", "tokenizer", "blend")
+
+SETUP = """```python
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+MODEL = "."  # this folder, its path, or its name on the Hub
+model = AutoModelForCausalLM.from_pretrained(MODEL)
+tokenizer = PreTrainedTokenizerFast.from_pretrained(MODEL)
+inputs = tokenizer("Once upon a time", return_tensors="pt")
+```"""
+PREFIX_USE = f"""## Use
+
+**This model reads a prompt in both directions.** It was trained as a prefix language model (UL2R, arXiv 2210.11399):
+the tokens of a prompt see each other, generated ones see all before them. `generate()` of transformers does that with
+the `custom_generate` of this folder, a few hundred lines of Python on top of transformers; `trust_remote_code=True`
+lets them run, so read them first.
+
+{SETUP}
+
+```python
+tokens = model.generate(**inputs, custom_generate=MODEL, trust_remote_code=True, max_new_tokens=40)
+print(tokenizer.decode(tokens[0], skip_special_tokens=True))
+```
+
+It adds the mode `S2S`, which continues a text; `mode="NLU"` and `mode="NLG"` continue it by a short and by a long span.
+Several prompts are padded on the left, and sampling, beams, stop strings, streamers and caches are those of
+transformers. Slots anywhere in a text are filled with what is on both sides of them as context:
+
+```python
+parts = ["def area(", "):\\n    return width * height\\n\\nprint(area(", "))"]  # a slot between each two parts
+tokens = model.generate(
+    parts=parts, tokenizer=tokenizer, custom_generate=MODEL, trust_remote_code=True, max_new_tokens=8
+)
+print(tokenizer.decode(tokens[0], skip_special_tokens=True))
+```
+
+`max_new_tokens` is then for each slot. `AutoTokenizer` takes the class of some families (Qwen), which splits text by
+rules of its own, not by those of tokenizer.json.
+
+**Without `custom_generate` transformers reads prompts causally and without a mode, and says nothing.** The model
+works, but not as it was trained, and there are no slots; how much worse its text is differs from model to model and
+has to be measured. Every engine without prefix-LM attention reads it so. The same prompts over HTTP, with all of the
+above: `ul2r serve FOLDER`, or `python jobs/serve.py FOLDER` in a checkout.
+"""
+CAUSAL_USE = f"""## Use
+
+The model reads a prompt causally, as transformers and other engines do.
+
+{SETUP}
+
+```python
+tokens = model.generate(**inputs, max_new_tokens=40)
+print(tokenizer.decode(tokens[0], skip_special_tokens=True))
+```
+"""
+CAUSAL_DENOISING_USE = """
+It was trained on denoisers (UL2R, arXiv 2210.11399): `custom_generate` adds the mode that a prompt began with in
+training, and fills slots anywhere in a text. It is Python that `trust_remote_code=True` lets run, so read it first.
+
+```python
+tokens = model.generate(**inputs, custom_generate=MODEL, trust_remote_code=True, max_new_tokens=40)
+print(tokenizer.decode(tokens[0], skip_special_tokens=True))
+
+parts = ["def area(", "):\\n    return width * height\\n"]  # a slot between each two parts
+tokens = model.generate(
+    parts=parts, tokenizer=tokenizer, custom_generate=MODEL, trust_remote_code=True, max_new_tokens=8
+)
+print(tokenizer.decode(tokens[0], skip_special_tokens=True))
+```
+"""
+
 
 def write_card(
     folder: Path, recipe: Recipe, dataset: TokenDataset, metadata: ExportMetadata
 ) -> None:
     """Write the card of an export, with the scores of its run if there are any yet."""
-    base = f"base_model: {recipe.base}\n" if isinstance(recipe.base, HuggingFaceBase) else ""
     sections = [
-        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{base}---",
+        _write_header(recipe),
         f"# {recipe.name}",
         f"{_describe_origin(metadata)} Attention over inputs is {metadata.attention}; `{EXPORT_METADATA_FILE}` holds "
         "modes, sentinels and the checkpoint's identity.",
+        describe_use(metadata).rstrip(),
+        "## Training",
         f"Token store: fingerprint `{dataset.manifest.fingerprint}`, tokenizer `{dataset.manifest.tokenizer}`.",
-        f"{RECIPE_HEADING}\n\n```yaml\n{dump(recipe)}```\n",
+        f"{RECIPE_HEADING}\n\n```yaml\n{_dump_settings(recipe)}```\n",
     ]
     # The recipe is last: `_insert` finds its heading and puts the scores in front of it.
     text = "\n\n".join(sections)
@@ -35,6 +111,32 @@ def write_card(
     scores = None if recipe.export.checkpoint else load_scores(recipe, dataset)
 
     _write_if_changed(folder / MODEL_CARD_FILE, text if scores is None else _insert(text, scores))
+
+
+def _write_header(recipe: Recipe) -> str:
+    """Return the YAML that the Hub reads."""
+    fields: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    base = recipe.base
+    # A folder is of this machine: the Hub would take it for a name.
+    if isinstance(base, HuggingFaceBase) and not Path(base.hf).expanduser().is_dir():
+        fields["base_model"] = base.hf
+    fields["tags"] = ["ul2r", "custom_generate"]
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
+
+
+def _dump_settings(recipe: Recipe) -> str:
+    """Return the recipe as YAML without what is of the machine it ran on: a card may be published."""
+    tree = recipe.model_dump(mode="json", exclude=set(LOCAL_SECTIONS))
+    for key in LOCAL_DATA:
+        del tree["data"][key]
+    return yaml.safe_dump(tree, sort_keys=False)
+
+
+def describe_use(metadata: ExportMetadata) -> str:
+    """Return the part of a card that says how to use a model, with code."""
+    if metadata.attention == "prefix":
+        return PREFIX_USE
+    return CAUSAL_USE + (CAUSAL_DENOISING_USE if metadata.denoising else "")
 
 
 def add_scores(folder: Path, scores: Scores) -> None:

@@ -36,6 +36,7 @@ DOWNLOADED_FILES = [
     "config.json",
     "generation_config.json",
     "tokenizer*",
+    "chat_template*",
     "*.safetensors",
     INDEX_FILE,
     EXPORT_METADATA_FILE,
