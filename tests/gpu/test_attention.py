@@ -42,6 +42,7 @@ BACKENDS = [
     ),
     pytest.param(
         "te",
+        id="engine",
         marks=[
             pytest.mark.skipif(is_rehearsal(), reason="TransformerEngine's kernels need CUDA"),
             pytest.mark.skipif(find_spec("transformer_engine") is None, reason=NO_ENGINE),
@@ -147,8 +148,8 @@ def measure_errors(
     ]
 
 
-@pytest.mark.parametrize("model", SHAPES)
 @pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("model", SHAPES)
 def test_attention_and_gradients_equal_dense_float64(name: str, model: str) -> None:
     """Within 8 units of bf16's roundoff, 2^-8 of the largest value: gradients of shared keys may be summed in bf16.
 

@@ -40,7 +40,7 @@ def test_recomputed_activations_change_only_rounding(storage: Path, kind: str) -
 
 
 @needs_cuda_kernels
-@pytest.mark.parametrize("first", [True, False], ids=["engine first", "local first"])
+@pytest.mark.parametrize("first", [True, False], ids=["engine first", "engine second"])
 def test_layers_of_both_kinds_read_one_checkpoint_and_continue_alike(
     storage: Path, monkeypatch: pytest.MonkeyPatch, *, first: bool
 ) -> None:
@@ -65,7 +65,7 @@ def test_layers_of_both_kinds_read_one_checkpoint_and_continue_alike(
 
 
 @needs_cuda_kernels
-def test_fp8_layers_train_nearly_as_bf16(storage: Path) -> None:
+def test_engine_layers_in_fp8_train_nearly_as_bf16(storage: Path) -> None:
     """Losses within 5 %; the norm of the first gradient, of the same weights and batch, within 10 %."""
     pytest.importorskip("transformer_engine", reason="TransformerEngine is not installed")
     in_fp8 = train(make_recipe(storage, "fp8", precision="fp8"))
