@@ -103,7 +103,7 @@ if [[ -n ${engine:-} ]]; then
   step engine_build 240 tail --pid "$engine" -f "$scratch/engine.log"
   export PYTHONPATH=$scratch/engine:$PYTHONPATH
   step engine 30 "$python" -c 'import transformer_engine.pytorch as te; print("TransformerEngine", te.__file__)' &&
-    step engine_tests 100 "${pytest[@]}" tests/gpu -k 'te or engine or fp8' &&
+    step engine_tests 100 "${pytest[@]}" tests/gpu -k 'engine or kernels' &&
     step engine_mfu 100 "$python" benchmarks/mfu.py --models 1b --lengths 2048 --attention te --arms prefix fp8 &&
     step engine_attention 60 "$python" benchmarks/attention.py
 else
