@@ -19,7 +19,6 @@ folder=${1:-.device}
 out=${OUT:-device-results}
 python=${PYTHON:-python3}
 seconds_in_all=${SECONDS_IN_ALL:-540}
-num_cores=$(nproc)
 
 mkdir -p "$out"
 out=$(realpath "$out")
@@ -54,17 +53,6 @@ step() {
   return "$status"
 }
 
-# TransformerEngine's extension, for the very torch that is here; needs its two wheels, in a folder of their own so that
-# the other steps do without.
-build_engine() {
-  "${install[@]}" --no-index --target "$scratch/engine" "$folder"/engine/*.whl &&
-    if ls "$folder"/engine/*.tar.gz >/dev/null 2>&1; then
-      PYTHONPATH=$scratch/engine:$PYTHONPATH NVTE_PYTORCH_FORCE_BUILD=TRUE MAX_JOBS=$((num_cores / 2)) nice \
-        "${install[@]}" --no-build-isolation --no-index --target "$scratch/extension" "$folder"/engine/*.tar.gz &&
-        cp -r "$scratch"/extension/* "$scratch/engine/"
-    fi
-}
-
 if ls "$folder"/wheels/*.whl >/dev/null 2>&1; then
   step install 60 "${install[@]}" --no-index --target "$scratch/site" "$folder"/wheels/*.whl
 fi
@@ -77,14 +65,9 @@ needs_gpu() { printf '%s\t-\t0\tneeds a GPU\n' "$1" | tee -a "$out/steps.tsv"; }
 
 step ceilings 30 "$python" benchmarks/ceilings.py
 
-if $has_gpu && ls "$folder"/engine/*.whl >/dev/null 2>&1; then
-  build_engine >"$scratch/engine.log" 2>&1 &
-  engine=$!
-fi
-
 # pytest's settings turn warnings into errors; those of other releases of torch and transformers are not ours to judge.
 pytest=("$python" -m pytest -q -o filterwarnings=default -p no:cacheprovider)
-"$python" -c 'import xdist' 2>/dev/null && pytest+=(-n "$((num_cores < 4 ? num_cores : 4))")
+"$python" -c 'import xdist' 2>/dev/null && pytest+=(-n "$(($(nproc) < 4 ? $(nproc) : 4))")
 step tests 150 "${pytest[@]}" tests/gpu
 step mfu_1b 120 "$python" benchmarks/mfu.py $($has_gpu && echo --models 1b) --arms prefix causal
 step trace 60 "$python" benchmarks/mfu.py $($has_gpu && echo --models 1b --lengths 2048) --arms prefix --trace "$scratch/trace.json.gz"
@@ -99,15 +82,17 @@ if ls "$folder"/portions/model.tar.* >/dev/null 2>&1; then
 fi
 
 "${gpu[@]}" mfu_3b 60 "$python" benchmarks/mfu.py --models 3b --lengths 2048 --arms prefix causal
-if [[ -n ${engine:-} ]]; then
-  step engine_build 240 tail --pid "$engine" -f "$scratch/engine.log"
+
+# TransformerEngine in a folder of its own, so that the steps above do without it.
+if ls "$folder"/engine/*.whl >/dev/null 2>&1; then
+  step engine_install 60 "${install[@]}" --no-index --target "$scratch/engine" "$folder"/engine/*.whl
   export PYTHONPATH=$scratch/engine:$PYTHONPATH
-  step engine 30 "$python" -c 'import transformer_engine.pytorch as te; print("TransformerEngine", te.__file__)' &&
-    step engine_tests 100 "${pytest[@]}" tests/gpu -k 'engine or kernels' &&
-    step engine_mfu 100 "$python" benchmarks/mfu.py --models 1b --lengths 2048 --attention te --arms prefix fp8 &&
-    step engine_attention 60 "$python" benchmarks/attention.py
+  "${gpu[@]}" engine 30 "$python" -c 'import transformer_engine.pytorch as te; print("TransformerEngine", te.__file__)' &&
+    "${gpu[@]}" engine_tests 100 "${pytest[@]}" tests/gpu -k 'engine or kernels' &&
+    "${gpu[@]}" engine_mfu 100 "$python" benchmarks/mfu.py --models 1b --lengths 2048 --attention te --arms prefix fp8 &&
+    "${gpu[@]}" engine_attention 60 "$python" benchmarks/attention.py
 else
-  "${gpu[@]}" engine_build 1 sh -c 'echo "nothing in '"$folder"'/engine: not measured"'
+  printf 'engine\t-\t0\tnothing in %s/engine\n' "$folder" | tee -a "$out/steps.tsv"
 fi
 
 [[ -f $scratch/trace.json.gz ]] && cp "$scratch/trace.json.gz" "$out/"

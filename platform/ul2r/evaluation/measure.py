@@ -39,6 +39,11 @@ class Metric:
         """Label with an arrow in the direction of better scores."""
         return f"{self.label} {'↑' if self.higher_is_better else '↓'}"
 
+    @property
+    def short_label(self) -> str:
+        """Label without its unit."""
+        return self.label.partition(" (")[0]
+
 
 def list_metrics(settings: Evaluation) -> tuple[Metric, ...]:
     """Return the metrics of `measure`, in its order."""

@@ -18,6 +18,7 @@ from ul2r.evaluation.measure import list_metrics
 from ul2r.evaluation.plot import plot_comparison
 from ul2r.evaluation.pretrained import PretrainedArm
 from ul2r.evaluation.stored_scores import find_export
+from ul2r.evaluation.verdict import describe_verdict
 from ul2r.filesystem import write_atomically
 from ul2r.inference import read_export_metadata
 from ul2r.inference.pretrained import read_pretrained_metadata
@@ -153,7 +154,11 @@ def _check_experiment(comparison: Comparison, recipes: Mapping[Role, Recipe]) ->
 
 
 def _as_json(result: ComparisonResult, run_ids: Mapping[Role, str]) -> dict[str, Any]:
-    return {**result.table.to_dict(), "mlflow_runs": dict(run_ids)}
+    return {
+        **result.table.to_dict(),
+        "verdict": describe_verdict(result.table),
+        "mlflow_runs": dict(run_ids),
+    }
 
 
 def _is_current(result: ComparisonResult, run_ids: Mapping[Role, str]) -> bool:

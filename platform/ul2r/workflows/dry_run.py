@@ -25,7 +25,7 @@ from ul2r.model.sizing import (
     estimate_seconds,
     pad_vocabulary,
 )
-from ul2r.objective import Vocabulary, build_batch
+from ul2r.objective import Batch, Vocabulary, build_batch
 
 SAMPLED_ROWS = 256
 """Rows built to estimate how many keys the queries see."""
@@ -85,15 +85,20 @@ def seen_keys_per_row(recipe: Recipe) -> float:
     """
     # The run's own first rows, by its own seed, so that the estimate is the same in every call.
     num_rows = min(SAMPLED_ROWS, recipe.training.steps * recipe.training.global_batch_size)
-    batch = build_batch(
+    batch = build_blank_batch(recipe, num_rows)
+
+    return num_visible_keys(recipe.model, batch.kv_start, batch.kv_end) / len(batch)
+
+
+def build_blank_batch(recipe: Recipe, num_rows: int) -> Batch:
+    """Build the run's first rows without their text: lengths, spans and intervals do not depend on it."""
+    return build_batch(
         range(num_rows),
         objective=recipe.objective,
         vocabulary=_make_vocabulary(recipe.num_sentinels_needed),
         seed=recipe.seed,
         text_windows=_BlankWindows(),
     )
-
-    return num_visible_keys(recipe.model, batch.kv_start, batch.kv_end) / len(batch)
 
 
 class _BlankWindows:

@@ -1,0 +1,155 @@
+"""UL2R on your model: from a Hugging Face model and a text to a comparison and a served model.
+
+    ul2r up MODEL TEXT... [--steps N] [--folder FOLDER] [--no-serve]
+
+MODEL is a Hugging Face folder, or a name on the Hub; TEXT are files, folders or patterns (docs/data.md). The command
+checks both, writes recipes with derived settings (`ul2r new`), prepares the text, trains UL2R and a control on the same
+budget, exports both, compares them with the model as it is, says what the numbers mean, and serves the result until
+Ctrl-C. Each step is a command of its own, which is printed. Interrupted and run again, it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ul2r.commands.new import describe_settings, make_parser
+from ul2r.commands.steps import StepError, print_heading, run_verb, shorten
+from ul2r.workflows.cli import run_and_report
+from ul2r.workflows.phases import PhaseTimer
+
+if TYPE_CHECKING:
+    from ul2r.workflows.new import Project
+
+NUM_SPARE_CPUS = 2
+"""CPUs that the local Ray announces beyond the machine's, for the tasks that feed the workers."""
+HOST = "127.0.0.1"
+ALIAS = "champion"
+ROLES = ("ul2r", "control")
+
+
+def main(arguments: Sequence[str] | None = None, program: str | None = None) -> int:
+    """Run the command line `arguments`, by default the process's; return the exit code."""
+    parser = make_parser(__doc__, program)
+    parser.add_argument("--no-serve", action="store_true", help="end after the comparison")
+    parser.add_argument("--port", type=int, default=8000, help="port of the served model")
+    options = parser.parse_args(arguments)
+    # SIGHUP comes from a terminal that is closed: without a handler it would leave servers and steps running.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        return run_and_report(lambda: run(options))
+    except StepError as error:
+        sys.stderr.write(f"stopped: {error}\n")
+        return error.exit_code
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run every step, then serve."""
+    from ul2r.workflows.new import default_folder, write_project
+
+    if not options.no_serve:
+        from serving.server import check_port
+
+        check_port(options.port, HOST)
+    folder: Path = options.folder or default_folder(options.model)
+    print_heading(f"check {options.model} and the text, derive settings")
+    project = write_project(options.model, options.text, folder, steps=options.steps)
+    if project.settings is None:
+        print(f"recipes in {folder}, from before")
+    else:
+        print(f"{describe_settings(project.settings)}\nwritten to {folder}: edit and run again")
+
+    timer = PhaseTimer(project.storage / "phases.json")
+    _train_and_compare(project, timer)
+    _print_summary(project, timer)
+    if not options.no_serve:
+        model = f"models:/{project.registered_model}@{ALIAS}"
+        storage = shorten(project.storage)
+        run_verb(
+            "serve",
+            ["serve", model, "--storage", storage, "--port", str(options.port)],
+            {},
+            timer,
+        )
+
+
+def _train_and_compare(project: Project, timer: PhaseTimer) -> None:
+    """Run the steps from text to comparison under one Ray and one MLflow."""
+    import ray
+
+    from ul2r.environment import count_cores
+    from ul2r.launch.ray_train.cluster import connect_ray
+    from ul2r.tracking.server import run_mlflow_server
+
+    runs = {role: shorten(project.recipe(role)) for role in ROLES}
+    print_heading("start Ray and MLflow")
+    with connect_ray(count_cores() + NUM_SPARE_CPUS), run_mlflow_server(project.storage) as uri:
+        print(f"MLflow is up meanwhile: {uri}", flush=True)
+        # The steps join them, instead of starting their own.
+        environment = {
+            "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
+            "MLFLOW_TRACKING_URI": uri,
+        }
+        run_verb("prepare", ["prepare", runs["ul2r"]], environment, timer)
+        _print_expected_time(project)
+        for verb in ("train", "export"):
+            for role, recipe in runs.items():
+                run_verb(f"{verb} {role}", [verb, recipe], environment, timer)
+        run_verb("compare", ["compare", shorten(project.comparison)], environment, timer)
+
+
+def _print_expected_time(project: Project) -> None:
+    """Measure two steps and print how long the runs will take, unless they are trained already."""
+    from ul2r.config import Recipe, load
+    from ul2r.launch.preflight import find_resume_checkpoint
+    from ul2r.launch.pretrained import fill_model_from_base
+    from ul2r.workflows.time_steps import measure_step_seconds
+
+    recipes = [load(project.recipe(role), (), Recipe, fill_model_from_base) for role in ROLES]
+    steps = 0
+    for recipe in recipes:
+        resumed = find_resume_checkpoint(recipe)
+        steps += recipe.training.steps - (resumed.step if resumed else 0)
+    if not steps:
+        return
+
+    print_heading("measure two steps")
+    seconds = measure_step_seconds(recipes[0])
+    print(
+        f"{seconds:.2g} s a step: {steps:,} steps to go take about {_format_duration(steps * seconds)}, and starting, "
+        "validating and saving come on top",
+        flush=True,
+    )
+
+
+def _format_duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.1f} hours"
+
+
+def _print_summary(project: Project, timer: PhaseTimer) -> None:
+    """Print times, what the comparison shows, and where everything is."""
+    from ul2r.workflows.compare import JSON_FILE, PLOT_FILE, TABLE_FILE
+
+    folder = project.comparison_folder
+    verdict = json.loads((folder / JSON_FILE).read_text(encoding="utf-8"))["verdict"]
+    print_heading("result")
+    print(timer.format_table())
+    print()
+    for sentence in verdict:
+        print(textwrap.fill(sentence, 100, subsequent_indent="  "))
+    storage = shorten(project.storage)
+    model = f"models:/{project.registered_model}@{ALIAS}"
+    print(f"\ntable    {shorten(folder / TABLE_FILE)}\npicture  {shorten(folder / PLOT_FILE)}")
+    print(f"MLflow   ul2r ui --storage {storage}")
+    print(f"serve    ul2r serve {model} --storage {storage}", flush=True)

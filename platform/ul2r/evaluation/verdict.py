@@ -1,0 +1,63 @@
+"""The reading of a comparison's numbers in words: better, worse, or within the error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ul2r.evaluation.comparison import Arm
+from ul2r.evaluation.comparison_table import ComparisonTable
+from ul2r.evaluation.measure import Metric
+
+NUM_STANDARD_ERRORS = 2.0
+"""A difference counts from this many standard errors of the difference on: about 95 % of a normal distribution."""
+OTHERS = {
+    "base": "the base as it was",
+    "control": "the control, which was trained on the same text by next-token prediction",
+}
+
+
+def describe_verdict(table: ComparisonTable) -> list[str]:
+    """Return a paragraph for each arm that UL2R, or else the last arm, is compared with.
+
+    Args:
+        table: At least two arms.
+
+    Returns:
+        Sentences that name what got better, what got worse and what lies within the error.
+    """
+    arms = {arm.role: arm for arm in table.arms}
+    subject = arms.get("ul2r", table.arms[-1])
+    name = "UL2R" if subject.role == "ul2r" else subject.role
+    return [
+        f"{name} against {OTHERS.get(other.role, other.role)}: "
+        f"{_compare(table.metrics, subject, other)}"
+        for other in table.arms
+        if other.role != subject.role
+    ]
+
+
+def _compare(metrics: Sequence[Metric], subject: Arm, other: Arm) -> str:
+    better: list[str] = []
+    worse: list[str] = []
+    unclear: list[str] = []
+    for metric in metrics:
+        ours = subject.scores[metric.name]
+        theirs = other.scores[metric.name]
+        gain = (ours.mean - theirs.mean) * (1 if metric.higher_is_better else -1)
+        # That of independent scores. Both arms read the same text, so the true one is smaller: the rule is cautious.
+        error = math.hypot(ours.stderr, theirs.stderr)
+        # "Not larger", so that a NaN is unclear.
+        if not abs(gain) > NUM_STANDARD_ERRORS * error:
+            unclear.append(metric.short_label)
+            continue
+        change = f"{metric.short_label} ({theirs.mean:.{metric.digits}f} -> {ours.mean:.{metric.digits}f})"
+        (better if gain > 0 else worse).append(change)
+
+    parts = [
+        f"{kind}: {', '.join(names) if names else 'nothing'}"
+        for kind, names in (("better", better), ("worse", worse))
+    ]
+    if unclear:
+        parts.append(f"within {NUM_STANDARD_ERRORS:g} standard errors: {', '.join(unclear)}")
+    return "; ".join(parts) + "."

@@ -1,0 +1,223 @@
+"""Recipes of UL2R on a Hugging Face model and a text, with derived settings, written to be edited."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+
+from ul2r.config import HuggingFaceBase
+from ul2r.data.document_tokenizer import DocumentTokenizer
+from ul2r.data.prepare.documents import read_documents
+from ul2r.data.prepare.source_files import SourceFile, list_corpus
+from ul2r.data.tokenizer import encode_to_list, load_tokenizer
+from ul2r.environment import count_cores
+from ul2r.errors import CorpusError, RecipeError
+from ul2r.filesystem import write_atomically
+from ul2r.launch.pretrained import check_model_folder, read_model
+from ul2r.model.huggingface.safetensors_reader import resolve_model_folder
+from ul2r.model.sizing import GIB
+from ul2r.paths import TOKENIZER_FILE, StoragePaths
+from ul2r.workflows.derive_settings import (
+    Machine,
+    Settings,
+    derive_settings,
+    find_pretraining_tokens,
+)
+
+SAMPLED_CHARACTERS = 200_000
+"""Text that is tokenized to estimate how many tokens the whole has."""
+
+SETTINGS_FILE = "settings.yaml"
+COMPARISON_FILE = "compare.yaml"
+RUN_FILES = {"ul2r": "ul2r.yaml", "control": "control.yaml"}
+
+
+@dataclass(frozen=True)
+class Project:
+    """Recipes that belong together: UL2R, its control, and their comparison with the base.
+
+    Attributes:
+        folder: Folder of the recipes, and of all that they write.
+        name: What its runs' names begin with.
+        settings: What was derived, None if the recipes were there already.
+    """
+
+    folder: Path
+    name: str
+    settings: Settings | None
+
+    @property
+    def registered_model(self) -> str:
+        """Name of the UL2R model in MLflow's registry."""
+        return f"{self.name}-ul2r"
+
+    @property
+    def storage(self) -> Path:
+        """Folder that the runs write to."""
+        return self.folder / "runs"
+
+    @property
+    def comparison_folder(self) -> Path:
+        """Folder of the comparison's results."""
+        return StoragePaths(self.storage).comparison(f"{self.name}-compare")
+
+    @property
+    def comparison(self) -> Path:
+        """The comparison's file."""
+        return self.folder / COMPARISON_FILE
+
+    def recipe(self, role: str) -> Path:
+        """Return the recipe of "ul2r" or "control"."""
+        return self.folder / RUN_FILES[role]
+
+
+def default_folder(model: str) -> Path:
+    """Return the folder of a model's project, by default."""
+    return Path(f"ul2r-{_slug(model)}")
+
+
+def write_project(
+    model: str, text: Sequence[str], folder: Path, *, steps: int | None = None
+) -> Project:
+    """Write the recipes of UL2R on a model and a text, or find them written.
+
+    Args:
+        model: Folder of a Hugging Face model, or its name on the Hub.
+        text: Files, folders and patterns, as in `data.corpus`.
+        folder: Folder to write to. If it holds recipes of the same model and text they are left as they are.
+        steps: Steps of training; derived by default.
+
+    Raises:
+        UserError: If the model cannot be a base, the text is missing or too short, or the folder holds something else.
+    """
+    # Absolute, so that the recipes mean the same wherever they are used.
+    base = str(Path(model).resolve()) if Path(model).exists() else model
+    corpus = [entry if entry == "stdlib" else str(Path(entry).absolute()) for entry in text]
+    if (folder / SETTINGS_FILE).exists():
+        _check_same(folder, base, corpus)
+        if steps is not None:
+            raise RecipeError(
+                f"{folder} holds recipes already: change training.steps in {folder / SETTINGS_FILE} instead of "
+                "giving --steps, or give another folder with --folder"
+            )
+        return Project(folder, _slug(model), None)
+
+    model_folder = resolve_model_folder(base)
+    architecture = read_model(model_folder)
+    check_model_folder(model_folder, architecture)
+    tokenizer = DocumentTokenizer(load_tokenizer(model_folder / TOKENIZER_FILE))
+    settings = derive_settings(
+        architecture,
+        tokenizer.tokenizer.get_vocab_size(),
+        count_tokens(corpus, tokenizer),
+        find_machine(),
+        pretraining_tokens=find_pretraining_tokens(base),
+        steps=steps,
+    )
+
+    folder.mkdir(parents=True, exist_ok=True)
+    files = render_recipes(_slug(model), folder, base, corpus, settings)
+    # The settings last: with them the project counts as written.
+    for name in sorted(files, key=lambda name: name == SETTINGS_FILE):
+        write_atomically(folder / name, files[name])
+    return Project(folder, _slug(model), settings)
+
+
+def find_machine() -> Machine:
+    """Return the GPUs of this machine."""
+    num_gpus = torch.cuda.device_count()
+    memory = torch.cuda.get_device_properties(0).total_memory / GIB if num_gpus else 0.0
+    return Machine(num_gpus, memory, count_cores())
+
+
+def count_tokens(corpus: Sequence[str], tokenizer: DocumentTokenizer) -> int:
+    """Estimate the tokens of a text from its size and a sample of its beginning.
+
+    Raises:
+        CorpusError: If it is missing or empty.
+    """
+    files = [file for file in list_corpus(corpus).files if not file.holds_tokens]
+    num_bytes = sum(file.size for file in files)
+    sample = _read_sample(files)
+    if not sample:
+        raise CorpusError(f"text {', '.join(corpus)}: holds no text")
+    # Files may be compressed or hold JSON: what counts is the text that the sample yields by its own bytes.
+    return int(len(encode_to_list(tokenizer.tokenizer, sample)) / len(sample.encode()) * num_bytes)
+
+
+def render_recipes(
+    name: str, folder: Path, base: str, corpus: Sequence[str], settings: Settings
+) -> Mapping[str, str]:
+    """Return the recipes' text by file name."""
+    derived = _render_sections(settings)
+    header = f"# UL2R on {base}. Written by `ul2r new`; edit it, then run `ul2r up` with the same words again."
+    experiment = f"tracking:\n  experiment: {name}\n"
+    return {
+        SETTINGS_FILE: (
+            f"{header}\n# Every key and its default: docs/recipes.md.\n\n"
+            f"storage: {json.dumps(str((folder / 'runs').absolute()))}\n"
+            f"base: {{hf: {json.dumps(base)}}}\n\n"
+            f"{derived}\n"
+            f"{experiment}"
+        ).replace("data:\n", f"data:\n  corpus: {json.dumps(list(corpus))}\n"),
+        RUN_FILES["ul2r"]: (
+            "# The base continued on UL2's mixture of denoisers (arXiv 2210.11399).\n"
+            f"extends: {SETTINGS_FILE}\n\nname: {name}-ul2r\nrole: ul2r\n\n"
+            "objective:\n  mixture: ul2r               # 50 % S (prefix), 25 % R (short spans), 25 % X (long spans)\n\n"
+            f"export:\n  registered_model: {name}-ul2r\n  alias: champion\n"
+        ),
+        RUN_FILES["control"]: (
+            "# The control: the same base, text, budget and schedule, but next-token prediction.\n"
+            f"extends: {SETTINGS_FILE}\n\nname: {name}-control\nrole: control\n\n"
+            "objective:\n  mixture: causal\n"
+        ),
+        COMPARISON_FILE: (
+            "# The base as it is, the control and UL2R on the same held-out text.\n"
+            f"name: {name}-compare\nstorage: {json.dumps(str((folder / 'runs').absolute()))}\n\n"
+            f"recipes:\n  base: {{hf: {json.dumps(base)}}}\n  control: {RUN_FILES['control']}\n"
+            f"  ul2r: {RUN_FILES['ul2r']}\n\n{experiment}"
+        ),
+    }
+
+
+def _render_sections(settings: Settings) -> str:
+    """Return the derived keys as YAML, by section, each with its reason."""
+    sections: dict[str, list[str]] = {"data": []}
+    for key, value in settings.values.items():
+        section, _, name = key.partition(".")
+        text = f"{name}: {yaml.safe_dump(value).splitlines()[0]}"
+        sections.setdefault(section, []).append(f"  {text:<28}# {settings.reasons[key]}")
+    return "\n".join(f"{name}:\n" + "\n".join(lines) + "\n" for name, lines in sections.items())
+
+
+def _read_sample(files: Sequence[SourceFile]) -> str:
+    sample = ""
+    for file in files:
+        for chunk in read_documents(file):
+            sample += chunk.text
+            if len(sample) >= SAMPLED_CHARACTERS:
+                return sample[:SAMPLED_CHARACTERS]
+    return sample
+
+
+def _check_same(folder: Path, base: str, corpus: Sequence[str]) -> None:
+    """Refuse a folder whose recipes are for another model or text."""
+    written = yaml.safe_load((folder / SETTINGS_FILE).read_text(encoding="utf-8")) or {}
+    theirs = written.get("base"), (written.get("data") or {}).get("corpus")
+    if theirs != ({"hf": base}, list(corpus)):
+        raise RecipeError(
+            f"{folder} holds recipes for base={theirs[0]} and data.corpus={theirs[1]}: give another folder with "
+            "--folder, or change them there"
+        )
+
+
+def _slug(model: str) -> str:
+    """Return a run's name from a model's: the last part of its path or name."""
+    last = HuggingFaceBase(hf=model).hf.rstrip("/").rpartition("/")[2]
+    return re.sub(r"[^a-z0-9._-]+", "-", last.lower()).strip("-.") or "model"
