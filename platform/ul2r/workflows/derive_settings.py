@@ -174,7 +174,7 @@ def derive_settings(
     )
     choose(
         "optimizer.final_learning_rate",
-        rate * FINAL_RATE_RATIO,
+        float(f"{rate * FINAL_RATE_RATIO:.2g}"),
         "a cosine down to 1 %, as in the paper",
     )
     return Settings(values, reasons)
@@ -239,7 +239,11 @@ def _choose_layout(
                         "tensor": tensor,
                         "sequence_parallel": tensor > 1,
                     },
-                    "training": {"micro_batch_size": micro, "global_batch_size": micro * data},
+                    "training": {
+                        "steps": 1,
+                        "micro_batch_size": micro,
+                        "global_batch_size": micro * data,
+                    },
                     "validation": {"num_rows": micro * data},
                     "launch": {"gpus_per_worker": 1},
                 }
@@ -255,7 +259,7 @@ def _choose_layout(
                     "training.micro_batch_size": micro,
                 }
     raise RecipeError(
-        f"the model does not fit {machine.num_gpus} GPUs of {machine.memory_gib:.0f} GiB: write a recipe with "
+        f"the model does not fit the machine's GPUs, {machine.num_gpus} x {machine.memory_gib:.0f} GiB: write a recipe with "
         "parallel.pipeline or training.recompute, see docs/recipes.md, or use more GPUs"
     )
 
@@ -267,4 +271,4 @@ def _powers_of_two(largest: int) -> list[int]:
 def _describe_machine(machine: Machine) -> str:
     if not machine.num_gpus:
         return "this machine has no GPU"
-    return f"{machine.num_gpus} GPUs of {machine.memory_gib:.0f} GiB"
+    return f"the machine's GPUs: {machine.num_gpus} x {machine.memory_gib:.0f} GiB"

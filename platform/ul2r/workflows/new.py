@@ -192,7 +192,7 @@ def _render_sections(settings: Settings) -> str:
     for key, value in settings.values.items():
         section, _, name = key.partition(".")
         text = f"{name}: {yaml.safe_dump(value).splitlines()[0]}"
-        sections.setdefault(section, []).append(f"  {text:<28}# {settings.reasons[key]}")
+        sections.setdefault(section, []).append(f"  {text:<30} # {settings.reasons[key]}")
     return "\n".join(f"{name}:\n" + "\n".join(lines) + "\n" for name, lines in sections.items())
 
 
