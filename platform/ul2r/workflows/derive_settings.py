@@ -259,8 +259,8 @@ def _choose_layout(
                     "training.micro_batch_size": micro,
                 }
     raise RecipeError(
-        f"the model does not fit the machine's GPUs, {machine.num_gpus} x {machine.memory_gib:.0f} GiB: write a recipe with "
-        "parallel.pipeline or training.recompute, see docs/recipes.md, or use more GPUs"
+        f"the model does not fit the machine's GPUs, {machine.num_gpus} x {machine.memory_gib:.0f} GiB: write a recipe "
+        "with parallel.pipeline or training.recompute, see docs/recipes.md, or use more GPUs"
     )
 
 

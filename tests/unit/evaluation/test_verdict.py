@@ -1,0 +1,59 @@
+"""The sentences that read a comparison's numbers."""
+
+from __future__ import annotations
+
+import math
+
+from ul2r.evaluation.comparison import Arm
+from ul2r.evaluation.comparison_table import ComparisonTable
+from ul2r.evaluation.measure import Metric
+from ul2r.evaluation.scores import Score, Scores
+from ul2r.evaluation.verdict import describe_verdict
+from ul2r.inference import ExportMetadata
+
+LOSS = Metric("loss", "plain text, loss (nats/token)")
+MATCH = Metric("match", "infilled span, exact match", higher_is_better=True)
+
+
+def make_arm(role: str, loss: float, match: float, stderr: float = 0.1) -> Arm:
+    metadata = ExportMetadata(run=role, role=None, step=1, tokens=1, flops=1.0)
+    scores = {"loss": Score(loss, stderr, 9), "match": Score(match, stderr, 9)}
+    return Arm(role, metadata, Scores(scores))
+
+
+def read(*arms: Arm) -> list[str]:
+    return describe_verdict(ComparisonTable("c", arms, [LOSS, MATCH]))
+
+
+def test_lower_losses_and_higher_matches_are_better() -> None:
+    base, ul2r = make_arm("base", 3.0, 0.1), make_arm("ul2r", 2.0, 0.9)
+    (sentence,) = read(base, ul2r)
+    assert sentence == (
+        "UL2R against the base as it was: better: plain text, loss (3.000 -> 2.000), infilled span, exact match "
+        "(0.100 -> 0.900); worse: nothing."
+    )
+
+
+def test_a_worse_result_is_said_and_a_difference_within_the_error_is_none() -> None:
+    control, ul2r = make_arm("control", 2.0, 0.5), make_arm("ul2r", 2.5, 0.7)
+    # Two standard errors of the difference are 2 x sqrt(2) x 0.1 = 0.283.
+    (sentence,) = read(control, ul2r)
+    assert (
+        "better: nothing; worse: plain text, loss (2.000 -> 2.500); within 2 standard errors"
+        in sentence
+    )
+    assert sentence.endswith("infilled span, exact match.")
+
+
+def test_nan_is_neither_better_nor_worse() -> None:
+    (sentence,) = read(make_arm("base", math.nan, 0.5), make_arm("ul2r", 2.0, 0.5))
+    assert "better: nothing; worse: nothing" in sentence
+
+
+def test_every_other_arm_has_a_sentence_and_without_ul2r_the_last_one_is_read() -> None:
+    arms = [make_arm("base", 3, 0.1), make_arm("control", 3, 0.1), make_arm("ul2r", 3, 0.1)]
+    assert [sentence.partition(":")[0].split()[:3] for sentence in read(*arms)] == [
+        ["UL2R", "against", "the"],
+        ["UL2R", "against", "the"],
+    ]
+    assert read(make_arm("base", 3, 0.1), make_arm("fim", 3, 0.1))[0].startswith("fim against")

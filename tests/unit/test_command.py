@@ -1,0 +1,44 @@
+"""The command `ul2r`: its verbs, and what it says to a wrong one."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ul2r.__main__ import VERBS, main
+
+COMMANDS = Path(importlib.import_module("ul2r.commands").__file__ or "").parent
+
+
+def test_every_command_is_a_verb() -> None:
+    modules = {path.stem for path in COMMANDS.glob("[!_]*.py")} - {"steps"}
+    assert {module for module, _ in VERBS.values()} == modules
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_describes_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([verb, "--help"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: ul2r {verb} ")
+
+
+def test_a_wrong_verb_is_refused_with_the_nearest_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trian", "recipe.yaml"]) == 2
+    assert (
+        capsys.readouterr().err == "error: ul2r has no verb 'trian': did you mean `ul2r train`?\n"
+    )
+
+
+def test_the_command_is_installed_with_the_package() -> None:
+    result = subprocess.run(
+        [str(Path(sys.executable).parent / "ul2r"), "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.startswith("ul2r ")

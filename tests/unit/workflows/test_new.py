@@ -1,0 +1,87 @@
+"""Recipes that `ul2r new` writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ul2r.config import Comparison, HuggingFaceBase, Recipe, load
+from ul2r.errors import CheckpointError, CorpusError, RecipeError
+from ul2r.launch.pretrained import fill_model_from_base
+from ul2r.testing.families import write_random_model
+from ul2r.testing.tokenizers import make_llama_3
+from ul2r.workflows.new import write_project
+
+LINE = "def area(width, height):\n    return width * height\n"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "My Model"
+    write_random_model("Llama 3.2", folder)
+    make_llama_3().save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    (folder / "a.py").write_text(LINE * 20_000)
+    return folder
+
+
+def test_written_recipes_load_and_belong_together(model: Path, text: Path, tmp_path: Path) -> None:
+    project = write_project(str(model), [str(text)], tmp_path / "out", steps=7)
+    base = HuggingFaceBase(hf=str(model))
+    runs = {
+        role: load(project.recipe(role), (), Recipe, fill_model_from_base)
+        for role in ("ul2r", "control")
+    }
+    for role, recipe in runs.items():
+        assert (recipe.role, recipe.base, recipe.training.steps) == (role, base, 7)
+        assert recipe.data.corpus == (str(text),)
+        assert recipe.storage == project.storage
+    assert runs["ul2r"].name == "my-model-ul2r"
+    assert [denoiser.name for denoiser in runs["control"].objective.mixture] == ["causal"]
+    assert runs["ul2r"].model_dump(exclude={"name", "role", "objective", "export"}) == runs[
+        "control"
+    ].model_dump(exclude={"name", "role", "objective", "export"})
+
+    comparison = load(project.comparison, (), Comparison, fill_model_from_base)
+    assert next(iter(comparison.recipes.values())) == base
+    assert comparison.tracking.experiment == runs["ul2r"].tracking.experiment
+
+
+def test_recipes_that_were_edited_are_kept(model: Path, text: Path, tmp_path: Path) -> None:
+    project = write_project(str(model), [str(text)], tmp_path / "out", steps=7)
+    settings = project.folder / "settings.yaml"
+    settings.write_text(settings.read_text().replace("steps: 7", "steps: 8"))
+    again = write_project(str(model), [str(text)], tmp_path / "out")
+    assert again.settings is None
+    assert load(again.recipe("ul2r"), (), Recipe, fill_model_from_base).training.steps == 8
+
+
+def test_a_folder_of_another_model_or_text_is_refused(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    write_project(str(model), [str(text)], tmp_path / "out", steps=7)
+    with pytest.raises(RecipeError, match=r"holds recipes for base=.*give another folder"):
+        write_project(str(model), ["stdlib"], tmp_path / "out")
+    with pytest.raises(RecipeError, match=r"change training\.steps in .*settings\.yaml"):
+        write_project(str(model), [str(text)], tmp_path / "out", steps=9)
+
+
+def test_nothing_is_written_for_a_model_or_text_that_cannot_be_used(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        write_project(str(text), [str(text)], out)
+    with pytest.raises(CorpusError):
+        write_project(str(model), [str(tmp_path / "missing")], out)
+    (text / "a.py").write_text(LINE)
+    with pytest.raises(RecipeError, match="give more text"):
+        write_project(str(model), [str(text)], out)
+    assert not out.exists()
