@@ -10,13 +10,18 @@ bin := .venv/bin
 ready := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slurm check fix ui serve bench
+.PHONY: help demo ul2r test test-slurm check fix ui serve bench
 
 help:  ## list these targets
-	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*  ## ' '/^[a-z0-9-]+:.*  ## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: $(ready)  ## text -> base -> UL2R -> comparison -> served model; CORPUS=path for your own text
 	@$(bin)/python jobs/demo.py $(if $(CORPUS),--corpus '$(CORPUS)')
+
+# MODEL has a default, which is `make serve`'s.
+ul2r: $(ready)  ## UL2R on your model: make ul2r MODEL=folder-or-hub-name CORPUS=path
+	@test "$(origin MODEL)" != file -a -n "$(CORPUS)" || { echo "error: name model and text: make ul2r MODEL=folder-or-hub-name CORPUS=path" >&2; exit 2; }
+	@$(bin)/ul2r up '$(MODEL)' '$(CORPUS)' --port $(PORT)
 
 # Two files at a time: tests spend most of their time waiting for processes to start.
 test: $(ready)  ## every test that this machine can run; ARGS="-k spans" selects some
