@@ -80,6 +80,7 @@ PLACES = {
         "data/prepare/ray_tasks",
         "launch/ray_train/",
         "workflows/",
+        "commands/",
         "jobs/",
         "serving/",
         "benchmarks/",

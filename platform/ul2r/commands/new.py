@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
 def describe_settings(settings: Settings) -> str:
     """Return a line for each derived setting, with its reason."""
     return "\n".join(
-        f"  {key:<32} {value:<10} {settings.reasons[key]}" for key, value in settings.values.items()
+        f"  {key:<32} {choice.value:<10} {choice.reason}" for key, choice in settings.items()
     )
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 from ul2r.config import Architecture, Objective, Recipe
 from ul2r.errors import RecipeError
@@ -18,6 +19,7 @@ LONGEST_ROW_ON_CPU = 256
 MAX_ROWS_PER_STEP = 128
 """UL2R's own batch for the 8B and 62B models (arXiv 2210.11399, 3.2)."""
 MIN_ROWS_PER_STEP = 4
+MIN_VALIDATION_ROWS = 8
 MIN_STEPS = 100
 """Batches shrink before a run has fewer updates than this."""
 UL2R_FRACTION = 0.001
@@ -61,17 +63,15 @@ class Machine:
     num_cores: int
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Derived settings of a run, and why each has its value.
+class Choice(NamedTuple):
+    """A derived setting and why it has its value."""
 
-    Attributes:
-        values: By dotted key of a recipe.
-        reasons: By the same keys.
-    """
+    value: int | float
+    reason: str
 
-    values: Mapping[str, int | float]
-    reasons: Mapping[str, str]
+
+Settings = Mapping[str, Choice]
+"""Derived settings by dotted key of a recipe."""
 
 
 def find_pretraining_tokens(name: str) -> float | None:
@@ -119,65 +119,69 @@ def derive_settings(
     Raises:
         RecipeError: If the text is too short, or the model does not fit the machine.
     """
-    values: dict[str, int | float] = {}
-    reasons: dict[str, str] = {}
-
-    def choose(key: str, value: float, reason: str) -> None:
-        values[key] = value
-        reasons[key] = reason
-
     length = _choose_length(model, machine)
-    choose(
-        "objective.sequence_length",
-        length,
-        f"at most {LONGEST_ROW_ON_GPU:,} on GPUs and {LONGEST_ROW_ON_CPU} on CPUs, and what the model can read",
-    )
-    num_sentinels = Objective(sequence_length=length).num_sentinels_needed
-    choose("data.num_sentinels", num_sentinels, f"as many as a row of {length} can have spans")
-
-    budget, why = _choose_budget(text_tokens, pretraining_tokens)
+    budget, budget_reason = _choose_budget(text_tokens, pretraining_tokens)
     rows = _choose_rows(budget // length)
+    if steps is not None:
+        rows = max(rows, MIN_ROWS_PER_STEP)
+        budget_reason = "as asked for"
     if rows < MIN_ROWS_PER_STEP:
         raise RecipeError(
             f"the text has about {text_tokens:,} tokens, fewer than {MIN_STEPS} steps of {MIN_ROWS_PER_STEP} rows of "
             f"{length}: give more text"
         )
     layout = _choose_layout(model, vocabulary_size, length, rows, machine)
-    for key, value in layout.items():
-        choose(key, value, _describe_machine(machine))
-    if machine.num_gpus:
-        choose("launch.gpus_per_worker", 1, "trains on them")
-    else:
-        choose("launch.cpus_per_worker", machine.num_cores, "all of its cores")
-    values["training.global_batch_size"] = max(
-        rows, layout["parallel.num_workers"] // layout["parallel.tensor"]
-    )
-    reasons["training.global_batch_size"] = (
-        f"rows of a step: at least {MIN_STEPS} updates, at most {MAX_ROWS_PER_STEP} rows (arXiv 2210.11399, 3.2)"
-    )
-    rows_per_microbatch = layout["training.micro_batch_size"] * (
-        layout["parallel.num_workers"] // layout["parallel.tensor"]
-    )
-    choose("validation.num_rows", max(8, rows_per_microbatch), "whole microbatches")
-    tokens_per_step = int(values["training.global_batch_size"]) * length
+    replicas = layout["parallel.num_workers"] // layout["parallel.tensor"]
+    rows = max(rows, replicas)
     if steps is None:
-        choose("training.steps", max(budget // tokens_per_step, 1), why)
-    else:
-        choose("training.steps", steps, "as asked for")
+        steps = max(budget // (rows * length), 1)
 
-    num_weights = num_parameters(model, vocabulary_size)
+    choices: dict[str, Choice] = {
+        **_choose_data(length),
+        **{key: Choice(value, _describe_machine(machine)) for key, value in layout.items()},
+        **_choose_device(machine),
+        "training.global_batch_size": Choice(
+            rows,
+            f"rows of a step: at least {MIN_STEPS} updates, at most {MAX_ROWS_PER_STEP} rows (arXiv 2210.11399, 3.2)",
+        ),
+        "training.steps": Choice(steps, budget_reason),
+        "validation.num_rows": Choice(
+            max(MIN_VALIDATION_ROWS, layout["training.micro_batch_size"] * replicas),
+            "whole microbatches",
+        ),
+        **_choose_rates(num_parameters(model, vocabulary_size)),
+    }
+    return choices
+
+
+def _choose_data(length: int) -> dict[str, Choice]:
+    num_sentinels = Objective(sequence_length=length).num_sentinels_needed
+    return {
+        "objective.sequence_length": Choice(
+            length,
+            f"at most {LONGEST_ROW_ON_GPU:,} on GPUs and {LONGEST_ROW_ON_CPU} on CPUs, and what the model can read",
+        ),
+        "data.num_sentinels": Choice(num_sentinels, f"as many as a row of {length} can have spans"),
+    }
+
+
+def _choose_device(machine: Machine) -> dict[str, Choice]:
+    if machine.num_gpus:
+        return {"launch.gpus_per_worker": Choice(1, "trains on them")}
+    return {"launch.cpus_per_worker": Choice(machine.num_cores, "all of its cores")}
+
+
+def _choose_rates(num_weights: int) -> dict[str, Choice]:
     rate = choose_learning_rate(num_weights)
-    choose(
-        "optimizer.learning_rate",
-        rate,
-        f"for {num_weights / 1e6:,.0f} M parameters: GPT-3's rates by size, UL2R's own from 8 B on",
-    )
-    choose(
-        "optimizer.final_learning_rate",
-        float(f"{rate * FINAL_RATE_RATIO:.2g}"),
-        "a cosine down to 1 %, as in the paper",
-    )
-    return Settings(values, reasons)
+    return {
+        "optimizer.learning_rate": Choice(
+            rate,
+            f"for {num_weights / 1e6:,.0f} M parameters: GPT-3's rates by size, UL2R's own from 8 B on",
+        ),
+        "optimizer.final_learning_rate": Choice(
+            float(f"{rate * FINAL_RATE_RATIO:.2g}"), "a cosine down to 1 %, as in the paper"
+        ),
+    }
 
 
 def _choose_length(model: Architecture, machine: Machine) -> int:

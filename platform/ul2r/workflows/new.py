@@ -96,6 +96,8 @@ def write_project(
     Raises:
         UserError: If the model cannot be a base, the text is missing or too short, or the folder holds something else.
     """
+    if steps is not None and steps < 1:
+        raise RecipeError(f"steps={steps}: give at least 1")
     # Absolute, so that the recipes mean the same wherever they are used.
     base = str(Path(model).resolve()) if Path(model).exists() else model
     corpus = [entry if entry == "stdlib" else str(Path(entry).absolute()) for entry in text]
@@ -189,10 +191,10 @@ def render_recipes(
 def _render_sections(settings: Settings) -> str:
     """Return the derived keys as YAML, by section, each with its reason."""
     sections: dict[str, list[str]] = {"data": []}
-    for key, value in settings.values.items():
+    for key, choice in settings.items():
         section, _, name = key.partition(".")
-        text = f"{name}: {yaml.safe_dump(value).splitlines()[0]}"
-        sections.setdefault(section, []).append(f"  {text:<30} # {settings.reasons[key]}")
+        text = f"{name}: {yaml.safe_dump(choice.value).splitlines()[0]}"
+        sections.setdefault(section, []).append(f"  {text:<30} # {choice.reason}")
     return "\n".join(f"{name}:\n" + "\n".join(lines) + "\n" for name, lines in sections.items())
 
 

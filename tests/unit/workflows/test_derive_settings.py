@@ -58,25 +58,24 @@ def test_pretraining_tokens_go_by_the_beginning_of_the_name(
 
 
 def test_steps_are_a_thousandth_of_pretraining_if_the_text_suffices() -> None:
-    derived = derive_settings(SMALL, 4096, 10_000_000, CPU, pretraining_tokens=1e9).values
+    derived = derive_settings(SMALL, 4096, 10_000_000, CPU, pretraining_tokens=1e9)
     tokens = (
-        derived["training.steps"]
-        * derived["training.global_batch_size"]
-        * derived["objective.sequence_length"]
+        derived["training.steps"].value
+        * derived["training.global_batch_size"].value
+        * derived["objective.sequence_length"].value
     )
     assert tokens == pytest.approx(1e6, rel=0.01)
 
 
 def test_a_short_text_is_read_once() -> None:
-    settings = derive_settings(SMALL, 4096, 1_000_000, CPU, pretraining_tokens=2e12)
-    values = settings.values
+    values = derive_settings(SMALL, 4096, 1_000_000, CPU, pretraining_tokens=2e12)
     tokens = (
-        values["training.steps"]
-        * values["training.global_batch_size"]
-        * values["objective.sequence_length"]
+        values["training.steps"].value
+        * values["training.global_batch_size"].value
+        * values["objective.sequence_length"].value
     )
     assert tokens == pytest.approx(1e6, rel=0.01)
-    assert "one pass over the text, 5e-07 of" in settings.reasons["training.steps"]
+    assert "one pass over the text, 5e-07 of" in values["training.steps"].reason
 
 
 def test_a_text_too_short_for_a_hundred_updates_is_refused() -> None:
@@ -88,12 +87,12 @@ def test_a_model_too_large_for_one_gpu_is_split_over_several() -> None:
     """Weights in bf16 and gradients in fp32 are 48 GB on each replica, whatever the optimizer shards."""
     values = derive_settings(
         LLAMA_8B, 128_256, 10**10, Machine(num_gpus=8, memory_gib=40, num_cores=64)
-    ).values
-    assert values["parallel.num_workers"] == 8
-    assert 1 < values["parallel.tensor"] <= 8
-    assert values["parallel.sequence_parallel"] is True
-    assert values["launch.gpus_per_worker"] == 1
-    assert values["objective.sequence_length"] == 2048
+    )
+    assert values["parallel.num_workers"].value == 8
+    assert 1 < values["parallel.tensor"].value <= 8
+    assert values["parallel.sequence_parallel"].value is True
+    assert values["launch.gpus_per_worker"].value == 1
+    assert values["objective.sequence_length"].value == 2048
 
 
 def test_a_model_too_large_for_the_machine_is_refused() -> None:
