@@ -19,11 +19,7 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 class ChatTemplate:
-    """Chat template of the tokenizer in a Hugging Face folder, rendered by transformers itself.
-
-    Attributes:
-        source: The template, in Jinja.
-    """
+    """Chat template of the tokenizer in a Hugging Face folder, rendered by transformers itself."""
 
     def __init__(self, folder: Path) -> None:
         """Load the template.
@@ -45,9 +41,8 @@ class ChatTemplate:
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise CorpusError(f"{folder}: its tokenizer cannot be loaded: {reason}") from None
-        if not isinstance(self._tokenizer.chat_template, str):
+        if not self._tokenizer.chat_template:
             raise CorpusError(f"{folder}: the tokenizer has no chat template")
-        self.source: str = self._tokenizer.chat_template
 
     def render(
         self,
@@ -74,7 +69,7 @@ class ChatTemplate:
                 tokenize=False,
             )
         # A template is a program of somebody else's: what it raises for messages that it does not expect is up to it.
-        except (TemplateError, TypeError, KeyError, AttributeError) as error:
+        except (TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
             raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
         return text
 

@@ -48,7 +48,18 @@ def test_white_space_at_the_end_of_an_answer_without_an_end_stays(folder: Path) 
 
 def test_template_may_be_in_the_configuration(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": LINES}))
-    assert ChatTemplate(folder).source == LINES
+    assert ChatTemplate(folder).render(CHAT[1:2]) == "[user]sea?</s>\n"
+
+
+def test_of_several_templates_the_default_is_taken(folder: Path) -> None:
+    named = [{"name": "default", "template": LINES}, {"name": "tool_use", "template": "tools"}]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert ChatTemplate(folder).render(CHAT[1:2]) == "[user]sea?</s>\n"
+
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": named[1:]}))
+    with pytest.raises(ValueError, match="multiple chat templates") as caught:
+        ChatTemplate(folder).split(CHAT)
+    assert "\n" not in str(caught.value)
 
 
 def test_tools_are_given_to_the_template(folder: Path) -> None:

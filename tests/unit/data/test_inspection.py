@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,7 +21,8 @@ from ul2r.data.inspection import (
     render_tokens,
     write_page,
 )
-from ul2r.data.store.dataset import TokenDataset
+from ul2r.data.prepare.pairs import prepare_pairs
+from ul2r.data.store.dataset import TokenDataset, open_run_dataset
 from ul2r.data.tokenizer import (
     add_special_tokens,
     build_vocabulary,
@@ -28,6 +30,7 @@ from ul2r.data.tokenizer import (
     load_tokenizer,
 )
 from ul2r.testing.corpus import make_tiny_store
+from ul2r.testing.pairs import write_pairs
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.testing.tokenizers import KINDS
 
@@ -51,6 +54,38 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
         },
         training={"steps": 100},
     )
+
+
+def test_page_shows_each_pair_of_a_slot_and_the_share_of_slots(tmp_path: Path) -> None:
+    make_tiny_store(tmp_path / "store", num_documents=12)
+    pairs = write_pairs(tmp_path / "pairs.jsonl")
+    mixture = [{"kind": "pairs", "weight": 1}, {"kind": "prefix", "weight": 3}]
+    recipe = tiny_recipe(
+        tmp_path,
+        data={"num_sentinels": 64, "pairs": [str(pairs)]},
+        objective={"mixture": mixture, "sequence_length": 128},
+        training={"steps": 10},
+    )
+    prepare_pairs(recipe)
+    dataset = open_run_dataset(recipe)
+    of_pairs, of_text = measure_mixture(recipe, dataset)
+    assert (of_pairs.fraction, of_text.fraction) == (0.25, 0.75)
+    # 10 batches of 8 rows, a quarter of them with several pairs.
+    assert of_pairs.num_slots == 20
+    assert of_pairs.num_examples > 40
+    assert of_pairs.filled > 0.9
+    assert of_text.num_examples == of_text.num_slots == 60
+
+    tokenizer = load_tokenizer(dataset.tokenizer_file)
+    records = [json.loads(line) for line in pairs.read_text().splitlines()]
+    known = {(r["prompt"], r["answer"]) for r in records}
+    for example in of_pairs.examples:
+        mode, *prompt = example.inputs
+        *answer, eos = example.targets
+        assert mode == dataset.vocabulary.modes["S2S"][0]
+        assert eos == dataset.vocabulary.eos
+        assert (tokenizer.decode(prompt), tokenizer.decode(answer)) in known
+    assert "pairs" in write_page(recipe, dataset).read_text()
 
 
 class Page(HTMLParser):

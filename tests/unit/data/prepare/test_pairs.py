@@ -14,17 +14,18 @@ from tokenizers import AddedToken, Tokenizer
 
 from ul2r.config import Recipe
 from ul2r.data.document_tokenizer import DocumentTokenizer
-from ul2r.data.prepare.pairs import load_finished_pairs, prepare_pairs
+from ul2r.data.prepare.pair_records import PairText
+from ul2r.data.prepare.pairs import PairEncoder, load_finished_pairs, prepare_pairs
 from ul2r.data.special_tokens import assign_special_tokens
 from ul2r.data.store.dataset import open_run_dataset
 from ul2r.data.store.pair_store import PairStore, find_pairs_folder
-from ul2r.data.tokenizer import load_tokenizer
+from ul2r.data.tokenizer import build_vocabulary, load_tokenizer
 from ul2r.errors import CorpusError
 from ul2r.filesystem import sha256_of
 from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.pairs import write_json_lines
 from ul2r.testing.recipes import tiny_recipe
-from ul2r.testing.tokenizers import make_llama_3
+from ul2r.testing.tokenizers import KINDS, make_llama_3
 
 TEMPLATE = (
     "{% if messages[0].role == 'robot' %}{{ raise_exception('no robots') }}{% endif %}"
@@ -328,3 +329,17 @@ def test_chat_that_the_template_refuses_is_named(chat: Path, tmp_path: Path) -> 
     path = write_json_lines(tmp_path / "p.jsonl", [turns("a", "b"), record])
     with pytest.raises(CorpusError, match=r"p\.jsonl: line 2: messages do not fit .*: no robots$"):
         prepare_pairs(chat_recipe(chat, path))
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "Llama 3", "Llama 2", "BPE, always", "BPE, first"])
+def test_answers_go_on_in_the_document_that_the_prompt_begins(kind: str, tmp_path: Path) -> None:
+    """A tokenizer that puts a space before each text puts none between a prompt and its answer."""
+    assigned = assign_special_tokens(KINDS[kind](), 4)
+    assigned.save(str(tmp_path / "tokenizer.json"))
+    encoder = PairEncoder(tmp_path / "tokenizer.json", build_vocabulary(assigned))
+    for prompt, answer in (("def area(", "width)"), ("The sea", " is calm"), ("It", "'s calm")):
+        encoded = encoder.encode(PairText([(prompt, answer)], is_chat=False, locate=str))
+        assert encoded is not None
+        ((inputs, targets),) = encoded
+        assert assigned.decode([*inputs, *targets], skip_special_tokens=False) == prompt + answer
+        assert assigned.decode(inputs, skip_special_tokens=False) == prompt
