@@ -16,6 +16,8 @@ from ul2r.testing.recipes import GEMMA_3, tiny_recipe
 
 pytestmark = pytest.mark.distributed
 
+SMALL_BUCKET = 3000
+"""Parameters; a layer has about 9,000."""
 LAYOUTS: dict[str, dict[str, Any]] = {
     "TP 2": {"num_workers": 2, "tensor": 2},
     "TP 2 x SP": {"num_workers": 2, "tensor": 2, "sequence_parallel": True},
@@ -29,7 +31,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     },
     "DP 2": {"num_workers": 2},
     "TP 2 x PP 2 x SP": {"num_workers": 4, "tensor": 2, "pipeline": 2, "sequence_parallel": True},
-    "PP 2 x VP 2 x DP 2": {"num_workers": 4, "pipeline": 2, "virtual_stages": 2},
+    "PP 2 x VP 2 x DP 2": {
+        "num_workers": 4,
+        "pipeline": 2,
+        "virtual_stages": 2,
+        "overlap_param_gather": True,
+        "bucket_size": SMALL_BUCKET,
+    },
 }
 LAYOUTS_OF_CAUSAL = ("single", "TP 2 x SP", "PP 2")
 LAYOUTS_OF_WINDOWS = ("single", "TP 2 x SP", "PP 2 x VP 2")
@@ -38,12 +46,35 @@ Result = dict[str, Any]
 
 
 def train(*recipes: Recipe) -> list[Result]:
-    """Train each recipe in turn on this rank; return its losses, gradient norms and held-out losses by step."""
-    from ul2r.launch.worker import run_worker
-    from ul2r.tracking.tracker import MemoryTracker
+    """Train each recipe in turn on this rank.
 
+    Returns:
+        Losses, gradient norms, held-out losses by step, the number of gradient buckets, and how many masks were made.
+    """
+    from ul2r.launch.worker import run_worker
+    from ul2r.model.attention import DenseMask
+    from ul2r.tracking.tracker import MemoryTracker
+    from ul2r.train.loop import Trainer
+
+    num_buckets = []
+    num_masks: list[int] = []
+    prepare = DenseMask.prepare
+
+    def count_mask(*arguments: Any) -> Any:  # noqa: ANN401  those of `DenseMask.prepare`
+        num_masks[-1] += 1
+        return prepare(*arguments)
+
+    class CountingTrainer(Trainer):
+        def fit(self, *source: Any) -> Any:  # noqa: ANN401  as there
+            groups = [group for chunk in self.train_step.model for group in chunk.bucket_groups]
+            num_buckets.append(sum(len(group.buckets) for group in groups))
+            return super().fit(*source)
+
+    pytest.MonkeyPatch().setattr("ul2r.launch.worker.Trainer", CountingTrainer)
+    pytest.MonkeyPatch().setattr(DenseMask, "prepare", count_mask)
     results = []
     for recipe in recipes:
+        num_masks.append(0)
         tracker = MemoryTracker()
         run_worker(recipe, tracker)
         held_out = {
@@ -55,7 +86,8 @@ def train(*recipes: Recipe) -> list[Result]:
             name: [value for _, value in tracker.series(f"train/{name}")]
             for name in ("loss", "grad_norm")
         }
-        results.append(trained | {"held_out": held_out})
+        counts = {"num_buckets": num_buckets[-1], "num_masks": num_masks[-1]}
+        results.append(trained | counts | {"held_out": held_out})
     return results
 
 
@@ -153,6 +185,20 @@ def test_layout_gives_the_single_process_losses_of_a_model_with_windows(
     np.testing.assert_allclose(found["grad_norm"], expected["grad_norm"], rtol=1e-3)
 
 
+@pytest.mark.parametrize(("layout", "num_kinds"), [("TP 2 x SP", 2), ("PP 2 x VP 2", 1)])
+def test_a_mask_is_made_once_for_all_layers_chunks_and_recomputation(
+    layouts: dict[str, dict[str, Result]], layout: str, num_kinds: int
+) -> None:
+    """Layers are local and global in turn: the first stage of two, of chunks of a layer each, has the local ones only.
+
+    Both layouts recompute all activations, and one passes each microbatch through two chunks.
+    """
+    num_microbatches = 6 * 4  # steps, and microbatches of each
+    num_held_out = 3 * 4  # validations, before the first step and after steps 3 and 6
+    num_masks = layouts[layout]["windows"]["num_masks"]
+    assert num_masks == num_kinds * (num_microbatches + num_held_out)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_continues_the_single_process_checkpoint(
     single: dict[str, Result], layouts: dict[str, dict[str, Result]], layout: str
@@ -177,22 +223,38 @@ def test_single_process_continues_the_checkpoint_of_any_layout(
 
 
 def test_resumed_run_is_the_same_run_bit_for_bit(storage: Path) -> None:
-    """Steps 4 to 6 after a restart equal those without one, with a sharded optimizer and with virtual stages."""
+    """Steps 4 to 6 after a restart equal those without one, with a sharded optimizer and with virtual stages.
 
-    def make_both(name: str) -> list[Recipe]:
+    So do those of runs that gather weights during the forward pass, before or after the restart only.
+    """
+    late = LAYOUTS["DP 2"] | {"overlap_param_gather": True}
+    interleaved = LAYOUTS["PP 2 x VP 2"]
+
+    def make_all(name: str, *layouts: dict[str, Any]) -> list[Recipe]:
         return [
-            tiny_recipe(storage, name=f"{name}-{number}", parallel=LAYOUTS[layout])
-            for number, layout in enumerate(("DP 2", "PP 2 x VP 2"))
+            tiny_recipe(storage, name=f"{name}-{number}", parallel=layout)
+            for number, layout in enumerate(layouts)
         ]
 
-    whole, resumed = make_both("whole"), make_both("resumed")
+    whole = make_all("whole", LAYOUTS["DP 2"], late, interleaved)
+    resumed = make_all("resumed", late, LAYOUTS["DP 2"], interleaved)
     first = run_distributed(train, 2, *whole)[0]
+    assert first[0] == first[1]
     for source, target in zip(whole, resumed, strict=True):
         hand_over(source, target)
     second = run_distributed(train, 2, *resumed)[0]
     for before, after in zip(first, second, strict=True):
         assert after["loss"] == before["loss"][3:]
         assert after["grad_norm"] == before["grad_norm"][3:]
+        assert after["held_out"] == {
+            step: losses for step, losses in before["held_out"].items() if step > 3
+        }
+
+
+def test_buckets_have_the_size_of_the_recipe(layouts: dict[str, dict[str, Result]]) -> None:
+    """The runs of the other tests show that it does not matter what they compute."""
+    assert layouts["DP 2"]["new"]["num_buckets"] == 1
+    assert layouts["PP 2 x VP 2 x DP 2"]["new"]["num_buckets"] > 2
 
 
 def test_the_loss_falls(single: dict[str, Result]) -> None:

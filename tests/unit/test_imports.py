@@ -51,7 +51,7 @@ ROOMS: dict[str, tuple[frozenset[str], ...]] = {
         ),
         "model": ("window", "attention", "*", "huggingface"),
         "train": (
-            "mesh state optimizer monitor/guards",
+            "mesh state optimizer transfer monitor/guards",
             "step waiting",
             "callbacks",
             "checkpoint monitor",

@@ -18,6 +18,7 @@ from ul2r.config.denoisers import (
 from ul2r.config.evaluation import Evaluation
 from ul2r.config.export import Export
 from ul2r.config.guards import Guards
+from ul2r.config.kernels import Kernels
 from ul2r.config.load import dump, load
 from ul2r.config.objective import Objective
 from ul2r.config.optimizer import Optimizer
@@ -41,6 +42,7 @@ __all__ = [
     "Fim",
     "Guards",
     "HuggingFaceBase",
+    "Kernels",
     "MegatronBase",
     "Mode",
     "Objective",

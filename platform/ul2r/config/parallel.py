@@ -29,6 +29,13 @@ class Parallel(StrictModel):
     sequence_parallel: bool = False
     """Split norms and residuals along the sequence over tensor ranks (Korthikanti et al. 2022, arXiv 2205.05198,
     4.2.2)."""
+    overlap_param_gather: bool = False
+    """Gather the weights that other replicas have updated during the next forward pass, layer by layer as they are
+    needed, instead of after the update."""
+    bucket_size: PositiveInt | None = None
+    """Parameters of a bucket: gradients are reduced over replicas, and weights gathered, a bucket at a time. None is
+    Megatron-Core's size, 40 million or a million for each replica if that is more; pipeline stages after the first have
+    one bucket."""
     context: PositiveInt = 1
     """Context-parallel size; values above 1 are refused."""
 
@@ -97,6 +104,16 @@ class Parallel(StrictModel):
         sizes = range(self.pipeline, num_microbatches)
         fitting = (size for size in sizes if not 0 < num_microbatches % size < self.pipeline)
         return next(fitting, num_microbatches)
+
+    def num_live_microbatches(self, num_microbatches: int) -> int:
+        """Return the most microbatches that a rank has begun and not finished at any time of a step.
+
+        Stage s of p begins p - s before its first backward pass. In the interleaved schedule the first microbatch of a
+        group passes through the first chunk, of which its backward pass is the last, before a third group begins.
+        """
+        if self.virtual_stages == 1:
+            return self.pipeline
+        return 2 * self.microbatch_group_size(num_microbatches)
 
 
 def check_tensor_parallel(parallel: Parallel, model: Architecture) -> None:

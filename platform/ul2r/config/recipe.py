@@ -23,6 +23,7 @@ from ul2r.config.evaluation import Evaluation
 from ul2r.config.export import Export
 from ul2r.config.field_types import AbsolutePath, RunName
 from ul2r.config.guards import Guards
+from ul2r.config.kernels import Kernels, check_kernels
 from ul2r.config.launch import Launch, check_min_workers
 from ul2r.config.objective import Objective, check_num_samples, check_rows_fit_model
 from ul2r.config.optimizer import Optimizer, check_optimizer_state, check_schedule
@@ -72,6 +73,7 @@ class Recipe(StrictModel):
     TransformerEngine's variable-length kernels (te). auto is flex on GPUs if heads are wide enough, else sdpa."""
     parallel: Parallel = Parallel()
     training: Training
+    kernels: Kernels = Kernels()
     optimizer: Optimizer = Optimizer()
     validation: Validation = Validation()
     checkpoints: Checkpoints = Checkpoints()
@@ -126,6 +128,7 @@ class Recipe(StrictModel):
         check_fp8(self.training, self.model, self.parallel, sequence_length)
         check_optimizer_state(self.optimizer, self.base)
         check_attention(self.attention, self.model, self.launch, self.precision)
+        check_kernels(self.kernels, self.model, self.precision)
         return self
 
     @property

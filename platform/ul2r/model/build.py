@@ -25,7 +25,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ul2r.config import Architecture, Parallel, Precision, Recipe, Recompute
 from ul2r.errors import LayoutError
+from ul2r.model.attention import make_core_attention
+from ul2r.model.attention.core import IntervalAttention
 from ul2r.model.experts import make_expert_settings
+from ul2r.model.kernels import KernelPlan
 from ul2r.model.layers import (
     ACTIVATIONS,
     ScaledGPTModel,
@@ -35,6 +38,7 @@ from ul2r.model.layers import (
 )
 from ul2r.model.loss import LogZGPTModel
 from ul2r.model.refusals import translate_refusals
+from ul2r.model.rotary import install_compiled_rotation
 from ul2r.model.sizing import pad_vocabulary
 from ul2r.model.tensors import EMBEDDING
 
@@ -59,6 +63,7 @@ def make_transformer_config(
     precision: Precision = "fp32",
     recompute: Recompute = "none",
     moe_aux_loss_coeff: float = 0.0,
+    kernels: KernelPlan = KernelPlan(),  # noqa: B008  frozen
 ) -> TransformerConfig:
     """Return Megatron's configuration: no dropout, losses summed over tokens."""
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
@@ -66,7 +71,7 @@ def make_transformer_config(
     scalar = architecture.query_pre_attn_scalar
     has_experts = architecture.num_experts is not None
 
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
         ffn_hidden_size=architecture.ffn_hidden_size,
@@ -106,15 +111,21 @@ def make_transformer_config(
         use_cpu_initialization=not torch.cuda.is_available(),
         # Gradients are divided by the target tokens of the global batch, not per microbatch.
         calculate_per_token_loss=True,
-        # The fused kernels need CUDA, Apex or TransformerEngine.
-        bias_activation_fusion=False,
+        bias_activation_fusion=kernels.swiglu is not None,
+        cross_entropy_loss_fusion=kernels.loss is not None,
+        cross_entropy_fusion_impl="native",
+        # These fused kernels need CUDA, Apex or TransformerEngine.
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
-        apply_rope_fusion=False,
         **RECOMPUTE[recompute],
         **(make_expert_settings(architecture, moe_aux_loss_coeff) if has_experts else {}),
     )
+    # Not an argument: the constructor asks for TransformerEngine's version, also where another kernel takes its place.
+    config.apply_rope_fusion = kernels.rope is not None
+    if kernels.rope == "torch.compile":
+        install_compiled_rotation()
+    return config
 
 
 def check_settings(architecture: Architecture) -> None:
@@ -155,7 +166,11 @@ def check_precision(recipe: Recipe) -> None:
         )
 
 
-def build_model(recipe: Recipe, vocabulary_size: int) -> list[GPTModel]:
+def build_model(
+    recipe: Recipe,
+    vocabulary_size: int,
+    kernels: KernelPlan = KernelPlan(),  # noqa: B008  frozen
+) -> list[GPTModel]:
     """Build this rank's part of the model: one chunk per virtual stage.
 
     Initial weights are a function of the recipe's seed and of each parameter's name, whatever the layout; if the
@@ -164,6 +179,7 @@ def build_model(recipe: Recipe, vocabulary_size: int) -> list[GPTModel]:
     Args:
         recipe: Architecture, layout, row length and seed.
         vocabulary_size: Entries of the tokenizer.
+        kernels: Fused kernels; by default none.
 
     Returns:
         The chunks in the order of their layers; Megatron-Core's schedules alternate between them.
@@ -174,7 +190,7 @@ def build_model(recipe: Recipe, vocabulary_size: int) -> list[GPTModel]:
         RecipeError: If the attention backend is not installed.
     """
     check_precision(recipe)
-    chunks = build_chunks(recipe, vocabulary_size)
+    chunks = build_chunks(recipe, vocabulary_size, kernels)
     for chunk in chunks:
         # Megatron allocates its matrices on the GPU, but the norms are torch's own and still in host memory.
         if torch.cuda.is_available():
@@ -184,7 +200,11 @@ def build_model(recipe: Recipe, vocabulary_size: int) -> list[GPTModel]:
     return chunks
 
 
-def build_chunks(recipe: Recipe, vocabulary_size: int) -> list[GPTModel]:
+def build_chunks(
+    recipe: Recipe,
+    vocabulary_size: int,
+    kernels: KernelPlan = KernelPlan(),  # noqa: B008  frozen
+) -> list[GPTModel]:
     """Build this rank's chunks as `build_model` does, but leave all weights uninitialized.
 
     Raises:
@@ -198,15 +218,26 @@ def build_chunks(recipe: Recipe, vocabulary_size: int) -> list[GPTModel]:
             precision=recipe.precision,
             recompute=recipe.training.recompute,
             moe_aux_loss_coeff=recipe.optimizer.moe_aux_loss_coeff,
+            kernels=kernels,
+        )
+        # One for all chunks, which compute the same microbatches.
+        attention = make_core_attention(
+            recipe.attention_backend,
+            recipe.model.layer_windows,
+            recipe.parallel.num_live_microbatches(recipe.num_microbatches),
         )
         return [
-            _build_chunk(recipe, config, vocabulary_size, stage)
+            _build_chunk(recipe, config, vocabulary_size, stage, attention)
             for stage in range(recipe.parallel.virtual_stages)
         ]
 
 
 def _build_chunk(
-    recipe: Recipe, config: TransformerConfig, vocabulary_size: int, stage: int
+    recipe: Recipe,
+    config: TransformerConfig,
+    vocabulary_size: int,
+    stage: int,
+    attention: type[IntervalAttention],
 ) -> GPTModel:
     """Build the layers of virtual stage `stage`, from 0, with embedding and output projection where they belong."""
     architecture = recipe.model
@@ -214,7 +245,7 @@ def _build_chunk(
     vp_stage = stage if recipe.parallel.virtual_stages > 1 else None
     num_layers = get_num_layers_to_build(config, vp_stage)
     layers = TransformerBlockSubmodules(
-        layer_specs=[build_layer_spec(architecture, recipe.attention_backend)] * num_layers,
+        layer_specs=[build_layer_spec(architecture, attention)] * num_layers,
         layer_norm=final_norm_class(architecture),
     )
 

@@ -27,8 +27,8 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.nn import functional
 
-from ul2r.config import Architecture, AttentionBackend
-from ul2r.model.attention import make_core_attention
+from ul2r.config import Architecture
+from ul2r.model.attention.core import IntervalAttention
 from ul2r.model.experts import set_router
 from ul2r.model.norm import Norm, ScaleOnlyNorm
 from ul2r.model.rotary import compute_frequencies, select_angles
@@ -237,7 +237,7 @@ def uses_transformer_engine(architecture: Architecture) -> bool:
     return is_supported and torch.cuda.is_available() and HAVE_TE
 
 
-def build_layer_spec(architecture: Architecture, attention: AttentionBackend) -> ModuleSpec:
+def build_layer_spec(architecture: Architecture, attention: type[IntervalAttention]) -> ModuleSpec:
     """Return the spec of a layer with interval attention, of TransformerEngine's or of Megatron's modules."""
     if uses_transformer_engine(architecture):
         spec = get_gpt_layer_with_transformer_engine_spec(
@@ -248,9 +248,8 @@ def build_layer_spec(architecture: Architecture, attention: AttentionBackend) ->
     else:
         spec = _build_local_spec(architecture)
 
-    core = make_core_attention(attention, architecture.layer_windows)
     # In place of the spec's own core attention, which does not take intervals as its mask.
-    spec.submodules.self_attention.submodules.core_attention = core
+    spec.submodules.self_attention.submodules.core_attention = attention
     if architecture.num_experts is not None:
         set_router(spec)
     return spec

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
 
 from ul2r.config import Architecture
+from ul2r.model.lazy_compile import compile_at_first_call
 
 
 def compute_frequencies(architecture: Architecture, rotary: RotaryEmbedding) -> Tensor:
@@ -67,3 +69,23 @@ def _scale_frequencies(architecture: Architecture, rotary: RotaryEmbedding) -> T
         scaling.original_max_position_embeddings,
     )
     return scaled
+
+
+def install_compiled_rotation() -> None:
+    """Let Megatron-Core compute `apply_rope_fusion` by torch.compile, in place of TransformerEngine's kernel.
+
+    Its models with that setting (0.16 to 0.19) call what this module-level name holds, None without TransformerEngine.
+    """
+    rope_utils.fused_apply_rotary_pos_emb = _compiled_rotation
+
+
+def _rotate(heads: Tensor, angles: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotate heads (S, B, H, D) by angles (S, 1, 1, D'), D' <= D, by Megatron's plain function."""
+    rotated: Tensor = rope_utils._apply_rotary_pos_emb_bshd(
+        heads, angles, rotary_interleaved=interleaved
+    )
+    return rotated
+
+
+# One for all models, so that it is compiled once.
+_compiled_rotation = compile_at_first_call(_rotate)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import megatron.core.optimizer as megatron_optimizer
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import (
     MegatronOptimizer,
     OptimizerConfig,
+    distrib_optimizer,
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
@@ -17,9 +19,12 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePred
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
 from ul2r.config import Recipe
+from ul2r.model.kernels import Implementation, KernelPlan
 
 
-def build_optimizer(recipe: Recipe, model: list[DistributedDataParallel]) -> MegatronOptimizer:
+def build_optimizer(
+    recipe: Recipe, model: list[DistributedDataParallel], kernels: KernelPlan
+) -> MegatronOptimizer:
     """Build the distributed optimizer.
 
     Norms and biases have no weight decay, nor have embeddings unless the recipe says so.
@@ -35,6 +40,7 @@ def build_optimizer(recipe: Recipe, model: list[DistributedDataParallel]) -> Meg
         adam_beta2=settings.beta2,
         clip_grad=settings.max_grad_norm,
         use_distributed_optimizer=True,
+        overlap_param_gather=recipe.parallel.overlap_param_gather,
         bf16=is_low_precision,
         params_dtype=torch.bfloat16 if is_low_precision else torch.float32,
     )
@@ -47,9 +53,37 @@ def build_optimizer(recipe: Recipe, model: list[DistributedDataParallel]) -> Meg
         )
         overrides[embeddings] = ParamGroupOverride(wd_mult=0.0)
 
+    _select_optimizer(kernels.optimizer)
     optimizer = get_megatron_optimizer(config, model, config_overrides=overrides)
-    _allocate_state(unwrap_chained_optimizer(optimizer))
+    distributed = unwrap_chained_optimizer(optimizer)
+    if kernels.optimizer == "torch's fused AdamW":
+        _fuse(distributed)
+    _allocate_state(distributed)
     return optimizer
+
+
+def _select_optimizer(implementation: Implementation | None) -> None:
+    """Make Megatron-Core take an implementation of AdamW in this process.
+
+    It knows no setting for that, and prefers TransformerEngine's and Apex's to torch's where they are installed.
+    0.16 to 0.19 read these module-level names, all but the first again when they save and load.
+    """
+    is_engine = implementation == "TransformerEngine"
+    is_apex = implementation == "Apex"
+    megatron_optimizer.USING_PYTORCH_OPTIMIZER = not (is_engine or is_apex)
+    distrib_optimizer.HAVE_APEX_OR_TE = is_engine or is_apex
+    distrib_optimizer.USING_TE_OPTIMIZER = is_engine
+    distrib_optimizer.USING_APEX_OPTIMIZER = is_apex
+
+
+def _fuse(distributed: DistributedOptimizer) -> None:
+    """Make torch's AdamW update all parameters of a group in one kernel; Megatron-Core passes no option for it."""
+    optimizer = distributed.optimizer
+    assert isinstance(optimizer, torch.optim.AdamW)
+    # All that AdamW's constructor does with fused=True (torch 2.11 to 2.13), but for two marks of gradient scalers.
+    optimizer.defaults["fused"] = True
+    for group in optimizer.param_groups:
+        group["fused"] = True
 
 
 def unwrap_chained_optimizer(optimizer: MegatronOptimizer) -> DistributedOptimizer:
@@ -77,16 +111,23 @@ def load_optimizer_settings(optimizer: MegatronOptimizer, loaded: dict[str, Any]
     """
     # Groups differ in `wd_mult`; Megatron-Core gives them no name that is the same in both lists.
     own = {group["wd_mult"]: group for group in optimizer.param_groups}
-    for group in loaded["optimizer"]["param_groups"]:
-        settings = own[group["wd_mult"]]
-        group.update({key: settings[key] for key in settings.keys() - {"params", "step"}})
+    saved = loaded["optimizer"]["param_groups"]
+    groups = [_replace_settings(group, own[group["wd_mult"]]) for group in saved]
 
     distributed = unwrap_chained_optimizer(optimizer)
-    distributed.load_state_dict({"optimizer": loaded["optimizer"]})
+    distributed.load_state_dict({"optimizer": {"param_groups": groups}})
     # Megatron-Core gives all parameters of torch's AdamW the same count tensor; each of them would advance it.
-    for state in distributed.optimizer.state.values():
-        if "step" in state:
-            state["step"] = state["step"].clone()
+    if isinstance(distributed.optimizer, torch.optim.AdamW):
+        for state in distributed.optimizer.state.values():
+            state["step"] = _make_count(distributed.optimizer, state, float(state["step"]))
+
+
+def _replace_settings(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Return a group's own settings with the step count of a saved group.
+
+    The count is an int in TransformerEngine's optimizer, which before its first step has none, and a float in torch's.
+    """
+    return {key: own[key] for key in own.keys() - {"params"}} | {"step": int(saved.get("step", 0))}
 
 
 def _allocate_state(distributed: DistributedOptimizer) -> None:
@@ -96,8 +137,13 @@ def _allocate_state(distributed: DistributedOptimizer) -> None:
     # AdamW. TransformerEngine's optimizer, which is used where it is installed, counts by group.
     if isinstance(distributed.optimizer, torch.optim.AdamW):
         for state in distributed.optimizer.state.values():
-            # On the CPU and in fp32, as torch's AdamW itself creates it unless it is capturable or fused.
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] = _make_count(distributed.optimizer, state, 0.0)
+
+
+def _make_count(optimizer: torch.optim.AdamW, state: dict[str, Any], steps: float) -> torch.Tensor:
+    """Return a parameter's step count as torch's AdamW itself creates it: on the CPU, or if fused with its moments."""
+    device = state["exp_avg"].device if optimizer.defaults["fused"] else torch.device("cpu")
+    return torch.tensor(steps, dtype=torch.float32, device=device)
 
 
 class LearningRateSchedule:

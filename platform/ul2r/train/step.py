@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,10 +22,11 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from ul2r.config import Recipe
-from ul2r.model.attention import pack_intervals
+from ul2r.model.attention.core import needs_host_intervals
 from ul2r.model.build import build_model
 from ul2r.model.experts import set_num_targets
 from ul2r.model.flops import num_visible_keys, training_flops
+from ul2r.model.kernels import KernelPlan, find_obstacles, plan_kernels
 from ul2r.objective.batch import Batch
 from ul2r.train.mesh import Mesh
 from ul2r.train.monitor.guards import StepStats
@@ -33,6 +35,9 @@ from ul2r.train.optimizer import (
     build_optimizer,
     unwrap_chained_optimizer,
 )
+from ul2r.train.transfer import DeviceBatch, send_batch
+
+logger = logging.getLogger(__name__)
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
@@ -98,6 +103,7 @@ class TrainStep:
     as they are.
 
     Attributes:
+        kernels: Kernels that compute a step, the same on every rank.
         chunks: This rank's parts of the model, one per virtual pipeline stage.
         model: The same parts wrapped for Megatron-Core's data parallelism.
         optimizer: Megatron-Core's optimizer.
@@ -107,13 +113,16 @@ class TrainStep:
         self.recipe = recipe
         self.mesh = mesh
         self.vocabulary_size = vocabulary_size
-        self.chunks = build_model(recipe, vocabulary_size)
+        # First: a kernel that cannot be had ends the run before anything is built.
+        self.kernels = _choose_kernels(recipe, mesh)
+        self.chunks = build_model(recipe, vocabulary_size, self.kernels)
         # The chunks share one config object: what is set below holds for all of them.
         self.config = self.chunks[0].config
         self.model = [self._wrap(chunk) for chunk in self.chunks]
-        self.optimizer = build_optimizer(recipe, self.model)
+        self.optimizer = build_optimizer(recipe, self.model, self.kernels)
         self.schedule = LearningRateSchedule(recipe, self.optimizer)
         self._gradient_norm = math.nan
+        self._must_gather_weights = False
 
         # Megatron-Core's schedules take these from the model's config.
         self.config.finalize_model_grads_func = finalize_model_grads
@@ -124,12 +133,15 @@ class TrainStep:
 
     def _wrap(self, chunk: GPTModel) -> DistributedDataParallel:
         """Wrap a chunk for gradient reduction in fp32, overlapped with the backward pass."""
+        parallel = self.recipe.parallel
         return DistributedDataParallel(
             config=self.config,
             ddp_config=DistributedDataParallelConfig(
                 use_distributed_optimizer=True,
                 grad_reduce_in_fp32=True,
                 overlap_grad_reduce=True,
+                overlap_param_gather=parallel.overlap_param_gather,
+                bucket_size=parallel.bucket_size,
             ),
             module=Float16Module(self.config, chunk) if self.config.bf16 else chunk,
         )
@@ -155,6 +167,8 @@ class TrainStep:
 
         num_denoisers = len(self.recipe.objective.mixture)
         losses = self._run(batch, num_denoisers, forward_only=False)
+        # Modules gathered their weights before they used them.
+        self._must_gather_weights = False
 
         # The first part of `optimizer.step`, which would go on and apply the gradients even if they are NaN. Neither
         # call changes them, so that a caller may look at the norm first and leave the step out.
@@ -175,6 +189,18 @@ class TrainStep:
         if max_norm > 0 and parameters:
             clip_grad_by_total_norm_fp32(parameters, max_norm, self._gradient_norm)
         self.optimizer.step_with_ready_grads()
+        self._must_gather_weights = self.recipe.parallel.overlap_param_gather
+
+    @torch.no_grad()
+    def gather_weights(self) -> None:
+        """Complete the weights on every replica, if the last update left that to the next step; collective.
+
+        With `parallel.overlap_param_gather` each replica has only its own share of the updated weights until then.
+        """
+        if self._must_gather_weights:
+            for chunk in self.model:
+                chunk.start_param_sync(force_sync=True)
+            self._must_gather_weights = False
 
     def _mean_targets(self, batch: Batch) -> float:
         """Return the mean number of target tokens per microbatch, over all microbatches of all replicas."""
@@ -191,13 +217,19 @@ class TrainStep:
         Args:
             batch: This replica's share of the rows.
         """
+        # The modules' own gathers begin after gradients have been set to zero only.
+        self.gather_weights()
         return self._run(batch, 1, forward_only=True)
 
     def _run(self, batch: Batch, num_denoisers: int, *, forward_only: bool) -> Losses:
         """Pass a batch through the pipeline, microbatch by microbatch, and sum its losses over replicas."""
         size = self.recipe.training.micro_batch_size
         assert len(batch) % size == 0
-        microbatches = [batch[start : start + size] for start in range(0, len(batch), size)]
+        microbatches = send_batch(
+            batch,
+            self.mesh.device,
+            needs_host_intervals=needs_host_intervals(self.recipe.attention_backend),
+        ).split(size)
         # Set for each call, since validation and training have different numbers of microbatches.
         self.config.microbatch_group_size_per_vp_stage = self.recipe.parallel.microbatch_group_size(
             len(microbatches)
@@ -231,7 +263,7 @@ class TrainStep:
         )
 
     def _forward(
-        self, microbatches: Iterator[Batch], model: torch.nn.Module, *, num_denoisers: int
+        self, microbatches: Iterator[DeviceBatch], model: torch.nn.Module, *, num_denoisers: int
     ) -> tuple[Tensor, LossFunction]:
         """Run this stage on the next microbatch, in the form that Megatron-Core's schedules call.
 
@@ -239,20 +271,31 @@ class TrainStep:
             The stage's output, and the function that turns the last stage's output into the loss.
         """
         batch = next(microbatches)
-        device = self.mesh.device
-        # int32 arrays are widened on the device, after a copy of half the bytes. Intervals stay in host memory.
+        # int32 tensors are widened on the device, after a copy of half the bytes.
         output = model(
-            _tensor(batch.tokens, device).long(),
-            _tensor(batch.position_ids, device).long(),
-            pack_intervals(batch.kv_start, batch.kv_end),
-            labels=_tensor(batch.labels, device).long(),
+            batch.tokens.long(),
+            batch.position_ids.long(),
+            batch.intervals,
+            labels=batch.labels.long(),
         )
         z_loss = self.recipe.optimizer.z_loss
         return output, partial(_loss, batch=batch, num_denoisers=num_denoisers, z_loss=z_loss)
 
 
+def _choose_kernels(recipe: Recipe, mesh: Mesh) -> KernelPlan:
+    """Choose the kernels that every rank can have, and log them on rank 0; collective.
+
+    Raises:
+        RecipeError: On every rank, if the recipe demands a kernel that one of them cannot have.
+    """
+    plan = plan_kernels(recipe, mesh.all_gather(find_obstacles(recipe)))
+    if mesh.is_rank0:
+        logger.info("%s: kernels: %s", recipe.name, plan.describe())
+    return plan
+
+
 def _loss(
-    output: Tensor, *, batch: Batch, num_denoisers: int, z_loss: float
+    output: Tensor, *, batch: DeviceBatch, num_denoisers: int, z_loss: float
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum a microbatch's losses over targets, in total and per denoiser.
 
@@ -268,11 +311,11 @@ def _loss(
     device = output.device
     token_losses, *log_z = output.unbind() if z_loss else (output,)
     # Padding and inputs have mask 0, so their losses count nowhere.
-    targets = _tensor(batch.loss_mask, device).float()
+    targets = batch.loss_mask.float()
     masked = token_losses.float() * targets
 
     # Padding has the id -1 and no targets: it adds zero to the first denoiser.
-    denoiser_ids = torch.clamp(_tensor(batch.denoiser_ids, device).long(), min=0).ravel()
+    denoiser_ids = torch.clamp(batch.denoiser_ids.long(), min=0).ravel()
     sums = torch.zeros(2, num_denoisers, dtype=torch.float64, device=device)
     sums[0].index_add_(0, denoiser_ids, masked.detach().double().ravel())
     sums[1].index_add_(0, denoiser_ids, targets.double().ravel())
@@ -282,7 +325,3 @@ def _loss(
         total = total + z_loss * (log_z_of_tokens.float().square() * targets).sum()
     # An integer, since the schedule adds it in place to an int tensor, which refuses a float.
     return total, targets.sum().int(), {"losses": sums.ravel()}
-
-
-def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)

@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from ul2r.config import Parallel, Recipe
 from ul2r.errors import RecipeError
+from ul2r.model.attention import DenseMask, pack_intervals
 from ul2r.model.sizing import (
     GIB,
     check_memory,
@@ -71,7 +74,7 @@ def test_model_state_has_the_bytes_that_megatron_documents(data: int) -> None:
 Pass = tuple[str, int, int]
 """Direction, microbatch and chunk."""
 
-GROUP_SIZES = {(3, 4): 4, (4, 10): 5, (4, 11): 6, (20, 32): 32}
+GROUP_SIZES = {(3, 4): 4, (4, 10): 5, (4, 11): 6, (7, 12): 12, (20, 32): 32}
 """Group sizes by stages and microbatches where stages do not divide microbatches: the smallest with no group below the
 number of stages."""
 
@@ -152,6 +155,46 @@ def test_live_passes_equal_the_peak_of_the_schedule(
             live += 1 if direction == "forward" else -1
             peak = max(peak, live)
         assert sum(count_live_passes(parallel, microbatches, stage)) == peak
+
+
+@pytest.mark.parametrize(
+    ("stages", "microbatches", "chunks"),
+    [
+        (1, 4, 1),
+        (4, 8, 1),
+        (4, 8, 2),
+        (3, 4, 2),
+        (4, 10, 2),
+        (4, 11, 3),
+        (7, 12, 4),
+        (4, 32, 2),
+        (8, 64, 5),
+    ],
+)
+def test_intervals_are_prepared_once_in_the_whole_schedule(
+    stages: int, microbatches: int, chunks: int
+) -> None:
+    """Though each microbatch passes through all chunks, and again where activations are recomputed."""
+    parallel = Parallel(num_workers=stages, pipeline=stages, virtual_stages=chunks)
+    query = torch.randn(4, 1, 2, 8)
+    kv_end = np.arange(1, 5, dtype=np.int32)[None].repeat(microbatches, axis=0)
+    intervals = torch.split(pack_intervals(0 * kv_end, kv_end), 1)
+    for stage in range(stages):
+        backend = CountingDenseMask()
+        backend.num_kept = parallel.num_live_microbatches(microbatches)
+        for _, number, _ in schedule_passes(stages, stage, microbatches, chunks):
+            backend(query, query, query, intervals[number], 1.0)
+        assert backend.num_masks == microbatches
+
+
+class CountingDenseMask(DenseMask):
+    """Backend that counts the masks that it makes."""
+
+    num_masks = 0
+
+    def prepare(self, *arguments: Any) -> torch.Tensor:  # noqa: ANN401  as there
+        self.num_masks += 1
+        return super().prepare(*arguments)
 
 
 def test_early_stages_keep_more_microbatches_but_never_more_than_there_are() -> None:

@@ -1,8 +1,8 @@
 """Attention by intervals: each query sees one contiguous run of keys [kv_start, kv_end).
 
-One small tensor, made by `pack_intervals`, passes through the model as its attention mask. Once per microbatch each
-backend turns it into what its kernel needs: a dense mask for torch's SDPA, a block mask for FlexAttention, or segments
-for two variable-length calls.
+One small tensor, made by `pack_intervals`, passes through the model as its attention mask. Once for each microbatch of
+a step the backend turns it into what its kernel needs: a dense mask for torch's SDPA, a block mask for FlexAttention,
+or segments for two variable-length calls.
 """
 
 from ul2r.model.attention.backend import Backend, pack_intervals

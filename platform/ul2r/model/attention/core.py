@@ -62,19 +62,22 @@ class IntervalAttention(DotProductAttention):  # type: ignore[misc]  # Megatron 
 
 
 def make_core_attention(
-    name: AttentionBackend, layer_windows: Sequence[int | None]
+    name: AttentionBackend, layer_windows: Sequence[int | None], num_live_microbatches: int = 1
 ) -> type[IntervalAttention]:
     """Make a class of `IntervalAttention` whose backend is shared by the layers of one model.
 
     Args:
         name: The backend.
         layer_windows: Window of each layer of the model, None for a layer that sees all of its interval.
+        num_live_microbatches: Microbatches that the model works on at a time.
 
     Raises:
         RecipeError: If a package that the backend needs is not installed.
     """
     # Megatron instantiates a class per layer with arguments of its own, so what layers share is on the class.
-    shared = {"backend": _make_backend(name), "layer_windows": layer_windows}
+    backend = _make_backend(name)
+    backend.num_kept = num_live_microbatches
+    shared = {"backend": backend, "layer_windows": layer_windows}
     return type("IntervalAttention", (IntervalAttention,), shared)
 
 
@@ -91,3 +94,8 @@ def _make_backend(name: AttentionBackend) -> Backend[Any]:
             "set attention to auto, flex or sdpa"
         )
     return VariableLength(TransformerEngineKernel())
+
+
+def needs_host_intervals(name: AttentionBackend) -> bool:
+    """Return whether a backend must have intervals in host memory: to count segments without waiting for the device."""
+    return name == "te"

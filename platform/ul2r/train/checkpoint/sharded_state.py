@@ -145,6 +145,8 @@ def _replica_group() -> ProcessGroup:
 
 
 def _shard_state(train_step: TrainStep, *, optimizer: bool = True) -> dict[str, Any]:
+    # Before anything is read from the weights, or written to them.
+    train_step.gather_weights()
     model = make_sharded_state_dict(train_step.chunks)
     if not optimizer:
         return {"model": model}
