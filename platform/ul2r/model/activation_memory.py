@@ -32,11 +32,18 @@ def element_bytes(recipe: Recipe) -> int:
 
 def chunk_bytes(recipe: Recipe, num_layers: int, *, is_last: bool) -> int:
     """Return the bytes that one microbatch leaves in a chunk of layers for the backward pass, without logits."""
-    length = recipe.objective.sequence_length
-    # Recomputation saves its inputs, among them the (B, 2, S) int32 intervals.
-    recomputes = recipe.training.recompute != "none"
-    intervals = recipe.training.micro_batch_size * 2 * 4 * length if recomputes else 0
-    return num_layers * layer_bytes(recipe).kept + output_bytes(recipe, is_last=is_last) + intervals
+    return num_layers * layer_bytes(recipe).kept + output_bytes(recipe, is_last=is_last)
+
+
+def interval_bytes(recipe: Recipe) -> int:
+    """Return the bytes of the intervals, int32 (B, 2, S) of all microbatches of a step in one piece of memory.
+
+    Recomputation keeps its inputs, and thereby them, for all chunks and microbatches together.
+    """
+    if recipe.training.recompute == "none":
+        return 0
+    num_rows = recipe.training.micro_batch_size * recipe.num_microbatches
+    return num_rows * 2 * 4 * recipe.objective.sequence_length
 
 
 def output_bytes(recipe: Recipe, *, is_last: bool) -> int:

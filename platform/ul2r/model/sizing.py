@@ -12,6 +12,7 @@ from ul2r.errors import RecipeError
 from ul2r.model.activation_memory import (
     chunk_bytes,
     element_bytes,
+    interval_bytes,
     layer_bytes,
     logit_bytes,
     output_bytes,
@@ -239,7 +240,7 @@ def _estimate_stage(recipe: Recipe, num_embeddings: int, stage: int) -> StageEst
             gradients=4 * weights,
             # The distributed optimizer shards its fp32 states over data-parallel ranks: weights, Adam's two moments.
             optimizer=(main_weights + 4 + 4) * -(-weights // parallel.data),
-            activations=kept + max(recomputed, 0) + rotary_bytes(recipe),
+            activations=kept + max(recomputed, 0) + rotary_bytes(recipe) + interval_bytes(recipe),
             logits=logits,
         ),
     )
