@@ -1,7 +1,7 @@
 """Model FLOPs utilization (MFU) of training on one device, without Ray.
 
     python benchmarks/mfu.py [--models 1b 3b] [--lengths 2048 8192] [--arms prefix causal fp8]
-        [--attention auto|sdpa|flex|te] [--peak-tflops 989]
+        [--attention auto|sdpa|flex|te] [--peak-tflops 989] [--trace FILE]
 
 Llama-shaped models of 1B and 3B parameters with random weights (Llama 3.2's sizes), rows of 2,048 and 8,192 of the
 `ul2r` mixture, bf16. On a CPU a tiny model takes the same path; its figures are meaningless. Prints one JSON line with
@@ -15,6 +15,13 @@ these figures by model and row length; MFU, tokens and memory are those of the f
     fp8_speedup          seconds of a step divided by those with fp8 matrix products, if TransformerEngine is installed
     peak_memory_gib      peak of the memory that torch allocated
     left_out             in place of all these, the reason why a model was not run: the device is too small
+
+With --trace one more step of each arm is recorded by torch's profiler into FILE (.json.gz, for Perfetto); of several
+models, lengths or arms each into its own, as in FILE-1b-2048-causal.json.gz. A table of the kernels that took longest
+is printed to stderr. For each arm, "split" has the fractions of this step's wall time that the device spent on matrix
+products, attention, elementwise work, loss, optimizer, copies and communication that nothing hides, and waiting
+(`ul2r.train.monitor.step_trace`), and "trace_seconds" this time, of which the recording takes its part. On a CPU the
+operators of torch take the place of kernels.
 """
 
 from __future__ import annotations
@@ -23,6 +30,7 @@ import argparse
 import gc
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -34,6 +42,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from ul2r.config import Objective, Parallel, Recipe
 from ul2r.errors import RecipeError
@@ -43,6 +52,7 @@ from ul2r.objective import Batch, Vocabulary, build_batch
 from ul2r.testing.corpus import SyntheticWindows
 from ul2r.testing.distributed import take_step
 from ul2r.train.mesh import Mesh
+from ul2r.train.monitor.step_trace import STEP, StepSplit, label_kernels, read_split
 from ul2r.train.step import TrainStep
 
 NUM_WARMUP_STEPS = 3
@@ -147,8 +157,27 @@ def draw_weights(train_step: TrainStep) -> None:
     train_step.optimizer.reload_model_params()
 
 
-def train(recipe: Recipe, mesh: Mesh, peak: float) -> dict[str, float]:
-    """Train and return the seconds of a step and what follows from them."""
+def record_step(train_step: TrainStep, step: int, batch: Batch, file: Path) -> StepSplit:
+    """Take a step, write its trace, print a table of it, and return where its time went."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if ON_CUDA else [])]
+    with (
+        label_kernels(train_step),
+        profile(activities=activities) as recording,
+        record_function(STEP),
+    ):
+        take_step(train_step, step, batch)
+        if ON_CUDA:
+            # The optimizer step is still running.
+            torch.cuda.synchronize()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    recording.export_chrome_trace(str(file))
+    split = read_split(file)
+    print(f"{file}\n{split.format_table()}\n", file=sys.stderr, flush=True)
+    return split
+
+
+def train(recipe: Recipe, mesh: Mesh, peak: float, trace: Path | None) -> dict[str, Any]:
+    """Train and return the seconds of a step and what follows from them; write the trace of one if asked to."""
     train_step = TrainStep(recipe, mesh, recipe.data.vocabulary_size)
     draw_weights(train_step)
     if ON_CUDA:
@@ -169,6 +198,12 @@ def train(recipe: Recipe, mesh: Mesh, peak: float) -> dict[str, float]:
         )
         assert np.isfinite(losses.mean)
 
+    traced: dict[str, Any] = {}
+    if trace is not None:
+        number = NUM_WARMUP_STEPS + NUM_STEPS
+        split = record_step(train_step, number, make_batch(recipe, number), trace)
+        traced = {"split": split.fractions(), "trace_seconds": split.wall_seconds}
+
     # Frees the model before the next one is built.
     del train_step
     gc.collect()
@@ -180,13 +215,22 @@ def train(recipe: Recipe, mesh: Mesh, peak: float) -> dict[str, float]:
         "tokens_per_second": losses.positions / step_seconds,
         "step_seconds": step_seconds,
         "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if ON_CUDA else 0.0,
+        **traced,
     }
 
 
-def measure(
-    shape: Shape, length: int, mesh: Mesh, options: argparse.Namespace
-) -> dict[str, float | str]:
+def name_trace(options: argparse.Namespace, name: str, length: int, arm: str) -> Path | None:
+    """Return the file for the trace of an arm, None if there shall be none."""
+    file: Path | None = options.trace
+    if file is None or len(options.models) * len(options.lengths) * len(options.arms) == 1:
+        return file
+    stem = file.name.removesuffix(".gz").removesuffix(".json")
+    return file.with_name(f"{stem}-{name}-{length}-{arm}.json.gz")
+
+
+def measure(name: str, length: int, mesh: Mesh, options: argparse.Namespace) -> dict[str, Any]:
     """Measure the arms of one model at one row length, and compare them."""
+    shape = MODELS[name]
     try:
         check_memory(
             make_recipe(shape, length, {"attention": options.attention}), shape.vocabulary_size
@@ -198,11 +242,12 @@ def measure(
             make_recipe(shape, length, {"attention": options.attention, **ARMS[arm]}),
             mesh,
             options.peak_tflops,
+            name_trace(options, name, length, arm),
         )
         for arm in options.arms
     }
     first = results[options.arms[0]]
-    figures: dict[str, float | str] = {
+    figures: dict[str, Any] = {
         key: first[key] for key in ("mfu", "tokens_per_second", "peak_memory_gib")
     }
     if {"prefix", "causal"} <= results.keys():
@@ -211,7 +256,17 @@ def measure(
         figures["prefix_seconds"] = prefix["step_seconds"] / causal["step_seconds"]
     if {"prefix", "fp8"} <= results.keys():
         figures["fp8_speedup"] = results["prefix"]["step_seconds"] / results["fp8"]["step_seconds"]
+    for key in ("split", "trace_seconds"):
+        if key in first:
+            figures[key] = {arm: result[key] for arm, result in results.items()}
     return figures
+
+
+def round_numbers(value: Any) -> Any:  # noqa: ANN401  any tree
+    """Return a tree whose numbers have four digits."""
+    if isinstance(value, dict):
+        return {key: round_numbers(item) for key, item in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def main() -> None:
@@ -225,6 +280,7 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, help="row lengths")
     arms = [arm for arm in ARMS if arm != "fp8" or HAS_FP8]
     parser.add_argument("--arms", nargs="+", choices=arms, default=arms)
+    parser.add_argument("--trace", type=Path, help="file for the trace of a step (.json.gz)")
     arguments = parser.parse_args()
     peak = arguments.peak_tflops
     figures = {}
@@ -239,12 +295,8 @@ def main() -> None:
         for name in arguments.models:
             for length in arguments.lengths:
                 mesh = Mesh.join(Parallel())
-                results = measure(MODELS[name], length, mesh, arguments)
+                figures[f"{name}/{length}"] = round_numbers(measure(name, length, mesh, arguments))
                 mesh.leave()
-                figures[f"{name}/{length}"] = {
-                    key: value if isinstance(value, str) else float(f"{value:.4g}")
-                    for key, value in results.items()
-                }
         dist.destroy_process_group()
     device = torch.cuda.get_device_name() if ON_CUDA else "cpu"
     print(json.dumps({"benchmark": "mfu", "device": device, "peak_tflops": peak, **figures}))
