@@ -8,13 +8,14 @@ by next tokens (control) and by fill-in-the-middle (FIM). With --hf the base is 
 SmolLM2-135M's, which UL2R, control and FIM continue for 20M tokens each. On a CPU, --model tiny takes the same path
 in a minute; its figures are meaningless. Each arm is trained, exported and measured before the next one begins, and
 results so far are in OUTPUT/results.json: run again with the same output, finished arms are kept and an arm that was
-cut off begins again. OUTPUT also has the recipes (`jobs/*.py` take them), and the comparisons' tables and plots.
+cut off begins again. OUTPUT also has the comparison of all arms (table.md, table.json, comparison.png) and, for
+`jobs/*.py`, their recipes.
 
 Prints one JSON line, also when it is interrupted:
 
     prepare_seconds     text to token store in processes, by jobs/prepare.py
     epochs              tokens of an arm over those of the text: a small text is read several times
-    arms/NAME           base with --hf: the folder as it is, on text alone; else, for each arm
+    arms/NAME           for each arm; of a Hugging Face base, which is measured as it is, the scores alone
         train_seconds       from the recipe to the last checkpoint; `steps_seconds` are those of the steps alone
         tokens_per_second   row positions per second, median over steps; `mfu` on a GPU
         train_loss          of the first and the last step
@@ -24,7 +25,6 @@ Prints one JSON line, also when it is interrupted:
                             fim_infill_loss, ..., with both sides of the span
     resume              UL2R again from its middle: `exact` if weights, optimizer state and losses are the same in every
                         bit; else what differs, and `repeatable` if a second resume equals the first
-    comparisons         Markdown tables of base, control and UL2R, and of FIM in the place of control
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +53,8 @@ from ul2r.data.store.dataset import open_dataset
 from ul2r.environment import RAY_ADDRESS
 from ul2r.errors import CorpusError, RecipeError
 from ul2r.evaluation.fim_infilling import measure_fim_infilling
-from ul2r.evaluation.infilling import InfillExamples, measure_infill_loss, measure_infill_match
-from ul2r.evaluation.losses import measure_causal_loss
-from ul2r.evaluation.scores import Score, to_perplexity
+from ul2r.evaluation.infilling import InfillExamples
+from ul2r.evaluation.scores import Score
 from ul2r.evaluation.stored_scores import find_export
 from ul2r.filesystem import remove, write_atomically
 from ul2r.inference import LanguageModel
@@ -70,7 +69,7 @@ from ul2r.train.checkpoint.layout import LATEST_FILE
 from ul2r.train.checkpoint.storage import CheckpointStore
 from ul2r.train.monitor.progress import ProgressBar
 from ul2r.workflows.cli import run_and_report
-from ul2r.workflows.compare import TABLE_FILE, compare
+from ul2r.workflows.compare import FILES, TABLE_FILE, compare
 from ul2r.workflows.evaluate import evaluate_run
 from ul2r.workflows.export import export
 
@@ -152,22 +151,6 @@ def measure_fim(recipe: Recipe) -> dict[str, Score]:
     names = ("loss", "exact_match", "edit_similarity")
     scores = measure_fim_infilling(model, examples, dataset.vocabulary)
     return {f"fim_infill_{name}": score for name, score in zip(names, scores, strict=True)}
-
-
-def measure_pretrained(folder: Path, recipe: Recipe) -> dict[str, Score]:
-    """Return the scores of a Hugging Face folder as it is, which knows neither modes nor sentinels."""
-    dataset = open_dataset(recipe.storage_paths.store)
-    model = LanguageModel.load(folder, "cuda" if ON_CUDA else "cpu")
-    examples = InfillExamples.build(dataset, recipe.evaluation)
-    loss = measure_causal_loss(model, dataset, recipe)
-    exact_match, edit_similarity = measure_infill_match(model, examples, dataset.vocabulary)
-    return {
-        "causal_loss": loss,
-        "causal_perplexity": to_perplexity(loss),
-        "infill_loss": measure_infill_loss(model, examples, dataset.vocabulary),
-        "infill_exact_match": exact_match,
-        "infill_edit_similarity": edit_similarity,
-    }
 
 
 def check_resume(recipe: Recipe) -> dict[str, Any]:
@@ -254,17 +237,14 @@ class ShortRun:
         time_phase("prepare_seconds", lambda: prepare(self.recipe_files["ul2r"]), self.results)
         manifest = open_dataset(recipe.storage_paths.store).manifest
         self.results["epochs"] = self.results["tokens"] / manifest.train.num_tokens
-        if self.options.hf and "base" not in self.arms:
-            scores = measure_pretrained(self.options.hf, recipe)
-            self.arms["base"] = {"scores": describe_scores(scores)}
-            self._save()
         for arm, recipe in self.recipes.items():
             if arm in self.options.arms and arm not in self.arms:
                 self._run_arm(arm, recipe)
+                # After each, so that a call that is cut off leaves the comparison of those before.
+                self._compare()
             is_wanted = arm == "ul2r" and self.options.resume and "resume" not in self.results
             if is_wanted and arm in self.arms:
                 self._check_resume(recipe)
-        self._compare()
 
     def _run_arm(self, arm: str, recipe: Recipe) -> None:
         result: dict[str, Any] = {}
@@ -286,26 +266,24 @@ class ShortRun:
         print(f"resume: {json.dumps(result)}", file=sys.stderr, flush=True)
 
     def _compare(self) -> None:
-        """Compare the arms that are measured, FIM in the place of the control."""
-        names = {
-            "short-run": {"base": "base", "control": "control", "ul2r": "ul2r"},
-            "short-run-fim": {"base": "base", "control": "fim", "ul2r": "ul2r"},
+        """Compare the arms that are measured, and a Hugging Face base as it is."""
+        pretrained = {"base": {"hf": str(self.options.hf)}} if self.options.hf else {}
+        runs = {arm: file for arm, file in self.recipe_files.items() if arm in self.arms}
+        if len(pretrained) + len(runs) < 2:
+            return
+        tree = {
+            "name": "short-run",
+            "storage": self.options.output,
+            "recipes": {**pretrained, **runs},
+            "tracking": {"uri": "none"},
         }
-        tables = []
-        for name, roles in names.items():
-            recipes = {
-                role: self.recipe_files[arm]
-                for role, arm in roles.items()
-                if arm in self.arms and arm in self.recipe_files
-            }
-            if roles["control"] not in self.arms or len(recipes) < 2:
-                continue
-            tree = {"name": name, "storage": self.options.output, "recipes": recipes}
-            result = compare(Comparison.model_validate({**tree, "tracking": {"uri": "none"}}))
-            tables.append(str(result.folder / TABLE_FILE))
-            print((result.folder / TABLE_FILE).read_text(encoding="utf-8"), file=sys.stderr)
-        self.results["comparisons"] = tables
+        compared = compare(Comparison.model_validate(tree))
+        for column in compared.table.arms:
+            self.arms.setdefault(column.role, {"scores": describe_scores(column.scores.values)})
+        for name in FILES:
+            shutil.copyfile(compared.folder / name, self.options.output / name)
         self._save()
+        print((compared.folder / TABLE_FILE).read_text(encoding="utf-8"), file=sys.stderr)
 
     def _save(self) -> None:
         write_atomically(self.file, json.dumps(round_numbers(self.results), indent=2) + "\n")
@@ -320,7 +298,7 @@ def time_phase(key: str, work: Callable[[], Any], result: dict[str, Any]) -> Any
     return value
 
 
-def describe_scores(scores: dict[str, Score]) -> dict[str, list[float]]:
+def describe_scores(scores: Mapping[str, Score]) -> dict[str, list[float]]:
     """Return mean and standard error of each score."""
     return {name: [score.mean, score.stderr] for name, score in scores.items()}
 

@@ -204,3 +204,9 @@ def test_a_short_run_needs_no_service_and_resumes_exactly(machine: BareMachine) 
     continued = run_short(machine, f"--hf={export}", *options)
     assert continued["arms"].keys() == {"base", "fim"}
     assert "fim_infill_loss" in continued["arms"]["fim"]["scores"]
+    # Measured as it is, as before.
+    for name, score in own["arms"]["base"]["scores"].items():
+        assert continued["arms"]["base"]["scores"][name] == pytest.approx(score, rel=1e-3), name
+    for folder in ("short", "continued"):
+        assert (machine.folder / folder / "table.md").is_file()
+        assert (machine.folder / folder / "comparison.png").is_file()

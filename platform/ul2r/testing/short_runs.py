@@ -136,7 +136,7 @@ def make_short_recipe(
     }
     return {
         "name": arm,
-        # FIM has no role: it takes the control's place in a comparison of its own.
+        # FIM has none of the known roles: its column is the last.
         "role": None if arm == "fim" else arm,
         "storage": str(storage),
         "base": None if arm == "base" else base,

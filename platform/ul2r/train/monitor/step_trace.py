@@ -105,7 +105,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class StepSplit:
-    """Where the time of a step went.
+    """Wall time of a step by kind of work.
 
     Attributes:
         device: "cuda" or "cpu".
