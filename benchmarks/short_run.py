@@ -64,6 +64,7 @@ from ul2r.launch.pretrained import fill_model_from_base
 from ul2r.launch.worker import run_worker
 from ul2r.testing.checkpoints import find_run_differences
 from ul2r.testing.short_runs import EVALUATED, MIXTURES, SIZES, make_short_recipe
+from ul2r.tracking.names import name_held_out_loss
 from ul2r.tracking.store import open_store
 from ul2r.train.checkpoint.layout import LATEST_FILE
 from ul2r.train.checkpoint.storage import CheckpointStore
@@ -132,7 +133,8 @@ def describe_training(recipe: Recipe) -> dict[str, Any]:
     rates = read("train/tokens_per_second")
     utilization = read("train/mfu")
     held_out = {
-        denoiser.name: read(f"{denoiser.name}/held_out_loss") for denoiser in (Causal(), *EVALUATED)
+        denoiser.name: read(name_held_out_loss(denoiser.name))
+        for denoiser in (Causal(), *EVALUATED)
     }
     return {
         "steps_seconds": sum(recipe.tokens_per_step / rate for rate in rates),

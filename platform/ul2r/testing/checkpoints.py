@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ul2r.config import Causal, Recipe
 from ul2r.model.restricted_reader import RestrictedReader
+from ul2r.tracking.names import name_held_out_loss, name_train_loss
 from ul2r.tracking.store import open_store
 from ul2r.train.checkpoint.sharded_state import read_common
 from ul2r.train.checkpoint.storage import CheckpointStore
@@ -54,8 +55,8 @@ def find_run_differences(recipe: Recipe, other: Recipe) -> list[str]:
         "train/loss",
         "train/grad_norm",
         "train/learning_rate",
-        *(f"train/loss/{name}" for name in denoisers),
-        *(f"{name}/held_out_loss" for name in held_out),
+        *map(name_train_loss, denoisers),
+        *map(name_held_out_loss, held_out),
     ):
         losses = _read_metric(recipe, metric)
         other_losses = _read_metric(other, metric)
