@@ -10,6 +10,9 @@ from pydantic import AfterValidator, Field
 
 from ul2r.config.strict_model import StrictModel
 
+# Of huggingface_hub: an owner or none, and no "..", "--" or ".git" at the end, which it refuses itself.
+HUB_NAME = r"^([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9_][\w.-]*$"
+
 # MLflow refuses `/` and `:`, searches by the name in quotes, and a served model is named models:/NAME@ALIAS.
 REGISTERED_MODEL = r"""^[^\s/:@'"`%]([^/:@'"`%\r\n]*[^\s/:@'"`%])?$"""
 
@@ -24,11 +27,15 @@ def _check_alias(alias: str) -> str:
 
 
 class Export(StrictModel):
-    """Export and registration of a finished run."""
+    """Export, registration and publication of a finished run."""
 
     registered_model: Annotated[str, Field(pattern=REGISTERED_MODEL, max_length=250)] | None = None
     """Name in MLflow's registry; by default the model is not registered."""
     alias: Annotated[str, Field(max_length=250), AfterValidator(_check_alias)] = "champion"
+    push_to_hub: Annotated[str, Field(pattern=HUB_NAME, max_length=96)] | None = None
+    """Name on the Hugging Face Hub (NAME or OWNER/NAME) to upload the export to; by default it is not uploaded."""
+    hub_private: bool = True
+    """Visibility of a repository that `push_to_hub` creates."""
     max_shard_gib: float = Field(default=4, gt=0)
     """Largest file of weights; writing one takes about as much memory."""
     checkpoint: Path | None = None

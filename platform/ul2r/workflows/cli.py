@@ -34,6 +34,7 @@ def run_job(
     action: Callable[[ConfigType], None],
     dry_run: Callable[[ConfigType], None] | None = None,
     *,
+    add_options: Callable[[argparse.ArgumentParser], None] | None = None,
     arguments: Sequence[str] | None = None,
     program: str | None = None,
 ) -> int:
@@ -44,6 +45,7 @@ def run_job(
         config_type: Type that the file is validated as.
         action: The job's work.
         dry_run: Called instead of `action` with `--dry-run`; if None, the job has no such option.
+        add_options: Adds options that stand for `--set`: they append to `overrides`.
         arguments: The command line; by default the process's.
         program: Name in --help; by default the process's.
 
@@ -52,6 +54,8 @@ def run_job(
     """
     make_streams_encodable()
     parser = _make_parser(description, program)
+    if add_options is not None:
+        add_options(parser)
     if dry_run is not None:
         parser.add_argument(
             "--dry-run",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from ul2r.config import Architecture, Recipe
@@ -24,10 +25,13 @@ from ul2r.train.checkpoint.storage import CheckpointStore, latest_valid
 from ul2r.workflows.export_files import write_export_files
 from ul2r.workflows.log_export import find_server, log_export
 from ul2r.workflows.model_card import write_card
+from ul2r.workflows.push_to_hub import find_hub_target, push_export
+
+logger = logging.getLogger(__name__)
 
 
 def export(recipe: Recipe) -> Path:
-    """Write a checkpoint as a Hugging Face folder, and log it in MLflow; see `log_export`.
+    """Write a checkpoint as a Hugging Face folder, log it in MLflow, see `log_export`, and push it to the Hub.
 
     The checkpoint is the run's last valid one and the folder is "export", unless `export.checkpoint` names another,
     whose folder is named after it. An existing export of the same checkpoint is kept.
@@ -38,16 +42,19 @@ def export(recipe: Recipe) -> Path:
     Raises:
         CheckpointError: If there is no such checkpoint, it is damaged, or it belongs to another model.
         RecipeError: If it is to be registered without a tracking server.
-        ServiceError: If it is to be registered and the tracking server fails.
+        ServiceError: If it is to be registered and the tracking server fails, or pushed and the Hub does.
     """
     dataset = open_run_dataset(recipe)
     checkpoint, folder = _choose_checkpoint(recipe)
-    # Before the weights are written, which can take long: that the server answers.
+    # Before the weights are written, which can take long: that the servers answer.
     server = find_server(recipe)
+    target = find_hub_target(recipe)
 
     _write_export(recipe, dataset, checkpoint, folder)
     if server is not None:
         log_export(recipe, server, folder)
+    if target is not None:
+        logger.info("%s: pushed to %s", recipe.name, push_export(folder, target))
 
     return folder
 

@@ -19,7 +19,7 @@ RECIPE_HEADING = "## Recipe"
 
 LOCAL_SECTIONS = ("storage", "base", "tracking", "checkpoints", "export", "launch", "profile")
 """Parts of a recipe with folders, addresses and resources."""
-LOCAL_DATA = ("corpus", "tokenizer", "blend")
+LOCAL_DATA = ("corpus", "tokenizer", "blend", "pairs")
 
 SETUP = """```python
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
