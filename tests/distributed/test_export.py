@@ -105,7 +105,7 @@ def train_and_evaluate(recipe: Recipe) -> list[dict[str, float]]:
     tracker = MemoryTracker()
     run_worker(recipe, tracker)
     measured = [
-        {name: value for name, value in metrics.items() if name.startswith("held_out/")}
+        {name: value for name, value in metrics.items() if name.endswith("/held_out_loss")}
         for _, metrics in tracker.records
     ]
     return [losses for losses in measured if losses]

@@ -78,9 +78,9 @@ def train(*recipes: Recipe) -> list[Result]:
         tracker = MemoryTracker()
         run_worker(recipe, tracker)
         held_out = {
-            step: {k: v for k, v in metrics.items() if k.startswith("held_out/")}
+            step: {k: v for k, v in metrics.items() if k.endswith("/held_out_loss")}
             for step, metrics in tracker.records
-            if any(name.startswith("held_out/") for name in metrics)
+            if any(name.endswith("/held_out_loss") for name in metrics)
         }
         trained = {
             name: [value for _, value in tracker.series(f"train/{name}")]
