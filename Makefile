@@ -10,7 +10,7 @@ bin := .venv/bin
 ready := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ul2r test test-slurm check fix ui serve bench
+.PHONY: help demo ul2r test test-slurm check docs fix ui serve bench
 
 help:  ## list these targets
 	@awk -F ':.*  ## ' '/^[a-z0-9-]+:.*  ## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -38,6 +38,10 @@ check: $(ready)  ## check lint, format and types; change nothing
 	@$(bin)/ruff format --check
 	@$(bin)/mypy
 
+docs: $(ready)  ## build the documentation into runs/site; warnings are errors
+	@NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs build --quiet
+	@echo "documentation: runs/site/index.html"
+
 fix: $(ready)  ## fix what ruff can fix
 	@$(bin)/ruff check --fix
 	@$(bin)/ruff format
@@ -58,5 +62,5 @@ $(ready): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) has no venv: apt install python3-venv" >&2; exit 2; }
 	@echo "installing into .venv: takes 2 to 5 minutes, once"
 	@$(PYTHON) -m venv .venv
-	@$(bin)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(bin)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
 	@touch $@
