@@ -80,10 +80,14 @@ def replace_section(note: str, heading: str, text: str) -> str | None:
     section = re.compile(rf"^## {re.escape(heading)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
     others = section.sub("", note).strip()
     beginning = f"## {heading}\n\n"
-    room = MAX_NOTE_LENGTH - len(others) - len(beginning) - 2
+    room = MAX_NOTE_LENGTH - len(others) - len(beginning) - 4
     if len(text) > room:
         text = text[: max(room, 0)].rpartition("\n")[0]
         if not text:
             return None
-    # First: the last comparison is what people look for.
-    return f"{beginning}{text.strip()}\n\n{others}".strip()
+    # Before other sections, since the last comparison is what people look for; behind text without a heading, which
+    # would else become part of this one.
+    first = re.search(r"^## ", others, re.MULTILINE)
+    place = first.start() if first else len(others)
+    parts = (others[:place].strip(), f"{beginning}{text.strip()}", others[place:])
+    return "\n\n".join(part for part in parts if part)

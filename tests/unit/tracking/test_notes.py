@@ -3,21 +3,22 @@
 from ul2r.tracking.notes import MAX_NOTE_LENGTH, replace_section
 from ul2r.tracking.tables import split_table
 
-OTHERS = "Written on the page.\n\n## Comparison other\n\n| a |\n|---|\n\n## Mine\n\nkept"
+PREFACE = "Written on the page."
+SECTIONS = "## Comparison other\n\n| a |\n|---|\n\n## Mine\n\nkept"
+OTHERS = f"{PREFACE}\n\n{SECTIONS}"
 
 
 def test_section_replaces_the_one_under_its_heading_and_nothing_else() -> None:
-    once = replace_section(OTHERS, "Comparison a.b", "first\n\n- note")
-    assert once is not None
-    assert once.startswith("## Comparison a.b\n\nfirst\n\n- note\n\n")
-    assert once.endswith(OTHERS)
+    once = replace_section(OTHERS, "Comparison a.b", "first\n\n- note\n")
+    assert once == f"{PREFACE}\n\n## Comparison a.b\n\nfirst\n\n- note\n\n{SECTIONS}"
     twice = replace_section(once, "Comparison a.b", "second")
-    assert twice == f"## Comparison a.b\n\nsecond\n\n{OTHERS}"
+    assert twice == f"{PREFACE}\n\n## Comparison a.b\n\nsecond\n\n{SECTIONS}"
     # A heading that begins alike is another one.
     longer = replace_section(twice, "Comparison a", "third")
     assert longer is not None
     assert "second" in longer
     assert replace_section("", "Comparison a", "text") == "## Comparison a\n\ntext"
+    assert replace_section(PREFACE, "A", "text") == f"{PREFACE}\n\n## A\n\ntext"
 
 
 def test_section_is_cut_at_a_line_and_other_text_is_not() -> None:
@@ -25,7 +26,8 @@ def test_section_is_cut_at_a_line_and_other_text_is_not() -> None:
     note = replace_section(OTHERS, "Comparison", lines)
     assert note is not None
     assert len(note) <= MAX_NOTE_LENGTH
-    assert note.endswith(OTHERS)
+    assert note.startswith(PREFACE)
+    assert note.endswith(SECTIONS)
     assert "| row 200 |\n" in note
     assert replace_section("x" * (MAX_NOTE_LENGTH - 40), "Comparison", lines) is None
 
