@@ -29,7 +29,7 @@ def test_section_is_cut_at_a_line_and_other_text_is_not() -> None:
     assert note.startswith(PREFACE)
     assert note.endswith(SECTIONS)
     assert "| row 200 |\n" in note
-    assert replace_section("x" * (MAX_NOTE_LENGTH - 40), "Comparison", lines) is None
+    assert replace_section("x" * (MAX_NOTE_LENGTH - 25), "Comparison", lines) is None
 
 
 def test_table_is_split_into_columns_and_rows() -> None:
