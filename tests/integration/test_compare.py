@@ -183,6 +183,7 @@ def check_notes_and_examples(
     assert note.startswith("## Comparison three\n")
     for text in (note, runs["three"].data.tags["mlflow.note.content"]):
         assert "| infilled span, exact match" in text
+        assert "UL2R against the base as it was: better: " in text
     # MLflow's own reader of tables.
     columns = ["left", "target", "right", "base", "base: edit similarity", "ul2r"]
     table = client.load_table(experiment, "infilled_examples.json", [runs["three"].info.run_id])

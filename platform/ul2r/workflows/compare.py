@@ -197,8 +197,9 @@ def _write_files(
 
 def _describe(table: ComparisonTable) -> str:
     """Return what a comparison shows as Markdown without headings: verdict, table, and how to read it."""
-    # The table begins with a heading.
-    return table.to_markdown().partition("\n\n")[2]
+    # The page of the table begins with a heading.
+    page = table.to_markdown().partition("\n\n")[2]
+    return "\n\n".join([*describe_verdict(table), page])
 
 
 def _log_files(result: ComparisonResult, comparison: Comparison, store: TrackingStore) -> None:
