@@ -25,6 +25,8 @@ VIEW_KEY = "ul2r"
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW_KEY}"
 MAX_TAG_LENGTH = 5000
 """Characters that MLflow allows in a tag of an experiment."""
+KIND_TAG = "mlflow.experimentKind"
+"""Tag of an experiment's kind: one without it may be shown as one of GenAI, whose page has no training runs."""
 RUN_COLOR_TAG = "mlflow.runColor"
 """Tag that MLflow's page reads a run's line color from; not documented either."""
 COLUMNS = (
@@ -59,6 +61,9 @@ def install_view(uri: str, run_id: str, denoisers: Sequence[str]) -> None:
     with translate_errors(uri):
         experiment = client.get_run(run_id).info.experiment_id
         client.set_experiment_tag(experiment, VIEW_TAG, build_view_state(denoisers))
+        # Asked for, since people may choose another kind on the page.
+        if KIND_TAG not in client.get_experiment(experiment).tags:
+            client.set_experiment_tag(experiment, KIND_TAG, "custom_model_development")
 
 
 def find_view_url(uri: str, run_id: str) -> str:
