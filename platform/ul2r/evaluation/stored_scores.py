@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,7 @@ def load_scores(
     stored = json.loads(path.read_text(encoding="utf-8"))
     if any(stored.get(key) != value for key, value in conditions.items()):
         return None
-    return Scores.from_dict(stored["scores"], stored.get("infilled", ()))
+    return Scores.from_dict(stored["scores"])
 
 
 def save_scores(
@@ -82,11 +81,7 @@ def save_scores(
     """
     path = (pretrained or recipe).paths.evaluation
     path.parent.mkdir(parents=True, exist_ok=True)  # a pretrained model's
-    tree = {
-        **_conditions(recipe, dataset, pretrained),
-        "scores": scores.to_dict(),
-        "infilled": [asdict(text) for text in scores.infilled],
-    }
+    tree = {**_conditions(recipe, dataset, pretrained), "scores": scores.to_dict()}
     write_atomically(path, json.dumps(tree, indent=2) + "\n")
     return path
 

@@ -36,19 +36,6 @@ class PairFit:
     num_cut: int
     num_left_out: int
 
-    def check(self, split: str) -> None:
-        """Refuse a split of which no pair fits.
-
-        Raises:
-            CorpusError: With the size of a slot.
-        """
-        if self.num_left_out == len(self.sizes):
-            raise CorpusError(
-                f"the {split} split has {len(self.sizes)} pairs, none of which fits a slot of {self.capacity} "
-                "positions with its answer and any of its prompt: raise objective.sequence_length or lower "
-                "objective.slots_per_row"
-            )
-
     def describe(self, split: str) -> str:
         """Return which pairs are cut and left out, in words; an empty string if none are."""
         parts = []
@@ -103,7 +90,6 @@ class PairWindows:
         *,
         split: str = "train",
         pack: bool = True,
-        min_slots: int = 0,
         first_slot: int = 0,
     ) -> None:
         """Pack the pairs.
@@ -116,7 +102,6 @@ class PairWindows:
             seed: The run's seed.
             split: Name of the split in error messages.
             pack: Whether slots hold as many pairs as fit, or one each.
-            min_slots: Slots that there are to be; pairs that would fill fewer get one each.
             first_slot: The slot that becomes slot 0.
 
         Raises:
@@ -127,14 +112,18 @@ class PairWindows:
         self._first_slot = first_slot
         self.fit = fit_pairs(store, objective, denoiser, num_mode_tokens)
 
-        self.fit.check(split)
-        # The largest first; a stable sort, so that every machine packs the same.
         numbers = np.flatnonzero(self.fit.sizes)
+        if not len(numbers):
+            raise CorpusError(
+                f"the {split} split has {len(store)} pairs, none of which fits a slot of {self.fit.capacity} positions "
+                "with its answer and any of its prompt: raise objective.sequence_length or lower "
+                "objective.slots_per_row"
+            )
+        # The largest first; a stable sort, so that every machine packs the same.
         numbers = numbers[np.argsort(-self.fit.sizes[numbers], kind="stable")]
-        alone = np.arange(len(numbers))
-        slots = alone.copy()
-        if pack and pack_best_fit(self.fit.sizes[numbers], self.fit.capacity, slots) < min_slots:
-            slots = alone
+        slots = np.arange(len(numbers))
+        if pack:
+            pack_best_fit(self.fit.sizes[numbers], self.fit.capacity, slots)
         self._pairs = numbers[np.argsort(slots, kind="stable")]
         counts = np.bincount(slots)
         self._ends = np.cumsum(counts)
