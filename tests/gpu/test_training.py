@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from ul2r.config import Parallel, Recipe
 from ul2r.data.sampling.batches import BatchBuilder
@@ -108,6 +107,8 @@ def test_collectives_of_one_rank_return_what_they_are_given(storage: Path) -> No
         assert sent is not None
         for name, array in batch.to_arrays().items():
             np.testing.assert_array_equal(sent.to_arrays()[name], array)
+        from megatron.core import parallel_state  # prepared by the modules above
+
         group = parallel_state.get_data_parallel_group()
         assert dist.get_backend(group) == dist.get_backend()
     finally:

@@ -5,13 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from mlflow import MlflowClient
+from mlflow.entities import Run
 
 from ul2r.config import Comparison, Recipe, load
 from ul2r.data.store.dataset import open_dataset
@@ -153,7 +154,8 @@ def test_a_comparison_evaluates_each_arm_once_and_keeps_its_files(folder: Path, 
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
     assert set(runs) == {*ROLES, "three"}
     artifacts = [file.path for file in client.list_artifacts(runs["three"].info.run_id)]
-    assert artifacts == ["comparison.png", "table.json", "table.md"]
+    assert artifacts == ["comparison.png", "infilled_examples.json", "table.json", "table.md"]
+    check_notes_and_examples(client, experiment.experiment_id, runs)
     (infill_loss,) = (m for m in table["metrics"] if m["name"] == "infill_loss")
     ul2r_metrics = runs["ul2r"].data.metrics
     assert ul2r_metrics["infill/evaluation_loss"] == infill_loss["scores"]["ul2r"]["mean"]
@@ -171,6 +173,29 @@ def test_a_comparison_evaluates_each_arm_once_and_keeps_its_files(folder: Path, 
     assert evaluated.returncode == 0, evaluated.stderr
     assert f"{infill_loss['scores']['ul2r']['mean']:.3f}" in evaluated.stdout
     assert modification_times(storage / "runs") | modification_times(output_folder) == before
+
+
+def check_notes_and_examples(
+    client: MlflowClient, experiment: str, runs: Mapping[str, Run]
+) -> None:
+    """Check what people read of a comparison on MLflow's pages."""
+    note = client.get_experiment(experiment).tags["mlflow.note.content"]
+    assert note.startswith("## Comparison three\n")
+    for text in (note, runs["three"].data.tags["mlflow.note.content"]):
+        assert "| infilled span, exact match" in text
+        assert "UL2R against the base as it was: better: " in text
+    # MLflow's own reader of tables, which asks the server of the environment (3.17).
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("MLFLOW_TRACKING_URI", client.tracking_uri)
+        table, own = (
+            client.load_table(experiment, "infilled_examples.json", [runs[name].info.run_id])
+            for name in ("three", "ul2r")
+        )
+    columns = {"left", "target", "right", "base", "base: edit similarity", "ul2r"}
+    assert columns <= set(table.columns)
+    assert len(own) == len(table) == 6
+    assert list(own["answer"]) == list(table["ul2r"])
+    assert list(own["target"]) == list(table["target"])
 
 
 def check_scores(table: dict[str, Any], folder: Path, output: str) -> None:

@@ -143,7 +143,7 @@ def test_every_step_and_score_is_in_the_run_s_folder(machine: BareMachine) -> No
         assert score > 0
         record = json.loads((folder / "run.json").read_text())
         assert (record["name"], record["status"]) == (role, "FINISHED")
-        assert record["params"]["steps"] == STEPS
+        assert record["params"]["training.steps"] == str(STEPS)
 
 
 @pytest.mark.usefixtures("compared")

@@ -11,13 +11,15 @@ from ul2r.config import Evaluation
 from ul2r.data.sampling.batches import check_token_ids
 from ul2r.data.sampling.held_out_windows import TokenArray, select_windows
 from ul2r.data.store.dataset import TokenDataset
-from ul2r.evaluation.scores import Score, average, average_tokens
+from ul2r.evaluation.scores import InfilledText, Score, average, average_tokens
 from ul2r.evaluation.scoring_batch import build_scoring_batch, concat_columns
 from ul2r.inference import LanguageModel, generate
 from ul2r.inference.generation import IncrementalDecoder, Sampler
 from ul2r.inference.infilling import generate_span
 from ul2r.objective import Vocabulary
 
+NUM_KEPT = 32
+"""Infilled spans that are kept for people to read."""
 MIN_LONG_SPAN = 12
 """Spans of this length or more get the mode of long spans; UL2's short denoisers have mean span lengths of 3 and 8
 tokens, its long ones of 12 and more (arXiv 2205.05131, 3.1)."""
@@ -85,13 +87,22 @@ def measure_infill_loss(
 
 
 def measure_infill_match(
-    model: LanguageModel, examples: InfillExamples, vocabulary: Vocabulary
+    model: LanguageModel,
+    examples: InfillExamples,
+    vocabulary: Vocabulary,
+    kept: list[InfilledText] | None = None,
 ) -> tuple[Score, Score]:
     """Return exact match and edit similarity of greedily generated spans, as text, with the true spans.
 
     Each arm reads the same as in `measure_infill_loss`. A causal arm is given the span's length: it generates that
     many tokens. A UL2R arm ends its span itself with the next sentinel, as when served; it is cut off at twice the
     span's length. Edit similarity is 1 - Levenshtein distance / length of the longer text.
+
+    Args:
+        model: The arm.
+        examples: The spans.
+        vocabulary: Their vocabulary.
+        kept: List that the first `NUM_KEPT` of the infilled spans are appended to.
 
     Returns:
         Two scores between 0 and 1.
@@ -103,8 +114,8 @@ def measure_infill_match(
 
     is_exact = []
     similarities = []
-    rows = zip(prompts.tolist(), examples.left.tolist(), examples.span.tolist(), strict=True)
-    for prompt, left, span in rows:
+    arrays = (prompts, examples.left, examples.span, examples.right)
+    for prompt, left, span, right in zip(*(array.tolist() for array in arrays), strict=True):
         # Compared as text, since different tokens can spell the same text; as text behind the left side, since some
         # tokenizers drop the space at the beginning.
         ids = _generate_infill(model, prompt, len(span), vocabulary)
@@ -112,6 +123,11 @@ def measure_infill_match(
         expected = model.decode_continuation(left, span)
         is_exact.append(float(generated == expected))
         similarities.append(Levenshtein.normalized_similarity(generated, expected))
+        if kept is not None and len(kept) < NUM_KEPT:
+            after = model.decode_continuation([*left, *span], right)
+            kept.append(
+                InfilledText(model.decode(left), expected, after, generated, similarities[-1])
+            )
     return average(is_exact), average(similarities)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ul2r.config import Causal, Denoiser, Prefix, Recipe
+from ul2r.config import Causal, Denoiser, Pairs, Prefix, Recipe
 from ul2r.config.denoisers import fit_raw_length
 from ul2r.data.sampling.batches import BatchBuilder, check_token_ids
 from ul2r.data.sampling.held_out_windows import select_windows
@@ -31,6 +31,12 @@ def measure_denoiser_loss(
     builder = BatchBuilder(recipe, dataset)
     # Rows beyond the split would read tokens again: no independent samples, so the standard error would be too small.
     num_rows = min(recipe.evaluation.num_rows, builder.num_held_out_rows(denoiser))
+    if num_rows < 2 and isinstance(denoiser, Pairs):
+        raise CorpusError(
+            f"data.pairs={list(recipe.data.pairs)}: its held-out pairs make {num_rows} rows of "
+            f"{recipe.objective.slots_per_row} slots, but at least 2 are needed: raise data.held_out_fraction or add "
+            "pairs"
+        )
     if num_rows < 2:
         raise CorpusError(
             f"the held-out split of {len(dataset.held_out)} tokens has {num_rows} rows of "

@@ -14,7 +14,7 @@ from ul2r.evaluation.losses import (
     measure_denoiser_loss,
     measure_second_half_loss,
 )
-from ul2r.evaluation.scores import Score, Scores, to_perplexity
+from ul2r.evaluation.scores import InfilledText, Score, Scores, to_perplexity
 from ul2r.inference import LanguageModel
 
 
@@ -62,9 +62,18 @@ def list_metrics(settings: Evaluation) -> tuple[Metric, ...]:
 
 
 def measure(
-    model: LanguageModel, dataset: TokenDataset, recipe: Recipe
+    model: LanguageModel,
+    dataset: TokenDataset,
+    recipe: Recipe,
+    infilled: list[InfilledText] | None = None,
 ) -> Iterator[tuple[str, Score]]:
     """Yield the name and score of each metric as soon as it is measured, in the order of `list_metrics`.
+
+    Args:
+        model: The model.
+        dataset: Its token store.
+        recipe: Its recipe.
+        infilled: List that some of the infilled spans are appended to.
 
     Raises:
         CheckpointError: If the model's vocabulary is not that of the token store.
@@ -87,7 +96,9 @@ def measure(
 
     examples = InfillExamples.build(dataset, recipe.evaluation)
     yield "infill_loss", measure_infill_loss(model, examples, dataset.vocabulary)
-    exact_match, edit_similarity = measure_infill_match(model, examples, dataset.vocabulary)
+    exact_match, edit_similarity = measure_infill_match(
+        model, examples, dataset.vocabulary, infilled
+    )
     yield "infill_exact_match", exact_match
     yield "infill_edit_similarity", edit_similarity
 

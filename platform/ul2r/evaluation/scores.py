@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -73,14 +73,35 @@ def to_perplexity(loss: Score) -> Score:
 
 
 @dataclass(frozen=True)
+class InfilledText:
+    """A held-out span that a model has infilled, as people read it.
+
+    Attributes:
+        left: Text before the span.
+        target: The span.
+        right: Text after it.
+        answer: What the model wrote in its place.
+        edit_similarity: Of answer and target, between 0 and 1.
+    """
+
+    left: str
+    target: str
+    right: str
+    answer: str
+    edit_similarity: float
+
+
+@dataclass(frozen=True)
 class Scores:
     """Scores of one run.
 
     Attributes:
         values: Scores by metric name; `ul2r.evaluation.list_metrics` lists the names.
+        infilled: Some of the spans that the scores of infilling come from; empty if they were not kept.
     """
 
     values: Mapping[str, Score]
+    infilled: tuple[InfilledText, ...] = ()
 
     def __getitem__(self, metric: str) -> Score:
         return self.values[metric]
@@ -90,6 +111,11 @@ class Scores:
         return {metric: asdict(score) for metric, score in self.values.items()}
 
     @classmethod
-    def from_dict(cls, tree: Mapping[str, Mapping[str, Any]]) -> Self:
-        """Parse the result of `to_dict`."""
-        return cls({metric: Score(**fields) for metric, fields in tree.items()})
+    def from_dict(
+        cls, tree: Mapping[str, Mapping[str, Any]], infilled: Iterable[Mapping[str, Any]] = ()
+    ) -> Self:
+        """Parse the result of `to_dict`, and infilled spans that were written as plain values of their fields."""
+        return cls(
+            {metric: Score(**fields) for metric, fields in tree.items()},
+            tuple(InfilledText(**fields) for fields in infilled),
+        )

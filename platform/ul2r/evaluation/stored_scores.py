@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def load_scores(
     stored = json.loads(path.read_text(encoding="utf-8"))
     if any(stored.get(key) != value for key, value in conditions.items()):
         return None
-    return Scores.from_dict(stored["scores"])
+    return Scores.from_dict(stored["scores"], stored.get("infilled", ()))
 
 
 def save_scores(
@@ -81,7 +82,11 @@ def save_scores(
     """
     path = (pretrained or recipe).paths.evaluation
     path.parent.mkdir(parents=True, exist_ok=True)  # a pretrained model's
-    tree = {**_conditions(recipe, dataset, pretrained), "scores": scores.to_dict()}
+    tree = {
+        **_conditions(recipe, dataset, pretrained),
+        "scores": scores.to_dict(),
+        "infilled": [asdict(text) for text in scores.infilled],
+    }
     write_atomically(path, json.dumps(tree, indent=2) + "\n")
     return path
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from ul2r.config import Recipe
 from ul2r.testing.recipes import tiny_recipe
@@ -48,6 +47,9 @@ def process_group(rendezvous: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        # Not at the top: `ul2r.model` prepares the first import of Megatron-Core.
+        from megatron.core import parallel_state
+
         # A run that fails leaves its groups, which would fail every later test of this process.
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

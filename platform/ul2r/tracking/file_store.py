@@ -18,6 +18,7 @@ from ul2r.paths import RunPaths
 from ul2r.tracking.provenance import NOTE_TAG, describe_process, describe_run, flatten_recipe
 from ul2r.tracking.roles import describe_origin
 from ul2r.tracking.run_inputs import RunInput
+from ul2r.tracking.tables import split_table
 from ul2r.tracking.tracker import RunStatus, status_after
 
 
@@ -130,6 +131,13 @@ class FileStore:
 
     def log_artifact(self, run_id: str, file: Path) -> None:
         """Do nothing: files stay in the run's folder."""
+
+    def log_table(self, run_id: str, table: Mapping[str, Sequence[object]], file: str) -> None:
+        """Write a table into the run's folder, in the form that MLflow has it in."""
+        write_atomically(Path(run_id) / file, json.dumps(split_table(table), ensure_ascii=False))
+
+    def note_experiment(self, experiment: str, heading: str, text: str) -> None:
+        """Do nothing: an experiment has no file of its own."""
 
     def log_summary(
         self,

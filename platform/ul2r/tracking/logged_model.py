@@ -52,7 +52,7 @@ class ModelDetails:
 
     def describe(self, beginning: str = "") -> str:
         """Return the card behind another text, cut to the length that MLflow takes."""
-        text = f"{beginning}\n\n{self.card}".strip()
+        text = f"{beginning}\n\n{self.card}".strip("\n")
         if len(text) <= MAX_DESCRIPTION:
             return text
         end = "\n\n(the rest is in the export's README.md)"

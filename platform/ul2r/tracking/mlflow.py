@@ -27,6 +27,7 @@ from ul2r.tracking.artifacts import check_artifact_store
 from ul2r.tracking.backlog import Backlog, Point
 from ul2r.tracking.client import check_server, create_client, first_line
 from ul2r.tracking.names import is_metric_name
+from ul2r.tracking.notes import log_table, note_experiment
 from ul2r.tracking.refusals import INVALID_VALUE, is_refusal
 from ul2r.tracking.registry import log_export, register, resolve
 from ul2r.tracking.runs import (
@@ -58,6 +59,8 @@ __all__ = [
     "log_artifact",
     "log_export",
     "log_summary",
+    "log_table",
+    "note_experiment",
     "read_metric_history",
     "register",
     "require_run",

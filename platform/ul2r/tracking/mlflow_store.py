@@ -87,6 +87,14 @@ class MlflowStore:
         """Upload a file to a run's artifacts, under its own name."""
         mlflow.log_artifact(self.uri, run_id, file)
 
+    def log_table(self, run_id: str, table: Mapping[str, Sequence[object]], file: str) -> None:
+        """Add a table to a run, in place of an earlier one of this name."""
+        mlflow.log_table(self.uri, run_id, table, file)
+
+    def note_experiment(self, experiment: str, heading: str, text: str) -> None:
+        """Add a section to an experiment's description, in place of one under the same heading."""
+        mlflow.note_experiment(self.uri, experiment, heading, text)
+
     def log_summary(
         self,
         run_id: str,

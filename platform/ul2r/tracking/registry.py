@@ -138,9 +138,13 @@ def _describe_version(client: MlflowClient, version: ModelVersion, details: Mode
     serve = f"ul2r serve {model}"
     for key, value in {**details.tags, "serve": serve}.items():
         client.set_model_version_tag(version.name, version.version, key, value)
-    commands = (
-        f"    {serve}\n"
-        f"    mlflow models serve -m {model} --env-manager local\n"
-        f'    mlflow.pyfunc.load_model("{model}")'
+    commands = "\n".join(
+        [
+            "```",
+            serve,
+            f"mlflow models serve -m {model} --env-manager local",
+            f'mlflow.pyfunc.load_model("{model}")',
+            "```",
+        ]
     )
     client.update_model_version(version.name, version.version, details.describe(commands))

@@ -9,6 +9,9 @@ from ul2r.config import Recipe
 ROLE_COLORS: Mapping[str, str] = {"base": "#999999", "control": "#0072B2", "ul2r": "#D55E00"}
 """Line color by role; distinguishable without color vision (Okabe and Ito 2008)."""
 
+COMPARISON_ROLE = "comparison"
+"""Role of the run that a comparison is recorded in."""
+
 
 def describe_origin(recipe: Recipe) -> dict[str, str]:
     """Return the tags that name a run's role and the run that it continues."""

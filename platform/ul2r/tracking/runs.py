@@ -30,8 +30,8 @@ MAX_PARAM_LENGTH = 6000
 """Characters that MLflow allows in a parameter: a mixture of some hundred denoisers has more."""
 MAX_BATCH_PARAMS = 100
 """MLflow's limit of one request."""
-MAX_DIGEST_LENGTH = 36
-"""Characters that MLflow allows in the digest of a data set."""
+DIGEST_LENGTH = 12
+"""Characters of a fingerprint in the digest of a data set, of which MLflow allows 36; its source has all of them."""
 CONTEXT_TAG = "mlflow.data.context"
 """Tag of a run's input that MLflow's page shows next to it."""
 
@@ -238,7 +238,7 @@ def _log_inputs(uri: str, run_id: str, inputs: Sequence[RunInput]) -> None:
         DatasetInput(
             Dataset(
                 name=entry.name,
-                digest=entry.fingerprint[:MAX_DIGEST_LENGTH],
+                digest=entry.fingerprint[:DIGEST_LENGTH],
                 # A type that `mlflow.data.get_source` loads; it reads the key "uri" alone.
                 source_type="local",
                 source=json.dumps(

@@ -74,6 +74,12 @@ class TrackingStore(Protocol):
     def log_artifact(self, run_id: str, file: Path) -> None:
         """Add a file to a run, under its own name."""
 
+    def log_table(self, run_id: str, table: Mapping[str, Sequence[object]], file: str) -> None:
+        """Add a table, by column, to a run as an artifact, in place of an earlier one of this name."""
+
+    def note_experiment(self, experiment: str, heading: str, text: str) -> None:
+        """Add a section in Markdown to an experiment's description, in place of one under the same heading."""
+
     def log_summary(
         self,
         run_id: str,

@@ -11,14 +11,34 @@ from collections.abc import Sequence
 from typing import Any
 
 from ul2r.tracking.client import create_client, translate_errors
-from ul2r.tracking.names import CAUSAL, PETAFLOPS, TOKENS, name_held_out_loss
+from ul2r.tracking.names import (
+    CAUSAL,
+    DENOISER_LOSS,
+    PETAFLOPS,
+    TOKENS,
+    name_evaluation,
+    name_held_out_loss,
+)
+from ul2r.tracking.roles import COMPARISON_ROLE
 
 VIEW_KEY = "ul2r"
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW_KEY}"
 MAX_TAG_LENGTH = 5000
 """Characters that MLflow allows in a tag of an experiment."""
+KIND_TAG = "mlflow.experimentKind"
+"""Tag of an experiment's kind: one without it may be shown as one of GenAI, whose page has no training runs."""
 RUN_COLOR_TAG = "mlflow.runColor"
 """Tag that MLflow's page reads a run's line color from; not documented either."""
+COLUMNS = (
+    "attributes.`Dataset`",
+    "attributes.`User`",
+    "attributes.`Source`",
+    "attributes.`Version`",
+    "params.`parameters`",
+    "params.`mixture`",
+    f"metrics.`{PETAFLOPS}`",
+)
+"""Columns of the table of runs besides the scores of their evaluation."""
 SECTIONS = {
     PETAFLOPS: "1. Held-out loss by training compute (petaFLOPs)",
     TOKENS: "2. Held-out loss by training tokens",
@@ -41,6 +61,9 @@ def install_view(uri: str, run_id: str, denoisers: Sequence[str]) -> None:
     with translate_errors(uri):
         experiment = client.get_run(run_id).info.experiment_id
         client.set_experiment_tag(experiment, VIEW_TAG, build_view_state(denoisers))
+        # Asked for, since people may choose another kind on the page.
+        if KIND_TAG not in client.get_experiment(experiment).tags:
+            client.set_experiment_tag(experiment, KIND_TAG, "custom_model_development")
 
 
 def find_view_url(uri: str, run_id: str) -> str:
@@ -89,19 +112,36 @@ def build_view_state(denoisers: Sequence[str]) -> str:
 def _dump_state(names: Sequence[str]) -> str:
     # Any unique text serves as a uuid; charts name their section by it.
     sections = [
-        {"uuid": x_metric, "name": name, "display": True, "isReordered": False}
+        {"uuid": _section_id(x_metric), "name": name, "display": True, "isReordered": False}
         for x_metric, name in SECTIONS.items()
     ]
     charts = [_build_chart(name, x_metric) for x_metric in SECTIONS for name in names]
-    state = {"compareRunSections": sections, "compareRunCharts": charts}
+    scores = [
+        *("causal_loss", "second_half_loss"),
+        *(f"{DENOISER_LOSS}{name}" for name in names if name != CAUSAL),
+        *("infill_loss", "infill_exact_match", "infill_edit_similarity"),
+    ]
+    columns = [*COLUMNS, *(f"metrics.`{name_evaluation(score)}`" for score in scores)]
+    state = {
+        # A comparison has no curves: without the filter it would be in the legend of every chart.
+        "searchFilter": f"tags.`ul2r.role` != '{COMPARISON_ROLE}'",
+        "selectedColumns": columns,
+        "compareRunSections": sections,
+        "compareRunCharts": charts,
+    }
     return json.dumps(state, separators=(",", ":"))
+
+
+def _section_id(x_metric: str) -> str:
+    # Short, as each chart repeats it.
+    return str(list(SECTIONS).index(x_metric))
 
 
 def _build_chart(name: str, x_metric: str) -> dict[str, Any]:
     return {
         "type": "LINE",
-        "uuid": f"{x_metric} {name}",
-        "metricSectionId": x_metric,
+        "uuid": f"{_section_id(x_metric)} {name}",
+        "metricSectionId": _section_id(x_metric),
         "metricKey": name_held_out_loss(name),
         "xAxisKey": "metric",
         "selectedXAxisMetricKey": x_metric,

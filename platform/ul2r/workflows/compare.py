@@ -25,8 +25,15 @@ from ul2r.inference.pretrained import read_pretrained_metadata
 from ul2r.launch.pretrained import fill_model_from_base
 from ul2r.paths import StoragePaths
 from ul2r.tracking.names import check_denoiser_names
+from ul2r.tracking.provenance import NOTE_TAG
+from ul2r.tracking.roles import COMPARISON_ROLE
 from ul2r.tracking.store import TrackingStore, check_store
-from ul2r.workflows.evaluate import evaluate_arms, log_scores
+from ul2r.workflows.evaluate import (
+    INFILLED_FILE,
+    evaluate_arms,
+    log_scores,
+    tabulate_infilled,
+)
 from ul2r.workflows.pretrained_arms import (
     prepare_pretrained_arm,
     record_pretrained_arm,
@@ -188,16 +195,31 @@ def _write_files(
     write_atomically(result.folder / JSON_FILE, json.dumps(tree, indent=2) + "\n")
 
 
+def _describe(table: ComparisonTable) -> str:
+    """Return what a comparison shows as Markdown without headings: verdict, table, and how to read it."""
+    # The page of the table begins with a heading.
+    page = table.to_markdown().partition("\n\n")[2]
+    return "\n\n".join([*describe_verdict(table), page])
+
+
 def _log_files(result: ComparisonResult, comparison: Comparison, store: TrackingStore) -> None:
     """Log the files to the comparison's own run, the same one each time."""
+    note = _describe(result.table)
     run_id = store.continue_run(
         comparison.tracking.experiment,
         comparison.name,
         result.folder,
-        tags={"ul2r.role": "comparison"},
+        # The description is renewed with the scores.
+        tags={"ul2r.role": COMPARISON_ROLE, NOTE_TAG: note},
         params={arm.role: arm.metadata.run for arm in result.table.arms},
     )
     with store.end_on_error(run_id):
         # No metrics: they belong to the compared runs.
         store.log_summary(run_id, {}, [result.folder / file for file in FILES])
+        scores = {arm.role: arm.scores for arm in result.table.arms}
+        # Scores of earlier versions were stored without them.
+        if all(arm_scores.infilled for arm_scores in scores.values()):
+            store.log_table(run_id, tabulate_infilled(scores), INFILLED_FILE)
+        heading = f"Comparison {comparison.name}"
+        store.note_experiment(comparison.tracking.experiment, heading, note)
     store.end_run(run_id, "FINISHED")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
@@ -20,6 +20,9 @@ from ul2r.tracking.names import (
 from ul2r.tracking.store import TrackingStore, check_store
 from ul2r.workflows.measure_exports import Measured, measure_exports
 from ul2r.workflows.model_card import add_scores
+
+INFILLED_FILE = "infilled_examples.json"
+"""Table of infilled spans in a run's record."""
 
 
 def evaluate_run(recipe: Recipe) -> Scores:
@@ -73,7 +76,30 @@ def log_scores(store: TrackingStore, recipe: Recipe, dataset: TokenDataset, scor
     """
     # MLflow shows the scores at the step of the checkpoint that was measured.
     step = read_export_metadata(find_export(recipe, dataset)).step or 0
-    store.log_summary(store.require_run(recipe), as_metrics(scores), step=step)
+    run_id = store.require_run(recipe)
+    store.log_summary(run_id, as_metrics(scores), step=step)
+    # Scores of earlier versions were stored without them.
+    if scores.infilled:
+        store.log_table(run_id, tabulate_infilled({"answer": scores}), INFILLED_FILE)
+
+
+def tabulate_infilled(scores: Mapping[str, Scores]) -> dict[str, list[object]]:
+    """Return the infilled spans of several models side by side, by column.
+
+    Args:
+        scores: Scores of models that were measured on the same spans, by the heading of their answers.
+    """
+    any_scores = next(iter(scores.values()))
+    table: dict[str, list[object]] = {
+        name: [getattr(text, name) for text in any_scores.infilled]
+        for name in ("left", "target", "right")
+    }
+    for heading, model_scores in scores.items():
+        table[heading] = [text.answer for text in model_scores.infilled]
+        table[f"{heading}: edit similarity"] = [
+            round(text.edit_similarity, 3) for text in model_scores.infilled
+        ]
+    return table
 
 
 def as_metrics(scores: Scores) -> dict[str, float]:

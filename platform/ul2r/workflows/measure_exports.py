@@ -14,7 +14,7 @@ from ul2r.environment import has_ray, has_ray_cluster
 from ul2r.errors import UserError
 from ul2r.evaluation.measure import list_metrics, measure
 from ul2r.evaluation.pretrained import PretrainedArm
-from ul2r.evaluation.scores import Scores
+from ul2r.evaluation.scores import InfilledText, Scores
 from ul2r.evaluation.stored_scores import find_export, save_scores
 from ul2r.inference import LanguageModel
 from ul2r.inference.pretrained import PretrainedModel
@@ -98,11 +98,12 @@ def _measure(recipe: Recipe, pretrained: PretrainedArm | None) -> Iterator[str]:
     model = _load(recipe, pretrained, dataset, device)
 
     scores = {}
-    for name, score in measure(model, dataset, recipe):
+    infilled: list[InfilledText] = []
+    for name, score in measure(model, dataset, recipe, infilled):
         scores[name] = score
         yield f"{(pretrained or recipe).name} {name}"
     # Only complete scores are stored: a task that fails halfway is measured again from the start.
-    save_scores(recipe, dataset, Scores(scores), pretrained)
+    save_scores(recipe, dataset, Scores(scores, tuple(infilled)), pretrained)
 
 
 def _load(

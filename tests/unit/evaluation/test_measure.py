@@ -22,6 +22,7 @@ from ul2r.evaluation.losses import (
     measure_denoiser_loss,
     measure_second_half_loss,
 )
+from ul2r.evaluation.scores import InfilledText
 from ul2r.inference import LanguageModel, infill
 from ul2r.testing.pairs import write_pairs
 
@@ -260,8 +261,13 @@ def test_infilled_text_is_the_most_likely_one(
         for left, span, right in contexts_and_spans(examples)
     ]
 
-    exact_match, edit_similarity = measure_infill_match(model, examples, dataset.vocabulary)
+    kept: list[InfilledText] = []
+    exact_match, edit_similarity = measure_infill_match(model, examples, dataset.vocabulary, kept)
 
+    assert [(text.answer, text.target) for text in kept] == pairs
+    whole = np.concatenate((examples.left[0], examples.span[0], examples.right[0]))
+    assert kept[0].left + kept[0].target + kept[0].right == model.decode(whole.tolist())
+    assert np.mean([text.edit_similarity for text in kept]) == pytest.approx(edit_similarity.mean)
     assert exact_match.mean == np.mean([text == truth for text, truth in pairs])
     expected = [
         1 - Levenshtein.distance(text, truth) / max(len(text), len(truth)) for text, truth in pairs

@@ -8,10 +8,13 @@ import pytest
 from ul2r.config import Recipe
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.errors import CheckpointError
-from ul2r.evaluation.scores import Score, Scores
+from ul2r.evaluation.scores import InfilledText, Score, Scores
 from ul2r.evaluation.stored_scores import load_scores, save_scores
 
-SCORES = Scores({"infill_loss": Score(1 / 3, 0.1, 7), "causal_loss": Score(2.0, 0.2, 8)})
+SCORES = Scores(
+    {"infill_loss": Score(1 / 3, 0.1, 7), "causal_loss": Score(2.0, 0.2, 8)},
+    (InfilledText("a\n", "b", " c", "B", 1 / 3),),
+)
 
 
 def test_stored_scores_are_those_of_this_export_and_these_settings(

@@ -19,9 +19,17 @@ def test_state_fits_the_tag_and_shows_as_many_losses_as_fit(denoisers: int, show
 
 def test_each_chart_is_in_the_section_of_its_axis() -> None:
     state = json.loads(build_view_state(["S"]))
-    sections = {section["uuid"] for section in state["compareRunSections"]}
-    assert sections == {"progress/petaflops", "progress/tokens"}
+    titles = {section["uuid"]: section["name"] for section in state["compareRunSections"]}
+    assert len(titles) == 2
     for chart in state["compareRunCharts"]:
-        assert chart["metricSectionId"] == chart["selectedXAxisMetricKey"]
-        assert chart["metricSectionId"] in sections
+        axis = chart["selectedXAxisMetricKey"]
+        assert axis in {"progress/petaflops", "progress/tokens"}
+        assert ("petaFLOPs" in titles[chart["metricSectionId"]]) == (axis == "progress/petaflops")
     assert len({chart["uuid"] for chart in state["compareRunCharts"]}) == 4
+
+
+def test_scores_are_columns_and_the_comparison_is_left_out() -> None:
+    state = json.loads(build_view_state(["S", "R"]))
+    for score in ("causal/evaluation_loss", "R/evaluation_loss", "infill/evaluation_exact_match"):
+        assert f"metrics.`{score}`" in state["selectedColumns"]
+    assert state["searchFilter"] == "tags.`ul2r.role` != 'comparison'"

@@ -30,6 +30,8 @@ MIN_PART_TOKENS = 2
 MIN_USABLE_TOKENS = 2**8
 """Shorter documents hold no window of infilling and a margin: a split of them is not much use."""
 SPLIT_DTYPE = np.dtype([("key", "<u8"), ("tokens", "<i8")])
+MIN_HELD_OUT = 2
+"""Different documents that are held out at least, where none is cut: a standard error needs two."""
 ALL_TOKENS = 2**62
 """More than any document has: it is held out as a whole."""
 NUM_KEYS = 2**64
@@ -129,10 +131,11 @@ def choose_whole_held_out(
     total = int(sizes.sum())
     budget = math.floor(min(fraction * total, max_tokens))
     chosen, _ = _choose_whole(keys, sizes, ALL_TOKENS, budget, budget / max(total, 1))
-    if not len(chosen):
-        # Nothing is as small as the budget: the smallest, unless it is all there is.
+    if len(chosen) < MIN_HELD_OUT:
+        # The budget is too small for them: the smallest, as long as there are others to train on.
         unique, _, with_copies = _merge_copies(keys, sizes)
-        chosen = unique[[int(with_copies.argmin())]] if len(unique) > 1 else chosen
+        smallest = np.argsort(with_copies, kind="stable")[:MIN_HELD_OUT]
+        chosen = unique[smallest[: len(unique) - 1]]
     chosen = np.sort(chosen)
     return HeldOutSplit(chosen, np.full(len(chosen), ALL_TOKENS, np.int64))
 

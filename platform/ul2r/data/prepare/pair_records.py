@@ -98,8 +98,7 @@ class PairReader:
         )
         if self._tokenizer is None:
             raise CorpusError(
-                f"{locate()}: {MESSAGES_KEY} need a chat template, and the tokenizer that is trained on the text has "
-                f"none: {remedy}"
+                f"{locate()}: {MESSAGES_KEY} need a chat template, and without data.tokenizer there is none: {remedy}"
             )
         # Imported here: transformers takes seconds, and most pairs are no chats.
         from ul2r.data.chat_template import ChatTemplate

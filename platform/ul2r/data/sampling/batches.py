@@ -5,6 +5,7 @@ The batch index is the number of the step that trains on the batch, as long as t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from ul2r.config import Denoiser, Pairs, Recipe
 from ul2r.data.sampling.blend import Blend
 from ul2r.data.sampling.order import ContinuedWindows, DataOrder
-from ul2r.data.sampling.pair_windows import PairWindows, fit_pairs
+from ul2r.data.sampling.pair_windows import PairFit, PairWindows, fit_pairs
 from ul2r.data.sampling.streaming_windows import StreamingWindows, WholeStoreWindows
 from ul2r.data.sampling.text_windows import DocumentWindows, TextWindows
 from ul2r.data.store.dataset import TokenDataset
@@ -166,6 +167,10 @@ class BatchBuilder:
             order.seed,
             split=split,
             pack=packs_pairs(recipe),
+            # Few pairs make more rows to average over, if each has a slot.
+            min_slots=0
+            if split == "train"
+            else recipe.evaluation.num_rows * recipe.objective.slots_per_row,
             first_slot=order.first_pair_slot,
         )
 
@@ -218,6 +223,8 @@ def check_dataset(recipe: Recipe, dataset: TokenDataset) -> None:
         # The first window of a streamed store may be in a segment that does not exist yet.
         if not isinstance(source.store, SegmentedStore) or source.store.is_complete:
             window_type.check_store(source.store, length, "train")
+    for split, fit in _fit_splits(recipe, dataset):
+        fit.check(split)
 
 
 def describe_unfit_pairs(recipe: Recipe, dataset: TokenDataset) -> str | None:
@@ -227,16 +234,22 @@ def describe_unfit_pairs(recipe: Recipe, dataset: TokenDataset) -> str | None:
         recipe: The run.
         dataset: Its token store and pairs.
     """
-    denoiser = recipe.objective.pairs
-    if denoiser is None or dataset.pairs is None:
-        return None
-    num_mode_tokens = len(mode_tokens(denoiser, dataset.vocabulary))
-    splits = (("training", dataset.pairs.train), ("held-out", dataset.pairs.held_out))
-    found = [
-        fit_pairs(store, recipe.objective, denoiser, num_mode_tokens).describe(name)
-        for name, store in splits
-    ]
+    found = [fit.describe(split) for split, fit in _fit_splits(recipe, dataset)]
     return "; ".join(filter(None, found)) or None
+
+
+def _fit_splits(recipe: Recipe, dataset: TokenDataset) -> Iterator[tuple[str, PairFit]]:
+    """Yield the pairs that a run is trained on, and those that it measures, as they fit its rows."""
+    if dataset.pairs is None:
+        return
+    measured = next((d for d in recipe.evaluation.mixture if isinstance(d, Pairs)), None)
+    for split, store, denoiser in (
+        ("train", dataset.pairs.train, recipe.objective.pairs),
+        ("held-out", dataset.pairs.held_out, measured),
+    ):
+        if denoiser is not None:
+            num_mode_tokens = len(mode_tokens(denoiser, dataset.vocabulary))
+            yield split, fit_pairs(store, recipe.objective, denoiser, num_mode_tokens)
 
 
 def _check_sentinels(recipe: Recipe, dataset: TokenDataset) -> None:

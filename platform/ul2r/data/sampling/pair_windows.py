@@ -36,6 +36,19 @@ class PairFit:
     num_cut: int
     num_left_out: int
 
+    def check(self, split: str) -> None:
+        """Refuse a split of which no pair fits.
+
+        Raises:
+            CorpusError: With the size of a slot.
+        """
+        if self.num_left_out == len(self.sizes):
+            raise CorpusError(
+                f"the {split} split has {len(self.sizes)} pairs, none of which fits a slot of {self.capacity} "
+                "positions with its answer and any of its prompt: raise objective.sequence_length or lower "
+                "objective.slots_per_row"
+            )
+
     def describe(self, split: str) -> str:
         """Return which pairs are cut and left out, in words; an empty string if none are."""
         parts = []
@@ -90,6 +103,7 @@ class PairWindows:
         *,
         split: str = "train",
         pack: bool = True,
+        min_slots: int = 0,
         first_slot: int = 0,
     ) -> None:
         """Pack the pairs.
@@ -102,6 +116,7 @@ class PairWindows:
             seed: The run's seed.
             split: Name of the split in error messages.
             pack: Whether slots hold as many pairs as fit, or one each.
+            min_slots: Slots that there are to be; pairs that would fill fewer get one each.
             first_slot: The slot that becomes slot 0.
 
         Raises:
@@ -112,18 +127,14 @@ class PairWindows:
         self._first_slot = first_slot
         self.fit = fit_pairs(store, objective, denoiser, num_mode_tokens)
 
-        numbers = np.flatnonzero(self.fit.sizes)
-        if not len(numbers):
-            raise CorpusError(
-                f"the {split} split has {len(store)} pairs, none of which fits a slot of {self.fit.capacity} positions "
-                "with its answer and any of its prompt: raise objective.sequence_length or lower "
-                "objective.slots_per_row"
-            )
+        self.fit.check(split)
         # The largest first; a stable sort, so that every machine packs the same.
+        numbers = np.flatnonzero(self.fit.sizes)
         numbers = numbers[np.argsort(-self.fit.sizes[numbers], kind="stable")]
-        slots = np.arange(len(numbers))
-        if pack:
-            pack_best_fit(self.fit.sizes[numbers], self.fit.capacity, slots)
+        alone = np.arange(len(numbers))
+        slots = alone.copy()
+        if pack and pack_best_fit(self.fit.sizes[numbers], self.fit.capacity, slots) < min_slots:
+            slots = alone
         self._pairs = numbers[np.argsort(slots, kind="stable")]
         counts = np.bincount(slots)
         self._ends = np.cumsum(counts)

@@ -21,7 +21,7 @@ from ray.train.v2.api.callback import RayTrainCallback
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from ul2r.config import Recipe
-from ul2r.data.prepare.pairs import prepare_pairs
+from ul2r.data.prepare.pairs import load_finished_pairs, prepare_pairs
 from ul2r.data.prepare.prepare import check_resumable
 from ul2r.data.store.dataset import TokenDataset, open_run_dataset, run_fingerprint
 from ul2r.launch.preflight import (
@@ -102,6 +102,8 @@ def _open_if_begun(recipe: Recipe) -> TokenDataset | None:
     store = recipe.storage_paths.store
     if recipe.data.order == "streamed":
         if not store.exists():
+            if recipe.data.pairs:
+                load_finished_pairs(recipe)  # that their files are there
             return None
         # Small next to the text, pairs are made as a whole before the run begins.
         if recipe.data.pairs:

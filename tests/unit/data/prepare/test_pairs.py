@@ -152,7 +152,7 @@ def test_long_pairs_are_not_cut_for_the_held_out_split(storage: Path, tmp_path: 
     records = [{"prompt": f"Story {i}", "answer": "again and again " * 4000} for i in range(3)]
     recipe = recipe_of(storage, write_json_lines(tmp_path / "p.jsonl", records))
     manifest = prepare_pairs(recipe)
-    assert (manifest.train.num_documents, manifest.held_out.num_documents) == (2, 1)
+    assert (manifest.train.num_documents, manifest.held_out.num_documents) == (1, 2)
 
 
 def test_pairs_are_made_once_and_files_that_changed_are_refused(
@@ -224,8 +224,7 @@ BAD = {
     ),
     "no template": (
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
-        r"messages need a chat template, and the tokenizer that is trained on the text has none: set "
-        r"data\.tokenizer",
+        r"messages need a chat template, and without data\.tokenizer there is none: set data\.tok",
     ),
 }
 
@@ -259,7 +258,7 @@ def test_keys_can_be_named(storage: Path, tmp_path: Path) -> None:
     records = [{"question": f"Q{i}", "solution": f"A{i}", "prompt": 3} for i in range(9)]
     path = write_json_lines(tmp_path / "p.jsonl", records)
     recipe = recipe_of(storage, path, prompt_key="question", answer_key="solution")
-    assert prepare_pairs(recipe).train.num_documents == 8
+    assert prepare_pairs(recipe).train.num_documents == 7
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 
 from ul2r.config import Objective, Pairs, Recipe
 from ul2r.data.prepare.pairs import prepare_pairs
-from ul2r.data.sampling.batches import BatchBuilder, describe_unfit_pairs
+from ul2r.data.sampling.batches import BatchBuilder, check_dataset, describe_unfit_pairs
 from ul2r.data.sampling.pair_windows import PairWindows, fit_pairs
 from ul2r.data.store.dataset import TokenDataset, open_run_dataset
 from ul2r.data.store.pair_store import PairStore
@@ -120,6 +120,7 @@ def test_long_prompts_lose_their_beginning_and_long_answers_their_pair(
         {"prompt": "the sea " * 20 + "ends so", "answer": "it is"},
         {"prompt": "short", "answer": "the sea " * 40},
         {"prompt": "a", "answer": "b"},
+        {"prompt": "b", "answer": "c"},
         {"prompt": "another", "answer": "b"},
     ]
     write_json_lines(tmp_path / "long.jsonl", records)
@@ -128,7 +129,7 @@ def test_long_prompts_lose_their_beginning_and_long_answers_their_pair(
     objective = Objective(sequence_length=32)
     denoiser = Pairs(weight=1)
 
-    # Nearly all pairs are to train on; the held-out one is the smallest.
+    # Nearly all pairs are to train on; the held-out ones are the two smallest.
     store = pairs_of(dataset)
     fit = fit_pairs(store, objective, denoiser, 1)
     assert (fit.num_cut, fit.num_left_out, len(store)) == (1, 1, 3)
@@ -151,7 +152,7 @@ def test_long_prompts_lose_their_beginning_and_long_answers_their_pair(
     )
     assert message is not None
     assert message.startswith(
-        "of 3 training pairs 1 lose the beginning of their prompt and 1 are left out, their answers being too long, in "
+        "of 3 train pairs 1 lose the beginning of their prompt and 1 are left out, their answers being too long, in "
         "slots of 32 positions: raise objective.sequence_length"
     )
     assert describe_unfit_pairs(recipe_of(storage), open_run_dataset(recipe_of(storage))) is None
@@ -159,11 +160,27 @@ def test_long_prompts_lose_their_beginning_and_long_answers_their_pair(
 
 def test_pairs_of_which_none_fits_are_refused(storage: Path, tmp_path: Path) -> None:
     recipe = recipe_of(storage, data={"pairs": [str(tmp_path / "long.jsonl")]})
-    records = [{"prompt": f"story {i}", "answer": "the sea and so on " * 40} for i in range(3)]
+    records = [{"prompt": f"story {i}", "answer": "the sea and so on " * 40} for i in range(4)]
     write_json_lines(tmp_path / "long.jsonl", records)
     prepare_pairs(recipe)
-    with pytest.raises(CorpusError, match=r"^the train split has 2 pairs, none of which fits a sl"):
-        BatchBuilder(recipe, open_run_dataset(recipe))
+    dataset = open_run_dataset(recipe)
+    for build in (BatchBuilder, check_dataset):
+        with pytest.raises(
+            CorpusError, match=r"^the train split has 2 pairs, none of which fits a"
+        ):
+            build(recipe, dataset)
+
+
+def test_few_held_out_pairs_have_a_slot_each(storage: Path, dataset: TokenDataset) -> None:
+    """As many rows as there are pairs, so that they are enough to average over."""
+    assert dataset.pairs is not None
+    num_pairs = len(dataset.pairs.held_out)
+    for num_rows, is_packed in ((2, True), (4, False)):
+        evaluation = {"num_rows": num_rows, "infill_context_length": 16}
+        builder = BatchBuilder(recipe_of(storage, evaluation=evaluation), dataset)
+        found = builder.num_held_out_rows(Pairs(weight=1))
+        assert (found < num_pairs) == is_packed
+        assert found >= 2
 
 
 def texts_read(batch: Batch) -> list[bytes]:

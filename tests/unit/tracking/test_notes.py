@@ -1,0 +1,37 @@
+"""Sections of an experiment's description, and tables as MLflow stores them."""
+
+from ul2r.tracking.notes import MAX_NOTE_LENGTH, replace_section
+from ul2r.tracking.tables import split_table
+
+PREFACE = "Written on the page."
+SECTIONS = "## Comparison other\n\n| a |\n|---|\n\n## Mine\n\nkept"
+OTHERS = f"{PREFACE}\n\n{SECTIONS}"
+
+
+def test_section_replaces_the_one_under_its_heading_and_nothing_else() -> None:
+    once = replace_section(OTHERS, "Comparison a.b", "first\n\n- note\n")
+    assert once == f"{PREFACE}\n\n## Comparison a.b\n\nfirst\n\n- note\n\n{SECTIONS}"
+    twice = replace_section(once, "Comparison a.b", "second")
+    assert twice == f"{PREFACE}\n\n## Comparison a.b\n\nsecond\n\n{SECTIONS}"
+    # A heading that begins alike is another one.
+    longer = replace_section(twice, "Comparison a", "third")
+    assert longer is not None
+    assert "second" in longer
+    assert replace_section("", "Comparison a", "text") == "## Comparison a\n\ntext"
+    assert replace_section(PREFACE, "A", "text") == f"{PREFACE}\n\n## A\n\ntext"
+
+
+def test_section_is_cut_at_a_line_and_other_text_is_not() -> None:
+    lines = "\n".join(f"| row {number} |" for number in range(1000))
+    note = replace_section(OTHERS, "Comparison", lines)
+    assert note is not None
+    assert len(note) <= MAX_NOTE_LENGTH
+    assert note.startswith(PREFACE)
+    assert note.endswith(SECTIONS)
+    assert "| row 200 |\n" in note
+    assert replace_section("x" * (MAX_NOTE_LENGTH - 25), "Comparison", lines) is None
+
+
+def test_table_is_split_into_columns_and_rows() -> None:
+    table = split_table({"a": [1, 2], "b": ["x", "y"]})
+    assert table == {"columns": ["a", "b"], "data": [[1, "x"], [2, "y"]]}
