@@ -87,7 +87,7 @@ fi
 if ls "$folder"/engine/*.whl >/dev/null 2>&1; then
   step engine_install 60 "${install[@]}" --no-index --target "$scratch/engine" "$folder"/engine/*.whl
   export PYTHONPATH=$scratch/engine:$PYTHONPATH
-  "${gpu[@]}" engine 30 "$python" -c 'import transformer_engine.pytorch as te; print("TransformerEngine", te.__file__)' &&
+  step engine 60 "$python" -c 'import torch, transformer_engine.pytorch as te; print("TransformerEngine", te.__file__)' &&
     "${gpu[@]}" engine_tests 100 "${pytest[@]}" tests/gpu -k 'engine or kernels' &&
     "${gpu[@]}" engine_mfu 100 "$python" benchmarks/mfu.py --models 1b --lengths 2048 --attention te --arms prefix fp8 &&
     "${gpu[@]}" engine_attention 60 "$python" benchmarks/attention.py
