@@ -59,6 +59,8 @@ fi
 step versions 60 "$python" benchmarks/device/versions.py
 has_gpu=false
 grep -q '"gpu": true' "$out/results.jsonl" && has_gpu=true
+# The GPU tests have a form for CPUs.
+$has_gpu || export UL2R_GPU_TESTS_DEVICE=cpu
 gpu=(step)
 $has_gpu || gpu=(needs_gpu)
 needs_gpu() { printf '%s\t-\t0\tneeds a GPU\n' "$1" | tee -a "$out/steps.tsv"; }
