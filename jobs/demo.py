@@ -24,7 +24,6 @@ from pathlib import Path
 import _interpreter  # noqa: F401  refuses a Python that cannot run the job
 
 from ul2r.config import Recipe, load
-from ul2r.data.prepare.source_files import find_files
 from ul2r.errors import UserError
 from ul2r.workflows.cli import run_and_report
 from ul2r.workflows.phases import PhaseTimer, run_command
@@ -74,6 +73,9 @@ class Demo:
             # JSON, since an override's value is parsed as YAML, which JSON is part of.
             corpus_override = f"data.corpus={json.dumps([real_corpus])}"
             self.overrides += [*self.storage_overrides, corpus_override]
+
+        # Imported here: --help does not wait for numpy.
+        from ul2r.data.prepare.source_files import find_files
 
         # All recipes are read before anything starts: a mistake in the last one would otherwise show after hours.
         self.recipes = {role: self._load(role) for role in ROLES}

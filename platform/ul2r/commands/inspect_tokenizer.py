@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
 from ul2r.config import Data
-from ul2r.data.special_tokens import SpecialTokenSource
-from ul2r.data.tokenizer import ModeTokens
 from ul2r.workflows.cli import run_and_report
-from ul2r.workflows.inspect_tokenizer import describe_special_tokens
 
 
 def main(arguments: Sequence[str] | None = None, program: str | None = None) -> int:
@@ -30,16 +28,24 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     default = Data()
     parser.add_argument("tokenizer", type=Path, metavar="TOKENIZER")
     parser.add_argument("--sentinels", type=int, default=default.num_sentinels)
-    parser.add_argument("--mode-tokens", choices=get_args(ModeTokens), default=default.mode_tokens)
-    parser.add_argument(
-        "--special-tokens", choices=get_args(SpecialTokenSource), default=default.special_tokens
-    )
-    options = parser.parse_args(arguments)
+    for option, setting in (
+        ("--mode-tokens", "mode_tokens"),
+        ("--special-tokens", "special_tokens"),
+    ):
+        # A Literal, whose arguments are the choices.
+        choices = get_args(Data.model_fields[setting].annotation)
+        parser.add_argument(option, choices=choices, default=getattr(default, setting))
 
-    return run_and_report(
-        lambda: print(
-            describe_special_tokens(
-                options.tokenizer, options.sentinels, options.mode_tokens, options.special_tokens
-            )
+    return run_and_report(partial(show, parser.parse_args(arguments)))
+
+
+def show(options: argparse.Namespace) -> None:
+    """Print the assignment."""
+    # Imported here: --help does not wait for it.
+    from ul2r.workflows.inspect_tokenizer import describe_special_tokens
+
+    print(
+        describe_special_tokens(
+            options.tokenizer, options.sentinels, options.mode_tokens, options.special_tokens
         )
     )

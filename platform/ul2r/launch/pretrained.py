@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from ul2r.config import Architecture, HuggingFaceBase, MegatronBase, Recipe
 from ul2r.config.architecture import resolve_preset
-from ul2r.data.store.dataset import TokenDataset
-from ul2r.data.tokenizer import list_objective_tokens, load_tokenizer
 from ul2r.errors import CheckpointError, RecipeError
 from ul2r.launch.hub_commit import resolve_base_once
 from ul2r.paths import TOKENIZER_FILE
 
-# Transformers and safetensors are imported in the functions: a recipe with another base does not wait for them.
+if TYPE_CHECKING:
+    from ul2r.data.store.dataset import TokenDataset
+
+# What reads tokenizers and weights is imported in the functions: every job imports this module, for --help too, and a
+# recipe with another base does not wait for numba, transformers and safetensors.
 
 
 def fill_model_from_base(tree: dict[str, Any]) -> None:
@@ -105,6 +107,7 @@ def check_model_folder(folder: Path, architecture: Architecture) -> None:
     Raises:
         CheckpointError: If it does not.
     """
+    from ul2r.data.tokenizer import load_tokenizer
     from ul2r.model.huggingface.safetensors_reader import check_tensors
 
     check_tensors(folder, architecture)
@@ -134,6 +137,8 @@ def check_same_tokens(recipe: Recipe, dataset: TokenDataset, tokenizer: Path) ->
     Raises:
         RecipeError: If an id differs.
     """
+    from ul2r.data.tokenizer import list_objective_tokens, load_tokenizer
+
     if not tokenizer.is_file():
         return
     theirs = load_tokenizer(tokenizer)
