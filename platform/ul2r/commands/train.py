@@ -37,13 +37,16 @@ def run(recipe: Recipe) -> None:
 
 
 def print_dry_run(recipe: Recipe) -> None:
-    """Print what the run needs."""
-    from ul2r.train.trial_build import check_buildable
-    from ul2r.workflows.dry_run import dry_run
+    """Print what the run needs, then whether its model can be built."""
+    from ul2r.train.trial_build import start_trial_build
 
-    report = dry_run(recipe)
-    check_buildable(recipe)
-    print(report)
+    # Begun first and printed last: it takes seconds, in which the report can be read.
+    with start_trial_build(recipe) as wait_for_build:
+        from ul2r.workflows.dry_run import dry_run
+
+        print(dry_run(recipe), flush=True)
+        wait_for_build()
+        print("\nMegatron-Core builds this model in this layout.")
 
 
 def main(arguments: Sequence[str] | None = None, program: str | None = None) -> int:

@@ -19,7 +19,6 @@ from ul2r.errors import RunInterrupted
 from ul2r.launch.pretrained import check_base
 from ul2r.launch.run_inputs import list_run_inputs
 from ul2r.model.flops import num_parameters
-from ul2r.model.huggingface.config_json import check_family
 from ul2r.model.sizing import check_memory
 from ul2r.tracking.names import check_denoiser_names
 from ul2r.tracking.store import TrackingStore
@@ -52,6 +51,8 @@ def gpu_environment(parallel: Parallel) -> dict[str, str]:
 def check_run(recipe: Recipe, dataset: TokenDataset, resumed: CheckpointInfo | None) -> None:
     """Check a recipe against its token store, its devices and the weights that it starts from.
 
+    `train.trial_build` checks its model, in a process of its own.
+
     Args:
         recipe: The run.
         dataset: Its token store.
@@ -64,7 +65,6 @@ def check_run(recipe: Recipe, dataset: TokenDataset, resumed: CheckpointInfo | N
     check_dataset(recipe, dataset)
     if resumed is None:
         check_names(recipe)
-    check_family(recipe.model)
     check_memory(recipe, dataset.vocabulary.size)
     check_initial_weights(recipe, dataset, resumed)
     # Last, so that a run that is refused has one line.
@@ -126,11 +126,9 @@ def check_unprepared(recipe: Recipe) -> None:
     """Check what can be checked of a recipe whose token store does not exist yet.
 
     Raises:
-        UserError: If its family's class does not compute the model, its devices cannot hold the run, or its base is
-            missing.
+        UserError: If its devices cannot hold the run, or its base is missing.
     """
     check_names(recipe)
-    check_family(recipe.model)
     # The only sizes known before there is a store are those that the recipe gives.
     check_memory(recipe, planned_vocabulary(recipe))
     find_base_checkpoint(recipe, partial(latest_valid, thorough=False, quiet=True))

@@ -30,7 +30,7 @@ from ul2r.tracking.store import TrackingStore, check_store
 from ul2r.tracking.tracker import MemoryTracker
 from ul2r.train.checkpoint.metadata import CheckpointInfo
 from ul2r.train.monitor.progress import ProgressBar
-from ul2r.train.trial_build import check_buildable
+from ul2r.train.trial_build import start_trial_build
 
 STORE_TIMEOUT = timedelta(seconds=10)
 
@@ -55,19 +55,14 @@ def train(recipe: Recipe) -> CheckpointInfo:
     check_num_processes(recipe)
     resumed = find_resume_checkpoint(recipe)
     check_run(recipe, dataset, resumed)
-    store = check_store(recipe.tracking.uri)
-
     is_rank0 = get_rank() == 0
     if resumed is not None and has_finished(recipe, resumed):
         if is_rank0:
-            mark_finished(recipe, store)
+            mark_finished(recipe, check_store(recipe.tracking.uri))
         return resumed
-    if is_rank0:
-        store.check_experiment(recipe.tracking.experiment)
 
-    # In one process: the others wait for it when they join.
-    if is_rank0:
-        check_buildable(recipe)
+    # By rank 0 alone: torchrun ends the others, which wait for it when they join, if it fails.
+    store = _check_for_all(recipe) if is_rank0 else None
     _join_process_group(recipe)
     # Rank 0's for all: each rank has read the recipe itself, and a branch on the Hub may have moved in between.
     shared = [recipe]
@@ -75,12 +70,26 @@ def train(recipe: Recipe) -> CheckpointInfo:
     (recipe,) = shared
     with (
         StopSignal() as stop_signal,
-        track_run(recipe, dataset, store) if is_rank0 else nullcontext(None) as run_id,
+        track_run(recipe, dataset, store) if store is not None else nullcontext(None) as run_id,
     ):
         _train(recipe, dataset, store, run_id, stop_signal)
         # Within `track_run`, so that its record tells of an interrupted run what it is.
         dist.destroy_process_group()
         return final_checkpoint_info(recipe)
+
+
+def _check_for_all(recipe: Recipe) -> TrackingStore:
+    """Check the model and the tracking server; return the store that the run is recorded in.
+
+    Raises:
+        UserError: If a check fails.
+    """
+    # First, in another process: MLflow takes as long to import.
+    with start_trial_build(recipe) as wait_for_build:
+        store = check_store(recipe.tracking.uri)
+        store.check_experiment(recipe.tracking.experiment)
+        wait_for_build()
+        return store
 
 
 def is_first_to_report(message: str) -> bool:
@@ -169,13 +178,13 @@ def _join_process_group(recipe: Recipe) -> None:
 def _train(
     recipe: Recipe,
     dataset: TokenDataset,
-    store: TrackingStore,
+    store: TrackingStore | None,
     run_id: str | None,
     stop_signal: StopSignal,
 ) -> None:
-    """Train this rank's part; rank 0, which alone has a `run_id`, logs and shows a bar."""
+    """Train this rank's part; rank 0, which alone has a store and a `run_id`, logs and shows a bar."""
     fingerprint = run_fingerprint(recipe, dataset)
-    if run_id is None:
+    if store is None or run_id is None:
         run_worker(recipe, MemoryTracker(), callbacks=[stop_signal], fingerprint=fingerprint)
         return
 

@@ -1,41 +1,97 @@
-"""A run's model built without its weights, before any worker starts."""
+"""A run's model checked without its weights, before any worker starts."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
+import sys
 import warnings
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkContext, SpawnContext
+from pathlib import Path
 
 from ul2r.child_process import tie_to_parent
 from ul2r.config import Recipe
+from ul2r.errors import UserError
 
 VOCABULARY_SIZE = 2**16
 """Any will do: Megatron-Core is only given vocabularies that fit every layout."""
+THREADS = Path("/proc/self/task")
+"""Folder of this process's threads, those of C libraries included (proc(5))."""
 _built: set[str] = set()
 """Sections of recipes, as JSON, whose models were built."""
 
 
-def check_buildable(recipe: Recipe) -> None:
-    """Build the first, a middle and the last pipeline stage as Megatron-Core will, but without memory for weights.
+@contextmanager
+def start_trial_build(recipe: Recipe) -> Iterator[Callable[[], None]]:
+    """Check in another process, while the block runs, that a recipe's model can be trained and exported.
 
-    It is done in another process: Megatron-Core keeps its layout in global variables, and without a GPU needs torch to
-    be patched (`model/cpu.py`). What was built once in this process is not built again.
+    The first, a middle and the last pipeline stage are built as Megatron-Core will, but without memory for weights, and
+    the class that the model is exported as is asked whether it computes the model (`check_family`). That takes seconds
+    of imports, in which the block can do other work. What was checked once by this process is not checked again.
 
-    Raises:
-        LayoutError: If Megatron-Core refuses the model or the layout.
+    It is another process because Megatron-Core keeps its layout in global variables, and without a GPU needs torch to
+    be patched (`model/cpu.py`). It is killed if the block ends before the result was asked for.
+
+    Yields:
+        A function that waits for the result. It raises a LayoutError if Megatron-Core refuses the model or the layout,
+        and a RecipeError if the class would lose a setting.
     """
     portable = replace_device_settings(recipe)
     sections = portable.model_dump_json(
         include={"model", "parallel", "training", "optimizer", "objective"}
     )
     if sections in _built:
+        yield lambda: None
         return
-    # A forked process would inherit the locks of this one's threads; a fork server needs a socket in TMPDIR.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=tie_to_parent) as pool:
-        pool.submit(build_stages, portable).result()
-    _built.add(sections)
+
+    context = _choose_context(recipe)
+    receiver, sender = context.Pipe(duplex=False)
+    # A daemon: this process does not wait for it at its own end.
+    process = context.Process(target=_check, args=(portable, sender), daemon=True)
+    process.start()
+    # Of this process's own copy: reading ends when the other process has closed its one, however it ended.
+    sender.close()
+
+    def wait() -> None:
+        try:
+            error = receiver.recv()
+        except EOFError:
+            process.join()
+            raise RuntimeError(f"the trial build ended with exit code {process.exitcode}") from None
+        if error is not None:
+            raise error
+        _built.add(sections)
+
+    try:
+        yield wait
+    finally:
+        process.kill()
+        process.join()
+        receiver.close()
+
+
+def _choose_context(recipe: Recipe) -> ForkContext | SpawnContext:
+    """Return how to start the other process: by a fork, which imports nothing again, where that can build the model."""
+    # A forked process inherits the locks of this one's other threads, locked for ever, and a CUDA that cannot be used.
+    num_threads = len(list(THREADS.iterdir()))
+    can_fork = (
+        "megatron.core" in sys.modules and num_threads == 1 and not recipe.launch.gpus_per_worker
+    )
+    # Not "forkserver", which needs a socket in TMPDIR.
+    return get_context("fork") if can_fork else get_context("spawn")
+
+
+def check_buildable(recipe: Recipe) -> None:
+    """Check a recipe's model as `start_trial_build` does, and wait for the result.
+
+    Raises:
+        UserError: If a check fails.
+    """
+    with start_trial_build(recipe) as wait:
+        wait()
 
 
 def replace_device_settings(recipe: Recipe) -> Recipe:
@@ -43,6 +99,21 @@ def replace_device_settings(recipe: Recipe) -> Recipe:
     precision = "fp32" if recipe.precision == "fp32" else "bf16"
     training = recipe.training.model_copy(update={"precision": precision})
     return recipe.model_copy(update={"attention": "sdpa", "training": training})
+
+
+def _check(recipe: Recipe, sender: Connection) -> None:
+    """Send the user error that a check ends with, None if there is none; run in a process of its own."""
+    tie_to_parent()
+    from ul2r.model.huggingface.config_json import check_family
+
+    try:
+        build_stages(recipe)
+        # Last, when torch is imported: the class needs transformers, which needs that.
+        check_family(recipe.model)
+    except UserError as error:
+        sender.send(error)
+    else:
+        sender.send(None)
 
 
 def build_stages(recipe: Recipe) -> None:

@@ -16,7 +16,6 @@ from ul2r.launch.preflight import (
     planned_vocabulary,
 )
 from ul2r.model.flops import num_active_parameters, num_visible_keys, training_flops
-from ul2r.model.huggingface.config_json import check_family
 from ul2r.model.sizing import (
     GIB,
     RunEstimate,
@@ -32,7 +31,7 @@ SAMPLED_ROWS = 256
 
 
 def dry_run(recipe: Recipe) -> str:
-    """Check a run as `train` does, as far as no service is needed, and describe what it needs.
+    """Check a run as `train` does, as far as no service and no other process is needed, and describe what it needs.
 
     A store that is not prepared yet is not an error: the run is then sized by the recipe's own vocabulary.
 
@@ -53,7 +52,6 @@ def dry_run(recipe: Recipe) -> str:
         order = plan_run_data(recipe, dataset, resumed).description
         checked = "recipe, token store, checkpoints, memory"
     else:
-        check_family(recipe.model)
         vocabulary_size = planned_vocabulary(recipe)
         tokenizer = recipe.data.tokenizer
         origin = f"of {tokenizer}" if tokenizer else "from data.vocabulary_size"

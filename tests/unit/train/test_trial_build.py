@@ -12,10 +12,15 @@ import pytest
 from pydantic import ValidationError
 
 from ul2r.config import Recipe
-from ul2r.errors import LayoutError
+from ul2r.errors import LayoutError, RecipeError
 from ul2r.model.refusals import translate_refusals
 from ul2r.testing.recipes import GEMMA_3, tiny_recipe
-from ul2r.train.trial_build import build_stages, check_buildable, replace_device_settings
+from ul2r.train.trial_build import (
+    build_stages,
+    check_buildable,
+    replace_device_settings,
+    start_trial_build,
+)
 
 MIXTRAL = {"family": "mixtral", "num_experts": 4, "num_experts_per_token": 2}
 
@@ -43,6 +48,19 @@ def test_a_model_that_megatron_refuses_is_refused_in_one_line() -> None:
     with pytest.raises(LayoutError, match="refuses to build this model: Please use") as refused:
         check_buildable(refused_recipe())
     assert "\n" not in str(refused.value)
+
+
+def test_a_model_that_its_family_would_lose_is_refused_in_one_line() -> None:
+    recipe = tiny_recipe(Path("runs"), model={"activation": "gelu"})
+    with pytest.raises(RecipeError, match=r"model\.activation=gelu: LlamaForCausalLM.* has swiglu"):
+        check_buildable(recipe)
+
+
+def test_a_result_that_nobody_waits_for_is_given_up() -> None:
+    before = set(multiprocessing.active_children())
+    with pytest.raises(LayoutError, match="ours"), start_trial_build(tiny_recipe(Path("runs"))):
+        raise LayoutError("ours")
+    assert set(multiprocessing.active_children()) == before
 
 
 def test_a_layout_that_megatron_refuses_is_refused_in_one_line(

@@ -19,6 +19,8 @@ from ul2r.launch.ray_train.local_ray import python_environment, start_local_ray
 
 ANY_CLUSTER = "auto"
 PROBE_TIMEOUT_S = 10.0
+WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+"""Setting of Ray Train 2.60: an actor of each run that watches for machines that are to be taken away."""
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Ray leaves CUDA_VISIBLE_DEVICES as it is in tasks without GPUs; its default clears it and warns of the change.
@@ -52,6 +54,10 @@ def connect_ray(cpus: float, gpus: float = 0, *, smaller: str = "ask for fewer")
         _join(address)
     else:
         start_local_ray(max(count_cores(), math.ceil(cpus)))
+    before = os.environ.get(WATCHER)
+    if not address:
+        # Nobody takes the machine away: an actor less to start.
+        os.environ.setdefault(WATCHER, "0")
     if threading.current_thread() is threading.main_thread():
         # `ray.init` installs a SIGTERM handler that aborts without any cleanup.
         signal.signal(signal.SIGTERM, on_sigterm)
@@ -62,6 +68,8 @@ def connect_ray(cpus: float, gpus: float = 0, *, smaller: str = "ask for fewer")
         yield
     finally:
         ray.shutdown()
+        if before is None:
+            os.environ.pop(WATCHER, None)
 
 
 def _join(address: str) -> None:

@@ -6,7 +6,6 @@ import logging
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
 
 import ray
 from ray.actor import ActorHandle
@@ -14,6 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ul2r.config import Recipe
 from ul2r.console import show_progress
+from ul2r.launch.ray_train.board import BoardActor, BoardContent, Phase
 from ul2r.train.callbacks import Callback, LoopAction
 from ul2r.train.monitor.progress import describe_progress
 from ul2r.train.state import TrainState
@@ -22,62 +22,7 @@ POLL_S = 0.5
 LAST_READ_S = 2.0
 """Time that the end of a run waits for the board's last content."""
 
-LogRecord = tuple[str, int, str]
-"""Logger name, level and message of a worker's record."""
-Phase = Literal["starting", "loading", "training"]
-"""Phase of a group of workers: its processes start, its workers prepare their first step, or it has made one."""
-
 logger = logging.getLogger(__name__)
-
-
-class _Content(NamedTuple):
-    """Content of the board, as a read returns it."""
-
-    progress: tuple[int, str]
-    """Tokens and a note."""
-    records: list[LogRecord]
-    """Log records since the last read."""
-    phase: Phase
-    failure: str
-    """Reason for the last restart of the workers, empty before it."""
-
-
-class _Board:
-    """Actor that holds progress, phase, log records not yet read, and whether the run shall stop."""
-
-    def __init__(self) -> None:
-        self._progress = (0, "")
-        self._records: list[LogRecord] = []
-        self._phase: Phase = "starting"
-        self._failure = ""
-        self._is_stopping = False
-
-    def begin(self) -> None:
-        """Note that the processes of all workers run."""
-        self._phase = "loading"
-
-    def restart(self, failure: str) -> None:
-        """Note that the workers are started again, and why."""
-        self._phase = "starting"
-        self._failure = failure
-
-    def report(self, tokens: int, note: str) -> bool:
-        """Take the progress; return whether the run shall stop."""
-        self._progress = (tokens, note)
-        # A late report of workers that have been replaced changes nothing: theirs have not begun.
-        if self._phase == "loading":
-            self._phase = "training"
-        return self._is_stopping
-
-    def log(self, name: str, level: int, message: str) -> None:
-        self._records.append((name, level, message))
-
-    def stop(self) -> None:
-        self._is_stopping = True
-
-    def read(self) -> _Content:
-        records, self._records = self._records, []
-        return _Content(self._progress, records, self._phase, self._failure)
 
 
 class Board:
@@ -106,7 +51,7 @@ def progress_board(recipe: Recipe, stop_event: threading.Event) -> Iterator[Boar
     # On the driver's node, so that the loss of another one does not take the board with it.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # Without a CPU of its own: `elastic.count_cpus` reserves none for it.
-    board = Board(ray.remote(num_cpus=0, scheduling_strategy=here)(_Board).remote())
+    board = Board(ray.remote(num_cpus=0, scheduling_strategy=here)(BoardActor).remote())
     ended = threading.Event()
     threads = [
         threading.Thread(target=_show, args=(recipe, board, ended), daemon=True),
@@ -160,7 +105,7 @@ def _poll(board: Board, ended: threading.Event) -> Iterator[tuple[int, str]]:
         if not ray.wait([pending], timeout=LAST_READ_S if is_ending else 0)[0]:
             continue
 
-        content: _Content = ray.get(pending)
+        content: BoardContent = ray.get(pending)
         pending = board.actor.read.remote()
         board.phase = content.phase
         board.failure = content.failure
