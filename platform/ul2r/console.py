@@ -100,7 +100,7 @@ class _CountsColumn(ProgressColumn):
         # Not rich's own `task.speed`, which covers only the last 30 s: slow updates, such as one a minute, would have
         # none.
         rate = _format_rate(task.completed - task.fields["initial"], task.elapsed or 0)
-        counts = f"{_format_count(task.completed)}/{_format_count(task.total or 0)} {self._unit}"
+        counts = f"{format_count(task.completed)}/{format_count(task.total or 0)} {self._unit}"
         return Text(f"{counts}  {rate} {self._unit}/s  {task.fields['note']}")
 
 
@@ -155,7 +155,7 @@ class _LogBar:
         remaining = (
             f"{(self._total - completed) * elapsed / done:.0f} s left" if done > 0 else "starting"
         )
-        counts = f"{_format_count(completed)}/{_format_count(self._total)} {self._unit}"
+        counts = f"{format_count(completed)}/{format_count(self._total)} {self._unit}"
         rate = f"{_format_rate(done, elapsed)} {self._unit}/s"
         line = f"{self._description}  {fraction:4.0%}  {counts}  {rate}  {remaining}  {note}"
         sys.stderr.write(line.rstrip() + "\n")
@@ -163,10 +163,11 @@ class _LogBar:
 
 
 def _format_rate(done: float, elapsed: float) -> str:
-    return _format_count(done / elapsed) if elapsed > 0 else "0"
+    return format_count(done / elapsed) if elapsed > 0 else "0"
 
 
-def _format_count(number: float) -> str:
+def format_count(number: float) -> str:
+    """Return a number with a letter for its size: 1.2M, 34k."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         # Thousands are written out up to 9999.
         if abs(number) >= 10 * size or (abs(number) >= size > 1e3):

@@ -16,6 +16,7 @@ from ul2r.train.checkpoint.storage import acquire_writer_token
 from ul2r.train.loop import Trainer
 from ul2r.train.mesh import Mesh
 from ul2r.train.monitor.profiler import Profiler
+from ul2r.train.monitor.start_report import StartReport
 from ul2r.train.monitor.system import SystemMonitor
 from ul2r.train.monitor.throughput import ThroughputMonitor
 from ul2r.train.monitor.watchdog import Watchdog
@@ -67,6 +68,7 @@ def run_worker(
             tracker,
             callbacks=[
                 watchdog,
+                StartReport(recipe),
                 # Before the profiler: its clock stops at the end of a step, and a trace takes seconds to write.
                 ThroughputMonitor(recipe, dataset.vocabulary, is_reader=mesh.is_reader),
                 SystemMonitor(mesh),

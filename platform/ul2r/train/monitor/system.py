@@ -55,7 +55,7 @@ class SystemMonitor(Callback):
 
     def rank_report(self) -> SystemReport:
         """Return this worker's memory, and its node's load if it reports for the node."""
-        return SystemReport(_worker_memory(), _node_load() if self._reports_node else {})
+        return SystemReport(worker_memory(), _node_load() if self._reports_node else {})
 
     def reduce_reports(self, reports: Sequence[SystemReport]) -> Mapping[str, float]:
         """Return "train/memory_gib", the memory of the largest worker, and "system/METRIC/min", "/mean" and "/max"."""
@@ -118,7 +118,8 @@ def _warn_once(name: str, device: int, reason: str) -> None:
     )
 
 
-def _worker_memory() -> int:
+def worker_memory() -> int:
+    """Return the bytes that this process uses: on a GPU the most that torch has allocated, else its resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return int(psutil.Process(os.getpid()).memory_info().rss)
