@@ -3,7 +3,6 @@
 # No `from __future__ import annotations` here: Serve parses a deploy file's `args` into `ServingConfig` only if the
 # annotation of `build` is the class itself, not a string.
 
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -15,10 +14,10 @@ from ray.serve import Application
 from ray.serve.schema import LoggingConfig
 
 from serving.api import create_api
+from serving.arguments import resolve_model
 from serving.service import InferenceService
 from ul2r.config.strict_model import StrictModel
 from ul2r.inference import LanguageModel, read_export_metadata
-from ul2r.tracking.model_uri import ModelUri, is_model_uri
 
 
 class ServingConfig(StrictModel):
@@ -72,29 +71,3 @@ def build(config: ServingConfig) -> Application:
         logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
     )
     return deployment.bind(str(folder), "cuda" if config.gpus else "cpu", config.cpus)
-
-
-def resolve_model(model: str, tracking_uri: str | None = None, key: str = "tracking_uri") -> Path:
-    """Return the absolute export folder of `model`, which is a path or a URI in a model registry.
-
-    An alias and the newest version are those of now: what is served stays the same when they move.
-
-    Args:
-        model: The model.
-        tracking_uri: MLflow server of the registry.
-        key: Setting that `tracking_uri` comes from, for error messages.
-
-    Raises:
-        CheckpointError: If a registry URI has another form than `ModelUri`, or its folder is gone.
-        ServiceError: If the registry cannot be reached or has no such model or version.
-    """
-    if not is_model_uri(model):
-        # Absolute, since replicas have another working directory. `Path.resolve` raises a RuntimeError for a link to
-        # itself before Python 3.13.
-        return Path(os.path.realpath(model))
-
-    uri = ModelUri.parse(model)
-    # Importing MLflow takes seconds; serving from a folder does not need it.
-    from ul2r.tracking.mlflow import check_server, resolve
-
-    return resolve(check_server(tracking_uri, key), uri)

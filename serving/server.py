@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import logging
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,13 +13,18 @@ from ray.serve.config import HTTPOptions
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from serving.app import ServingConfig, build
+from serving.arguments import LOCALHOST, check_port
 from ul2r.errors import ServiceError
 
 APPLICATION = "ul2r"
-LOCALHOST = "127.0.0.1"
 START_TIMEOUT_S = 300.0
 """A start takes 10 s on two free cores; large weights take longer to load."""
 POLL_S = 0.2
+TELL_EVERY_S = 15.0
+"""Time between two lines about a model that is still loading."""
+
+# The library's: a job shows its INFO records, and of other packages only warnings.
+logger = logging.getLogger("ul2r.serving")
 
 
 @contextmanager
@@ -53,35 +56,12 @@ def serve_model(config: ServingConfig, port: int, host: str = LOCALHOST) -> Iter
             [serve.RunTarget(application, name=APPLICATION, route_prefix="/")],
             wait_for_applications_running=False,
         )
+        logger.info("%s: Serve is up, loading the model", config.model)
         _wait_until_ready(url, config)
         yield url
     finally:
         # After a failed start as well, which leaves Serve's controller and proxy running.
         serve.shutdown()
-
-
-def check_port(port: int, host: str = LOCALHOST) -> None:
-    """Check that a server can listen on a port.
-
-    Raises:
-        ServiceError: If the port is in use, is not a port number, or cannot be bound on that host.
-    """
-    if not 1 <= port <= 65535:
-        raise ServiceError(
-            f"port {port} is not a port number: choose one from 1 to 65535 with --port"
-        )
-
-    with socket.socket() as probe:
-        # Without it a port whose last connections are in TIME_WAIT would count as in use.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise ServiceError(f"port {port} is in use: choose another with --port") from error
-            raise ServiceError(
-                f"cannot listen on {host}:{port} ({error.strerror}): choose another --host or --port"
-            ) from error
 
 
 def _wait_until_ready(url: str, config: ServingConfig) -> None:
@@ -90,7 +70,9 @@ def _wait_until_ready(url: str, config: ServingConfig) -> None:
     Raises:
         ServiceError: If its replica fails to start, or is not ready in time.
     """
-    deadline = time.monotonic() + START_TIMEOUT_S
+    start = time.monotonic()
+    deadline = start + START_TIMEOUT_S
+    told = start
     while not _is_healthy(url):
         # Looked at after each failed request: a failed deployment would never answer.
         application = serve.status().applications[APPLICATION]
@@ -105,6 +87,12 @@ def _wait_until_ready(url: str, config: ServingConfig) -> None:
             raise ServiceError(
                 f"{config.model} is not ready after {START_TIMEOUT_S:.0f} s ({application.status.value}): "
                 f"check that the cluster has cpus={config.cpus} and gpus={config.gpus} free"
+            )
+        if time.monotonic() > told + TELL_EVERY_S:
+            told = time.monotonic()
+            waited = f"{told - start:.0f} s"
+            logger.info(
+                "%s: still loading after %s (%s)", config.model, waited, application.status.value
             )
         time.sleep(POLL_S)
 

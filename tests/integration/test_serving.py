@@ -21,8 +21,9 @@ import pytest
 from mlflow import MlflowClient
 
 from serving.app import ServingConfig
+from serving.arguments import check_port
 from serving.body_limit import MAX_BODY_BYTES
-from serving.server import check_port, serve_model
+from serving.server import serve_model
 from ul2r.errors import ServiceError
 from ul2r.inference import LanguageModel, complete, infill
 from ul2r.inference.pyfunc import make_pointer
@@ -116,6 +117,15 @@ def _read_until(job: subprocess.Popen[str], text: str) -> str:
 def test_the_job_prints_the_playground_and_commands_that_work(server: Server) -> None:
     url = f"http://127.0.0.1:{server.port}"
     assert f"playground  {url}/\n" in server.output
+    told = [
+        "is an export; starting Ray",
+        "Ray is up, starting Serve",
+        "loading the model",
+        "serving ",
+    ]
+    places = [server.output.find(text) for text in told]
+    assert -1 not in places
+    assert places == sorted(places)
 
     commands = re.findall(r"^  (curl .+)$", server.output, re.MULTILINE)
     assert len(commands) == 4

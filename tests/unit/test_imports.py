@@ -260,7 +260,8 @@ def test_light_part_imports_nothing_heavy(part: str) -> None:
         ("ul2r.data.sampling.batches", "ray mlflow megatron transformers"),
         ("ul2r.train.checkpoint.storage", "torch ray mlflow megatron transformers"),
         ("ul2r.train.loop", "ray mlflow transformers torch._inductor.compile_fx"),
-        (" ".join(JOBS), "torch ray mlflow transformers pandas"),
+        (" ".join(JOBS), "numpy numba torch ray mlflow transformers pandas"),
+        ("serving.arguments", "numpy torch ray mlflow fastapi"),
         ("ul2r.inference.language_model", "ray mlflow megatron"),
     ],
 )

@@ -11,14 +11,18 @@ from that folder, and no MLflow server needs to be running. The job serves until
 from __future__ import annotations
 
 import argparse
+import logging
 import signal
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 from ul2r.errors import ServiceError
+from ul2r.launch.logs import configure_console
 from ul2r.paths import StoragePaths
 from ul2r.workflows.cli import run_and_report
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_PORT = 8000
 DEFAULT_HOST = "127.0.0.1"
@@ -26,18 +30,25 @@ DEFAULT_HOST = "127.0.0.1"
 
 def run(options: argparse.Namespace) -> None:
     """Serve until interrupted."""
-    from serving.app import ServingConfig
-    from serving.server import check_port, serve_model
-    from ul2r.launch.ray_train.cluster import connect_ray
+    from serving.arguments import check_port
+    from ul2r.model.export_metadata import read_export_metadata
 
+    configure_console()
     # First, since everything else takes seconds.
     check_port(options.port, options.host)
     _handle_signals()
     try:
         folder = _find_export(options.model, options.tracking_uri, options.storage)
+        read_export_metadata(folder)
+        logger.info("%s: is an export; starting Ray", options.model)
+        from serving.app import ServingConfig
+        from serving.server import serve_model
+        from ul2r.launch.ray_train.cluster import connect_ray
+
         config = ServingConfig(model=str(folder), cpus=options.cpus, gpus=options.gpus)
         with connect_ray(config.cpus, config.gpus):
             _handle_signals()  # Ray has installed its own handlers
+            logger.info("%s: Ray is up, starting Serve", options.model)
             with serve_model(config, options.port, options.host) as url:
                 print(_usage(options.model, url), flush=True)
                 # Sleeps until a signal raises KeyboardInterrupt here, in the main thread.
@@ -55,7 +66,7 @@ def _handle_signals() -> None:
 
 def _find_export(model: str, tracking_uri: str | None, storage: Path | None) -> Path:
     """Return the export folder of a model; a registry in a storage folder is read before Ray is started."""
-    from serving.app import resolve_model
+    from serving.arguments import resolve_model
     from ul2r.tracking.model_uri import ModelUri, is_model_uri
 
     if storage is None or not is_model_uri(model):

@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
     from ul2r.workflows.new import default_folder, write_project
 
     if not options.no_serve:
-        from serving.server import check_port
+        from serving.arguments import check_port
 
         check_port(options.port, HOST)
     folder: Path = options.folder or default_folder(options.model)

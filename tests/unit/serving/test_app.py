@@ -13,8 +13,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from ray.serve.schema import ServeDeploySchema
 
-from serving.app import ServingConfig, build, resolve_model
-from serving.server import check_port
+from serving.app import ServingConfig, build
+from serving.arguments import check_port, resolve_model
 from ul2r.errors import CheckpointError, ServiceError
 from ul2r.testing.models import write_tiny_export
 from ul2r.tracking.model_uri import is_model_uri
