@@ -18,6 +18,7 @@ from ul2r.errors import UserError
 
 VOCABULARY_SIZE = 2**16
 """Any will do: Megatron-Core is only given vocabularies that fit every layout."""
+TRIAL_NICENESS = 10
 THREADS = Path("/proc/self/task")
 """Folder of this process's threads, those of C libraries included (proc(5))."""
 _built: set[str] = set()
@@ -104,6 +105,8 @@ def replace_device_settings(recipe: Recipe) -> Recipe:
 def _check(recipe: Recipe, sender: Connection) -> None:
     """Send the user error that a check ends with, None if there is none; run in a process of its own."""
     tie_to_parent()
+    # Ray's node, which starts meanwhile, gives up after 30 s on a busy machine.
+    os.nice(TRIAL_NICENESS)
     from ul2r.model.huggingface.config_json import check_family
 
     try:
