@@ -195,7 +195,8 @@ class TrainStep:
     def gather_weights(self) -> None:
         """Complete the weights on every replica, if the last update left that to the next step; collective.
 
-        With `parallel.overlap_param_gather` each replica has only its own share of the updated weights until then.
+        With `parallel.overlap_param_gather` each replica has only its own share of the updated weights until its
+        modules run: who reads weights otherwise, as a checkpoint does, calls this first.
         """
         if self._must_gather_weights:
             for chunk in self.model:
@@ -217,7 +218,7 @@ class TrainStep:
         Args:
             batch: This replica's share of the rows.
         """
-        # The modules' own gathers begin after gradients have been set to zero only.
+        # Modules would gather them one after the other, with no backward pass to hide it behind.
         self.gather_weights()
         return self._run(batch, 1, forward_only=True)
 
