@@ -74,13 +74,13 @@ step tests 150 "${pytest[@]}" tests/gpu
 step mfu_1b 120 "$python" benchmarks/mfu.py $($has_gpu && echo --models 1b) --arms prefix causal
 step trace 60 "$python" benchmarks/mfu.py $($has_gpu && echo --models 1b --lengths 2048 || echo --lengths 128) --arms prefix --trace "$scratch/trace.json.gz"
 step attention 90 "$python" benchmarks/attention.py
-step short_run 100 "$python" benchmarks/short_run.py --output "$scratch/short_run"
+step short_run 150 "$python" benchmarks/short_run.py $($has_gpu && echo --tokens 8000000) --output "$scratch/short_run"
 
 if ls "$folder"/portions/model.tar.* >/dev/null 2>&1; then
   mkdir -p "$scratch/model"
   step model 60 bash -c 'cd "$1" && sha256sum --quiet --check model.sha256 && cat model.tar.* | tar --extract --directory "$2"' \
     - "$folder/portions" "$scratch/model" &&
-    step short_run_hf 180 "$python" benchmarks/short_run.py --hf "$scratch/model" --output "$scratch/short_run_hf"
+    step short_run_hf 150 "$python" benchmarks/short_run.py $($has_gpu && echo --tokens 4000000) --hf "$scratch/model" --output "$scratch/short_run_hf"
 fi
 
 "${gpu[@]}" mfu_3b 60 "$python" benchmarks/mfu.py --models 3b --lengths 2048 --arms prefix causal
