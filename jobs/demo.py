@@ -23,6 +23,7 @@ from pathlib import Path
 
 import _interpreter  # noqa: F401  refuses a Python that cannot run the job
 
+from ul2r.commands.steps import StepError, print_heading, shorten
 from ul2r.config import Recipe, load
 from ul2r.errors import UserError
 from ul2r.workflows.cli import run_and_report
@@ -38,14 +39,6 @@ INFILLING: dict[str, object] = {
     "prompt": "def area(<slot>):\n    return width * height\n\nprint(area(<slot>))\n",
     "max_tokens": 12,
 }
-
-
-class CommandError(Exception):
-    """A phase's command that failed."""
-
-    def __init__(self, command: str, exit_code: int) -> None:
-        super().__init__(f"exit code {exit_code} from: {command}")
-        self.exit_code = exit_code
 
 
 class Demo:
@@ -89,7 +82,7 @@ class Demo:
         """Run every phase and print the results.
 
         Raises:
-            CommandError: If a job fails; the job has printed why.
+            StepError: If a job fails; the job has printed why.
             UserError: If a server does not start.
         """
         # Imported when recipes and corpus were read: both take seconds.
@@ -130,7 +123,7 @@ class Demo:
         with self.timer.measure(phase):
             exit_code = run_command([sys.executable, *command], self.environment)
             if exit_code:
-                raise CommandError(shown, exit_code)
+                raise StepError(shown, exit_code)
 
     def _serve(self, uri: str) -> None:
         """Serve the registered model with Ray Serve, send it two requests over HTTP, stop it."""
@@ -188,15 +181,9 @@ class Demo:
 
 def _print_heading(phase: str, job: Sequence[str]) -> str:
     """Print a phase's name and the command that runs it alone; return the command."""
-    # Relative, so that the printed command is short and can be pasted.
-    python = Path(sys.executable)
-    if python.is_relative_to(Path.cwd()):
-        python = python.relative_to(Path.cwd())
-    command = shlex.join([str(python), *job])
-
-    # Flushed, since the job writes to the same terminal or pipe from another process.
-    print(f"\n== {phase}\n$ {command}", flush=True)
-    return command
+    command = [shorten(Path(sys.executable)), *job]
+    print_heading(phase, command)
+    return shlex.join(command)
 
 
 def _post(url: str, route: str, request: Mapping[str, object]) -> None:
@@ -258,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         return run_and_report(lambda: Demo(options.family, options.corpus, options.overrides).run())
-    except CommandError as error:
+    except StepError as error:
         print(f"the demo stopped: {error}", file=sys.stderr)
         return error.exit_code
 

@@ -15,7 +15,7 @@ import json
 import signal
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,28 +66,18 @@ def run(options: argparse.Namespace) -> None:
     else:
         print(f"{describe_settings(project.settings)}\nwritten to {folder}: edit and run again")
 
-    timer = PhaseTimer(project.storage / "phases.json")
-    _train_and_compare(project, timer)
-    _print_summary(project, timer)
-    if not options.no_serve:
-        model = f"models:/{project.registered_model}@{ALIAS}"
-        storage = shorten(project.storage)
-        run_verb(
-            "serve",
-            ["serve", model, "--storage", storage, "--port", str(options.port)],
-            {},
-            timer,
-        )
+    _run_steps(project, None if options.no_serve else options.port)
 
 
-def _train_and_compare(project: Project, timer: PhaseTimer) -> None:
-    """Run the steps from text to comparison under one Ray and one MLflow."""
+def _run_steps(project: Project, port: int | None) -> None:
+    """Run the steps from text to served model under one Ray and one MLflow; without a port, up to the comparison."""
     import ray
 
     from ul2r.environment import count_cores
     from ul2r.launch.ray_train.cluster import connect_ray
     from ul2r.tracking.server import run_mlflow_server
 
+    timer = PhaseTimer(project.storage / "phases.json")
     runs = {role: shorten(project.recipe(role)) for role in ROLES}
     print_heading("start Ray and MLflow")
     with connect_ray(count_cores() + NUM_SPARE_CPUS), run_mlflow_server(project.storage) as uri:
@@ -103,6 +93,18 @@ def _train_and_compare(project: Project, timer: PhaseTimer) -> None:
             for role, recipe in runs.items():
                 run_verb(f"{verb} {role}", [verb, recipe], environment, timer)
         run_verb("compare", ["compare", shorten(project.comparison)], environment, timer)
+        _print_summary(project, timer, uri)
+        if port is not None:
+            _serve(project, port, environment, timer)
+
+
+def _serve(project: Project, port: int, environment: Mapping[str, str], timer: PhaseTimer) -> None:
+    """Serve until Ctrl-C, which is the usual end."""
+    words = ["serve", f"models:/{project.registered_model}@{ALIAS}", "--port", str(port)]
+    try:
+        run_verb("serve", words, environment, timer)
+    except KeyboardInterrupt:
+        print("stopped", flush=True)
 
 
 def _print_expected_time(project: Project) -> None:
@@ -137,8 +139,9 @@ def _format_duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} hours"
 
 
-def _print_summary(project: Project, timer: PhaseTimer) -> None:
+def _print_summary(project: Project, timer: PhaseTimer, uri: str) -> None:
     """Print times, what the comparison shows, and where everything is."""
+    from ul2r.tracking.mlflow import list_view_urls
     from ul2r.workflows.compare import JSON_FILE, PLOT_FILE, TABLE_FILE
 
     folder = project.comparison_folder
@@ -151,5 +154,7 @@ def _print_summary(project: Project, timer: PhaseTimer) -> None:
     storage = shorten(project.storage)
     model = f"models:/{project.registered_model}@{ALIAS}"
     print(f"\ntable    {shorten(folder / TABLE_FILE)}\npicture  {shorten(folder / PLOT_FILE)}")
-    print(f"MLflow   ul2r ui --storage {storage}")
-    print(f"serve    ul2r serve {model} --storage {storage}", flush=True)
+    for experiment, page in list_view_urls(uri).items():
+        print(f"MLflow   {page} ({experiment}, as long as this command runs)")
+    print(f"         later: ul2r ui --storage {storage}")
+    print(f"serve    later: ul2r serve {model} --storage {storage}", flush=True)
