@@ -61,7 +61,7 @@ class StoragePaths:
 
     @property
     def mlflow_database(self) -> Path:
-        """Database of the MLflow server that `jobs/ui.py` and `jobs/demo.py` start."""
+        """Database of the MLflow server that `ul2r ui` and `jobs/demo.py` start."""
         return self.storage / "mlflow.db"
 
     @property
@@ -130,7 +130,7 @@ class RunPaths:
 
     @property
     def data_page(self) -> Path:
-        """Page of training examples that `jobs/inspect_data.py` writes."""
+        """Page of training examples that `ul2r inspect` writes."""
         return self.folder / "data.html"
 
     @property

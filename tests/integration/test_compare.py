@@ -302,7 +302,7 @@ def test_without_an_export_the_job_says_what_to_run(folder: Path, uri: str, tmp_
 
     assert finished.returncode == 2
     assert finished.stderr.startswith("error: run 'never-exported' has no export at")
-    assert "run jobs/export.py RECIPE first" in finished.stderr
+    assert "run `ul2r export RECIPE` first" in finished.stderr
     assert finished.stderr.count("\n") == 1
 
 

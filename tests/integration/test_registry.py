@@ -109,7 +109,7 @@ def test_missing_export_folder_is_reported_in_one_line(uri: str, tmp_path: Path)
     export.rename(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match=r"tests-gone@champion.*no export at .*/export"):
         resolve(uri, "models:/tests-gone@champion")
-    with pytest.raises(CheckpointError, match=r"run jobs/export\.py"):
+    with pytest.raises(CheckpointError, match=r"run `ul2r export"):
         register(uri, "tests-gone", export, run_id)
 
 

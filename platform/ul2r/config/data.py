@@ -20,7 +20,7 @@ class WeightedStore(StrictModel):
     """A token store in a blend."""
 
     store: FolderOrUrl
-    """Its folder or URL; another recipe's `jobs/prepare.py` wrote it."""
+    """Its folder or URL; another recipe's `ul2r prepare` wrote it."""
     weight: float = Field(ge=1e-100, le=1e100)
     """Relative to the weights of the other stores of the blend: its share of the samples."""
 
@@ -65,7 +65,7 @@ class Data(StrictModel):
     """Sentinel tokens of the tokenizer."""
     special_tokens: Literal["reserved", "last_subwords"] = "reserved"
     """Tokens of a given tokenizer that become modes and sentinels: its reserved tokens followed by new entries, or its
-    last subwords (arXiv 2210.11399). `jobs/inspect_tokenizer.py` shows the result."""
+    last subwords (arXiv 2210.11399). `ul2r tokenizer` shows the result."""
 
     @model_validator(mode="after")
     def _check_blend(self) -> Self:

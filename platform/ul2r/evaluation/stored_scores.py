@@ -30,7 +30,7 @@ def find_export(recipe: Recipe, dataset: TokenDataset) -> Path:
     tokenizer = folder / TOKENIZER_FILE
     if not tokenizer.is_file():
         raise CheckpointError(
-            f"run {recipe.name!r} has no export at {folder}: run jobs/export.py RECIPE first"
+            f"run {recipe.name!r} has no export at {folder}: run `ul2r export RECIPE` first"
         )
     if sha256_of(tokenizer) != dataset.manifest.tokenizer:
         raise CheckpointError(

@@ -127,7 +127,7 @@ def check_complete(recipe: Recipe, dataset: TokenDataset) -> None:
     if not dataset.manifest.is_complete:
         raise CorpusError(
             f"{recipe.storage_paths.store}: is not complete, and only Ray builds the rest while a run trains: run "
-            "jobs/prepare.py RECIPE first, or train without torchrun"
+            "`ul2r prepare RECIPE` first, or train without torchrun"
         )
 
 

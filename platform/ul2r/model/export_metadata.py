@@ -131,7 +131,7 @@ def read_export_metadata(folder: Path) -> ExportMetadata:
         missing.append(WEIGHT_FILES[0])
     if missing:
         raise CheckpointError(
-            f"{folder} is not an export: it lacks {', '.join(missing)}; point to a folder that jobs/export.py wrote"
+            f"{folder} is not an export: it lacks {', '.join(missing)}; point to a folder that `ul2r export` wrote"
         )
 
     file = folder / EXPORT_METADATA_FILE

@@ -40,7 +40,7 @@ def write_tiny_export(
     prefix_sentinel: bool = False,
     seed: int = 1,
 ) -> Path:
-    """Write an export of a Llama with random weights and a byte-level tokenizer, in jobs/export.py's format.
+    """Write an export of a Llama with random weights and a byte-level tokenizer, in the format of `ul2r export`.
 
     The text it generates is meaningless, but its attention is real.
 

@@ -39,7 +39,7 @@ from mlflow.utils.credentials import get_default_host_creds  # noqa: E402
 from mlflow.utils.rest_utils import http_request  # noqa: E402
 
 HEALTH_TIMEOUT_S = 5.0
-START_HINT = "start one with `python jobs/ui.py --storage FOLDER`"
+START_HINT = "start one with `ul2r ui --storage FOLDER`"
 
 
 def check_server(uri: str | None, key: str = "tracking.uri") -> str:

@@ -20,7 +20,7 @@ def hash_export(folder: Path) -> str:
     metadata = folder / EXPORT_METADATA_FILE
     if not weights or not metadata.is_file():
         raise CheckpointError(
-            f"{folder} is not an export (no *.safetensors with {EXPORT_METADATA_FILE}): run jobs/export.py RECIPE first"
+            f"{folder} is not an export (no *.safetensors with {EXPORT_METADATA_FILE}): run `ul2r export RECIPE` first"
         )
 
     # Of the content alone: a copy of the export elsewhere has the same digest. `*.safetensors` are in order of names.

@@ -99,7 +99,7 @@ def resolve(uri: str, model: ModelUri) -> Path:
     if not location.startswith("file://") or not (folder / EXPORT_METADATA_FILE).is_file():
         raise CheckpointError(
             f"{model} (version {version.version}): no export at {location or 'an unknown location'}: "
-            "move the folder back, or run jobs/export.py RECIPE again"
+            "move the folder back, or run `ul2r export RECIPE` again"
         )
     return folder
 

@@ -91,7 +91,7 @@ def compare(comparison: Comparison) -> ComparisonResult:
     roles = _sort_columns(comparison)
     arms = [(recipes.get(role, any_recipe), pretrained.get(role)) for role in roles]
     scores = dict(zip(roles, evaluate_arms(arms, dataset), strict=True))
-    # Scores go to each run as well, as jobs/evaluate.py does: a run may be compared without having been evaluated.
+    # Scores go to each run as well, as `ul2r evaluate` does: a run may be compared without having been evaluated.
     for role, recipe in recipes.items():
         log_scores(store, recipe, dataset, scores[role])
     for role, arm in pretrained.items():

@@ -68,7 +68,7 @@ def _choose_checkpoint(recipe: Recipe) -> tuple[Path, Path]:
         last = latest_valid(CheckpointStore.from_recipe(recipe))
         if last is None:
             raise CheckpointError(
-                f"run {recipe.name!r} has no checkpoint in {recipe.paths.folder}: train it first with jobs/train.py"
+                f"run {recipe.name!r} has no checkpoint in {recipe.paths.folder}: train it first with `ul2r train`"
             )
         return last, folder
 

@@ -61,7 +61,7 @@ rules of its own, not by those of tokenizer.json.
 **Without `custom_generate` transformers reads prompts causally and without a mode, and says nothing.** The model
 works, but not as it was trained, and there are no slots; how much worse its text is differs from model to model and
 has to be measured. Every engine without prefix-LM attention reads it so. The same prompts over HTTP, with all of the
-above: `ul2r serve FOLDER`, or `python jobs/serve.py FOLDER` in a checkout.
+above: `ul2r serve FOLDER`.
 """
 CAUSAL_USE = f"""## Use
 

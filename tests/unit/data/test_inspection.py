@@ -219,7 +219,7 @@ def test_job_without_a_token_store_ends_in_one_line(tmp_path: Path) -> None:
     assert (finished.returncode, finished.stdout) == (2, "")
     assert (
         finished.stderr
-        == f"error: {tmp_path}/store: no token store: run jobs/prepare.py RECIPE first\n"
+        == f"error: {tmp_path}/store: no token store: run `ul2r prepare RECIPE` first\n"
     )
 
 

@@ -53,7 +53,7 @@ def test_a_run_without_an_export_says_what_to_run(
 ) -> None:
     other = recipe.model_copy(update={"name": "other"})
 
-    message = r"has no export at .*: run jobs/export.py RECIPE first"
+    message = r"has no export at .*: run `ul2r export RECIPE` first"
     with pytest.raises(CheckpointError, match=message):
         load_scores(other, dataset)
 

@@ -40,7 +40,7 @@ def test_server_that_is_down_is_named() -> None:
     uri = f"http://127.0.0.1:{find_free_port()}"
     message = check_refused(uri)
     assert uri in message
-    assert "jobs/ui.py" in message
+    assert "ul2r ui" in message
 
 
 @pytest.mark.parametrize("uri", ["mlruns", "file:///tmp/mlruns", "sqlite:///mlflow.db"])

@@ -60,7 +60,7 @@ def test_torchrun_refuses_a_store_that_is_not_complete(
     folder = tmp_path / "store"
     replace(Manifest.read(folder), is_complete=False).write(folder)
     monkeypatch.setenv("WORLD_SIZE", "1")
-    with pytest.raises(CorpusError, match=r"is not complete, .* run jobs/prepare\.py RECIPE first"):
+    with pytest.raises(CorpusError, match=r"is not complete, .* run `ul2r prepare RECIPE` first"):
         torchrun.train(tiny_recipe(tmp_path))
 
 

@@ -143,7 +143,7 @@ def build_streaming_store(recipe: Recipe, cpus: float | None = None) -> Generato
         # A run that trains meanwhile prints no summary of its store.
         logger.info("data.corpus: left out %s", listing.left_out.describe())
 
-    # A run and jobs/prepare.py may both build the store; the second one waits, then finds it complete.
+    # A run and `ul2r prepare` may both build the store; the second one waits, then finds it complete.
     with file_lock(store):
         if store.exists() and Manifest.read(store).is_complete:
             return

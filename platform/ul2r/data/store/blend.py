@@ -95,7 +95,7 @@ def _check_members(names: Sequence[str], datasets: Sequence[TokenDataset]) -> No
             raise CorpusError(f"data.blend: {name} is itself a blend: list its stores instead")
         if not dataset.manifest.is_complete:
             raise CorpusError(
-                f"data.blend: {name} is not complete yet: run jobs/prepare.py with its recipe first"
+                f"data.blend: {name} is not complete yet: run `ul2r prepare` with its recipe first"
             )
         fingerprint = dataset.manifest.fingerprint
         if fingerprint in first_names:

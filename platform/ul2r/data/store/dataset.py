@@ -1,4 +1,4 @@
-"""Prepared data sets: a token store, or a blend of several, as `jobs/prepare.py` wrote it."""
+"""Prepared data sets: a token store, or a blend of several, as `ul2r prepare` wrote it."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _join_fingerprints(store: str, pairs: str) -> str:
 
 
 def open_dataset(folder: Path, fingerprint: str | None = None) -> TokenDataset:
-    """Open the data set that `jobs/prepare.py` wrote to `folder`.
+    """Open the data set that `ul2r prepare` wrote to `folder`.
 
     Args:
         folder: A recipe's `storage_paths.store`.
@@ -169,7 +169,7 @@ def _open_blend(folder: Path, manifest: Manifest) -> TokenDataset:
         if member.manifest.fingerprint != entry["fingerprint"]:
             raise CorpusError(
                 f"{entry['store']}: was replaced after {folder} blended it: delete {folder} and run "
-                "jobs/prepare.py RECIPE again, for new runs"
+                "`ul2r prepare RECIPE` again, for new runs"
             )
         # A member has one source: `collect_blend_inputs` refuses blends of blends.
         train.append(WeightedSource(member.train[0].store, float(entry["weight"])))

@@ -160,9 +160,9 @@ class Manifest:
             if folder.exists():
                 raise CorpusError(
                     f"{folder}: not a token store (no {MANIFEST_FILE}): "
-                    "delete this folder, then run jobs/prepare.py RECIPE"
+                    "delete this folder, then run `ul2r prepare RECIPE`"
                 )
-            raise CorpusError(f"{folder}: no token store: run jobs/prepare.py RECIPE first")
+            raise CorpusError(f"{folder}: no token store: run `ul2r prepare RECIPE` first")
 
         place = store.rstrip("/") if store else folder
         try:
@@ -170,7 +170,7 @@ class Manifest:
             if tree["format"] != FORMAT:
                 raise CorpusError(
                     f"{place}/{MANIFEST_FILE}: has format {tree['format']}, this version reads format {FORMAT}: "
-                    f"delete {place} and run jobs/prepare.py RECIPE"
+                    f"delete {place} and run `ul2r prepare RECIPE`"
                 )
             # The defaults are for manifests from before these keys existed.
             return cls(

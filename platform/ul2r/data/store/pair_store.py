@@ -107,14 +107,14 @@ def read_pairs_manifest(recipe: Recipe, tokenizer: str) -> Manifest:
     folder = find_pairs_folder(recipe)
     if not folder.exists():
         raise CorpusError(
-            f"{folder}: the pairs of data.pairs={list(recipe.data.pairs)} are not prepared: run jobs/prepare.py RECIPE "
+            f"{folder}: the pairs of data.pairs={list(recipe.data.pairs)} are not prepared: run `ul2r prepare RECIPE` "
             "first"
         )
     manifest = Manifest.read(folder)
     if manifest.tokenizer != tokenizer:
         raise CorpusError(
             f"{folder}: made with another tokenizer than {recipe.storage_paths.store}: delete {folder} and run "
-            "jobs/prepare.py RECIPE again"
+            "`ul2r prepare RECIPE` again"
         )
     return manifest
 

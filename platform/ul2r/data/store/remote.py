@@ -82,11 +82,11 @@ def _check_manifest(store: str, manifest: Manifest, fingerprint: str | None) -> 
         # Its stores are folders and URLs as the machine saw them that blended them.
         raise CorpusError(f"data.blend: {store} is itself a blend: list its stores instead")
     if not manifest.is_complete:
-        raise CorpusError(f"{store}: not complete yet: run jobs/prepare.py with its recipe first")
+        raise CorpusError(f"{store}: not complete yet: run `ul2r prepare` with its recipe first")
     if fingerprint is not None and manifest.fingerprint != fingerprint:
         raise CorpusError(
             f"{store}: was replaced after it was blended (fingerprint {fingerprint[:8]} before, "
-            f"{manifest.fingerprint[:8]} now): delete the blend's folder and run jobs/prepare.py RECIPE again, for "
+            f"{manifest.fingerprint[:8]} now): delete the blend's folder and run `ul2r prepare RECIPE` again, for "
             "new runs"
         )
 
@@ -136,7 +136,7 @@ def _download(store: str, name: str, folder: Path) -> Path:
         filesystem.get_file(path, str(folder / name))
     except FileNotFoundError:
         raise CorpusError(
-            f"{url}: not found; give the URL of a folder that jobs/prepare.py wrote"
+            f"{url}: not found; give the URL of a folder that `ul2r prepare` wrote"
         ) from None
     except Exception as error:
         if not is_transfer_error(error):

@@ -76,7 +76,7 @@ class SegmentedStore(MergedStores):
             elif time.monotonic() > last_attended + BUILDER_TIMEOUT_S:
                 raise CorpusError(
                     f"{self.folder}: segment {self._num_segments} is needed, but no process builds it: run "
-                    "jobs/prepare.py RECIPE to finish the store, or jobs/train.py RECIPE again"
+                    "`ul2r prepare RECIPE` to finish the store, or `ul2r train RECIPE` again"
                 )
             if not self.is_complete and self._num_segments == known:
                 time.sleep(POLL_S)

@@ -317,14 +317,14 @@ def find_base_checkpoint(
     path = find(store)
     if path is None:
         raise CheckpointError(
-            f"base={recipe.base} has no checkpoint in {store.folder}: train it first with jobs/train.py"
+            f"base={recipe.base} has no checkpoint in {store.folder}: train it first with `ul2r train`"
         )
 
     info = CheckpointInfo.read(path)
     # A run continues from its base's last weights: those of an unfinished base depend on the moment.
     if not info.is_finished:
         raise CheckpointError(
-            f"base={recipe.base} is at step {info.step} of {info.num_steps}: finish it first with jobs/train.py"
+            f"base={recipe.base} is at step {info.step} of {info.num_steps}: finish it first with `ul2r train`"
         )
     return path
 

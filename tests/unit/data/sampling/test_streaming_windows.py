@@ -210,7 +210,8 @@ def test_segment_that_no_process_builds_is_an_error(
     monkeypatch.setattr(segments_module, "BUILDER_TIMEOUT_S", 0.0)
     windows = open_unfinished(tmp_path)
     with pytest.raises(
-        CorpusError, match=r"segment 1 is needed, but no process builds it: run jobs/prepare\.py"
+        CorpusError,
+        match=r"segment 1 is needed, but no process builds it: run `ul2r prepare RECIPE`",
     ):
         read(windows, [2])
 

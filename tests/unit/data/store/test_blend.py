@@ -114,9 +114,7 @@ def test_blend_of_a_replaced_store_is_refused(stores: list[Path], tmp_path: Path
 
 def test_blend_of_an_incomplete_store_is_refused(stores: list[Path], tmp_path: Path) -> None:
     replace(Manifest.read(stores[1]), is_complete=False).write(stores[1])
-    with pytest.raises(
-        CorpusError, match=r"second/store is not complete yet: run jobs/prepare\.py"
-    ):
+    with pytest.raises(CorpusError, match=r"second/store is not complete yet: run `ul2r prepare`"):
         prepare(blend_recipe(tmp_path, stores, 1, 1))
 
 

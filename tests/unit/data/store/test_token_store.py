@@ -220,7 +220,7 @@ def test_equal_stores_have_equal_fingerprints(tmp_path: Path) -> None:
 
 
 def test_missing_store_names_the_job_that_makes_it(tmp_path: Path) -> None:
-    with pytest.raises(CorpusError, match=r"run jobs/prepare\.py RECIPE first"):
+    with pytest.raises(CorpusError, match=r"run `ul2r prepare RECIPE` first"):
         open_dataset(tmp_path / "store")
 
 
