@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,13 +83,10 @@ def save_from_small_buckets(recipe: Recipe, folder: Path) -> int:
     from ul2r.data.store.dataset import open_dataset
     from ul2r.train.checkpoint.sharded_state import load_checkpoint, start_save
     from ul2r.train.mesh import Mesh
+    from ul2r.train.step import TrainStep
 
-    # Megatron-Core's default bucket is larger than the tiny model.
-    module: Any = import_module("ul2r.train.step")
-    settings = module.DistributedDataParallelConfig
-    module.DistributedDataParallelConfig = partial(settings, bucket_size=5000)
     mesh, dataset = Mesh.join(recipe.parallel), open_dataset(recipe.storage_paths.store)
-    step, other = (module.TrainStep(recipe, mesh, dataset.vocabulary.size) for _ in range(2))
+    step, other = (TrainStep(recipe, mesh, dataset.vocabulary.size) for _ in range(2))
     take_step(step, 0, BatchBuilder(recipe, dataset).build(0, mesh.data_rank, recipe.parallel.data))
     check_pieces(step)
     if mesh.is_rank0:
@@ -216,7 +211,9 @@ def test_boxes_of_several_buckets_are_at_the_position_of_the_weights(tmp_path: P
     Megatron-Core's own gathering ignores the padding between buckets, so it is no reference here.
     """
     make_tiny_store(tmp_path / "store")
-    recipe, folder = tiny_recipe(tmp_path, parallel={"num_workers": 2}), tmp_path / "checkpoint"
+    # Megatron-Core's default bucket is larger than the tiny model.
+    recipe = tiny_recipe(tmp_path, parallel={"num_workers": 2, "bucket_size": 5000})
+    folder = tmp_path / "checkpoint"
     buckets = run_distributed(save_from_small_buckets, 2, recipe, folder)
     assert buckets[0] > 1
     stored = MegatronCheckpointReader(folder)
