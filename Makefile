@@ -21,7 +21,7 @@ demo: $(ready)  ## text -> base -> UL2R -> comparison -> served model; CORPUS=pa
 # MODEL has a default, which is `make serve`'s.
 ul2r: $(ready)  ## UL2R on your model: make ul2r MODEL=folder-or-hub-name CORPUS=path
 	@test "$(origin MODEL)" != file -a -n "$(CORPUS)" || { echo "error: name model and text: make ul2r MODEL=folder-or-hub-name CORPUS=path" >&2; exit 2; }
-	@$(bin)/ul2r up '$(MODEL)' '$(CORPUS)' --port $(PORT)
+	@$(bin)/ul2r up '$(MODEL)' '$(CORPUS)' --port $(or $(PORT),8000)
 
 # Two files at a time: tests spend most of their time waiting for processes to start.
 test: $(ready)  ## every test that this machine can run; ARGS="-k spans" selects some

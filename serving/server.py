@@ -20,7 +20,7 @@ APPLICATION = "ul2r"
 START_TIMEOUT_S = 300.0
 """A start takes 10 s on two free cores; large weights take longer to load."""
 POLL_S = 0.2
-TELL_EVERY_S = 15.0
+MESSAGE_INTERVAL_S = 15.0
 """Time between two lines about a model that is still loading."""
 
 # The library's: a job shows its INFO records, and of other packages only warnings.
@@ -72,7 +72,7 @@ def _wait_until_ready(url: str, config: ServingConfig) -> None:
     """
     start = time.monotonic()
     deadline = start + START_TIMEOUT_S
-    told = start
+    last_message = start
     while not _is_healthy(url):
         # Looked at after each failed request: a failed deployment would never answer.
         application = serve.status().applications[APPLICATION]
@@ -88,9 +88,9 @@ def _wait_until_ready(url: str, config: ServingConfig) -> None:
                 f"{config.model} is not ready after {START_TIMEOUT_S:.0f} s ({application.status.value}): "
                 f"check that the cluster has cpus={config.cpus} and gpus={config.gpus} free"
             )
-        if time.monotonic() > told + TELL_EVERY_S:
-            told = time.monotonic()
-            waited = f"{told - start:.0f} s"
+        if time.monotonic() > last_message + MESSAGE_INTERVAL_S:
+            last_message = time.monotonic()
+            waited = f"{last_message - start:.0f} s"
             logger.info(
                 "%s: still loading after %s (%s)", config.model, waited, application.status.value
             )

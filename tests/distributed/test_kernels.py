@@ -39,7 +39,7 @@ class Run:
     loss: list[float]
     norm: list[float]
     is_fused: set[bool]
-    """Whether torch's AdamW is the fused one, by parameter group."""
+    """Flag `fused` of torch's AdamW, by parameter group."""
     num_graphs: int
     """Functions that torch compiled for it."""
     messages: list[str] = field(default_factory=list)

@@ -34,25 +34,13 @@ class TrainResult:
 
     Attributes:
         losses: By step.
-        messages: Lines that the run logged.
+        messages: Lines that the run logged, without those of every start.
         metrics: Names of the metrics about checkpoints.
     """
 
     losses: Losses
     messages: list[str]
     metrics: list[str]
-
-
-START = (
-    "workers are up;",
-    "kernels:",
-    "model is built;",
-    "weights are ready;",
-    "held-out losses are measured;",
-    "first batch is here;",
-    ": loss ",
-)
-"""Parts of the lines with which a run starts."""
 
 
 def train(recipe: Recipe, stop_after: int | None = None) -> TrainResult:
@@ -76,10 +64,9 @@ def train(recipe: Recipe, stop_after: int | None = None) -> TrainResult:
             is_stopping = rank == 1 and num_requests == stop_after
             return LoopAction.STOP if is_stopping else LoopAction.CONTINUE
 
-    def keep(*record: Any) -> None:  # noqa: ANN401  level and text, among others
-        message = record[-1]
-        # What every start says is not a matter of saving.
-        if not any(part in message for part in START):
+    def keep(logger_name: str, level: int, message: str) -> None:
+        # The lines that every start prints are not about saving.
+        if not logger_name.endswith("start_report") and "kernels:" not in message:
             messages.append(message)
 
     with forward_logs(keep, rank):

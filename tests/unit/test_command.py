@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 
 from ul2r.__main__ import VERBS, main
 
+ROOT = Path(__file__).parents[2]
 COMMANDS = Path(importlib.import_module("ul2r.commands").__file__ or "").parent
 
 
@@ -32,6 +35,19 @@ def test_a_wrong_verb_is_refused_with_the_nearest_one(capsys: pytest.CaptureFixt
     assert (
         capsys.readouterr().err == "error: ul2r has no verb 'trian': did you mean `ul2r train`?\n"
     )
+
+
+def test_make_calls_the_command_with_a_whole_command_line() -> None:
+    result = subprocess.run(
+        ["make", "--dry-run", "--old-file=.venv/.installed", "ul2r", "MODEL=m", "CORPUS=my text"],
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    *_, last = result.stdout.splitlines()
+    assert shlex.split(last) == [".venv/bin/ul2r", "up", "m", "my text", "--port", "8000"]
 
 
 def test_the_command_is_installed_with_the_package() -> None:

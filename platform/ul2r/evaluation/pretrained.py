@@ -1,4 +1,4 @@
-"""A Hugging Face model that is measured as it is, beside the runs that continue it."""
+"""Evaluation of a Hugging Face model as it is, on the rows of the runs that continue it."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ FINAL_RATE_RATIO = 0.01
 
 PRETRAINING_TOKENS: Mapping[str, float] = {
     "smollm2-135m": 2e12, "smollm2-360m": 4e12, "smollm2-1.7b": 11e12,
-    "llama-2": 2e12, "llama-3": 15e12, "meta-llama-3": 15e12,
+    "llama-2": 2e12, "llama-3": 15e12, "llama-3.2": 9e12, "meta-llama-3": 15e12,
     "qwen2.5": 18e12, "qwen3": 36e12, "olmo-2-0425-1b": 4e12, "olmo-2-1124-7b": 4e12, "pythia": 300e9,
     "gemma-3-270m": 6e12, "gemma-3-1b": 2e12, "gemma-3-4b": 4e12, "gemma-3-12b": 12e12, "gemma-3-27b": 14e12,
 }  # fmt: skip

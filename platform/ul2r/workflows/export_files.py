@@ -1,4 +1,4 @@
-"""Files of an export beside its weights: what a run, its base and its tokenizer say about how to use it."""
+"""Files of an export that say how to use it: model card, generation settings, chat templates, custom_generate."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def prepare_pretrained_arm(
 def record_pretrained_arm(
     store: TrackingStore, experiment: str, role: str, arm: PretrainedArm, scores: Scores
 ) -> str:
-    """Record the scores of a model beside those of the runs, as a run without training; return its id.
+    """Record the scores of a model as a run without training, in the experiment of the other arms; return its id.
 
     Raises:
         ServiceError: If the server fails.

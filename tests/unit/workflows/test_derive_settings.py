@@ -47,7 +47,8 @@ def test_rates_fall_with_size_and_stay_within_the_ends() -> None:
         ("HuggingFaceTB/SmolLM2-135M", 2e12),
         ("/models/SmolLM2-135M-Instruct/", 2e12),
         ("Qwen/Qwen2.5-0.5B", 18e12),
-        ("meta-llama/Llama-3.2-1B", 15e12),
+        ("meta-llama/Llama-3.2-1B", 9e12),
+        ("meta-llama/Llama-3.1-8B", 15e12),
         ("my-llama", None),
     ],
 )

@@ -1,4 +1,4 @@
-"""Files of an export beside its weights: templates of chats kept, settings of generation, an older export completed."""
+"""Files of an export that say how to use it: chat templates kept, generation settings, an older export completed."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class ProcessGroup(Backend):  # type: ignore[misc]  # Ray has no types here
         ]
         ray.get(joined)
 
-    def on_shutdown(self, worker_group: Any, backend_config: ProcessGroupConfig) -> None:  # noqa: ANN401, ARG002  as above
+    def on_shutdown(self, worker_group: Any, backend_config: ProcessGroupConfig) -> None:  # noqa: ANN401, ARG002  the interface of Ray, which has no types
         """Have all workers leave; those that still wait for a dead one are killed by Ray anyway."""
         left = worker_group.execute_async(_leave, destroy=len(worker_group) > 1)
         try:

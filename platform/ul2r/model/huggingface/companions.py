@@ -1,4 +1,4 @@
-"""Files of an export beside weights and tokenizer.json: how transformers generates, templates of chats.
+"""Further files of an export: generation settings of transformers, and chat templates.
 
 They are derived from the metadata and small, and written again whenever they would change: so an export of an older
 version gets them as well.

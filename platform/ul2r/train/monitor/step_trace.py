@@ -94,7 +94,7 @@ class Kernel:
         name: Its name.
         kind: One of `KINDS`.
         num_calls: Number of calls.
-        seconds: Time of all calls, whatever ran beside them.
+        seconds: Summed time of all calls; concurrent ones count in full.
     """
 
     name: str

@@ -11,7 +11,7 @@ class Settings:
     """All that generation depends on."""
 
     attention: Literal["prefix", "causal"] = "causal"
-    """How the model was trained to read inputs: "prefix" is in both directions."""
+    """Attention over inputs in training: "prefix" is in both directions."""
     denoising: bool = False
     """True if it was trained on denoisers, and so knows modes and sentinels."""
     eos: int = 0
@@ -27,7 +27,7 @@ class Settings:
     not_text: list[tuple[int, int]] = field(default_factory=list)
     """Ranges [first, end) of ids that no text has: special tokens and unused rows of the embedding."""
     inside: dict[str, Any] | None = None
-    """What the tokenizer has to be changed in for text that does not begin a document; None if nothing."""
+    """Components of the tokenizer to replace for text that does not begin a document; None if there are none."""
 
 
 SETTINGS = Settings()
