@@ -20,6 +20,8 @@ MAX_ROWS_PER_STEP = 128
 """UL2R's own batch for the 8B and 62B models (arXiv 2210.11399, 3.2)."""
 MIN_ROWS_PER_STEP = 4
 MIN_VALIDATION_ROWS = 8
+MAX_INFILL_CONTEXT = 64
+"""The default of `evaluation.infill_context_length`."""
 MIN_STEPS = 100
 """Batches shrink before a run has fewer updates than this."""
 UL2R_FRACTION = 0.001
@@ -160,6 +162,10 @@ def _choose_data(length: int) -> dict[str, Choice]:
         "objective.sequence_length": Choice(
             length,
             f"at most {LONGEST_ROW_ON_GPU:,} on GPUs and {LONGEST_ROW_ON_CPU} on CPUs, and what the model can read",
+        ),
+        "evaluation.infill_context_length": Choice(
+            min(MAX_INFILL_CONTEXT, length // 4),
+            "tokens on each side of a gap, which a row must hold",
         ),
         "data.num_sentinels": Choice(num_sentinels, f"as many as a row of {length} can have spans"),
     }

@@ -123,11 +123,16 @@ def write_project(
         steps=steps,
     )
 
-    folder.mkdir(parents=True, exist_ok=True)
     files = render_recipes(_slug(model), folder, base, corpus, settings)
-    # The settings last: with them the project counts as written.
-    for name in sorted(files, key=lambda name: name == SETTINGS_FILE):
-        write_atomically(folder / name, files[name])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # The settings last: with them the project counts as written.
+        for name in sorted(files, key=lambda name: name == SETTINGS_FILE):
+            write_atomically(folder / name, files[name])
+    except OSError as error:
+        raise RecipeError(
+            f"{folder}: the recipes cannot be written ({error.strerror}): give another folder with --folder"
+        ) from None
     return Project(folder, _slug(model), settings)
 
 
@@ -157,9 +162,10 @@ def render_recipes(
     name: str, folder: Path, base: str, corpus: Sequence[str], settings: Settings
 ) -> Mapping[str, str]:
     """Return the recipes' text by file name."""
-    derived = _render_sections(settings)
+    derived = _render_sections(settings, corpus)
     header = f"# UL2R on {base}. Written by `ul2r new`; edit it, then run `ul2r up` with the same words again."
-    experiment = f"tracking:\n  experiment: {name}\n"
+    # Quoted: YAML would read the names of some models as numbers.
+    experiment = f"tracking:\n  experiment: {json.dumps(name)}\n"
     return {
         SETTINGS_FILE: (
             f"{header}\n# Every key and its default: docs/recipes.md.\n\n"
@@ -167,7 +173,7 @@ def render_recipes(
             f"base: {{hf: {json.dumps(base)}}}\n\n"
             f"{derived}\n"
             f"{experiment}"
-        ).replace("data:\n", f"data:\n  corpus: {json.dumps(list(corpus))}\n"),
+        ),
         RUN_FILES["ul2r"]: (
             "# The base continued on UL2's mixture of denoisers (arXiv 2210.11399).\n"
             f"extends: {SETTINGS_FILE}\n\nname: {name}-ul2r\nrole: ul2r\n\n"
@@ -188,9 +194,9 @@ def render_recipes(
     }
 
 
-def _render_sections(settings: Settings) -> str:
+def _render_sections(settings: Settings, corpus: Sequence[str]) -> str:
     """Return the derived keys as YAML, by section, each with its reason."""
-    sections: dict[str, list[str]] = {"data": []}
+    sections = {"data": [f"  corpus: {json.dumps(list(corpus))}"]}
     for key, choice in settings.items():
         section, _, name = key.partition(".")
         text = f"{name}: {yaml.safe_dump(choice.value).splitlines()[0]}"

@@ -10,10 +10,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import start_processes
+from torch.multiprocessing.spawn import (
+    ProcessExitedException,
+    ProcessRaisedException,
+    start_processes,
+)
 
 from ul2r.config import Recipe
 from ul2r.data.store.dataset import open_dataset
+from ul2r.errors import LayoutError
 from ul2r.train.mesh import Mesh
 from ul2r.train.step import TrainStep
 from ul2r.workflows.dry_run import build_blank_batch
@@ -28,18 +33,30 @@ def measure_step_seconds(recipe: Recipe) -> float:
     """Take a few steps in the recipe's layout, on rows without text, and return the median seconds of one.
 
     The recipe's store must be prepared. Nothing is written.
+
+    Raises:
+        LayoutError: If a worker fails, for example for lack of memory.
     """
     num_workers = recipe.parallel.num_workers
     vocabulary_size = open_dataset(recipe.storage_paths.store).vocabulary.size
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "seconds"
         # In processes of their own: Megatron-Core and CUDA leave their marks in the process that they are used in.
-        start_processes(  # type: ignore[no-untyped-call]  # torch has no type for it
-            _take_steps,
-            args=(recipe, vocabulary_size, Path(folder) / "rendezvous", result),
-            nprocs=num_workers,
-            start_method="spawn",
-        )
+        # Daemons end with this one, however it ends.
+        try:
+            start_processes(  # type: ignore[no-untyped-call]  # torch has no type for it
+                _take_steps,
+                args=(recipe, vocabulary_size, Path(folder) / "rendezvous", result),
+                nprocs=num_workers,
+                daemon=True,
+                start_method="spawn",
+            )
+        except (ProcessRaisedException, ProcessExitedException) as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise LayoutError(
+                f"a step cannot be taken on this machine ({reason}): change parallel, kernels or "
+                "training.micro_batch_size in the recipes"
+            ) from error
         return float(result.read_text(encoding="ascii"))
 
 

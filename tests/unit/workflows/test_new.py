@@ -73,6 +73,32 @@ def test_a_folder_of_another_model_or_text_is_refused(
         write_project(str(model), [str(text)], tmp_path / "out", steps=9)
 
 
+def test_a_model_named_by_a_number_has_recipes_that_load(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    numbered = model.rename(tmp_path / "1.5")
+    project = write_project(str(numbered), [str(text)], tmp_path / "out", steps=7)
+    recipe = load(project.recipe("ul2r"), (), Recipe, fill_model_from_base)
+    assert recipe.tracking.experiment == "1.5"
+
+
+def test_a_folder_that_cannot_be_written_is_refused(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RecipeError, match=r"the recipes cannot be written .*--folder"):
+        write_project(str(model), [str(text)], tmp_path / "file/out", steps=7)
+
+
+def test_an_infilling_example_fits_a_row(model: Path, text: Path, tmp_path: Path) -> None:
+    """Rows of this model have 128 positions, fewer than the default context needs."""
+    project = write_project(str(model), [str(text)], tmp_path / "out", steps=7)
+    recipe = load(project.recipe("ul2r"), (), Recipe, fill_model_from_base)
+    evaluation = recipe.evaluation
+    length = 2 * evaluation.infill_context_length + 2 * evaluation.infill_span_length
+    assert length < recipe.objective.sequence_length
+
+
 def test_nothing_is_written_for_a_model_or_text_that_cannot_be_used(
     model: Path, text: Path, tmp_path: Path
 ) -> None:

@@ -184,7 +184,9 @@ def test_pairs_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
     make_tiny_store(tmp_path / "store", num_documents=8)
     prepare_pairs(recipe)
     make_tiny_store(tmp_path / "store", num_documents=8, seed=1)
-    with pytest.raises(CorpusError, match=r"another tokenizer than .*: delete .* and run jobs/pre"):
+    with pytest.raises(
+        CorpusError, match=r"another tokenizer than .*: delete .* and run `ul2r pre"
+    ):
         open_run_dataset(recipe)
 
 
