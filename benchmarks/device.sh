@@ -24,7 +24,9 @@ slowness=1
 mkdir -p "$out"
 out=$(realpath "$out")
 scratch=$(mktemp -d)
+running=
 trap 'rm -rf "$scratch"' EXIT
+trap '[[ -z $running ]] || { kill "$running"; wait "$running"; } 2>/dev/null; exit 130' INT TERM
 rm -f "$out"/{table.md,results.jsonl,steps.tsv,log.txt,short_run.tar.gz,trace.json.gz}
 touch "$out"/{results.jsonl,steps.tsv,log.txt}
 
@@ -44,7 +46,10 @@ step() {
   ((limit < left)) || limit=$left
 
   echo "--- $name (at most $limit s)"
-  timeout --signal INT --kill-after 5 "$limit" "$@" >"$scratch/$name.log" 2>&1
+  # In the background, so that a signal to this script is handled at once; `timeout` passes it on to the command.
+  timeout --signal INT --kill-after 5 "$limit" "$@" >"$scratch/$name.log" 2>&1 &
+  running=$!
+  wait "$running"
   local status=$?
   { echo "=== $name: exit code $status after $((SECONDS - start)) s"; cat "$scratch/$name.log"; } >>"$out/log.txt"
   grep '^{"benchmark"' "$scratch/$name.log" >>"$out/results.jsonl"

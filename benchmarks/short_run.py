@@ -1,7 +1,7 @@
 """Short training runs on one device, without Ray and MLflow: base, UL2R, control and FIM, and an exact resume.
 
     python benchmarks/short_run.py [--model 110m|tiny] [--hf FOLDER] [--tokens N | --steps N]
-        [--arms base ul2r control fim] [--no-resume] [--corpus PATH ...] [--output runs/short-run-110m]
+        [--arms base ul2r control fim] [--no-resume] [--corpus PATH ...] [--output FOLDER]
 
 A Llama of 110M parameters is trained on Python's standard library for 16M tokens, then continued for as many by UL2R,
 by next tokens (control) and by fill-in-the-middle (FIM). With --hf the base is a Hugging Face folder, such as
@@ -13,7 +13,7 @@ cut off begins again. OUTPUT also has the comparison of all arms (table.md, tabl
 
 Prints one JSON line, also when it is interrupted:
 
-    prepare_seconds     text to token store in processes, by jobs/prepare.py
+    prepare_seconds     text to token store in processes, as by `ul2r prepare`
     epochs              tokens of an arm over those of the text: a small text is read several times
     arms/NAME           for each arm; of a Hugging Face base, which is measured as it is, the scores alone
         train_seconds       from the recipe to the last checkpoint; `steps_seconds` are those of the steps alone
@@ -39,6 +39,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -226,9 +227,9 @@ class ShortRun:
             return None
         results: dict[str, Any] = json.loads(self.file.read_text(encoding="utf-8"))
         for key, value in settings.items():
-            if results[key] != value:
+            if results.get(key) != value:
                 raise RecipeError(
-                    f"--output {self.options.output} has results of {key} {results[key]}, this call has {value}: "
+                    f"--output {self.options.output} has results of {key} {results.get(key)}, this call has {value}: "
                     "choose another folder"
                 )
         return results
@@ -335,12 +336,15 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--no-resume", dest="resume", action="store_false")
     parser.add_argument("--corpus", nargs="+", default=["stdlib"], help="as data.corpus")
     parser.add_argument("--attention", default="auto", help="attention backend")
-    parser.add_argument("--output", type=Path, help="default: runs/short-run-MODEL")
+    parser.add_argument("--output", type=Path, help="default: a new temporary folder")
     options = parser.parse_args()
     if options.hf:
         options.hf = options.hf.resolve()
-    name = options.hf.name if options.hf else options.model
-    options.output = (options.output or Path("runs") / f"short-run-{name}").absolute()
+    if options.output is None:
+        # A new one each time: results of an earlier call would pass for those of this code.
+        options.output = Path(tempfile.mkdtemp(prefix="short-run-"))
+    options.output = options.output.absolute()
+    print(f"results: {options.output}", file=sys.stderr)
     return options
 
 

@@ -44,7 +44,12 @@ def make_export(folder: Path, weights: bytes = b"weights") -> Path:
 
 def register(uri: str, name: str, folder: Path, run_id: str, alias: str = "champion") -> str:
     return tracking.register(
-        uri, name, folder, run_id, alias=alias, details=ModelDetails("a run", step=7)
+        uri,
+        name,
+        folder,
+        run_id,
+        alias=alias,
+        details=ModelDetails("a run", 7, {"folder": str(folder.resolve())}),
     )
 
 
@@ -111,6 +116,14 @@ def test_missing_export_folder_is_reported_in_one_line(uri: str, tmp_path: Path)
         resolve(uri, "models:/tests-gone@champion")
     with pytest.raises(CheckpointError, match=r"run `ul2r export"):
         register(uri, "tests-gone", export, run_id)
+
+    # Exported again from where it is now: a version whose model names that folder.
+    moved = tmp_path / "elsewhere"
+    version = register(uri, "tests-gone", moved, run_id)
+    assert resolve(uri, f"models:/tests-gone/{version}") == moved
+    client = MlflowClient(uri, uri)
+    model_id = client.get_model_version("tests-gone", version).source.removeprefix("models:/")
+    assert client.get_logged_model(model_id).tags["export_folder"] == str(moved)
 
 
 LOADING_PROGRAM = """

@@ -81,7 +81,7 @@ def _register(storage: Path, export: Path) -> None:
     with run_mlflow_server(storage) as uri:
         client = MlflowClient(uri)
         run = client.create_run(client.create_experiment("serving"))
-        details = ModelDetails("tiny", pointer=make_pointer(export))
+        details = ModelDetails("tiny", 0, make_pointer(export))
         register(uri, "tiny", export, run.info.run_id, alias="champion", details=details)
 
 

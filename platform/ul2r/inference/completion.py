@@ -62,7 +62,7 @@ def complete(
         mode = "S2S"
     inputs: list[int] = []
     if mode is not None:
-        inputs += model.require_denoising(f"mode {mode}").modes[mode]
+        inputs += model.encode_mode(mode, f"mode {mode}")
 
     if mode in ("NLU", "NLG") or (mode == "S2S" and model.metadata.prefix_sentinel):
         # One slot at the end: the prompt closes with its sentinel.

@@ -82,7 +82,11 @@ def infill(
     num_slots = len(parts) - 1
     # The prompt ends in a sentinel, like every training input: that of the last slot, or one more after text.
     sentinels = vocabulary.sentinels[: num_slots + bool(encoded[-1])]
-    prompt = [*vocabulary.modes[mode], *_interleave(encoded, sentinels), *model.inputs_end]
+    prompt = [
+        *model.encode_mode(mode, "infilling"),
+        *_interleave(encoded, sentinels),
+        *model.inputs_end,
+    ]
     limit = resolve_max_tokens(
         model, len(prompt), max_tokens, num_spans=num_slots, extra_tokens_per_span=1
     )

@@ -102,6 +102,17 @@ class LanguageModel:
             )
         return self.vocabulary
 
+    def encode_mode(self, mode: str, feature: str) -> tuple[int, ...]:
+        """Return the tokens of a mode; `feature` is what needs one.
+
+        Raises:
+            RequestError: If the model was trained causally, or has no such mode.
+        """
+        modes = self.require_denoising(feature).modes
+        if mode not in modes:
+            raise RequestError(f"mode {mode!r}: choose one of {', '.join(sorted(modes))}")
+        return tuple(modes[mode])
+
     @property
     def inputs_end(self) -> tuple[int, ...]:
         """Tokens that close the inputs of every example: eos if the model was trained with it there."""

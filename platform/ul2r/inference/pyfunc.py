@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from ul2r.errors import CheckpointError, RequestError
@@ -92,6 +93,8 @@ def _list_prompts(table: Table) -> list[str]:
     prompts = list[str]()
     for row in table.to_dict(orient="records"):
         cell = row["prompt"]
+        if not isinstance(cell, str | list | tuple | np.ndarray):
+            raise RequestError(f"prompt {cell!r} is no text: give strings in the column prompt")
         # MLflow (3.17) makes one row of {"prompt": ["one", "another"]}, with the whole list in its cell.
         for prompt in [cell] if isinstance(cell, str) else cell:
             if not isinstance(prompt, str):

@@ -44,8 +44,8 @@ class ModelDetails:
     """
 
     name: str
-    step: int = 0
-    pointer: Mapping[str, object] = field(default_factory=dict)
+    step: int
+    pointer: Mapping[str, str | None]
     card: str = ""
     tags: Mapping[str, str] = field(default_factory=dict)
     can_infill: bool = False
@@ -60,7 +60,7 @@ class ModelDetails:
 
 
 def log_model(uri: str, run_id: str, digest: str, details: ModelDetails) -> str:
-    """Log an export as a model of its run, unless the run has one of the same weights; return the model's id.
+    """Log an export as a model of its run, unless it has one of these weights in this folder; return the id.
 
     Args:
         uri: The MLflow server.
@@ -72,10 +72,12 @@ def log_model(uri: str, run_id: str, digest: str, details: ModelDetails) -> str:
         ServiceError: If the server fails.
     """
     client = create_client(uri)
-    tags = {**details.tags, "digest": digest, NOTE_TAG: details.describe()}
+    # The folder belongs to what a model is: it is loaded from there.
+    identity = {"digest": digest, "export_folder": str(details.pointer["folder"])}
+    tags = {**details.tags, **identity, NOTE_TAG: details.describe()}
     with translate_errors(uri):
         experiment = client.get_run(run_id).info.experiment_id
-        model_id = find_model(client, experiment, run_id, digest)
+        model_id = find_model(client, experiment, run_id, identity)
         if model_id is not None:
             client.set_logged_model_tags(model_id, tags)
             return model_id
@@ -101,14 +103,20 @@ def log_model(uri: str, run_id: str, digest: str, details: ModelDetails) -> str:
     return model_id
 
 
-def find_model(client: MlflowClient, experiment: str, run_id: str, digest: str) -> str | None:
-    """Return the id of a run's model with these weights, None if it has none that is ready."""
+def find_model(
+    client: MlflowClient, experiment: str, run_id: str, identity: Mapping[str, str]
+) -> str | None:
+    """Return the id of a run's model with these tags, None if it has none that is ready."""
     found = client.search_logged_models(
         experiment_ids=[experiment],
-        filter_string=f"source_run_id = '{run_id}' AND tags.digest = '{digest}'",
+        filter_string=f"source_run_id = '{run_id}'",
     )
     # Not part of the filter, which compares a status with its number in the database (3.17).
-    ready = [model for model in found if model.status == "READY"]
+    ready = [
+        model
+        for model in found
+        if model.status == "READY" and identity.items() <= model.tags.items()
+    ]
     return str(ready[0].model_id) if ready else None
 
 

@@ -77,10 +77,16 @@ def replace_section(note: str, heading: str, text: str) -> str | None:
     Returns:
         The description; None if what else is in it leaves no room for a line of the section.
     """
-    section = re.compile(rf"^## {re.escape(heading)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
-    others = section.sub("", note).strip()
     beginning = f"## {heading}\n\n"
-    room = MAX_NOTE_LENGTH - len(others) - len(beginning) - 4
+    # A comment, which the page does not show: what people write behind a section is not part of it.
+    end = f"\n\n<!-- end of {heading} -->"
+    # Sections of earlier versions have no such end, and go on to the next heading.
+    section = re.compile(
+        rf"^## {re.escape(heading)}\n(?:.*?{re.escape(end.strip())}|.*?(?=^## |\Z))",
+        re.MULTILINE | re.DOTALL,
+    )
+    others = section.sub("", note).strip()
+    room = MAX_NOTE_LENGTH - len(others) - len(beginning) - len(end) - 4
     if len(text) > room:
         text = text[: max(room, 0)].rpartition("\n")[0]
         if not text:
@@ -89,5 +95,5 @@ def replace_section(note: str, heading: str, text: str) -> str | None:
     # would else become part of this one.
     first = re.search(r"^## ", others, re.MULTILINE)
     place = first.start() if first else len(others)
-    parts = (others[:place].strip(), f"{beginning}{text.strip()}", others[place:])
+    parts = (others[:place].strip(), f"{beginning}{text.strip()}{end}", others[place:].strip())
     return "\n\n".join(part for part in parts if part)

@@ -137,12 +137,13 @@ def _describe_commit(folder: Path) -> dict[str, str]:
     return {
         COMMIT_TAG: commit,
         **({BRANCH_TAG: branch} if branch else {}),
-        DIRTY_TAG: "true" if changes else "false",
+        # Without an answer, as in a large checkout on a slow disk, nothing is claimed.
+        **({} if changes is None else {DIRTY_TAG: "true" if changes else "false"}),
     }
 
 
-def _run_git(folder: Path, *arguments: str) -> str:
-    """Return what git prints, nothing if it fails or is not installed."""
+def _run_git(folder: Path, *arguments: str) -> str | None:
+    """Return what git prints, None if it fails, takes too long or is not installed."""
     try:
         finished = subprocess.run(
             ["git", *arguments],
@@ -153,8 +154,8 @@ def _run_git(folder: Path, *arguments: str) -> str:
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return finished.stdout.strip() if finished.returncode == 0 else ""
+        return None
+    return finished.stdout.strip() if finished.returncode == 0 else None
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

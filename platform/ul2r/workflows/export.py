@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ul2r.config import Architecture, Recipe
 from ul2r.data.store.dataset import TokenDataset, open_run_dataset
-from ul2r.errors import CheckpointError
+from ul2r.errors import CheckpointError, ServiceError
 from ul2r.model.export_metadata import ExportMetadata
 from ul2r.model.huggingface.checkpoint_reader import (
     MegatronCheckpointReader,
@@ -52,7 +52,13 @@ def export(recipe: Recipe) -> Path:
 
     _write_export(recipe, dataset, checkpoint, folder)
     if server is not None:
-        log_export(recipe, server, folder)
+        try:
+            log_export(recipe, server, folder)
+        except ServiceError as error:
+            # The export itself is complete, and nothing was to be registered.
+            if recipe.export.registered_model is not None:
+                raise
+            logger.warning("%s: the export is not logged in MLflow: %s", recipe.name, error)
     if target is not None:
         logger.info("%s: pushed to %s", recipe.name, push_export(folder, target))
 

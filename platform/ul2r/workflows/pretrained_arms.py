@@ -66,23 +66,22 @@ def prepare_pretrained_arm(
 def record_pretrained_arm(
     store: TrackingStore, experiment: str, role: str, arm: PretrainedArm, scores: Scores
 ) -> str:
-    """Record the scores of a model as a run without training, in the experiment of the other arms; return its id.
+    """Record the scores of a model as a run without training; return its id.
+
+    A model has one record in a storage: it stays in the experiment of its first comparison.
 
     Raises:
         ServiceError: If the server fails.
     """
-    run_id = store.find_run(arm.paths.folder)
-    if run_id is None:
-        run_id = store.continue_run(
-            experiment,
-            arm.name,
-            arm.paths.folder,
-            tags={"ul2r.role": role},
-            params={"model": str(arm.model_folder)},
-        )
-        with store.end_on_error(run_id):
-            store.log_summary(run_id, as_metrics(scores))
-        store.end_run(run_id, "FINISHED")
-    else:
+    # Also for a record that is there: an interrupted comparison may have left it unfinished.
+    run_id = store.continue_run(
+        experiment,
+        arm.name,
+        arm.paths.folder,
+        tags={"ul2r.role": role},
+        params={"model": str(arm.model_folder)},
+    )
+    with store.end_on_error(run_id):
         store.log_summary(run_id, as_metrics(scores))
+    store.end_run(run_id, "FINISHED")
     return run_id

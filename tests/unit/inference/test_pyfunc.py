@@ -58,6 +58,8 @@ def test_several_prompts_in_a_cell_are_answered_one_by_one(function: PythonFunct
     assert answers == function.predict(Rows(["def", "The sea"]), params)
     with pytest.raises(RequestError, match=r"prompt 3 is no text"):
         function.predict(Rows([["def", 3]]), params)
+    with pytest.raises(RequestError, match=r"prompt None is no text"):
+        function.predict(Rows([None]), params)
 
 
 def test_mode_and_marker_of_slots_are_parameters(function: PythonFunction) -> None:
@@ -66,6 +68,10 @@ def test_mode_and_marker_of_slots_are_parameters(function: PythonFunction) -> No
     assert answer["text"].startswith("a <slot> ")
     (answer,) = function.predict(Rows(["def"]), {"mode": "NLG", "max_tokens": 2})
     assert answer["text"] == complete(function.model, "def", mode="NLG", max_tokens=2).text
+    with pytest.raises(RequestError, match=r"mode 's2s': choose one of NLG, NLU, S2S"):
+        function.predict(Rows(["def"]), {"mode": "s2s"})
+    with pytest.raises(RequestError, match=r"mode 'x': choose one of"):
+        function.predict(Rows(["a <slot>"]), {"mode": "x"})
     with pytest.raises(RequestError, match="slot is empty"):
         function.predict(Rows(["def"]), {"slot": ""})
 

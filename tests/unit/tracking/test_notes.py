@@ -10,15 +10,32 @@ OTHERS = f"{PREFACE}\n\n{SECTIONS}"
 
 def test_section_replaces_the_one_under_its_heading_and_nothing_else() -> None:
     once = replace_section(OTHERS, "Comparison a.b", "first\n\n- note\n")
-    assert once == f"{PREFACE}\n\n## Comparison a.b\n\nfirst\n\n- note\n\n{SECTIONS}"
+    end = "<!-- end of Comparison a.b -->"
+    assert once == f"{PREFACE}\n\n## Comparison a.b\n\nfirst\n\n- note\n\n{end}\n\n{SECTIONS}"
     twice = replace_section(once, "Comparison a.b", "second")
-    assert twice == f"{PREFACE}\n\n## Comparison a.b\n\nsecond\n\n{SECTIONS}"
+    assert twice == f"{PREFACE}\n\n## Comparison a.b\n\nsecond\n\n{end}\n\n{SECTIONS}"
     # A heading that begins alike is another one.
     longer = replace_section(twice, "Comparison a", "third")
     assert longer is not None
     assert "second" in longer
-    assert replace_section("", "Comparison a", "text") == "## Comparison a\n\ntext"
-    assert replace_section(PREFACE, "A", "text") == f"{PREFACE}\n\n## A\n\ntext"
+    section = "## A\n\ntext\n\n<!-- end of A -->"
+    assert replace_section("", "A", "text") == section
+    assert replace_section(PREFACE, "A", "text") == f"{PREFACE}\n\n{section}"
+
+
+def test_text_written_behind_a_section_stays() -> None:
+    note = replace_section("", "A", "first")
+    assert note is not None
+    again = replace_section(f"{note}\n\nMine, without a heading.", "A", "second")
+    assert again is not None
+    assert "Mine, without a heading." in again
+    assert "first" not in again
+
+
+def test_section_of_an_earlier_version_is_replaced_up_to_the_next_heading() -> None:
+    assert replace_section("## A\n\nold\n\n## B\n\nb", "A", "new") == (
+        "## A\n\nnew\n\n<!-- end of A -->\n\n## B\n\nb"
+    )
 
 
 def test_section_is_cut_at_a_line_and_other_text_is_not() -> None:
@@ -29,7 +46,7 @@ def test_section_is_cut_at_a_line_and_other_text_is_not() -> None:
     assert note.startswith(PREFACE)
     assert note.endswith(SECTIONS)
     assert "| row 200 |\n" in note
-    assert replace_section("x" * (MAX_NOTE_LENGTH - 25), "Comparison", lines) is None
+    assert replace_section("x" * (MAX_NOTE_LENGTH - 55), "Comparison", lines) is None
 
 
 def test_table_is_split_into_columns_and_rows() -> None:

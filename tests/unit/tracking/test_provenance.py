@@ -38,6 +38,13 @@ def test_commit_is_that_of_the_repository_in_which_the_job_runs(repository: Path
     assert describe_process(folder)["mlflow.source.git.dirty"] == "true"
 
 
+def test_nothing_is_said_of_changes_if_git_cannot_tell(repository: Path) -> None:
+    (repository / ".git/index").write_bytes(b"damaged")
+    tags = describe_process(repository)
+    assert "mlflow.source.git.commit" in tags
+    assert "mlflow.source.git.dirty" not in tags
+
+
 @pytest.mark.parametrize(
     ("program", "shown"),
     [
