@@ -19,7 +19,7 @@ from ul2r.config.attention import (
 from ul2r.config.checkpoints import Checkpoints
 from ul2r.config.data import Data, check_num_sentinels, check_pairs
 from ul2r.config.denoisers import Pairs
-from ul2r.config.evaluation import Evaluation
+from ul2r.config.evaluation import Evaluation, fit_infill_context
 from ul2r.config.export import Export
 from ul2r.config.field_types import AbsolutePath, RunName
 from ul2r.config.guards import Guards
@@ -95,6 +95,13 @@ class Recipe(StrictModel):
             evaluation = self.evaluation.model_copy(update={"mixture": measured})
             # A recipe is frozen once it is complete, which it is only now.
             object.__setattr__(self, "evaluation", evaluation)
+        return self
+
+    @model_validator(mode="after")
+    def _fit_infilling(self) -> Self:
+        """Shorten the context of infilled spans to the slots, unless the recipe gives its length."""
+        # As above, a recipe is frozen only once it is complete.
+        object.__setattr__(self, "evaluation", fit_infill_context(self.evaluation, self.objective))
         return self
 
     @model_validator(mode="after")

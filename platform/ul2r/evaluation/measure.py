@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ul2r.config import Evaluation, Recipe
+from ul2r.config.evaluation import check_infill_length
 from ul2r.data.store.dataset import TokenDataset
-from ul2r.errors import CheckpointError, RecipeError
+from ul2r.errors import CheckpointError
 from ul2r.evaluation.infilling import InfillExamples, measure_infill_loss, measure_infill_match
 from ul2r.evaluation.losses import (
     measure_causal_loss,
@@ -82,7 +83,8 @@ def measure(
     """
     # Before the first metric, since measuring takes minutes.
     _check_vocabulary(model, dataset, recipe)
-    _check_infill_length(model, dataset, recipe)
+    num_other_tokens = max(map(len, dataset.vocabulary.modes.values())) + len(model.inputs_end)
+    check_infill_length(recipe.evaluation, recipe.objective, num_other_tokens)
 
     # Perplexity needs no pass of its own; its error follows from that of the loss.
     causal = measure_causal_loss(model, dataset, recipe)
@@ -113,22 +115,4 @@ def _check_vocabulary(model: LanguageModel, dataset: TokenDataset, recipe: Recip
         raise CheckpointError(
             f"run {recipe.name!r} was exported with another vocabulary than that of {recipe.storage_paths.store}: "
             "evaluate it with the token store it was trained on"
-        )
-
-
-def _check_infill_length(model: LanguageModel, dataset: TokenDataset, recipe: Recipe) -> None:
-    """Refuse infilling examples that are longer than the examples of training."""
-    context = recipe.evaluation.infill_context_length
-    span = recipe.evaluation.infill_span_length
-    # The longest mode, since modes as text have several tokens and not all have equally many.
-    mode = max(map(len, dataset.vocabulary.modes.values()))
-
-    # Three sentinels: two in the prompt, and the first one again before the span.
-    length = 2 * context + span + 3 + mode + len(model.inputs_end)
-    # One more token than positions, since labels are shifted.
-    max_length = recipe.objective.slot_length + 1
-    if length > max_length:
-        raise RecipeError(
-            f"evaluation.infill_context_length={context} on both sides of infill_span_length={span} makes {length} "
-            f"tokens, but a slot has {max_length}: lower evaluation.infill_context_length"
         )

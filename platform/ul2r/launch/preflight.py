@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 
 from ul2r.config import Parallel, Recipe
+from ul2r.config.evaluation import check_infill_length
 from ul2r.data.inspection import write_page
 from ul2r.data.sampling.batches import check_dataset, describe_unfit_pairs
 from ul2r.data.sampling.held_out_windows import describe_small_split
@@ -65,6 +66,7 @@ def check_run(recipe: Recipe, dataset: TokenDataset, resumed: CheckpointInfo | N
     check_dataset(recipe, dataset)
     if resumed is None:
         check_names(recipe)
+        check_infilling(recipe, max(map(len, dataset.vocabulary.modes.values())))
     check_memory(recipe, dataset.vocabulary.size)
     check_initial_weights(recipe, dataset, resumed)
     # Last, so that a run that is refused has one line.
@@ -81,6 +83,20 @@ def check_names(recipe: Recipe) -> None:
     """
     check_denoiser_names(recipe.objective.mixture, "objective.mixture")
     check_denoiser_names(recipe.evaluation.mixture, "evaluation.mixture")
+
+
+def check_infilling(recipe: Recipe, num_mode_tokens: int = 1) -> None:
+    """Check that a new run's export can be measured at infilling, as a comparison does at the end.
+
+    Args:
+        recipe: The run.
+        num_mode_tokens: Tokens of the longest mode; before there is a token store, the fewest.
+
+    Raises:
+        RecipeError: If an infilling example is longer than a slot.
+    """
+    num_other_tokens = num_mode_tokens + recipe.objective.eos_after_inputs
+    check_infill_length(recipe.evaluation, recipe.objective, num_other_tokens)
 
 
 def check_initial_weights(
@@ -129,6 +145,7 @@ def check_unprepared(recipe: Recipe) -> None:
         UserError: If its devices cannot hold the run, or its base is missing.
     """
     check_names(recipe)
+    check_infilling(recipe)
     # The only sizes known before there is a store are those that the recipe gives.
     check_memory(recipe, planned_vocabulary(recipe))
     find_base_checkpoint(recipe, partial(latest_valid, thorough=False, quiet=True))

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from ul2r.config import Recipe
 from ul2r.data.store.dataset import is_prepared, open_run_dataset
 from ul2r.launch.preflight import (
+    check_infilling,
     check_run,
     find_resume_checkpoint,
     plan_run_data,
@@ -56,6 +57,7 @@ def dry_run(recipe: Recipe) -> str:
         tokenizer = recipe.data.tokenizer
         origin = f"of {tokenizer}" if tokenizer else "from data.vocabulary_size"
         # With a store, `check_run` has done it.
+        check_infilling(recipe)
         check_memory(recipe, vocabulary_size)
         start = _describe_start(recipe)
         order = "that of the base" if recipe.data.continue_from_base else "known with the store"

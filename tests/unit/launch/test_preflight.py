@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,25 @@ def test_name_that_cannot_be_recorded_is_refused_for_a_new_run_only(
         check_unprepared(recipe)
 
     # A run that began under such a name could not end under another: its checkpoint holds the mixture.
+    check_run(recipe, dataset, CheckpointInfo.from_recipe(recipe, dataset))
+
+
+def test_infilling_longer_than_a_slot_is_refused_for_a_new_run_only(tmp_path: Path) -> None:
+    dataset = make_tiny_store(tmp_path / "store", num_documents=12)
+    recipe = tiny_recipe(tmp_path, evaluation={"infill_context_length": 64})
+    message = r"infill_context_length=64 .* makes 135 tokens, but a slot has 65: lower"
+    for check in (partial(check_run, recipe, dataset, None), partial(check_unprepared, recipe)):
+        with pytest.raises(RecipeError, match=message):
+            check()
+    # 2 x 29 + 3 + 3 sentinels + a mode are 65 tokens: an eos that closes the inputs is one too many.
+    fitting = {"evaluation": {"infill_context_length": 29}}
+    check_run(tiny_recipe(tmp_path, **fitting), dataset, None)
+    with pytest.raises(RecipeError, match="makes 66 tokens, but a slot has 65"):
+        check_run(
+            tiny_recipe(tmp_path, **fitting, objective={"eos_after_inputs": True}), dataset, None
+        )
+
+    # A run that began before the check goes on: its evaluation can be changed later.
     check_run(recipe, dataset, CheckpointInfo.from_recipe(recipe, dataset))
 
 

@@ -153,6 +153,16 @@ def test_errors_are_those_that_training_would_raise(
         dry_run(recipe)
 
 
+@pytest.mark.parametrize("storage", ["prepared", "other"])
+def test_infilling_that_does_not_fit_is_refused_with_and_without_a_store(
+    prepared: Path, storage: str
+) -> None:
+    folder = prepared if storage == "prepared" else prepared / storage
+    recipe = tiny_recipe(folder, evaluation={"infill_context_length": 64})
+    with pytest.raises(RecipeError, match="makes 135 tokens, but a slot has 65"):
+        dry_run(recipe)
+
+
 def test_ray_is_not_started(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def init(*_: object, **__: object) -> None:
         pytest.fail("a dry run started Ray")

@@ -1,15 +1,19 @@
-"""Text about a finished token store."""
+"""Token stores of recipes, and text about them."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from ul2r.data.prepare.left_out import LeftOut
 from ul2r.data.prepare.round_trip import RoundTrip
 from ul2r.data.store.manifest import Manifest, SplitCounts
+from ul2r.errors import RecipeError
 from ul2r.testing.corpus import make_tiny_store
-from ul2r.workflows.prepare import describe_manifest
+from ul2r.testing.recipes import tiny_recipe
+from ul2r.workflows.prepare import describe_manifest, prepare_store
 
 
 def test_counts_of_both_splits_and_the_vocabulary_are_listed(tmp_path: Path) -> None:
@@ -60,3 +64,13 @@ def test_counts_are_kept_in_the_manifest(tmp_path: Path) -> None:
     changed.write(tmp_path / "store")
     assert Manifest.read(tmp_path / "store") == changed
     assert changed.fingerprint == manifest.fingerprint
+
+
+def test_text_is_not_prepared_for_a_recipe_that_cannot_be_compared(tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("How far is the sea?")
+    wide = {"infill_context_length": 64}
+    recipe = tiny_recipe(tmp_path / "runs", data={"corpus": [str(text)]}, evaluation=wide)
+    with pytest.raises(RecipeError, match="makes 135 tokens, but a slot has 65"):
+        prepare_store(recipe)
+    assert not recipe.storage.exists()
