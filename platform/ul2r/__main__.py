@@ -15,6 +15,7 @@ VERBS = {
     "up": ("up", "one command: UL2R on a Hugging Face model and your text, compared and served"),
     "new": ("new", "write the recipes of `ul2r up`, to be edited"),
     "check": ("check_base", "check a Hugging Face model before it becomes a run's base"),
+    "import-gguf": ("import_gguf", "convert a GGUF file to a Hugging Face folder"),
     "prepare": ("prepare", "turn text into a token store"),
     "train": ("train", "train a run"),
     "evaluate": ("evaluate", "measure a run on held-out text"),
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def format_help() -> str:
     """Return the list of verbs."""
-    verbs = "\n".join(f"  {verb:<10} {summary}" for verb, (_, summary) in VERBS.items())
+    verbs = "\n".join(f"  {verb:<11} {summary}" for verb, (_, summary) in VERBS.items())
     return (
         "usage: ul2r VERB ...\n\n"
         "Continue a language model on UL2's mixture of denoisers, show what it bought, serve it.\n\n"

@@ -68,6 +68,7 @@ Names on one line do not import each other; modules of one sub-package may, and 
 PLACES = {
     "fastapi": ("serving/",),
     "fsspec": ("data/store/remote", "train/checkpoint/remote"),
+    "gguf": ("model/huggingface/gguf_file",),
     "httpx": ("tracking/", "commands/", "jobs/", "serving/"),
     "megatron": ("model/", "train/", "testing/"),
     "mlflow": ("tracking/",),
