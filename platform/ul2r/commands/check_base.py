@@ -24,11 +24,13 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help="folder, or owner/name on the Hub")
-    model = parser.parse_args(arguments).model
+    model: str = parser.parse_args(arguments).model
+    return run_and_report(lambda: run(model))
 
-    def work() -> None:
-        from ul2r.workflows.check_base import describe_base
 
-        print(describe_base(model))
+def run(model: str) -> None:
+    """Check the model, then print the lines that a recipe needs."""
+    # Imported here: --help does not wait for it.
+    from ul2r.workflows.check_base import describe_base
 
-    return run_and_report(work)
+    print(describe_base(model))

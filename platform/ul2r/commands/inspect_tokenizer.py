@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -36,10 +35,11 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
         choices = get_args(Data.model_fields[setting].annotation)
         parser.add_argument(option, choices=choices, default=getattr(default, setting))
 
-    return run_and_report(partial(show, parser.parse_args(arguments)))
+    options = parser.parse_args(arguments)
+    return run_and_report(lambda: run(options))
 
 
-def show(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> None:
     """Print the assignment."""
     # Imported here: --help does not wait for it.
     from ul2r.workflows.inspect_tokenizer import describe_special_tokens

@@ -102,7 +102,8 @@ def run(folder: str) -> dict[str, Any]:
     again = eager.generate(**inputs, **limit)
     result["without custom_generate"] = again[:, length:].tolist()
     result["hooks"] = len(model._forward_pre_hooks)  # torch keeps them there
-    result["card"] = run_card(folder)
+    result["card"] = run_code(Path(folder, "README.md").read_text(), folder)
+    result["documentation"] = run_code(request["documentation"], folder)
     result["refusals"] = [
         refuse(model, inputs, **custom, past_key_values=object()),
         refuse(model, {"parts": ["a", "b"], **custom}),
@@ -121,12 +122,12 @@ def run(folder: str) -> dict[str, Any]:
     return result
 
 
-def run_card(folder: str) -> str:
-    """Return what the code of a card prints when it is run in its folder."""
-    blocks = re.findall(r"```python\n(.*?)```", Path(folder, "README.md").read_text(), re.DOTALL)
+def run_code(page: str, folder: str) -> str:
+    """Return what the code of a page prints when it is run in an export's folder."""
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     printed = io.StringIO()
     with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
-        exec("".join(blocks), {})  # what a reader of the card would run
+        exec("".join(blocks), {"MODEL": folder})  # what a reader of the page would run
     return printed.getvalue()
 
 

@@ -84,7 +84,12 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
         name: write_export(root / name / "export", family, changes)
         for name, (family, changes) in FAMILIES.items()
     }
-    request = {"prompts": PROMPTS, "documents": DOCUMENTS, "max_tokens": MAX_TOKENS}
+    request = {
+        "prompts": PROMPTS,
+        "documents": DOCUMENTS,
+        "max_tokens": MAX_TOKENS,
+        "documentation": (Path(__file__).parents[3] / "docs/models.md").read_text(encoding="utf-8"),
+    }
     for folder in folders.values():
         (folder / "request.json").write_text(json.dumps(request))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -243,6 +248,13 @@ def test_code_of_the_card_runs_in_the_folder(exports: Exports, name: str) -> Non
     assert printed.startswith("Once upon a time")
     assert "def area(" in printed
     assert "return width * height" in printed
+
+
+def test_code_of_the_documentation_runs(exports: Exports, name: str) -> None:
+    printed = exports.results[name]["documentation"]
+    assert printed.startswith("Once upon a time")
+    assert "The capital of" in printed
+    assert " is Rome." in printed
 
 
 def test_what_cannot_be_generated_is_refused_in_one_line(exports: Exports) -> None:
