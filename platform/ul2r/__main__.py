@@ -19,6 +19,7 @@ VERBS = {
     "prepare": ("prepare", "turn text into a token store"),
     "train": ("train", "train a run"),
     "evaluate": ("evaluate", "measure a run on held-out text"),
+    "lm-eval": ("harness", "run lm-evaluation-harness with this project's models"),
     "compare": ("compare", "compare runs with each other"),
     "export": ("export", "export a run as a Hugging Face folder"),
     "serve": ("serve", "serve a model over HTTP"),

@@ -70,6 +70,7 @@ PLACES = {
     "fsspec": ("data/store/remote", "train/checkpoint/remote"),
     "gguf": ("model/huggingface/gguf_file",),
     "httpx": ("tracking/", "commands/", "jobs/", "serving/"),
+    "lm_eval": ("commands/harness", "evaluation/few_shot/"),
     "megatron": ("model/", "train/", "testing/"),
     "mlflow": ("tracking/",),
     "numba": ("objective/",),
@@ -261,9 +262,10 @@ def test_light_part_imports_nothing_heavy(part: str) -> None:
         ("ul2r.data.sampling.batches", "ray mlflow megatron transformers"),
         ("ul2r.train.checkpoint.storage", "torch ray mlflow megatron transformers"),
         ("ul2r.train.loop", "ray mlflow transformers torch._inductor.compile_fx"),
-        (" ".join(JOBS), "numpy numba torch ray mlflow transformers pandas"),
+        (" ".join(JOBS), "numpy numba torch ray mlflow transformers pandas lm_eval datasets"),
         ("serving.arguments", "numpy torch ray mlflow fastapi"),
-        ("ul2r.inference.language_model", "ray mlflow megatron"),
+        ("ul2r.inference.language_model", "ray mlflow megatron lm_eval datasets"),
+        ("ul2r.evaluation.measure", "ray mlflow lm_eval datasets"),
     ],
 )
 def test_importing_a_part_loads_no_library_that_it_does_not_need(modules: str, absent: str) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pydantic import Field
 
 from ul2r.config.denoisers import MIXTURE_PRESETS
-from ul2r.config.field_types import PositiveInt
+from ul2r.config.few_shot import FewShot
+from ul2r.config.field_types import AbsolutePath, PositiveInt
 from ul2r.config.objective import Mixture, Objective
 from ul2r.config.strict_model import StrictModel
 from ul2r.errors import RecipeError
@@ -28,6 +29,9 @@ class Evaluation(StrictModel):
     """Tokens of each masked span."""
     infill_context_length: PositiveInt = 64
     """Tokens shown on each side of the span; by default fewer where a slot is too short for 64."""
+    few_shot: FewShot = FewShot()
+    data: AbsolutePath | None = None
+    """Folder of local task data, as `ul2r task-data` lays it out; without it tasks are loaded from the Hub."""
 
 
 def fit_infill_context(evaluation: Evaluation, objective: Objective) -> Evaluation:

@@ -48,7 +48,7 @@ class IncrementalDecoder:
         # The cache appends the keys of these tokens and keeps count of positions, so none are passed.
         batch = torch.tensor([tokens], dtype=torch.int64)  # (1, S)
         # On the CPU, where a seed gives the same samples whatever the model's device.
-        return self._model.forward(batch, mask, self._cache, last_only=True)[0, -1].cpu()
+        return self._model.forward(batch, mask, self._cache, num_last=1)[0, -1].cpu()
 
 
 class Sampler:

@@ -144,27 +144,27 @@ class LanguageModel:
         mask: Tensor | None = None,
         cache: Cache | None = None,
         *,
-        last_only: bool = False,
+        num_last: int = 0,
     ) -> Tensor:
-        """Return the logits after each token, or only after the last one.
+        """Return the logits after each token, or only after the last ones.
 
         Args:
             tokens: int64 (B, S).
             mask: bool (B, 1, S, S), True where a query attends to a key; layers with a sliding window also require
                 the key to be within it. None is causal, and the only choice with earlier tokens in the cache.
             cache: Keys and values of earlier tokens, to which those of `tokens` are appended.
-            last_only: Return (B, 1, V).
+            num_last: Number of last tokens of each row whose logits are computed; 0 stands for all.
 
         Returns:
-            float32 (B, S, V) on the model's device.
+            float32 (B, S, V) on the model's device, or (B, num_last, V).
         """
         output = self.network(
             input_ids=tokens.to(self.device),
             attention_mask=None if mask is None else self._apply_window(mask.to(self.device)),
             past_key_values=cache,
             use_cache=cache is not None,
-            # 0 keeps all; the logits of a long prompt take S * V * 4 bytes.
-            logits_to_keep=1 if last_only else 0,
+            # The logits of a long prompt take S * V * 4 bytes.
+            logits_to_keep=num_last,  # 0 keeps all
         )
         logits: Tensor = output.logits
         # Weights on a GPU may be bfloat16, which is too coarse for losses and samples.
@@ -189,7 +189,9 @@ class LanguageModel:
             return windowed
         return {"full_attention": mask, "sliding_attention": windowed}
 
-    def logits(self, tokens: Tensor, kv_start: Tensor, kv_end: Tensor) -> Tensor:
+    def logits(
+        self, tokens: Tensor, kv_start: Tensor, kv_end: Tensor, *, num_last: int = 0
+    ) -> Tensor:
         """Return logits under interval attention: query i of a row attends to its keys [kv_start[i], kv_end[i]).
 
         Positions count from the start of the row. Rotary embeddings depend only on differences of positions, so they
@@ -199,14 +201,15 @@ class LanguageModel:
             tokens: int64 (B, S).
             kv_start: int32 (B, S), first key attended to.
             kv_end: int32 (B, S), one past the last key attended to; kv_start < kv_end.
+            num_last: Number of last tokens of each row whose logits are computed; 0 stands for all.
 
         Returns:
-            float32 (B, S, V).
+            float32 (B, S, V), or (B, num_last, V).
         """
         # Dense, S x S: fine for rows that are scored one part at a time.
         keys = torch.arange(tokens.shape[1], device=kv_start.device)
         mask = (kv_start[..., None] <= keys) & (keys < kv_end[..., None])  # (B, S, S)
-        return self.forward(tokens, mask[:, None])
+        return self.forward(tokens, mask[:, None], num_last=num_last)
 
     def token_losses(self, batch: Batch) -> npt.NDArray[np.float32]:
         """Return the loss of each label in nats.

@@ -70,10 +70,10 @@ class PretrainedModel(LanguageModel):
         mask: Tensor | None = None,
         cache: Cache | None = None,
         *,
-        last_only: bool = False,
+        num_last: int = 0,
     ) -> Tensor:
         """Return logits, see `LanguageModel`; those of the rows that the model lacks are -inf without its tokens."""
-        logits = super().forward(tokens, mask, cache, last_only=last_only)
+        logits = super().forward(tokens, mask, cache, num_last=num_last)
         if int(tokens.max()) < self._num_own_rows:
             logits[..., self._num_own_rows :] = -torch.inf
         return logits

@@ -156,10 +156,10 @@ class ScriptedModel(LanguageModel):
         mask: Tensor | None = None,
         cache: object | None = None,  # noqa: ARG002  the script depends on one token only
         *,
-        last_only: bool = False,
+        num_last: int = 0,
     ) -> Tensor:
         """Return logits that fall from one preferred token to the next, float32 (1, 1, V)."""
-        assert last_only, "a script defines the logits of the next token only"
+        assert num_last == 1, "a script defines the logits of the next token only"
         self.calls.append(tokens[0].tolist())
         self.bidirectional_calls.append(mask is not None and bool(mask.all()))
 

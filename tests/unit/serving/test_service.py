@@ -28,11 +28,11 @@ class GatedModel(ScriptedModel):
         mask: Tensor | None = None,
         cache: object | None = None,
         *,
-        last_only: bool = False,
+        num_last: int = 0,
     ) -> Tensor:
         self.threads.add(threading.current_thread().name)
         assert self.gate.wait(30)
-        return super().forward(tokens, mask, cache, last_only=last_only)
+        return super().forward(tokens, mask, cache, num_last=num_last)
 
 
 @pytest.fixture

@@ -1,0 +1,37 @@
+"""Few-shot tasks: in what form a model reads them, and which of their items."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ul2r.config.denoisers import Mode
+from ul2r.config.field_types import PositiveInt
+from ul2r.config.strict_model import StrictModel
+
+
+class Prompting(StrictModel):
+    """The form in which a model reads a context and the text that follows it; recorded with every result."""
+
+    mode: Literal["auto", "none"] | Mode = "auto"
+    """Mode in front of the context; auto is S2S for a model trained on denoisers, and none for any other."""
+    attention: Literal["auto", "prefix", "causal"] = "auto"
+    """Attention over the context: prefix is bidirectional. auto is as the model was trained, and causal without a
+    mode."""
+    sentinel: Literal["auto"] | bool = "auto"
+    """End the context with a sentinel, and begin what follows with it, as the paper prompts R and X. auto is true for
+    NLU and NLG, and for S2S if the model was trained so."""
+    trailing_space: Literal["continuation", "context"] = "continuation"
+    """Side that spaces at the end of a context count for: the continuation, as lm-eval has it, or the context."""
+    eos: bool = False
+    """Score an eos after each continuation as well, as T5's rank classification does."""
+
+
+class FewShot(Prompting):
+    """Few-shot suites of `ul2r evaluate RECIPE --suite NAME`."""
+
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (1234,)
+    """Seeds of the few-shot examples; a task without examples is run once."""
+    limit: PositiveInt | None = None
+    """First items of each task that are run; by default all."""
