@@ -141,7 +141,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types th
         scores = self._score(rows, bidirectional=self.form.bidirectional, quiet=disable_tqdm)
         self._report_truncation()
 
-        answers = [tuple(score) for score in scores]
+        answers = [(score.log_probability, score.is_greedy) for score in scores]
         for (pair, _, _), answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", pair, answer)
         return answers

@@ -97,7 +97,7 @@ class PromptForm:
             self.sentinel = self.mode in ("NLU", "NLG") or (
                 self.mode == "S2S" and metadata.prefix_sentinel
             )
-        self._sentinel = ()
+        self._sentinel: tuple[int, ...] = ()
         if self.sentinel:
             vocabulary = model.require_denoising("few_shot.sentinel=true")
             self._sentinel = (vocabulary.sentinels[0],)

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ul2r.data.tokenizer import train_tokenizer
 
-QUESTIONS = [
+QUESTIONS: list[dict[str, Any]] = [
     {"question": "The sky is", "choices": ["blue", "made of cheese", "green"], "answer": 0},
     {"question": "Water is", "choices": ["dry as a bone", "wet", "a"], "answer": 1},
     {"question": "Two and two are", "choices": ["five", "three", "four"], "answer": 2},
