@@ -66,7 +66,29 @@ def run(options: argparse.Namespace) -> None:
     else:
         print(f"{describe_settings(project.settings)}\nwritten to {folder}: edit and run again")
 
+    _check_space(project)
     _run_steps(project, None if options.no_serve else options.port)
+
+
+def _check_space(project: Project) -> None:
+    """Check that what the steps write fits the disk, unless both runs are trained already."""
+    from ul2r.config import Recipe, load
+    from ul2r.data.store.dataset import is_prepared
+    from ul2r.launch.disk_space import check_family_space
+    from ul2r.launch.preflight import find_resume_checkpoint, has_finished, planned_vocabulary
+    from ul2r.launch.pretrained import fill_model_from_base
+
+    recipes = [load(project.recipe(role), (), Recipe, fill_model_from_base) for role in ROLES]
+    resumed = [find_resume_checkpoint(recipe) for recipe in recipes]
+    pending = [
+        recipe
+        for recipe, info in zip(recipes, resumed, strict=True)
+        if info is None or not has_finished(recipe, info)
+    ]
+    if pending:
+        check_family_space(
+            pending, planned_vocabulary(recipes[0]), with_store=not is_prepared(recipes[0])
+        )
 
 
 def _run_steps(project: Project, port: int | None) -> None:

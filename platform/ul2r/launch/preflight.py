@@ -17,6 +17,7 @@ from ul2r.data.special_tokens import assign_special_tokens
 from ul2r.data.store.dataset import TokenDataset, run_fingerprint
 from ul2r.data.tokenizer import build_vocabulary, load_tokenizer
 from ul2r.errors import RunInterrupted
+from ul2r.launch.disk_space import check_run_space
 from ul2r.launch.pretrained import check_base
 from ul2r.launch.run_inputs import list_run_inputs
 from ul2r.model.flops import num_parameters
@@ -50,7 +51,7 @@ def gpu_environment(parallel: Parallel) -> dict[str, str]:
 
 
 def check_run(recipe: Recipe, dataset: TokenDataset, resumed: CheckpointInfo | None) -> None:
-    """Check a recipe against its token store, its devices and the weights that it starts from.
+    """Check a recipe against its token store, its devices, its disk and the weights that it starts from.
 
     `train.trial_build` checks its model, in a process of its own.
 
@@ -68,6 +69,9 @@ def check_run(recipe: Recipe, dataset: TokenDataset, resumed: CheckpointInfo | N
         check_names(recipe)
         check_infilling(recipe, max(map(len, dataset.vocabulary.modes.values())))
     check_memory(recipe, dataset.vocabulary.size)
+    # A finished run writes nothing.
+    if resumed is None or not has_finished(recipe, resumed):
+        check_run_space(recipe, dataset.vocabulary.size)
     check_initial_weights(recipe, dataset, resumed)
     # Last, so that a run that is refused has one line.
     for warning in (describe_small_split(recipe, dataset), describe_unfit_pairs(recipe, dataset)):
@@ -142,12 +146,14 @@ def check_unprepared(recipe: Recipe) -> None:
     """Check what can be checked of a recipe whose token store does not exist yet.
 
     Raises:
-        UserError: If its devices cannot hold the run, or its base is missing.
+        UserError: If its devices or its disk cannot hold the run, or its base is missing.
     """
     check_names(recipe)
     check_infilling(recipe)
     # The only sizes known before there is a store are those that the recipe gives.
-    check_memory(recipe, planned_vocabulary(recipe))
+    vocabulary_size = planned_vocabulary(recipe)
+    check_memory(recipe, vocabulary_size)
+    check_run_space(recipe, vocabulary_size)
     find_base_checkpoint(recipe, partial(latest_valid, thorough=False, quiet=True))
 
 

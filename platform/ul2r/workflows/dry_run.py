@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from ul2r.config import Recipe
 from ul2r.data.store.dataset import is_prepared, open_run_dataset
+from ul2r.launch.disk_space import find_free_bytes
 from ul2r.launch.preflight import (
     check_infilling,
     check_run,
@@ -16,6 +17,7 @@ from ul2r.launch.preflight import (
     plan_run_data,
     planned_vocabulary,
 )
+from ul2r.model.file_sizes import estimate_files, format_size
 from ul2r.model.flops import num_active_parameters, num_visible_keys, training_flops
 from ul2r.model.sizing import (
     GIB,
@@ -51,7 +53,7 @@ def dry_run(recipe: Recipe) -> str:
         origin = "of the token store"
         start = f"step {resumed.step:,}" if resumed else _describe_start(recipe)
         order = plan_run_data(recipe, dataset, resumed).description
-        checked = "recipe, token store, checkpoints, memory"
+        checked = "recipe, token store, checkpoints, memory, disk"
     else:
         vocabulary_size = planned_vocabulary(recipe)
         tokenizer = recipe.data.tokenizer
@@ -72,6 +74,7 @@ def dry_run(recipe: Recipe) -> str:
         ("vocabulary", f"{vocabulary_size:,} {origin}, embedding padded to {padded:,}"),
         *_model_and_layout(recipe, estimate, vocabulary_size),
         *_length_and_cost(recipe, estimate, vocabulary_size),
+        ("disk", _describe_disk(recipe, vocabulary_size)),
     ]
 
     return "\n".join(_format_report(recipe, facts, estimate))
@@ -123,6 +126,12 @@ def _make_vocabulary(num_sentinels: int) -> Vocabulary:
 
 def _describe_start(recipe: Recipe) -> str:
     return f"weights of {recipe.base}" if recipe.base else "initial weights"
+
+
+def _describe_disk(recipe: Recipe, vocabulary_size: int) -> str:
+    # Without a store the storage may be that of another machine: its free space is shown, and nothing refused.
+    free = format_size(find_free_bytes(recipe.storage))
+    return f"{estimate_files(recipe, vocabulary_size).describe()}; {free} free in {recipe.storage}"
 
 
 def _model_and_layout(

@@ -13,9 +13,9 @@ import yaml
 
 from ul2r.config import HuggingFaceBase
 from ul2r.data.document_tokenizer import DocumentTokenizer
-from ul2r.data.prepare.documents import read_documents
-from ul2r.data.prepare.source_files import SourceFile, list_corpus
-from ul2r.data.tokenizer import encode_to_list, load_tokenizer
+from ul2r.data.prepare.source_files import list_corpus
+from ul2r.data.prepare.token_estimate import estimate_tokens
+from ul2r.data.tokenizer import load_tokenizer
 from ul2r.environment import count_cores
 from ul2r.errors import CorpusError, RecipeError
 from ul2r.filesystem import write_atomically
@@ -29,9 +29,6 @@ from ul2r.workflows.derive_settings import (
     derive_settings,
     find_pretraining_tokens,
 )
-
-SAMPLED_CHARACTERS = 200_000
-"""Text that is tokenized to estimate how many tokens the whole has."""
 
 SETTINGS_FILE = "settings.yaml"
 COMPARISON_FILE = "compare.yaml"
@@ -149,13 +146,10 @@ def count_tokens(corpus: Sequence[str], tokenizer: DocumentTokenizer) -> int:
     Raises:
         CorpusError: If it is missing or empty.
     """
-    files = [file for file in list_corpus(corpus).files if not file.holds_tokens]
-    num_bytes = sum(file.size for file in files)
-    sample = _read_sample(files)
-    if not sample:
+    num_tokens = estimate_tokens(list_corpus(corpus).files, tokenizer)
+    if not num_tokens:
         raise CorpusError(f"text {', '.join(corpus)}: holds no text")
-    # Files may be compressed or hold JSON: what counts is the text that the sample yields by its own bytes.
-    return int(len(encode_to_list(tokenizer.tokenizer, sample)) / len(sample.encode()) * num_bytes)
+    return num_tokens
 
 
 def render_recipes(
@@ -202,16 +196,6 @@ def _render_sections(settings: Settings, corpus: Sequence[str]) -> str:
         text = f"{name}: {yaml.safe_dump(choice.value).splitlines()[0]}"
         sections.setdefault(section, []).append(f"  {text:<30} # {choice.reason}")
     return "\n".join(f"{name}:\n" + "\n".join(lines) + "\n" for name, lines in sections.items())
-
-
-def _read_sample(files: Sequence[SourceFile]) -> str:
-    sample = ""
-    for file in files:
-        for chunk in read_documents(file):
-            sample += chunk.text
-            if len(sample) >= SAMPLED_CHARACTERS:
-                return sample[:SAMPLED_CHARACTERS]
-    return sample
 
 
 def _check_same(folder: Path, base: str, corpus: Sequence[str]) -> None:

@@ -16,7 +16,8 @@ from ul2r.data.store.dataset import open_dataset, open_run_dataset
 from ul2r.data.store.manifest import Manifest
 from ul2r.data.store.pair_store import find_pairs_folder
 from ul2r.environment import has_ray_cluster
-from ul2r.launch.preflight import check_infilling
+from ul2r.launch.disk_space import check_store_space
+from ul2r.launch.preflight import check_infilling, planned_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ def prepare_store(recipe: Recipe) -> tuple[Manifest, bool]:
 
 def _prepare_text(recipe: Recipe) -> Manifest:
     check_infilling(recipe)
+    check_store_space(recipe, planned_vocabulary(recipe))
     # A blend only lists stores that exist: nothing to tokenize, so no cluster.
     with nullcontext() if recipe.data.blend else _connect_cluster():
         manifest = prepare(recipe)

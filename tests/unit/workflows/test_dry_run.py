@@ -88,7 +88,7 @@ def test_active_parameters_are_reported_only_for_models_with_experts() -> None:
 def test_prepared_store_is_checked_and_determines_the_vocabulary(prepared: Path) -> None:
     facts = parse_facts(tiny_recipe(prepared, data={"vocabulary_size": 9999}))
     size = open_dataset(prepared / "store").vocabulary.size
-    assert facts["checked"] == "recipe, token store, checkpoints, memory"
+    assert facts["checked"] == "recipe, token store, checkpoints, memory, disk"
     assert facts["starts from"] == "initial weights"
     assert facts["order of the text"] == "seed 1"
     assert facts["vocabulary"].startswith(f"{size:,} of the token store, embedding padded to ")
@@ -109,6 +109,20 @@ def test_given_tokenizer_determines_the_vocabulary_of_a_missing_store(
     size = open_dataset(prepared / "store").vocabulary.size
     recipe = tiny_recipe(tmp_path / "other", data={"tokenizer": tokenizer})
     assert parse_facts(recipe)["vocabulary"].startswith(f"{size:,} of {tokenizer}, embedding")
+
+
+def test_disk_space_is_shown_and_refused_only_where_the_store_is(prepared: Path) -> None:
+    facts = parse_facts(tiny_recipe(prepared))
+    assert re.fullmatch(
+        rf"1\.\d+ MiB: up to 2 checkpoints of \d+ KiB, and an export of \d+ KiB; \S+ \w+ free in {prepared}",
+        facts["disk"],
+    )
+    # 3 x 10^12 parameters of 16 bytes.
+    huge = {"hidden_size": 2**18, "ffn_hidden_size": 2**20}
+    facts = parse_facts(tiny_recipe(prepared / "other", model=huge))
+    assert re.match(r"1\d\d TiB: up to 2 checkpoints of \d\d\.\d TiB, ", facts["disk"])
+    with pytest.raises(RecipeError, match=r"are free, 1\d\d TiB more are needed"):
+        dry_run(tiny_recipe(prepared, model=huge))
 
 
 def test_layout_is_shown_with_a_line_for_each_stage() -> None:

@@ -74,3 +74,13 @@ def test_text_is_not_prepared_for_a_recipe_that_cannot_be_compared(tmp_path: Pat
     with pytest.raises(RecipeError, match="makes 135 tokens, but a slot has 65"):
         prepare_store(recipe)
     assert not recipe.storage.exists()
+
+
+def test_text_larger_than_the_disk_is_not_prepared(tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    with text.open("wb") as file:
+        file.truncate(2**42)  # a sparse file, which takes no space
+    recipe = tiny_recipe(tmp_path / "runs", data={"corpus": [str(text)]})
+    with pytest.raises(RecipeError, match=r"making the token store takes about 4\.00 TiB"):
+        prepare_store(recipe)
+    assert not recipe.storage.exists()

@@ -87,6 +87,19 @@ def test_wrong_recipe_ends_the_job_with_one_line_and_exit_code_2(tmp_path: Path)
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_run_larger_than_the_disk_ends_the_job_with_one_line(tmp_path: Path) -> None:
+    make_tiny_store(tmp_path / "store", num_documents=12)
+    huge = {"hidden_size": 2**18, "ffn_hidden_size": 2**20}
+    path = tmp_path / "tiny.yaml"
+    path.write_text(dump(tiny_recipe(tmp_path, tracking={"uri": UNUSED_URI}, model=huge)))
+    finished = run_job(str(path))
+    assert finished.returncode == 2
+    (line,) = finished.stderr.splitlines()
+    assert line.startswith(f"error: storage={tmp_path}: ")
+    assert " TiB more are needed: run 'tiny' takes " in line
+    assert not (tmp_path / "runs").exists()
+
+
 def test_dry_run_prints_sizes_and_leaves_no_files(tmp_path: Path) -> None:
     path = tmp_path / "tiny.yaml"
     path.write_text(dump(tiny_recipe(tmp_path / "family", tracking={"uri": UNUSED_URI})))

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from ul2r.config import Recipe
 from ul2r.data.prepare.pairs import load_finished_pairs, prepare_pairs
 from ul2r.data.store.dataset import TokenDataset, open_run_dataset
+from ul2r.launch.disk_space import check_store_space
 from ul2r.launch.preflight import (
     check_run,
     check_unprepared,
@@ -16,6 +17,7 @@ from ul2r.launch.preflight import (
     find_resume_checkpoint,
     has_finished,
     mark_finished,
+    planned_vocabulary,
     track_run,
 )
 from ul2r.launch.stop_signal import StopSignal
@@ -80,6 +82,7 @@ def _train_on_ray(
     must_build = begun is None or not begun.manifest.is_complete
     if must_build:
         check_resumable(recipe)
+        check_store_space(recipe, planned_vocabulary(recipe))
     cpus = count_cpus(recipe)
     gpus = recipe.parallel.num_workers * recipe.launch.gpus_per_worker
     # `must_build` counts as one: the store is built with at least one CPU besides the run's own.
