@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ul2r.config.denoisers import Mode
-from ul2r.errors import RequestError
-from ul2r.inference.generation import FinishReason, generate, resolve_max_tokens
-from ul2r.inference.infilling import infill
+from ul2r.inference.generation import generate
+from ul2r.inference.infilling import fill_slots
 from ul2r.inference.language_model import LanguageModel
+from ul2r.inference.plans import FinishReason
+from ul2r.inference.prompts import prepare_completion
 
 
 @dataclass(frozen=True)
@@ -53,27 +54,9 @@ def complete(
     Raises:
         RequestError: If the request does not fit the model.
     """
-    # Without a token there is no logit to start from.
-    if not prompt:
-        raise RequestError("the prompt is empty: give some text to continue")
-
-    # A causal model never read a mode in training, so the default gives it none.
-    if mode is None and model.metadata.denoising:
-        mode = "S2S"
-    inputs: list[int] = []
-    if mode is not None:
-        inputs += model.encode_mode(mode, f"mode {mode}")
-
-    if mode in ("NLU", "NLG") or (mode == "S2S" and model.metadata.prefix_sentinel):
-        # One slot at the end: the prompt closes with its sentinel.
-        filled = infill(
-            model,
-            [prompt, ""],
-            mode=mode,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            seed=seed,
-        )
+    request = prepare_completion(model, prompt, mode=mode, max_tokens=max_tokens)
+    if request.openers:
+        filled = fill_slots(model, request, [prompt, ""], temperature=temperature, seed=seed)
         return CompletionResult(
             text=filled.fills[0],
             finish_reason=filled.finish_reasons[0],
@@ -81,30 +64,23 @@ def complete(
             completion_tokens=filled.completion_tokens,
         )
 
-    text = model.encode(prompt)
-    if not text:
-        raise RequestError("the prompt has no token: give some text to continue")
-    inputs += text
-    if mode is not None:
-        inputs += model.inputs_end
-
-    # The mode counts against the model's maximum length, so it is in front before the limit is computed.
     generated = list(
         generate(
             model,
-            inputs,
-            max_tokens=resolve_max_tokens(model, len(inputs), max_tokens),
-            stop=model.eos_token_ids,
+            request.tokens,
+            max_tokens=request.max_tokens,
+            stop=request.stop,
             temperature=temperature,
             seed=seed,
             bidirectional=model.attention == "prefix",
         )
     )
     # eos counts as a completion token but is not part of the text.
-    is_stopped = generated[-1] in model.eos_token_ids
+    is_stopped = generated[-1] in request.stop
+    text = generated[:-1] if is_stopped else generated
     return CompletionResult(
-        text=model.decode_continuation(text, generated[:-1] if is_stopped else generated),
+        text=model.decode_continuation(request.parts[0], text),
         finish_reason="stop" if is_stopped else "length",
-        prompt_tokens=len(inputs),
+        prompt_tokens=len(request.tokens),
         completion_tokens=len(generated),
     )

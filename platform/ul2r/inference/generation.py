@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ul2r.errors import RequestError
 from ul2r.inference.language_model import LanguageModel
-
-FinishReason = Literal["stop", "length"]
-"""Why a generated text ended: the model ended it, or it reached its token limit."""
-
-DEFAULT_MAX_TOKENS = 64
+from ul2r.inference.sampling import SamplingSettings, TokenSampler
 
 
 class IncrementalDecoder:
@@ -51,39 +44,11 @@ class IncrementalDecoder:
         return self._model.forward(batch, mask, self._cache, num_last=1)[0, -1].cpu()
 
 
-class Sampler:
-    """Selects the next token: the most likely one at temperature 0, else a seeded random one.
-
-    Only text tokens and explicitly allowed ones are selected, so modes, sentinels and unused ids never end up in a
-    generated text.
-    """
+class Sampler(TokenSampler):
+    """Sampler of a request that sets no more than temperature and seed."""
 
     def __init__(self, model: LanguageModel, temperature: float, seed: int) -> None:
-        # NaN fails the comparison too.
-        if not 0 <= temperature < math.inf:
-            raise RequestError(f"temperature={temperature} is out of range: choose 0 or more")
-        self._is_text = model.is_text
-        self._temperature = temperature
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def sample(self, logits: Tensor, also_allowed: Collection[int]) -> int:
-        """Return the id of a text token or of one in `also_allowed`.
-
-        Args:
-            logits: float32 (V,).
-            also_allowed: Ids that may be selected besides text.
-        """
-        # A copy: the mask belongs to the model, which all requests share.
-        allowed = self._is_text.clone()
-        allowed[list(also_allowed)] = True
-        logits = logits.masked_fill(~allowed, -torch.inf)
-        if self._temperature == 0:
-            return int(logits.argmax())
-
-        # With a maximum of 0, dividing by a tiny temperature overflows to -inf at worst, never to inf or NaN.
-        shifted = (logits - logits.max()).double()
-        probabilities = torch.softmax(shifted / self._temperature, dim=-1)
-        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+        super().__init__(model.is_text, SamplingSettings(temperature=temperature, seed=seed))
 
 
 def generate(
@@ -118,43 +83,3 @@ def generate(
         if token in stop or not remaining:
             return
         decoder.feed(token)
-
-
-def resolve_max_tokens(
-    model: LanguageModel,
-    prompt_tokens: int,
-    max_tokens: int | None,
-    *,
-    num_spans: int = 1,
-    extra_tokens_per_span: int = 0,
-) -> int:
-    """Return the token limit of each generated text, after checking it against the model's maximum length.
-
-    Args:
-        model: Model whose maximum length prompt and completion share.
-        prompt_tokens: Number of tokens of the prompt, including mode and sentinels.
-        max_tokens: Limit in the request; None stands for `DEFAULT_MAX_TOKENS`, or fewer where fewer fit.
-        num_spans: Number of texts to generate.
-        extra_tokens_per_span: Tokens of each text beyond its limit, such as its sentinel.
-
-    Raises:
-        RequestError: If the prompt leaves no room, or `max_tokens` is out of range.
-    """
-    max_length = model.max_position_embeddings
-    # Every span may reach its limit, so they share the remaining positions equally.
-    room = (max_length - prompt_tokens) // num_spans - extra_tokens_per_span
-    if room < 1:
-        longest_prompt = max_length - num_spans * (1 + extra_tokens_per_span)
-        raise RequestError(
-            f"the prompt is too long: it has {prompt_tokens} tokens, and at most {longest_prompt} leave room for a "
-            f"completion within the model's maximum length of {max_length}: shorten it"
-        )
-
-    if max_tokens is None:
-        return min(room, DEFAULT_MAX_TOKENS)
-    if not 1 <= max_tokens <= room:
-        raise RequestError(
-            f"max_tokens={max_tokens} is out of range: with {prompt_tokens} prompt tokens and a maximum length of "
-            f"{max_length}, choose 1 to {room}"
-        )
-    return max_tokens

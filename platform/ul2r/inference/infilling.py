@@ -7,14 +7,10 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from ul2r.config.denoisers import Mode
-from ul2r.errors import RequestError
-from ul2r.inference.generation import (
-    FinishReason,
-    IncrementalDecoder,
-    Sampler,
-    resolve_max_tokens,
-)
+from ul2r.inference.generation import IncrementalDecoder, Sampler
 from ul2r.inference.language_model import LanguageModel
+from ul2r.inference.plans import FinishReason
+from ul2r.inference.prompts import Prompt, prepare_infilling
 
 
 @dataclass(frozen=True)
@@ -70,46 +66,36 @@ def infill(
     Raises:
         RequestError: If the model was trained causally, or the request does not fit the model.
     """
-    vocabulary = model.require_denoising("infilling")
-    # Parts are encoded one by one: no token may span a slot. Only the first one begins a document.
-    encoded = [
-        (model.encode_continuation if place else model.encode)(part)
-        for place, part in enumerate(parts)
-    ]
-    # The only slot of a completion is at the end, so it needs no second sentinel.
-    _check_parts(encoded, max(max_infill_slots(model), int(not any(encoded[-1:]))))
+    prompt = prepare_infilling(model, parts, mode=mode, max_tokens=max_tokens)
+    return fill_slots(model, prompt, parts, temperature=temperature, seed=seed)
 
-    num_slots = len(parts) - 1
-    # The prompt ends in a sentinel, like every training input: that of the last slot, or one more after text.
-    sentinels = vocabulary.sentinels[: num_slots + bool(encoded[-1])]
-    prompt = [
-        *model.encode_mode(mode, "infilling"),
-        *_interleave(encoded, sentinels),
-        *model.inputs_end,
-    ]
-    limit = resolve_max_tokens(
-        model, len(prompt), max_tokens, num_spans=num_slots, extra_tokens_per_span=1
-    )
 
-    decoder = IncrementalDecoder(model, prompt, bidirectional=model.attention == "prefix")
+def fill_slots(
+    model: LanguageModel,
+    prompt: Prompt,
+    parts: Sequence[str],
+    *,
+    temperature: float,
+    seed: int,
+) -> InfillResult:
+    """Fill the slots of a prepared prompt, one token after the other; `parts` are the texts around them."""
+    decoder = IncrementalDecoder(model, prompt.tokens, bidirectional=model.attention == "prefix")
     sampler = Sampler(model, temperature, seed)
-    # A span ends where the next sentinel would begin, at the end of the text with eos.
-    closers = (*sentinels, vocabulary.eos)[1 : num_slots + 1]
     # One decoder for all slots: each span has those before it as context, as in training.
     spans = [
-        generate_span(decoder, sampler, opener, closer, limit)
-        for opener, closer in zip(sentinels[:num_slots], closers, strict=True)
+        generate_span(decoder, sampler, opener, closer, prompt.max_tokens)
+        for opener, closer in zip(prompt.openers, prompt.closers, strict=True)
     ]
 
-    fills = _decode_fills(model, encoded, [ids for ids, _ in spans])
+    fills = decode_fills(model, prompt, [ids for ids, _ in spans])
     finish_reasons = tuple(finish_reason for _, finish_reason in spans)
     # The closer of the last slot is generated too, unless the span reached its limit.
     completion_tokens = sum(1 + len(ids) for ids, _ in spans) + (finish_reasons[-1] == "stop")
     return InfillResult(
-        text="".join(text for pair in zip_longest(parts, fills, fillvalue="") for text in pair),
+        text=join_fills(parts, fills),
         fills=tuple(fills),
         finish_reasons=finish_reasons,
-        prompt_tokens=len(prompt),
+        prompt_tokens=len(prompt.tokens),
         completion_tokens=completion_tokens,
     )
 
@@ -142,51 +128,14 @@ def generate_span(
     return ids, "length"
 
 
-def max_infill_slots(model: LanguageModel) -> int:
-    """Return the maximum number of slots in a text; 0 for a model that was not trained on denoisers.
-
-    Each slot takes a sentinel, and one more closes the text.
-    """
-    if not model.metadata.denoising or model.vocabulary is None:
-        return 0
-    return len(model.vocabulary.sentinels) - 1
-
-
-def _decode_fills(
-    model: LanguageModel, parts: Sequence[list[int]], spans: Sequence[list[int]]
-) -> list[str]:
+def decode_fills(model: LanguageModel, prompt: Prompt, spans: Sequence[Sequence[int]]) -> list[str]:
     """Return the text of each span in the document that parts and spans make up."""
-    fills: list[str] = []
-    before = list(parts[0])
-    for span, part in zip(spans, parts[1:], strict=True):
-        fills.append(model.decode_continuation(before, span))
-        before += [*span, *part]
-    return fills
+    return [
+        model.decode_continuation(prompt.tokens_before(spans[: number + 1]), span)
+        for number, span in enumerate(spans)
+    ]
 
 
-def _interleave(parts: Sequence[list[int]], sentinels: Sequence[int]) -> list[int]:
-    """Return parts and sentinels alternately, starting with a part."""
-    tokens: list[int] = []
-    # One sentinel fewer than parts if the text ends in a slot, whose last part is then empty.
-    for part, sentinel in zip_longest(parts, sentinels):
-        tokens += part if sentinel is None else [*part, sentinel]
-    return tokens
-
-
-def _check_parts(parts: Sequence[list[int]], max_slots: int) -> None:
-    """Refuse prompts that no training example looks like."""
-    num_slots = len(parts) - 1
-    if num_slots < 1:
-        raise RequestError("the prompt has no slot: mark at least one place to fill")
-    if num_slots > max_slots:
-        raise RequestError(
-            f"the prompt has {num_slots} slots, but the model has sentinels for {max_slots}: use fewer slots"
-        )
-    if not any(parts):
-        raise RequestError("the prompt is empty: add text before or after a slot")
-    # In span corruption two adjacent spans are a single one (arXiv 1910.10683, 3.1.4).
-    for slot, between in enumerate(parts[1:-1], start=1):
-        if not between:
-            raise RequestError(
-                f"slots {slot} and {slot + 1} are adjacent: put text between them, or merge them"
-            )
+def join_fills(parts: Sequence[str], fills: Sequence[str]) -> str:
+    """Return a text with its slots filled."""
+    return "".join(text for pair in zip_longest(parts, fills, fillvalue="") for text in pair)

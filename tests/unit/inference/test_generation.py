@@ -9,12 +9,8 @@ import torch
 
 from ul2r.errors import RequestError
 from ul2r.inference import LanguageModel, generate
-from ul2r.inference.generation import (
-    DEFAULT_MAX_TOKENS,
-    IncrementalDecoder,
-    Sampler,
-    resolve_max_tokens,
-)
+from ul2r.inference.generation import IncrementalDecoder, Sampler
+from ul2r.inference.prompts import DEFAULT_MAX_TOKENS, resolve_max_tokens
 from ul2r.objective.vocabulary import Vocabulary
 
 

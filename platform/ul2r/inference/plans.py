@@ -1,0 +1,144 @@
+"""The course of an answer after its prompt: which tokens are forced, which may be sampled, and where it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+FinishReason = Literal["stop", "length"]
+"""Why a generated text ended: the model ended it, or it reached its token limit."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Consequence of a sampled token.
+
+    Attributes:
+        is_text: True if the token belongs to the text of the current span.
+        feed: Tokens that the model reads next; empty at the end of the answer.
+    """
+
+    is_text: bool
+    feed: tuple[int, ...]
+
+
+class Plan(Protocol):
+    """State of one answer.
+
+    Attributes:
+        spans: Tokens of the text of each span so far.
+        finish_reasons: Of each span that has ended.
+        num_tokens: Number of generated tokens so far, including sentinels and eos.
+    """
+
+    spans: list[list[int]]
+    finish_reasons: list[FinishReason]
+    num_tokens: int
+
+    def begin(self) -> tuple[int, ...]:
+        """Return the tokens that the model reads after its prompt, before the first one is sampled."""
+
+    def also_allowed(self) -> tuple[int, ...]:
+        """Return the tokens that may be sampled next besides text."""
+
+    def accept(self, token: int) -> Step:
+        """Continue with a sampled token."""
+
+
+class CompletionPlan:
+    """Text up to a stop token or a limit; see `Plan`.
+
+    Args:
+        stop: Ids that end the text.
+        max_tokens: Maximum number of tokens.
+        min_tokens: The text does not end before.
+    """
+
+    def __init__(self, stop: Sequence[int], max_tokens: int, min_tokens: int = 0) -> None:
+        self._stop = tuple(stop)
+        self._max_tokens = max_tokens
+        self._min_tokens = min_tokens
+        self.spans: list[list[int]] = [[]]
+        self.finish_reasons: list[FinishReason] = []
+        self.num_tokens = 0
+
+    def begin(self) -> tuple[int, ...]:
+        """Return no token: the first one is sampled from the logits of the prompt."""
+        return ()
+
+    def also_allowed(self) -> tuple[int, ...]:
+        """Return the stop tokens."""
+        return self._stop if self.num_tokens >= self._min_tokens else ()
+
+    def accept(self, token: int) -> Step:
+        """Append a token, or end."""
+        self.num_tokens += 1
+        if token in self._stop:
+            self.finish_reasons.append("stop")
+            return Step(is_text=False, feed=())
+        self.spans[0].append(token)
+        # The last token is not read: its logits are not needed.
+        if self.num_tokens >= self._max_tokens:
+            self.finish_reasons.append("length")
+            return Step(is_text=True, feed=())
+        return Step(is_text=True, feed=(token,))
+
+
+class InfillPlan:
+    """Spans in order, each opened by its sentinel; see `Plan` and `ul2r.inference.infilling.infill`.
+
+    Args:
+        openers: Sentinel of each slot.
+        closers: Token that ends each span: the next sentinel, or eos.
+        max_tokens: Maximum number of tokens of a span.
+        typed: Tokens that the first span begins with, given by the request.
+    """
+
+    def __init__(
+        self,
+        openers: Sequence[int],
+        closers: Sequence[int],
+        max_tokens: int,
+        typed: Sequence[int] = (),
+    ) -> None:
+        self._openers = tuple(openers)
+        self._closers = tuple(closers)
+        self._max_tokens = max_tokens
+        self._typed = tuple(typed)
+        self.spans: list[list[int]] = [[]]
+        self.finish_reasons: list[FinishReason] = []
+        self.num_tokens = 1
+
+    def begin(self) -> tuple[int, ...]:
+        """Return the first sentinel and what is typed already behind it."""
+        return (self._openers[0], *self._typed)
+
+    def also_allowed(self) -> tuple[int, ...]:
+        """Return the closer of the span, once there is text: an empty span never occurs in training."""
+        has_text = bool(self.spans[-1]) or (len(self.spans) == 1 and bool(self._typed))
+        return (self._closers[len(self.spans) - 1],) if has_text else ()
+
+    def accept(self, token: int) -> Step:
+        """Append a token to the span, or go on to the next one."""
+        span = self.spans[-1]
+        if token == self._closers[len(self.spans) - 1]:
+            return Step(is_text=False, feed=self._end_span("stop"))
+        span.append(token)
+        self.num_tokens += 1
+        if len(span) < self._max_tokens:
+            return Step(is_text=True, feed=(token,))
+        opener = self._end_span("length")
+        # The last token is read too if another span continues from it.
+        return Step(is_text=True, feed=(token, *opener) if opener else ())
+
+    def _end_span(self, reason: FinishReason) -> tuple[int, ...]:
+        """Return the next sentinel, or nothing after the last span."""
+        self.finish_reasons.append(reason)
+        if len(self.finish_reasons) < len(self._openers):
+            self.spans.append([])
+            self.num_tokens += 1
+            return (self._openers[len(self.finish_reasons)],)
+        # The closer of the last slot is generated too, unless the span reached its limit.
+        self.num_tokens += reason == "stop"
+        return ()
