@@ -184,6 +184,11 @@ def check_notes_and_examples(
     for text in (note, runs["three"].data.tags["mlflow.note.content"]):
         assert "| infilled span, exact match" in text
         assert "UL2R against the base as it was: better: " in text
+    own_note = runs["ul2r"].data.tags["mlflow.note.content"]
+    assert own_note.startswith("**UL2R**, continues [`base`](#/experiments/")
+    assert "## Comparison three\n\nUL2R against the base as it was: better: " in own_note
+    assert "## Scores\n\nThe export of step " in own_note
+    assert "| infilled span, exact match" in own_note
     # MLflow's own reader of tables, which asks the server of the environment (3.17).
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("MLFLOW_TRACKING_URI", client.tracking_uri)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -20,11 +21,15 @@ from mlflow import MlflowClient
 from ul2r.errors import CheckpointError, ServiceError
 from ul2r.inference import LanguageModel, complete, infill
 from ul2r.inference.pyfunc import make_pointer
+from ul2r.launch.run_inputs import list_run_inputs
+from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.models import write_tiny_export
+from ul2r.testing.recipes import tiny_recipe
 from ul2r.tracking import mlflow as tracking
 from ul2r.tracking.logged_model import ModelDetails
 from ul2r.tracking.model_uri import ModelUri
 from ul2r.tracking.server import find_free_port
+from ul2r.tracking.store import open_store
 
 ROOT = Path(__file__).parents[2]
 
@@ -75,6 +80,36 @@ def test_export_is_registered_once_and_found_by_alias_version_or_as_the_newest(
         assert resolve(uri, newest) == second
     run = MlflowClient(uri, uri).get_run(run_id)
     assert [output.step for output in run.outputs.model_outputs] == [7, 7]
+
+
+def test_scores_of_an_export_are_shown_with_its_logged_model(uri: str, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    inputs = list_run_inputs(recipe, make_tiny_store(tmp_path / "store", num_documents=12))
+    run_id = tracking.start_run(recipe, uri, {}, {}, inputs)
+    export = make_export(tmp_path / "export")
+    client, store = MlflowClient(uri, uri), open_store(uri)
+
+    def log_scores(loss: float) -> dict[str, list[float]]:
+        scores = {"causal/evaluation_loss": loss, "causal/evaluation_loss_stderr": math.nan}
+        store.log_summary(run_id, scores, step=7, export=export)
+        found = client.search_logged_models([client.get_run(run_id).info.experiment_id])
+        metrics = [m for model in found if model.source_run_id == run_id for m in model.metrics]
+        assert {(m.step, m.dataset_name) for m in metrics} <= {(7, inputs[1].name)}
+        return {key: sorted(m.value for m in metrics if m.key == key) for key in scores}
+
+    # Nowhere to be shown, and known to the run all the same.
+    assert log_scores(3.0)["causal/evaluation_loss"] == []
+    register(uri, "tests-scored", export, run_id)
+    # MLflow would show a NaN as 0.
+    expected = {"causal/evaluation_loss": [3.0], "causal/evaluation_loss_stderr": []}
+    assert log_scores(3.0) == log_scores(3.0) == expected
+    assert log_scores(2.5)["causal/evaluation_loss"] == [2.5, 3.0]
+
+    history = client.get_metric_history(run_id, "causal/evaluation_loss")
+    assert sorted(point.value for point in history) == [2.5, 3.0]
+    # Of other weights nothing has been measured.
+    register(uri, "tests-scored", make_export(tmp_path / "other", b"other"), run_id)
+    assert log_scores(2.5)["causal/evaluation_loss"] == [2.5, 3.0]
 
 
 def test_version_that_was_registered_before_there_were_logged_models_is_still_found(

@@ -139,6 +139,8 @@ def test_run_shows_its_origin_settings_and_text(uri: str, tmp_path: Path) -> Non
     run_id = tracking.start_run(recipe, uri, {}, {"parameters": 12345}, inputs)
     client.set_tag(run_id, "mlflow.note.content", "edited on the page")
     assert tracking.start_run(recipe, uri, {}, {"parameters": 12345}, inputs) == run_id
+    for text in ("first", "second"):
+        tracking.note_run(uri, run_id, "Scores", text)
 
     run = client.get_run(run_id)
     assert run.info.user_id == getpass.getuser()
@@ -147,7 +149,8 @@ def test_run_shows_its_origin_settings_and_text(uri: str, tmp_path: Path) -> Non
         run.data.tags["mlflow.source.git.commit"]
         == subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip()
     )
-    assert run.data.tags["mlflow.note.content"] == "edited on the page"
+    note = "edited on the page\n\n## Scores\n\nsecond\n\n<!-- end of Scores -->"
+    assert run.data.tags["mlflow.note.content"] == note
     assert run.data.params["optimizer.learning_rate"] == "0.01"
     assert run.data.params["parameters"] == "12345"
 
@@ -162,6 +165,24 @@ def test_run_shows_its_origin_settings_and_text(uri: str, tmp_path: Path) -> Non
         assert json.loads(read[context].profile)["num_tokens"] == counts.num_tokens
         # MLflow's own way from a run to its data.
         assert mlflow.data.get_source(read[context]).load() == str(tmp_path / "store")
+
+
+def test_run_links_to_the_run_that_it_continues(uri: str, tmp_path: Path) -> None:
+    client = MlflowClient(uri, uri)
+    recipe = tiny_recipe(tmp_path, name="child", base="parent", role="ul2r")
+    before = client.get_run(tracking.start_run(recipe, uri, {}, {})).data.tags
+    assert before["ul2r.base"] == "parent"
+    # Not known here.
+    assert "ul2r.parent" not in before
+
+    parent = tracking.start_run(tiny_recipe(tmp_path, name="parent"), uri, {}, {})
+    assert (
+        client.get_run(tracking.start_run(recipe, uri, {}, {})).data.tags["ul2r.parent"] == parent
+    )
+    other = tiny_recipe(tmp_path, name="other", base="parent")
+    tags = client.get_run(tracking.start_run(other, uri, {}, {})).data.tags
+    assert tags["ul2r.parent"] == parent
+    assert f"/runs/{parent})" in tags["mlflow.note.content"]
 
 
 def test_unchanged_results_are_not_added_again(uri: str, tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from ul2r.errors import ServiceError
 from ul2r.filesystem import write_atomically
 from ul2r.paths import RunPaths
 from ul2r.tracking.provenance import NOTE_TAG, describe_process, describe_run, flatten_recipe
-from ul2r.tracking.roles import describe_origin
+from ul2r.tracking.roles import describe_origin, find_base_folder
 from ul2r.tracking.run_inputs import RunInput
+from ul2r.tracking.sections import replace_section
 from ul2r.tracking.tables import split_table
 from ul2r.tracking.tracker import RunStatus, status_after
 
@@ -43,11 +44,13 @@ class FileStore:
         inputs: Sequence[RunInput] = (),
     ) -> str:
         """Begin the record of a recipe's run, or continue it; return its id."""
+        base_folder = find_base_folder(recipe)
+        parent = self.find_run(base_folder) if base_folder else None
         run_id = self.continue_run(
             recipe.tracking.experiment,
             recipe.name,
             recipe.paths.folder,
-            tags={**describe_origin(recipe), **tags},
+            tags={**describe_origin(recipe, parent), **tags},
             params={**flatten_recipe(recipe), **params},
             note=describe_run(recipe, params, inputs),
         )
@@ -136,6 +139,14 @@ class FileStore:
         """Write a table into the run's folder, in the form that MLflow has it in."""
         write_atomically(Path(run_id) / file, json.dumps(split_table(table), ensure_ascii=False))
 
+    def note_run(self, run_id: str, heading: str, text: str) -> None:
+        """Add a section to a run's description, in place of one under the same heading."""
+        record = _read_record(run_id)
+        tags = record.get("tags", {})
+        note = replace_section(tags.get(NOTE_TAG, ""), heading, text)
+        if note is not None and note != tags.get(NOTE_TAG):
+            _write_record(run_id, {**record, "tags": {**tags, NOTE_TAG: note}})
+
     def note_experiment(self, experiment: str, heading: str, text: str) -> None:
         """Do nothing: an experiment has no file of its own."""
 
@@ -145,9 +156,10 @@ class FileStore:
         metrics: Mapping[str, float],
         artifacts: Iterable[Path] = (),
         step: int = 0,
+        export: Path | None = None,
     ) -> None:
         """Append results; skip metrics whose last value is this one already."""
-        del artifacts
+        del artifacts, export
         stored = {
             key: value for _, values in _read_metrics(run_id) for key, value in values.items()
         }

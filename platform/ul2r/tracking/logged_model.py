@@ -73,7 +73,7 @@ def log_model(uri: str, run_id: str, digest: str, details: ModelDetails) -> str:
     """
     client = create_client(uri)
     # The folder belongs to what a model is: it is loaded from there.
-    identity = {"digest": digest, "export_folder": str(details.pointer["folder"])}
+    identity = identify_export(digest, Path(str(details.pointer["folder"])))
     tags = {**details.tags, **identity, NOTE_TAG: details.describe()}
     with translate_errors(uri):
         experiment = client.get_run(run_id).info.experiment_id
@@ -101,6 +101,16 @@ def log_model(uri: str, run_id: str, digest: str, details: ModelDetails) -> str:
         # Last: what is ready has everything, and what is not is logged again.
         client.finalize_logged_model(model_id, "READY")
     return model_id
+
+
+def identify_export(digest: str, folder: Path) -> dict[str, str]:
+    """Return the tags by which the logged model of an export is found.
+
+    Args:
+        digest: Digest of the export, as of `hash_export`.
+        folder: Its folder.
+    """
+    return {"digest": digest, "export_folder": str(folder.resolve())}
 
 
 def find_model(

@@ -26,8 +26,9 @@ from ul2r.paths import RunPaths
 from ul2r.tracking.artifacts import check_artifact_store
 from ul2r.tracking.backlog import Backlog, Point
 from ul2r.tracking.client import check_server, create_client, first_line
+from ul2r.tracking.model_metrics import link_metrics
 from ul2r.tracking.names import is_metric_name
-from ul2r.tracking.notes import log_table, note_experiment
+from ul2r.tracking.notes import log_table, note_experiment, note_run
 from ul2r.tracking.refusals import INVALID_VALUE, is_refusal
 from ul2r.tracking.registry import log_export, register, resolve
 from ul2r.tracking.runs import (
@@ -55,12 +56,14 @@ __all__ = [
     "find_run",
     "find_view_url",
     "finish_run",
+    "link_metrics",
     "list_view_urls",
     "log_artifact",
     "log_export",
     "log_summary",
     "log_table",
     "note_experiment",
+    "note_run",
     "read_metric_history",
     "register",
     "require_run",

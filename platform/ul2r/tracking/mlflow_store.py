@@ -91,6 +91,10 @@ class MlflowStore:
         """Add a table to a run, in place of an earlier one of this name."""
         mlflow.log_table(self.uri, run_id, table, file)
 
+    def note_run(self, run_id: str, heading: str, text: str) -> None:
+        """Add a section to a run's description, in place of one under the same heading."""
+        mlflow.note_run(self.uri, run_id, heading, text)
+
     def note_experiment(self, experiment: str, heading: str, text: str) -> None:
         """Add a section to an experiment's description, in place of one under the same heading."""
         mlflow.note_experiment(self.uri, experiment, heading, text)
@@ -101,9 +105,12 @@ class MlflowStore:
         metrics: Mapping[str, float],
         artifacts: Iterable[Path] = (),
         step: int = 0,
+        export: Path | None = None,
     ) -> None:
-        """Add results to a run; skip metrics that have this value already."""
+        """Add results to a run, and to its logged model of an export; skip metrics that have this value already."""
         mlflow.log_summary(self.uri, run_id, metrics, artifacts, step)
+        if export is not None:
+            mlflow.link_metrics(self.uri, run_id, export, metrics)
 
     def read_metric_history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
         """Return (step, value) of a metric by rising step."""

@@ -1,10 +1,9 @@
-"""Tables of runs and descriptions of experiments in MLflow."""
+"""Tables of runs, and descriptions of runs and experiments, in MLflow."""
 
 from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Mapping, Sequence
 
 from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
@@ -12,10 +11,8 @@ from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 from ul2r.tracking.artifacts import open_experiment, translate_store_errors
 from ul2r.tracking.client import create_client, translate_errors
 from ul2r.tracking.provenance import NOTE_TAG
+from ul2r.tracking.sections import replace_section
 from ul2r.tracking.tables import split_table
-
-MAX_NOTE_LENGTH = 5000
-"""Characters that MLflow's database allows in a tag of an experiment."""
 
 _log = logging.getLogger(__name__)
 
@@ -66,34 +63,28 @@ def note_experiment(uri: str, experiment: str, heading: str, text: str) -> None:
         create_client(uri).set_experiment_tag(found.experiment_id, NOTE_TAG, note)
 
 
-def replace_section(note: str, heading: str, text: str) -> str | None:
-    """Return a description with a section added or replaced, whose end is cut where MLflow takes no more.
+def note_run(uri: str, run_id: str, heading: str, text: str) -> None:
+    """Add a section to a run's description, in place of one under the same heading; leave other text as it is.
 
     Args:
-        note: The description.
-        heading: Heading of the section.
-        text: Its Markdown.
+        uri: The tracking server.
+        run_id: The run.
+        heading: Heading of the section, without #.
+        text: Its Markdown, without headings of this level.
 
-    Returns:
-        The description; None if what else is in it leaves no room for a line of the section.
+    Raises:
+        ServiceError: If the server fails.
     """
-    beginning = f"## {heading}\n\n"
-    # A comment, which the page does not show: what people write behind a section is not part of it.
-    end = f"\n\n<!-- end of {heading} -->"
-    # Sections of earlier versions have no such end, and go on to the next heading.
-    section = re.compile(
-        rf"^## {re.escape(heading)}\n(?:.*?{re.escape(end.strip())}|.*?(?=^## |\Z))",
-        re.MULTILINE | re.DOTALL,
-    )
-    others = section.sub("", note).strip()
-    room = MAX_NOTE_LENGTH - len(others) - len(beginning) - len(end) - 4
-    if len(text) > room:
-        text = text[: max(room, 0)].rpartition("\n")[0]
-        if not text:
-            return None
-    # Before other sections, since the last comparison is what people look for; behind text without a heading, which
-    # would else become part of this one.
-    first = re.search(r"^## ", others, re.MULTILINE)
-    place = first.start() if first else len(others)
-    parts = (others[:place].strip(), f"{beginning}{text.strip()}{end}", others[place:].strip())
-    return "\n\n".join(part for part in parts if part)
+    client = create_client(uri)
+    with translate_errors(uri):
+        run = client.get_run(run_id)
+        before = run.data.tags.get(NOTE_TAG, "")
+        note = replace_section(before, heading, text)
+        if note is None:
+            _log.warning(
+                "the description of run %r has no room for %r: shorten it on its page",
+                run.info.run_name,
+                heading,
+            )
+        elif note != before:
+            client.set_tag(run_id, NOTE_TAG, note)

@@ -22,6 +22,8 @@ COMMIT_TAG = "mlflow.source.git.commit"
 BRANCH_TAG = "mlflow.source.git.branch"
 DIRTY_TAG = "mlflow.source.git.dirty"
 NOTE_TAG = "mlflow.note.content"
+CONTEXT_TAG = "mlflow.data.context"
+"""Tag of a run's input that MLflow's page shows next to it."""
 
 GIT_TIMEOUT_S = 10.0
 PROGRAM = "ul2r"
@@ -75,7 +77,10 @@ def flatten_recipe(recipe: Recipe) -> dict[str, str]:
 
 
 def describe_run(
-    recipe: Recipe, params: Mapping[str, str | int | float], inputs: Sequence[RunInput]
+    recipe: Recipe,
+    params: Mapping[str, str | int | float],
+    inputs: Sequence[RunInput],
+    base_page: str | None = None,
 ) -> str:
     """Return a description of a run in Markdown.
 
@@ -83,11 +88,14 @@ def describe_run(
         recipe: The run.
         params: Its parameters; "parameters" is the model's size.
         inputs: The text that it reads.
+        base_page: Address of the page of the run that it continues.
     """
     training = recipe.training
     length = recipe.objective.sequence_length
     positions = training.steps * training.global_batch_size * length
-    origin = f", continues `{_name_base(recipe)}`" if recipe.base else ", from initial weights"
+    base = f"`{_name_base(recipe)}`"
+    linked = f"[{base}]({base_page})" if base_page else base
+    origin = f", continues {linked}" if recipe.base else ", from initial weights"
     size = (
         f"{_format_count(int(params['parameters']))} parameters, " if "parameters" in params else ""
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from ul2r.config import Recipe
 
@@ -13,7 +14,19 @@ COMPARISON_ROLE = "comparison"
 """Role of the run that a comparison is recorded in."""
 
 
-def describe_origin(recipe: Recipe) -> dict[str, str]:
-    """Return the tags that name a run's role and the run that it continues."""
-    parent = {"ul2r.parent": str(recipe.base)} if recipe.base else {}
-    return {"ul2r.role": recipe.role or "none", **parent}
+def describe_origin(recipe: Recipe, parent: str | None) -> dict[str, str]:
+    """Return the tags that name a run's role and what it continues.
+
+    Args:
+        recipe: The run.
+        parent: Id of the run that it continues, None if that has no record here.
+    """
+    base = {"ul2r.base": str(recipe.base)} if recipe.base else {}
+    # Not MLflow's own tag of a parent, whose runs its page folds away below it.
+    tracked = {"ul2r.parent": parent} if parent else {}
+    return {"ul2r.role": recipe.role or "none", **base, **tracked}
+
+
+def find_base_folder(recipe: Recipe) -> Path | None:
+    """Return the folder of the run that a recipe continues, None if its base is not a run of this storage."""
+    return recipe.storage_paths.run(recipe.base).folder if isinstance(recipe.base, str) else None

@@ -20,8 +20,14 @@ from ul2r.filesystem import write_atomically
 from ul2r.paths import RunPaths
 from ul2r.tracking.artifacts import open_experiment, translate_store_errors
 from ul2r.tracking.client import create_client, translate_errors
-from ul2r.tracking.provenance import NOTE_TAG, describe_process, describe_run, flatten_recipe
-from ul2r.tracking.roles import ROLE_COLORS, describe_origin
+from ul2r.tracking.provenance import (
+    CONTEXT_TAG,
+    NOTE_TAG,
+    describe_process,
+    describe_run,
+    flatten_recipe,
+)
+from ul2r.tracking.roles import ROLE_COLORS, describe_origin, find_base_folder
 from ul2r.tracking.run_inputs import RunInput
 from ul2r.tracking.tracker import RunStatus, status_after
 from ul2r.tracking.view import RUN_COLOR_TAG, install_view
@@ -32,8 +38,6 @@ MAX_BATCH_PARAMS = 100
 """MLflow's limit of one request."""
 DIGEST_LENGTH = 12
 """Characters of a fingerprint in the digest of a data set, of which MLflow allows 36; its source has all of them."""
-CONTEXT_TAG = "mlflow.data.context"
-"""Tag of a run's input that MLflow's page shows next to it."""
 
 _log = logging.getLogger(__name__)
 
@@ -58,14 +62,17 @@ def start_run(
         ServiceError: If the server fails.
     """
     color = {RUN_COLOR_TAG: ROLE_COLORS[recipe.role]} if recipe.role else {}
+    base_folder = find_base_folder(recipe)
+    with translate_errors(uri):
+        parent = _find_recorded_run(uri, base_folder) if base_folder else None
     run_id = continue_run(
         uri,
         recipe.tracking.experiment,
         recipe.name,
         recipe.paths.folder,
-        tags={**describe_origin(recipe), **color, **tags},
+        tags={**describe_origin(recipe, parent.info.run_id if parent else None), **color, **tags},
         params={**flatten_recipe(recipe), **params},
-        note=describe_run(recipe, params, inputs),
+        note=describe_run(recipe, params, inputs, _format_page(parent) if parent else None),
     )
 
     with end_on_error(uri, run_id):
@@ -228,6 +235,11 @@ def read_metric_history(uri: str, run_id: str, metric: str) -> list[tuple[int, f
     points = sorted(points, key=lambda point: point.timestamp)
     last = {int(point.step): float(point.value) for point in points}
     return sorted(last.items())
+
+
+def _format_page(run: Run) -> str:
+    """Return the address of a run's page, relative to any page of MLflow."""
+    return f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
 
 
 def _log_inputs(uri: str, run_id: str, inputs: Sequence[RunInput]) -> None:

@@ -77,6 +77,9 @@ class TrackingStore(Protocol):
     def log_table(self, run_id: str, table: Mapping[str, Sequence[object]], file: str) -> None:
         """Add a table, by column, to a run as an artifact, in place of an earlier one of this name."""
 
+    def note_run(self, run_id: str, heading: str, text: str) -> None:
+        """Add a section in Markdown to a run's description, in place of one under the same heading."""
+
     def note_experiment(self, experiment: str, heading: str, text: str) -> None:
         """Add a section in Markdown to an experiment's description, in place of one under the same heading."""
 
@@ -86,8 +89,12 @@ class TrackingStore(Protocol):
         metrics: Mapping[str, float],
         artifacts: Iterable[Path] = (),
         step: int = 0,
+        export: Path | None = None,
     ) -> None:
-        """Add results to a run, finished or not; metrics that have this value already are skipped."""
+        """Add results to a run, finished or not; metrics that have this value already are skipped.
+
+        Results of an export are also shown with its logged model, where there is one.
+        """
 
     def read_metric_history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
         """Return (step, value) of a metric by rising step; of a step taken twice, the last value."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,15 +94,16 @@ def compare(comparison: Comparison) -> ComparisonResult:
     # Scores go to each run as well, as `ul2r evaluate` does: a run may be compared without having been evaluated.
     for role, recipe in recipes.items():
         log_scores(store, recipe, dataset, scores[role])
+    metrics = list_metrics(any_recipe.evaluation)
     for role, arm in pretrained.items():
         run_ids[role] = record_pretrained_arm(
-            store, comparison.tracking.experiment, role, arm, scores[role]
+            store, comparison.tracking.experiment, role, arm, scores[role], metrics=metrics
         )
 
     table = ComparisonTable(
         name=comparison.name,
         arms=tuple(Arm(role, metadata[role], scores[role]) for role in roles),
-        metrics=list_metrics(any_recipe.evaluation),
+        metrics=metrics,
     )
     run_ids = {role: run_ids[role] for role in roles}
     result = ComparisonResult(StoragePaths(comparison.storage).comparison(comparison.name), table)
@@ -110,7 +111,7 @@ def compare(comparison: Comparison) -> ComparisonResult:
     if not _is_current(result, run_ids) or store.find_run(result.folder) is None:
         denoisers = [denoiser.name for denoiser in any_recipe.evaluation.mixture]
         _write_files(result, store, run_ids, denoisers)
-        _log_files(result, comparison, store)
+        _log_files(result, comparison, store, run_ids.values())
 
     return result
 
@@ -202,8 +203,13 @@ def _describe(table: ComparisonTable) -> str:
     return "\n\n".join([*describe_verdict(table), page])
 
 
-def _log_files(result: ComparisonResult, comparison: Comparison, store: TrackingStore) -> None:
-    """Log the files to the comparison's own run, the same one each time."""
+def _log_files(
+    result: ComparisonResult,
+    comparison: Comparison,
+    store: TrackingStore,
+    compared: Iterable[str],
+) -> None:
+    """Log the files to the comparison's own run, the same one each time, and the verdict to the compared ones."""
     note = _describe(result.table)
     run_id = store.continue_run(
         comparison.tracking.experiment,
@@ -222,4 +228,7 @@ def _log_files(result: ComparisonResult, comparison: Comparison, store: Tracking
             store.log_table(run_id, tabulate_infilled(scores), INFILLED_FILE)
         heading = f"Comparison {comparison.name}"
         store.note_experiment(comparison.tracking.experiment, heading, note)
+        verdict = "\n\n".join(describe_verdict(result.table))
+        for compared_id in compared:
+            store.note_run(compared_id, heading, verdict)
     store.end_run(run_id, "FINISHED")

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from ul2r.config import Recipe
 from ul2r.data.store.dataset import TokenDataset, open_run_dataset
-from ul2r.evaluation.measure import list_metrics
+from ul2r.evaluation.measure import Metric, list_metrics
 from ul2r.evaluation.scores import Scores
 from ul2r.evaluation.stored_scores import find_export, load_scores
 from ul2r.inference import read_export_metadata
@@ -23,6 +23,8 @@ from ul2r.workflows.model_card import add_scores
 
 INFILLED_FILE = "infilled_examples.json"
 """Table of infilled spans in a run's record."""
+SCORES_HEADING = "Scores"
+"""Section of a run's description."""
 
 
 def evaluate_run(recipe: Recipe) -> Scores:
@@ -69,15 +71,21 @@ def evaluate_arms(arms: Sequence[Measured], dataset: TokenDataset) -> list[Score
 
 
 def log_scores(store: TrackingStore, recipe: Recipe, dataset: TokenDataset, scores: Scores) -> None:
-    """Add scores and their standard errors to the run's record, under the names of `ul2r.tracking.names`.
+    """Add scores and their standard errors to the run's record, its logged model and its description.
+
+    They are recorded under the names of `ul2r.tracking.names`.
 
     Raises:
         ServiceError: If the server fails.
     """
     # MLflow shows the scores at the step of the checkpoint that was measured.
-    step = read_export_metadata(find_export(recipe, dataset)).step or 0
+    export = find_export(recipe, dataset)
+    step = read_export_metadata(export).step or 0
     run_id = store.require_run(recipe)
-    store.log_summary(run_id, as_metrics(scores), step=step)
+    store.log_summary(run_id, as_metrics(scores), step=step, export=export)
+    measured = f"The export of step {step:,}" if step else "The export"
+    table = tabulate_scores(scores, list_metrics(recipe.evaluation))
+    store.note_run(run_id, SCORES_HEADING, f"{measured} on held-out text:\n\n{table}")
     # Scores of earlier versions were stored without them.
     if scores.infilled:
         store.log_table(run_id, tabulate_infilled({"answer": scores}), INFILLED_FILE)
@@ -107,6 +115,14 @@ def as_metrics(scores: Scores) -> dict[str, float]:
     means = {name_evaluation(name): score.mean for name, score in scores.values.items()}
     errors = {name_evaluation_stderr(name): score.stderr for name, score in scores.values.items()}
     return {**means, **errors}
+
+
+def tabulate_scores(scores: Scores, metrics: Sequence[Metric]) -> str:
+    """Return scores as a table in Markdown."""
+    rows = [
+        f"| {metric.title} | {scores[metric.name].format(metric.digits)} |" for metric in metrics
+    ]
+    return "\n".join(["| held out | mean ± standard error |", "|---|---:|", *rows])
 
 
 def make_score_table(recipe: Recipe, scores: Scores) -> Table:

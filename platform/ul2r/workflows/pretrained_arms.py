@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ul2r.config import HuggingFaceBase, Recipe
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.errors import CheckpointError, RecipeError
+from ul2r.evaluation.measure import Metric
 from ul2r.evaluation.pretrained import PretrainedArm
 from ul2r.evaluation.scores import Scores
 from ul2r.launch.hub_commit import resolve_base_once
@@ -14,7 +16,7 @@ from ul2r.launch.pretrained import check_model_folder, check_same_tokens, read_m
 from ul2r.model.huggingface.safetensors_reader import find_commit
 from ul2r.paths import TOKENIZER_FILE
 from ul2r.tracking.store import TrackingStore
-from ul2r.workflows.evaluate import as_metrics
+from ul2r.workflows.evaluate import SCORES_HEADING, as_metrics, tabulate_scores
 
 
 def resolve_hub_model(model: HuggingFaceBase) -> HuggingFaceBase:
@@ -64,11 +66,25 @@ def prepare_pretrained_arm(
 
 
 def record_pretrained_arm(
-    store: TrackingStore, experiment: str, role: str, arm: PretrainedArm, scores: Scores
+    store: TrackingStore,
+    experiment: str,
+    role: str,
+    arm: PretrainedArm,
+    scores: Scores,
+    *,
+    metrics: Sequence[Metric],
 ) -> str:
     """Record the scores of a model as a run without training; return its id.
 
     A model has one record in a storage: it stays in the experiment of its first comparison.
+
+    Args:
+        store: Where it is recorded.
+        experiment: The comparison's experiment.
+        role: Its column.
+        arm: The model.
+        scores: Its scores.
+        metrics: Their descriptions.
 
     Raises:
         ServiceError: If the server fails.
@@ -83,5 +99,7 @@ def record_pretrained_arm(
     )
     with store.end_on_error(run_id):
         store.log_summary(run_id, as_metrics(scores))
+        table = tabulate_scores(scores, metrics)
+        store.note_run(run_id, SCORES_HEADING, f"The model as it is, on held-out text:\n\n{table}")
     store.end_run(run_id, "FINISHED")
     return run_id

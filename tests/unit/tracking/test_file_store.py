@@ -97,3 +97,26 @@ def test_the_first_close_sets_the_status(tmp_path: Path) -> None:
         tracker.close("KILLED")
         tracker.close("FINISHED")
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "KILLED"
+
+
+def test_a_section_of_the_description_is_renewed(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path)
+    run_id = STORE.start_run(recipe, {}, {})
+    for text in ("first", "second"):
+        STORE.note_run(run_id, "Scores", text)
+    note = json.loads(recipe.paths.run_record.read_text())["tags"]["mlflow.note.content"]
+    assert note.startswith("**")
+    assert "## Scores\n\nsecond\n" in note
+    assert "first" not in note
+
+
+def test_a_run_names_the_run_that_it_continues(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, name="child", base="parent")
+    tags = {}
+    for name in ("before", "after"):
+        STORE.start_run(recipe, {}, {})
+        tags[name] = json.loads(recipe.paths.run_record.read_text())["tags"]
+        parent = STORE.start_run(tiny_recipe(tmp_path, name="parent"), {}, {})
+    assert tags["before"]["ul2r.base"] == tags["after"]["ul2r.base"] == "parent"
+    assert "ul2r.parent" not in tags["before"]
+    assert tags["after"]["ul2r.parent"] == parent

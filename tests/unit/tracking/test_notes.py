@@ -1,6 +1,6 @@
-"""Sections of an experiment's description, and tables as MLflow stores them."""
+"""Sections of a description, and tables as MLflow stores them."""
 
-from ul2r.tracking.notes import MAX_NOTE_LENGTH, replace_section
+from ul2r.tracking.sections import MAX_NOTE_LENGTH, replace_section
 from ul2r.tracking.tables import split_table
 
 PREFACE = "Written on the page."
@@ -21,6 +21,14 @@ def test_section_replaces_the_one_under_its_heading_and_nothing_else() -> None:
     section = "## A\n\ntext\n\n<!-- end of A -->"
     assert replace_section("", "A", "text") == section
     assert replace_section(PREFACE, "A", "text") == f"{PREFACE}\n\n{section}"
+
+
+def test_section_that_is_there_already_stays_in_its_place() -> None:
+    note = f"## A\n\nfirst\n\n<!-- end of A -->\n\n{OTHERS}"
+    both = replace_section(note, "B", "second")
+    assert both is not None
+    assert both.index("## B") < both.index("## A")
+    assert replace_section(both, "A", "first\n") == both
 
 
 def test_text_written_behind_a_section_stays() -> None:

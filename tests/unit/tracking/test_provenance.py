@@ -90,6 +90,8 @@ def test_description_names_base_model_budget_and_text(tmp_path: Path) -> None:
     training = recipe.training
     positions = training.steps * training.global_batch_size * recipe.objective.sequence_length
     assert text.startswith("**UL2R**, continues `old`.")
+    page = "#/experiments/1/runs/2"
+    assert describe_run(recipe, {}, [], page).startswith(f"**UL2R**, continues [`old`]({page}).")
     assert "2.34M parameters" in text
     assert f"{training.steps:,} steps" in text
     assert "1,234,567 tokens of books, fingerprint `0123456789ab`" in text
