@@ -193,7 +193,11 @@ def train(recipe: Recipe, mesh: Mesh, peak: float, trace: Path | None) -> dict[s
         seconds.append(time.perf_counter() - start)
         flops.append(
             training_flops(
-                recipe.model, recipe.data.vocabulary_size, losses.positions, losses.num_visible_keys
+                recipe.model,
+                recipe.data.vocabulary_size,
+                losses.positions,
+                losses.num_visible_keys,
+                float(losses.targets.sum()),
             )
         )
         assert np.isfinite(losses.mean)

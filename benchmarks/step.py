@@ -6,7 +6,8 @@ A small Llama is trained on Python's standard library. The platform's loop inclu
 and writes no checkpoint. After each of its steps a bare loop takes the same step: a plain torch model with the same
 weights, on the same batch, which it holds in memory; both losses must agree. Then a second bare loop takes a step as
 a simple implementation would: one document per row, cut to a length that fits with any denoiser, and padded. All loops
-have one core for torch. Prints one JSON line:
+have one core for torch. Last, forward and backward passes of a model of SmolLM2-135M's shape are computed with logits
+at the targets only, as the platform does, and with logits at all positions, in turn. Prints one JSON line:
 
     bare_loop_ratio          step time of the platform over that of the bare loop; the goal is at most 1.10
     useful_tokens_gain       target tokens per second over those of the bare loop on padded rows
@@ -14,6 +15,9 @@ have one core for torch. Prints one JSON line:
     step_seconds             step time of the platform
     target_fraction          target tokens over row positions, in the platform's batches
     padded_target_fraction   target tokens over row positions, in the padded batches
+    all_logits_ratio         CPU time of SmolLM2's passes with all logits over that with those of targets
+    smollm2_tokens_per_cpu_second   positions of SmolLM2's rows per CPU second, with logits of targets
+    smollm2_target_fraction  target tokens over row positions, in SmolLM2's batches
 
 Ratios are taken step by step, since the loops alternate; the figures are medians.
 """
@@ -26,7 +30,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -48,15 +54,28 @@ from ul2r.testing.recipes import tiny_recipe
 from ul2r.tracking.mlflow import MlflowTracker, read_metric_history
 from ul2r.tracking.server import run_mlflow_server
 from ul2r.tracking.store import open_store
+from ul2r.train import transfer
 from ul2r.train.callbacks import Callback
 from ul2r.train.mesh import Mesh
 from ul2r.train.state import TrainState
 from ul2r.train.step import TrainStep
+from ul2r.workflows.dry_run import build_blank_batch
 
 NUM_WARMUP_STEPS = 3
 NUM_STEPS = 18
 BATCH_SIZE = 4
 MICRO_BATCH_SIZE = 2
+SMOLLM2 = {
+    "num_layers": 30,
+    "hidden_size": 576,
+    "ffn_hidden_size": 1536,
+    "num_heads": 9,
+    "num_kv_heads": 3,
+    "rope_theta": 100_000,
+    "num_embeddings": 49_152,
+}
+"""Of HuggingFaceTB/SmolLM2-135M."""
+NUM_SMOLLM2_STEPS = 2
 
 
 def make_recipe(folder: Path) -> Recipe:
@@ -212,6 +231,35 @@ def initial_weights(recipe: Recipe, vocabulary_size: int) -> dict[str, torch.Ten
     return weights
 
 
+def measure_logits(folder: Path) -> dict[str, float]:
+    """Compute steps of a model of SmolLM2's shape with logits at targets and at all positions, in turn."""
+    recipe = tiny_recipe(
+        folder,
+        model=SMOLLM2,
+        data={"num_sentinels": 256},
+        objective={"sequence_length": 256},
+        training={"steps": 9, "global_batch_size": 4, "micro_batch_size": 2},
+    )
+    mesh = Mesh.join(recipe.parallel)
+    train_step = TrainStep(recipe, mesh, SMOLLM2["num_embeddings"])
+    batch = build_blank_batch(recipe, 4)
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    for step in range(1 + NUM_SMOLLM2_STEPS):
+        for is_cut, list_of_seconds in seconds.items():
+            began = time.process_time()
+            everywhere = mock.patch.object(transfer, "locate_outputs", return_value=None)
+            with nullcontext() if is_cut else everywhere:
+                train_step.forward_backward(step, batch)
+            list_of_seconds.append(time.process_time() - began)
+    mesh.leave()
+    cut, whole = (np.array(seconds[is_cut][1:]) for is_cut in (True, False))
+    return {
+        "all_logits_ratio": float(np.median(whole / cut)),
+        "smollm2_tokens_per_cpu_second": batch.tokens.size / float(np.median(cut)),
+        "smollm2_target_fraction": float(batch.loss_mask.mean()),
+    }
+
+
 def read_from_ray_data(recipe: Recipe, numbers: range) -> Iterator[Batch]:
     """Read batches as a worker under Ray Train does."""
     (iterator,) = loader.split_for_replicas(loader.make_dataset(recipe, numbers, 1), 1)
@@ -239,10 +287,13 @@ def measure(folder: Path) -> dict[str, float]:
                 callbacks=[loops],
             )
             tracker.close()
+        logits = measure_logits(folder / "smollm2")
         history = read_metric_history(uri, run_id, "train/data_wait_fraction")
         waits = [fraction for _, fraction in history]
         dist.destroy_process_group()
-    return loops.figures() | {"data_wait_fraction": statistics.mean(waits[NUM_WARMUP_STEPS:])}
+    return (
+        loops.figures() | logits | {"data_wait_fraction": statistics.mean(waits[NUM_WARMUP_STEPS:])}
+    )
 
 
 def main() -> None:

@@ -24,23 +24,29 @@ def num_active_parameters(architecture: Architecture, vocabulary_size: int) -> i
 
 
 def training_flops(
-    architecture: Architecture, vocabulary_size: int, positions: float, num_visible_keys: float
+    architecture: Architecture,
+    vocabulary_size: int,
+    positions: float,
+    num_visible_keys: float,
+    num_targets: float,
 ) -> float:
     """Return the FLOPs of one forward and backward pass.
 
-    Six per matrix weight and position (2 forward, 4 backward; PaLM, arXiv 2204.02311, appendix B), the output
-    projection included, and 12 x heads x head dimension for each (query, key) pair that a layer's mask allows.
+    Six per matrix weight and position (2 forward, 4 backward; PaLM, arXiv 2204.02311, appendix B), and 12 x heads x
+    head dimension for each (query, key) pair that a layer's mask allows. The output projection counts at targets only,
+    where it is computed; the few more positions that round their number up do not count.
 
     Args:
         architecture: The model.
         vocabulary_size: Entries of the tokenizer.
-        positions: Row positions passed through the model, padding included.
+        positions: Row positions passed through the layers, padding included.
         num_visible_keys: Keys visible to those positions, summed over layers.
+        num_targets: Positions whose loss counts.
     """
     output = architecture.num_used_embeddings(vocabulary_size) * architecture.hidden_size
-    weights = num_matrix_weights(architecture) + output
+    weights = num_matrix_weights(architecture)
     attention = 12 * architecture.num_heads * architecture.head_dim
-    return 6.0 * weights * positions + attention * num_visible_keys
+    return 6.0 * (weights * positions + output * num_targets) + attention * num_visible_keys
 
 
 def num_visible_keys(architecture: Architecture, kv_start: Ints, kv_end: Ints) -> int:

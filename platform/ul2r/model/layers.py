@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from ul2r.config import Architecture
 from ul2r.model.attention.core import IntervalAttention
 from ul2r.model.experts import set_router
 from ul2r.model.norm import Norm, ScaleOnlyNorm
+from ul2r.model.output_positions import gather_no_input, select_positions
 from ul2r.model.rotary import compute_frequencies, select_angles
 
 
@@ -192,7 +194,7 @@ def compute_embedding_scale(architecture: Architecture, dtype: torch.dtype) -> f
 
 
 class ScaledGPTModel(GPTModel):  # type: ignore[misc]  # as above
-    """GPTModel with scaled embeddings and logits and any rotary frequencies.
+    """GPTModel with scaled embeddings and logits, any rotary frequencies, and logits at chosen positions.
 
     Megatron's constructor has no arguments for them, so private hooks of its forward pass are extended.
 
@@ -208,6 +210,28 @@ class ScaledGPTModel(GPTModel):  # type: ignore[misc]  # as above
         if architecture.position_embedding == "rope":
             # Megatron computes angles from this attribute on first use.
             self.rotary_pos_emb.inv_freq = compute_frequencies(architecture, self.rotary_pos_emb)
+        self._output_index: Tensor | None = None
+
+    def forward(
+        self,
+        *given: Any,  # noqa: ANN401  Megatron's
+        output_index: Tensor | None = None,
+        **named: Any,  # noqa: ANN401  Megatron's
+    ) -> Tensor:
+        """Compute this stage's output, as Megatron's model does.
+
+        Args:
+            given: Arguments of `GPTModel.forward`.
+            output_index: Places in the flattened (S, B), int (N,), at which the last stage computes logits and losses;
+                by default all.
+            named: Arguments of `GPTModel.forward`.
+
+        Returns:
+            Hidden states, logits or losses; of `output_index`, logits (1, N, V / tensor ranks) or losses (1, N).
+        """
+        self._output_index = output_index
+        output: Tensor = super().forward(*given, **named)
+        return output
 
     def _preprocess(self, **given: Any) -> tuple[Any, ...]:  # noqa: ANN401  Megatron's
         """Scale the embeddings."""
@@ -218,11 +242,17 @@ class ScaledGPTModel(GPTModel):  # type: ignore[misc]  # as above
         return hidden_states, *rest
 
     def _postprocess(self, hidden_states: Tensor, **given: Any) -> Tensor:  # noqa: ANN401  Megatron's
-        """Scale the hidden states and thereby the logits."""
+        """Choose the positions, and scale the hidden states and thereby the logits."""
+        index = self._output_index if self.post_process else None
+        if index is not None:
+            hidden_states, given["labels"] = select_positions(
+                hidden_states, given["labels"], index, is_sharded=self.config.sequence_parallel
+            )
         # Before the output matrix instead of after it: (c h) W = c (h W), and h is much smaller than the logits.
         if self.post_process and self.logit_scale != 1:
             hidden_states = hidden_states * self.logit_scale
-        output: Tensor = super()._postprocess(hidden_states=hidden_states, **given)
+        with nullcontext() if index is None else gather_no_input(self.output_layer):
+            output: Tensor = super()._postprocess(hidden_states=hidden_states, **given)
         return output
 
 

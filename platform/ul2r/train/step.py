@@ -176,7 +176,11 @@ class TrainStep:
         self._gradient_norm = float(self.optimizer.get_grad_norm())
 
         flops = training_flops(
-            self.recipe.model, self.vocabulary_size, losses.positions, losses.num_visible_keys
+            self.recipe.model,
+            self.vocabulary_size,
+            losses.positions,
+            losses.num_visible_keys,
+            float(losses.targets.sum()),
         )
         learning_rate = self.optimizer.param_groups[0]["lr"]
         return StepResult(losses, self._gradient_norm, learning_rate, flops)
@@ -229,8 +233,9 @@ class TrainStep:
         microbatches = send_batch(
             batch,
             self.mesh.device,
+            size,
             needs_host_intervals=needs_host_intervals(self.recipe.attention_backend),
-        ).split(size)
+        )
         # Set for each call, since validation and training have different numbers of microbatches.
         self.config.microbatch_group_size_per_vp_stage = self.recipe.parallel.microbatch_group_size(
             len(microbatches)
@@ -278,6 +283,7 @@ class TrainStep:
             batch.position_ids.long(),
             batch.intervals,
             labels=batch.labels.long(),
+            output_index=batch.output_index,
         )
         z_loss = self.recipe.optimizer.z_loss
         return output, partial(_loss, batch=batch, num_denoisers=num_denoisers, z_loss=z_loss)
@@ -301,7 +307,8 @@ def _loss(
     """Sum a microbatch's losses over targets, in total and per denoiser.
 
     Args:
-        output: (B, S) nats, or with z-loss (2, B, S): nats, and the softmax's log Z.
+        output: (B, S) nats, or with z-loss (2, B, S): nats, and the softmax's log Z. (1, N) and (2, 1, N) if the
+            microbatch has an `output_index`.
         batch: The microbatch.
         num_denoisers: Number of denoisers in the mixture.
         z_loss: Weight of log^2 Z in the total; the losses per denoiser exclude it.
@@ -312,11 +319,11 @@ def _loss(
     device = output.device
     token_losses, *log_z = output.unbind() if z_loss else (output,)
     # Padding and inputs have mask 0, so their losses count nowhere.
-    targets = batch.loss_mask.float()
+    targets = batch.select_outputs(batch.loss_mask).float()
     masked = token_losses.float() * targets
 
     # Padding has the id -1 and no targets: it adds zero to the first denoiser.
-    denoiser_ids = torch.clamp(batch.denoiser_ids.long(), min=0).ravel()
+    denoiser_ids = torch.clamp(batch.select_outputs(batch.denoiser_ids).long(), min=0).ravel()
     sums = torch.zeros(2, num_denoisers, dtype=torch.float64, device=device)
     sums[0].index_add_(0, denoiser_ids, masked.detach().double().ravel())
     sums[1].index_add_(0, denoiser_ids, targets.double().ravel())

@@ -86,11 +86,20 @@ def seen_keys_per_row(recipe: Recipe) -> float:
     It is the mean over the run's first rows. Their text is left blank, since lengths and spans do not depend on it.
     For examples that stay within their documents it is an upper bound.
     """
+    batch = _sample_rows(recipe)
+    return num_visible_keys(recipe.model, batch.kv_start, batch.kv_end) / len(batch)
+
+
+def targets_per_row(recipe: Recipe) -> float:
+    """Return the number of a row's targets, as the mean over the run's first rows."""
+    batch = _sample_rows(recipe)
+    return float(batch.loss_mask.sum()) / len(batch)
+
+
+def _sample_rows(recipe: Recipe) -> Batch:
     # The run's own first rows, by its own seed, so that the estimate is the same in every call.
     num_rows = min(SAMPLED_ROWS, recipe.training.steps * recipe.training.global_batch_size)
-    batch = build_blank_batch(recipe, num_rows)
-
-    return num_visible_keys(recipe.model, batch.kv_start, batch.kv_end) / len(batch)
+    return build_blank_batch(recipe, num_rows)
 
 
 def build_blank_batch(recipe: Recipe, num_rows: int) -> Batch:
@@ -165,6 +174,7 @@ def _length_and_cost(
         vocabulary_size,
         num_rows * row_length,
         num_rows * seen_keys_per_row(recipe),
+        num_rows * targets_per_row(recipe),
     )
 
     yield (

@@ -40,8 +40,8 @@ def test_flops_equal_torchs_count_for_full_attention() -> None:
     # So that torch's counter sees attention's products, all S x S of them.
     model.config._attn_implementation = "eager"
     with FlopCounterMode(display=False) as counted, torch.no_grad():
-        model(torch.zeros(1, length, dtype=torch.long))
-    ours = training_flops(SMALL, 101, positions=length, num_visible_keys=3 * length * length)
+        model(torch.zeros(1, length, dtype=torch.long), logits_to_keep=7)
+    ours = training_flops(SMALL, 101, length, num_visible_keys=3 * length * length, num_targets=7)
     assert ours == pytest.approx(3 * counted.get_total_flops(), rel=1e-6)
 
 
@@ -68,7 +68,7 @@ def test_flops_of_experts_equal_torchs_count() -> None:
     with FlopCounterMode(display=False) as counted, torch.no_grad():
         model(torch.arange(length)[None])
     architecture = parse_architecture(config.to_dict())
-    ours = training_flops(architecture, 101, positions=length, num_visible_keys=3 * length * length)
+    ours = training_flops(architecture, 101, length, 3 * length * length, num_targets=length)
     assert ours == pytest.approx(3 * counted.get_total_flops(), rel=1e-6)
 
 
