@@ -14,6 +14,7 @@ USER_ERROR_EXIT = 2
 VERBS = {
     "up": ("up", "one command: UL2R on a Hugging Face model and your text, compared and served"),
     "new": ("new", "write the recipes of `ul2r up`, to be edited"),
+    "recipes": ("recipes", "list the recipes that come with the package"),
     "check": ("check_base", "check a Hugging Face model before it becomes a run's base"),
     "import-gguf": ("import_gguf", "convert a GGUF file to a Hugging Face folder"),
     "prepare": ("prepare", "turn text into a token store"),

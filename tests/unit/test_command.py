@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -35,6 +36,14 @@ def test_a_wrong_verb_is_refused_with_the_nearest_one(capsys: pytest.CaptureFixt
     assert (
         capsys.readouterr().err == "error: ul2r has no verb 'trian': did you mean `ul2r train`?\n"
     )
+
+
+def test_recipes_of_the_package_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = [path.stem for path in sorted((ROOT / "jobs/recipes").glob("*.yaml"))]
+    assert [line.split()[0] for line in lines if line and not line.startswith("files: ")] == names
+    assert re.search(r"^demo-base +The base model: ", "\n".join(lines), re.MULTILINE)
 
 
 def test_make_calls_the_command_with_a_whole_command_line() -> None:

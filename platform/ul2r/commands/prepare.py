@@ -1,7 +1,7 @@
 """Turn text into a token store.
 
-    ul2r prepare jobs/recipes/demo-base.yaml
-    ul2r prepare jobs/recipes/demo-base.yaml --set data.corpus=[my/texts]
+    ul2r prepare demo-base
+    ul2r prepare demo-base --set data.corpus=[my/texts]
 
 The store is written to `storage`/store of the recipe. A finished store is not made again. For a recipe with
 `data.blend` the store only lists other stores, made before, and their weights. Prompts and answers of `data.pairs` are

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, ValidationInfo
 
 from ul2r.config.field_types import AbsolutePath, RunName
+from ul2r.config.named_recipes import find_recipe
 from ul2r.config.pretrained import HuggingFaceBase
 from ul2r.config.strict_model import StrictModel
 from ul2r.config.tracking import Tracking
@@ -32,7 +33,7 @@ def _resolve_recipe(entry: Path | HuggingFaceBase, info: ValidationInfo) -> Path
     # A comparison that is made in Python has no context; its recipes are then relative to the working directory. An
     # absolute path stays as it is: pathlib drops what stands in front of it.
     folder: Path = (info.context or {}).get("folder", Path())
-    return folder / entry
+    return find_recipe(entry, folder)
 
 
 class Comparison(StrictModel):
@@ -47,7 +48,8 @@ class Comparison(StrictModel):
             Path | HuggingFaceBase, AfterValidator(_resolve_recipe), BeforeValidator(_check_form)
         ],
     ]
-    """Columns by name, any number: recipe files, relative to the comparison's own file, and `{hf: FOLDER_OR_HUB_ID}`
-    for a Hugging Face model that is measured as it is. Columns named base, control and ul2r come first, and a recipe
-    with a `role` may be listed under one of these names only if it is its own."""
+    """Columns by name, any number: recipe files, relative to the comparison's own file, names of recipes that come with
+    the package, and `{hf: FOLDER_OR_HUB_ID}` for a Hugging Face model that is measured as it is. Columns named base,
+    control and ul2r come first, and a recipe with a `role` may be listed under one of these names only if it is its
+    own."""
     tracking: Tracking = Tracking()

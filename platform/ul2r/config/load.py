@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
+from ul2r.config.named_recipes import find_recipe, suggest_recipe
 from ul2r.config.parse_yaml import check_values, one_line, parse_yaml
 from ul2r.config.renamed_keys import describe_renamed_keys
 from ul2r.config.strict_model import StrictModel
@@ -27,12 +28,13 @@ def load(
 ) -> SectionType:
     """Read `path`, apply `overrides` such as "training.steps=10", and validate as `kind`.
 
-    A file may begin with `extends: other.yaml`, a path relative to its own. Its keys are then laid over that file's:
+    A file may begin with `extends: other.yaml`, a path relative to its own, or the name of a recipe that comes with the
+    package. Its keys are then laid over that file's:
     groups are merged key by key, lists and values are replaced, and `key: null` removes an inherited key with all that
     is in it, so that its default counts.
 
     Args:
-        path: The YAML file.
+        path: The YAML file, or the name of a recipe that comes with the package.
         overrides: Each "dotted.key=value", the value in YAML; an item of a list is named by its number from 0.
         kind: Type of the result, `Recipe` or `Comparison`.
         complete: Adds settings from other files to the tree before it is validated.
@@ -42,6 +44,7 @@ def load(
     """
     # The order in which later settings win: extended files, the file itself, --set, and for what is still missing
     # `complete`.
+    path = find_recipe(path, Path())
     tree = _read(path, ())
     # Checked after each override, so that the message names the one that has the old key.
     for override in overrides:
@@ -86,7 +89,8 @@ def _read(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         # An OSError has a reason of the system's; a UnicodeDecodeError has none.
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise RecipeError(f"{path}: recipe cannot be read: {reason}{suffix}") from None
+        hint = suggest_recipe(path) if isinstance(error, FileNotFoundError) else ""
+        raise RecipeError(f"{path}: recipe cannot be read: {reason}{suffix}{hint}") from None
     tree = parse_yaml(text, str(path))
     if tree is None:
         raise RecipeError(f"{path}: a recipe should be a group of keys, the file is empty{suffix}")
@@ -102,7 +106,7 @@ def _read(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
         return tree
     if not isinstance(parent, str):
         raise RecipeError(f"{path}: extends: input should be a file name, got {parent!r}")
-    return _merge(_read(path.parent / parent, (*extended_by, path)), tree)
+    return _merge(_read(find_recipe(Path(parent), path.parent), (*extended_by, path)), tree)
 
 
 def _refuse_renamed_keys(tree: dict[str, Any], where: str) -> None:

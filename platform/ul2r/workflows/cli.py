@@ -130,7 +130,12 @@ def _make_parser(description: str | None, program: str | None) -> argparse.Argum
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="YAML file, see jobs/recipes/")
+    parser.add_argument(
+        "recipe",
+        type=Path,
+        metavar="RECIPE",
+        help="YAML file, or a name that `ul2r recipes` lists",
+    )
     parser.add_argument(
         "--set",
         dest="overrides",
