@@ -24,6 +24,14 @@ def test_every_command_is_a_verb() -> None:
 
 
 @pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_parses_in_main_and_works_in_run(verb: str) -> None:
+    """Commands in the documentation are tried with `run` taken away (test_docs_commands.py)."""
+    module = importlib.import_module(f"ul2r.commands.{VERBS[verb][0]}")
+    assert callable(module.main)
+    assert callable(module.run)
+
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_describes_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([verb, "--help"])

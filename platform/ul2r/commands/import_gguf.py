@@ -28,11 +28,12 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     parser.add_argument("file", metavar="FILE", type=Path, help="GGUF file of a whole model")
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder to be made")
     options = parser.parse_args(arguments)
+    return run_and_report(lambda: run(options.file, options.folder))
 
-    def work() -> None:
-        from ul2r.model.huggingface.gguf_import import import_gguf
 
-        print(import_gguf(options.file, options.folder))
-        print(f"\nbase:\n  hf: {json.dumps(str(options.folder))}")
+def run(file: Path, folder: Path) -> None:
+    """Convert the file, then print what it is and the line that a recipe needs."""
+    from ul2r.model.huggingface.gguf_import import import_gguf
 
-    return run_and_report(work)
+    print(import_gguf(file, folder))
+    print(f"\nbase:\n  hf: {json.dumps(str(folder))}")

@@ -16,11 +16,11 @@ from ul2r.workflows.cli import run_and_report
 
 
 def run() -> None:
-    """Print each name with the first line of its file, which says what it is, and their folder."""
+    """Print each name with the first sentence of its file, which says what it is, and their folder."""
     recipes = list_named_recipes()
     for name, path in recipes.items():
         first_line = path.read_text(encoding="utf-8").partition("\n")[0]
-        print(f"{name:<20} {first_line.removeprefix('# ')}")
+        print(f"{name:<20} {first_line.removeprefix('# ').partition('. ')[0].rstrip('.')}")
     folders = {str(path.parent) for path in recipes.values()}
     print(f"\nfiles: {', '.join(folders)}")
 
