@@ -28,10 +28,11 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         parser.parse_args(["--help"])
-    return run_and_report(lambda: _run(words))
+    return run_and_report(lambda: run(words))
 
 
-def _run(words: Sequence[str]) -> None:
+def run(words: Sequence[str]) -> None:
+    """Run lm-evaluation-harness with its own command line."""
     from ul2r.evaluation.few_shot.requirements import require_lm_eval
 
     require_lm_eval()
