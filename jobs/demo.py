@@ -85,8 +85,9 @@ class Demo:
             StepError: If a job fails; the job has printed why.
             UserError: If a server does not start.
         """
-        # Imported when recipes and corpus were read: both take seconds.
-        import ray
+        # Imported when recipes and corpus were read: both take seconds. `serving` sets what Ray reads when imported.
+        import serving  # noqa: F401
+        import ray  # isort: skip
 
         from ul2r.launch.ray_train.cluster import connect_ray
         from ul2r.tracking.server import run_mlflow_server
@@ -139,7 +140,7 @@ class Demo:
             self.timer.measure("serve"),
             serve_model(ServingConfig(model=model, tracking_uri=uri), find_free_port()) as url,
         ):
-            _post(url, "/v1/complete", COMPLETION)
+            _post(url, "/v1/completions", COMPLETION)
             _post(url, "/v1/infill", INFILLING)
 
     def _print_summary(self) -> None:
@@ -198,15 +199,16 @@ def _post(url: str, route: str, request: Mapping[str, object]) -> None:
     # Without trust_env, since a proxy of the environment would not reach this machine's own port.
     response = httpx.post(url + route, json=request, timeout=120, trust_env=False)
     body = response.json()
-    # The API has one shape for all errors, see serving/api.py.
+    # The API has one shape for all errors, see serving/errors.py.
     if response.is_error:
-        raise UserError(f"{route} answered {response.status_code}: {body['error']}")
+        raise UserError(f"{route} answered {response.status_code}: {body['error']['message']}")
 
     usage = body["usage"]
     print(
         f"answer ({usage['prompt_tokens']} prompt tokens, {usage['completion_tokens']} completion tokens):"
     )
-    print("\n".join(f"  | {line}" for line in body["text"].splitlines()))
+    text = body["text"] if "text" in body else body["choices"][0]["text"]
+    print("\n".join(f"  | {line}" for line in text.splitlines()))
     for number, fill in enumerate(body.get("fills", ()), start=1):
         print(f"  slot {number}: {fill!r}")
 

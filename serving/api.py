@@ -1,40 +1,39 @@
-"""HTTP routes, and one JSON shape for all errors. No Ray here."""
+"""HTTP application of one model: its routes, and pages for people. No Ray here."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
-from starlette.exceptions import HTTPException
+from fastapi import FastAPI
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from serving.body_limit import BodyLimitMiddleware
+from serving.docs_page import render_docs
+from serving.editor_routes import add_editor_routes
+from serving.errors import add_error_handlers, make_error_response
+from serving.openai_routes import add_openai_routes
+from serving.responses import make_headers, respond
 from serving.schema import (
-    CompletionRequest,
-    CompletionResponse,
+    DetokenizeRequest,
     ErrorResponse,
     HealthResponse,
-    InfillRequest,
-    InfillResponse,
-    ModelInfo,
+    TokenizeRequest,
 )
-from serving.service import InferenceService
+from serving.service import InferenceService, check_model
 from ul2r.errors import RequestError
+from ul2r.inference.engine import EngineStoppedError
+from ul2r.inference.prompts import check_tokens
 
-MAX_SHOWN_CHARACTERS = 60
-"""Longer values are not repeated in an error message."""
 PLAYGROUND = Path(__file__).with_name("playground.html")
 
 
 def create_api(service: InferenceService) -> FastAPI:
     """Return the API of one model.
 
-    Every error is `{"error": "one line"}`: 400 for malformed JSON and for requests that the model cannot serve, 413
-    for a body of more than `MAX_BODY_BYTES`, 422 for a field that is unknown, missing, of the wrong type or out of
-    range, 404 and 405 for a wrong URL or method.
+    Every error is OpenAI's error object: 400 for malformed JSON, for a field of the wrong type or out of range, and for
+    requests that the model cannot serve, 413 for a body of more than `MAX_BODY_BYTES`, 404 and 405 for a wrong URL,
+    method or model, 429 if too many requests wait, 503 if the engine has failed.
     """
     # Read once, at the start: a missing file fails there and not at the first visitor.
     page = PLAYGROUND.read_text(encoding="utf-8")
@@ -42,7 +41,7 @@ def create_api(service: InferenceService) -> FastAPI:
         title="UL2R",
         docs_url=None,  # FastAPI's documentation pages load their scripts from a CDN
         redoc_url=None,
-        responses={status: {"model": ErrorResponse} for status in (400, 413, 422)},
+        responses={status: {"model": ErrorResponse} for status in (400, 404, 413, 429, 503)},
     )
     api.add_middleware(BodyLimitMiddleware)
 
@@ -51,68 +50,45 @@ def create_api(service: InferenceService) -> FastAPI:
     async def playground() -> str:
         return page
 
-    @api.get("/healthz")
-    async def health() -> HealthResponse:
-        return HealthResponse()
+    @api.get("/docs", response_class=HTMLResponse, include_in_schema=False)
+    async def docs() -> str:
+        return render_docs(api.openapi())
 
-    @api.get("/v1/model")
-    async def model_info() -> ModelInfo:
-        return service.model_info()
+    @api.get("/health", responses={200: {"model": HealthResponse}})
+    async def health() -> Response:
+        """Answer 200 while requests are answered, and 503 otherwise."""
+        if not service.engine.is_healthy:
+            return make_error_response(EngineStoppedError("the engine has stopped"))
+        return JSONResponse({"status": "ok"})
 
-    @api.post("/v1/complete")
-    async def complete(request: CompletionRequest) -> CompletionResponse:
-        return await service.complete(request)
+    @api.get("/metrics")
+    async def metrics() -> Response:
+        """Show this replica's metrics in Prometheus' format."""
+        return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
-    @api.post("/v1/infill")
-    async def infill(request: InfillRequest) -> InfillResponse:
-        return await service.infill(request)
-
-    _add_error_handlers(api)
+    add_openai_routes(api, service)
+    add_editor_routes(api, service)
+    _add_tokenizer_routes(api, service)
+    add_error_handlers(api)
     return api
 
 
-def _add_error_handlers(api: FastAPI) -> None:
-    # They replace FastAPI's own handlers, whose bodies have another shape: {"detail": ...}.
-    @api.exception_handler(RequestError)
-    async def handle_request_error(_: Request, error: RequestError) -> JSONResponse:
-        return _error_response(400, str(error))
+def _add_tokenizer_routes(api: FastAPI, service: InferenceService) -> None:
+    @api.post("/tokenize")
+    async def tokenize(request: TokenizeRequest) -> Response:
+        """Return the tokens of a text."""
+        check_model(service, request.model)
+        text = request.prompt if request.prompt is not None else request.content
+        if text is None:
+            raise RequestError("prompt: give a text")
+        tokens = service.model.encode(text)
+        length = service.model.max_position_embeddings
+        body = {"count": len(tokens), "max_model_len": length, "tokens": tokens}
+        return respond(body, make_headers(request))
 
-    @api.exception_handler(RequestValidationError)
-    async def handle_validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        # The body is not JSON at all: FastAPI reports this, too, as a validation error.
-        if first["type"] == "json_invalid":
-            position = first["loc"][-1]
-            reason = first["ctx"]["error"]
-            return _error_response(400, f"malformed JSON at character {position}: {reason}")
-        return _error_response(422, _describe(error.errors()))
-
-    # Starlette's class: the router raises it for 404 and 405, and FastAPI's own derives from it.
-    @api.exception_handler(HTTPException)
-    async def handle_http_error(request: Request, error: HTTPException) -> JSONResponse:
-        message = f"{request.method} {request.url.path}: {error.detail}"
-        return _error_response(error.status_code, message, error.headers)
-
-
-def _describe(errors: Sequence[Mapping[str, Any]]) -> str:
-    """Return the first validation error with its field and value, and the number of further ones."""
-    first = errors[0]
-    # The first part of the location is always "body".
-    field = ".".join(str(part) for part in first["loc"][1:]) or "body"
-    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    if first["type"] == "extra_forbidden":
-        return f"{field}: unknown field, see GET /openapi.json for the known ones{more}"
-
-    message = first["msg"][:1].lower() + first["msg"][1:]
-    value = repr(first["input"])
-    # A missing field has no value: pydantic reports the whole body as its input.
-    is_shown = first["type"] != "missing" and len(value) <= MAX_SHOWN_CHARACTERS
-    return f"{field}: {message}{f', got {value}' if is_shown else ''}{more}"
-
-
-def _error_response(
-    status: int, message: str, headers: Mapping[str, str] | None = None
-) -> JSONResponse:
-    # In one line, since messages of libraries may have several.
-    body = ErrorResponse(error=" ".join(message.split()))
-    return JSONResponse(body.model_dump(), status_code=status, headers=headers)
+    @api.post("/detokenize")
+    async def detokenize(request: DetokenizeRequest) -> Response:
+        """Return the text of tokens."""
+        check_model(service, request.model)
+        text = service.model.decode(check_tokens(service.model, request.tokens))
+        return respond({"prompt": text, "content": text}, make_headers(request))

@@ -72,7 +72,13 @@ class BodyLimitMiddleware:
             "shorten the prompt"
         )
         # In the shape of all errors, `ErrorResponse`.
-        await JSONResponse({"error": error}, status_code=413)(scope, receive, send)
+        detail = {
+            "message": error,
+            "type": "invalid_request_error",
+            "param": None,
+            "code": "body_too_large",
+        }
+        await JSONResponse({"error": detail}, status_code=413)(scope, receive, send)
 
 
 def create_proxy_middleware() -> list[Middleware]:

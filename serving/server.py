@@ -100,6 +100,6 @@ def _wait_until_ready(url: str, config: ServingConfig) -> None:
 def _is_healthy(url: str) -> bool:
     try:
         # trust_env=False: a proxy of the environment could not reach this machine's localhost.
-        return httpx.get(f"{url}/healthz", timeout=5, trust_env=False).is_success
+        return httpx.get(f"{url}/health", timeout=5, trust_env=False).is_success
     except httpx.TransportError:
         return False

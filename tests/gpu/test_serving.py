@@ -89,11 +89,11 @@ def test_deployment_on_a_device_answers_as_the_model_on_the_cpu(tmp_path: Path) 
         serve_model(config, find_free_port()) as url,
         httpx.Client(base_url=url, timeout=60, trust_env=False) as client,
     ):
-        completed = client.post("/v1/complete", json={"prompt": PROMPT, "max_tokens": 24}).json()
+        completed = client.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 24}).json()
         filled = client.post(
             "/v1/infill", json={"prompt": "<slot>".join(PARTS), "max_tokens": 12}
         ).json()
 
     model = LanguageModel.load(folder)
-    assert completed["text"] == complete(model, PROMPT, max_tokens=24).text
+    assert completed["choices"][0]["text"] == complete(model, PROMPT, max_tokens=24).text
     assert filled["fills"] == list(infill(model, PARTS, max_tokens=12).fills)

@@ -171,7 +171,7 @@ def test_times_of_all_phases_are_stored_and_printed(demo: Demo, resumed: str) ->
 
 
 def test_served_model_completes_and_fills_two_slots(resumed: str) -> None:
-    assert "POST /v1/complete" in resumed
+    assert "POST /v1/completions" in resumed
     assert re.search(r"POST /v1/infill .*(<slot>.*){2}", resumed)
     assert re.findall(r"slot (\d): ", resumed) == ["1", "2"]
 

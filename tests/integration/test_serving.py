@@ -17,6 +17,7 @@ from http.client import HTTPResponse
 from pathlib import Path
 
 import httpx
+import openai
 import pytest
 from mlflow import MlflowClient
 
@@ -141,24 +142,98 @@ def test_responses_equal_the_results_of_the_library(server: Server) -> None:
     model = LanguageModel.load(server.export)
 
     prompt = "def area(width, height):"
-    response = server.client.post("/v1/complete", json={"prompt": prompt, "max_tokens": 9}).json()
-    assert response["text"] == complete(model, prompt, max_tokens=9).text
+    request: dict[str, object] = {"prompt": prompt, "max_tokens": 9}
+    response = server.client.post("/v1/completions", json=request).json()
+    assert response["choices"][0]["text"] == complete(model, prompt, max_tokens=9).text
 
     request = {"prompt": "The <slot> was calm, and <slot> was he.", "max_tokens": 5}
     response = server.client.post("/v1/infill", json=request).json()
     expected = infill(model, ["The ", " was calm, and ", " was he."], max_tokens=5)
     assert response["fills"] == list(expected.fills)
     assert response["text"] == expected.text
-    assert response["model"] == {"run": "tiny-ul2r", "role": "ul2r", "step": 3}
+    assert response["model"] == "tiny-ul2r"
+
+
+def test_openais_client_completes_infills_streams_and_reads_errors(server: Server) -> None:
+    """With the real client, from its own address and with any key."""
+    model = LanguageModel.load(server.export)
+    url = f"http://127.0.0.1:{server.port}/v1"
+    with openai.OpenAI(base_url=url, api_key="any", max_retries=0) as client:
+        (served,) = client.models.list().data
+        completed = client.completions.create(
+            model=served.id, prompt=["def area(", "The sea"], max_tokens=6, stop="\0", logprobs=1
+        )
+        filled = client.completions.create(
+            model=served.id, prompt="def area(", suffix=", height):", max_tokens=6
+        )
+        chunks = list(
+            client.completions.create(
+                model=served.id,
+                prompt="The sea",
+                max_tokens=6,
+                stream=True,
+                stream_options={"include_usage": True},
+            )
+        )
+        with pytest.raises(openai.NotFoundError, match="is not served here"):
+            client.completions.create(model="gpt", prompt="a")
+        with pytest.raises(openai.BadRequestError, match="max_tokens=0 is out of range"):
+            client.completions.create(model=served.id, prompt="a", max_tokens=0)
+        with pytest.raises(openai.BadRequestError, match="has no chat template"):
+            client.chat.completions.create(
+                model=served.id, messages=[{"role": "user", "content": "a"}]
+            )
+
+    alone = [complete(model, text, max_tokens=6) for text in ("def area(", "The sea")]
+    assert [choice.text for choice in completed.choices] == [answer.text for answer in alone]
+    assert completed.usage is not None
+    assert completed.usage.completion_tokens == sum(a.completion_tokens for a in alone)
+    assert completed.choices[0].logprobs is not None
+    assert (
+        filled.choices[0].text == infill(model, ["def area(", ", height):"], max_tokens=6).fills[0]
+    )
+    text = "".join(choice.text for chunk in chunks for choice in chunk.choices)
+    assert text == alone[1].text
+    assert chunks[-1].usage is not None
+
+
+def test_a_client_that_hangs_up_frees_its_slot(server: Server) -> None:
+    """Through Serve's proxy, while the answer is streamed and while it is waited for."""
+
+    def count_cancelled() -> float:
+        page = server.client.get("/metrics").text
+        found = re.search(r"^ul2r_requests_cancelled_total (.+)$", page, re.MULTILINE)
+        assert found is not None
+        return float(found[1])
+
+    before = count_cancelled()
+    # Far more tokens than are generated until the server has read the hang-up.
+    request = {"prompt": "The sea", "max_tokens": 120, "min_tokens": 120, "n": 64}
+    body = json.dumps({**request, "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+        connection.sendall(head.encode() + b"content-type: application/json\r\n\r\n" + body)
+        assert connection.recv(9) == b"HTTP/1.1 "
+    with pytest.raises(httpx.ReadTimeout):
+        server.client.post("/v1/completions", json=request, timeout=0.1)
+
+    # Serve passes the news on in its own time; meanwhile others are answered.
+    for _ in range(200):
+        server.client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1})
+        if count_cancelled() - before > 64:
+            break
+    assert 64 < count_cancelled() - before <= 128
 
 
 def test_the_server_stays_responsive_while_it_generates(server: Server) -> None:
     request = {"prompt": "The sea", "max_tokens": 120, "temperature": 1.0, "seed": 5}
 
     with ThreadPoolExecutor() as pool:
-        futures = [pool.submit(server.client.post, "/v1/complete", json=request) for _ in range(6)]
-        assert server.client.get("/healthz").json() == {"status": "ok"}
-        texts = {future.result().json()["text"] for future in futures}
+        futures = [
+            pool.submit(server.client.post, "/v1/completions", json=request) for _ in range(6)
+        ]
+        assert server.client.get("/health").json() == {"status": "ok"}
+        texts = {future.result().json()["choices"][0]["text"] for future in futures}
 
     assert len(texts) == 1, "concurrent requests with the same seed must get the same text"
 
@@ -168,10 +243,10 @@ def test_the_server_stays_responsive_while_it_generates(server: Server) -> None:
     [
         ("infill", b'{"prompt": "no place to fill"}', 400, "the prompt has no slot"),
         ("infill", b'{"prompt": "%s"}' % (b"a<slot>" * 8), 400, "8 slots, but the model has"),
-        ("complete", b'{"prompt": "%s"}' % (b"a" * 500), 400, "too long: it has 501 tokens"),
-        ("complete", b'{"prompt": a}', 400, "malformed JSON at character 11"),
-        ("complete", b'{"prompt": "a", "tokens": 5}', 422, "tokens: unknown field"),
-        ("infill", b'{"prompt": "<slot>.", "mode": "S2S"}', 422, "'NLU' or 'NLG', got 'S2S'"),
+        ("completions", b'{"prompt": "%s"}' % (b"a" * 500), 400, "too long: it has 501 tokens"),
+        ("completions", b'{"prompt": a}', 400, "malformed JSON at character 11"),
+        ("completions", b'{"prompt": "a", "n": "2"}', 400, "n: input should be a valid integer"),
+        ("infill", b'{"prompt": "<slot>.", "mode": "S2S"}', 400, "'NLU' or 'NLG', got 'S2S'"),
     ],
 )
 def test_a_bad_request_gets_4xx_and_its_reason(
@@ -182,10 +257,10 @@ def test_a_bad_request_gets_4xx_and_its_reason(
     response = server.client.post(f"/v1/{path}", content=body, headers=headers)
 
     assert response.status_code == status
-    assert message in response.json()["error"]
+    assert message in response.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("path", ["/v1/complete", "/v1/infill", "/healthz", "/nowhere"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/infill", "/health", "/nowhere"])
 def test_a_stated_length_beyond_the_limit_is_refused_before_the_body(
     server: Server, path: str
 ) -> None:
@@ -197,7 +272,7 @@ def test_a_stated_length_beyond_the_limit_is_refused_before_the_body(
 
 
 def test_a_body_without_a_stated_length_is_refused_while_it_arrives(server: Server) -> None:
-    head = "POST /v1/complete HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
     size = MAX_BODY_BYTES // 8 + 1
     chunk = b"%x\r\n%s\r\n" % (size, b" " * size)
 
@@ -214,8 +289,8 @@ def test_a_body_without_a_stated_length_is_refused_while_it_arrives(server: Serv
 
     response = server.client.post("/v1/infill", content=stream())
     assert response.status_code == 413
-    assert "the body is larger than" in response.json()["error"]
-    assert server.client.get("/healthz").json() == {"status": "ok"}
+    assert "the body is larger than" in response.json()["error"]["message"]
+    assert server.client.get("/health").json() == {"status": "ok"}
 
 
 def assert_too_large(connection: socket.socket) -> None:
@@ -223,7 +298,7 @@ def assert_too_large(connection: socket.socket) -> None:
     response = HTTPResponse(connection)
     response.begin()
     assert response.status == 413
-    assert "the body is larger than" in json.loads(response.read())["error"]
+    assert "the body is larger than" in json.loads(response.read())["error"]["message"]
     # Serve's proxy adds this header to what comes from a replica: the proxy itself must refuse, since it reads on.
     assert "x-request-id" not in response.headers
 

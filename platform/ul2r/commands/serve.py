@@ -45,7 +45,13 @@ def run(options: argparse.Namespace) -> None:
         from serving.server import serve_model
         from ul2r.launch.ray_train.cluster import connect_ray
 
-        config = ServingConfig(model=str(folder), cpus=options.cpus, gpus=options.gpus)
+        config = ServingConfig(
+            model=str(folder),
+            cpus=options.cpus,
+            gpus=options.gpus,
+            slots=options.slots,
+            max_model_len=options.max_model_len,
+        )
         with connect_ray(config.cpus, config.gpus):
             _handle_signals()  # Ray has installed its own handlers
             logger.info("%s: Ray is up, starting Serve", options.model)
@@ -94,10 +100,10 @@ def _usage(model: str, url: str) -> str:
         [
             f"serving {model}, press Ctrl-C to stop",
             f"playground  {url}/",
-            f"API         {url}/openapi.json",
-            f"  curl -s {url}/v1/model",
-            f"  curl -s {url}/healthz",
-            f"  {post} {url}/v1/complete -d {completion}",
+            f"API         {url}/docs, for OpenAI's clients {url}/v1",
+            f"  curl -s {url}/v1/models",
+            f"  curl -s {url}/health",
+            f"  {post} {url}/v1/completions -d {completion}",
             f"  {post} {url}/v1/infill -d {infilling}",
         ]
     )
@@ -121,6 +127,15 @@ def _make_parser(program: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--cpus", type=_positive_int, default=1, help="cores of the model")
     # A model is on one device.
     parser.add_argument("--gpus", type=int, default=0, choices=(0, 1))
+    parser.add_argument(
+        "--slots", type=_positive_int, default=16, help="requests that are answered at once"
+    )
+    parser.add_argument(
+        "--max-model-len",
+        type=_positive_int,
+        metavar="TOKENS",
+        help="longest sequence, to save memory; default: the model's",
+    )
     return parser
 
 

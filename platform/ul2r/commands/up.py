@@ -93,7 +93,9 @@ def _check_space(project: Project) -> None:
 
 def _run_steps(project: Project, port: int | None) -> None:
     """Run the steps from text to served model under one Ray and one MLflow; without a port, up to the comparison."""
-    import ray
+    # First: it sets what Ray reads when it is imported.
+    import serving  # noqa: F401
+    import ray  # isort: skip
 
     from ul2r.environment import count_cores
     from ul2r.launch.ray_train.cluster import connect_ray

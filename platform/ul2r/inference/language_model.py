@@ -89,6 +89,18 @@ class LanguageModel:
         """Attention over the prompt: "prefix" is bidirectional."""
         return self.metadata.attention
 
+    def limit_length(self, max_length: int) -> None:
+        """Refuse sequences longer than `max_length` tokens, to save the memory that they would take.
+
+        Raises:
+            RequestError: If the model itself takes fewer.
+        """
+        if max_length > self.max_position_embeddings:
+            raise RequestError(
+                f"max_model_len={max_length}: the model takes up to {self.max_position_embeddings} tokens"
+            )
+        self.max_position_embeddings = max_length
+
     def require_denoising(self, feature: str) -> Vocabulary:
         """Return the vocabulary of a model trained on denoisers; `feature` is what needs one.
 

@@ -1,75 +1,181 @@
-"""HTTP API without Ray: responses equal the library's results, and every error is one line of JSON."""
+"""HTTP API without Ray: answers equal the library's results, and every error is OpenAI's error object in one line."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
-from serving.api import create_api
-from serving.service import InferenceService
 from ul2r.inference import LanguageModel, complete, infill
-from ul2r.testing.models import write_tiny_export
-
-JSON = {"content-type": "application/json"}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
-    return LanguageModel.load(write_tiny_export(tmp_path_factory.mktemp("api") / "export"))
+from ul2r.inference.generation import IncrementalDecoder, Sampler
+from ul2r.inference.prompts import prepare_infilling
 
 
-@pytest.fixture(scope="module")
-def client(model: LanguageModel) -> Iterator[TestClient]:
-    with TestClient(create_api(InferenceService(model))) as client:
-        yield client
+def read_stream(text: str) -> list[Any]:
+    """Return the events of a stream; the last one of OpenAI's is not JSON."""
+    events = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    return [event if event == "[DONE]" else json.loads(event) for event in events]
 
 
-@pytest.fixture(scope="module")
-def causal_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
-    folder = write_tiny_export(tmp_path_factory.mktemp("api") / "causal", attention="causal")
-    with TestClient(create_api(InferenceService(LanguageModel.load(folder)))) as client:
-        yield client
-
-
-def test_a_completion_has_text_finish_reason_usage_and_model(
-    client: TestClient, model: LanguageModel
-) -> None:
+def test_a_completion_has_the_form_of_openais(client: TestClient, model: LanguageModel) -> None:
     request = {"prompt": "def area(", "max_tokens": 5, "temperature": 1.5, "seed": 9}
     expected = complete(model, "def area(", max_tokens=5, temperature=1.5, seed=9)
 
-    response = client.post("/v1/complete", json=request)
+    response = client.post("/v1/completions", json=request)
 
     assert response.status_code == 200
-    assert response.json() == {
-        "text": expected.text,
-        "finish_reason": expected.finish_reason,
+    body = response.json()
+    assert body.pop("id").startswith("cmpl-")
+    assert body.pop("created") > 0
+    total = expected.prompt_tokens + expected.completion_tokens
+    assert body == {
+        "object": "text_completion",
+        "model": "tiny-ul2r",
+        "choices": [
+            {
+                "index": 0,
+                "text": expected.text,
+                "finish_reason": expected.finish_reason,
+                "logprobs": None,
+            }
+        ],
         "usage": {
             "prompt_tokens": expected.prompt_tokens,
             "completion_tokens": expected.completion_tokens,
+            "total_tokens": total,
+            "prompt_tokens_details": {"cached_tokens": 0},
         },
-        "model": {"run": "tiny-ul2r", "role": "ul2r", "step": 3},
     }
 
 
-def test_infilling_splits_the_prompt_at_its_slots(client: TestClient, model: LanguageModel) -> None:
+@pytest.mark.parametrize("path", ["/v1/completions", "/beta/completions", "/v1/fim/completions"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_suffix_is_infilling(
+    client: TestClient, model: LanguageModel, path: str, stream: bool
+) -> None:
+    expected = infill(model, ["def area(", ", height):"], max_tokens=6).fills[0]
+    request = {"prompt": "def area(", "suffix": ", height):", "max_tokens": 6, "stream": stream}
+
+    response = client.post(path, json=request)
+
+    key = "delta" if stream else "message"
+    if stream:
+        *chunks, last = read_stream(response.text)
+        assert last == "[DONE]"
+        choices = [choice for chunk in chunks for choice in chunk["choices"]]
+        assert choices[-1]["finish_reason"] in {"stop", "length"}
+    else:
+        choices = response.json()["choices"]
+    texts = [
+        choice[key].get("content", "") if "fim" in path else choice["text"] for choice in choices
+    ]
+    assert "".join(texts) == expected
+    assert len(texts) == 1 or stream
+
+
+def test_lists_of_prompts_and_several_choices_are_answered_in_order(
+    client: TestClient, model: LanguageModel
+) -> None:
+    tokens = model.encode("The sea")
+    prompts: list[str | list[int]] = ["def", tokens]
+    settings = {"max_tokens": 4, "temperature": 1.0, "seed": 7}
+
+    body = client.post("/v1/completions", json={"prompt": prompts, "n": 2, **settings}).json()
+
+    expected = [
+        complete(model, text, max_tokens=4, temperature=1.0, seed=seed).text
+        for text in ("def", "The sea")
+        for seed in (7, 8)
+    ]
+    assert [choice["text"] for choice in body["choices"]] == expected
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
+    # A prompt counts once, whatever n.
+    num_prompt_tokens = sum(
+        complete(model, t, max_tokens=1).prompt_tokens for t in ("def", "The sea")
+    )
+    assert body["usage"]["prompt_tokens"] == num_prompt_tokens
+    assert (
+        client.post("/v1/completions", json={"prompt": tokens, **settings}).json()["choices"][0][
+            "text"
+        ]
+        == complete(model, "The sea", max_tokens=4, temperature=1.0, seed=7).text
+    )
+
+
+def test_a_stream_adds_up_to_the_answer(client: TestClient, model: LanguageModel) -> None:
+    expected = complete(model, "The sea was", max_tokens=12)
+    request = {"prompt": "The sea was", "max_tokens": 12, "stream": True, "echo": True}
+
+    response = client.post(
+        "/v1/completions", json={**request, "stream_options": {"include_usage": True}}
+    )
+
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *chunks, usage, done = read_stream(response.text)
+    assert done == "[DONE]"
+    assert "".join(c["choices"][0]["text"] for c in chunks) == "The sea was" + expected.text
+    assert [c["choices"][0]["finish_reason"] for c in chunks][-1] == expected.finish_reason
+    assert len({c["id"] for c in chunks}) == 1
+    assert len(chunks) > 4
+    assert usage["choices"] == []
+    assert usage["usage"]["completion_tokens"] == expected.completion_tokens
+    # Not asked for, not sent.
+    assert "usage" not in client.post("/v1/completions", json=request).text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_ends_the_answer_and_is_no_part_of_it(
+    client: TestClient, model: LanguageModel, stream: bool
+) -> None:
+    text = complete(model, "The sea was", max_tokens=30).text
+    stop = text[9:13]
+    request = {"prompt": "The sea was", "max_tokens": 30, "stop": [stop, "\0"], "stream": stream}
+
+    response = client.post("/v1/completions", json=request)
+
+    bodies = read_stream(response.text)[:-1] if stream else [response.json()]
+    choices = [choice for body in bodies for choice in body["choices"]]
+    assert "".join(choice["text"] for choice in choices) == text[: text.index(stop)]
+    assert choices[-1]["finish_reason"] == "stop"
+
+
+def test_logprobs_are_reported_with_places_in_the_text(client: TestClient) -> None:
+    request = {"prompt": "The sea", "max_tokens": 5, "logprobs": 2}
+
+    (choice,) = client.post("/v1/completions", json=request).json()["choices"]
+
+    logprobs = choice["logprobs"]
+    assert "".join(logprobs["tokens"]) == choice["text"]
+    assert all(value < 0 for value in logprobs["token_logprobs"])
+    assert all(0 < len(top) <= 2 for top in logprobs["top_logprobs"])
+    lengths = [len(token) for token in logprobs["tokens"]]
+    assert logprobs["text_offset"] == [sum(lengths[:i]) for i in range(len(lengths))]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_infilling_splits_the_prompt_at_its_slots(
+    client: TestClient, model: LanguageModel, stream: bool
+) -> None:
     request = {"prompt": "The <slot> was calm<slot>", "mode": "NLG", "max_tokens": 4}
     expected = infill(model, ["The ", " was calm", ""], mode="NLG", max_tokens=4)
 
-    response = client.post("/v1/infill", json=request).json()
+    response = client.post("/v1/infill", json={**request, "stream": stream})
 
-    assert response == {
-        "text": f"The {expected.fills[0]} was calm{expected.fills[1]}",
-        "fills": list(expected.fills),
-        "finish_reasons": list(expected.finish_reasons),
-        "usage": {
-            "prompt_tokens": expected.prompt_tokens,
-            "completion_tokens": expected.completion_tokens,
-        },
-        "model": {"run": "tiny-ul2r", "role": "ul2r", "step": 3},
-    }
+    if stream:
+        *deltas, body, _ = read_stream(response.text)
+        for slot, fill in enumerate(expected.fills):
+            assert "".join(d["text"] for d in deltas if d["slot"] == slot) == fill
+    else:
+        body = response.json()
+    assert body["text"] == f"The {expected.fills[0]} was calm{expected.fills[1]}"
+    assert body["fills"] == list(expected.fills)
+    assert body["finish_reasons"] == list(expected.finish_reasons)
+    assert body["usage"]["prompt_tokens"] == expected.prompt_tokens
+    assert body["usage"]["completion_tokens"] == expected.completion_tokens
 
 
 def test_with_another_marker_the_default_one_is_plain_text(
@@ -81,105 +187,178 @@ def test_with_another_marker_the_default_one_is_plain_text(
     assert client.post("/v1/infill", json=request).json()["text"] == expected.text
 
 
+def test_llama_cpps_request_is_understood(client: TestClient, model: LanguageModel) -> None:
+    """As llama.vim sends it; fields that have no meaning here are named."""
+    expected = infill(model, ["a.py\nx = 1\ndef area(", ", height):"], max_tokens=6).fills[0]
+    request = {
+        "input_prefix": "def area(",
+        "input_suffix": ", height):",
+        "input_extra": [{"filename": "a.py", "text": "x = 1"}],
+        "prompt": "",
+        "n_predict": 6,
+        "top_k": 40,
+        "top_p": 0.9,
+        "stream": False,
+        "samplers": ["top_k", "top_p", "infill"],
+        "cache_prompt": True,
+        "t_max_prompt_ms": 500,
+        "t_max_predict_ms": 60_000,
+        "response_fields": ["content"],
+    }
+
+    response = client.post("/infill", json=request)
+
+    assert response.json()["content"] == expected
+    assert response.json()["stop"] is True
+    ignored = response.headers["x-ignored-fields"].split(", ")
+    assert ignored == ["cache_prompt", "response_fields", "samplers", "t_max_prompt_ms"]
+    *deltas, end = read_stream(client.post("/infill", json={**request, "stream": True}).text)
+    assert "".join(delta["content"] for delta in deltas) == expected
+    assert (end["stop"], end["content"]) == (True, "")
+
+
+def test_what_is_typed_already_is_continued(client: TestClient, model: LanguageModel) -> None:
+    """The typed tokens are read behind the sentinel of the gap, as if the model had written them."""
+    prompt = prepare_infilling(
+        model, ["The sea was", " and so was he."], typed=" calm, width * height"
+    )
+    decoder = IncrementalDecoder(model, prompt.tokens, bidirectional=True)
+    for token in (*prompt.openers, *model.encode_continuation(" calm, width * height")):
+        decoder.feed(token)
+    text = list[int]()
+    sampler = Sampler(model, 0.3, 2)
+    while (token := sampler.sample(decoder.logits, prompt.closers)) not in prompt.closers:
+        text.append(token)
+        decoder.feed(token)
+        if len(text) == 12:
+            break
+    request = {
+        "input_prefix": "The sea was",
+        "input_suffix": " and so was he.",
+        "n_predict": 12,
+        "temperature": 0.3,
+        "seed": 2,
+    }
+
+    typed, untyped = (
+        client.post("/infill", json={**request, "prompt": typed_text}).json()["content"]
+        for typed_text in (" calm, width * height", "")
+    )
+
+    assert typed == model.decode_continuation(
+        model.encode("The sea was calm, width * height"), text
+    )
+    assert typed != untyped
+
+
+def test_the_same_prompt_is_read_once(client: TestClient) -> None:
+    request = {"prompt": "so was he, so was he", "max_tokens": 2}
+    first, second = (client.post("/v1/completions", json=request).json() for _ in range(2))
+
+    assert first["choices"][0]["text"] == second["choices"][0]["text"]
+    assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    cached = second["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert cached == second["usage"]["prompt_tokens"] > 5
+
+
 def test_the_model_states_its_modes_and_limits(client: TestClient) -> None:
-    assert client.get("/v1/model").json() == {
-        "run": "tiny-ul2r",
+    listed = client.get("/v1/models").json()
+    (card,) = listed["data"]
+    assert card.pop("created") > 0
+    assert card == {
+        "id": "tiny-ul2r",
+        "object": "model",
+        "owned_by": "ul2r",
         "role": "ul2r",
         "step": 3,
         "attention": "prefix",
         "modes": ["NLG", "NLU", "S2S"],
         "tokens": 3000,
         "flops": 3e9,
-        "limits": {"max_model_len": 128, "max_slots": 7, "default_max_tokens": 64},
+        "max_model_len": 128,
+        "max_slots": 7,
+        "default_max_tokens": 64,
     }
+    assert client.get("/v1/models/tiny-ul2r").json()["id"] == "tiny-ul2r"
+    assert client.get("/v1/models/other").status_code == 404
 
 
 def test_a_causal_model_has_neither_modes_nor_slots(causal_client: TestClient) -> None:
-    info = causal_client.get("/v1/model").json()
-    assert (info["attention"], info["modes"], info["limits"]["max_slots"]) == ("causal", [], 0)
+    (card,) = causal_client.get("/v1/models").json()["data"]
+    assert (card["attention"], card["modes"], card["max_slots"]) == ("causal", [], 0)
 
-    response = causal_client.post("/v1/infill", json={"prompt": "a <slot>"})
-    assert response.status_code == 400
-    assert "'tiny-base' was trained causally" in response.json()["error"]
+    for path, request in (
+        ("infill", {"prompt": "a <slot>"}),
+        ("completions", {"prompt": "a", "suffix": "b"}),
+    ):
+        response = causal_client.post(f"/v1/{path}", json=request)
+        assert response.status_code == 400
+        assert "'tiny-base' was trained causally" in response.json()["error"]["message"]
 
-    assert causal_client.post("/v1/complete", json={"prompt": "a"}).status_code == 200
-
-
-@pytest.mark.parametrize(
-    ("path", "body", "status", "message"),
-    [
-        ("complete", b"", 422, "body: field required"),
-        ("complete", b"[]", 422, "body: input should be a valid dictionary"),
-        (
-            "complete",
-            b'{"prompt": "a"',
-            400,
-            "malformed JSON at character 14: Expecting ',' delimiter",
-        ),
-        ("complete", b'{"prompt": "\xff"}', 400, "error parsing the body"),
-        ("complete", b'{"prompt": "\\ud800"}', 422, "prompt: input should be a valid string"),
-        ("complete", b'{"prompt": ""}', 400, "the prompt is empty"),
-        ("complete", b"{}", 422, "prompt: field required"),
-        ("complete", b'{"prompt": 1, "n": 2}', 422, "valid string, got 1 (and 1 more)"),
-        ("complete", b'{"prompt": "a", "mode": "R"}', 422, "mode: input should be 'S2S', 'NLU'"),
-        ("complete", b'{"prompt": "a", "max_tokens": "3"}', 422, "valid integer, got '3'"),
-        ("complete", b'{"prompt": "a", "max_tokens": 0}', 400, "max_tokens=0 is out of range"),
-        ("complete", b'{"prompt": "a", "max_tokens": 127}', 400, "choose 1 to 126"),
-        ("complete", b'{"prompt": "a", "max_tokens": 9999999}', 422, "max_tokens: input should be"),
-        ("complete", b'{"prompt": "a", "temperature": -1}', 422, "temperature: input should be"),
-        ("complete", b'{"prompt": "a", "temperature": NaN}', 422, "a finite number, got nan"),
-        ("complete", b'{"prompt": "a", "seed": 1.5}', 422, "seed: input should be a valid integer"),
-        ("infill", b'{"prompt": "a <slot>", "slot": ""}', 422, "slot: string should have at least"),
-        ("infill", b'{"prompt": "<slot>"}', 400, "the prompt is empty"),
-        ("infill", b'{"prompt": "a<slot><slot>"}', 400, "slots 1 and 2 are adjacent"),
-    ],
-)
-def test_a_bad_request_gets_its_reason_in_one_line_of_json(
-    client: TestClient, path: str, body: bytes, status: int, message: str
-) -> None:
-    response = client.post(f"/v1/{path}", content=body, headers=JSON)
-
-    assert response.status_code == status
-    error = response.json()
-    assert list(error) == ["error"]
-    assert message in error["error"]
-    assert "\n" not in error["error"]
+    assert causal_client.post("/v1/completions", json={"prompt": "a"}).status_code == 200
 
 
-def test_a_body_without_content_type_is_refused(client: TestClient) -> None:
-    response = client.post("/v1/complete", content=b'{"prompt": "a"}')
-
-    assert (response.status_code, list(response.json())) == (422, ["error"])
-
-
-@pytest.mark.parametrize(
-    ("method", "path", "status"), [("GET", "/v2", 404), ("GET", "/v1/infill", 405)]
-)
-def test_a_wrong_url_or_method_is_refused_in_json(
-    client: TestClient, method: str, path: str, status: int
-) -> None:
-    response = client.request(method, path)
-
-    assert response.status_code == status
-    assert response.json()["error"].startswith(f"{method} {path}: ")
+def test_text_becomes_tokens_and_text_again(client: TestClient, model: LanguageModel) -> None:
+    tokens = model.encode("The sea")
+    body = client.post("/tokenize", json={"prompt": "The sea"}).json()
+    assert body == {"count": len(tokens), "max_model_len": 128, "tokens": tokens}
+    assert client.post("/tokenize", json={"content": "The sea"}).json()["tokens"] == tokens
+    assert client.post("/detokenize", json={"tokens": tokens}).json()["content"] == "The sea"
 
 
-def test_a_very_long_prompt_is_refused_without_repeating_it(client: TestClient) -> None:
-    response = client.post("/v1/complete", json={"prompt": "a" * 1_000_001})
+def test_metrics_are_prometheus(client: TestClient) -> None:
+    """Read by Prometheus' own parser; an answer of 4 tokens is one first token and three more."""
 
-    assert response.status_code == 422
-    assert response.json()["error"] == "prompt: string should have at most 1000000 characters"
+    def read() -> dict[str, float]:
+        families = text_string_to_metric_families(client.get("/metrics").text)
+        return {s.name: s.value for family in families for s in family.samples if not s.labels}
+
+    before = read()
+    client.post("/v1/completions", json={"prompt": "metrics", "max_tokens": 4, "min_tokens": 4})
+    after = read()
+
+    change = {name: after[name] - before[name] for name in after}
+    assert change["ul2r_requests_finished_total"] == 1
+    assert change["ul2r_generated_tokens_total"] == 4
+    assert change["ul2r_time_to_first_token_seconds_count"] == 1
+    assert change["ul2r_inter_token_seconds_count"] == 3
+    assert change["ul2r_prompt_cache_misses_total"] == 1
+    assert after["ul2r_requests_running"] == after["ul2r_requests_waiting"] == 0
 
 
-def test_the_playground_loads_nothing_from_other_hosts(client: TestClient) -> None:
+def test_unknown_fields_are_ignored_and_named(client: TestClient) -> None:
+    request = {"prompt": "a", "max_tokens": 1, "best": 1, "stuff": None}
+    response = client.post("/v1/completions", json=request)
+    assert response.status_code == 200
+    assert response.headers["x-ignored-fields"] == "best, stuff"
+    assert "x-ignored-fields" not in client.post("/v1/completions", json={"prompt": "a"}).headers
+
+
+def test_pages_load_nothing_from_other_hosts(client: TestClient) -> None:
     page = client.get("/")
-
     assert page.headers["content-type"].startswith("text/html")
     assert "://" not in page.text
     assert (Path(__file__).parents[3] / "serving" / "playground.html").read_text() == page.text
+
+    docs = client.get("/docs")
+    assert "://" not in docs.text
+    assert "<code>input_prefix</code>" in docs.text
 
 
 def test_openapi_lists_every_route(client: TestClient) -> None:
     paths = client.get("/openapi.json").json()["paths"]
 
-    assert set(paths) == {"/healthz", "/v1/model", "/v1/complete", "/v1/infill"}
+    assert set(paths) == {
+        "/beta/completions",
+        "/detokenize",
+        "/health",
+        "/infill",
+        "/metrics",
+        "/tokenize",
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/fim/completions",
+        "/v1/infill",
+        "/v1/models",
+        "/v1/models/{name}",
+    }

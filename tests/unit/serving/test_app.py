@@ -74,12 +74,14 @@ def test_the_builders_annotation_is_a_class_that_serve_can_parse_arguments_into(
 def test_the_builder_makes_one_deployment(tmp_path: Path) -> None:
     write_tiny_export(tmp_path / "export")
 
-    application = build(ServingConfig(model=str(tmp_path / "export"), cpus=3))
+    config = ServingConfig(model=str(tmp_path / "export"), cpus=3, slots=4, max_waiting=8)
+    application = build(config)
 
     deployment = application._bound_deployment
     assert deployment.name == "model"
     assert deployment.ray_actor_options["num_cpus"] == 3
-    assert deployment.init_args == (str(tmp_path / "export"), "cpu", 3)
+    assert deployment.init_args == (str(tmp_path / "export"), config)
+    assert deployment.max_ongoing_requests > 4 + 8, "Serve would refuse before the engine"
 
 
 def test_the_builder_refuses_a_folder_that_is_not_an_export(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def request(
     scope = {
         "type": "http",
         "method": method,
-        "path": "/v1/complete",
+        "path": "/v1/completions",
         "headers": [] if stated is None else [(b"content-length", stated.encode())],
     }
 
@@ -90,8 +90,9 @@ def request(
 def assert_refused(sent: Sequence[Message], limit: int, method: str = "POST") -> None:
     start, body = sent
     assert start["status"] == 413
-    error = f"{method} /v1/complete: the body is larger than {limit:,} bytes: shorten the prompt"
-    assert json.loads(body["body"]) == {"error": error}
+    error = f"{method} /v1/completions: the body is larger than {limit:,} bytes: shorten the prompt"
+    detail = json.loads(body["body"])["error"]
+    assert (detail["message"], detail["code"]) == (error, "body_too_large")
 
 
 @pytest.mark.parametrize("chunks", [[b"x" * LIMIT], [b"x" * 4, b"", b"x" * 6], [b""]])

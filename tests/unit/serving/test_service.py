@@ -1,91 +1,203 @@
-"""Concurrency of the service: one generation at a time, and an event loop that stays responsive."""
+"""Requests at the same time: who waits, who is refused, and whose client has gone."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
-from torch import Tensor
 
-from serving.schema import CompletionRequest
-from serving.service import InferenceService
-from ul2r.inference import LanguageModel
-from ul2r.testing.models import ScriptedModel, write_tiny_export
-
-
-class GatedModel(ScriptedModel):
-    """Model that waits at every token until its gate opens, and records the threads that call it."""
-
-    gate: threading.Event
-    threads: set[str]
-
-    def forward(
-        self,
-        tokens: Tensor,
-        mask: Tensor | None = None,
-        cache: object | None = None,
-        *,
-        num_last: int = 0,
-    ) -> Tensor:
-        self.threads.add(threading.current_thread().name)
-        assert self.gate.wait(30)
-        return super().forward(tokens, mask, cache, num_last=num_last)
+from serving.answers import Delta, SpanText
+from serving.api import create_api
+from serving.service import InferenceService, Job
+from ul2r.inference import LanguageModel, complete
+from ul2r.inference.engine import EngineStoppedError
+from ul2r.inference.prompts import prepare_completion
+from ul2r.inference.sampling import SamplingSettings
 
 
 @pytest.fixture
-def gated_model(tmp_path: Path) -> GatedModel:
-    real = LanguageModel.load(write_tiny_export(tmp_path / "export"))
-    model = GatedModel(real, {}, fallback=real.encode("q")[0])
-    model.gate = threading.Event()
-    model.threads = set()
-    return model
+def small(folder: Path) -> Iterator[InferenceService]:
+    """One slot, and room for one request that waits."""
+    service = InferenceService(LanguageModel.load(folder), num_slots=1, max_waiting=1)
+    yield service
+    service.close()
 
 
-def start_completions(service: InferenceService, prompts: Iterable[str]) -> list[asyncio.Task[str]]:
-    async def complete(prompt: str) -> str:
-        return (await service.complete(CompletionRequest(prompt=prompt, max_tokens=2))).text
-
-    return [asyncio.create_task(complete(prompt)) for prompt in prompts]
-
-
-def test_the_event_loop_stays_responsive_while_one_thread_generates(
-    gated_model: GatedModel,
-) -> None:
-    async def run() -> list[str]:
-        service = InferenceService(gated_model)
-        tasks = start_completions(service, ["a", "b"])
-        while not gated_model.threads:
-            await asyncio.sleep(0)
-
-        assert service.model_info().run == "tiny-ul2r"
-        assert not any(task.done() for task in tasks)
-
-        gated_model.gate.set()
-        return await asyncio.gather(*tasks)
-
-    assert asyncio.run(run()) == ["qq", "qq"]
-    assert len(gated_model.threads) == 1
-    lengths = [len(tokens) for tokens in gated_model.calls]
-    assert lengths == [2, 1, 2, 1], "one request must finish before the next one starts"
+def make_job(service: InferenceService, prompt: str = "The sea", max_tokens: int = 100) -> Job:
+    return Job(
+        prepare_completion(service.model, prompt, max_tokens=max_tokens),
+        SamplingSettings(),
+        min_tokens=max_tokens,
+    )
 
 
-def test_a_request_cancelled_while_it_waits_is_never_generated(gated_model: GatedModel) -> None:
+def test_a_client_that_leaves_frees_its_slot_for_the_next(small: InferenceService) -> None:
     async def run() -> None:
-        service = InferenceService(gated_model)
-        first, second, third = start_completions(service, ["a", "b", "c"])
-        while not gated_model.threads:
-            await asyncio.sleep(0)
+        events = small.stream([make_job(small)])
+        assert isinstance(await anext(events), Delta)
+        waiting = asyncio.create_task(small.answer([make_job(small, "a", 3)]))
 
-        second.cancel()
-        await asyncio.sleep(0)
-        gated_model.gate.set()
-        await asyncio.gather(first, third)
+        await events.aclose()
+
+        await waiting
+        await events.aclose()
 
     asyncio.run(run())
+    assert small.engine.engine.statistics.cancelled == 1
+    assert small.engine.engine.statistics.generated_tokens < 100
 
-    a, c = gated_model.encode("ac")
-    prompts = [tokens for tokens in gated_model.calls if len(tokens) == 2]
-    assert [prompt[-1] for prompt in prompts] == [a, c]
+
+def test_a_request_cancelled_while_it_waits_is_never_read(small: InferenceService) -> None:
+    async def run() -> None:
+        events = small.stream([make_job(small)])
+        await anext(events)
+        waiting = asyncio.create_task(small.answer([make_job(small, "never read", 3)]))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        await events.aclose()
+        await small.answer([make_job(small, "a", 2)])
+
+    asyncio.run(run())
+    read = small.engine.engine.statistics.prompt_tokens
+    prompts = [make_job(small, text, 2).prompt.tokens for text in ("The sea", "a")]
+    assert read == sum(len(tokens) for tokens in prompts)
+
+
+def test_beyond_the_bound_requests_get_429_at_once(
+    small: InferenceService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the engine does nothing, one has the slot and one waits: the third is refused, and the two are answered."""
+    gate = threading.Event()
+    real_step = small.engine.engine.step
+
+    def step() -> None:
+        assert gate.wait(30)
+        real_step()
+
+    monkeypatch.setattr(small.engine.engine, "step", step)
+    body = {"prompt": "The sea", "max_tokens": 3}
+
+    async def run() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(create_api(small))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            posts = [
+                asyncio.create_task(client.post("/v1/completions", json=body)) for _ in range(3)
+            ]
+            done, _ = await asyncio.wait(posts, return_when=asyncio.FIRST_COMPLETED)
+            gate.set()
+            assert [post.result().status_code for post in done] == [429]
+            return await asyncio.gather(*posts)
+
+    *answered, refused = sorted(asyncio.run(run()), key=lambda response: response.status_code)
+
+    assert [response.status_code for response in answered] == [200, 200]
+    assert int(refused.headers["retry-after"]) >= 1
+    assert refused.json()["error"]["code"] == "queue_full"
+
+
+def test_a_request_that_is_over_in_time_ends_as_it_is(
+    small: InferenceService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock of the engine jumps when some tokens have come."""
+    real_monotonic = time.monotonic
+    job = Job(make_job(small).prompt, SamplingSettings(), min_tokens=100, timeout_s=1000)
+    seconds = 0.0
+
+    class Clock:
+        @staticmethod
+        def monotonic() -> float:
+            return real_monotonic() + seconds
+
+    monkeypatch.setattr("ul2r.inference.engine.engine.time", Clock)
+
+    async def run() -> str:
+        nonlocal seconds
+        events = small.stream([job])
+        assert isinstance(await anext(events), Delta)
+        seconds = 2000.0
+        finals = [event async for event in events if not isinstance(event, Delta)]
+        (final,) = finals
+        return final.outcome.finish_reasons[0]  # type: ignore[union-attr]
+
+    assert asyncio.run(run()) == "length"
+    assert small.engine.engine.statistics.expired == 1
+
+
+def test_an_engine_that_has_failed_is_not_healthy(
+    small: InferenceService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise ValueError("broken")
+
+    monkeypatch.setattr(small.engine.engine, "step", fail)
+
+    async def run() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(create_api(small))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            healthy = await client.get("/health")
+            first = await client.post("/v1/completions", json={"prompt": "a"})
+            return [healthy, first, await client.get("/health")]
+
+    before, answer, after = asyncio.run(run())
+    assert before.json() == {"status": "ok"}
+    assert (answer.status_code, after.status_code) == (503, 503)
+    assert isinstance(small.engine.error, ValueError)
+    with pytest.raises(EngineStoppedError):
+        small.engine.submit([])
+
+
+def test_many_requests_at_once_get_the_answers_of_one_after_the_other(
+    service: InferenceService, model: LanguageModel
+) -> None:
+    prompts = [f"def area{number}(" for number in range(9)]
+
+    async def run() -> list[str]:
+        jobs = [[make_job(service, prompt, 9)] for prompt in prompts]
+        answers = await asyncio.gather(*(service.answer(job) for job in jobs))
+        return [final.fills[0] for (final,) in answers]
+
+    texts = asyncio.run(run())
+
+    for prompt, text in zip(prompts, texts, strict=True):
+        alone = complete(model, prompt, max_tokens=9)
+        if alone.finish_reason == "length":
+            assert text == alone.text
+    assert threading.active_count() < 50
+
+
+@pytest.mark.parametrize("stop", [(), ("x",), ("ä\n",)])
+def test_characters_of_several_tokens_are_released_whole(
+    model: LanguageModel, stop: tuple[str, ...]
+) -> None:
+    """Bytes of a character are tokens of their own: no piece of text ends in the middle of it."""
+    text = "aä🙂 b"
+    span = SpanText(model, [], stop)
+    pieces = []
+    for token in model.encode(text):
+        span.push(token)
+        pieces.append(span.release(at_end=False))
+    span.end()
+    pieces.append(span.release(at_end=True))
+
+    assert "".join(pieces) == text
+    assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)
+    assert len([piece for piece in pieces if piece]) >= 4
+
+
+def test_the_beginning_of_a_stop_string_is_held_back(model: LanguageModel) -> None:
+    span = SpanText(model, [], ["def"])
+    released = []
+    for token in [model.encode(letter)[0] for letter in "adebdef"]:
+        span.push(token)
+        released.append(span.release(at_end=False))
+
+    assert released == ["a", "", "", "deb", "", "", ""]
+    assert span.is_stopped
+    assert span.text == "adeb"

@@ -81,13 +81,16 @@ class Engine:
         max_waiting: Requests that may wait; more are refused.
 
     Attributes:
+        num_slots: Answers that can be in the making.
+        max_length: Positions of a slot.
+        prompt_cache: Prompts that may come again.
         statistics: Counts since the start.
     """
 
     def __init__(self, parts: EngineParts, max_waiting: int) -> None:
         self._runner = parts.runner
         self._slots: SlotCache = parts.slots
-        self._prompts: PromptCache = parts.prompts
+        self.prompt_cache: PromptCache = parts.prompts
         self._decode = parts.decode
         self._is_text = parts.is_text
         self._max_waiting = max_waiting
@@ -126,11 +129,17 @@ class Engine:
             request.settings.check(len(self._is_text))
             assert len(request.tokens) <= self.max_length
         with self._lock:
+            # A client that has gone makes room at once, not only with the next step.
+            num_running = sum(not row.request.is_cancelled for row in self._rows)
+            # Read once: the engine's thread may end it meanwhile.
+            if (prefill := self._prefill) is not None:
+                num_running += not prefill.request.is_cancelled
+            num_waiting = sum(not request.is_cancelled for request in self._waiting)
             # As many as there are free slots do not wait.
-            free = self.num_slots - self.num_running
-            if len(self._waiting) + len(requests) > self._max_waiting + max(free, 0):
+            room = self._max_waiting + self.num_slots - num_running - num_waiting
+            if len(requests) > room:
                 self.statistics.refused += 1
-                raise QueueFullError(len(self._waiting), self._estimate_wait())
+                raise QueueFullError(num_waiting, self._estimate_wait())
             self._waiting.extend(requests)
 
     def cancel(self, request: GenerationRequest) -> None:
@@ -198,7 +207,7 @@ class Engine:
         while self._waiting and self._prefill is None and len(self._rows) < self.num_slots:
             with self._lock:
                 request = self._waiting.popleft()
-            if (block := self._prompts.get(request.tokens)) is not None:
+            if (block := self.prompt_cache.get(request.tokens)) is not None:
                 self._begin(request, block, cached=True)
             elif self._rows and len(request.tokens) > PROMPT_TOKENS_PER_STEP:
                 call = SlicedCall(partial(self._runner.read_prompt, request.tokens))
@@ -225,7 +234,7 @@ class Engine:
 
     def _end_prefill(self, request: GenerationRequest, block: PromptBlock) -> None:
         self.statistics.prompt_tokens += block.length
-        self._prompts.put(request.tokens, block)
+        self.prompt_cache.put(request.tokens, block)
         self._begin(request, block, cached=False)
 
     def _abandon_prefill(self) -> None:

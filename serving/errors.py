@@ -1,0 +1,92 @@
+"""One JSON shape for all errors: OpenAI's error object. No Ray here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from serving.service import UnknownModelError
+from ul2r.errors import RequestError
+from ul2r.inference.engine import DeadlineError, EngineStoppedError, QueueFullError
+
+MAX_SHOWN_CHARACTERS = 60
+"""Longer values are not repeated in an error message."""
+
+
+def add_error_handlers(api: FastAPI) -> None:
+    """Replace FastAPI's own handlers, whose bodies have another shape: {"detail": ...}."""
+
+    @api.exception_handler(RequestError)
+    async def handle_request_error(_: Request, error: RequestError) -> JSONResponse:
+        return make_error_response(error)
+
+    @api.exception_handler(RequestValidationError)
+    async def handle_validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        # The body is not JSON at all: FastAPI reports this, too, as a validation error.
+        if first["type"] == "json_invalid":
+            position = first["loc"][-1]
+            reason = first["ctx"]["error"]
+            return _respond(400, f"malformed JSON at character {position}: {reason}")
+        return _respond(400, _describe(error.errors()), param=_name_field(first))
+
+    # Starlette's class: the router raises it for 404 and 405, and FastAPI's own derives from it.
+    @api.exception_handler(HTTPException)
+    async def handle_http_error(request: Request, error: HTTPException) -> JSONResponse:
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        return _respond(error.status_code, message, headers=error.headers)
+
+
+def make_error_response(error: Exception) -> JSONResponse:
+    """Return the response to a request that could not be answered."""
+    if isinstance(error, QueueFullError):
+        return _respond(
+            429,
+            str(error),
+            type_="rate_limit_error",
+            code="queue_full",
+            headers={"retry-after": str(error.retry_after)},
+        )
+    if isinstance(error, DeadlineError):
+        return _respond(503, str(error), type_="server_error", code="timeout")
+    if isinstance(error, EngineStoppedError):
+        return _respond(503, str(error), type_="server_error", code="unavailable")
+    if isinstance(error, UnknownModelError):
+        return _respond(404, str(error), param="model", code="model_not_found")
+    return _respond(400, str(error))
+
+
+def _describe(errors: Sequence[Mapping[str, Any]]) -> str:
+    """Return the first validation error with its field and value, and the number of further ones."""
+    first = errors[0]
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    message = first["msg"][:1].lower() + first["msg"][1:]
+    value = repr(first["input"])
+    # A missing field has no value: pydantic reports the whole body as its input.
+    is_shown = first["type"] != "missing" and len(value) <= MAX_SHOWN_CHARACTERS
+    field = _name_field(first) or "body"
+    return f"{field}: {message}{f', got {value}' if is_shown else ''}{more}"
+
+
+def _name_field(error: Mapping[str, Any]) -> str | None:
+    # The first part of the location is always "body".
+    return ".".join(str(part) for part in error["loc"][1:]) or None
+
+
+def _respond(
+    status: int,
+    message: str,
+    *,
+    type_: str = "invalid_request_error",
+    param: str | None = None,
+    code: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    # In one line, since messages of libraries may have several.
+    error = {"message": " ".join(message.split()), "type": type_, "param": param, "code": code}
+    return JSONResponse({"error": error}, status_code=status, headers=headers)
