@@ -1,6 +1,6 @@
 """Measure a run on held-out text.
 
-    python jobs/evaluate.py RECIPE [--set evaluation.num_rows=128]
+    python jobs/evaluate.py RECIPE [--set evaluation.num_rows=128] [--suite paper-26]
 
 The same as `ul2r evaluate`, for `ray job submit`.
 """

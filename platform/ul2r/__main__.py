@@ -20,6 +20,7 @@ VERBS = {
     "prepare": ("prepare", "turn text into a token store"),
     "train": ("train", "train a run"),
     "evaluate": ("evaluate", "measure a run on held-out text"),
+    "task-data": ("task_data", "lay out data of few-shot tasks for machines without the Hub"),
     "lm-eval": ("harness", "run lm-evaluation-harness with this project's models"),
     "compare": ("compare", "compare runs with each other"),
     "export": ("export", "export a run as a Hugging Face folder"),

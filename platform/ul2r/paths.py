@@ -10,9 +10,10 @@ storage/
     heartbeats/              the current step and phase of each rank, for the watchdog
     profiles/                traces of torch's profiler
     ray/                     Ray Train's own files
+    few_shot/SUITE/FORM/     items.parquet, result.json: answers and scores of few-shot tasks
     data.html  evaluation.json  tracking.json  tracking_waiting.json
     metrics.jsonl  run.json  recipe.yaml   the run's record, with tracking.uri: none
-  bases/NAME-DIGEST/         evaluation.json, tracking.json of a model that a comparison measures as it is
+  bases/NAME-DIGEST/         evaluation.json, few_shot/, tracking.json of a model that a comparison measures as it is
   comparisons/NAME/          table.md, table.json, comparison.png
   mlflow.db  artifacts/  mlflow.log   the MLflow server that a job starts here
 """
@@ -137,6 +138,11 @@ class RunPaths:
     def evaluation(self) -> Path:
         """Scores of the run's export."""
         return self.folder / "evaluation.json"
+
+    @property
+    def few_shot(self) -> Path:
+        """Folder of the results of few-shot suites."""
+        return self.folder / "few_shot"
 
     @property
     def metrics(self) -> Path:

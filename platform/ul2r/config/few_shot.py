@@ -29,8 +29,17 @@ class Prompting(StrictModel):
 
 
 class FewShot(Prompting):
-    """Few-shot suites of `ul2r evaluate RECIPE --suite NAME`."""
+    """Few-shot suites: with some, `ul2r evaluate` runs these and nothing else."""
 
+    suites: tuple[str, ...] = ()
+    """Suites to run, by name or as files."""
+    tasks: tuple[str, ...] = ()
+    """Lines of the suites that are run; by default all."""
+    model: str | None = None
+    """Model that is run in place of the run's export: a causal model in Hugging Face format, by its folder or its name
+    on the Hub."""
+    skip_missing: bool = False
+    """Leave out tasks whose data is missing; by default they are an error."""
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (1234,)
     """Seeds of the few-shot examples; a task without examples is run once."""
     limit: PositiveInt | None = None

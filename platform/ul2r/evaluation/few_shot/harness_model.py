@@ -85,7 +85,12 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types th
         self._model = model
         self._start = start
         self._device = model.device
+        self._prompting = prompting
         self.form = PromptForm(model, prompting)
+
+    def copy_unused(self) -> Self:
+        """Return another view of the same model, whose count of contexts that were cut begins anew."""
+        return self.from_model(self._model, self._start, self._prompting)
 
     @property
     def eot_token_id(self) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 from ul2r.errors import ServiceError
@@ -17,3 +20,15 @@ def require_lm_eval() -> None:
         raise ServiceError(
             "few-shot tasks need lm-evaluation-harness, which is not installed: pip install 'ul2r[eval]'"
         )
+
+
+@contextmanager
+def quiet_lm_eval() -> Iterator[None]:
+    """Keep lm_eval's notes on the defaults of its own tasks out of a job's output while the block runs."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,87 @@
+"""Suites: files that name tasks, their few-shot examples and their headline metrics."""
+
+from __future__ import annotations
+
+import difflib
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from ul2r.config.strict_model import StrictModel
+from ul2r.config.validation_errors import explain
+from ul2r.errors import RecipeError
+
+SUITES = Path(__file__).with_name("suites")
+OWN_TASKS = Path(__file__).with_name("tasks")
+OWN = "ul2r/"
+"""Beginning of the folders of tasks that this project describes itself."""
+
+
+class SuiteTask(StrictModel):
+    """A task, or all tasks of a folder, which count as one in the suite's mean."""
+
+    name: str
+    """Name of the task in lm-eval; of a folder's tasks, any."""
+    folder: str
+    """Folder of its description, in lm-eval's tasks; `ul2r/...` is this project's own."""
+    tasks: Literal["named", "all"] = "named"
+    """`all` takes every task of the folder."""
+    metric: str = "acc"
+    """Headline metric, by lm-eval's name."""
+    filter: str = "none"
+    """lm-eval's filter of answers that the metric is taken after."""
+    shots: int | None = Field(default=None, ge=0)
+    """Few-shot examples; by default as many as the task has."""
+    chance: float | None = None
+    """Score of a model that guesses."""
+    scale: float = 1.0
+    """Factor to a score between 0 and 1."""
+
+    @property
+    def path(self) -> Path:
+        """Folder of its description on disk."""
+        if self.folder.startswith(OWN):
+            return OWN_TASKS / self.folder.removeprefix(OWN)
+        # Found without importing it, which takes a second.
+        spec = find_spec("lm_eval")
+        assert spec is not None
+        assert spec.origin is not None
+        return Path(spec.origin).parent / "tasks" / self.folder
+
+
+class Suite(StrictModel):
+    """Tasks that are run together, and whose mean is one number."""
+
+    description: str
+    tasks: tuple[SuiteTask, ...] = Field(min_length=1)
+
+
+def list_suites() -> list[str]:
+    """Return the names of all suites."""
+    return sorted(path.stem for path in SUITES.glob("*.yaml"))
+
+
+def load_suite(name: str) -> Suite:
+    """Return a suite by its name, or from a file of the same form.
+
+    Args:
+        name: One of `list_suites`, or the path of a YAML file.
+
+    Raises:
+        RecipeError: If there is no such suite, or its file is wrong.
+    """
+    path = Path(name).expanduser() if name.endswith((".yaml", ".yml")) else SUITES / f"{name}.yaml"
+    if not path.is_file():
+        (nearest,) = difflib.get_close_matches(name, list_suites(), n=1, cutoff=0) or ("",)
+        raise RecipeError(
+            f"there is no suite {name!r}: did you mean {nearest}? There are {', '.join(list_suites())}, and files"
+        )
+    try:
+        return Suite.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        raise RecipeError(f"{path}: {explain(error, Suite)}") from None

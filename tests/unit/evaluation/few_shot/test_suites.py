@@ -1,0 +1,75 @@
+"""Suites: all that their files name exists, and what is wrong is told in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ul2r.errors import CorpusError, RecipeError
+from ul2r.evaluation.few_shot.data_folder import DataFolder
+from ul2r.evaluation.few_shot.suites import list_suites, load_suite
+from ul2r.evaluation.few_shot.task_loading import (
+    describe_unavailable,
+    find_unavailable,
+    load_tasks,
+)
+
+NUM_TASKS = {
+    "bbes-21": 21,
+    "bbh": 2 * 27,
+    "commonsenseqa": 1,
+    "gsm8k": 1,
+    "mgsm": 2 * 11,
+    "mmlu": 57,
+    "paper-26": 26,
+    "strategyqa": 1,
+    "tydiqa": 9,
+}
+
+
+def test_every_suite_is_listed() -> None:
+    assert list_suites() == sorted(NUM_TASKS)
+
+
+@pytest.mark.parametrize("name", NUM_TASKS)
+def test_every_task_of_a_suite_is_described(name: str, tmp_path: Path) -> None:
+    num_tasks, unavailable = find_unavailable(load_suite(name), tmp_path)
+    assert num_tasks == NUM_TASKS[name]
+    assert len({task.name for task in unavailable}) == num_tasks
+
+
+def test_unknown_suite_is_answered_with_the_nearest() -> None:
+    with pytest.raises(RecipeError, match="there is no suite 'paper26': did you mean paper-26"):
+        load_suite("paper26")
+
+
+def test_suite_may_be_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("description: mine\ntasks:\n  - {name: copa, folder: super_glue/copa}\n")
+    assert load_suite(str(path)).tasks[0].metric == "acc"
+    path.write_text("description: mine\ntasks:\n  - {nam: copa, folder: super_glue/copa}\n")
+    with pytest.raises(RecipeError, match=r"mine\.yaml: tasks\.0\.nam: unknown key; did you mean"):
+        load_suite(str(path))
+
+
+def test_unknown_task_is_answered_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="has no task 'coppa': did you mean copa"):
+        load_tasks(load_suite("paper-26"), tmp_path, ["coppa"])
+
+
+def test_missing_folder_of_data_is_told(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match="the folder does not exist"):
+        load_tasks(load_suite("paper-26"), tmp_path / "absent", ["copa"])
+
+
+def test_tasks_without_data_are_named(tmp_path: Path) -> None:
+    DataFolder(tmp_path).write_split("aps/super_glue", "rte", "validation", [{"a": 1}])
+    loaded, unavailable = load_tasks(load_suite("paper-26"), tmp_path, ["copa", "piqa"])
+    assert not loaded
+    line = describe_unavailable(unavailable, tmp_path)
+    assert (
+        "2 tasks: copa (aps/super_glue: no copa in it); piqa (baber/piqa: not in the folder)"
+        in line
+    )
+    assert "ul2r task-data" in line
