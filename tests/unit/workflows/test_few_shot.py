@@ -115,8 +115,10 @@ def test_suite_is_run_stored_and_recorded_for_two_arms_on_the_same_items(
     prompts = {row["prompt_hash"] for row in rows if row["task"] == "short_answer"}
     assert len(prompts) > len(ANSWERS)
 
-    arms = [pool_headlines(read_items(path / "items.parquet")) for path in (base_folder, folder)]
-    assert set(compare_items(*arms)) == {"copa", "short_answer", "mean"}
+    first, second = (
+        pool_headlines(read_items(path / "items.parquet")) for path in (base_folder, folder)
+    )
+    assert set(compare_items(first, second)) == {"copa", "short_answer", "mean"}
 
     (line,) = (folder / "metrics.jsonl").read_text().splitlines()
     metrics = json.loads(line)["metrics"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -18,7 +20,9 @@ def items(values: list[float], prompt: str = "p") -> HeadlineItems:
     )
 
 
-def row(item: int, value: float, *, seed: int = 1, task: str = "a", headline: bool = True) -> dict:  # type: ignore[type-arg]  a row of a file
+def row(
+    item: int, value: float, *, seed: int = 1, task: str = "a", headline: bool = True
+) -> dict[str, Any]:
     return {
         "line": "line",
         "task": task,
