@@ -28,11 +28,13 @@ from ul2r.data.loader import (
     plan_chunks,
     split_for_replicas,
 )
+from ul2r.data.prepare.pairs import prepare_pairs
 from ul2r.data.sampling.batches import BatchBuilder
-from ul2r.data.store.dataset import TokenDataset, open_dataset
+from ul2r.data.store.dataset import TokenDataset, open_dataset, open_run_dataset
 from ul2r.errors import CorpusError
 from ul2r.objective import Batch
 from ul2r.testing.corpus import make_tiny_store
+from ul2r.testing.pairs import write_pairs
 from ul2r.testing.recipes import tiny_recipe
 
 pytestmark = pytest.mark.integration
@@ -110,6 +112,40 @@ def test_batches_through_ray_equal_those_built_in_process(
                 assert array.dtype == expected[name].dtype
                 assert array.tobytes() == expected[name].tobytes()
                 assert array.flags.writeable, "torch warns about read-only arrays"
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_pairs_through_ray_are_those_built_in_process(storage: Path, dataset: TokenDataset) -> None:
+    whole_rows = {
+        "kind": "span_corruption",
+        "name": "X",
+        "mean_noise_span_length": 32,
+        "noise_density": 0.5,
+        "mode": "NLG",
+        "whole_row": True,
+        "weight": 1,
+    }
+    run = tiny_recipe(
+        storage,
+        data={"pairs": [str(write_pairs(storage / "pairs.jsonl"))]},
+        objective={
+            "sequence_length": 128,
+            "slots_per_row": 2,
+            "mixture": [{"kind": "pairs", "weight": 1}, whole_rows],
+        },
+        training={"steps": STEPS},
+    )
+    prepare_pairs(run)
+    assert dataset.vocabulary == open_run_dataset(run).vocabulary
+    builder = BatchBuilder(run, open_run_dataset(run))
+    denoisers = set()
+    for replica, received in enumerate(read_all(run, range(3, 9), 2)):
+        for batch_index, batch in zip(range(3, 9), received, strict=True):
+            expected = builder.build(batch_index, replica, 2).to_arrays()
+            for name, array in batch.to_arrays().items():
+                assert array.tobytes() == expected[name].tobytes()
+            denoisers.update(batch.denoiser_ids.ravel().tolist())
+    assert denoisers >= {0, 1}, "rows of pairs and rows of text"
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -15,8 +16,11 @@ import pytest
 import yaml
 
 from ul2r.config import Recipe, load
+from ul2r.data.store.dataset import open_dataset
+from ul2r.model.file_sizes import estimate_files
 from ul2r.testing.corpus import write_texts
 from ul2r.testing.hidden_packages import hide_packages
+from ul2r.testing.pairs import write_pairs
 from ul2r.tracking.store import open_store
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
@@ -25,10 +29,26 @@ ROOT = Path(__file__).parents[2]
 ROLES = ("base", "ul2r")
 SERVICES = {"ray", "mlflow"}
 STEPS = 4
+MIXTURES: dict[str, Any] = {
+    "base": "causal",
+    "ul2r": [
+        {"kind": "prefix", "name": "S", "weight": 1},
+        {
+            "kind": "span_corruption",
+            "name": "R",
+            "mean_noise_span_length": 3,
+            "noise_density": 0.15,
+            "mode": "NLU",
+            "weight": 1,
+        },
+        {"kind": "pairs", "weight": 2},
+    ],
+}
 RECIPE = {
     "storage": "storage",
     "data": {
         "corpus": ["text"],
+        "pairs": ["pairs.jsonl"],
         "vocabulary_size": 400,
         "num_sentinels": 64,
         "held_out_fraction": 0.1,
@@ -77,6 +97,7 @@ class BareMachine:
 def machine(tmp_path_factory: pytest.TempPathFactory) -> BareMachine:
     folder = tmp_path_factory.mktemp("bare")
     write_texts(folder / "text")
+    write_pairs(folder / "pairs.jsonl")
     for role in ROLES:
         tree = RECIPE | {
             "name": role,
@@ -84,7 +105,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> BareMachine:
             "base": None if role == "base" else "base",
             "objective": {
                 "sequence_length": 128,
-                "mixture": "causal" if role == "base" else "ul2r",
+                "mixture": MIXTURES[role],
             },
         }
         (folder / f"{role}.yaml").write_text(yaml.safe_dump(tree))
@@ -125,6 +146,9 @@ def compared(machine: BareMachine) -> str:
 
 def test_text_becomes_a_comparison(machine: BareMachine, compared: str) -> None:
     assert "infilled span" in compared
+    # Both arms are measured on the held-out pairs, of which one has trained on others.
+    (line,) = [line for line in compared.splitlines() if "denoiser pairs, loss" in line]
+    assert len(re.findall(r"\d\.\d{3} ±", line)) == 2, line
     folder = machine.folder / "storage/comparisons/both"
     assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((folder / "run.json").read_text())["status"] == "FINISHED"
@@ -137,13 +161,31 @@ def test_every_step_and_score_is_in_the_run_s_folder(machine: BareMachine) -> No
         folder = machine.recipe(role).paths.folder
         losses = store.read_metric_history(str(folder), "train/loss")
         assert [step for step, _ in losses] == list(range(1, STEPS + 1))
-        assert store.read_metric_history(str(folder), "causal/held_out_loss")
+        for name in ("causal", "pairs"):
+            assert store.read_metric_history(str(folder), f"{name}/held_out_loss")
+            assert store.read_metric_history(str(folder), f"{name}/evaluation_loss")
         ((step, score),) = store.read_metric_history(str(folder), "causal/evaluation_loss")
         assert step == STEPS
         assert score > 0
         record = json.loads((folder / "run.json").read_text())
         assert (record["name"], record["status"]) == (role, "FINISHED")
         assert record["params"]["training.steps"] == str(STEPS)
+
+
+@pytest.mark.usefixtures("compared")
+def test_files_have_the_sizes_that_space_is_checked_for(machine: BareMachine) -> None:
+    for role in ROLES:
+        recipe = machine.recipe(role)
+        size = open_dataset(recipe.storage_paths.store).vocabulary.size
+        expected = estimate_files(recipe, size)
+        checkpoints = [path for path in recipe.paths.checkpoints.iterdir() if path.is_dir()]
+        assert len(checkpoints) == expected.num_kept
+        for checkpoint in checkpoints:
+            written = sum(file.stat().st_size for file in checkpoint.iterdir())
+            # What is small next to a model's weights, but not next to these.
+            assert 0 <= written - expected.checkpoint_bytes < 150_000
+        weights = (recipe.paths.export / "model.safetensors").stat().st_size
+        assert 0 <= weights - expected.export_bytes < 10_000
 
 
 @pytest.mark.usefixtures("compared")

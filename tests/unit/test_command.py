@@ -13,6 +13,11 @@ from pathlib import Path
 import pytest
 
 from ul2r.__main__ import VERBS, main
+from ul2r.commands import up
+from ul2r.config import dump
+from ul2r.errors import RecipeError
+from ul2r.testing.recipes import tiny_recipe
+from ul2r.workflows.new import Project
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = Path(importlib.import_module("ul2r.commands").__file__ or "").parent
@@ -75,3 +80,28 @@ def test_the_command_is_installed_with_the_package() -> None:
         check=True,
     )
     assert result.stdout.startswith("ul2r ")
+
+
+def test_up_refuses_runs_that_do_not_fit_the_disk_together(tmp_path: Path) -> None:
+    """A parameter is 16 bytes of a checkpoint: no disk has space for two such models."""
+    project = Project(tmp_path, "large", None)
+    text = tmp_path / "text.txt"
+    text.write_text("the sea")
+    for width, is_refused in ((2**5, False), (2**18, True)):
+        for role in ("ul2r", "control"):
+            recipe = tiny_recipe(
+                tmp_path / "runs",
+                name=role,
+                data={"corpus": [str(text)]},
+                model={"hidden_size": width, "ffn_hidden_size": 4 * width},
+            )
+            project.recipe(role).write_text(dump(recipe))
+        if not is_refused:
+            up.check_space(project)
+            continue
+        with pytest.raises(
+            RecipeError,
+            match=r"TiB more are needed: run 'ul2r' takes .*; run 'control' takes .*; the token store ab",
+        ):
+            up.check_space(project)
+    assert not (tmp_path / "runs").exists()

@@ -66,11 +66,11 @@ def run(options: argparse.Namespace) -> None:
     else:
         print(f"{describe_settings(project.settings)}\nwritten to {folder}: edit and run again")
 
-    _check_space(project)
+    check_space(project)
     _run_steps(project, None if options.no_serve else options.port)
 
 
-def _check_space(project: Project) -> None:
+def check_space(project: Project) -> None:
     """Check that what the steps write fits the disk, unless both runs are trained already."""
     from ul2r.config import Recipe, load
     from ul2r.data.store.dataset import is_prepared

@@ -34,10 +34,10 @@ class Data(StrictModel):
     text_key: str = Field(default="text", min_length=1)
     """Key of .jsonl records, and column of .parquet files, that holds the text."""
     pairs: tuple[str, ...] = ()
-    """Files, folders or patterns of .jsonl (plain, .gz or .zst) whose records are prompts and answers, for the denoiser
-    `kind: pairs`."""
+    """Files, folders or patterns of .jsonl and .parquet (plain, .gz or .zst) whose records are prompts and answers, for
+    the denoiser `kind: pairs`."""
     prompt_key: str = Field(default="prompt", min_length=1)
-    """Key of the prompt in a record of `pairs`."""
+    """Key, or column, of the prompt in a record of `pairs`."""
     answer_key: str = Field(default="answer", min_length=1)
     """Key of the answer; a record with `messages` has chat messages instead of both."""
     null_text: Literal["refuse", "skip"] = "refuse"
@@ -98,8 +98,8 @@ def check_pairs(data: Data, objective: Objective, evaluation: Mixture) -> None:
     for key, mixture in mixtures:
         if not data.pairs and any(isinstance(denoiser, Pairs) for denoiser in mixture):
             raise ValueError(
-                f"{key} has a denoiser of kind=pairs, but data.pairs names no file: set data.pairs to .jsonl files "
-                "with a prompt and an answer in each line, or leave the denoiser out"
+                f"{key} has a denoiser of kind=pairs, but data.pairs names no file: set data.pairs to .jsonl or "
+                ".parquet files with a prompt and an answer in each record, or leave the denoiser out"
             )
     names = [denoiser.name for denoiser in evaluation]
     if len(set(names)) < len(names):

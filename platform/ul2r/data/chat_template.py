@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,10 @@ class ChatTemplate:
         return text
 
     def split(
-        self, messages: Messages, tools: Sequence[Any] | None = None
+        self,
+        messages: Messages,
+        tools: Sequence[Any] | None = None,
+        skipped: Collection[int] = (),
     ) -> list[tuple[str, str]]:
         """Return prompt and answer for each message of the assistant, the prompt being all that is before it.
 
@@ -82,12 +85,17 @@ class ChatTemplate:
         the template puts behind the answer, such as a token for the end of the turn, belongs to the answer, without the
         white space at the end.
 
+        Args:
+            messages: Objects with a role and a content.
+            tools: As in `render`.
+            skipped: Numbers of messages, from 0, that are parts of prompts only.
+
         Raises:
             ValueError: If the template refuses the messages, or does not put the answer right behind the prompt.
         """
         pairs = []
         for number, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or number in skipped:
                 continue
             prompt = self.render(messages[:number], tools, add_generation_prompt=True)
             whole = self.render(messages[: number + 1], tools)

@@ -28,6 +28,7 @@ from ul2r.model.sizing import (
     pad_vocabulary,
 )
 from ul2r.objective import Batch, Vocabulary, build_batch
+from ul2r.objective.random_kernels import Runs
 
 SAMPLED_ROWS = 256
 """Rows built to estimate how many keys the queries see."""
@@ -84,7 +85,7 @@ def seen_keys_per_row(recipe: Recipe) -> float:
     """Return the number of keys that the queries of a row see, as `training_flops` takes it.
 
     It is the mean over the run's first rows. Their text is left blank, since lengths and spans do not depend on it.
-    For examples that stay within their documents it is an upper bound.
+    For examples that stay within their documents, and for pairs, it is an upper bound.
     """
     batch = _sample_rows(recipe)
     return num_visible_keys(recipe.model, batch.kv_start, batch.kv_end) / len(batch)
@@ -103,13 +104,17 @@ def _sample_rows(recipe: Recipe) -> Batch:
 
 
 def build_blank_batch(recipe: Recipe, num_rows: int) -> Batch:
-    """Build the run's first rows without their text: lengths, spans and intervals do not depend on it."""
+    """Build the run's first rows without their text: lengths, spans and intervals do not depend on it.
+
+    Those of pairs do: here each fills its slot alone, with a prompt as long as it can be.
+    """
     return build_batch(
         range(num_rows),
         objective=recipe.objective,
         vocabulary=_make_vocabulary(recipe.num_sentinels_needed),
         seed=recipe.seed,
         text_windows=_BlankWindows(),
+        pairs=_BlankPairs(),
     )
 
 
@@ -124,6 +129,26 @@ class _BlankWindows:
     ) -> None:
         """Fill the first rows of `windows`, one for each sample."""
         windows[: len(samples)] = 0
+
+
+class _BlankPairs:
+    """Pairs that fill a slot each, filled with one token, with an answer of one."""
+
+    max_pairs = 1
+
+    def read(
+        self,
+        numbers: npt.NDArray[np.int64],
+        lengths: npt.NDArray[np.int64],
+        windows: npt.NDArray[np.int32],
+        runs: Runs,
+    ) -> None:
+        """Write the pair of each slot, which is as long as `lengths` allows."""
+        is_pair = numbers >= 0
+        windows[is_pair] = 0
+        runs.num_spans[is_pair] = 1
+        runs.kept[is_pair, 0] = lengths[is_pair] - 1
+        runs.masked[is_pair, 0] = 1
 
 
 def _make_vocabulary(num_sentinels: int) -> Vocabulary:

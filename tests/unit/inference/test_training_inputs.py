@@ -12,7 +12,7 @@ import pytest
 
 from ul2r.config import Objective, Pairs, Prefix, SpanCorruption
 from ul2r.data.prepare.pair_records import PairText
-from ul2r.data.prepare.pairs import PairEncoder
+from ul2r.data.prepare.pair_shards import PairEncoder
 from ul2r.inference import LanguageModel, complete, infill
 from ul2r.objective import Batch, Vocabulary, build_batch
 from ul2r.objective.random_kernels import Runs
@@ -78,7 +78,7 @@ def test_a_completion_of_a_prompt_reads_what_its_pair_was_trained_on(
 ) -> None:
     model.tokenizer.save(str(tmp_path / "tokenizer.json"))
     encoder = PairEncoder(tmp_path / "tokenizer.json", vocabulary)
-    encoded = encoder.encode(PairText([(prompt, answer)], is_chat=False, locate=str))
+    encoded = encoder.encode(PairText([(prompt, answer)], prompt, is_chat=False, locate=str))
     assert encoded is not None
     denoiser = Pairs(weight=1, sentinel=model.metadata.prefix_sentinel)
     batch = build_batch(

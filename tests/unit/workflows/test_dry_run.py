@@ -10,10 +10,12 @@ import pytest
 import ray
 
 from ul2r.config import Recipe, load
+from ul2r.data.prepare.pairs import prepare_pairs
 from ul2r.data.sampling.batches import BatchBuilder
 from ul2r.data.store.dataset import open_dataset
 from ul2r.errors import CheckpointError, CorpusError, RecipeError
 from ul2r.testing.corpus import make_tiny_store
+from ul2r.testing.pairs import write_pairs
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.workflows.dry_run import dry_run, seen_keys_per_row
 
@@ -54,6 +56,27 @@ def test_seen_keys_match_the_rows_that_training_uses(prepared: Path, slots: int)
         num_seen += 4 * int((batch.kv_end - batch.kv_start).sum())  # 4 layers
 
     assert seen_keys_per_row(recipe) == pytest.approx(num_seen / (num_steps * 32))
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_pairs_see_at_most_the_keys_of_a_prompt_that_fills_its_slot(slots: int) -> None:
+    recipe = tiny_recipe(
+        Path("runs"),
+        data={"pairs": ["pairs.jsonl"]},
+        objective={"slots_per_row": slots, "mixture": [{"kind": "pairs", "weight": 1}]},
+    )
+    length = 64 // slots
+    # The mode and all of the prompt see each other; behind them is an answer of one token, whose position sees itself
+    # as well and predicts the eos.
+    assert seen_keys_per_row(recipe) == 4 * slots * ((length - 1) ** 2 + length)  # in 4 layers
+
+
+def test_a_run_on_text_and_pairs_is_sized(prepared: Path) -> None:
+    data = {"pairs": [str(write_pairs(prepared / "pairs.jsonl"))]}
+    mixture = [{"kind": "pairs", "weight": 1}, {"kind": "prefix", "weight": 1}]
+    recipe = tiny_recipe(prepared, data=data, objective={"mixture": mixture})
+    prepare_pairs(recipe)
+    assert parse_facts(recipe)["checked"].startswith("recipe, token store")
 
 
 def test_flops_and_time_match_arithmetic_by_hand() -> None:

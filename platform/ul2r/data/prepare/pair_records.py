@@ -1,15 +1,20 @@
-"""Pairs of prompt and answer in JSON Lines files: one in each line, or a chat, of which each answer makes a pair."""
+"""Pairs of prompt and answer in JSON Lines and Parquet files: a record is one, or a chat with several."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+import pyarrow
 
 from ul2r.data.prepare.documents import open_decompressed
 from ul2r.data.prepare.json_lines import describe_no_object, read_json_records
+from ul2r.data.prepare.parquet_rows import check_single_column, read_parquet_rows
 from ul2r.data.prepare.records import KINDS, describe_os_error, list_keys
 from ul2r.data.prepare.source_files import SourceFile
+from ul2r.data.prepare.suffixes import text_suffix
 from ul2r.errors import CorpusError
 
 if TYPE_CHECKING:
@@ -17,6 +22,9 @@ if TYPE_CHECKING:
 
 MESSAGES_KEY = "messages"
 TOOLS_KEY = "tools"
+WEIGHT_KEY = "weight"
+"""Of an answer: 0 if it is not to be learned, as in OpenAI's files for fine-tuning."""
+CHAT_KEYS = (MESSAGES_KEY, TOOLS_KEY)
 ASSISTANT = "assistant"
 
 
@@ -24,12 +32,14 @@ class PairText(NamedTuple):
     """The pairs of a record.
 
     Attributes:
-        pairs: Prompt and answer of each; several for a chat of several turns.
+        pairs: Prompt and answer of each; several for a chat of several turns, none for one without an answer to learn.
+        first_prompt: All that is before the first answer, learned or not.
         is_chat: Whether they are parts of a chat, in which special tokens are meant.
-        locate: Returns "PATH: line N".
+        locate: Returns "PATH: line N", or "PATH: row N".
     """
 
     pairs: Sequence[tuple[str, str]]
+    first_prompt: str
     is_chat: bool
     locate: Callable[[], str]
 
@@ -53,21 +63,52 @@ class PairReader:
         """Yield the pairs of each record of a file.
 
         Raises:
-            CorpusError: If a line is no pair; the message has its number.
+            CorpusError: If a record is no pair; the message has its line or row.
         """
         try:
             with open_decompressed(file.path) as stream:
-                for record, locate in read_json_records(file, stream):
-                    if not isinstance(record, dict):
-                        problem = describe_no_object(record, file)
-                        raise CorpusError(f"{locate()}: no pair: {problem}")
+                for record, locate in self._read_records(file, stream):
                     yield self._parse(record, locate)
         except OSError as error:
             raise CorpusError(f"{file.path}: cannot be read: {describe_os_error(error)}") from None
 
+    def _read_records(
+        self, file: SourceFile, stream: IO[bytes]
+    ) -> Iterator[tuple[dict[str, Any], Callable[[], str]]]:
+        if text_suffix(file.path) == ".parquet":
+            choose_columns = partial(self._choose_columns, file.path)
+            for row, locate in read_parquet_rows(file, stream, choose_columns):
+                yield _drop_nulls(row), locate
+            return
+        for record, locate in read_json_records(file, stream):
+            if not isinstance(record, dict):
+                problem = describe_no_object(record, file)
+                raise CorpusError(f"{locate()}: no pair: {problem}")
+            yield record, locate
+
+    def _choose_columns(self, path: Path, schema: pyarrow.Schema) -> list[str]:
+        """Return the columns of a Parquet file that pairs are made of.
+
+        Raises:
+            CorpusError: If it has neither chats nor prompts and answers.
+        """
+        keys = (self._prompt_key, self._answer_key)
+        wanted = (MESSAGES_KEY, TOOLS_KEY, *keys)
+        columns = [name for name in dict.fromkeys(wanted) if name in schema.names]
+        for name in columns:
+            check_single_column(path, schema, name)
+        if MESSAGES_KEY not in columns:
+            for key, setting in zip(keys, ("data.prompt_key", "data.answer_key"), strict=True):
+                if key not in columns:
+                    raise CorpusError(
+                        f'{path}: no column "{key}", and no "{MESSAGES_KEY}"; it has {list_keys(schema.names)}: set '
+                        f"{setting}"
+                    )
+        return columns
+
     def _parse(self, record: Mapping[str, Any], locate: Callable[[], str]) -> PairText:
         if MESSAGES_KEY in record:
-            return PairText(self._split_chat(record, locate), is_chat=True, locate=locate)
+            return self._split_chat(record, locate)
         prompt, answer = (
             _check_text(record, key, setting, locate)
             for key, setting in (
@@ -75,21 +116,34 @@ class PairReader:
                 (self._answer_key, "data.answer_key"),
             )
         )
-        return PairText([(prompt, answer)], is_chat=False, locate=locate)
+        return PairText([(prompt, answer)], prompt, is_chat=False, locate=locate)
 
-    def _split_chat(
-        self, record: Mapping[str, Any], locate: Callable[[], str]
-    ) -> list[tuple[str, str]]:
+    def _split_chat(self, record: Mapping[str, Any], locate: Callable[[], str]) -> PairText:
         messages = record[MESSAGES_KEY]
         _check_messages(messages, locate)
         if self._template is None:
             self._template = self._load_template(locate)
+
+        answers = [i for i, message in enumerate(messages) if message["role"] == ASSISTANT]
+        skipped = [i for i in answers if messages[i].get(WEIGHT_KEY) == 0]
+        # A template may show any key, and serving has no weights.
+        shown = [
+            {key: value for key, value in message.items() if key != WEIGHT_KEY}
+            for message in messages
+        ]
+        tools = record.get(TOOLS_KEY)
         try:
-            return self._template.split(messages, record.get(TOOLS_KEY))
+            pairs = self._template.split(shown, tools, skipped)
+            if pairs and answers[0] not in skipped:
+                first_prompt = pairs[0][0]
+            else:
+                before = shown[: answers[0]]
+                first_prompt = self._template.render(before, tools, add_generation_prompt=True)
         except ValueError as error:
             raise CorpusError(
                 f"{locate()}: {MESSAGES_KEY} do not fit the chat template of {self._tokenizer}: {error}"
             ) from None
+        return PairText(pairs, first_prompt, is_chat=True, locate=locate)
 
     def _load_template(self, locate: Callable[[], str]) -> ChatTemplate:
         remedy = (
@@ -129,11 +183,9 @@ def _check_text(
 def _check_value(value: Any, name: str, locate: Callable[[], str]) -> str:  # noqa: ANN401  any JSON value
     if not isinstance(value, str):
         kind = "null" if value is None else KINDS.get(type(value), type(value).__name__)
-        raise CorpusError(
-            f"{locate()}: {name} is {kind}, not text: correct it or leave the line out"
-        )
+        raise CorpusError(f"{locate()}: {name} is {kind}, not text: correct it or leave it out")
     if not value.strip():
-        raise CorpusError(f"{locate()}: {name} is empty: fill it in or leave the line out")
+        raise CorpusError(f"{locate()}: {name} is empty: fill it in or leave it out")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -161,13 +213,37 @@ def _check_messages(messages: Any, locate: Callable[[], str]) -> None:  # noqa: 
         if not message.get("tool_calls"):
             _check_value(message.get("content"), f"{name}: content", locate)
 
+        _check_weight(message, name, locate)
+
     roles = [message["role"] for message in messages]
     if ASSISTANT not in roles:
         raise CorpusError(
-            f"{locate()}: {MESSAGES_KEY} have no message of the role {ASSISTANT}, so nothing to learn: leave the line "
-            "out"
+            f"{locate()}: {MESSAGES_KEY} have no message of the role {ASSISTANT}, so nothing to learn: leave it out"
         )
     if roles[0] == ASSISTANT:
         raise CorpusError(
             f"{locate()}: {MESSAGES_KEY} begin with the {ASSISTANT}'s answer: a prompt must come before it"
         )
+
+
+def _check_weight(message: Mapping[str, Any], name: str, locate: Callable[[], str]) -> None:
+    weight = message.get(WEIGHT_KEY)
+    if weight is None:
+        return
+    # true and false are 1 and 0 for Python, and no weights.
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise CorpusError(f"{locate()}: {name}: weight is {weight!r}: set it to 0 or 1")
+
+
+def _drop_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the record of a Parquet row without the keys that it lacks: all rows, and messages, have the same."""
+    record = {key: value for key, value in row.items() if key not in CHAT_KEYS or value is not None}
+    messages = record.get(MESSAGES_KEY)
+    if isinstance(messages, list):
+        record[MESSAGES_KEY] = [
+            {key: value for key, value in message.items() if value is not None or key == "content"}
+            if isinstance(message, dict)
+            else message
+            for message in messages
+        ]
+    return record

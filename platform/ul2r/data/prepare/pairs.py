@@ -6,8 +6,8 @@ import hashlib
 import json
 import logging
 import shutil
-from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,23 @@ import numpy.typing as npt
 
 from ul2r.config import Data, Recipe
 from ul2r.console import show_progress
-from ul2r.data.document_tokenizer import DocumentTokenizer
 from ul2r.data.prepare.held_out import choose_whole_held_out
 from ul2r.data.prepare.left_out import LeftOut
-from ul2r.data.prepare.pair_records import PairReader, PairText
+from ul2r.data.prepare.pair_shards import PairSettings, make_pair_shards
+from ul2r.data.prepare.shards import (
+    FileGroup,
+    group_files,
+    load_document_table,
+    load_left_out,
+    remove_shard,
+    shard_prefix,
+)
 from ul2r.data.prepare.source_files import SourceFile, list_corpus
 from ul2r.data.prepare.suffixes import SPLITTABLE_SUFFIXES, text_suffix
+from ul2r.data.store.index_file import IndexFile
 from ul2r.data.store.manifest import Manifest, SplitCounts
 from ul2r.data.store.pair_store import PAIR_SPLITS, SEQUENCES_PER_PAIR, find_pairs_folder
-from ul2r.data.store.token_store import TokenStore, TokenWriter
-from ul2r.data.tokenizer import load_tokenizer
+from ul2r.data.store.token_store import TokenStore, TokenWriter, append_suffix
 from ul2r.errors import CorpusError, RecipeError
 from ul2r.filesystem import STAGING_SUFFIX, file_lock, remove, sha256_of, staging_path
 from ul2r.objective import Vocabulary
@@ -35,8 +42,7 @@ logger = logging.getLogger(__name__)
 
 PAIRS_KEY = "data.pairs"
 SETTING = "data.pairs"
-ALL_PAIRS = "all"
-"""Prefix of the store in which pairs are before they are split."""
+PAIR_SUFFIXES = (*SPLITTABLE_SUFFIXES, ".parquet")
 MEGABYTE = 1e6
 
 
@@ -61,7 +67,9 @@ def load_finished_pairs(recipe: Recipe) -> Manifest | None:
 
 
 def prepare_pairs(recipe: Recipe) -> Manifest:
-    """Make the store of a recipe's pairs in this process unless it exists; the recipe's token store must exist.
+    """Make the store of a recipe's pairs unless it exists; the recipe's token store must exist.
+
+    Many pairs are encoded by all cores, or by the connected Ray cluster.
 
     Raises:
         CorpusError: If a record is no pair, or there are too few; nothing is left behind.
@@ -98,7 +106,7 @@ def _list_files(data: Data) -> tuple[tuple[SourceFile, ...], LeftOut]:
         CorpusError: If an entry is missing, or there is no file of pairs.
     """
     listing = list_corpus(data.pairs, setting=SETTING)
-    files = [file for file in listing.files if text_suffix(file.path) in SPLITTABLE_SUFFIXES]
+    files = [file for file in listing.files if text_suffix(file.path) in PAIR_SUFFIXES]
     left_out = LeftOut()
     left_out.update(listing.left_out)
     for file in listing.files:
@@ -107,7 +115,8 @@ def _list_files(data: Data) -> tuple[tuple[SourceFile, ...], LeftOut]:
     if not files:
         has = f"; they have {left_out.describe()}" if left_out else ""
         raise CorpusError(
-            f"{SETTING}={list(data.pairs)}: no .jsonl file (plain, .gz or .zst), with a pair in each line{has}"
+            f"{SETTING}={list(data.pairs)}: no .jsonl or .parquet file (plain, .gz or .zst), with a pair in each "
+            f"record{has}"
         )
     return tuple(files), left_out
 
@@ -134,29 +143,15 @@ def _build(recipe: Recipe, folder: Path) -> Manifest:
     vocabulary = Manifest.read(store).vocabulary
     shutil.copyfile(store / TOKENIZER_FILE, folder / TOKENIZER_FILE)
 
-    encoder = PairEncoder(folder / TOKENIZER_FILE, vocabulary)
-    reader = PairReader(data.prompt_key, data.answer_key, data.tokenizer)
-    keys = array("Q")
-    text_bytes = array("q")
-    with TokenWriter(
-        folder / ALL_PAIRS, vocabulary.size, sequences_per_document=SEQUENCES_PER_PAIR
-    ) as writer:
-        for record in _show_records(files, reader):
-            key = _digest(record.pairs[0][0])
-            encoded = encoder.encode(record)
-            if encoded is None:
-                left_out.add("chats that spell a mode or sentinel", 0, record.locate)
-                continue
-            for (prompt, answer), tokens in zip(record.pairs, encoded, strict=True):
-                for part in tokens:
-                    writer.append(part)
-                    writer.end_document()
-                keys.append(key)
-                text_bytes.append(len(prompt.encode()) + len(answer.encode()))
+    groups = group_files(files)
+    _make_shards(
+        groups, PairSettings(folder, vocabulary, data.prompt_key, data.answer_key, data.tokenizer)
+    )
+    left_out.update(load_left_out(folder, range(len(groups))))
+    counts = _merge(folder, len(groups), data, vocabulary)
+    for number in range(len(groups)):
+        remove_shard(folder, number)
 
-    if not len(keys):
-        raise CorpusError(f"{SETTING}={list(data.pairs)}: the files have no pair")
-    counts = _split(folder, data, np.array(keys, np.uint64), np.array(text_bytes), vocabulary)
     names = [
         TOKENIZER_FILE,
         *(f"{split}{suffix}" for split in PAIR_SPLITS for suffix in (".bin", ".idx")),
@@ -173,87 +168,29 @@ def _build(recipe: Recipe, folder: Path) -> Manifest:
     return manifest
 
 
-def _show_records(files: tuple[SourceFile, ...], reader: PairReader) -> Iterator[PairText]:
-    """Yield the records of all files, and show how many of the files are read."""
-    total = sum(file.size for file in files)
+def _make_shards(groups: Sequence[FileGroup], settings: PairSettings) -> None:
+    """Make the shards of all groups, and show how much of the files is read."""
+    total = sum(group.size for group in groups)
     done = 0
     with show_progress("pairs", total / MEGABYTE, "MB") as bar:
-        for file in files:
-            yield from reader.read(file)
-            done += file.size
+        for group in make_pair_shards(groups, settings):
+            done += group.size
             bar.update(done / MEGABYTE)
 
 
-def _digest(prompt: str) -> int:
-    # Of the first prompt alone: pairs that share it, and the turns of a chat, are on one side of the held-out split.
-    return int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=8).digest(), "little")
-
-
-class PairEncoder:
-    """Encodes pairs as the prompts of a served model are, and what it generates.
-
-    A prompt begins a document, and an answer goes on in it: `LanguageModel.encode` gives the same tokens for a prompt.
-    Special tokens that a text spells are plain text, but in a chat those of its template are meant, as in
-    `apply_chat_template` of transformers.
-
-    Args:
-        tokenizer: The token store's tokenizer.json.
-        vocabulary: Its vocabulary.
-    """
-
-    def __init__(self, tokenizer: Path, vocabulary: Vocabulary) -> None:
-        self._vocabulary = vocabulary
-        self._text = DocumentTokenizer(load_tokenizer(tokenizer))
-        self._chat = load_chat_tokenizer(tokenizer)
-
-    def encode(self, record: PairText) -> list[tuple[list[int], list[int]]] | None:
-        """Return the tokens of each prompt and answer, None if they have tokens that only the objective may use.
-
-        The answer's closing eos is left to the objective, which puts one behind every target.
-
-        Raises:
-            CorpusError: If a text has no token.
-        """
-        tokenizer = self._chat if record.is_chat else self._text
-        encoded = []
-        for prompt, answer in record.pairs:
-            inputs = tokenizer.encode(prompt)
-            targets = tokenizer.encode_continuation(answer)
-            if targets and targets[-1] == self._vocabulary.eos:
-                targets = targets[:-1]
-            for name, tokens in (("prompt", inputs), ("answer", targets)):
-                if not tokens:
-                    raise CorpusError(
-                        f"{record.locate()}: the {name} has no token: fill it in or leave the line out"
-                    )
-            if not self._vocabulary.non_text_ids.isdisjoint((*inputs, *targets)):
-                return None
-            encoded.append((inputs, targets))
-        return encoded
-
-
-def load_chat_tokenizer(path: Path) -> DocumentTokenizer:
-    """Load a tokenizer that takes the names of special tokens for these tokens."""
-    tokenizer = load_tokenizer(path)
-    tokenizer.encode_special_tokens = False
-    return DocumentTokenizer(tokenizer)
-
-
-def _split(
-    folder: Path,
-    data: Data,
-    keys: npt.NDArray[np.uint64],
-    text_bytes: npt.NDArray[np.int64],
-    vocabulary: Vocabulary,
+def _merge(
+    folder: Path, num_shards: int, data: Data, vocabulary: Vocabulary
 ) -> Mapping[str, SplitCounts]:
-    """Divide the pairs into those to train on and held-out ones, and remove the store of all.
+    """Divide the pairs of the shards into those to train on and held-out ones.
 
     Raises:
-        CorpusError: If they have one prompt only.
+        CorpusError: If there are none, or they have one prompt only.
     """
-    store = TokenStore.open(folder / ALL_PAIRS)
-    lengths = store.sequence_lengths
-    sizes = lengths.astype(np.int64).reshape(-1, SEQUENCES_PER_PAIR).sum(axis=1)
+    shards = [shard for number in range(num_shards) if len(shard := _Shard.open(folder, number))]
+    if not shards:
+        raise CorpusError(f"{SETTING}={list(data.pairs)}: the files have no pair")
+    keys = np.concatenate([shard.table["key"] for shard in shards])
+    sizes = np.concatenate([shard.sizes for shard in shards])
     split = choose_whole_held_out(keys, sizes, data.held_out_fraction, data.max_held_out_tokens)
     is_held_out = split.count(keys, sizes) > 0
     if is_held_out.all() or not is_held_out.any():
@@ -262,20 +199,58 @@ def _split(
             "and held-out ones: add pairs with other prompts"
         )
 
+    ends = np.cumsum([len(shard) for shard in shards])
     counts = {}
     for name, chosen in zip(PAIR_SPLITS, (~is_held_out, is_held_out), strict=True):
+        text_bytes = 0
         with TokenWriter(
             folder / name, vocabulary.size, sequences_per_document=SEQUENCES_PER_PAIR
         ) as writer:
-            for number in np.flatnonzero(chosen).tolist():
-                tokens = store.read_document(number)
-                for part in np.split(tokens, [lengths[SEQUENCES_PER_PAIR * number]]):
-                    writer.append(part)
-                    writer.end_document()
-        counts[name] = SplitCounts(
-            writer.num_documents, writer.num_tokens, int(text_bytes[chosen].sum())
-        )
-    del store, lengths
-    for suffix in (".bin", ".idx"):
-        remove(folder / f"{ALL_PAIRS}{suffix}")
+            for shard, of_shard in zip(shards, np.split(chosen, ends[:-1]), strict=True):
+                shard.copy(of_shard, writer)
+                text_bytes += int(shard.table["text_bytes"][of_shard].sum())
+        counts[name] = SplitCounts(writer.num_documents, writer.num_tokens, text_bytes)
     return counts
+
+
+@dataclass(frozen=True, eq=False)
+class _Shard:
+    """Pairs of a shard.
+
+    Attributes:
+        prefix: Prefix of its token store.
+        table: Its records, `DOCUMENT_DTYPE` (N,).
+        lengths: Tokens of each prompt and answer, int64 (N, 2).
+    """
+
+    prefix: Path
+    table: npt.NDArray[np.void]
+    lengths: npt.NDArray[np.int64]
+
+    @classmethod
+    def open(cls, folder: Path, number: int) -> _Shard:
+        prefix = shard_prefix(folder, number)
+        # Not through TokenStore, which refuses a shard without documents.
+        lengths = IndexFile.read(append_suffix(prefix, ".idx")).sequence_lengths
+        return cls(
+            prefix,
+            load_document_table(folder, number),
+            lengths.astype(np.int64).reshape(-1, SEQUENCES_PER_PAIR),
+        )
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def sizes(self) -> npt.NDArray[np.int64]:
+        """Tokens of each pair, int64 (N,)."""
+        sizes: npt.NDArray[np.int64] = self.lengths.sum(axis=1)
+        return sizes
+
+    def copy(self, chosen: npt.NDArray[np.bool_], writer: TokenWriter) -> None:
+        """Copy the chosen pairs, bool (N,), in their order."""
+        store = TokenStore.open(self.prefix)
+        for number in np.flatnonzero(chosen).tolist():
+            for part in np.split(store.read_document(number), [self.lengths[number, 0]]):
+                writer.append(part)
+                writer.end_document()

@@ -33,6 +33,28 @@ def read_parquet_texts(file: SourceFile, stream: IO[bytes]) -> Iterator[Record]:
         CorpusError: If it is not a parquet file, or has no such column of text; the message has
             the row if there is one.
     """
+
+    def choose_columns(schema: pyarrow.Schema) -> list[str]:
+        _check_column(file.path, schema, file.text_key)
+        return [file.text_key]
+
+    for row, locate in read_parquet_rows(file, stream, choose_columns):
+        yield Record(row[file.text_key], "", locate)
+
+
+def read_parquet_rows(
+    file: SourceFile, stream: IO[bytes], choose_columns: Callable[[pyarrow.Schema], list[str]]
+) -> Iterator[tuple[dict[str, Any], Callable[[], str]]]:
+    """Yield the values of each row by column, and a function that returns "PATH: row N".
+
+    Args:
+        file: The file.
+        stream: Its content, decompressed.
+        choose_columns: Returns the columns to read, each of which the file has once.
+
+    Raises:
+        CorpusError: If it is not a parquet file; the message has the row if there is one.
+    """
     path = file.path
     with tempfile.TemporaryFile() as seekable:
         # Parquet keeps its index at the end of the file, so a compressed one is unpacked first.
@@ -43,12 +65,18 @@ def read_parquet_texts(file: SourceFile, stream: IO[bytes]) -> Iterator[Record]:
         row = 0
         try:
             table = pyarrow.parquet.ParquetFile(stream)
-            _check_column(path, table.schema_arrow, file.text_key)
-            for batch in table.iter_batches(ROWS_PER_BATCH, columns=[file.text_key]):
-                for value in batch.column(0):
+            columns = choose_columns(table.schema_arrow)
+            for batch in table.iter_batches(ROWS_PER_BATCH, columns=columns):
+                for values in zip(*(batch.column(name) for name in columns), strict=True):
                     row += 1
                     locate = partial("{}: row {}".format, path, row)
-                    yield Record(_to_python(value, locate), "", locate)
+                    yield (
+                        {
+                            name: _to_python(value, locate)
+                            for name, value in zip(columns, values, strict=True)
+                        },
+                        locate,
+                    )
         # Arrow's own exceptions have no common base but this one, and damaged pages are an OSError.
         except (pyarrow.ArrowException, OSError) as error:
             where = f"row {row + 1}: " if row else ""
@@ -60,14 +88,24 @@ def read_parquet_texts(file: SourceFile, stream: IO[bytes]) -> Iterator[Record]:
             raise CorpusError(f"{path}: {where}not a readable parquet file: {reason}") from None
 
 
+def check_single_column(path: Path, schema: pyarrow.Schema, column: str) -> None:
+    """Refuse a file with several columns of one name.
+
+    Raises:
+        CorpusError: If it has.
+    """
+    count = schema.names.count(column)
+    if count > 1:
+        raise CorpusError(f"{path}: has {count} columns {column!r}: rename all but one")
+
+
 def _check_column(path: Path, schema: pyarrow.Schema, column: str) -> None:
     if column not in schema.names:
         raise CorpusError(
             f'{path}: no column "{column}"; it has {list_keys(schema.names)}: set data.text_key to the one of the text'
         )
-    (kind, *others) = [field.type for field in schema if field.name == column]
-    if others:
-        raise CorpusError(f"{path}: has {1 + len(others)} columns {column!r}: rename all but one")
+    check_single_column(path, schema, column)
+    kind = schema.field(column).type
     if pyarrow.types.is_dictionary(kind):
         kind = kind.value_type
     is_text = (

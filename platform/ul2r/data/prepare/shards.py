@@ -148,14 +148,29 @@ def write_shard(
                 key = hashlib.blake2b(digest_size=8)
                 size = 0
 
-    write_atomically(_left_out_file(folder, group.number), json.dumps(left_out.to_dict()))
+    finish_shard(folder, group.number, keys, sizes, left_out)
+
+
+def finish_shard(
+    folder: Path, number: int, keys: array[int], text_bytes: array[int], left_out: LeftOut
+) -> None:
+    """Write what belongs to a shard besides its tokens.
+
+    Args:
+        folder: Folder of the shard.
+        number: Its number.
+        keys: Digest of each document that decides its side of the held-out split, "Q" (D,).
+        text_bytes: UTF-8 bytes of each one's text, "q" (D,).
+        left_out: What was left out of its files.
+    """
+    write_atomically(_left_out_file(folder, number), json.dumps(left_out.to_dict()))
 
     # Written last: a shard counts as done once this file exists.
     documents = np.empty(len(keys), DOCUMENT_DTYPE)
     documents["key"] = keys
-    documents["text_bytes"] = sizes
+    documents["text_bytes"] = text_bytes
     with (
-        staged_file(_document_table_file(folder, group.number)) as staging,
+        staged_file(_document_table_file(folder, number)) as staging,
         staging.open("wb") as file,
     ):
         np.save(file, documents)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
-from ul2r.data.prepare.process_tasks import run_in_processes
+from ul2r.data.prepare.parallel_tasks import run_tasks
 from ul2r.data.prepare.shards import FileGroup, is_shard_done, write_shard
 from ul2r.data.tokenizer import load_tokenizer
 from ul2r.errors import CorpusError, UserError
@@ -43,29 +42,11 @@ def tokenize_shards(
     tasks = [(group, work_folder, vocabulary) for group in missing.values()]
 
     # Closing the generator stops whoever runs the tasks.
-    with closing(_run_tasks(tasks, cpus)) as errors:
+    with closing(run_tasks(_make_shard, tasks, cpus)) as errors:
         for group in groups:
             if group.number in missing and (error := next(errors)):
                 raise CorpusError(error)
             yield group
-
-
-def _run_tasks(tasks: Sequence[Task], cpus: float | None) -> Generator[str]:
-    """Yield the errors of the tasks in their order, empty for those without."""
-    if not tasks:
-        return
-    if _is_connected_to_ray():
-        from ul2r.data.prepare.ray_tasks import run_in_ray
-
-        yield from run_in_ray(_make_shard, tasks, cpus)
-    else:
-        yield from run_in_processes(_make_shard, tasks)
-
-
-def _is_connected_to_ray() -> bool:
-    # Without importing it: a machine that needs no Ray may not have it.
-    ray = sys.modules.get("ray")
-    return ray is not None and ray.is_initialized()
 
 
 def _make_shard(task: Task) -> str:

@@ -157,7 +157,7 @@ class BatchBuilder:
         dataset = self._pair_dataset
         if dataset is None:
             raise CorpusError(
-                f"{recipe.name}: denoiser {denoiser.name!r} needs pairs, data.pairs names none: set it to .jsonl files"
+                f"{recipe.name}: denoiser {denoiser.name!r} needs pairs, data.pairs names none: set it to files of them"
             )
         return PairWindows(
             dataset.train if split == "train" else dataset.held_out,

@@ -8,34 +8,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
-from tokenizers import AddedToken, Tokenizer
 
-from ul2r.config import Recipe
 from ul2r.data.document_tokenizer import DocumentTokenizer
+from ul2r.data.prepare import shards
 from ul2r.data.prepare.pair_records import PairText
-from ul2r.data.prepare.pairs import PairEncoder, load_finished_pairs, prepare_pairs
+from ul2r.data.prepare.pair_shards import PairEncoder
+from ul2r.data.prepare.pairs import load_finished_pairs, prepare_pairs
+from ul2r.data.prepare.source_files import find_files
 from ul2r.data.special_tokens import assign_special_tokens
 from ul2r.data.store.dataset import open_run_dataset
-from ul2r.data.store.pair_store import PairStore, find_pairs_folder
+from ul2r.data.store.pair_store import find_pairs_folder
 from ul2r.data.tokenizer import build_vocabulary, load_tokenizer
 from ul2r.errors import CorpusError
 from ul2r.filesystem import sha256_of
 from ul2r.testing.corpus import make_tiny_store
-from ul2r.testing.pairs import write_json_lines
-from ul2r.testing.recipes import tiny_recipe
-from ul2r.testing.tokenizers import KINDS, make_llama_3
-
-TEMPLATE = (
-    "{% if messages[0].role == 'robot' %}{{ raise_exception('no robots') }}{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def make_pairs(count: int) -> list[dict[str, str]]:
-    return [{"prompt": f"Question {i}?", "answer": f"It is {i * i}."} for i in range(count)]
+from ul2r.testing.pairs import make_pairs, pair_recipe, read_pair_texts, write_json_lines
+from ul2r.testing.tokenizers import KINDS
 
 
 @pytest.fixture(scope="module")
@@ -45,46 +36,6 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return storage
 
 
-@pytest.fixture(scope="module")
-def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Storage whose tokenizer has a chat template; `tokenizer` beside the store is the one that the user gave."""
-    storage = tmp_path_factory.mktemp("chat")
-    folder = storage / "tokenizer"
-    folder.mkdir()
-    tokenizer = make_llama_3()
-    names = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
-    tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in names])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
-
-    assigned = storage / "assigned.json"
-    assign_special_tokens(tokenizer, 64).save(str(assigned))
-    make_tiny_store(storage / "store", num_documents=8, tokenizer=assigned)
-    return storage
-
-
-def recipe_of(storage: Path, *entries: Path, **data: Any) -> Recipe:  # noqa: ANN401  values of a recipe
-    return tiny_recipe(
-        storage,
-        data={"num_sentinels": 64, "pairs": list(map(str, entries)), **data},
-        objective={"mixture": [{"kind": "pairs", "weight": 1}]},
-    )
-
-
-def texts_of(store: PairStore, tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    found = []
-    for number, length in enumerate(store.prompt_lengths.tolist()):
-        prompt, answer = np.split(store.read(number), [length])
-        found.append(
-            (
-                tokenizer.decode(prompt.tolist(), skip_special_tokens=False),
-                tokenizer.decode(answer.tolist(), skip_special_tokens=False),
-            )
-        )
-    return found
-
-
 def test_every_pair_is_on_one_side_with_its_boundary(storage: Path, tmp_path: Path) -> None:
     records = make_pairs(90)
     plain = write_json_lines(tmp_path / "a.jsonl", records[:50])
@@ -92,14 +43,14 @@ def test_every_pair_is_on_one_side_with_its_boundary(storage: Path, tmp_path: Pa
     packed.write_bytes(
         gzip.compress("".join(json.dumps(r) + "\n\n" for r in records[50:]).encode())
     )
-    recipe = recipe_of(storage, plain, packed)
+    recipe = pair_recipe(storage, plain, packed)
     manifest = prepare_pairs(recipe)
 
     dataset = open_run_dataset(recipe)
     assert dataset.pairs is not None
     tokenizer = load_tokenizer(dataset.tokenizer_file)
-    train = texts_of(dataset.pairs.train, tokenizer)
-    held_out = texts_of(dataset.pairs.held_out, tokenizer)
+    train = read_pair_texts(dataset.pairs.train, tokenizer)
+    held_out = read_pair_texts(dataset.pairs.held_out, tokenizer)
     assert sorted(train + held_out) == sorted((r["prompt"], r["answer"]) for r in records)
     assert len(held_out) == manifest.held_out.num_documents > 0
     tokens = manifest.held_out.num_tokens / (manifest.held_out + manifest.train).num_tokens
@@ -115,7 +66,7 @@ def test_every_pair_is_on_one_side_with_its_boundary(storage: Path, tmp_path: Pa
 def test_prompts_and_answers_are_the_tokens_of_serving(storage: Path, tmp_path: Path) -> None:
     # Names of special tokens are plain text.
     record = {"prompt": "Say [S2S] <extra_id_0>", "answer": " now <eos>"}
-    recipe = recipe_of(storage, write_json_lines(tmp_path / "p.jsonl", [record, *make_pairs(5)]))
+    recipe = pair_recipe(storage, write_json_lines(tmp_path / "p.jsonl", [record, *make_pairs(5)]))
     prepare_pairs(recipe)
     dataset = open_run_dataset(recipe)
     assert dataset.pairs is not None
@@ -135,13 +86,13 @@ def test_pairs_with_one_prompt_are_on_one_side(storage: Path, tmp_path: Path) ->
         for i in range(100)
     ]
     path = write_json_lines(tmp_path / "p.jsonl", records)
-    recipe = recipe_of(storage, path, held_out_fraction=0.3)
+    recipe = pair_recipe(storage, path, held_out_fraction=0.3)
     prepare_pairs(recipe)
     dataset = open_run_dataset(recipe)
     assert dataset.pairs is not None
     tokenizer = load_tokenizer(dataset.tokenizer_file)
     train, held_out = (
-        {prompt for prompt, _ in texts_of(store, tokenizer)}
+        {prompt for prompt, _ in read_pair_texts(store, tokenizer)}
         for store in (dataset.pairs.train, dataset.pairs.held_out)
     )
     assert len(held_out) in (2, 3)
@@ -150,7 +101,7 @@ def test_pairs_with_one_prompt_are_on_one_side(storage: Path, tmp_path: Path) ->
 
 def test_long_pairs_are_not_cut_for_the_held_out_split(storage: Path, tmp_path: Path) -> None:
     records = [{"prompt": f"Story {i}", "answer": "again and again " * 4000} for i in range(3)]
-    recipe = recipe_of(storage, write_json_lines(tmp_path / "p.jsonl", records))
+    recipe = pair_recipe(storage, write_json_lines(tmp_path / "p.jsonl", records))
     manifest = prepare_pairs(recipe)
     assert (manifest.train.num_documents, manifest.held_out.num_documents) == (1, 2)
 
@@ -159,7 +110,7 @@ def test_pairs_are_made_once_and_files_that_changed_are_refused(
     storage: Path, tmp_path: Path
 ) -> None:
     path = write_json_lines(tmp_path / "p.jsonl", make_pairs(20))
-    recipe = recipe_of(storage, path)
+    recipe = pair_recipe(storage, path)
     assert load_finished_pairs(recipe) is None
     manifest = prepare_pairs(recipe)
     times = {p: p.stat().st_mtime_ns for p in find_pairs_folder(recipe).iterdir()}
@@ -173,14 +124,14 @@ def test_pairs_are_made_once_and_files_that_changed_are_refused(
 
 def test_pairs_do_not_touch_the_token_store(storage: Path, tmp_path: Path) -> None:
     before = {p: p.read_bytes() for p in (storage / "store").iterdir()}
-    recipe = recipe_of(storage, write_json_lines(tmp_path / "p.jsonl", make_pairs(30)))
+    recipe = pair_recipe(storage, write_json_lines(tmp_path / "p.jsonl", make_pairs(30)))
     prepare_pairs(recipe)
     assert before == {p: p.read_bytes() for p in (storage / "store").iterdir()}
 
 
 def test_pairs_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
     path = write_json_lines(tmp_path / "p.jsonl", make_pairs(30))
-    recipe = recipe_of(tmp_path, path)
+    recipe = pair_recipe(tmp_path, path)
     make_tiny_store(tmp_path / "store", num_documents=8)
     prepare_pairs(recipe)
     make_tiny_store(tmp_path / "store", num_documents=8, seed=1)
@@ -191,7 +142,7 @@ def test_pairs_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
 
 
 def test_missing_pairs_are_named(storage: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(storage, tmp_path / "nothing.jsonl")
+    recipe = pair_recipe(storage, tmp_path / "nothing.jsonl")
     with pytest.raises(
         CorpusError, match=r"pairs of data\.pairs=.*nothing.* are not prepared: run"
     ):
@@ -236,7 +187,7 @@ def test_bad_record_is_named_by_file_and_line(
     storage: Path, tmp_path: Path, record: object, message: str
 ) -> None:
     path = write_json_lines(tmp_path / "bad.jsonl", [*make_pairs(3), record])
-    recipe = recipe_of(storage, path)
+    recipe = pair_recipe(storage, path)
     with pytest.raises(CorpusError, match=rf"^{path}: line 4: {message}") as caught:
         prepare_pairs(recipe)
     assert "\n" not in str(caught.value)
@@ -249,8 +200,10 @@ def test_other_files_are_counted_and_a_folder_without_pairs_is_refused(
     storage: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "README.md").write_text("pairs")
-    recipe = recipe_of(storage, tmp_path)
-    with pytest.raises(CorpusError, match=r"no \.jsonl file .*; they have 1 \.md files"):
+    recipe = pair_recipe(storage, tmp_path)
+    with pytest.raises(
+        CorpusError, match=r"no \.jsonl or \.parquet file .*; they have 1 \.md files"
+    ):
         prepare_pairs(recipe)
     write_json_lines(tmp_path / "p.jsonl", make_pairs(9))
     assert prepare_pairs(recipe).left_out[".md files"]["count"] == 1
@@ -259,8 +212,55 @@ def test_other_files_are_counted_and_a_folder_without_pairs_is_refused(
 def test_keys_can_be_named(storage: Path, tmp_path: Path) -> None:
     records = [{"question": f"Q{i}", "solution": f"A{i}", "prompt": 3} for i in range(9)]
     path = write_json_lines(tmp_path / "p.jsonl", records)
-    recipe = recipe_of(storage, path, prompt_key="question", answer_key="solution")
+    recipe = pair_recipe(storage, path, prompt_key="question", answer_key="solution")
     assert prepare_pairs(recipe).train.num_documents == 7
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {"question": ["a"], "answer": ["b"]},
+            r'no column "prompt", and no "messages"; it has question, answer: set data\.prompt_key',
+        ),
+        ({"prompt": ["a", None], "answer": ["b", "c"]}, r'row 2: "prompt" is null, not text'),
+        ({"prompt": [1], "answer": ["b"]}, r'row 1: "prompt" is a number, not text'),
+        ({"messages": [None], "prompt": ["a"]}, r'row 1: no "answer": the keys are prompt: set'),
+    ],
+)
+def test_bad_row_is_named_by_file_and_row(
+    storage: Path, tmp_path: Path, columns: dict[str, list[Any]], message: str
+) -> None:
+    path = tmp_path / "bad.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    with pytest.raises(CorpusError, match=rf"^{path}: {message}"):
+        prepare_pairs(pair_recipe(storage, path))
+
+
+def test_several_cores_make_the_store_of_one(
+    storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = make_pairs(300)
+    alone = write_json_lines(tmp_path / "alone.jsonl", records)
+    expected = prepare_pairs(pair_recipe(storage, alone))
+
+    # Parts of a kilobyte, where parts of a megabyte would be worth a process.
+    monkeypatch.setattr(shards, "MIN_SHARD_BYTES", 1000)
+    (tmp_path / "copy").mkdir()
+    copy = write_json_lines(tmp_path / "copy/p.jsonl", records)
+    assert len(shards.group_files(find_files([str(copy)]))) > 4
+    recipe = pair_recipe(storage, copy)
+    made = prepare_pairs(recipe)
+    assert made.files == expected.files
+    assert (made.train, made.held_out) == (expected.train, expected.held_out)
+    names = {path.name for path in find_pairs_folder(recipe).iterdir()}
+    assert names == {*made.files, "manifest.json"}, "no shard is left"
+
+    # Of several errors that of the first line, which is not the first to be found.
+    bad = write_json_lines(tmp_path / "bad.jsonl", [*records, {"prompt": "a"}, {}])
+    with pytest.raises(CorpusError, match=rf'^{bad}: line 301: no "answer"'):
+        prepare_pairs(pair_recipe(storage, bad))
+    assert not list(storage.glob(".pairs*"))
 
 
 @pytest.mark.parametrize(
@@ -270,66 +270,9 @@ def test_keys_can_be_named(storage: Path, tmp_path: Path) -> None:
 def test_too_few_pairs_are_refused(
     storage: Path, tmp_path: Path, write: Callable[[Path], Path]
 ) -> None:
-    recipe = recipe_of(storage, write(tmp_path / "p.jsonl"))
+    recipe = pair_recipe(storage, write(tmp_path / "p.jsonl"))
     with pytest.raises(CorpusError, match=r"the files have no pair|1 pairs of one prompt cannot"):
         prepare_pairs(recipe)
-
-
-def chat_recipe(chat: Path, path: Path) -> Recipe:
-    return recipe_of(chat, path, tokenizer=chat / "tokenizer/tokenizer.json")
-
-
-def turns(*contents: str) -> dict[str, Any]:
-    roles = ("user", "assistant")
-    return {
-        "messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(contents)]
-    }
-
-
-def test_every_answer_of_a_chat_is_a_pair_with_all_before_it(chat: Path, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    chats = [turns(f"river {i}", "sees", "the sea?", "it sees\n") for i in range(6)]
-    recipe = chat_recipe(chat, write_json_lines(tmp_path / "p.jsonl", chats))
-    prepare_pairs(recipe)
-    dataset = open_run_dataset(recipe)
-    assert dataset.pairs is not None
-    found = []
-    for store in (dataset.pairs.train, dataset.pairs.held_out):
-        for number, length in enumerate(store.prompt_lengths.tolist()):
-            tokens = store.read(number).tolist()
-            found.append((tokens[:length], tokens[length:]))
-        # Both turns of a chat are on one side.
-        assert len(store) % 2 == 0
-
-    # What a server of the model that the user gave would prompt it with.
-    served = AutoTokenizer.from_pretrained(chat / "tokenizer")
-    expected = []
-    for record in chats:
-        for end, answer in ((1, "sees<|im_end|>"), (3, "it sees\n<|im_end|>")):
-            prompt = served.apply_chat_template(
-                record["messages"][:end], add_generation_prompt=True, return_dict=False
-            )
-            expected.append((prompt, served.encode(answer, add_special_tokens=False)))
-    assert sorted(found) == sorted(expected)
-
-
-def test_chat_that_spells_a_sentinel_is_left_out_and_counted(chat: Path, tmp_path: Path) -> None:
-    chats = [turns("say <extra_id_3>", "no"), *(turns(f"river {i}", "sees") for i in range(6))]
-    manifest = prepare_pairs(chat_recipe(chat, write_json_lines(tmp_path / "p.jsonl", chats)))
-    assert (manifest.train + manifest.held_out).num_documents == 6
-    count = manifest.left_out["chats that spell a mode or sentinel"]
-    assert count["count"] == 1
-    assert count["example"].endswith("p.jsonl: line 1")
-
-
-def test_chat_that_the_template_refuses_is_named(chat: Path, tmp_path: Path) -> None:
-    record = {
-        "messages": [{"role": "robot", "content": "a"}, {"role": "assistant", "content": "b"}]
-    }
-    path = write_json_lines(tmp_path / "p.jsonl", [turns("a", "b"), record])
-    with pytest.raises(CorpusError, match=r"p\.jsonl: line 2: messages do not fit .*: no robots$"):
-        prepare_pairs(chat_recipe(chat, path))
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "Llama 3", "Llama 2", "BPE, always", "BPE, first"])
@@ -339,7 +282,7 @@ def test_answers_go_on_in_the_document_that_the_prompt_begins(kind: str, tmp_pat
     assigned.save(str(tmp_path / "tokenizer.json"))
     encoder = PairEncoder(tmp_path / "tokenizer.json", build_vocabulary(assigned))
     for prompt, answer in (("def area(", "width)"), ("The sea", " is calm"), ("It", "'s calm")):
-        encoded = encoder.encode(PairText([(prompt, answer)], is_chat=False, locate=str))
+        encoded = encoder.encode(PairText([(prompt, answer)], prompt, is_chat=False, locate=str))
         assert encoded is not None
         ((inputs, targets),) = encoded
         assert assigned.decode([*inputs, *targets], skip_special_tokens=False) == prompt + answer

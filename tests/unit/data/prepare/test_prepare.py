@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ul2r.config import Recipe
-from ul2r.data.prepare import tokenize_shards
+from ul2r.data.prepare import parallel_tasks
 from ul2r.data.prepare.prepare import prepare
 from ul2r.data.store.segments import WORK_PREFIX
 from ul2r.errors import ServiceError, UserError
@@ -76,12 +76,12 @@ def test_finished_shards_are_kept_when_processes_are_killed(
         raise ServiceError("processes were killed")
 
     with monkeypatch.context() as patched:
-        patched.setattr(tokenize_shards, "run_in_processes", make_one_shard)
+        patched.setattr(parallel_tasks, "run_in_processes", make_one_shard)
         with pytest.raises(ServiceError):
             prepare(recipe)
 
     def make_none(function: Callable[[Any], str], tasks: Sequence[object]) -> Iterator[str]:
         raise AssertionError(f"{len(tasks)} shards were lost, {function} is called again")
 
-    monkeypatch.setattr(tokenize_shards, "run_in_processes", make_none)
+    monkeypatch.setattr(parallel_tasks, "run_in_processes", make_none)
     assert prepare(recipe).train.num_documents > 0

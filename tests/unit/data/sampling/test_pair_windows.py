@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ul2r.config import Objective, Pairs, Recipe
+from ul2r.config import Causal, Objective, Pairs, Recipe
 from ul2r.data.prepare.pairs import prepare_pairs
+from ul2r.data.prepare.prepare import prepare
 from ul2r.data.sampling.batches import BatchBuilder, check_dataset, describe_unfit_pairs
 from ul2r.data.sampling.pair_windows import PairWindows, fit_pairs
-from ul2r.data.store.dataset import TokenDataset, open_run_dataset
+from ul2r.data.store.dataset import TokenDataset, open_run_dataset, run_fingerprint
 from ul2r.data.store.pair_store import PairStore
 from ul2r.errors import CorpusError
 from ul2r.objective import Batch
@@ -238,6 +239,35 @@ def test_text_of_a_run_with_pairs_is_that_of_a_run_without(
     (causal,) = alone.objective.mixture
     held_out = [builder.build_held_out(causal, 4).tokens for builder in (mixed, plain)]
     assert held_out[0].tobytes() == held_out[1].tobytes()
+
+
+def test_pairs_are_read_next_to_a_blend_of_stores(
+    storage: Path, dataset: TokenDataset, tmp_path: Path
+) -> None:
+    other = tmp_path / "other/store"
+    make_tiny_store(other, seed=1, tokenizer=dataset.tokenizer_file)
+    stores = [str(storage / "store"), str(other)]
+    data = {
+        "blend": [{"store": store, "weight": 1} for store in stores],
+        "pairs": [str(storage / "pairs.jsonl")],
+    }
+    mixture = [{"kind": "pairs", "weight": 1}, {"kind": "causal", "weight": 1}]
+    mixed = recipe_of(tmp_path, data=data, objective={"mixture": mixture}, training={"steps": 40})
+    prepare(mixed)
+    prepare_pairs(mixed)
+    blended = open_run_dataset(mixed)
+    check_dataset(mixed, blended)
+
+    builder = BatchBuilder(mixed, blended)
+    alone = mixed.model_copy(update={"objective": mixed.objective.with_mixture(Causal(weight=1))})
+    plain = BatchBuilder(alone, blended)
+    # Half of the rows of each batch, in the order of the blend.
+    text = [row for number in range(4) for row in texts_read(builder.build(number))]
+    assert text == [row.tobytes() for number in range(2) for row in plain.build(number).tokens]
+    # Pairs are those of a run on one store.
+    assert blended.pairs is not None
+    assert all_pairs(blended.pairs.train) == all_pairs(pairs_of(dataset))
+    assert run_fingerprint(mixed, blended) != run_fingerprint(recipe_of(storage), dataset)
 
 
 def test_learned_positions_have_one_pair_in_a_slot(storage: Path, dataset: TokenDataset) -> None:
