@@ -13,12 +13,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ul2r.config import Architecture, HuggingFaceBase, Recipe
+from ul2r.config.training import NewEmbeddings
+from ul2r.data.tokenizer import load_tokenizer, train_tokenizer
 from ul2r.inference import LanguageModel
 from ul2r.inference.generation import IncrementalDecoder
 from ul2r.model.export_metadata import ExportMetadata
 from ul2r.model.huggingface.checkpoint_reader import MegatronCheckpointReader
 from ul2r.model.huggingface.config_json import read_architecture
 from ul2r.model.huggingface.exporting import convert_tensors, write_export
+from ul2r.model.huggingface.new_embeddings import draw_rows
 from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.distributed import run_distributed, take_step
 from ul2r.testing.families import MODELS, compute_reference_logits, write_random_model
@@ -90,8 +93,8 @@ def import_and_train(recipes: list[Recipe], tokens: Tensor) -> list[TrainedModel
     return models
 
 
-def import_embedding(recipe: Recipe, vocabulary_size: int) -> Tensor:
-    """Return this rank's rows of an imported embedding, for a tokenizer of `vocabulary_size` entries."""
+def import_embeddings(recipe: Recipe, vocabulary_size: int) -> dict[str, Tensor]:
+    """Return this rank's rows of an imported embedding by `training.new_embeddings`, for `vocabulary_size` tokens."""
     from ul2r.model.build import build_model
     from ul2r.model.huggingface.importing import load_weights
     from ul2r.model.huggingface.safetensors_reader import SafetensorsReader
@@ -100,10 +103,14 @@ def import_embedding(recipe: Recipe, vocabulary_size: int) -> Tensor:
     Mesh.join(recipe.parallel)
     (model,) = build_model(recipe, vocabulary_size)
     assert isinstance(recipe.base, HuggingFaceBase)
-    with SafetensorsReader(Path(recipe.base.hf), recipe.model.family) as reader:
-        load_weights(model, reader, recipe.model)
-    weight: Tensor = model.embedding.word_embeddings.weight.detach().clone()
-    return weight
+    weight: Tensor = model.embedding.word_embeddings.weight
+    choices: tuple[NewEmbeddings, ...] = ("mean", "mean_plus_noise", "rare_subwords")
+    embeddings: dict[str, Tensor] = {}
+    for choice in choices:
+        with SafetensorsReader(Path(recipe.base.hf), recipe.model.family) as reader:
+            load_weights(model, reader, recipe.model, choice, seed=3)
+        embeddings[choice] = weight.detach().clone()
+    return embeddings
 
 
 @pytest.fixture(scope="module")
@@ -173,16 +180,35 @@ def export(storage: Path, name: str, layout: str, checkpoint: str) -> Path:
     return folder
 
 
-def test_new_rows_of_the_embedding_are_the_mean_of_the_others(
+def test_new_rows_of_the_embedding_are_as_the_recipe_says(
     storage: Path, models: dict[str, PreTrainedModel]
 ) -> None:
-    """On two ranks: the first has old rows only, the second both."""
-    parts = run_distributed(import_embedding, 2, make_recipe(storage, "Llama 3.2", "TP 2"), 600)
-    embedding = torch.cat(parts)
-    original = models["Llama 3.2"].get_input_embeddings().weight
-    assert embedding.shape == (640, 32)
-    assert torch.equal(embedding[:VOCABULARY], original)
-    torch.testing.assert_close(embedding[VOCABULARY:], original.mean(0).expand(140, -1))
+    """On two ranks the first has old rows only, the second both."""
+    train_tokenizer(["a text of few words"], VOCABULARY, num_sentinels=2).save(
+        str(storage / "Llama 3.2/tokenizer.json")
+    )
+    tokenizer = load_tokenizer(storage / "Llama 3.2/tokenizer.json")
+    added = set(tokenizer.get_added_tokens_decoder())
+    original = models["Llama 3.2"].get_input_embeddings().weight.detach()
+    parts = run_distributed(import_embeddings, 2, make_recipe(storage, "Llama 3.2", "TP 2"), 600)
+    embeddings = {kind: torch.cat([part[kind] for part in parts]) for kind in parts[0]}
+    for embedding in embeddings.values():
+        assert embedding.shape == (640, 32)
+        assert torch.equal(embedding[:VOCABULARY], original)
+
+    new = {kind: embedding[VOCABULARY:] for kind, embedding in embeddings.items()}
+    torch.testing.assert_close(new["mean"], original.mean(0).expand(140, -1))
+    # 140 draws of 32 columns: the ratio of widths has an error of 1 / sqrt(2 x 140 x 32), a mean of 1 / sqrt(140).
+    noise = (new["mean_plus_noise"] - original.mean(0)) / original.std(0)
+    assert float(noise.std()) == pytest.approx(1, abs=0.05)
+    assert float(noise.mean(0).abs().max()) < 5 / 140**0.5
+    # By the number of the new row, whichever rank has it.
+    moments = original.mean(0), original.std(0, correction=0)
+    drawn = draw_rows(*moments, "3/embedding.word_embeddings.weight", range(140))
+    torch.testing.assert_close(new["mean_plus_noise"], drawn)
+    assert len({tuple(row) for row in drawn.tolist()}) == 140
+    rare = [token for token in range(tokenizer.get_vocab_size() - 1, -1, -1) if token not in added]
+    assert torch.equal(new["rare_subwords"], original[rare[:140]])
 
 
 def initialize_norms(recipe: Recipe) -> list[Tensor]:

@@ -35,6 +35,9 @@ class Optimizer(StrictModel):
     beta2: float = Field(default=0.95, gt=0, lt=1)
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm if theirs is larger."""
+    special_token_lr_factor: float = Field(default=1.0, gt=0)
+    """Factor of the learning rate for the rows of modes and sentinels in embedding and output matrix: new ones have
+    everything to learn, the others little."""
     z_loss: float = Field(default=0.0, ge=0)
     """Weight of log^2 Z, with Z the denominator of the softmax, added to each target's loss in training; PaLM (arXiv
     2204.02311, 5) used 1e-4. Reported losses exclude it."""

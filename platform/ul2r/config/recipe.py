@@ -43,6 +43,7 @@ from ul2r.config.training import (
     Training,
     check_batch_size,
     check_fp8,
+    check_new_embeddings,
     check_precision,
     resolve_precision,
 )
@@ -131,6 +132,7 @@ class Recipe(StrictModel):
             training=self.num_microbatches,
             validation=self.validation.num_rows // self.training.rows_per_microbatch(self.parallel),
         )
+        check_new_embeddings(self.training, self.base)
         check_precision(self.training, self.launch)
         check_fp8(self.training, self.model, self.parallel, sequence_length)
         check_optimizer_state(self.optimizer, self.base)

@@ -8,10 +8,12 @@ from ul2r.config.architecture import Architecture
 from ul2r.config.field_types import PositiveInt
 from ul2r.config.launch import Launch
 from ul2r.config.parallel import Parallel
+from ul2r.config.pretrained import Base, HuggingFaceBase, MegatronBase
 from ul2r.config.strict_model import StrictModel
 
 Precision = Literal["bf16", "fp8", "fp32"]
 Recompute = Literal["none", "selective", "full"]
+NewEmbeddings = Literal["mean", "mean_plus_noise", "rare_subwords"]
 
 FP8_MULTIPLE = 16
 """Divisor of the dimensions of matrix products in fp8 (TransformerEngine's documentation, FP8)."""
@@ -31,6 +33,11 @@ class Training(StrictModel):
     recompute: Recompute = "none"
     """Activations that are computed again in the backward pass instead of kept: none, those of attention, or all but
     each layer's input (Korthikanti et al. 2022, arXiv 2205.05198, 5)."""
+    new_embeddings: NewEmbeddings = "mean"
+    """First values of the rows that a base's embedding and output matrix lack, for new modes and sentinels: the mean of
+    its rows; that plus noise as wide as they vary, column by column (after Hewitt 2021, "Initializing New Word
+    Embeddings"); or copies of the rows of its tokenizer's last, thus rarest, subwords. Tokens that the base reserves
+    keep its rows."""
     log_every: PositiveInt = 10
 
     def rows_per_microbatch(self, parallel: Parallel) -> int:
@@ -51,6 +58,26 @@ def check_batch_size(training: Training, parallel: Parallel) -> None:
             f"training.global_batch_size={training.global_batch_size} is not a multiple of "
             f"training.micro_batch_size x data-parallel size = {training.micro_batch_size} x {parallel.data} "
             f"= {rows}: change either"
+        )
+
+
+def check_new_embeddings(training: Training, base: Base | None) -> None:
+    """Refuse a choice of first values for rows of a base that can have no new ones.
+
+    Raises:
+        ValueError: With the base.
+    """
+    setting = f"training.new_embeddings={training.new_embeddings}"
+    if training.new_embeddings == "mean":
+        return
+    if not isinstance(base, HuggingFaceBase | MegatronBase):
+        raise ValueError(  # noqa: TRY004  pydantic reports a ValueError only
+            f"{setting} is for a base in another format, whose tokenizer may gain tokens: set base to "
+            "{hf: ...} or {megatron: ...}, or leave the setting out"
+        )
+    if training.new_embeddings == "rare_subwords" and isinstance(base, MegatronBase):
+        raise ValueError(
+            f"{setting} needs a tokenizer, which base.megatron has not: set it to mean_plus_noise or mean"
         )
 
 

@@ -83,7 +83,7 @@ class Trainer:
         )
         # Built once: every validation measures the same rows.
         self.held_out = _held_out_batches(recipe, dataset, mesh)
-        self.train_step = TrainStep(recipe, mesh, dataset.vocabulary.size)
+        self.train_step = TrainStep.for_vocabulary(recipe, mesh, dataset.vocabulary)
         self.guard = AnomalyGuard(recipe.guards, GuardState())
         self.base_id: str | None = None
         self.logged_rates: dict[str, float] = {}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import megatron.core.optimizer as megatron_optimizer
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import (
     MegatronOptimizer,
     OptimizerConfig,
@@ -93,6 +97,73 @@ def unwrap_chained_optimizer(optimizer: MegatronOptimizer) -> DistributedOptimiz
     """
     (distributed,) = optimizer.chained_optimizers
     return distributed
+
+
+def iter_owned_ranges(
+    distributed: DistributedOptimizer,
+) -> Iterator[tuple[torch.nn.Parameter, Any]]:
+    """Yield each parameter that this rank updates elements of, with the range of those elements in it."""
+    # gbuf_ranges: per gradient buffer a dict by dtype, of lists of buckets. "param" is the range within the
+    # parameter; the other ranges of an entry count from the start of the buffer.
+    for ranges_by_dtype in distributed.gbuf_ranges:
+        for bucket in chain.from_iterable(ranges_by_dtype.values()):
+            for parameter, ranges in bucket["param_map"].items():
+                yield parameter, ranges["param"]
+
+
+def scale_rows(
+    distributed: DistributedOptimizer,
+    chunks: Sequence[GPTModel],
+    tokens: Iterable[int],
+    factor: float,
+) -> None:
+    """Multiply the learning rate of some tokens' rows in embedding and output matrix by a factor.
+
+    A row of a matrix cannot have a parameter group of its own, and AdamW's update does not depend on the scale of the
+    gradient: so the updates of these elements are multiplied, weight decay included, which is the same. Each rank does
+    it for the elements that it owns.
+
+    Args:
+        distributed: The optimizer; updates of its own hooks are changed from now on.
+        chunks: Its model, of which embedding and output matrix are split by rows over tensor ranks.
+        tokens: Ids of the rows.
+        factor: Of the learning rate.
+    """
+    elements: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+    matrices = {
+        parameter
+        for chunk in chunks
+        for name, parameter in chunk.named_parameters()
+        if name.endswith(("word_embeddings.weight", "output_layer.weight"))
+    }
+    rows = torch.tensor(sorted(tokens))
+    for parameter, owned in iter_owned_ranges(distributed):
+        if parameter not in matrices:
+            continue
+        num_rows, width = parameter.shape
+        own = rows - parallel_state.get_tensor_model_parallel_rank() * num_rows
+        own = own[(own >= 0) & (own < num_rows)]
+        index = (own[:, None] * width + torch.arange(width)).flatten() - owned.start
+        index = index[(index >= 0) & (index < owned.end - owned.start)]
+        elements.append((parameter, index.to(parameter.device)))
+
+    def read_main(parameter: torch.nn.Parameter) -> torch.Tensor:
+        # Flat, in fp32, of the owned range; private to Megatron-Core's DistributedOptimizer (0.16).
+        main: torch.Tensor = distributed._get_main_param_and_optimizer_states(parameter)["param"]
+        return main.detach()
+
+    before: list[torch.Tensor] = []
+
+    def remember(*_: Any) -> None:  # noqa: ANN401  torch's hooks
+        before[:] = [read_main(parameter)[index] for parameter, index in elements]
+
+    def scale(*_: Any) -> None:  # noqa: ANN401  torch's hooks
+        for (parameter, index), old in zip(elements, before, strict=True):
+            main = read_main(parameter)
+            main[index] = old + factor * (main[index] - old)
+
+    distributed.optimizer.register_step_pre_hook(remember)
+    distributed.optimizer.register_step_post_hook(scale)
 
 
 def _is_embedding(parameter: torch.nn.Parameter, name: str) -> bool:

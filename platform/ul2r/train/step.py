@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Self
 
 import numpy as np
 import torch
@@ -28,11 +29,13 @@ from ul2r.model.experts import set_num_targets
 from ul2r.model.flops import num_visible_keys, training_flops
 from ul2r.model.kernels import KernelPlan, find_obstacles, plan_kernels
 from ul2r.objective.batch import Batch
+from ul2r.objective.vocabulary import Vocabulary
 from ul2r.train.mesh import Mesh
 from ul2r.train.monitor.guards import StepStats
 from ul2r.train.optimizer import (
     LearningRateSchedule,
     build_optimizer,
+    scale_rows,
     unwrap_chained_optimizer,
 )
 from ul2r.train.transfer import DeviceBatch, send_batch
@@ -130,6 +133,16 @@ class TrainStep:
         # Gradients are reduced over replicas during the backward pass of the last microbatch only.
         no_sync = [chunk.no_sync for chunk in self.model]
         self.config.no_sync_func = no_sync if len(self.model) > 1 else no_sync[0]
+
+    @classmethod
+    def for_vocabulary(cls, recipe: Recipe, mesh: Mesh, vocabulary: Vocabulary) -> Self:
+        """Build them for a vocabulary whose modes and sentinels may have a learning rate of their own."""
+        step = cls(recipe, mesh, vocabulary.size)
+        factor = recipe.optimizer.special_token_lr_factor
+        if factor != 1:
+            distributed = unwrap_chained_optimizer(step.optimizer)
+            scale_rows(distributed, step.chunks, vocabulary.non_text_ids, factor)
+        return step
 
     def _wrap(self, chunk: GPTModel) -> DistributedDataParallel:
         """Wrap a chunk for gradient reduction in fp32, overlapped with the backward pass."""

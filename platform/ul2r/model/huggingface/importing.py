@@ -7,8 +7,10 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from ul2r.config import Architecture
+from ul2r.config.training import NewEmbeddings
 from ul2r.model.build import iter_shards
 from ul2r.model.huggingface.family import TensorSlice, is_embedding, slice_tensor
+from ul2r.model.huggingface.new_embeddings import draw_rows, list_rare_subwords
 from ul2r.model.huggingface.safetensors_reader import SafetensorsReader
 
 ROWS_PER_BLOCK = 4096
@@ -16,15 +18,24 @@ ROWS_PER_BLOCK = 4096
 
 
 @torch.no_grad()
-def load_weights(model: GPTModel, reader: SafetensorsReader, architecture: Architecture) -> None:
+def load_weights(
+    model: GPTModel,
+    reader: SafetensorsReader,
+    architecture: Architecture,
+    new_embeddings: NewEmbeddings = "mean",
+    seed: int = 0,
+) -> None:
     """Fill a model of any layout; of each tensor only this rank's part is read, and no other copy is kept.
-
-    Rows of the embedding beyond those in the folder, for new tokens or padding, become the mean of its rows.
 
     Args:
         model: This rank's part.
         reader: The folder.
         architecture: The folder's model.
+        new_embeddings: First values of rows of the embedding beyond those in the folder, for new tokens or padding.
+        seed: Of the noise in them.
+
+    Raises:
+        CheckpointError: If they are to be those of rare subwords, and the folder has no tokenizer.
     """
     num_embeddings = architecture.num_embeddings
     assert num_embeddings is not None
@@ -41,7 +52,35 @@ def load_weights(model: GPTModel, reader: SafetensorsReader, architecture: Archi
         if num_filled < len(shard.data):
             assert is_embedding(shard.key), f"{shard.key} has rows that {reader.folder} lacks"
             assert columns is not None
-            shard.data[num_filled:] = _compute_mean(reader, slices[0], columns)
+            # New rows by their number, from 0, so that they do not depend on the layout.
+            first = start + num_filled - num_embeddings
+            numbers = range(first, first + len(shard.data) - num_filled)
+            shard.data[num_filled:] = _make_new_rows(
+                reader,
+                slices[0],
+                columns,
+                numbers=numbers,
+                new_embeddings=new_embeddings,
+                seed=f"{seed}/{shard.key}",
+            )
+
+
+def _make_new_rows(
+    reader: SafetensorsReader,
+    part: TensorSlice,
+    columns: slice,
+    *,
+    numbers: range,
+    new_embeddings: NewEmbeddings,
+    seed: str,
+) -> Tensor:
+    """Return first values of new rows, or of one row that stands for all of them."""
+    if new_embeddings == "rare_subwords":
+        rare = list_rare_subwords(reader.folder)
+        sources = [rare[number % len(rare)] for number in numbers]
+        return torch.cat([reader.read_rows(part, row, row + 1, columns) for row in sources])
+    mean, std = _compute_moments(reader, part, columns)
+    return mean if new_embeddings == "mean" else draw_rows(mean, std, seed, numbers)
 
 
 def _fill_rows(
@@ -67,10 +106,16 @@ def _fill_rows(
     return num_filled
 
 
-def _compute_mean(reader: SafetensorsReader, part: TensorSlice, columns: slice) -> Tensor:
+def _compute_moments(
+    reader: SafetensorsReader, part: TensorSlice, columns: slice
+) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of each column, float64."""
     # float64, since a vocabulary has hundreds of thousands of rows to add up.
-    total = torch.zeros(columns.stop - columns.start, dtype=torch.float64)
+    total, squares = torch.zeros(2, columns.stop - columns.start, dtype=torch.float64)
     for first in range(0, len(part), ROWS_PER_BLOCK):
         last = min(first + ROWS_PER_BLOCK, len(part))
-        total += reader.read_rows(part, first, last, columns).sum(0, dtype=torch.float64)
-    return total / len(part)
+        rows = reader.read_rows(part, first, last, columns)
+        total += rows.sum(0, dtype=torch.float64)
+        squares += rows.double().square().sum(0)
+    mean = total / len(part)
+    return mean, (squares / len(part) - mean.square()).clamp(min=0).sqrt()

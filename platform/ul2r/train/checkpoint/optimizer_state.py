@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain
 from math import prod
 from typing import Any
 
@@ -21,10 +20,9 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from ul2r.train.optimizer import unwrap_chained_optimizer
+from ul2r.train.optimizer import iter_owned_ranges, unwrap_chained_optimizer
 
 STATE_KINDS = ("param", "exp_avg", "exp_avg_sq")
 """Weights in fp32, and AdamW's two moments. Its step count is a setting here: it is the same for all parameters."""
@@ -47,7 +45,7 @@ def shard_optimizer_state(optimizer: MegatronOptimizer, model: dict[str, Any]) -
     shards = {shard.data: shard for shard in nested_values(model)}
 
     pieces: list[ShardedTensor] = []
-    for parameter, owned in _iter_owned_ranges(distributed):
+    for parameter, owned in iter_owned_ranges(distributed):
         # Fp32 weights and moments of the owned range only, flattened.
         states = distributed._get_main_param_and_optimizer_states(parameter)
         for kind, values in states.items():
@@ -97,18 +95,6 @@ def _split_row(shape: tuple[int, ...], row: int, start: int, stop: int) -> Itera
     row_start = row * prod(shape[1:])
     for offset, size in split_into_boxes(shape[1:], start - row_start, stop - row_start):
         yield (row, *offset), (1, *size)
-
-
-def _iter_owned_ranges(
-    distributed: DistributedOptimizer,
-) -> Iterator[tuple[torch.nn.Parameter, Any]]:
-    """Yield each parameter that this rank updates elements of, with the range of those elements in it."""
-    # gbuf_ranges: per gradient buffer a dict by dtype, of lists of buckets. "param" is the range within the
-    # parameter; the other ranges of an entry count from the start of the buffer.
-    for ranges_by_dtype in distributed.gbuf_ranges:
-        for bucket in chain.from_iterable(ranges_by_dtype.values()):
-            for parameter, ranges in bucket["param_map"].items():
-                yield parameter, ranges["param"]
 
 
 def _shard_range(

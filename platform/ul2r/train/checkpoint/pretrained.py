@@ -19,6 +19,7 @@ from ul2r.model.huggingface.checkpoint_reader import (
 )
 from ul2r.model.huggingface.family import is_embedding
 from ul2r.model.huggingface.importing import load_weights
+from ul2r.model.huggingface.new_embeddings import draw_rows
 from ul2r.model.huggingface.safetensors_reader import (
     SafetensorsReader,
     find_commit,
@@ -43,7 +44,7 @@ def load_pretrained(
     if isinstance(base, MegatronBase):
         folder = find_latest_iteration(base.megatron)
         load_checkpoint(folder, train_step, optimizer=False)
-        _fill_new_embeddings(train_step.chunks, folder)
+        _fill_new_embeddings(recipe, train_step.chunks, folder)
         # Again, after `load_checkpoint` did: the embedding has changed since.
         train_step.optimizer.reload_model_params()
         return compute_foreign_identity(folder)
@@ -52,7 +53,7 @@ def load_pretrained(
     with SafetensorsReader(folder, recipe.model.family) as source:
         source.check(recipe.model)
         for chunk in train_step.chunks:
-            load_weights(chunk, source, recipe.model)
+            load_weights(chunk, source, recipe.model, recipe.training.new_embeddings, recipe.seed)
         train_step.optimizer.reload_model_params()
         return source.identity
 
@@ -70,14 +71,24 @@ def _resolve_on_all_ranks(base: HuggingFaceBase, mesh: Mesh) -> Path:
 
 
 @torch.no_grad()
-def _fill_new_embeddings(chunks: Iterable[GPTModel], folder: Path) -> None:
-    """Set embeddings of tokens that the checkpoint does not have to the mean of those that it has."""
+def _fill_new_embeddings(recipe: Recipe, chunks: Iterable[GPTModel], folder: Path) -> None:
+    """Set embeddings of tokens that the checkpoint does not have to the mean of those that it has, or around it."""
     stored = MegatronCheckpointReader(folder)
     for shard in chain.from_iterable(map(iter_shards, chunks)):
         if not is_embedding(shard.key):
             continue
         # The vocabulary is split over tensor ranks: rows of this shard that are in the checkpoint.
-        num_stored = max(stored.num_rows(shard.key) - shard.global_offset[0], 0)
+        start = shard.global_offset[0]
+        total = stored.num_rows(shard.key)
+        num_stored = max(total - start, 0)
         if num_stored < len(shard.data):
             # In fp32: a sum over the vocabulary would lose most of its digits in bf16.
-            shard.data[num_stored:] = stored.read_tensor(shard.key).float().mean(0)
+            rows = stored.read_tensor(shard.key).float()
+            mean = rows.mean(0)
+            shard.data[num_stored:] = mean
+            if recipe.training.new_embeddings == "mean_plus_noise":
+                numbers = range(start + num_stored - total, start + len(shard.data) - total)
+                std = rows.std(0, correction=0)
+                shard.data[num_stored:] = draw_rows(
+                    mean, std, f"{recipe.seed}/{shard.key}", numbers
+                )
