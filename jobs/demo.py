@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shlex
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from ul2r.commands.steps import StepError, print_heading, shorten
 from ul2r.config import Recipe, load
 from ul2r.errors import UserError
 from ul2r.workflows.cli import run_and_report
-from ul2r.workflows.phases import PhaseTimer, run_command
+from ul2r.workflows.phases import PhaseTimer, handle_stop_signals, run_command
 
 RECIPES = Path("jobs/recipes")
 ROLES = ("base", "ul2r", "control")
@@ -241,9 +240,7 @@ def _parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo from the repository's root; return the exit code."""
     options = _parse_options(arguments)
-    # SIGHUP comes from a terminal that is closed: without a handler it would leave servers and jobs running.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
+    handle_stop_signals()
 
     try:
         return run_and_report(lambda: Demo(options.family, options.corpus, options.overrides).run())

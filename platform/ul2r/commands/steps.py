@@ -36,9 +36,10 @@ def run_verb(
     command = ["ul2r", *words]
     print_heading(step, command)
     with timer.measure(step):
-        exit_code = run_command([sys.executable, "-m", *command], environment)
-    if exit_code:
-        raise StepError(shlex.join(command), exit_code)
+        # As the program `ul2r`, it imports nothing from the working directory.
+        exit_code = run_command([sys.executable, "-P", "-m", *command], environment)
+        if exit_code:
+            raise StepError(shlex.join(command), exit_code)
 
 
 def shorten(path: Path) -> str:

@@ -21,6 +21,10 @@ DEFAULT_PORT = 5000
 
 def run(storage: Path, port: int) -> None:
     """Serve until Ctrl-C or SIGTERM."""
+    from serving.arguments import check_port
+
+    check_port(port)
+
     from ul2r.tracking.mlflow import list_view_urls
     from ul2r.tracking.server import run_mlflow_server
 

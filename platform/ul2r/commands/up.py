@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
+import shlex
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from ul2r.commands.new import describe_settings, make_parser
 from ul2r.commands.steps import StepError, print_heading, run_verb, shorten
 from ul2r.workflows.cli import run_and_report
-from ul2r.workflows.phases import PhaseTimer
+from ul2r.workflows.phases import PhaseTimer, handle_stop_signals
 
 if TYPE_CHECKING:
     from ul2r.workflows.new import Project
@@ -40,9 +40,7 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     parser.add_argument("--no-serve", action="store_true", help="end after the comparison")
     parser.add_argument("--port", type=int, default=8000, help="port of the served model")
     options = parser.parse_args(arguments)
-    # SIGHUP comes from a terminal that is closed: without a handler it would leave servers and steps running.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
+    handle_stop_signals()
     try:
         return run_and_report(lambda: run(options))
     except StepError as error:
@@ -124,7 +122,11 @@ def _run_steps(project: Project, port: int | None) -> None:
 
 def _serve(project: Project, port: int, environment: Mapping[str, str], timer: PhaseTimer) -> None:
     """Serve until Ctrl-C, which is the usual end."""
-    words = ["serve", f"models:/{project.registered_model}@{ALIAS}", "--port", str(port)]
+    from ul2r.workflows.new import find_machine
+
+    machine = find_machine()
+    device = ["--gpus", "1"] if machine.num_gpus else ["--cpus", str(machine.num_cores)]
+    words = ["serve", f"models:/{project.registered_model}@{ALIAS}", "--port", str(port), *device]
     try:
         run_verb("serve", words, environment, timer)
     except KeyboardInterrupt:
@@ -175,7 +177,7 @@ def _print_summary(project: Project, timer: PhaseTimer, uri: str) -> None:
     print()
     for sentence in verdict:
         print(textwrap.fill(sentence, 100, subsequent_indent="  "))
-    storage = shorten(project.storage)
+    storage = shlex.quote(shorten(project.storage))
     model = f"models:/{project.registered_model}@{ALIAS}"
     print(f"\ntable    {shorten(folder / TABLE_FILE)}\npicture  {shorten(folder / PLOT_FILE)}")
     for experiment, page in list_view_urls(uri).items():

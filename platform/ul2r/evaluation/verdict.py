@@ -41,18 +41,23 @@ def _compare(metrics: Sequence[Metric], subject: Arm, other: Arm) -> str:
     better: list[str] = []
     worse: list[str] = []
     unclear: list[str] = []
+    unknown: list[str] = []
     for metric in metrics:
         ours = subject.scores[metric.name]
         theirs = other.scores[metric.name]
+        is_error_known = ours.is_error_known or theirs.is_error_known
+        if math.isnan(ours.mean - theirs.mean) or (ours.mean != theirs.mean and not is_error_known):
+            unknown.append(metric.short_label)
+            continue
         gain = (ours.mean - theirs.mean) * (1 if metric.higher_is_better else -1)
         # That of independent scores. Both arms read the same text, so the true one is smaller: the rule is cautious.
         error = math.hypot(ours.stderr, theirs.stderr)
-        # "Not larger", so that a NaN is unclear.
+        # "Not larger", so that an error that is NaN is unclear.
         if not abs(gain) > NUM_STANDARD_ERRORS * error:
             unclear.append(metric.short_label)
             continue
-        change = f"{metric.short_label} ({theirs.mean:.{metric.digits}f} -> {ours.mean:.{metric.digits}f})"
-        (better if gain > 0 else worse).append(change)
+        change = _format_change(theirs.mean, ours.mean, metric.digits)
+        (better if gain > 0 else worse).append(f"{metric.short_label} ({change})")
 
     parts = [
         f"{kind}: {', '.join(names) if names else 'nothing'}"
@@ -60,4 +65,15 @@ def _compare(metrics: Sequence[Metric], subject: Arm, other: Arm) -> str:
     ]
     if unclear:
         parts.append(f"within {NUM_STANDARD_ERRORS:g} standard errors: {', '.join(unclear)}")
+    if unknown:
+        parts.append(
+            f"cannot be judged, for want of numbers or of their error: {', '.join(unknown)}"
+        )
     return "; ".join(parts) + "."
+
+
+def _format_change(before: float, after: float, digits: int) -> str:
+    """Return both numbers, with as many decimals as show that they differ."""
+    while f"{before:.{digits}f}" == f"{after:.{digits}f}":
+        digits += 1
+    return f"{before:.{digits}f} -> {after:.{digits}f}"

@@ -55,8 +55,9 @@ def describe_process(folder: Path | None = None) -> dict[str, str]:
         inside = program.is_relative_to(working_directory) and program.suffix == ".py"
         shown = program.relative_to(working_directory) if inside else Path(program.name)
     source = str(shown) if program.name else "python"
-    # The verb is the job's name.
-    if program.name == PROGRAM and len(sys.argv) > 1:
+    # The verb is the job's name, of the script and of `python -m ul2r`.
+    is_verb = program.name == PROGRAM or program.parts[-2:] == (PROGRAM, "__main__.py")
+    if is_verb and len(sys.argv) > 1:
         source = f"{PROGRAM} {sys.argv[1]}"
 
     checkout = Path(__file__).resolve().parents[3]

@@ -47,7 +47,12 @@ def run_mlflow_server(storage: Path, port: int | None = None) -> Iterator[str]:
 
     port = port or find_free_port()
     storage = storage.resolve()
-    storage.mkdir(parents=True, exist_ok=True)
+    try:
+        storage.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ServiceError(
+            f"{storage}: MLflow's files cannot be kept there ({error.strerror}): name a folder that can be written to"
+        ) from None
     paths = StoragePaths(storage)
     uri = f"http://{HOST}:{port}"
     with paths.mlflow_log.open("ab") as log:
@@ -71,6 +76,8 @@ def _start(paths: StoragePaths, port: int, log: int) -> subprocess.Popen[bytes]:
     switches = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     # The log carries any text, whatever this process's own encoding is.
     switches["PYTHONIOENCODING"] = "utf-8"
+    # Neither the server nor its workers, which look into their working directory, import a module of the user's.
+    switches["PYTHONSAFEPATH"] = "1"
 
     return subprocess.Popen(
         command,
@@ -80,6 +87,7 @@ def _start(paths: StoragePaths, port: int, log: int) -> subprocess.Popen[bytes]:
         stderr=log,
         # The server forks workers. In a session of its own they can be ended together.
         start_new_session=True,
+        cwd=paths.storage,
     )
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-from ul2r.config import Architecture, Objective, Recipe
+from ul2r.config import Architecture, Data, Objective, Parallel, Recipe
+from ul2r.config.parallel import check_tensor_parallel
 from ul2r.errors import RecipeError
 from ul2r.model.flops import num_parameters
 from ul2r.model.sizing import GIB, estimate_run
@@ -19,6 +20,10 @@ LONGEST_ROW_ON_CPU = 256
 MAX_ROWS_PER_STEP = 128
 """UL2R's own batch for the 8B and 62B models (arXiv 2210.11399, 3.2)."""
 MIN_ROWS_PER_STEP = 4
+SHORTEST_ROW = 16
+"""Tokens; shorter rows have no room for a mode, sentinels and text."""
+MIN_HELD_OUT_ROWS = 2
+"""Fewer cannot be measured with an error."""
 MIN_VALIDATION_ROWS = 8
 MAX_INFILL_CONTEXT = 64
 """The default of `evaluation.infill_context_length`."""
@@ -122,6 +127,7 @@ def derive_settings(
         RecipeError: If the text is too short, or the model does not fit the machine.
     """
     length = _choose_length(model, machine)
+    _check_held_out(text_tokens, length)
     budget, budget_reason = _choose_budget(text_tokens, pretraining_tokens)
     rows = _choose_rows(budget // length)
     if steps is not None:
@@ -193,7 +199,22 @@ def _choose_rates(num_weights: int) -> dict[str, Choice]:
 def _choose_length(model: Architecture, machine: Machine) -> int:
     longest = LONGEST_ROW_ON_GPU if machine.num_gpus else LONGEST_ROW_ON_CPU
     readable = model.max_position_embeddings or longest
+    if readable < SHORTEST_ROW:
+        raise RecipeError(
+            f"the model reads at most {readable} tokens (its max_position_embeddings), rows need {SHORTEST_ROW}: give "
+            "another model"
+        )
     return int(2 ** int(math.log2(min(longest, readable))))
+
+
+def _check_held_out(text_tokens: int, length: int) -> None:
+    """Refuse a text of which too little is held out to measure by."""
+    held_out: float = Data.model_fields["held_out_fraction"].default
+    if text_tokens * held_out < MIN_HELD_OUT_ROWS * length:
+        raise RecipeError(
+            f"the text has about {text_tokens:,} tokens, of which {held_out:.2%} are held out to measure by: less than "
+            f"{MIN_HELD_OUT_ROWS} rows of {length}: give more text"
+        )
 
 
 def _choose_budget(text_tokens: int, pretraining_tokens: float | None) -> tuple[int, str]:
@@ -230,7 +251,10 @@ def _choose_layout(
     for tensor in _powers_of_two(machine.num_gpus):
         workers = _powers_of_two(machine.num_gpus)[-1]
         data = workers // tensor
-        if model.num_heads % tensor or model.ffn_hidden_size % tensor:
+        try:
+            parallel = Parallel(num_workers=workers, tensor=tensor, sequence_parallel=tensor > 1)
+            check_tensor_parallel(parallel, model)
+        except ValueError:
             continue
         for micro in reversed(_powers_of_two(max(rows // data, 1))):
             recipe = Recipe.model_validate(

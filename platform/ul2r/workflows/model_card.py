@@ -129,6 +129,7 @@ def _dump_settings(recipe: Recipe) -> str:
     tree = recipe.model_dump(mode="json", exclude=set(LOCAL_SECTIONS))
     for key in LOCAL_DATA:
         del tree["data"][key]
+    del tree["evaluation"]["data"]
     return yaml.safe_dump(tree, sort_keys=False)
 
 
@@ -157,7 +158,8 @@ def _describe_origin(metadata: ExportMetadata) -> str:
 
 def _insert(text: str, scores: Scores) -> str:
     """Return a card's text with the scores in front of the recipe."""
-    before, recipe = text.split(RECIPE_HEADING, 1)
+    # A card that somebody has edited may have no recipe any more: scores then go to its end.
+    before, heading, recipe = text.partition(RECIPE_HEADING)
     before = before.split(SCORES_HEADING)[0]  # drops older scores
     rows = [
         f"| {name} | {score.format(4).replace(' ± ', ' | ')} |"
@@ -167,7 +169,7 @@ def _insert(text: str, scores: Scores) -> str:
         [SCORES_HEADING, "", "| metric | mean | standard error |", "|---|---|---|", *rows]
     )
 
-    return f"{before}{section}\n\n{RECIPE_HEADING}{recipe}"
+    return f"{before}{section}\n\n{heading}{recipe}"
 
 
 def _write_if_changed(path: Path, text: str) -> None:

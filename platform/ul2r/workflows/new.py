@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,15 +12,16 @@ from pathlib import Path
 import torch
 import yaml
 
-from ul2r.config import HuggingFaceBase
+from ul2r.config import Recipe, load
+from ul2r.config.parse_yaml import parse_yaml
 from ul2r.data.document_tokenizer import DocumentTokenizer
 from ul2r.data.prepare.source_files import list_corpus
 from ul2r.data.prepare.token_estimate import estimate_tokens
 from ul2r.data.tokenizer import load_tokenizer
 from ul2r.environment import count_cores
-from ul2r.errors import CorpusError, RecipeError
+from ul2r.errors import CorpusError, RecipeError, UserError
 from ul2r.filesystem import write_atomically
-from ul2r.launch.pretrained import check_model_folder, read_model
+from ul2r.launch.pretrained import check_model_folder, fill_model_from_base, read_model
 from ul2r.model.huggingface.safetensors_reader import resolve_model_folder
 from ul2r.model.sizing import GIB
 from ul2r.paths import TOKENIZER_FILE, StoragePaths
@@ -33,6 +35,8 @@ from ul2r.workflows.derive_settings import (
 SETTINGS_FILE = "settings.yaml"
 COMPARISON_FILE = "compare.yaml"
 RUN_FILES = {"ul2r": "ul2r.yaml", "control": "control.yaml"}
+MAX_NAME_LENGTH = 100
+"""Characters of a model's name in names of folders, of which file systems allow 255."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class Project:
 
 def default_folder(model: str) -> Path:
     """Return the folder of a model's project, by default."""
-    return Path(f"ul2r-{_slug(model)}")
+    return Path(f"ul2r-{_slug(_locate(model))}")
 
 
 def write_project(
@@ -95,17 +99,12 @@ def write_project(
     """
     if steps is not None and steps < 1:
         raise RecipeError(f"steps={steps}: give at least 1")
-    # Absolute, so that the recipes mean the same wherever they are used.
-    base = str(Path(model).resolve()) if Path(model).exists() else model
-    corpus = [entry if entry == "stdlib" else str(Path(entry).absolute()) for entry in text]
+    base = _locate(model)
+    name = _slug(base)
+    corpus = [_locate_text(entry) for entry in text]
     if (folder / SETTINGS_FILE).exists():
-        _check_same(folder, base, corpus)
-        if steps is not None:
-            raise RecipeError(
-                f"{folder} holds recipes already: change training.steps in {folder / SETTINGS_FILE} instead of "
-                "giving --steps, or give another folder with --folder"
-            )
-        return Project(folder, _slug(model), None)
+        _check_same(folder, base, corpus, steps)
+        return Project(folder, name, None)
 
     model_folder = resolve_model_folder(base)
     architecture = read_model(model_folder)
@@ -120,17 +119,8 @@ def write_project(
         steps=steps,
     )
 
-    files = render_recipes(_slug(model), folder, base, corpus, settings)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # The settings last: with them the project counts as written.
-        for name in sorted(files, key=lambda name: name == SETTINGS_FILE):
-            write_atomically(folder / name, files[name])
-    except OSError as error:
-        raise RecipeError(
-            f"{folder}: the recipes cannot be written ({error.strerror}): give another folder with --folder"
-        ) from None
-    return Project(folder, _slug(model), settings)
+    _write(folder, render_recipes(name, folder, base, corpus, settings))
+    return Project(folder, name, settings)
 
 
 def find_machine() -> Machine:
@@ -157,14 +147,14 @@ def render_recipes(
 ) -> Mapping[str, str]:
     """Return the recipes' text by file name."""
     derived = _render_sections(settings, corpus)
-    header = f"# UL2R on {base}. Written by `ul2r new`; edit it, then run `ul2r up` with the same words again."
+    header = f"# UL2R on {_quote(base)}. Written by `ul2r new`; edit it, then run `ul2r up` with the same words again."
     # Quoted: YAML would read the names of some models as numbers.
-    experiment = f"tracking:\n  experiment: {json.dumps(name)}\n"
+    experiment = f"tracking:\n  experiment: {_quote(name)}\n"
     return {
         SETTINGS_FILE: (
             f"{header}\n# Every key and its default: docs/recipes.md.\n\n"
-            f"storage: {json.dumps(str((folder / 'runs').absolute()))}\n"
-            f"base: {{hf: {json.dumps(base)}}}\n\n"
+            f"storage: {_quote(str((folder / 'runs').absolute()))}\n"
+            f"base: {{hf: {_quote(base)}}}\n\n"
             f"{derived}\n"
             f"{experiment}"
         ),
@@ -181,8 +171,8 @@ def render_recipes(
         ),
         COMPARISON_FILE: (
             "# The base as it is, the control and UL2R on the same held-out text.\n"
-            f"name: {name}-compare\nstorage: {json.dumps(str((folder / 'runs').absolute()))}\n\n"
-            f"recipes:\n  base: {{hf: {json.dumps(base)}}}\n  control: {RUN_FILES['control']}\n"
+            f"name: {name}-compare\nstorage: {_quote(str((folder / 'runs').absolute()))}\n\n"
+            f"recipes:\n  base: {{hf: {_quote(base)}}}\n  control: {RUN_FILES['control']}\n"
             f"  ul2r: {RUN_FILES['ul2r']}\n\n{experiment}"
         ),
     }
@@ -190,7 +180,7 @@ def render_recipes(
 
 def _render_sections(settings: Settings, corpus: Sequence[str]) -> str:
     """Return the derived keys as YAML, by section, each with its reason."""
-    sections = {"data": [f"  corpus: {json.dumps(list(corpus))}"]}
+    sections = {"data": [f"  corpus: {_quote(list(corpus))}"]}
     for key, choice in settings.items():
         section, _, name = key.partition(".")
         text = f"{name}: {yaml.safe_dump(choice.value).splitlines()[0]}"
@@ -198,18 +188,96 @@ def _render_sections(settings: Settings, corpus: Sequence[str]) -> str:
     return "\n".join(f"{name}:\n" + "\n".join(lines) + "\n" for name, lines in sections.items())
 
 
-def _check_same(folder: Path, base: str, corpus: Sequence[str]) -> None:
-    """Refuse a folder whose recipes are for another model or text."""
-    written = yaml.safe_load((folder / SETTINGS_FILE).read_text(encoding="utf-8")) or {}
-    theirs = written.get("base"), (written.get("data") or {}).get("corpus")
-    if theirs != ({"hf": base}, list(corpus)):
+def _quote(value: str | list[str]) -> str:
+    """Return a value as JSON, which YAML reads too, except for its pairs of escapes for one character.
+
+    Raises:
+        RecipeError: If it is a path that is not text.
+    """
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RecipeError(f"{value!r} is not valid UTF-8: rename it") from None
+    return text
+
+
+def _write(folder: Path, files: Mapping[str, str]) -> None:
+    """Write the recipes, and check that they can be read; leave none behind otherwise."""
+    _check_free(folder, files)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # The settings last: with them the project counts as written.
+        for name in sorted(files, key=lambda name: name == SETTINGS_FILE):
+            write_atomically(folder / name, files[name])
+    except OSError as error:
+        raise RecipeError(
+            f"{folder}: the recipes cannot be written ({error.strerror}): give another folder with --folder"
+        ) from None
+
+    try:
+        for name in RUN_FILES.values():
+            load(folder / name, (), Recipe, fill_model_from_base)
+    except UserError:
+        for name in files:
+            (folder / name).unlink()
+        raise
+
+
+def _check_free(folder: Path, files: Mapping[str, str]) -> None:
+    """Refuse to replace files that others wrote; ours, of an attempt that was interrupted, begin with the same line."""
+    for name, text in files.items():
+        path = folder / name
+        first = text.splitlines(keepends=True)[0].encode()
+        if path.exists() and not (path.is_file() and path.read_bytes().startswith(first)):
+            raise RecipeError(
+                f"{path} exists and would be replaced: give another folder with --folder"
+            )
+
+
+def _check_same(folder: Path, base: str, corpus: Sequence[str], steps: int | None) -> None:
+    """Refuse a folder whose recipes are for another model or text, or for another number of steps than asked for."""
+    path = folder / SETTINGS_FILE
+    try:
+        written = parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+        theirs = written["base"]["hf"], written["data"]["corpus"]
+        their_steps = written["training"]["steps"]
+    except (OSError, UnicodeDecodeError, TypeError, KeyError) as error:
+        raise RecipeError(
+            f"{path} cannot be read as settings of `ul2r new` ({type(error).__name__}: {error}): mend it, or give "
+            "another folder with --folder"
+        ) from None
+    if theirs != (base, list(corpus)):
         raise RecipeError(
             f"{folder} holds recipes for base={theirs[0]} and data.corpus={theirs[1]}: give another folder with "
             "--folder, or change them there"
         )
+    if steps is not None and steps != their_steps:
+        raise RecipeError(
+            f"{folder} holds recipes of {their_steps} steps: change training.steps in {path} instead of giving "
+            "--steps, or give another folder with --folder"
+        )
 
 
-def _slug(model: str) -> str:
+def _locate(model: str) -> str:
+    """Return a model's folder as an absolute path, so that it means the same everywhere, or its name on the Hub."""
+    if not model:
+        raise RecipeError("MODEL is empty: give a Hugging Face folder, or a name on the Hub")
+    # `Path.exists` raises an error for a name that is too long.
+    return os.path.realpath(model) if os.path.exists(model) else model  # noqa: PTH110
+
+
+def _locate_text(entry: str) -> str:
+    """Return an entry of `data.corpus`: a path as an absolute one."""
+    if not entry:
+        raise RecipeError("TEXT is empty: give files, folders or patterns")
+    if entry == "stdlib" or "://" in entry:
+        return entry
+    return str(Path(entry).absolute())
+
+
+def _slug(base: str) -> str:
     """Return a run's name from a model's: the last part of its path or name."""
-    last = HuggingFaceBase(hf=model).hf.rstrip("/").rpartition("/")[2]
-    return re.sub(r"[^a-z0-9._-]+", "-", last.lower()).strip("-.") or "model"
+    last = base.rstrip("/").rpartition("/")[2]
+    name = re.sub(r"[^a-z0-9._-]+", "-", last.lower())[:MAX_NAME_LENGTH]
+    return name.strip("-._") or "model"

@@ -16,6 +16,28 @@ from ul2r.filesystem import write_atomically
 
 STOP_TIMEOUT_S = 30.0
 """Time that a command has to end after SIGINT before it is killed."""
+SAVE_TIMEOUT_S = 300.0
+"""The same after SIGTERM: training saves a checkpoint first."""
+
+
+class Terminated(KeyboardInterrupt):
+    """Request to end by SIGTERM or SIGHUP."""
+
+
+def handle_stop_signals() -> None:
+    """Let SIGTERM and SIGHUP raise `Terminated`, and SIGINT KeyboardInterrupt.
+
+    SIGHUP comes from a terminal that is closed: without a handler it would leave servers and commands running. Where
+    it is ignored, as under nohup, it stays so. SIGINT is ignored in what a script starts in the background.
+    """
+
+    def terminate(number: int, _: object) -> None:
+        raise Terminated(signal.Signals(number).name)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, terminate)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass
@@ -38,7 +60,7 @@ class PhaseTimer:
         self._file = file
         self._phases: dict[str, Phase] = {}
         if file.is_file():
-            stored = json.loads(file.read_text(encoding="utf-8"))
+            stored = json.loads(file.read_text(encoding="utf-8") or "{}")
             self._phases = {name: Phase(**phase) for name, phase in stored.items()}
 
         # Taken before this process measures anything: `format_table` marks only what an earlier one finished.
@@ -89,7 +111,7 @@ def run_command(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run a command to its end; its output goes where this process's goes.
 
     The command gets a session of its own. If this process is interrupted meanwhile, everything in that session is
-    stopped first: with SIGINT, as by Ctrl-C, and after `STOP_TIMEOUT_S` with SIGKILL.
+    stopped first: with SIGINT, as by Ctrl-C, or SIGTERM if this process got that, and in the end with SIGKILL.
 
     Args:
         command: Program and arguments.
@@ -108,20 +130,23 @@ def run_command(command: Sequence[str], environment: Mapping[str, str]) -> int:
     )
     try:
         exit_code = process.wait()
+    except Terminated:
+        _stop(process, signal.SIGTERM, SAVE_TIMEOUT_S)
+        raise
     finally:
-        _stop(process)
+        _stop(process, signal.SIGINT, STOP_TIMEOUT_S)
 
     # Popen gives -2 for a process that SIGINT ended, a shell 130.
     return exit_code if exit_code >= 0 else 128 - exit_code
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the session of a command: at once if the command itself has ended, else with SIGINT first."""
+def _stop(process: subprocess.Popen[bytes], number: signal.Signals, timeout_s: float) -> None:
+    """End the session of a command: at once if the command itself has ended, else with a signal first."""
     try:
         if process.poll() is None:
             # The leader of a session has its own id as that of the process group.
-            os.killpg(process.pid, signal.SIGINT)
-            process.wait(STOP_TIMEOUT_S)
+            os.killpg(process.pid, number)
+            process.wait(timeout_s)
     except subprocess.TimeoutExpired:
         pass
     finally:

@@ -105,8 +105,8 @@ def push_export(folder: Path, target: HubTarget) -> str:
             repo_id=target.name,
             folder_path=folder,
             allow_patterns=FILES,
-            # Shards of an earlier export.
-            delete_patterns="*",
+            # Shards of an earlier export; what its owner has put beside them stays.
+            delete_patterns=FILES,
             commit_message=f"Export of {folder.parent.name}",
         )
     return str(url)

@@ -48,6 +48,22 @@ def test_a_worse_result_is_said_and_a_difference_within_the_error_is_none() -> N
 def test_nan_is_neither_better_nor_worse() -> None:
     (sentence,) = read(make_arm("base", math.nan, 0.5), make_arm("ul2r", 2.0, 0.5))
     assert "better: nothing; worse: nothing" in sentence
+    assert sentence.endswith("of their error: plain text, loss.")
+
+
+def test_two_means_without_errors_are_not_judged() -> None:
+    """As of two examples that are all wrong, and all right."""
+    (sentence,) = read(
+        make_arm("base", 3.0, 0.0, stderr=0.0), make_arm("ul2r", 3.0, 1.0, stderr=0.0)
+    )
+    assert "better: nothing; worse: nothing" in sentence
+    assert "cannot be judged, for want of numbers or of their error: infilled span" in sentence
+
+
+def test_numbers_that_differ_are_printed_so_that_they_do() -> None:
+    base = make_arm("base", 3.45632, 0.5, stderr=1e-6)
+    ul2r = make_arm("ul2r", 3.45617, 0.5, stderr=1e-6)
+    assert "(3.4563 -> 3.4562)" in read(base, ul2r)[0]
 
 
 def test_every_other_arm_has_a_sentence_and_without_ul2r_the_last_one_is_read() -> None:

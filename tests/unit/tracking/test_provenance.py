@@ -51,6 +51,7 @@ def test_nothing_is_said_of_changes_if_git_cannot_tell(repository: Path) -> None
         ("jobs/train.py", "jobs/train.py"),
         ("{cwd}/jobs/train.py", "jobs/train.py"),
         ("{cwd}/.venv/bin/ul2r train", "ul2r train"),
+        ("/usr/lib/python3/ul2r/__main__.py train", "ul2r train"),
         ("/usr/lib/somewhere/train.py", "train.py"),
     ],
 )

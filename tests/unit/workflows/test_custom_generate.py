@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from ul2r.inference.infilling import generate_span
 from ul2r.inference.loading import mark_text_ids
 from ul2r.model.export_metadata import ExportMetadata
 from ul2r.model.huggingface.companions import write_companions
+from ul2r.model.huggingface.custom_generate import slots as slots_module
 from ul2r.testing.families import MODELS, make_model_of
 from ul2r.testing.models import TEXTS
 from ul2r.workflows.model_card import describe_use
@@ -181,6 +183,31 @@ def test_slots_are_filled_as_by_the_project(
         expected = infill(models[name], parts, max_tokens=MAX_TOKENS)
         assert result["texts"][row] == expected.text
         assert len(result["fills"][row]) == len(parts) - 1
+
+
+def test_a_span_ends_neither_at_once_nor_at_an_eos_before_the_last(
+    exports: Exports, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the model prefers: here eos, before all."""
+    written = runpy.run_path(str(exports.folders["llama"] / "custom_generate/settings.py"))
+    settings = written["SETTINGS"]
+    monkeypatch.setattr(slots_module, "SETTINGS", settings)
+    slots = slots_module.Slots([[20], [21], []])
+    filler = slots_module.SlotFiller([slots], prompt_length=0, limit=9)
+
+    def choose(*generated: int) -> int:
+        scores = torch.zeros(1, 400)
+        scores[0, settings.eos] = 9.0
+        return int(filler(torch.tensor([generated]), scores).argmax())
+
+    first, second = slots.openers
+    assert choose(first) not in {settings.eos, *settings.sentinels}
+    assert choose(first, 30) != settings.eos
+    assert choose(first, 30, second) not in {settings.eos, *settings.sentinels}
+    assert choose(first, 30, second, 31) == settings.eos
+
+    generation = json.loads((exports.folders["llama"] / "generation_config.json").read_text())
+    assert settings.eos not in generation["suppress_tokens"]
 
 
 def test_modes_of_spans_complete_as_by_the_project(

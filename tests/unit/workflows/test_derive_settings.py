@@ -32,6 +32,26 @@ def test_rates_of_published_models_are_their_own() -> None:
     assert choose_learning_rate(8_000_000_000) == 1e-4
 
 
+def test_text_of_which_too_little_is_held_out_is_refused_whatever_the_steps() -> None:
+    """3 % of 17,000 tokens are two rows of 256, all but two tokens."""
+    with pytest.raises(RecipeError, match=r"held out to measure by: less than 2 rows of 256"):
+        derive_settings(SMALL, 1000, 17_000, CPU, steps=5)
+    derive_settings(SMALL, 1000, 17_100, CPU, steps=5)
+
+
+def test_a_model_whose_heads_divide_few_layouts_gets_one_of_them() -> None:
+    """Phi-4's 40 heads over 10 for keys and values: 4 divides neither of both."""
+    model = LLAMA_8B.model_copy(update={"num_heads": 40, "num_kv_heads": 10, "hidden_size": 5120})
+    layout = derive_settings(model, 32_000, 10**9, Machine(8, 80, 64), steps=5)
+    assert layout["parallel.tensor"].value == 2
+
+
+def test_a_model_that_reads_hardly_anything_is_refused() -> None:
+    model = SMALL.model_copy(update={"max_position_embeddings": 3})
+    with pytest.raises(RecipeError, match="reads at most 3 tokens"):
+        derive_settings(model, 1000, 10**6, CPU)
+
+
 def test_rates_fall_with_size_and_stay_within_the_ends() -> None:
     rates = [choose_learning_rate(int(10**exponent)) for exponent in range(5, 13)]
     assert rates == sorted(rates, reverse=True)

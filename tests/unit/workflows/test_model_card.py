@@ -52,6 +52,23 @@ def test_card_states_the_origin_of_the_model(recipe: Recipe, dataset: TokenDatas
     assert "perplexity" not in text
 
 
+def test_card_names_no_folder_of_the_machine(recipe: Recipe, dataset: TokenDataset) -> None:
+    local = tiny_recipe(recipe.storage, evaluation={"data": "/home/alice/tasks"})
+    write_card(export_folder(local), local, dataset, METADATA)
+    text = (export_folder(local) / "README.md").read_text()
+    assert "/home/alice" not in text
+    assert str(recipe.storage) not in text
+
+
+def test_a_card_that_was_edited_takes_scores_at_its_end(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# Mine\n\nhand-written\n")
+    for loss in (9.5, 8.5):
+        add_scores(tmp_path, scores(loss))
+    text = (tmp_path / "README.md").read_text()
+    assert "hand-written" in text
+    assert text.count("| perplexity |") == 1
+
+
 def test_scores_are_inserted_and_replace_older_ones(recipe: Recipe, dataset: TokenDataset) -> None:
     folder = export_folder(recipe)
     write_card(folder, recipe, dataset, METADATA)

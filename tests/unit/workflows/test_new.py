@@ -60,6 +60,7 @@ def test_recipes_that_were_edited_are_kept(model: Path, text: Path, tmp_path: Pa
     settings.write_text(settings.read_text().replace("steps: 7", "steps: 8"))
     again = write_project(str(model), [str(text)], tmp_path / "out")
     assert again.settings is None
+    assert write_project(str(model), [str(text)], tmp_path / "out", steps=8).settings is None
     assert load(again.recipe("ul2r"), (), Recipe, fill_model_from_base).training.steps == 8
 
 
@@ -80,6 +81,55 @@ def test_a_model_named_by_a_number_has_recipes_that_load(
     project = write_project(str(numbered), [str(text)], tmp_path / "out", steps=7)
     recipe = load(project.recipe("ul2r"), (), Recipe, fill_model_from_base)
     assert recipe.tracking.experiment == "1.5"
+
+
+@pytest.mark.parametrize("name", ["_x", "m\N{ROCKET}", "m" * 200, 'a "b": #c'])
+def test_a_model_of_any_name_has_recipes_that_load(
+    model: Path, text: Path, tmp_path: Path, name: str
+) -> None:
+    renamed = model.rename(tmp_path / name)
+    odd = text.rename(tmp_path / f"text of {name[:9]}")
+    project = write_project(str(renamed), [str(odd)], tmp_path / "out", steps=7)
+    recipe = load(project.recipe("ul2r"), (), Recipe, fill_model_from_base)
+    assert recipe.base == HuggingFaceBase(hf=str(renamed))
+    assert write_project(str(renamed), [str(odd)], tmp_path / "out").settings is None
+
+
+def test_files_of_others_are_not_replaced(model: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "compare.yaml").write_text("name: mine\n")
+    with pytest.raises(RecipeError, match=r"compare\.yaml exists and would be replaced"):
+        write_project(str(model), [str(text)], out, steps=7)
+    assert [path.name for path in out.iterdir()] == ["compare.yaml"]
+    assert (out / "compare.yaml").read_text() == "name: mine\n"
+
+
+def test_recipes_that_cannot_be_loaded_are_not_left_behind(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError):
+        write_project(str(model), [str(text)], tmp_path / "out", steps=10**30)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["- a\n", "data: x\n", "a: [", "\udcff"])
+def test_settings_that_were_edited_beyond_reading_are_refused(
+    model: Path, text: Path, tmp_path: Path, content: str
+) -> None:
+    project = write_project(str(model), [str(text)], tmp_path / "out", steps=7)
+    path = project.folder / "settings.yaml"
+    path.write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(RecipeError, match=r"settings\.yaml"):
+        write_project(str(model), [str(text)], tmp_path / "out")
+
+
+def test_words_that_are_empty_are_refused(model: Path, text: Path, tmp_path: Path) -> None:
+    """As of a shell's variable that is not set."""
+    with pytest.raises(RecipeError, match="MODEL is empty"):
+        write_project("", [str(text)], tmp_path / "out")
+    with pytest.raises(RecipeError, match="TEXT is empty"):
+        write_project(str(model), [""], tmp_path / "out")
 
 
 def test_a_folder_that_cannot_be_written_is_refused(

@@ -131,6 +131,31 @@ def test_interruption_stops_the_command_first(tmp_path: Path, child: str) -> Non
     assert _ends(int(pid.read_text()))
 
 
+SAVING = STUBBORN.replace("signal.SIGINT", "signal.SIGTERM").replace(
+    "signal.SIG_IGN", "lambda *_: (pathlib.Path(sys.argv[1] + '.saved').touch(), sys.exit(130))"
+)
+
+
+def test_sigterm_reaches_the_command_as_itself(tmp_path: Path) -> None:
+    """Training saves a checkpoint on it, and none on SIGINT; under nohup a closed terminal ends nothing."""
+    pid = tmp_path / "pid"
+    runner = (
+        "import signal, sys\n"
+        "from ul2r.workflows.phases import handle_stop_signals, run_command\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "handle_stop_signals()\n"
+        "assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN\n"
+        f"run_command([sys.executable, '-c', {SAVING!r}, {str(pid)!r}], {{}})\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", runner], stderr=subprocess.DEVNULL) as process:
+        while not (pid.is_file() and pid.read_text()):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60)
+    assert (tmp_path / "pid.saved").exists()
+
+
 def _ends(pid: int) -> bool:
     """Return whether a process ends, or is left as a zombie, within a minute."""
     for _ in range(600):

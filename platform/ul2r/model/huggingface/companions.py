@@ -89,13 +89,13 @@ def write_companions(
     """
     vocabulary = metadata.vocabulary
     assert vocabulary is not None
-    not_text = [token for token, text in enumerate(is_text) if not text and token != vocabulary.eos]
+    not_text = [token for token, text in enumerate(is_text) if not text]
 
     generation = GenerationConfig(
         eos_token_id=vocabulary.eos,
         pad_token_id=vocabulary.eos,
-        # For the plain generate() of transformers, which does not know that they are no text.
-        suppress_tokens=not_text or None,
+        # For the plain generate() of transformers, which does not know that they are no text; it ends at an eos.
+        suppress_tokens=[token for token in not_text if token != vocabulary.eos] or None,
     )
     _write_if_changed(folder / "generation_config.json", generation.to_json_string())
     _write_custom_generate(folder / CUSTOM_GENERATE, metadata, not_text, inside)

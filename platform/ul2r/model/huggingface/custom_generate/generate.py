@@ -84,8 +84,8 @@ def generate(
     tokens = inputs if input_ids is None else input_ids
 
     if parts is None:
-        if tokens is None:
-            raise ValueError("there is no prompt: give tokens, or parts with a tokenizer")
+        if tokens is None or tokens.ndim != 2 or not tokens.numel():
+            raise ValueError("there is no prompt: give tokens, (B, S), or parts with a tokenizer")
         if tokenizer is not None:
             kwargs["tokenizer"] = tokenizer
         return _continue(model, tokens, mode, config, kwargs)
@@ -93,11 +93,19 @@ def generate(
         raise ValueError("parts: give either parts or tokens, not both")
     if tokenizer is None:
         raise ValueError("parts: give the model's tokenizer as well: tokenizer=tokenizer")
-    # A text is the parts of one document, several are lists of parts.
-    documents = [[part] if isinstance(part, str) else list(part) for part in parts]
-    if isinstance(parts[0], str):
-        documents = [[part for document in documents for part in document]]
+    documents = _list_documents(parts)
     return _fill(model, documents, tokenizer, mode or "NLU", (config, kwargs))
+
+
+def _list_documents(parts: Sequence[str] | Sequence[Sequence[str]]) -> list[list[str]]:
+    """Return the parts of each text: a text is the parts of one document, several are lists of parts."""
+    documents: list[list[str]] = []
+    if not isinstance(parts, str):
+        texts = [part for part in parts if isinstance(part, str)]
+        documents = [texts] if texts else [list(part) for part in parts]
+    if not documents or not all(documents):
+        raise ValueError("parts: give a list of texts with a slot between each two")
+    return documents
 
 
 def _continue(
