@@ -30,13 +30,14 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
         "sources", type=Path, nargs="*", metavar="SOURCE", help="wheel, archive or folder to read"
     )
     options = parser.parse_args(arguments)
+    return run_and_report(lambda: run(options.folder, options.sources))
 
-    def work() -> None:
-        from ul2r.workflows.task_data import describe_coverage, lay_out
 
-        for line in lay_out(options.folder, options.sources):
-            print(line)
-        for line in describe_coverage(options.folder):
-            print(line)
+def run(folder: Path, sources: Sequence[Path]) -> None:
+    """Lay out the data of all sources, then print what each suite has data for."""
+    from ul2r.workflows.task_data import describe_coverage, lay_out
 
-    return run_and_report(work)
+    for line in lay_out(folder, sources):
+        print(line)
+    for line in describe_coverage(folder):
+        print(line)
