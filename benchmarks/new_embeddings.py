@@ -1,6 +1,6 @@
 """Learning of modes and sentinels from each kind of first values, and with a learning rate of their own, on a CPU.
 
-    python benchmarks/new_embeddings.py [FOLDER STORAGE] [--steps 100]
+    python benchmarks/new_embeddings.py [FOLDER STORAGE] [--steps 100] [--rows 4] [--learning-rate 1e-3]
 
 FOLDER is a Hugging Face model, STORAGE a recipe's with a token store whose tokenizer is the model's with modes and
 sentinels added; by default `make demo`'s. Rows of modes and sentinels that the model has all the same, as the demo's
@@ -49,23 +49,24 @@ NUM_HELD_OUT = 4
 """Batches."""
 
 
-def make_recipe(folder: Path, storage: Path, steps: int, choice: str, factor: float) -> Recipe:
+def make_recipe(options: argparse.Namespace, choice: str, factor: float) -> Recipe:
     """Return the recipe of an arm."""
+    folder = options.folder.absolute()
     return tiny_recipe(
-        storage,
+        options.storage,
         base={"hf": str(folder)},
         model=read_architecture(folder).model_dump(exclude_defaults=True),
         data={"num_sentinels": 256},
         objective={"sequence_length": 256, "mixture": "ul2r"},
         training={
-            "steps": steps,
-            "global_batch_size": 4,
+            "steps": options.steps,
+            "global_batch_size": options.rows,
             "micro_batch_size": 2,
             "new_embeddings": choice,
         },
         optimizer={
-            "learning_rate": 1e-3,
-            "final_learning_rate": 1e-4,
+            "learning_rate": options.learning_rate,
+            "final_learning_rate": options.learning_rate / 10,
             "warmup_fraction": 0.05,
             "special_token_lr_factor": factor,
         },
@@ -152,6 +153,8 @@ def main() -> None:
     parser.add_argument("folder", metavar="FOLDER", type=Path, nargs="?", default=DEMO_BASE)
     parser.add_argument("storage", metavar="STORAGE", type=Path, nargs="?", default=DEMO)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rows", type=int, default=4, help="of a step, an even number")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     options = parser.parse_args()
     if options.folder == DEMO_BASE and not DEMO_BASE.is_dir():
         print(json.dumps({"benchmark": "new_embeddings", "left out": "run `make demo` first"}))
@@ -165,9 +168,7 @@ def main() -> None:
         dist.init_process_group("gloo", init_method=rendezvous, rank=0, world_size=1)
         for factor in FACTORS:
             for choice in CHOICES:
-                recipe = make_recipe(
-                    options.folder.absolute(), options.storage, options.steps, choice, factor
-                )
+                recipe = make_recipe(options, choice, factor)
                 dataset = open_dataset(recipe.storage_paths.store)
                 arms[f"{choice} x {factor:g}"] = train(recipe, dataset)
         dist.destroy_process_group()
