@@ -82,8 +82,9 @@ def _format_default(field: FieldInfo) -> str:
     default = field.get_default(call_default_factory=True)
     if default is None:
         return "none"
-    # The only long defaults are mixtures.
-    return "UL2's mixture" if default and isinstance(default, tuple) else f"`{default}`"
+    # Long defaults, which are lists of sections, are mixtures.
+    is_mixture = isinstance(default, tuple) and any(isinstance(d, StrictModel) for d in default)
+    return "UL2's mixture" if is_mixture else f"`{default}`"
 
 
 def _escape(text: str) -> str:
