@@ -34,6 +34,7 @@ from ul2r.workflows.evaluate import (
     log_scores,
     tabulate_infilled,
 )
+from ul2r.workflows.few_shot_comparison import write_few_shot_comparison
 from ul2r.workflows.pretrained_arms import (
     prepare_pretrained_arm,
     record_pretrained_arm,
@@ -113,6 +114,12 @@ def compare(comparison: Comparison) -> ComparisonResult:
         _write_files(result, store, run_ids, denoisers)
         _log_files(result, comparison, store, run_ids.values())
 
+    few_shot = write_few_shot_comparison(
+        result.folder, {role: (pretrained.get(role) or recipes[role]).paths for role in roles}
+    )
+    run_id = store.find_run(result.folder)
+    if few_shot is not None and run_id is not None:
+        store.log_artifact(run_id, few_shot)
     return result
 
 

@@ -11,9 +11,9 @@ from rich.table import Table
 from ul2r.config import Recipe
 from ul2r.errors import CheckpointError, CorpusError
 from ul2r.evaluation.few_shot.harness_model import HarnessModel
-from ul2r.evaluation.few_shot.items import write_items
+from ul2r.evaluation.few_shot.items import ITEMS_FILE, write_items
 from ul2r.evaluation.few_shot.requirements import require_lm_eval
-from ul2r.evaluation.few_shot.running import ITEMS_FILE, SuiteResult, run_suite
+from ul2r.evaluation.few_shot.running import SuiteResult, run_suite
 from ul2r.evaluation.few_shot.suites import load_suite
 from ul2r.evaluation.few_shot.task_loading import (
     LoadedTask,

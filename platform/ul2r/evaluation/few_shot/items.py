@@ -15,6 +15,9 @@ import pyarrow.parquet as pq
 from ul2r.evaluation.few_shot.suites import SuiteTask
 from ul2r.filesystem import staged_file
 
+ITEMS_FILE = "items.parquet"
+RESULT_FILE = "result.json"
+
 SCHEMA = pa.schema(
     [
         ("line", pa.string()),  # line of the suite that the task belongs to

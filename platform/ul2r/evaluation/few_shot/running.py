@@ -18,15 +18,13 @@ from typing import Any, Self
 
 from ul2r.config.few_shot import FewShot
 from ul2r.evaluation.few_shot.harness_model import HarnessModel
-from ul2r.evaluation.few_shot.items import collect_rows, pool_headlines
+from ul2r.evaluation.few_shot.items import RESULT_FILE, collect_rows, pool_headlines
 from ul2r.evaluation.few_shot.paired import average_scores, score_values
 from ul2r.evaluation.few_shot.requirements import quiet_lm_eval
 from ul2r.evaluation.few_shot.task_loading import LoadedTask
 from ul2r.evaluation.scores import Score
 from ul2r.filesystem import write_atomically
 
-ITEMS_FILE = "items.parquet"
-RESULT_FILE = "result.json"
 FORMAT = 1
 
 
