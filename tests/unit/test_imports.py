@@ -69,7 +69,7 @@ PLACES = {
     "fastapi": ("serving/",),
     "fsspec": ("data/store/remote", "train/checkpoint/remote"),
     "gguf": ("model/huggingface/gguf_file",),
-    "httpx": ("tracking/", "commands/", "jobs/", "serving/"),
+    "httpx": ("tracking/", "commands/", "jobs/", "serving/", "benchmarks/serving_load"),
     "datasets": ("evaluation/few_shot/task_loading",),
     "lm_eval": ("commands/harness", "evaluation/few_shot/"),
     "megatron": ("model/", "train/", "testing/"),
@@ -89,7 +89,7 @@ PLACES = {
         "benchmarks/",
     ),
     "safetensors": ("model/huggingface/", "inference/", "benchmarks/"),
-    "transformers": ("data/chat_template", "model/huggingface/", "inference/", "testing/"),
+    "transformers": ("data/chat_template", "model/huggingface/", "inference/", "testing/", "benchmarks/serving_load"),
 }
 """Rooms and modules of the library, the jobs and the application that may import a third-party package."""
 
