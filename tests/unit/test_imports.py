@@ -89,7 +89,13 @@ PLACES = {
         "benchmarks/",
     ),
     "safetensors": ("model/huggingface/", "inference/", "benchmarks/"),
-    "transformers": ("data/chat_template", "model/huggingface/", "inference/", "testing/", "benchmarks/serving_load"),
+    "transformers": (
+        "data/chat_template",
+        "model/huggingface/",
+        "inference/",
+        "testing/",
+        "benchmarks/serving_load",
+    ),
 }
 """Rooms and modules of the library, the jobs and the application that may import a third-party package."""
 
