@@ -35,7 +35,7 @@ VOCABULARY_MULTIPLE = 128
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one rank by kind."""
+    """Bytes of one rank by kind; logits are those of a microbatch that is all targets, the most that there can be."""
 
     weights: int
     gradients: int
