@@ -65,4 +65,6 @@ def test_one_command_trains_compares_and_reads_the_numbers(tmp_path: Path) -> No
     refused = run_up(tmp_path, "--steps", "3", "--no-serve")
     assert refused.returncode == 2
     (line,) = refused.stderr.splitlines()
-    assert line.startswith("error: ul2r-my-llama holds recipes of 2 steps: change training.steps in ")
+    assert line.startswith(
+        "error: ul2r-my-llama holds recipes of 2 steps: change training.steps in "
+    )
