@@ -49,7 +49,7 @@ def gather_no_input(layer: ColumnParallelLinear) -> Iterator[None]:
 
     `select_positions` has gathered it, and its backward pass sums the gradient, so that the layer must do neither.
     Without sequence parallelism nothing changes. The layer's forward pass reads both settings, its backward pass none
-    (Megatron-Core 0.16.1).
+    (Megatron-Core 0.16.1 and 0.19.2).
     """
     is_sharded = layer.sequence_parallel
     reduces_nothing = layer.disable_grad_reduce
