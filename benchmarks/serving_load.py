@@ -72,7 +72,7 @@ Prompt = list[int]
 
 @dataclass
 class Answer:
-    """What a client saw.
+    """Tokens and times that a client saw.
 
     Attributes:
         text: The text.

@@ -48,7 +48,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types th
         export: str,
         device: str | None = None,
         batch_size: int | str | None = None,  # noqa: ARG002  lm-eval passes it to every model
-        max_batch_size: int | None = None,  # noqa: ARG002  as above
+        max_batch_size: int | None = None,  # noqa: ARG002  lm-eval passes it to every model
         **settings: Any,  # noqa: ANN401  values of a command line
     ) -> None:
         """Load a model.

@@ -63,7 +63,7 @@ INERT = {"attention.causal": True}
 GEMMA_PATTERN = 6
 GEMMA_LOCAL_ROPE_THETA = 10_000
 GEMMA_27B_LAYERS = 62
-"""What llama.cpp has in its source and not in files (src/llama-model.cpp, LLM_ARCH_GEMMA3)."""
+"""Values that llama.cpp has in its source and not in files (src/llama-model.cpp, LLM_ARCH_GEMMA3)."""
 NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",

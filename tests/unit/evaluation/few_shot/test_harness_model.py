@@ -131,7 +131,7 @@ def adapt(model: LanguageModel, **settings: Any) -> HarnessModel:  # noqa: ANN40
     return HarnessModel.from_model(model, start, Prompting(**settings))
 
 
-def exact_logits(network: Any, tokens: list[int], prefix: int) -> torch.Tensor:  # noqa: ANN401  as above
+def exact_logits(network: Any, tokens: list[int], prefix: int) -> torch.Tensor:  # noqa: ANN401  transformers has no types
     """Return float64 logits (S, V), the mask written out key by key."""
     size = len(tokens)
     mask = torch.full((1, 1, size, size), -torch.inf, dtype=torch.float64)
