@@ -34,8 +34,8 @@ def find_recipe(path: Path, folder: Path) -> Path:
     file = folder / path
     if not _is_bare_name(path) or file.is_file():
         return file
-    beside = folder / f"{path}{SUFFIX}"
-    return beside if beside.is_file() else list_named_recipes().get(str(path), file)
+    sibling = folder / f"{path}{SUFFIX}"
+    return sibling if sibling.is_file() else list_named_recipes().get(str(path), file)
 
 
 def suggest_recipe(path: Path) -> str:

@@ -11,7 +11,7 @@ from ul2r.config import Parallel, Recipe
 from ul2r.config.evaluation import check_infill_length
 from ul2r.data.inspection import write_page
 from ul2r.data.sampling.batches import check_dataset, describe_unfit_pairs
-from ul2r.data.sampling.held_out_windows import describe_small_split
+from ul2r.data.sampling.held_out_windows import check_held_out, describe_small_split
 from ul2r.data.sampling.order import DataPlan
 from ul2r.data.special_tokens import assign_special_tokens
 from ul2r.data.store.dataset import TokenDataset, run_fingerprint
@@ -68,6 +68,7 @@ def check_run(recipe: Recipe, dataset: TokenDataset, resumed: CheckpointInfo | N
     if resumed is None:
         check_names(recipe)
         check_infilling(recipe, max(map(len, dataset.vocabulary.modes.values())))
+        check_held_out(recipe, dataset)
     check_memory(recipe, dataset.vocabulary.size)
     # A finished run writes nothing.
     if resumed is None or not has_finished(recipe, resumed):

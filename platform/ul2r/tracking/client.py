@@ -30,13 +30,13 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 from mlflow import MlflowClient  # noqa: E402  the environment above must be set before
-from mlflow.environment_variables import (  # noqa: E402
+from mlflow.environment_variables import (  # noqa: E402  after the environment
     MLFLOW_HTTP_REQUEST_MAX_RETRIES,
     MLFLOW_HTTP_REQUEST_TIMEOUT,
 )
-from mlflow.exceptions import MlflowException  # noqa: E402
-from mlflow.utils.credentials import get_default_host_creds  # noqa: E402
-from mlflow.utils.rest_utils import http_request  # noqa: E402
+from mlflow.exceptions import MlflowException  # noqa: E402  after the environment
+from mlflow.utils.credentials import get_default_host_creds  # noqa: E402  after the environment
+from mlflow.utils.rest_utils import http_request  # noqa: E402  after the environment
 
 HEALTH_TIMEOUT_S = 5.0
 START_HINT = "start one with `ul2r ui --storage FOLDER`"

@@ -244,7 +244,7 @@ def _check_same(folder: Path, base: str, corpus: Sequence[str], steps: int | Non
         their_steps = written["training"]["steps"]
     except (OSError, UnicodeDecodeError, TypeError, KeyError) as error:
         raise RecipeError(
-            f"{path} cannot be read as settings of `ul2r new` ({type(error).__name__}: {error}): mend it, or give "
+            f"{path} cannot be read as settings of `ul2r new` ({type(error).__name__}: {error}): fix it, or give "
             "another folder with --folder"
         ) from None
     if theirs != (base, list(corpus)):
@@ -263,8 +263,9 @@ def _locate(model: str) -> str:
     """Return a model's folder as an absolute path, so that it means the same everywhere, or its name on the Hub."""
     if not model:
         raise RecipeError("MODEL is empty: give a Hugging Face folder, or a name on the Hub")
-    # `Path.exists` raises an error for a name that is too long.
-    return os.path.realpath(model) if os.path.exists(model) else model  # noqa: PTH110
+    # Not `Path.exists`, which raises an error for a name that is too long.
+    is_path = os.path.exists(model)  # noqa: PTH110  the comment above
+    return os.path.realpath(model) if is_path else model
 
 
 def _locate_text(entry: str) -> str:

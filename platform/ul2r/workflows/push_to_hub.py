@@ -105,7 +105,7 @@ def push_export(folder: Path, target: HubTarget) -> str:
             repo_id=target.name,
             folder_path=folder,
             allow_patterns=FILES,
-            # Shards of an earlier export; what its owner has put beside them stays.
+            # Shards of an earlier export; other files of its owner stay.
             delete_patterns=FILES,
             commit_message=f"Export of {folder.parent.name}",
         )

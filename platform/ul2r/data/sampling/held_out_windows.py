@@ -13,6 +13,11 @@ from ul2r.data.store.token_source import TokenSource
 from ul2r.errors import CorpusError
 
 TokenArray = npt.NDArray[np.int32]
+MIN_MEASURED = 2
+"""Rows or examples that a mean with a standard error needs."""
+MORE_TEXT = (
+    "add text or raise data.held_out_fraction (and data.max_held_out_tokens), and prepare again"
+)
 
 
 def select_windows(
@@ -35,7 +40,7 @@ def select_windows(
         CorpusError: If there are fewer than two windows; a standard error needs at least two.
     """
     windows = list(_iter_windows(store, max_windows, length, excluded_token))
-    if len(windows) < 2:
+    if len(windows) < MIN_MEASURED:
         within = " within one document" if excluded_token is not None else ""
         raise CorpusError(
             f"the held-out split of {len(store)} tokens has {len(windows)} windows of {length} tokens{within}, but at "
@@ -52,23 +57,49 @@ def describe_small_split(recipe: Recipe, dataset: TokenDataset) -> str | None:
         recipe: Any run of the token store.
         dataset: The token store.
     """
-    num_tokens = len(dataset.held_out)
-    num_rows = num_tokens // recipe.objective.max_raw_length // recipe.objective.slots_per_row
+    num_rows, num_examples, length = _count(recipe, dataset)
     wanted_rows = max(recipe.evaluation.num_rows, recipe.validation.num_rows)
-    length = 2 * recipe.evaluation.infill_context_length + recipe.evaluation.infill_span_length
     wanted = recipe.evaluation.num_infill_examples
-    num_examples = sum(
-        1 for _ in _iter_windows(dataset.held_out, wanted, length, dataset.vocabulary.eos)
-    )
     if num_rows >= wanted_rows and num_examples >= wanted:
         return None
     return (
-        f"{recipe.storage_paths.store}: its {num_tokens:,} held-out tokens are {num_rows} rows of "
+        f"{recipe.storage_paths.store}: its {len(dataset.held_out):,} held-out tokens are {num_rows} rows of "
         f"{recipe.objective.sequence_length:,}, of {wanted_rows} to measure on, and {num_examples} examples of "
         f"infilling of {length} tokens within one document, of {wanted}: losses are less exact, small differences "
-        "between runs mean nothing, and fewer than 2 cannot be measured; for more, add text or raise "
-        "data.held_out_fraction (and data.max_held_out_tokens), and prepare again"
+        f"between runs mean nothing, and fewer than {MIN_MEASURED} cannot be measured; for more, {MORE_TEXT}"
     )
+
+
+def check_held_out(recipe: Recipe, dataset: TokenDataset) -> None:
+    """Refuse a held-out split that a comparison could not measure by, at its end.
+
+    Args:
+        recipe: A new run.
+        dataset: Its token store.
+
+    Raises:
+        CorpusError: If there are fewer than two rows, or examples of infilling.
+    """
+    num_rows, num_examples, length = _count(recipe, dataset)
+    if min(num_rows, num_examples) < MIN_MEASURED:
+        raise CorpusError(
+            f"{recipe.storage_paths.store}: its {len(dataset.held_out):,} held-out tokens are {num_rows} rows of "
+            f"{recipe.objective.sequence_length:,}, and {num_examples} examples of infilling of {length} tokens "
+            f"within one document; fewer than {MIN_MEASURED} cannot be measured: {MORE_TEXT}"
+        )
+
+
+def _count(recipe: Recipe, dataset: TokenDataset) -> tuple[int, int, int]:
+    """Return the rows of a held-out split, its examples of infilling, up to the wanted number, and their length."""
+    num_rows = len(dataset.held_out) // recipe.objective.max_raw_length
+    length = 2 * recipe.evaluation.infill_context_length + recipe.evaluation.infill_span_length
+    examples = _iter_windows(
+        dataset.held_out,
+        recipe.evaluation.num_infill_examples,
+        length,
+        dataset.vocabulary.eos,
+    )
+    return num_rows // recipe.objective.slots_per_row, sum(1 for _ in examples), length
 
 
 def _iter_windows(

@@ -173,7 +173,7 @@ class RemoteCheckpoints:
         filesystem.pipe_file(place, self._writer_token.encode())
         self._is_claimed = True
 
-    def _is_foreign(self, filesystem: Any, root: str, owner: str) -> bool:  # noqa: ANN401
+    def _is_foreign(self, filesystem: Any, root: str, owner: str) -> bool:  # noqa: ANN401  fsspec has no types
         """Return whether the copies are those of a run that this attempt does not continue."""
         assert self._writer_token is not None
         if lineage_of(owner) == lineage_of(self._writer_token):
@@ -190,7 +190,7 @@ class RemoteCheckpoints:
             and filesystem.cat_file(copied) == (self._resumed / DIGESTS_FILE).read_bytes()
         )
 
-    def _is_newer(self, filesystem: Any, root: str, folder: Path) -> bool:  # noqa: ANN401
+    def _is_newer(self, filesystem: Any, root: str, folder: Path) -> bool:  # noqa: ANN401  fsspec has no types
         if not filesystem.exists(f"{root}/{LATEST_FILE}"):
             return True
         pointer = filesystem.cat_file(f"{root}/{LATEST_FILE}").decode(errors="replace")
@@ -263,7 +263,7 @@ class RemoteCheckpoints:
             if step is not None and step not in kept:
                 self._remove(filesystem, root, name)
 
-    def _remove(self, filesystem: Any, root: str, name: str) -> None:  # noqa: ANN401
+    def _remove(self, filesystem: Any, root: str, name: str) -> None:  # noqa: ANN401  fsspec has no types
         """Remove a copy as far as possible: it is tried again after the next upload, and said once."""
         try:
             filesystem.rm(f"{root}/{name}", recursive=True)
@@ -290,7 +290,7 @@ class RemoteCheckpoints:
             ) from error
 
 
-def _download(filesystem: Any, source: str, target: Path) -> str | None:  # noqa: ANN401
+def _download(filesystem: Any, source: str, target: Path) -> str | None:  # noqa: ANN401  fsspec has no types
     """Download one checkpoint into a new folder and return its damage, None if it is valid."""
     target.mkdir()
     if not filesystem.exists(source):
@@ -309,7 +309,7 @@ def _download(filesystem: Any, source: str, target: Path) -> str | None:  # noqa
     return find_damage(target)
 
 
-def _list_names(filesystem: Any, root: str) -> list[str]:  # noqa: ANN401
+def _list_names(filesystem: Any, root: str) -> list[str]:  # noqa: ANN401  fsspec has no types
     # fsspec caches listings per process; another process, or an upload of this one, may have changed the folder.
     filesystem.invalidate_cache()
     paths = filesystem.ls(root, detail=False)
@@ -334,7 +334,7 @@ class _ByteCounter(Callback):  # type: ignore[misc]  # fsspec has no types
         self._progress.add(num_bytes - self._num_counted, num_files=1)
 
 
-def _put_file(filesystem: Any, source: Path, target: str, progress: TransferProgress) -> None:  # noqa: ANN401
+def _put_file(filesystem: Any, source: Path, target: str, progress: TransferProgress) -> None:  # noqa: ANN401  fsspec has no types
     """Upload one file, counting its bytes on the way."""
     counter = _ByteCounter(progress)
     if isinstance(filesystem, LocalFileSystem):

@@ -30,7 +30,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Storage whose tokenizer has a chat template; `tokenizer` beside the store is the one that the user gave."""
+    """Storage whose tokenizer has a chat template; `tokenizer`, next to the store, is the one that the user gave."""
     storage = tmp_path_factory.mktemp("chat")
     folder = storage / "tokenizer"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""Tokenizers that lose text: the loss is measured, told, and refused if it is large."""
+"""Tokenizers that lose text: the loss is measured, reported, and refused if it is large."""
 
 from __future__ import annotations
 

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 
 from ul2r.data.sampling.held_out_windows import TokenArray, describe_small_split, select_windows
+from ul2r.data.store.dataset import TokenDataset
 from ul2r.data.store.token_store import TokenStore, TokenWriter
 from ul2r.errors import CorpusError
+from ul2r.launch.preflight import check_run
 from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.recipes import tiny_recipe
 
@@ -98,3 +100,21 @@ def test_split_in_pieces_without_windows_is_said(tmp_path: Path) -> None:
     warning = describe(length)
     assert warning is not None
     assert f"and 0 examples of infilling of {length} tokens within one document" in warning
+
+
+def test_split_that_nothing_can_be_measured_by_is_refused_for_a_new_run(tmp_path: Path) -> None:
+    """Before the run, not in the comparison after it."""
+    recipe = tiny_recipe(tmp_path)
+    dataset = make_tiny_store(tmp_path / "store", num_documents=12)
+    row = recipe.objective.max_raw_length
+
+    def cut(num_tokens: int) -> TokenDataset:
+        prefix = tmp_path / f"held_out_{num_tokens}"
+        with TokenWriter(prefix, dataset.vocabulary.size) as writer:
+            writer.append(np.full(num_tokens, dataset.vocabulary.eos + 1, np.int32))
+            writer.end_document()
+        return replace(dataset, held_out=TokenStore.open(prefix))
+
+    check_run(recipe, cut(2 * row), None)
+    with pytest.raises(CorpusError, match=r"are 1 rows of .*fewer than 2 cannot be measured"):
+        check_run(recipe, cut(2 * row - 1), None)

@@ -1,4 +1,4 @@
-"""Suites: all that their files name exists, and what is wrong is told in one line."""
+"""Suites: all that their files name exists, and what is wrong is refused in one line."""
 
 from __future__ import annotations
 
