@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from typing import Any
 
 from ul2r.config import Recipe
 from ul2r.workflows.cli import run_job
@@ -52,12 +53,31 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--suite",
         dest="overrides",
-        action="append",
-        type=lambda name: f"evaluation.few_shot.suites={json.dumps(name.split(','))}",
+        action=_AddSuites,
         metavar="NAME",
         help="run few-shot tasks: paper-26, bbes-21, mmlu, gsm8k, bbh, mgsm, tydiqa, commonsenseqa, strategyqa, or a "
-        "file; several with commas",
+        "file; several with commas, or by several options",
     )
+
+
+class _AddSuites(argparse.Action):
+    """Option whose values of one command line make one list, of which the last override has all."""
+
+    def __init__(self, **settings: Any) -> None:  # noqa: ANN401  argparse's
+        super().__init__(**settings)
+        self._suites: list[str] = []
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,  # noqa: ARG002  argparse's
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,  # noqa: ARG002  argparse's
+    ) -> None:
+        """Add the names, divided by commas."""
+        self._suites += str(values).split(",")
+        setting = f"evaluation.few_shot.suites={json.dumps(self._suites)}"
+        namespace.overrides = [*namespace.overrides, setting]
 
 
 def main(arguments: Sequence[str] | None = None, program: str | None = None) -> int:

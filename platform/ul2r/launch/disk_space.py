@@ -135,7 +135,8 @@ def count_store_bytes(recipe: Recipe) -> int:
 
 def find_free_bytes(path: Path) -> int:
     """Return the free bytes of the file system that a path is on, or would be once it exists."""
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    # Not Path.exists, which raises for a folder that may not be looked into.
+    existing = next(parent for parent in (path, *path.parents) if os.path.exists(parent))  # noqa: PTH110  as above
     return shutil.disk_usage(existing).free
 
 

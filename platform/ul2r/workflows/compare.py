@@ -34,7 +34,7 @@ from ul2r.workflows.evaluate import (
     log_scores,
     tabulate_infilled,
 )
-from ul2r.workflows.few_shot_comparison import write_few_shot_comparison
+from ul2r.workflows.few_shot_comparison import describe_arm, write_few_shot_comparison
 from ul2r.workflows.pretrained_arms import (
     prepare_pretrained_arm,
     record_pretrained_arm,
@@ -115,7 +115,8 @@ def compare(comparison: Comparison) -> ComparisonResult:
         _log_files(result, comparison, store, run_ids.values())
 
     few_shot = write_few_shot_comparison(
-        result.folder, {role: (pretrained.get(role) or recipes[role]).paths for role in roles}
+        result.folder,
+        {role: describe_arm(*arm) for role, arm in zip(roles, arms, strict=True)},
     )
     run_id = store.find_run(result.folder)
     if few_shot is not None and run_id is not None:

@@ -11,10 +11,11 @@ from rich.table import Table
 from ul2r.config import Recipe
 from ul2r.errors import CheckpointError, CorpusError
 from ul2r.evaluation.few_shot.harness_model import HarnessModel
-from ul2r.evaluation.few_shot.items import ITEMS_FILE, write_items
+from ul2r.evaluation.few_shot.items import ITEMS_FILE, RESULT_FILE, write_items
 from ul2r.evaluation.few_shot.requirements import require_lm_eval
-from ul2r.evaluation.few_shot.running import SuiteResult, run_suite
-from ul2r.evaluation.few_shot.suites import load_suite
+from ul2r.evaluation.few_shot.running import run_suite
+from ul2r.evaluation.few_shot.suite_result import SuiteResult
+from ul2r.evaluation.few_shot.suites import load_suites
 from ul2r.evaluation.few_shot.task_loading import (
     LoadedTask,
     Unavailable,
@@ -26,6 +27,7 @@ from ul2r.inference import LanguageModel
 from ul2r.inference.document_start import read_document_start
 from ul2r.model.huggingface.safetensors_reader import resolve_model_folder
 from ul2r.paths import RunPaths
+from ul2r.tracking.export_digest import hash_export
 from ul2r.tracking.names import is_metric_name
 from ul2r.tracking.store import TrackingStore, check_store
 
@@ -46,8 +48,8 @@ def run_suites(recipe: Recipe) -> list[tuple[SuiteResult, Path]]:
     require_lm_eval()
     settings = recipe.evaluation.few_shot
     # What can refuse comes first: a suite takes minutes to days.
-    suites = {Path(name).stem: load_suite(name) for name in settings.suites}
-    folder, paths = _find_model(recipe)
+    suites = load_suites(settings.suites)
+    folder, paths, digest = _find_model(recipe)
     store = check_store(recipe.tracking.uri)
     store.check_experiment(recipe.tracking.experiment)
     model = _load_model(recipe, folder)
@@ -67,26 +69,30 @@ def run_suites(recipe: Recipe) -> list[tuple[SuiteResult, Path]]:
         if settings.tasks:
             lines = [entry.name for entry in suites[name].tasks]
             left_out |= {n: "not asked for" for n in lines if n not in settings.tasks}
-        result, rows = run_suite(view, name, tasks, settings, left_out)
+        result, rows = run_suite(view, digest, name, tasks, settings, left_out)
         target = paths.few_shot / name / result.label
+        # What is half-written has no result.json, and is not taken for that of an earlier run.
+        (target / RESULT_FILE).unlink(missing_ok=True)
         write_items(target / ITEMS_FILE, rows)
         result.write(target)
-        _record(store, recipe, result, target, rows)
+        model_run = store.find_run(paths.folder)
+        _record(store, recipe, result, target, rows, model_run)
         results.append((result, target))
     return results
 
 
-def _find_model(recipe: Recipe) -> tuple[Path, RunPaths]:
-    """Return the folder of the model and the paths of what is known of it."""
+def _find_model(recipe: Recipe) -> tuple[Path, RunPaths, str]:
+    """Return the folder of the model, the paths of what is known of it, and the digest of its weights."""
     name = recipe.evaluation.few_shot.model
     if name is not None:
         folder = resolve_model_folder(name)
-        return folder, PretrainedArm.from_folder(name, folder, recipe.storage).paths
+        arm = PretrainedArm.from_folder(name, folder, recipe.storage)
+        return folder, arm.paths, arm.digest
     if not recipe.paths.export.is_dir():
         raise CheckpointError(
             f"run {recipe.name!r} has no export at {recipe.paths.export}: run `ul2r export RECIPE` first"
         )
-    return recipe.paths.export, recipe.paths
+    return recipe.paths.export, recipe.paths, hash_export(recipe.paths.export)
 
 
 def _load_model(recipe: Recipe, folder: Path) -> HarnessModel:
@@ -110,15 +116,15 @@ def _load_tasks(
     return tasks, unavailable
 
 
-def _record(
+def _record(  # noqa: PLR0917  parts of one record
     store: TrackingStore,
     recipe: Recipe,
     result: SuiteResult,
     folder: Path,
     rows: Sequence[Mapping[str, object]],
+    model_run: str | None,
 ) -> None:
-    """Record a suite's results as a run of their own, which names the run of the model."""
-    model_run = store.find_run(recipe.paths.folder)
+    """Record a suite's results as a run of their own, which names the run of the model if there is one."""
     model = recipe.evaluation.few_shot.model or recipe.name
     run_id = store.continue_run(
         recipe.tracking.experiment,

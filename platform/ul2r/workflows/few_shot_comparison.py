@@ -3,56 +3,119 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from itertools import combinations
 from pathlib import Path
 
+from ul2r.config import Recipe
+from ul2r.errors import RecipeError
 from ul2r.evaluation.few_shot.items import ITEMS_FILE, RESULT_FILE, pool_headlines, read_items
 from ul2r.evaluation.few_shot.paired import PairedDifference, compare_items
+from ul2r.evaluation.few_shot.suite_result import SuiteResult
+from ul2r.evaluation.pretrained import PretrainedArm
 from ul2r.filesystem import write_atomically
 from ul2r.paths import RunPaths
+from ul2r.tracking.export_digest import hash_export
+
+logger = logging.getLogger(__name__)
 
 FEW_SHOT_FILE = "few_shot.json"
 
 
-def write_few_shot_comparison(folder: Path, arms: Mapping[str, RunPaths]) -> Path | None:
+@dataclass(frozen=True)
+class FewShotArm:
+    """An arm of a comparison, and what its few-shot results must be of.
+
+    Attributes:
+        paths: Paths of what is known of the model.
+        find_digest: Returns the digest of its weights; called only if there are results.
+    """
+
+    paths: RunPaths
+    find_digest: Callable[[], str]
+
+
+def describe_arm(recipe: Recipe, pretrained: PretrainedArm | None) -> FewShotArm:
+    """Describe a run, or the model that is measured in its place."""
+    if pretrained is not None:
+        return FewShotArm(pretrained.paths, lambda: pretrained.digest)
+    return FewShotArm(recipe.paths, cache(partial(hash_export, recipe.paths.export)))
+
+
+def write_few_shot_comparison(folder: Path, arms: Mapping[str, FewShotArm]) -> Path | None:
     """Write the paired differences of every two arms on every suite that both were run on; return the file, if any.
+
+    Results of other weights, as before more training, are left out with a warning; so are pairs of results with
+    other seeds or another limit, which are of other items.
 
     Args:
         folder: Folder of the comparison.
-        arms: Paths of what is known of each arm, base first.
+        arms: The arms, base first.
 
     Raises:
         RecipeError: If two arms were run on other items of a task.
     """
-    results = [
-        (suite.name, role, form)
-        for role, paths in arms.items()
-        for suite in sorted(paths.few_shot.glob("*"))
-        for form in sorted(suite.glob("*"))
-        if (form / RESULT_FILE).is_file()
-    ]
+    results = [found for role, arm in arms.items() for found in _find_results(role, arm)]
     entries = []
-    for number, (suite, role, form) in enumerate(results):
-        for other_suite, other_role, other_form in results[number + 1 :]:
-            if suite != other_suite:
-                continue
-            first, second = (
-                pool_headlines(read_items(path / ITEMS_FILE)) for path in (form, other_form)
+    for first, second in combinations(results, 2):
+        if first.is_comparable(second):
+            values, others = (
+                pool_headlines(read_items(found.folder / ITEMS_FILE)) for found in (first, second)
             )
-            entries.append(
-                {
-                    "suite": suite,
-                    "first": f"{role} ({form.name})",
-                    "second": f"{other_role} ({other_form.name})",
-                    "differences": _as_plain(compare_items(first, second)),
-                }
-            )
-    if not entries:
-        return None
+            names = {"suite": first.result.suite, "first": first.name, "second": second.name}
+            try:
+                differences = compare_items(values, others)
+            except RecipeError as error:
+                raise RecipeError(
+                    f"suite {first.result.suite}, {first.name} and {second.name}: {error}"
+                ) from None
+            if differences:
+                entries.append({**names, "differences": _as_plain(differences)})
+
     path = folder / FEW_SHOT_FILE
+    if not entries:
+        # One of results that are there no more would be taken for these arms'.
+        path.unlink(missing_ok=True)
+        return None
     write_atomically(path, json.dumps(entries, indent=2) + "\n")
     return path
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A result on disk."""
+
+    role: str
+    folder: Path
+    result: SuiteResult
+
+    @property
+    def name(self) -> str:
+        return f"{self.role} ({self.folder.name})"
+
+    def is_comparable(self, other: _Found) -> bool:
+        """Return whether both are of the same suite with the same seeds and limit."""
+        return self.result.suite == other.result.suite and all(
+            self.result.settings[key] == other.result.settings[key] for key in ("seeds", "limit")
+        )
+
+
+def _find_results(role: str, arm: FewShotArm) -> Iterator[_Found]:
+    """Yield the results of an arm's very weights."""
+    for file in sorted(arm.paths.few_shot.glob(f"*/*/{RESULT_FILE}")):
+        result = SuiteResult.read(file.parent)
+        if result.model == arm.find_digest():
+            yield _Found(role, file.parent, result)
+        else:
+            logger.warning(
+                "%s: left out, since %s has other weights by now: run `ul2r evaluate --suite %s` again",
+                file.parent,
+                role,
+                result.suite,
+            )
 
 
 def _as_plain(differences: Mapping[str, PairedDifference]) -> dict[str, object]:

@@ -119,3 +119,8 @@ def test_runs_of_a_family_are_counted_together(recipe: Recipe) -> None:
 
 def test_free_space_of_a_folder_to_be_made_is_that_of_its_parent(tmp_path: Path) -> None:
     assert find_free_bytes(tmp_path / "a/b") > 0
+
+
+def test_free_bytes_of_a_folder_that_cannot_be_looked_up(tmp_path: Path) -> None:
+    # As one in a folder without permission, `stat` fails otherwise than for a missing file.
+    assert find_free_bytes(tmp_path / ("long" * 100) / "runs") > 0

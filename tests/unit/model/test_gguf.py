@@ -328,6 +328,25 @@ def test_a_tokenizer_whose_splitting_is_not_known_is_refused(tmp_path: Path) -> 
     assert "tokenizer.ggml.pre='tekken' cannot be converted" in message
 
 
+@pytest.mark.parametrize("merge", ["ab", "a b c", "a z", "a b"])
+def test_merges_that_join_no_tokens_are_refused(merge: str, tmp_path: Path) -> None:
+    message = refuse(
+        tmp_path, add_tokens=lambda writer: add_tokenizer(writer, "smollm", ["a", "b"], [merge])
+    )
+    assert f"tokenizer.ggml.merges: {merge!r} does not join two of its tokens" in message
+
+
+def test_ids_beyond_the_tokens_stand_for_no_token(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    write_gguf(
+        file, make_model("untied llama"), change=lambda writer: writer.add_pad_token_id(2**32 - 1)
+    )
+    import_gguf(file, tmp_path / "hf")
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "hf" / name).read_text()).get("pad_token_id") is None
+    assert "pad_token" not in json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
+
+
 def test_another_architecture_is_refused_by_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

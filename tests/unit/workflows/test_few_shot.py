@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,13 @@ from typing import Any
 import pytest
 import yaml
 
-from ul2r.commands.evaluate import main
+from ul2r.commands.evaluate import add_options, main
 from ul2r.config import Recipe
 from ul2r.errors import CheckpointError, CorpusError, RecipeError, RequestError
 from ul2r.evaluation.few_shot.data_folder import DataFolder
 from ul2r.evaluation.few_shot.items import pool_headlines, read_items
 from ul2r.evaluation.few_shot.paired import compare_items
-from ul2r.evaluation.few_shot.running import SuiteResult
+from ul2r.evaluation.few_shot.suite_result import SuiteResult
 from ul2r.testing.models import write_tiny_export
 from ul2r.workflows.few_shot import run_suites
 
@@ -92,6 +93,7 @@ def test_suite_is_run_stored_and_recorded_for_two_arms_on_the_same_items(
 ) -> None:
     write_tiny_export(tmp_path / "runs/arm/export", max_positions=512)
     write_tiny_export(tmp_path / "base", attention="causal", max_positions=512)
+    (tmp_path / "runs/arm/run.json").write_text("{}")
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks/short_answer.yaml").write_text(SHORT_ANSWER)
     (tmp_path / "two.yaml").write_text(TASKS.format(folder=tmp_path / "tasks"))
@@ -100,8 +102,8 @@ def test_suite_is_run_stored_and_recorded_for_two_arms_on_the_same_items(
     other = write_recipe(tmp_path, data, **few_shot, model=str(tmp_path / "base"))
     ((theirs, base_folder),) = run_suites(read_recipe(other))
 
-    assert folder == tmp_path / "runs/arm/few_shot/two/S2S-prefix"
-    assert base_folder.name == "none-causal"
+    assert folder == tmp_path / "runs/arm/few_shot/two/S2S-prefix-seeds_1_2"
+    assert base_folder.name == "none-causal-seeds_1_2"
     assert SuiteResult.read(folder) == ours
     assert set(ours.scores) == {"copa", "short_answer"}
     mean = (ours.scores["copa"].mean + ours.scores["short_answer"].mean) / 2
@@ -126,7 +128,11 @@ def test_suite_is_run_stored_and_recorded_for_two_arms_on_the_same_items(
     assert metrics["eval/two/mean"] == ours.mean.mean
     record = json.loads((folder / "run.json").read_text())
     assert record["params"]["mode"] == "S2S"
+    # The run is not that of the model that was measured in its place.
+    assert record["tags"]["ul2r.model_run"] == str(tmp_path / "runs/arm")
+    assert "ul2r.model_run" not in json.loads((base_folder / "run.json").read_text())["tags"]
     assert theirs.form["mode"] == "none"
+    assert ours.model != theirs.model
 
 
 def test_command_prints_the_scores(
@@ -138,7 +144,7 @@ def test_command_prints_the_scores(
     assert main([str(recipe), *options]) == 0
     printed = capsys.readouterr().out
     assert "copa" in printed
-    assert "NLU-prefix-sentinel" in printed
+    assert "NLU-prefix-sentinel-copa" in printed
     assert "record" in printed  # among those left out
 
 
@@ -164,3 +170,14 @@ def test_what_is_missing_is_told_before_anything_is_run(data: Path, tmp_path: Pa
     with pytest.raises(RecipeError, match="did you mean paper-26"):
         run_suites(read_recipe(write_recipe(tmp_path, data, suites=["paper"])))
     assert not (tmp_path / "runs/arm/few_shot").exists()
+
+
+def test_every_suite_option_counts() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--set", dest="overrides", action="append", default=[])
+    add_options(parser)
+    words = ["--suite", "gsm8k", "--set", "seed=1", "--suite", "mmlu,bbh"]
+    overrides = parser.parse_args(words).overrides
+    assert overrides[-1] == 'evaluation.few_shot.suites=["gsm8k", "mmlu", "bbh"]'
+    assert "seed=1" in overrides
+    assert parser.parse_args([]).overrides == []

@@ -8,13 +8,22 @@ from typing import Any
 
 import pytest
 
-from ul2r.errors import RecipeError
+from ul2r.errors import CheckpointError, RecipeError
 from ul2r.evaluation.few_shot.items import ITEMS_FILE, RESULT_FILE, write_items
+from ul2r.evaluation.few_shot.suite_result import SuiteResult
+from ul2r.evaluation.scores import Score
 from ul2r.paths import RunPaths
-from ul2r.workflows.few_shot_comparison import write_few_shot_comparison
+from ul2r.workflows.few_shot_comparison import FewShotArm, write_few_shot_comparison
 
 
-def write_arm(folder: Path, suite: str, values: list[float], prompt: str = "p") -> RunPaths:
+def write_arm(  # noqa: PLR0917  parts of one result
+    folder: Path,
+    suite: str,
+    values: list[float],
+    prompt: str = "p",
+    model: str = "weights",
+    limit: int | None = None,
+) -> FewShotArm:
     rows: list[dict[str, Any]] = [
         {
             "line": "copa",
@@ -31,10 +40,28 @@ def write_arm(folder: Path, suite: str, values: list[float], prompt: str = "p") 
         }
         for item, value in enumerate(values)
     ]
-    form = RunPaths(folder).few_shot / suite / "none-causal"
+    result = SuiteResult(
+        suite=suite,
+        model=model,
+        scores={},
+        mean=Score(0, 0, 1),
+        left_out={},
+        metrics={},
+        all_metrics={},
+        form={
+            "mode": "none",
+            "attention": "causal",
+            "sentinel": False,
+            "eos": False,
+            "trailing_space": "continuation",
+        },
+        settings={"seeds": [1234], "limit": limit, "tasks": []},
+    )
+    paths = RunPaths(folder)
+    form = paths.few_shot / suite / result.label
     write_items(form / ITEMS_FILE, rows)
-    (form / RESULT_FILE).write_text("{}")
-    return RunPaths(folder)
+    result.write(form)
+    return FewShotArm(paths, lambda: "weights")
 
 
 def test_arms_of_the_same_suite_are_paired(tmp_path: Path) -> None:
@@ -54,7 +81,10 @@ def test_arms_of_the_same_suite_are_paired(tmp_path: Path) -> None:
 
 
 def test_arms_without_results_give_no_file(tmp_path: Path) -> None:
-    arms = {"base": RunPaths(tmp_path / "base"), "ul2r": write_arm(tmp_path / "ul2r", "s", [1, 0])}
+    arms = {
+        "base": FewShotArm(RunPaths(tmp_path / "base"), lambda: "weights"),
+        "ul2r": write_arm(tmp_path / "ul2r", "s", [1, 0]),
+    }
     assert write_few_shot_comparison(tmp_path, arms) is None
     assert not (tmp_path / "few_shot.json").exists()
 
@@ -64,5 +94,48 @@ def test_arms_that_read_other_examples_are_refused(tmp_path: Path) -> None:
         "base": write_arm(tmp_path / "base", "s", [0, 1]),
         "ul2r": write_arm(tmp_path / "ul2r", "s", [0, 1], prompt="q"),
     }
-    with pytest.raises(RecipeError, match="task copa: the two arms were run on other items"):
+    with pytest.raises(
+        RecipeError, match=r"suite s, base \(none-causal\) and ul2r \(none-causal\): task copa: "
+    ):
+        write_few_shot_comparison(tmp_path, arms)
+
+
+def test_results_of_earlier_weights_are_left_out_and_their_comparison_goes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    arms = {
+        "base": write_arm(tmp_path / "base", "s", [0, 1]),
+        "ul2r": write_arm(tmp_path / "ul2r", "s", [1, 1]),
+    }
+    file = write_few_shot_comparison(tmp_path, arms)
+    assert file is not None
+    trained_on = {**arms, "ul2r": FewShotArm(arms["ul2r"].paths, lambda: "new weights")}
+    assert write_few_shot_comparison(tmp_path, trained_on) is None
+    assert not file.exists()
+    assert "ul2r has other weights by now: run `ul2r evaluate --suite s` again" in caplog.text
+
+
+def test_a_part_of_the_items_is_compared_with_the_same_part_only(tmp_path: Path) -> None:
+    arms = {
+        "base": write_arm(tmp_path / "base", "s", [0, 1, 1, 1]),
+        "ul2r": write_arm(tmp_path / "ul2r", "s", [1, 1, 1, 1]),
+    }
+    write_arm(tmp_path / "base", "s", [0, 1], limit=2)
+    write_arm(tmp_path / "ul2r", "s", [1, 1], limit=2)
+    file = write_few_shot_comparison(tmp_path, arms)
+    assert file is not None
+    found = {(e["first"], e["second"]): e["differences"] for e in json.loads(file.read_text())}
+    assert set(found) == {
+        ("base (none-causal)", "ul2r (none-causal)"),
+        ("base (none-causal-first_2)", "ul2r (none-causal-first_2)"),
+    }
+    parts = found["base (none-causal-first_2)", "ul2r (none-causal-first_2)"]
+    assert parts["copa"]["difference"]["count"] == 2
+
+
+def test_result_of_another_version_is_refused(tmp_path: Path) -> None:
+    arms = {"base": write_arm(tmp_path / "base", "s", [0, 1])}
+    (file,) = tmp_path.rglob(RESULT_FILE)
+    file.write_text("{}")
+    with pytest.raises(CheckpointError, match="format None, this version reads 2: run `ul2r eval"):
         write_few_shot_comparison(tmp_path, arms)

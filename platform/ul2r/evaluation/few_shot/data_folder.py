@@ -40,7 +40,7 @@ class DataFolder:
         """Write a split, in place of an earlier one.
 
         Raises:
-            CorpusError: If the data set's folder was not made by this class.
+            CorpusError: If the data set's folder was not made by this class, or cannot be written.
         """
         home = self.folder / dataset
         readme = home / README_FILE
@@ -49,13 +49,17 @@ class DataFolder:
                 f"{home} was not laid out by ul2r task-data, and is left as it is: move it away, or take another folder"
             )
         path = home / configuration / f"{split}.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # First, so that an interrupted start is recognized as ours.
-        if not readme.exists():
+        table = pa.Table.from_pylist(rows)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # First, so that an interrupted start is recognized as ours.
+            if not readme.exists():
+                self._write_readme(home)
+            with staged_file(path) as temporary:
+                pq.write_table(table, temporary)
             self._write_readme(home)
-        with staged_file(path) as temporary:
-            pq.write_table(pa.Table.from_pylist(rows), temporary)
-        self._write_readme(home)
+        except OSError as error:
+            raise CorpusError(f"{path} cannot be written: {error.strerror or error}") from None
         self.written[dataset, configuration, split] = len(rows)
 
     def _write_readme(self, home: Path) -> None:

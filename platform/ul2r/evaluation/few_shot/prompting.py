@@ -103,9 +103,9 @@ class PromptForm:
             self._sentinel = (vocabulary.sentinels[0],)
 
         self.eos = settings.eos
-        self._eos = (min(model.eos_token_ids),) if settings.eos else ()
         if settings.eos and not model.eos_token_ids:
             raise RequestError("eos=true: the model names no token that ends a text: leave it out")
+        self._eos = (min(model.eos_token_ids),) if settings.eos else ()
         self._inputs_end = model.inputs_end if with_mode else ()
         self.trailing_space = settings.trailing_space
         self.truncation = Truncation()

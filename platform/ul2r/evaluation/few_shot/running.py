@@ -1,87 +1,24 @@
-"""A suite run on a model, and its results on disk.
-
-RUN/few_shot/SUITE/FORM/
-  items.parquet    a row for each item, metric and seed
-  result.json      scores, settings, what was left out, versions
-
-FORM names mode and attention, such as S2S-prefix, so that results of several settings stand beside each other.
-"""
+"""A suite run on a model."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from ul2r.config.few_shot import FewShot
 from ul2r.evaluation.few_shot.harness_model import HarnessModel
-from ul2r.evaluation.few_shot.items import RESULT_FILE, collect_rows, pool_headlines
+from ul2r.evaluation.few_shot.items import collect_rows, pool_headlines
 from ul2r.evaluation.few_shot.paired import average_scores, score_values
 from ul2r.evaluation.few_shot.requirements import quiet_lm_eval
+from ul2r.evaluation.few_shot.suite_result import SuiteResult
+from ul2r.evaluation.few_shot.suites import SuiteTask
 from ul2r.evaluation.few_shot.task_loading import LoadedTask
 from ul2r.evaluation.scores import Score
-from ul2r.filesystem import write_atomically
-
-FORMAT = 1
 
 
-@dataclass(frozen=True)
-class SuiteResult:
-    """Scores of a model on a suite.
-
-    Attributes:
-        suite: Name of the suite.
-        scores: Headline score of each line of the suite that was run; errors are over items.
-        mean: Their unweighted mean.
-        left_out: Lines or tasks that the mean does not cover, with the reason.
-        metrics: Names of the headline metrics, by line.
-        all_metrics: Every metric of every task, as lm-eval combines it.
-        form: Settings of the prompts, and how many contexts were cut.
-        settings: Seeds and limit.
-    """
-
-    suite: str
-    scores: Mapping[str, Score]
-    mean: Score
-    left_out: Mapping[str, str]
-    metrics: Mapping[str, str]
-    all_metrics: Mapping[str, Mapping[str, float]]
-    form: Mapping[str, Any]
-    settings: Mapping[str, Any]
-
-    @property
-    def label(self) -> str:
-        """Name of the form, for folders and tables."""
-        parts = [self.form["mode"], self.form["attention"]]
-        parts += [key for key in ("sentinel", "eos") if self.form[key]]
-        if self.form["trailing_space"] == "context":
-            parts.append("space")
-        return "-".join(parts)
-
-    def write(self, folder: Path) -> None:
-        """Write result.json."""
-        tree = {
-            "format": FORMAT,
-            **asdict(self),
-            "lm_eval": importlib.metadata.version("lm_eval"),
-        }
-        write_atomically(folder / RESULT_FILE, json.dumps(tree, indent=2) + "\n")
-
-    @classmethod
-    def read(cls, folder: Path) -> Self:
-        """Read result.json."""
-        tree = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
-        del tree["format"], tree["lm_eval"]
-        tree["scores"] = {line: Score(**fields) for line, fields in tree["scores"].items()}
-        tree["mean"] = Score(**tree["mean"])
-        return cls(**tree)
-
-
-def run_suite(
+def run_suite(  # noqa: PLR0917  parts of one result
     model: HarnessModel,
+    digest: str,
     name: str,
     tasks: Sequence[LoadedTask],
     settings: FewShot,
@@ -91,6 +28,7 @@ def run_suite(
 
     Args:
         model: The model.
+        digest: Digest of its weights.
         name: Name of the suite.
         tasks: Its tasks.
         settings: Seeds and limit; the form of the prompts is the model's.
@@ -108,7 +46,24 @@ def run_suite(
             rows += collect_rows(task.entry, task.name, seed, samples)
             if not number:
                 combined[task.name] = results
-    return _summarize(model, name, tasks, settings, rows, combined, left_out), rows
+    entries = {task.entry.name: task.entry for task in tasks}
+    scores = _score_lines(entries, tasks, rows, combined)
+    result = SuiteResult(
+        suite=name,
+        model=digest,
+        scores=scores,
+        mean=average_scores(list(scores.values())),
+        left_out=left_out,
+        metrics={line: entry.metric for line, entry in entries.items()},
+        all_metrics=combined,
+        form=model.form.describe(),
+        settings={
+            "seeds": list(settings.seeds),
+            "limit": settings.limit,
+            "tasks": list(settings.tasks),
+        },
+    )
+    return result, rows
 
 
 def _draws_examples(task: LoadedTask) -> bool:
@@ -146,29 +101,18 @@ def _evaluate(
         yield task, results, found["samples"][task.name]
 
 
-def _summarize(  # noqa: PLR0917  parts of one result
-    model: HarnessModel,
-    name: str,
+def _score_lines(
+    entries: Mapping[str, SuiteTask],
     tasks: Sequence[LoadedTask],
-    settings: FewShot,
     rows: Sequence[Mapping[str, Any]],
     combined: Mapping[str, Mapping[str, float]],
-    left_out: Mapping[str, str],
-) -> SuiteResult:
-    entries = {task.entry.name: task.entry for task in tasks}
+) -> dict[str, Score]:
+    """Return the headline score of each line, in the suite's order."""
     scores = {line: score_values(pooled.values) for line, pooled in pool_headlines(rows).items()}
     for line, entry in entries.items():
         # Metrics of all items together, such as squadv2's, have no values by item, and so no error.
         if line not in scores:
-            scores[line] = Score(combined[line][entry.metric], 0.0, 1)
-    scores = {line: scores[line] for line in entries}
-    return SuiteResult(
-        suite=name,
-        scores=scores,
-        mean=average_scores(list(scores.values())),
-        left_out=left_out,
-        metrics={line: entry.metric for line, entry in entries.items()},
-        all_metrics=combined,
-        form=model.form.describe(),
-        settings={"seeds": list(settings.seeds), "limit": settings.limit},
-    )
+            key = entry.metric if entry.filter == "none" else f"{entry.metric}/{entry.filter}"
+            values = [combined[task.name][key] for task in tasks if task.entry.name == line]
+            scores[line] = Score(sum(values) / len(values), 0.0, 1)
+    return {line: scores[line] for line in entries}

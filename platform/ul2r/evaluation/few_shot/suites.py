@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from ul2r.config.strict_model import StrictModel
 from ul2r.config.validation_errors import explain
@@ -58,10 +60,38 @@ class Suite(StrictModel):
     description: str
     tasks: tuple[SuiteTask, ...] = Field(min_length=1)
 
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        for name, count in Counter(task.name for task in self.tasks).items():
+            if count > 1:
+                raise ValueError(
+                    f"{count} tasks are called {name!r}: each counts once, leave out all but one"
+                )
+        return self
+
 
 def list_suites() -> list[str]:
     """Return the names of all suites."""
     return sorted(path.stem for path in SUITES.glob("*.yaml"))
+
+
+def load_suites(names: Sequence[str]) -> dict[str, Suite]:
+    """Return suites by what their results are called: the name, or that of the file without its suffix.
+
+    Raises:
+        RecipeError: If there is no such suite, its file is wrong, or two have the same name.
+    """
+    suites: dict[str, Suite] = {}
+    for name in names:
+        suite = load_suite(name)
+        stem = Path(name).stem
+        if stem in suites:
+            raise RecipeError(
+                f"evaluation.few_shot.suites: several are called {stem}, and their results would replace each other: "
+                "name it once, or rename the file"
+            )
+        suites[stem] = suite
+    return suites
 
 
 def load_suite(name: str) -> Suite:
@@ -81,6 +111,9 @@ def load_suite(name: str) -> Suite:
         )
     try:
         return Suite.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise RecipeError(f"{path}: suite cannot be read: {reason}") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: {' '.join(str(error).split())}") from error
     except ValidationError as error:

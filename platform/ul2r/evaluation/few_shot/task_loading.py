@@ -102,6 +102,12 @@ def find_unavailable(suite: Suite, data: Path) -> tuple[int, list[Unavailable]]:
 
 
 def _index_tasks(entries: Sequence[SuiteTask]) -> Any:  # noqa: ANN401  lm_eval has no types
+    for entry in entries:
+        if not entry.path.is_dir():
+            raise RecipeError(
+                f"task {entry.name}: there is no folder {entry.folder!r}, neither of lm-eval's tasks nor on this "
+                "machine: fix the suite's `folder`"
+            )
     # Here, since lm_eval takes seconds to import.
     from datasets import disable_progress_bars
     from lm_eval.tasks import TaskManager
@@ -180,11 +186,30 @@ def _load(
             (task,) = manager.load([group])["tasks"].values()
     except (OSError, ValueError, ConnectionError) as error:
         return Unavailable(name, dataset, " ".join(str(error).split())[:200])
+    _check_metric(entry, name, task)
     if entry.shots is not None:
         task.set_config(key="num_fewshot", value=entry.shots)
     elif task.get_config("num_fewshot") is None:
         task.set_config(key="num_fewshot", value=0)
     return LoadedTask(entry, name, task)
+
+
+def _check_metric(entry: SuiteTask, name: str, task: Any) -> None:  # noqa: ANN401  an object of lm-eval
+    """Check before anything is run that the task has the headline metric that its suite names.
+
+    Raises:
+        RecipeError: With those that it has.
+    """
+    metrics = list(task.aggregation())
+    if entry.metric not in metrics:
+        raise RecipeError(
+            f"task {name} has no metric {entry.metric!r}: set the suite's `metric` to one of {', '.join(metrics)}"
+        )
+    filters = [found["name"] for found in task.get_config("filter_list") or ()] or ["none"]
+    if entry.filter not in filters:
+        raise RecipeError(
+            f"task {name} has no filter {entry.filter!r}: set the suite's `filter` to one of {', '.join(filters)}"
+        )
 
 
 def _find_splits(name: str, config: Mapping[str, Any], data: Path) -> set[str] | Unavailable:

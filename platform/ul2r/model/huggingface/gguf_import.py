@@ -28,7 +28,11 @@ from ul2r.model.huggingface.config_json import make_config
 from ul2r.model.huggingface.families import FAMILIES
 from ul2r.model.huggingface.family import tensor_shapes
 from ul2r.model.huggingface.gguf_file import GgufFile
-from ul2r.model.huggingface.gguf_tokenizer import make_tokenizer, name_special_tokens
+from ul2r.model.huggingface.gguf_tokenizer import (
+    find_special_ids,
+    make_tokenizer,
+    name_special_tokens,
+)
 from ul2r.model.huggingface.safetensors_writer import StreamedTensor, write_weights
 from ul2r.paths import TOKENIZER_FILE
 
@@ -307,10 +311,8 @@ def _write_configs(folder: Path, architecture: Architecture, metadata: Mapping[s
     """Write config.json, generation_config.json and what belongs to the tokenizer."""
     assert architecture.num_embeddings is not None
     assert architecture.max_position_embeddings is not None
-    special_ids = {
-        f"{name}_token_id": metadata.get(f"tokenizer.ggml.{key}_token_id")
-        for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
-    }
+    found = find_special_ids(metadata)
+    special_ids = {f"{name}_token_id": found.get(name) for name in ("bos", "eos", "pad")}
     config = make_config(
         architecture, architecture.max_position_embeddings, architecture.num_embeddings
     )

@@ -79,18 +79,27 @@ def make_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
 def name_special_tokens(metadata: Mapping[str, Any]) -> dict[str, str]:
     """Return the texts of bos, eos, unk and pad that a file names, by their keys of tokenizer_config.json."""
     tokens = metadata["tokenizer.ggml.tokens"]
-    keys = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    return {
-        key: tokens[number]
-        for key, name in keys.items()
-        if (number := metadata.get(f"tokenizer.ggml.{name}_token_id")) is not None
-        and number < len(tokens)
-    }
+    return {f"{key}_token": tokens[number] for key, number in find_special_ids(metadata).items()}
+
+
+def find_special_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
+    """Return the ids of bos, eos, unk and pad that a file names; one beyond its tokens stands for none."""
+    num_tokens = len(metadata["tokenizer.ggml.tokens"])
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    found = {key: metadata.get(f"tokenizer.ggml.{name}_token_id") for key, name in names.items()}
+    return {key: n for key, n in found.items() if n is not None and n < num_tokens}
 
 
 def _make_byte_level(metadata: Mapping[str, Any], pre: str) -> Tokenizer:
     vocabulary = {text: number for number, text in enumerate(metadata["tokenizer.ggml.tokens"])}
-    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    merges: list[tuple[str, str]] = []
+    for merge in metadata["tokenizer.ggml.merges"]:
+        left, space, right = merge.partition(" ")
+        if not space or {left, right, left + right} - vocabulary.keys():
+            raise CheckpointError(
+                f"tokenizer.ggml.merges: {merge!r} does not join two of its tokens to a third: download the file again"
+            )
+        merges.append((left, right))
     split = SPLITS[pre]
     # Llama 3 takes a word that is an entry as it is, whatever its merges say.
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=split == LLAMA3_SPLIT))

