@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ul2r.data.document_tokenizer import DECODING_CONTEXT
 from ul2r.inference.engine import Outcome, TokenLogprobs
 
 if TYPE_CHECKING:
@@ -62,12 +64,14 @@ class Final:
         fills: Text of each span.
         tokens: Tokens of the first span, if log probabilities were asked for.
         outcome: What the engine reports.
+        stop_text: The stop string that ended the answer, if one did.
     """
 
     choice: int
     fills: tuple[str, ...]
     tokens: tuple[TokenText, ...]
     outcome: Outcome
+    stop_text: str | None
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,10 @@ class SpanText:
         model: Decodes the tokens.
         before: Tokens of the document before the span.
         stop: Texts that end the answer; they are no part of it.
+
+    Attributes:
+        text: The text so far.
+        stop_text: The stop string that ended it, if one did.
     """
 
     def __init__(self, model: LanguageModel, before: list[int], stop: Sequence[str]) -> None:
@@ -98,25 +106,25 @@ class SpanText:
         self._num_read = 0
         self.text = ""
         self._num_released = 0
-        self.is_stopped = False
+        self.stop_text: str | None = None
+
+    @property
+    def is_stopped(self) -> bool:
+        """True if a stop string has ended the text."""
+        return self.stop_text is not None
 
     def push(self, token: int) -> None:
         """Append a token."""
         self._ids.append(token)
-        context = [*self._before[-64:], *self._ids[max(0, self._num_read - 64) : self._num_read]]
-        new = self._model.decode_continuation(context, self._ids[self._num_read :])
+        new = self._decode_unread()
         # A character may take several tokens.
-        if new.endswith(REPLACEMENT):
-            return
-        self._num_read = len(self._ids)
-        self._append(new)
+        if not new.endswith(REPLACEMENT):
+            self._append(new)
 
     def end(self) -> None:
         """Take the text of the last tokens as it is."""
         if not self.is_stopped and self._num_read < len(self._ids):
-            whole = self._model.decode_continuation(self._before, self._ids)
-            if whole.startswith(self.text):
-                self._append(whole[len(self.text) :])
+            self._append(self._decode_unread())
 
     def release(self, *, at_end: bool) -> str:
         """Return text that was not returned before, except for what may be the beginning of a stop string."""
@@ -127,15 +135,21 @@ class SpanText:
         self._num_released = max(end, self._num_released)
         return new
 
+    def _decode_unread(self) -> str:
+        read = self._ids[max(0, self._num_read - DECODING_CONTEXT) : self._num_read]
+        context = [*self._before[-DECODING_CONTEXT:], *read]
+        return self._model.decode_continuation(context, self._ids[self._num_read :])
+
     def _append(self, new: str) -> None:
+        self._num_read = len(self._ids)
         longest = max((len(stop) for stop in self._stop), default=0)
         start = max(0, len(self.text) - longest + 1)
         self.text += new
-        places = [self.text.find(stop, start) for stop in self._stop]
-        found = [place for place in places if place >= 0]
+        places = [(self.text.find(stop, start), stop) for stop in self._stop]
+        found = [(place, stop) for place, stop in places if place >= 0]
         if found:
-            self.text = self.text[: min(found)]
-            self.is_stopped = True
+            place, self.stop_text = min(found)
+            self.text = self.text[:place]
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -179,7 +193,7 @@ class Answer:
         self._begin_spans(plan, span)
         text = self._spans[span]
         if logprobs is not None:
-            self._tokens.append(self._describe(plan, token, logprobs, len(text.text)))
+            self._tokens.append(self._describe(plan, span, logprobs, len(text.text)))
         text.push(token)
         if self.streams:
             self._post_delta(span, at_end=False)
@@ -193,7 +207,8 @@ class Answer:
                 self._post_delta(span, at_end=True)
         fills = [text.text for text in self._spans]
         fills += [""] * (len(self.prompt.parts) - 1 - len(fills))
-        self._post(Final(self.choice, tuple(fills), tuple(self._tokens), outcome))
+        stop_text = self._spans[-1].stop_text if self._spans else None
+        self._post(Final(self.choice, tuple(fills), tuple(self._tokens), outcome, stop_text))
 
     def on_error(self, error: Exception) -> None:
         """See `Listener`."""
@@ -208,8 +223,10 @@ class Answer:
             before = self.prompt.tokens_before(spans)
             self._spans.append(SpanText(self.model, before, self.stop))
 
-    def _describe(self, plan: Plan, token: int, logprobs: TokenLogprobs, offset: int) -> TokenText:
-        before = [*self.prompt.tokens_before(plan.spans), *plan.spans[-1][:-1]]
+    def _describe(self, plan: Plan, span: int, logprobs: TokenLogprobs, offset: int) -> TokenText:
+        # The plan may have begun the next span already.
+        *read, token = plan.spans[span]
+        before = [*self.prompt.tokens_before(plan.spans[: span + 1]), *read]
         return TokenText(
             text=self.model.decode_continuation(before, [token]),
             offset=offset,
@@ -234,6 +251,6 @@ class Answer:
             self._post(Delta(self.choice, span, text, tokens))
 
     def _post(self, event: Event) -> None:
-        # A loop that is closed has nobody who waits.
-        if not self.loop.is_closed():
+        # A loop that is closed has nobody who waits; it may close at any time, so asking first would not do.
+        with contextlib.suppress(RuntimeError):
             self.loop.call_soon_threadsafe(self.events.put_nowait, event)

@@ -38,6 +38,8 @@ class ChatEncoder:
         """
         try:
             text = self._template.render(messages, add_generation_prompt=True)
+            # JSON can spell half of a surrogate pair, which no tokenizer takes; the error is a ValueError.
+            text.encode()
         except ValueError as error:
             raise RequestError(f"messages: the chat template refuses them: {error}") from error
         return encode_to_list(self._tokenizer, text)

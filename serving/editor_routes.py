@@ -156,12 +156,14 @@ async def _answer_llama(service: InferenceService, request: LlamaInfillRequest) 
 
     def describe_end(final: Final, content: str) -> Json:
         outcome = final.outcome
-        is_word = len(final.outcome.spans[0]) and final.outcome.finish_reasons[0] == "stop"
-        reason = "limit" if outcome.finish_reasons[0] == "length" else "eos"
+        stop_type = "limit" if outcome.finish_reasons[0] == "length" else "eos"
+        if final.stop_text is not None:
+            stop_type = "word"
         return {
             "content": content,
             "stop": True,
-            "stop_type": "word" if is_word and request.stop else reason,
+            "stop_type": stop_type,
+            "stopping_word": final.stop_text or "",
             "model": service.model_id,
             "tokens_evaluated": outcome.prompt_tokens,
             "tokens_cached": outcome.prompt_tokens if outcome.cached else 0,

@@ -25,6 +25,16 @@ def add_error_handlers(api: FastAPI) -> None:
     async def handle_request_error(_: Request, error: RequestError) -> JSONResponse:
         return make_error_response(error)
 
+    # Starlette logs the error behind it, too.
+    @api.exception_handler(Exception)
+    async def handle_unexpected_error(_: Request, error: Exception) -> JSONResponse:
+        return _respond(
+            500,
+            f"{type(error).__name__} in the server, which has logged it",
+            type_="server_error",
+            code="internal_error",
+        )
+
     @api.exception_handler(RequestValidationError)
     async def handle_validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
@@ -33,6 +43,9 @@ def add_error_handlers(api: FastAPI) -> None:
             position = first["loc"][-1]
             reason = first["ctx"]["error"]
             return _respond(400, f"malformed JSON at character {position}: {reason}")
+        # FastAPI parses a body only if its type is JSON's.
+        if isinstance(first["input"], bytes):
+            return _respond(400, "body: send JSON, with the header content-type: application/json")
         return _respond(400, _describe(error.errors()), param=_name_field(first))
 
     # Starlette's class: the router raises it for 404 and 405, and FastAPI's own derives from it.

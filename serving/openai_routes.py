@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from fastapi.responses import Response
 
 from serving.answers import Delta, Event, Final
+from serving.errors import MAX_SHOWN_CHARACTERS
 from serving.responses import (
     Json,
     count_usage,
@@ -94,12 +95,14 @@ def make_settings(request: SamplingRequest) -> SamplingSettings:
     """
     bias = dict[int, float]()
     for token, value in (request.logit_bias or {}).items():
-        if not token.isdecimal() or not token.isascii():
-            raise RequestError(f"logit_bias: {token!r} is no token id: write a number in quotes")
+        # Python reads no number of thousands of digits, and no vocabulary needs more than ten.
+        if not token.isdecimal() or not token.isascii() or len(token) > 10:
+            shown = repr(token) if len(token) <= MAX_SHOWN_CHARACTERS else "a long text"
+            raise RequestError(f"logit_bias: {shown} is no token id: write a number in quotes")
         bias[int(token)] = value
     return SamplingSettings(
         temperature=request.temperature or 0.0,
-        top_k=max(request.top_k or 0, 0) if request.top_k == -1 else request.top_k or 0,
+        top_k=0 if request.top_k == -1 else request.top_k or 0,
         top_p=1.0 if request.top_p is None else request.top_p,
         min_p=request.min_p or 0.0,
         repetition_penalty=(

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from serving.answers import Delta, Event, Final, TokenText
+from serving.answers import Event, Final, TokenText
 from serving.errors import make_error_response
 from serving.schema import Request
 from serving.service import InferenceService, Job
@@ -62,15 +62,19 @@ def describe_logprobs(tokens: Sequence[TokenText], offset: int = 0) -> Json:
     return {
         "tokens": [token.text for token in tokens],
         "token_logprobs": [token.logprobs.logprob for token in tokens],
-        "top_logprobs": [
-            {
-                text: logprob
-                for text, (_, logprob) in zip(token.top_texts, token.logprobs.top, strict=True)
-            }
-            for token in tokens
-        ],
+        "top_logprobs": [_describe_top(token) for token in tokens],
         "text_offset": [offset + token.offset for token in tokens],
     }
+
+
+def _describe_top(token: TokenText) -> dict[str, float]:
+    """Return the log probabilities of the most likely tokens, and of the sampled one in any case, by their texts."""
+    top = dict[str, float]()
+    for text, (_, logprob) in zip(token.top_texts, token.logprobs.top, strict=True):
+        # Several tokens may have a text, such as parts of a character: the most likely comes first.
+        top.setdefault(text, logprob)
+    top.setdefault(token.text, token.logprobs.logprob)
+    return top
 
 
 def describe_chat_logprobs(tokens: Sequence[TokenText]) -> Json:
@@ -156,8 +160,3 @@ def encode_event(chunk: Json) -> bytes:
 def respond(body: Json, headers: Mapping[str, str]) -> Response:
     """Return a response in JSON."""
     return JSONResponse(body, headers=dict(headers))
-
-
-def is_delta(event: Event) -> bool:
-    """Return True for new text."""
-    return isinstance(event, Delta)

@@ -38,7 +38,7 @@ def read_document_start(folder: Path, metadata: ExportMetadata) -> DocumentStart
     if metadata.vocabulary is not None:
         return DocumentStart((), metadata.vocabulary.eos)
 
-    # As lm-eval's `hf` reads it: whether a bos is added is told by tokenizer.json, tokenizer_config.json or both.
+    # As lm-eval's `hf` reads it: tokenizer.json, tokenizer_config.json or both say whether a bos is added.
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False

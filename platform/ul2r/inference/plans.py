@@ -28,10 +28,12 @@ class Plan(Protocol):
 
     Attributes:
         spans: Tokens of the text of each span so far.
+        num_spans: Number of spans that the answer has if nothing ends it before.
         finish_reasons: Of each span that has ended.
         num_tokens: Number of generated tokens so far, including sentinels and eos.
     """
 
+    num_spans: int
     spans: list[list[int]]
     finish_reasons: list[FinishReason]
     num_tokens: int
@@ -59,6 +61,7 @@ class CompletionPlan:
         self._stop = tuple(stop)
         self._max_tokens = max_tokens
         self._min_tokens = min_tokens
+        self.num_spans = 1
         self.spans: list[list[int]] = [[]]
         self.finish_reasons: list[FinishReason] = []
         self.num_tokens = 0
@@ -93,6 +96,7 @@ class InfillPlan:
         closers: Token that ends each span: the next sentinel, or eos.
         max_tokens: Maximum number of tokens of a span.
         typed: Tokens that the first span begins with, given by the request.
+        min_tokens: A span does not end before.
     """
 
     def __init__(
@@ -101,11 +105,14 @@ class InfillPlan:
         closers: Sequence[int],
         max_tokens: int,
         typed: Sequence[int] = (),
+        min_tokens: int = 0,
     ) -> None:
         self._openers = tuple(openers)
         self._closers = tuple(closers)
         self._max_tokens = max_tokens
         self._typed = tuple(typed)
+        self._min_tokens = min_tokens
+        self.num_spans = len(self._openers)
         self.spans: list[list[int]] = [[]]
         self.finish_reasons: list[FinishReason] = []
         self.num_tokens = 1
@@ -116,8 +123,10 @@ class InfillPlan:
 
     def also_allowed(self) -> tuple[int, ...]:
         """Return the closer of the span, once there is text: an empty span never occurs in training."""
-        has_text = bool(self.spans[-1]) or (len(self.spans) == 1 and bool(self._typed))
-        return (self._closers[len(self.spans) - 1],) if has_text else ()
+        span = self.spans[-1]
+        has_text = bool(span) or (len(self.spans) == 1 and bool(self._typed))
+        may_end = has_text and len(span) >= self._min_tokens
+        return (self._closers[len(self.spans) - 1],) if may_end else ()
 
     def accept(self, token: int) -> Step:
         """Append a token to the span, or go on to the next one."""

@@ -40,7 +40,7 @@ class Prompt:
     def make_plan(self, min_tokens: int = 0) -> Plan:
         """Return the state of a new answer."""
         if self.openers:
-            return InfillPlan(self.openers, self.closers, self.max_tokens, self.typed)
+            return InfillPlan(self.openers, self.closers, self.max_tokens, self.typed, min_tokens)
         return CompletionPlan(self.stop, self.max_tokens, min_tokens)
 
     def tokens_before(self, spans: Sequence[Sequence[int]]) -> list[int]:

@@ -12,6 +12,8 @@ from torch import Tensor
 from ul2r.errors import RequestError
 
 MAX_LOGIT_BIAS = 100.0
+MAX_REPETITION_PENALTY = 100.0
+"""Beyond it, and below its inverse, logits could leave the range of float32: no token has a probability then."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ class SamplingSettings:
             ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
             (
                 "repetition_penalty",
-                0 < self.repetition_penalty < math.inf,
-                "a number above 0",
+                1 / MAX_REPETITION_PENALTY <= self.repetition_penalty <= MAX_REPETITION_PENALTY,
+                "0.01 to 100",
             ),
             ("presence_penalty", -2 <= self.presence_penalty <= 2, "-2 to 2"),
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "-2 to 2"),

@@ -16,7 +16,7 @@ LOGITS = torch.tensor([9.0, 2.0, 1.0, 0.0, -1.0])
 
 
 def sample_many(logits: torch.Tensor = LOGITS, **settings: float) -> Counter[int]:
-    sampler = TokenSampler(IS_TEXT, SamplingSettings(temperature=1.0, **settings))  # type: ignore[arg-type]
+    sampler = TokenSampler(IS_TEXT, SamplingSettings(temperature=1.0, **settings))  # type: ignore[arg-type]  # of all settings
     return Counter(sampler.sample(logits, ()) for _ in range(400))
 
 
@@ -61,6 +61,12 @@ def test_penalties_follow_their_formulas() -> None:
     )
 
 
+@pytest.mark.parametrize("penalty", [0.01, 100])
+def test_the_strongest_penalty_leaves_probabilities(penalty: float) -> None:
+    settings = SamplingSettings(temperature=1.0, repetition_penalty=penalty)
+    assert TokenSampler(IS_TEXT, settings, range(5)).sample(1e4 * LOGITS, ()) in {1, 2, 3}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -69,6 +75,8 @@ def test_penalties_follow_their_formulas() -> None:
         ({"top_p": 0.0}, "top_p=0.0 is out of range"),
         ({"min_p": 1.5}, "min_p=1.5 is out of range"),
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 is out of range"),
+        ({"repetition_penalty": 1e-40}, "repetition_penalty=1e-40 is out of range: choose 0.01"),
+        ({"repetition_penalty": 1e308}, "choose 0.01 to 100"),
         ({"presence_penalty": 3}, "choose -2 to 2"),
         ({"logit_bias": {5: 1.0}}, "no token 5: choose 0 to 4"),
         ({"logit_bias": {1: 101.0}}, "choose -100 to 100"),
@@ -76,4 +84,4 @@ def test_penalties_follow_their_formulas() -> None:
 )
 def test_a_setting_out_of_range_is_refused(settings: dict[str, float], message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        TokenSampler(IS_TEXT, SamplingSettings(**settings))  # type: ignore[arg-type]
+        TokenSampler(IS_TEXT, SamplingSettings(**settings))  # type: ignore[arg-type]  # of all settings

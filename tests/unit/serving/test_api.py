@@ -156,6 +156,40 @@ def test_logprobs_are_reported_with_places_in_the_text(client: TestClient) -> No
     assert logprobs["text_offset"] == [sum(lengths[:i]) for i in range(len(lengths))]
 
 
+@pytest.mark.parametrize("num_top", [0, 3])
+def test_the_sampled_token_is_among_the_reported_ones(client: TestClient, num_top: int) -> None:
+    """Whether or not it is one of the most likely, as OpenAI documents; a text keeps its highest value."""
+    request = {"prompt": "The sea", "max_tokens": 20, "temperature": 5.0, "seed": 1}
+
+    response = client.post("/v1/completions", json={**request, "logprobs": num_top})
+
+    logprobs = response.json()["choices"][0]["logprobs"]
+    columns = zip(
+        logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True
+    )
+    for token, logprob, top in columns:
+        assert top[token] >= logprob
+        assert list(top.values()) == sorted(top.values(), reverse=True)
+        assert 1 <= len(top) <= num_top + 1
+
+
+def test_a_gap_is_not_filled_with_less_than_the_least(
+    client: TestClient, model: LanguageModel
+) -> None:
+    assert model.vocabulary is not None
+    closer = model.vocabulary.sentinels[1]
+    request = {"prompt": "def", "suffix": ")", "max_tokens": 9, "logit_bias": {closer: 100}}
+
+    counts = [
+        client.post(path, json=request | least).json()["usage"]["completion_tokens"]
+        for path in ("/v1/completions", "/v1/fim/completions")
+        for least in ({}, {"min_tokens": 5})
+    ]
+
+    # With the sentinels before and behind the text.
+    assert counts == [3, 7, 3, 7]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_infilling_splits_the_prompt_at_its_slots(
     client: TestClient, model: LanguageModel, stream: bool
@@ -215,6 +249,22 @@ def test_llama_cpps_request_is_understood(client: TestClient, model: LanguageMod
     *deltas, end = read_stream(client.post("/infill", json={**request, "stream": True}).text)
     assert "".join(delta["content"] for delta in deltas) == expected
     assert (end["stop"], end["content"]) == (True, "")
+
+
+def test_llama_cpps_answer_says_what_ended_it(client: TestClient, model: LanguageModel) -> None:
+    assert model.vocabulary is not None
+    request = {"input_prefix": "def area(", "input_suffix": ")", "n_predict": 9}
+    text = client.post("/infill", json=request).json()["content"]
+
+    def ask(**settings: object) -> tuple[str, str]:
+        end = client.post("/infill", json=request | settings).json()
+        return end["stop_type"], end["stopping_word"]
+
+    assert ask(stop=["\0\0"]) == ("limit", "")
+    assert ask(stop=["\0\0", text[-2:]]) == ("word", text[-2:])
+    # The model's own end, though there are stop strings.
+    closer = model.vocabulary.sentinels[1]
+    assert ask(stop=["\0\0"], logit_bias={closer: 100}) == ("eos", "")
 
 
 def test_what_is_typed_already_is_continued(client: TestClient, model: LanguageModel) -> None:

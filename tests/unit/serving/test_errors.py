@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 from starlette.testclient import TestClient
 
+from serving.api import create_api
+from serving.service import InferenceService
+
 JSON = {"content-type": "application/json"}
 
 
@@ -31,6 +34,14 @@ JSON = {"content-type": "application/json"}
         ("completions", b'{"prompt": [1, 99999]}', 400, "the model has no token 99999"),
         ("completions", b'{"prompt": "a", "logit_bias": {"x": 1}}', 400, "'x' is no token id"),
         ("completions", b'{"prompt": "a", "logit_bias": {"999": 1}}', 400, "no token 999"),
+        (
+            "completions",
+            b'{"prompt": "a", "logit_bias": {"%s": 1}}' % (b"9" * 5000),
+            400,
+            "no token",
+        ),
+        ("completions", b'{"prompt": "a", "n": 128}', 400, "128 answers (n for each prompt)"),
+        ("completions", b'{"prompt": "a", "repetition_penalty": 1e-40}', 400, "0.01 to 100"),
         ("completions", b'{"prompt": "a", "best_of": 3}', 400, "answers are not ranked here"),
         (
             "completions",
@@ -57,12 +68,32 @@ def test_a_bad_request_gets_its_reason_in_one_line(
     assert set(error) == {"message", "type", "param", "code"}
     assert message in error["message"]
     assert "\n" not in error["message"]
+    assert len(error["message"]) < 300
 
 
 def test_a_body_without_content_type_is_refused(client: TestClient) -> None:
     response = client.post("/v1/completions", content=b'{"prompt": "a"}')
 
     assert (response.status_code, list(response.json())) == (400, ["error"])
+    assert "with the header content-type: application/json" in response.json()["error"]["message"]
+
+
+def test_a_fault_of_the_server_is_answered_in_json(
+    service: InferenceService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(text: str) -> list[int]:
+        raise ZeroDivisionError(text)
+
+    monkeypatch.setattr(service.model, "encode", fail)
+    client = TestClient(create_api(service), raise_server_exceptions=False)
+
+    response = client.post("/tokenize", json={"prompt": "secret"})
+
+    assert response.status_code == 500
+    error = response.json()["error"]
+    assert (error["type"], error["code"]) == ("server_error", "internal_error")
+    assert "ZeroDivisionError" in error["message"]
+    assert "secret" not in error["message"]
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import httpx
 import pytest
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
 
-from serving.answers import Delta, SpanText
+from serving.answers import Answer, Delta, Event, SpanText
 from serving.api import create_api
 from serving.service import InferenceService, Job
+from ul2r.data.document_tokenizer import DocumentTokenizer
 from ul2r.inference import LanguageModel, complete
 from ul2r.inference.engine import EngineStoppedError
 from ul2r.inference.prompts import prepare_completion
@@ -124,25 +127,31 @@ def test_a_request_that_is_over_in_time_ends_as_it_is(
         seconds = 2000.0
         finals = [event async for event in events if not isinstance(event, Delta)]
         (final,) = finals
-        return final.outcome.finish_reasons[0]  # type: ignore[union-attr]
+        return final.outcome.finish_reasons[0]  # type: ignore[union-attr]  # not a `Failure`
 
     assert asyncio.run(run()) == "length"
     assert small.engine.engine.statistics.expired == 1
 
 
+@pytest.mark.parametrize("place", ["step", "read_prompt", "write"])
 def test_an_engine_that_has_failed_is_not_healthy(
-    small: InferenceService, monkeypatch: pytest.MonkeyPatch
+    small: InferenceService, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
-    def fail() -> None:
+    """Wherever a request is when the engine fails, it is answered."""
+
+    def fail(*_: object) -> None:
         raise ValueError("broken")
 
-    monkeypatch.setattr(small.engine.engine, "step", fail)
+    engine = small.engine.engine
+    owner = {"step": engine, "read_prompt": engine._runner, "write": engine._slots}[place]
+    monkeypatch.setattr(owner, place, fail)
 
     async def run() -> list[httpx.Response]:
         transport = httpx.ASGITransport(create_api(small))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             healthy = await client.get("/health")
-            first = await client.post("/v1/completions", json={"prompt": "a"})
+            async with asyncio.timeout(60):
+                first = await client.post("/v1/completions", json={"prompt": "a"})
             return [healthy, first, await client.get("/health")]
 
     before, answer, after = asyncio.run(run())
@@ -189,6 +198,42 @@ def test_characters_of_several_tokens_are_released_whole(
     assert "".join(pieces) == text
     assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)
     assert len([piece for piece in pieces if piece]) >= 4
+
+
+def test_an_unfinished_character_at_the_end_is_not_lost() -> None:
+    """Llama 2's decoder spells all bytes of a row anew, when one of them is wrong: what was released stays."""
+    vocabulary = {"<0xC3>": 0, "<0xA4>": 1}
+    tokenizer = Tokenizer(BPE(vocabulary, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    span = SpanText(DocumentTokenizer(tokenizer), [], [])  # type: ignore[arg-type]  # it only decodes
+    released = []
+    for token in (0, 1, 0):
+        span.push(token)
+        released.append(span.release(at_end=False))
+    span.end()
+
+    assert released == ["", "ä", ""]
+    assert span.release(at_end=True) == "\N{REPLACEMENT CHARACTER}"
+    span.end()
+    assert span.text == "ä\N{REPLACEMENT CHARACTER}"
+
+
+def test_an_answer_for_a_loop_that_has_closed_ends_nothing(
+    service: InferenceService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop may close between any two steps of the engine, which goes on for others."""
+    loop = asyncio.new_event_loop()
+    job = make_job(service)
+    events: asyncio.Queue[Event] = asyncio.Queue()
+    answer = Answer(0, service.model, job.prompt, (), events, loop, True, service.metrics)
+    loop.close()
+    # As it was when somebody asked.
+    monkeypatch.setattr(loop, "is_closed", lambda: False)
+
+    answer.on_error(ValueError("late"))
+    monkeypatch.undo()
+
+    assert events.empty()
 
 
 def test_the_beginning_of_a_stop_string_is_held_back(model: LanguageModel) -> None:

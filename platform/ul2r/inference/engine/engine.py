@@ -122,9 +122,16 @@ class Engine:
         """Queue requests: all of them, or none.
 
         Raises:
-            QueueFullError: If they are too many.
-            RequestError: If a sampling setting is out of range.
+            QueueFullError: If they are too many for now.
+            RequestError: If a sampling setting is out of range, or they are more than ever have room.
         """
+        capacity = self._max_waiting + self.num_slots
+        # Not `QueueFullError`: who comes again later would come in vain.
+        if len(requests) > capacity:
+            raise RequestError(
+                f"the request asks for {len(requests)} answers (n for each prompt), and at most {capacity} have "
+                "room: ask for fewer"
+            )
         for request in requests:
             request.settings.check(len(self._is_text))
             assert len(request.tokens) <= self.max_length
@@ -136,7 +143,7 @@ class Engine:
                 num_running += not prefill.request.is_cancelled
             num_waiting = sum(not request.is_cancelled for request in self._waiting)
             # As many as there are free slots do not wait.
-            room = self._max_waiting + self.num_slots - num_running - num_waiting
+            room = capacity - num_running - num_waiting
             if len(requests) > room:
                 self.statistics.refused += 1
                 raise QueueFullError(num_waiting, self._estimate_wait())
@@ -205,13 +212,15 @@ class Engine:
     def _admit(self) -> None:
         """Give free slots to waiting requests, in their order, up to the first whose prompt must be read."""
         while self._waiting and self._prefill is None and len(self._rows) < self.num_slots:
-            with self._lock:
-                request = self._waiting.popleft()
+            # It stays there until it has a slot: if the network fails meanwhile, `fail` finds it.
+            request = self._waiting[0]
             if (block := self.prompt_cache.get(request.tokens)) is not None:
                 self._begin(request, block, cached=True)
             elif self._rows and len(request.tokens) > PROMPT_TOKENS_PER_STEP:
                 call = SlicedCall(partial(self._runner.read_prompt, request.tokens))
-                self._prefill = _Prefill(request, call)
+                with self._lock:
+                    self._waiting.popleft()
+                    self._prefill = _Prefill(request, call)
             else:
                 # Short, or with nobody to keep waiting: in one go.
                 self._end_prefill(request, self._runner.read_prompt(request.tokens))
@@ -228,9 +237,7 @@ class Engine:
         if self._rows:
             num_steps = max(1, PROMPT_TOKENS_PER_STEP * num_layers // len(request.tokens))
         if self._prefill.call.advance(num_steps):
-            block = self._prefill.call.result
-            self._prefill = None
-            self._end_prefill(request, block)
+            self._end_prefill(request, self._prefill.call.result)
 
     def _end_prefill(self, request: GenerationRequest, block: PromptBlock) -> None:
         self.statistics.prompt_tokens += block.length
@@ -243,13 +250,16 @@ class Engine:
         self._prefill = None
 
     def _begin(self, request: GenerationRequest, block: PromptBlock, *, cached: bool) -> None:
-        """Put a read prompt into the next slot; sample its first token, unless that is given."""
+        """Move a request whose prompt is read to the next slot; sample its first token, unless that is given."""
         self._slots.write(len(self._rows), block)
         sampler = TokenSampler(self._is_text, request.settings, request.tokens)
         pending = deque(request.plan.begin())
-        self._rows.append(
-            _Row(request, sampler, block.length, pending, cached, started=time.monotonic())
-        )
+        row = _Row(request, sampler, block.length, pending, cached, started=time.monotonic())
+        with self._lock:
+            if self._prefill is None:
+                self._waiting.popleft()
+            self._prefill = None
+            self._rows.append(row)
         if not pending:
             self._sample([len(self._rows) - 1], block.logits[None])
 

@@ -55,7 +55,7 @@ class Outcome:
     """The end of an answer.
 
     Attributes:
-        spans: Tokens of the text of each span.
+        spans: Tokens of the text of each span; none of those that the answer did not come to.
         finish_reasons: Of each span.
         prompt_tokens: Tokens that were read at once.
         completion_tokens: Generated tokens, including sentinels and eos.
@@ -106,12 +106,13 @@ class GenerationRequest:
 
 
 def make_outcome(request: GenerationRequest, *, cached: bool) -> Outcome:
-    """Return the outcome of a request that has ended; a span that was cut off has reached its limit."""
+    """Return the outcome of a request that has ended; spans that were cut off or never begun count as too long."""
     plan = request.plan
-    missing = len(plan.spans) - len(plan.finish_reasons)
+    cut_off: list[FinishReason] = ["length"] * (plan.num_spans - len(plan.finish_reasons))
+    not_begun = [()] * (plan.num_spans - len(plan.spans))
     return Outcome(
-        spans=tuple(tuple(span) for span in plan.spans),
-        finish_reasons=(*plan.finish_reasons, *["length"] * missing),  # type: ignore[arg-type]
+        spans=(*(tuple(span) for span in plan.spans), *not_begun),
+        finish_reasons=(*plan.finish_reasons, *cut_off),
         prompt_tokens=len(request.tokens),
         completion_tokens=plan.num_tokens,
         cached=cached,

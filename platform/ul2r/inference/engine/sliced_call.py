@@ -1,4 +1,4 @@
-"""A function that runs in slices: it stops at places of its own, and goes on when it is told to."""
+"""A function that runs in slices: it stops at places of its own, and goes on when its caller wants."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ul2r.data.tokenizer import build_vocabulary, train_tokenizer
+from ul2r.errors import RequestError
 from ul2r.inference import LanguageModel
 from ul2r.inference.engine import (
     DeadlineError,
@@ -335,6 +336,35 @@ def test_at_its_deadline_an_answer_ends_and_a_waiting_request_is_refused() -> No
     assert live.outcome is not None
     assert live.outcome.finish_reasons == ("length",)
     assert 0 < len(live.outcome.spans[0]) < 14
+    assert not engine.has_work
+
+
+def test_at_its_deadline_every_slot_has_a_reason() -> None:
+    """Also those that the answer did not come to."""
+    cases, engine = prepare("Llama 3.2", "prefix")
+    recorder = Recorder()
+    request = make_request(cases[3], recorder)
+    assert len(request.plan.spans) < len(cases[3].prompt.openers)
+    engine.submit([request])
+    while not recorder.tokens:
+        engine.step()
+    request.deadline = time.monotonic()
+    engine.step()
+
+    assert recorder.outcome is not None
+    assert recorder.outcome.finish_reasons == ("length", "length")
+    assert recorder.outcome.spans == (cases[3].spans[0][:1], ())
+
+
+def test_more_answers_than_ever_have_room_are_refused_for_good() -> None:
+    """Not by `QueueFullError`, after which clients try again."""
+    cases, _ = prepare("Llama 2", "prefix")
+    engine = make_engine(make_model("Llama 2", "prefix"), max_waiting=2)
+
+    with pytest.raises(RequestError, match="6 answers .*, and at most 5 have room") as caught:
+        engine.submit([make_request(cases[0], Recorder()) for _ in range(NUM_SLOTS + 3)])
+
+    assert not isinstance(caught.value, QueueFullError)
     assert not engine.has_work
 
 

@@ -19,7 +19,7 @@ def test_packed_layers_compute_the_same_and_the_others_stay() -> None:
 
     def run() -> torch.Tensor:
         hidden = network[0](norm(inputs))
-        outputs: torch.Tensor = network[2](network[1]["inner"](hidden))  # type: ignore[index]
+        outputs: torch.Tensor = network[2](network[1]["inner"](hidden))  # type: ignore[index]  # a `ModuleDict`
         return outputs
 
     with torch.inference_mode():
