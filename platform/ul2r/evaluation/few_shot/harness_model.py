@@ -142,7 +142,11 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types th
                     f"the continuation {continuation!r} has no token of its own behind {context[-40:]!r}: the task "
                     "cannot be scored with this tokenizer"
                 )
-        rows = [self.form.build_row(context, target) for _, context, target in requests]
+        # A context of spaces alone leaves them to the continuation, and has no token.
+        rows = [
+            self.form.build_row(context or [self.prefix_token_id], target)
+            for _, context, target in requests
+        ]
         scores = self._score(rows, bidirectional=self.form.bidirectional, quiet=disable_tqdm)
         self._report_truncation()
 

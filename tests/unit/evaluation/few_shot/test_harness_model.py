@@ -340,6 +340,17 @@ def test_causal_model_is_not_asked_for_modes_or_sentinels(tmp_path: Path) -> Non
         adapt(causal, sentinel=True)
 
 
+def test_context_of_spaces_alone_is_read_as_an_empty_one(tmp_path: Path) -> None:
+    causal = LanguageModel.load(write_tiny_export(tmp_path / "export", attention="causal"))
+    adapter = adapt(causal)
+    pair = ("  ", "sea")
+    targets = adapter.tok_encode("  sea")
+    expected = adapter._loglikelihood_tokens(
+        [(pair, [adapter.prefix_token_id], targets)], disable_tqdm=True
+    )
+    assert scores(adapter, [pair]) == expected
+
+
 def test_eos_is_not_asked_of_a_model_without(
     model: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
