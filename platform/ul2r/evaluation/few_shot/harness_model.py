@@ -45,7 +45,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types th
 
     def __init__(
         self,
-        export: str,
+        export: str = "",
         device: str | None = None,
         batch_size: int | str | None = None,  # noqa: ARG002  lm-eval passes it to every model
         max_batch_size: int | None = None,  # noqa: ARG002  lm-eval passes it to every model
@@ -61,10 +61,12 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types th
             settings: Keys of `Prompting`.
 
         Raises:
-            RecipeError: If a setting is wrong.
+            RecipeError: If a setting is wrong, or no model is named.
             RequestError: If the model lacks what the settings ask for.
             CheckpointError: If it cannot be loaded.
         """
+        if not export:
+            raise RecipeError("model_args: no model is named: add export=FOLDER")
         prompting = parse_settings(settings)
         folder = resolve_model_folder(export)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -326,6 +326,11 @@ def test_wrong_setting_is_named(export: Path, arguments: str, message: str) -> N
     assert "\n" not in str(caught.value)
 
 
+def test_arguments_without_a_model_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"^model_args: no model is named: add export=FOLDER$"):
+        HarnessModel.create_from_arg_string("mode=S2S")
+
+
 def test_model_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         HarnessModel(export=str(tmp_path / "absent"))
