@@ -11,6 +11,7 @@ Ctrl-C. Each step is a command of its own, which is printed. Interrupted and run
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shlex
 import sys
@@ -127,10 +128,9 @@ def _serve(project: Project, port: int, environment: Mapping[str, str], timer: P
     machine = find_machine()
     device = ["--gpus", "1"] if machine.num_gpus else ["--cpus", str(machine.num_cores)]
     words = ["serve", f"models:/{project.registered_model}@{ALIAS}", "--port", str(port), *device]
-    try:
+    # The step itself says that it has stopped.
+    with contextlib.suppress(KeyboardInterrupt):
         run_verb("serve", words, environment, timer)
-    except KeyboardInterrupt:
-        print("stopped", flush=True)
 
 
 def _print_expected_time(project: Project) -> None:
