@@ -144,9 +144,9 @@ class Demo:
 
     def _print_summary(self) -> None:
         """Print wall times, the comparison, what it shows, and the next commands."""
-        from rich.console import Console
         from rich.markdown import Markdown
 
+        from ul2r.console import print_table
         from ul2r.workflows.compare import PLOT_FILE, TABLE_FILE
 
         folder = self.recipes["ul2r"].storage_paths.comparison(f"{self.family}-compare")
@@ -164,7 +164,7 @@ class Demo:
 
         print("\n== comparison on held-out text", flush=True)
         # Table lines only: they begin with a bar.
-        Console().print(Markdown("\n".join(line for line in table if line.startswith("|"))))
+        print_table(Markdown("\n".join(line for line in table if line.startswith("|"))))
         print(f"what each number means: {folder / TABLE_FILE}")
         print(f"picture: {folder / PLOT_FILE}")
 

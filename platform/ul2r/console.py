@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     Progress,
@@ -174,3 +174,11 @@ def format_count(number: float) -> str:
             return f"{number / size:.1f}{letter}"
     # Small rates keep a decimal: 0.4 steps/s is not 0.
     return f"{number:.0f}" if number >= 10 or number == int(number) else f"{number:.1f}"
+
+
+def print_table(table: RenderableType) -> None:
+    """Print a table of rich to stdout, wide enough for all its columns where that is no terminal."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # rich assumes 80 columns for a pipe
+    console.print(table)

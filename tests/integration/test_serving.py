@@ -119,7 +119,7 @@ def test_the_job_prints_the_playground_and_commands_that_work(server: Server) ->
     url = f"http://127.0.0.1:{server.port}"
     assert f"playground  {url}/\n" in server.output
     told = [
-        "is an export; starting Ray",
+        "can be served; starting Ray",
         "Ray is up, starting Serve",
         "loading the model",
         "serving ",

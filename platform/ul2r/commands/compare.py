@@ -16,16 +16,11 @@ from ul2r.workflows.cli import run_job
 
 def run(comparison: Comparison) -> None:
     """Compare, then print the table and where it and the plot were written."""
-    from rich.console import Console
-
+    from ul2r.console import print_table
     from ul2r.workflows.compare import PLOT_FILE, TABLE_FILE, compare
 
     result = compare(comparison)
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)  # rich assumes 80 columns for a pipe, too few for the table
-    console.print(result.table.to_rich())
+    print_table(result.table.to_rich())
 
     print(f"table: {result.folder / TABLE_FILE}")
     print(f"picture: {result.folder / PLOT_FILE}")

@@ -23,7 +23,7 @@ from ul2r.workflows.cli import run_job
 
 def run(recipe: Recipe) -> None:
     """Measure and record the run, then print its scores."""
-    from rich.console import Console
+    from ul2r.console import print_table
 
     if recipe.evaluation.few_shot.suites:
         run_suites(recipe)
@@ -31,18 +31,17 @@ def run(recipe: Recipe) -> None:
 
     from ul2r.workflows.evaluate import evaluate_run, make_score_table
 
-    Console().print(make_score_table(recipe, evaluate_run(recipe)))
+    print_table(make_score_table(recipe, evaluate_run(recipe)))
 
 
 def run_suites(recipe: Recipe) -> None:
     """Run few-shot suites, then print their scores, what was left out and where the answers are."""
-    from rich.console import Console
-
+    from ul2r.console import print_table
     from ul2r.workflows.few_shot import make_suite_table, run_suites
 
     model = recipe.evaluation.few_shot.model or recipe.name
     for result, folder in run_suites(recipe):
-        Console().print(make_suite_table(result, model))
+        print_table(make_suite_table(result, model))
         if result.left_out:
             print(f"left out: {', '.join(result.left_out)}")
         print(f"answers: {folder}")

@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> None:
     try:
         folder = _find_export(options.model, options.tracking_uri, options.storage)
         read_export_metadata(folder)
-        logger.info("%s: is an export; starting Ray", options.model)
+        logger.info("%s: can be served; starting Ray", options.model)
         from serving.app import ServingConfig
         from serving.server import serve_model
         from ul2r.launch.ray_train.cluster import connect_ray

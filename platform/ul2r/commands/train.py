@@ -30,9 +30,11 @@ def run(recipe: Recipe) -> None:
     info = train(recipe)
     # torchrun starts this job on every rank.
     if get_rank() == 0:
+        # Those of a base that is no run are not known.
+        base = " including its base's" if isinstance(recipe.base, str) else ""
         print(
-            f"{info.run_name}: {info.step} steps; {info.tokens:,} tokens and {info.flops:.3g} FLOPs including its "
-            f"base's; checkpoints in {recipe.paths.checkpoints}"
+            f"{info.run_name}: {info.step} steps; {info.tokens:,} tokens and {info.flops:.3g} FLOPs{base}; checkpoints "
+            f"in {recipe.paths.checkpoints}"
         )
 
 

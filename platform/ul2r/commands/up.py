@@ -63,7 +63,9 @@ def run(options: argparse.Namespace) -> None:
     if project.settings is None:
         print(f"recipes in {folder}, from before")
     else:
-        print(f"{describe_settings(project.settings)}\nwritten to {folder}: edit and run again")
+        print(
+            f"{describe_settings(project.settings)}\nwritten to {folder}; to change them, stop, edit, and run again"
+        )
 
     check_space(project)
     _run_steps(project, None if options.no_serve else options.port)
@@ -116,7 +118,7 @@ def _run_steps(project: Project, port: int | None) -> None:
             for role, recipe in runs.items():
                 run_verb(f"{verb} {role}", [verb, recipe], environment, timer)
         run_verb("compare", ["compare", shorten(project.comparison)], environment, timer)
-        _print_summary(project, timer, uri)
+        _print_summary(project, timer, uri, is_served=port is not None)
         if port is not None:
             _serve(project, port, environment, timer)
 
@@ -165,7 +167,7 @@ def _format_duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} hours"
 
 
-def _print_summary(project: Project, timer: PhaseTimer, uri: str) -> None:
+def _print_summary(project: Project, timer: PhaseTimer, uri: str, *, is_served: bool) -> None:
     """Print times, what the comparison shows, and where everything is."""
     from ul2r.tracking.mlflow import list_view_urls
     from ul2r.workflows.compare import JSON_FILE, PLOT_FILE, TABLE_FILE
@@ -180,7 +182,8 @@ def _print_summary(project: Project, timer: PhaseTimer, uri: str) -> None:
     storage = shlex.quote(shorten(project.storage))
     model = f"models:/{project.registered_model}@{ALIAS}"
     print(f"\ntable    {shorten(folder / TABLE_FILE)}\npicture  {shorten(folder / PLOT_FILE)}")
-    for experiment, page in list_view_urls(uri).items():
-        print(f"MLflow   {page} ({experiment}, as long as this command runs)")
-    print(f"         later: ul2r ui --storage {storage}")
+    if is_served:
+        for experiment, page in list_view_urls(uri).items():
+            print(f"MLflow   {page} ({experiment}, as long as this command runs)")
+    print(f"MLflow   later: ul2r ui --storage {storage}")
     print(f"serve    later: ul2r serve {model} --storage {storage}", flush=True)

@@ -52,6 +52,7 @@ def load(
         # Also a dotted key can be nested too deeply.
         check_values(tree, f"--set {override}")
         _refuse_renamed_keys(tree, f"--set {override}")
+    _refuse_other_kind(path, tree, kind)
     if complete is not None:
         complete(tree)
 
@@ -61,6 +62,17 @@ def load(
     except ValidationError as error:
         # "from None": pydantic's own report of many lines would only repeat this one.
         raise RecipeError(one_line(f"{path}: {explain(error, kind)}")) from None
+
+
+def _refuse_other_kind(path: Path, tree: dict[str, Any], kind: type[StrictModel]) -> None:
+    """Refuse a comparison where a run is expected and the other way around, which would be a list of wrong keys."""
+    compares = "recipes" in kind.model_fields
+    if "recipes" in tree and not compares:
+        raise RecipeError(f"{path} is a comparison: give it to `ul2r compare`, or name one run")
+    if compares and "recipes" not in tree and "objective" in tree:
+        raise RecipeError(
+            f"{path} is the recipe of a run: `ul2r compare` takes a file that lists several under `recipes`"
+        )
 
 
 def dump(section: StrictModel) -> str:

@@ -59,17 +59,13 @@ def _compare(metrics: Sequence[Metric], subject: Arm, other: Arm) -> str:
         change = _format_change(theirs.mean, ours.mean, metric.digits)
         (better if gain > 0 else worse).append(f"{metric.short_label} ({change})")
 
-    parts = [
-        f"{kind}: {', '.join(names) if names else 'nothing'}"
-        for kind, names in (("better", better), ("worse", worse))
-    ]
+    # Semicolons, since names of metrics have commas.
+    parts = [f"better: {'; '.join(better) or 'nothing'}", f"Worse: {'; '.join(worse) or 'nothing'}"]
     if unclear:
-        parts.append(f"within {NUM_STANDARD_ERRORS:g} standard errors: {', '.join(unclear)}")
+        parts.append(f"Within {NUM_STANDARD_ERRORS:g} standard errors: {'; '.join(unclear)}")
     if unknown:
-        parts.append(
-            f"cannot be judged, for want of numbers or of their error: {', '.join(unknown)}"
-        )
-    return "; ".join(parts) + "."
+        parts.append(f"Not judged, for want of numbers or of their error: {'; '.join(unknown)}")
+    return ". ".join(parts) + "."
 
 
 def _format_change(before: float, after: float, digits: int) -> str:

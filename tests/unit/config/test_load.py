@@ -385,3 +385,11 @@ def test_file_that_extends_itself_is_refused(write: Write) -> None:
     write("extends: b.yaml\n", "a.yaml")
     path = write("extends: a.yaml\n", "b.yaml")
     assert "extends itself" in refusal(path)
+
+
+def test_run_and_comparison_are_not_taken_for_each_other(write: Write) -> None:
+    with pytest.raises(RecipeError, match=r"recipe\.yaml is the recipe of a run: `ul2r compare`"):
+        load(write(), (), Comparison)
+    comparison = write("name: c\nstorage: runs\nrecipes: {base: a.yaml}\n", "compare.yaml")
+    with pytest.raises(RecipeError, match=r"compare\.yaml is a comparison: give it to `ul2r"):
+        load(comparison, (), Recipe)

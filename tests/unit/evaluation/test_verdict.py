@@ -29,8 +29,8 @@ def test_lower_losses_and_higher_matches_are_better() -> None:
     base, ul2r = make_arm("base", 3.0, 0.1), make_arm("ul2r", 2.0, 0.9)
     (sentence,) = read(base, ul2r)
     assert sentence == (
-        "UL2R against the base as it was: better: plain text, loss (3.000 -> 2.000), infilled span, exact match "
-        "(0.100 -> 0.900); worse: nothing."
+        "UL2R against the base as it was: better: plain text, loss (3.000 -> 2.000); infilled span, exact match "
+        "(0.100 -> 0.900). Worse: nothing."
     )
 
 
@@ -39,7 +39,7 @@ def test_a_worse_result_is_said_and_a_difference_within_the_error_is_none() -> N
     # Two standard errors of the difference are 2 x sqrt(2) x 0.1 = 0.283.
     (sentence,) = read(control, ul2r)
     assert (
-        "better: nothing; worse: plain text, loss (2.000 -> 2.500); within 2 standard errors"
+        "better: nothing. Worse: plain text, loss (2.000 -> 2.500). Within 2 standard errors"
         in sentence
     )
     assert sentence.endswith("infilled span, exact match.")
@@ -47,7 +47,7 @@ def test_a_worse_result_is_said_and_a_difference_within_the_error_is_none() -> N
 
 def test_nan_is_neither_better_nor_worse() -> None:
     (sentence,) = read(make_arm("base", math.nan, 0.5), make_arm("ul2r", 2.0, 0.5))
-    assert "better: nothing; worse: nothing" in sentence
+    assert "better: nothing. Worse: nothing" in sentence
     assert sentence.endswith("of their error: plain text, loss.")
 
 
@@ -56,8 +56,8 @@ def test_two_means_without_errors_are_not_judged() -> None:
     (sentence,) = read(
         make_arm("base", 3.0, 0.0, stderr=0.0), make_arm("ul2r", 3.0, 1.0, stderr=0.0)
     )
-    assert "better: nothing; worse: nothing" in sentence
-    assert "cannot be judged, for want of numbers or of their error: infilled span" in sentence
+    assert "better: nothing. Worse: nothing" in sentence
+    assert "Not judged, for want of numbers or of their error: infilled span" in sentence
 
 
 def test_numbers_that_differ_are_printed_so_that_they_do() -> None:
