@@ -10,6 +10,7 @@
 #              table.md, results.jsonl, steps.tsv, log.txt, short_run.tar.gz and trace.json.gz
 #     PYTHON   the interpreter (default: python3)
 #     SECONDS_IN_ALL   no step starts after this many seconds, and none outlasts them (default: 540)
+#     STEPS    names of the steps to run, for another look at some (default: all; the installation and versions always run)
 #
 # Every step has a limit, and a failed one stops nothing. On a machine without a GPU the same steps run at tiny sizes,
 # with four times the limits; one that needs a GPU says so in a line.
@@ -35,10 +36,13 @@ export PYTHONPATH=$scratch/site:$PWD/platform:$PWD
 export PYTHONUNBUFFERED=1
 export MPLCONFIGDIR=$scratch/matplotlib
 
+is_wanted() { [[ -z ${STEPS:-} || " install versions engine_install $STEPS " == *" $1 "* ]]; }
+
 # step NAME LIMIT COMMAND...: run the command for at most LIMIT seconds, keep its log, its JSON lines and its exit code.
 step() {
   local name=$1 limit=$(($2 * slowness)) start=$SECONDS left=$((seconds_in_all * slowness - SECONDS))
   shift 2
+  is_wanted "$name" || return 0
   if ((left < 5)); then
     printf '%s\t-\t0\tno time left\n' "$name" | tee -a "$out/steps.tsv"
     return 1
@@ -71,7 +75,7 @@ if ! $has_gpu; then
 fi
 gpu=(step)
 $has_gpu || gpu=(needs_gpu)
-needs_gpu() { printf '%s\t-\t0\tneeds a GPU\n' "$1" | tee -a "$out/steps.tsv"; }
+needs_gpu() { is_wanted "$1" && printf '%s\t-\t0\tneeds a GPU\n' "$1" | tee -a "$out/steps.tsv"; }
 
 step ceilings 30 "$python" benchmarks/ceilings.py
 
