@@ -165,6 +165,11 @@ class Objective(StrictModel):
         return any(denoiser.has_inputs for denoiser in self.mixture)
 
     @property
+    def has_fim(self) -> bool:
+        """True if a denoiser is fill-in-the-middle."""
+        return any(denoiser.kind == "fim" for denoiser in self.mixture)
+
+    @property
     def is_prefix_closed_by_sentinel(self) -> bool:
         """True if a sentinel stands between inputs and targets of mode S2S, in most of its examples."""
         weights = {True: 0.0, False: 0.0}

@@ -1,8 +1,8 @@
 """Description of an export: the content of its ul2r.json. Imports neither torch nor Megatron-Core.
 
 {"format": 3, "vocabulary": {...}, "run": "tiny", "role": "ul2r", "attention": "prefix", "denoising": true,
- "eos_after_inputs": false, "prefix_sentinel": false, "step": 300, "tokens": 1228800, "flops": 1.2e+15,
- "checkpoint": "..."}
+ "eos_after_inputs": false, "prefix_sentinel": false, "fim": false, "step": 300, "tokens": 1228800,
+ "flops": 1.2e+15, "checkpoint": "..."}
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class ExportMetadata:
         denoising: True if trained on denoisers, so that the model knows modes and sentinels.
         eos_after_inputs: True if an eos closes the inputs, as well as the targets.
         prefix_sentinel: True if a sentinel closes the inputs of S2S and begins its targets.
+        fim: True if trained on fill-in-the-middle, so that the model knows its layout of sentinels.
         step: Optimizer steps of the run.
         tokens: Row positions trained on, including parent runs.
         flops: Training FLOPs, including parent runs.
@@ -56,6 +57,7 @@ class ExportMetadata:
     denoising: bool = False
     eos_after_inputs: bool = False
     prefix_sentinel: bool = False
+    fim: bool = False
     step: int | None = None
     tokens: int | None = None
     flops: float | None = None
@@ -107,6 +109,7 @@ class ExportMetadata:
             # Not recorded before they could be served: False, as those exports were served.
             eos_after_inputs=tree.get("eos_after_inputs", False),
             prefix_sentinel=tree.get("prefix_sentinel", False),
+            fim=tree.get("fim", False),
             step=tree["step"],
             tokens=tree["tokens"],
             flops=tree["flops"],

@@ -142,6 +142,7 @@ def _make_metadata(recipe: Recipe, dataset: TokenDataset, checkpoint: Path) -> E
         denoising=recipe.objective.is_denoising,
         eos_after_inputs=recipe.objective.eos_after_inputs,
         prefix_sentinel=recipe.objective.is_prefix_closed_by_sentinel,
+        fim=recipe.objective.has_fim,
         step=info.step,
         tokens=info.tokens,
         flops=info.flops,

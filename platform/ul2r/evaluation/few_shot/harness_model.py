@@ -23,9 +23,9 @@ from ul2r.config.few_shot import Prompting
 from ul2r.config.validation_errors import explain
 from ul2r.console import show_progress
 from ul2r.errors import RecipeError, RequestError
-from ul2r.evaluation.few_shot.prompting import PromptForm, ScoringRow
-from ul2r.evaluation.few_shot.scoring import TargetScore, score_rows
+from ul2r.evaluation.few_shot.prompting import PromptForm
 from ul2r.evaluation.few_shot.writing import WritingLimits, write_continuation
+from ul2r.evaluation.row_scoring import ScoringRow, TargetScore, score_rows
 from ul2r.inference import LanguageModel
 from ul2r.inference.document_start import DocumentStart, read_document_start
 from ul2r.model.huggingface.safetensors_reader import resolve_model_folder

@@ -8,32 +8,8 @@ from typing import Any
 
 from ul2r.config.few_shot import Prompting
 from ul2r.errors import RequestError
+from ul2r.evaluation.row_scoring import ScoringRow
 from ul2r.inference import LanguageModel
-
-
-@dataclass(frozen=True)
-class ScoringRow:
-    """A context and the targets that are scored after it.
-
-    Attributes:
-        inputs: Tokens of the context with mode, sentinel and closing eos; at least one.
-        given: Targets that are not scored: the sentinel that opens them.
-        targets: Tokens that are scored; at least one.
-    """
-
-    inputs: tuple[int, ...]
-    given: tuple[int, ...]
-    targets: tuple[int, ...]
-
-    @property
-    def num_positions(self) -> int:
-        """Tokens that the model reads: all but the last."""
-        return len(self.inputs) + len(self.given) + len(self.targets) - 1
-
-    @property
-    def num_unscored(self) -> int:
-        """Positions before the one that predicts the first target."""
-        return len(self.inputs) + len(self.given) - 1
 
 
 @dataclass

@@ -24,8 +24,7 @@ from ul2r.__main__ import main
 from ul2r.config.few_shot import Prompting
 from ul2r.errors import CheckpointError, RecipeError, RequestError
 from ul2r.evaluation.few_shot.harness_model import HarnessModel
-from ul2r.evaluation.few_shot.prompting import ScoringRow
-from ul2r.evaluation.few_shot.scoring import score_rows
+from ul2r.evaluation.row_scoring import ScoringRow, score_rows
 from ul2r.inference import LanguageModel
 from ul2r.inference.document_start import DocumentStart
 from ul2r.testing.models import write_tiny_export

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ul2r.evaluation.few_shot.prompting import ScoringRow
 from ul2r.inference import LanguageModel
 from ul2r.inference.language_model import MAX_LOGITS
 
@@ -18,16 +19,52 @@ MAX_POSITIONS = {"cpu": 2**12, "cuda": 2**16}
 MAX_ROWS = 256
 
 
-class TargetScore(NamedTuple):
-    """Score of a row's targets.
+@dataclass(frozen=True)
+class ScoringRow:
+    """A context and the targets that are scored after it.
 
     Attributes:
-        log_probability: Sum over the targets, in nats.
-        is_greedy: True if each target is the most likely token after those before it.
+        inputs: Tokens of the context with mode, sentinel and closing eos; at least one.
+        given: Targets that are not scored: the sentinel that opens them.
+        targets: Tokens that are scored; at least one.
     """
 
-    log_probability: float
-    is_greedy: bool
+    inputs: tuple[int, ...]
+    given: tuple[int, ...]
+    targets: tuple[int, ...]
+
+    @property
+    def num_positions(self) -> int:
+        """Tokens that the model reads: all but the last."""
+        return len(self.inputs) + len(self.given) + len(self.targets) - 1
+
+    @property
+    def num_unscored(self) -> int:
+        """Positions before the one that predicts the first target."""
+        return len(self.inputs) + len(self.given) - 1
+
+
+@dataclass(frozen=True, eq=False)
+class TargetScore:
+    """Scores of a row's T targets.
+
+    Attributes:
+        log_probabilities: float64 (T,), in nats.
+        is_most_likely: bool (T,), True if the target is the most likely token after those before it.
+    """
+
+    log_probabilities: npt.NDArray[np.float64]
+    is_most_likely: npt.NDArray[np.bool_]
+
+    @property
+    def log_probability(self) -> float:
+        """Sum over the targets, in nats."""
+        return float(self.log_probabilities.sum())
+
+    @property
+    def is_greedy(self) -> bool:
+        """True if each target is the most likely token after those before it."""
+        return bool(self.is_most_likely.all())
 
 
 def score_rows(
@@ -113,8 +150,9 @@ def _make_intervals(batch: Sequence[ScoringRow], length: int) -> tuple[Tensor, T
 
 
 def _score(logits: Tensor, targets: Sequence[int]) -> TargetScore:
-    """Return the score of targets (T,) by the logits (T, V) that predict them."""
+    """Return the scores of targets (T,) by the logits (T, V) that predict them."""
     ids = torch.tensor(targets, device=logits.device)
     # In double precision: sums over long texts keep their digits.
     chosen = logits.gather(1, ids[:, None])[:, 0].double() - logits.double().logsumexp(dim=1)
-    return TargetScore(float(chosen.sum()), bool((logits.argmax(dim=1) == ids).all()))
+    is_most_likely = logits.argmax(dim=1) == ids
+    return TargetScore(chosen.cpu().numpy(), is_most_likely.cpu().numpy())
