@@ -6,7 +6,8 @@ The way of a prompt, from the HTTP route (`serving/api.py`, `serving/service.py`
     plans.py                      which tokens of an answer are forced or allowed, and where it ends
     sampling.py                   logits to a token
     engine/                       many answers at once: what serves
-    completion.py, infilling.py   one answer, token by token (generation.py): what evaluates
+    batch_generation.py           the same for a list of prompts: what evaluates suites
+    completion.py, infilling.py   one answer, token by token (generation.py): what evaluates spans
     language_model.py             tokens and mask to logits, in the network of transformers; sliding windows
     loading.py                    network, tokenizer and special tokens of an export
 """

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from lm_eval.api.model import TemplateLM
@@ -24,13 +24,15 @@ from ul2r.config.validation_errors import explain
 from ul2r.console import show_progress
 from ul2r.errors import RecipeError, RequestError
 from ul2r.evaluation.few_shot.prompting import PromptForm
-from ul2r.evaluation.few_shot.writing import WritingLimits, write_continuation
+from ul2r.evaluation.few_shot.writing import WritingLimits, write_continuations
 from ul2r.evaluation.row_scoring import ScoringRow, TargetScore, score_rows
 from ul2r.inference import LanguageModel
 from ul2r.inference.document_start import DocumentStart, read_document_start
 from ul2r.model.huggingface.safetensors_reader import resolve_model_folder
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @register_model("ul2r")
@@ -192,15 +194,20 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types th
         disable_tqdm: bool = False,
     ) -> list[str]:
         """Return the text that the model writes after each context."""
-        answers: list[str] = []
-        for request in _show(requests, "write", quiet=disable_tqdm):
-            context, arguments = request.args
-            limits = WritingLimits.from_task(arguments)
-            ids = self.tok_encode(context) if context else [self.prefix_token_id]
-            answers.append(write_continuation(self._model, self.form, ids, limits))
-            self.cache_hook.add_partial("generate_until", (context, arguments), answers[-1])
+        answers: dict[int, str] = {}
+        contexts = [
+            (
+                self.tok_encode(request.args[0]) or [self.prefix_token_id],
+                WritingLimits.from_task(request.args[1]),
+            )
+            for request in requests
+        ]
+        written = write_continuations(self._model, self.form, contexts)
+        for index, text in _show(written, len(requests), "write", quiet=disable_tqdm):
+            answers[index] = text
+            self.cache_hook.add_partial("generate_until", requests[index].args, text)
         self._report_truncation()
-        return answers
+        return [answers[index] for index in range(len(requests))]
 
     def _score(
         self, rows: Sequence[ScoringRow], *, bidirectional: bool, quiet: bool
@@ -235,12 +242,12 @@ def parse_settings(settings: dict[str, Any]) -> Prompting:
         raise RecipeError(f"model_args: {explain(error, Prompting)}") from None
 
 
-def _show(requests: Sequence[Any], description: str, *, quiet: bool) -> Iterable[Any]:
+def _show(results: Iterable[T], total: int, description: str, *, quiet: bool) -> Iterable[T]:
     if quiet:
-        yield from requests
+        yield from results
         return
-    with show_progress(description, len(requests), "requests") as bar:
+    with show_progress(description, total, "requests") as bar:
         bar.update(0)
-        for num_done, request in enumerate(requests, start=1):
-            yield request
+        for num_done, result in enumerate(results, start=1):
+            yield result
             bar.update(num_done)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 from ul2r.errors import RequestError
 from ul2r.evaluation.few_shot.prompting import PromptForm
 from ul2r.inference import LanguageModel
-from ul2r.inference.generation import IncrementalDecoder, Sampler
+from ul2r.inference.batch_generation import BatchRequest, generate_batch
+from ul2r.inference.plans import CompletionPlan
+from ul2r.inference.sampling import SamplingSettings
 
 DEFAULT_MAX_TOKENS = 256
 """Tokens of an answer where a task names no limit, as in lm-eval's `hf`."""
@@ -56,41 +58,73 @@ class WritingLimits:
         )
 
 
-def write_continuation(
-    model: LanguageModel, form: PromptForm, context: Sequence[int], limits: WritingLimits
-) -> str:
-    """Return the text that a model writes after a context, without the stop string that ended it.
+def write_continuations(
+    model: LanguageModel,
+    form: PromptForm,
+    contexts: Sequence[tuple[Sequence[int], WritingLimits]],
+) -> Iterator[tuple[int, str]]:
+    """Yield the text that a model writes after each context, without the stop string that ended it, with its index.
 
     Args:
         model: The model.
-        form: Form in which it reads the context.
-        context: Tokens of the context; its beginning is cut if it leaves no room for `limits.max_tokens`.
-        limits: End and manner of the text.
+        form: Form in which it reads the contexts.
+        contexts: Tokens of each context, whose beginning is cut if it leaves no room for the text; end and manner of
+            the text.
     """
-    prompt, opening = form.build_prompt(context, limits.max_tokens)
-    decoder = IncrementalDecoder(model, prompt, bidirectional=form.bidirectional)
-    for token in opening:
-        decoder.feed(token)
-    sampler = Sampler(model, limits.temperature, seed=0)
-
     # Where a sentinel opens the text, the next one closes it: training targets end so.
     closers = set(model.eos_token_ids)
-    if opening and model.vocabulary is not None:
+    if form.sentinel and model.vocabulary is not None:
         closers.add(model.vocabulary.sentinels[1])
-    ids: list[int] = []
-    text = ""
-    while len(ids) < limits.max_tokens:
-        token = sampler.sample(decoder.logits, closers)
-        if token in closers:
-            break
-        ids.append(token)
+    requests = [
+        _build_request(model, form, context, limits, closers) for context, limits in contexts
+    ]
+    for index, outcome in generate_batch(model, requests, bidirectional=form.bidirectional):
+        context, limits = contexts[index]
+        text = model.decode_continuation(context, outcome.spans[0])
+        yield index, cut_at_stop(text, limits.stop)
+
+
+def _build_request(
+    model: LanguageModel,
+    form: PromptForm,
+    context: Sequence[int],
+    limits: WritingLimits,
+    closers: Collection[int],
+) -> BatchRequest:
+    prompt, opening = form.build_prompt(context, limits.max_tokens)
+
+    def has_stop(tokens: Sequence[int]) -> bool:
+        if not limits.stop:
+            return False
         # Decoded as a whole: a stop string may be made of several tokens, and a character of several.
-        text = model.decode_continuation(context, ids)
-        if any(stop in text for stop in limits.stop):
-            break
-        if len(ids) < limits.max_tokens:
-            decoder.feed(token)
-    return cut_at_stop(text, limits.stop)
+        text = model.decode_continuation(context, tokens)
+        return any(stop in text for stop in limits.stop)
+
+    return BatchRequest(
+        tokens=prompt,
+        plan=OpenedPlan(opening, tuple(closers), limits.max_tokens),
+        num_positions=len(prompt) + len(opening) + limits.max_tokens,
+        settings=SamplingSettings(temperature=limits.temperature),
+        is_complete=has_stop,
+    )
+
+
+class OpenedPlan(CompletionPlan):
+    """A completion behind given tokens, which may be empty.
+
+    Args:
+        opening: Tokens that the model reads after its prompt.
+        stop: Ids that end the text.
+        max_tokens: Maximum number of tokens.
+    """
+
+    def __init__(self, opening: Sequence[int], stop: Sequence[int], max_tokens: int) -> None:
+        super().__init__(stop, max_tokens)
+        self._opening = tuple(opening)
+
+    def begin(self) -> tuple[int, ...]:
+        """Return the opening."""
+        return self._opening
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> str:

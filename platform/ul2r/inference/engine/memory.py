@@ -87,6 +87,13 @@ def build_engine_parts(
         slots.num_bytes / GIB,
         prompt_cache_bytes / GIB,
     )
+    return assemble_parts(model, runner, slots, prompt_cache_bytes)
+
+
+def assemble_parts(
+    model: LanguageModel, runner: ModelRunner, slots: SlotCache, prompt_cache_bytes: int
+) -> EngineParts:
+    """Return the parts of an engine whose network is taken over and whose slots are allocated."""
     decode: Callable[[Sequence[int], Sequence[int]], Tensor] = partial(runner.decode, slots)
     # Experts are chosen on the host, which a graph cannot wait for.
     if model.device.type == "cuda" and not runner.has_experts:

@@ -121,23 +121,38 @@ class ModelRunner:
     """The network of a model, taken over for the engine.
 
     On a CPU the weights of its linear layers are packed, and every layer's attention becomes the engine's: after this
-    the model object still encodes and decodes text, but its own `forward` must not be called.
+    the model object still encodes and decodes text, but its own `forward` must not be called. A runner that only
+    borrows the network packs nothing, and `give_back` lets the model compute by itself again.
+
+    Args:
+        model: The model.
+        bidirectional: True if prompts are read in both directions; by default as the model's attention is.
+        borrow: Leave the network's layers as they are.
 
     Attributes:
         num_layers: Layers of the network.
         has_experts: True if tokens are sent to experts: which ones is known only when it runs.
     """
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(
+        self, model: LanguageModel, *, bidirectional: bool | None = None, borrow: bool = False
+    ) -> None:
         self._network = model.network
         self._device = model.device
-        self._bidirectional = model.attention == "prefix"
+        self._bidirectional = (
+            model.attention == "prefix" if bidirectional is None else bidirectional
+        )
         config = self._network.config
+        self._own_implementation: str = config._attn_implementation
         config._attn_implementation = IMPLEMENTATION  # what transformers' own setter sets
-        if self._device.type == "cpu" and can_pack():
+        if not borrow and self._device.type == "cpu" and can_pack():
             pack_linear_layers(self._network)
         self.num_layers: int = config.num_hidden_layers
         self.has_experts = getattr(config, "num_local_experts", None) is not None
+
+    def give_back(self) -> None:
+        """Let the model compute by itself again; nothing else may be called afterwards."""
+        self._network.config._attn_implementation = self._own_implementation
 
     @torch.inference_mode()
     def read_prompt(
