@@ -76,7 +76,7 @@ PLACES = {
     "mlflow": ("tracking/",),
     "numba": ("objective/",),
     "psutil": ("train/monitor/", "tracking/proxies", "testing/ray_cluster", "benchmarks/"),
-    "pyarrow": ("data/prepare/", "evaluation/few_shot/"),
+    "pyarrow": ("data/prepare/", "evaluation/few_shot/", "evaluation/gaps/"),
     "pynvml": ("train/monitor/",),
     "ray": (
         "data/loader",

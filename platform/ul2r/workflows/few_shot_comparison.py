@@ -13,8 +13,9 @@ from pathlib import Path
 from ul2r.config import Recipe
 from ul2r.errors import RecipeError
 from ul2r.evaluation.few_shot.items import ITEMS_FILE, RESULT_FILE, pool_headlines, read_items
-from ul2r.evaluation.few_shot.paired import PairedDifference, compare_items
+from ul2r.evaluation.few_shot.paired import compare_items
 from ul2r.evaluation.few_shot.suite_result import SuiteResult
+from ul2r.evaluation.paired import PairedDifference
 from ul2r.evaluation.pretrained import PretrainedArm
 from ul2r.filesystem import write_atomically
 from ul2r.paths import RunPaths

@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from ul2r.errors import RecipeError
 from ul2r.evaluation.few_shot.items import HeadlineItems
+from ul2r.evaluation.paired import INTERVAL, NUM_RESAMPLES, PairedDifference
 from ul2r.evaluation.scores import Score
 
-NUM_RESAMPLES = 2_000
 RESAMPLED_AT_ONCE = 2**22
 """Values that are drawn at a time: 32 MiB of indices."""
 MEAN = "mean"
-
-
-@dataclass(frozen=True)
-class PairedDifference:
-    """Difference of two arms on a task, or in the mean over tasks.
-
-    Attributes:
-        difference: Second arm minus first, with its standard error, by items.
-        low: Lower end of the 95 % bootstrap interval.
-        high: Its upper end.
-    """
-
-    difference: Score
-    low: float
-    high: float
 
 
 def compare_items(
@@ -53,12 +37,12 @@ def compare_items(
         deltas = second[name].values - first[name].values
         means = _resample_means(deltas, generator)
         resampled += means / len(names)
-        low, high = np.percentile(means, [2.5, 97.5])
+        low, high = np.percentile(means, INTERVAL)
         differences[name] = PairedDifference(score_values(deltas), float(low), float(high))
 
     if names:
         scores = [difference.difference for difference in differences.values()]
-        low, high = np.percentile(resampled, [2.5, 97.5])
+        low, high = np.percentile(resampled, INTERVAL)
         differences[MEAN] = PairedDifference(average_scores(scores), float(low), float(high))
     return differences
 

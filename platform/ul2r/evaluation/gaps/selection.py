@@ -105,26 +105,28 @@ class GapGroup:
 
 
 def select_gaps(dataset: TokenDataset, settings: GapSettings) -> tuple[GapGroup, ...]:
-    """Return a group of gaps for each length and number of slots, in the order of the settings.
+    """Return a group of gaps for each number of slots and each length, in the order of the settings.
 
-    Each group has windows of its own, evenly spread over the held-out split, as many as have `settings.num_gaps` gaps.
-    Nothing is drawn: the same store and settings give the same gaps.
+    Texts are windows that are evenly spread over the held-out split. Groups with the same number of slots have the same
+    ones: those with room for the longest gaps, shortened at the end. So with one slot a shorter gap is the beginning of
+    a longer one. Nothing is drawn: the same store and settings give the same gaps.
 
     Raises:
-        CorpusError: If a group has fewer than two texts, or the split holds tokens outside the vocabulary.
+        CorpusError: If there are fewer than two texts, or the split holds tokens outside the vocabulary.
     """
     return tuple(_iter_groups(dataset, settings))
 
 
 def _iter_groups(dataset: TokenDataset, settings: GapSettings) -> Iterator[GapGroup]:
+    num_kept = 2 * settings.context_length
     for slots in settings.slots:
+        texts = select_windows(
+            dataset.held_out,
+            max(settings.num_gaps // slots, MIN_MEASURED),
+            num_kept + slots * max(settings.lengths),
+            # A gap across documents could not be guessed from its context.
+            excluded_token=dataset.vocabulary.eos,
+        )
+        check_token_ids(texts, dataset.vocabulary, dataset.tokenizer_file.parent)
         for length in settings.lengths:
-            texts = select_windows(
-                dataset.held_out,
-                max(settings.num_gaps // slots, MIN_MEASURED),
-                2 * settings.context_length + slots * length,
-                # A gap across documents could not be guessed from its context.
-                excluded_token=dataset.vocabulary.eos,
-            )
-            check_token_ids(texts, dataset.vocabulary, dataset.tokenizer_file.parent)
-            yield GapGroup(texts, length, slots, dataset.vocabulary)
+            yield GapGroup(texts[:, : num_kept + slots * length], length, slots, dataset.vocabulary)

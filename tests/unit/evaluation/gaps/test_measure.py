@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from ul2r.config.gaps import GapSettings
 from ul2r.data.store.dataset import TokenDataset
-from ul2r.errors import RequestError
+from ul2r.errors import RecipeError, RequestError
 from ul2r.evaluation.gaps import GapGroup, GapScores, find_readings, measure_gaps, select_gaps
 from ul2r.evaluation.gaps.selection import ORIGINS
 from ul2r.inference import LanguageModel
@@ -93,10 +94,11 @@ def test_losses_equal_those_of_each_gap_alone(
     assert find_readings(model) == readings
 
     measured = list(measure_gaps(model, groups))
-    pairs = [(scores.group.name, scores.reading) for scores in measured]
-    assert pairs == [(group.name, reading) for group in groups for reading in readings]
-    for scores in measured:
-        group = scores.group
+    wanted = [(group, reading) for group in groups for reading in readings]
+    assert [(scores.name, scores.reading, scores.hashes) for scores in measured] == [
+        (group.name, reading, group.hashes) for group, reading in wanted
+    ]
+    for scores, (group, _) in zip(measured, wanted, strict=True):
         for text in range(len(group)):
             for gap in range(group.slots):
                 losses, is_most_likely = expect(model, group, scores.reading, text, gap)
@@ -117,12 +119,25 @@ def test_right_side_changes_only_readings_that_see_it(
         assert not np.allclose(sided.losses, other_sided.losses, atol=1e-2)
 
 
+def make_scores(group: GapGroup, losses: Any, is_most_likely: Any) -> GapScores:  # noqa: ANN401  arrays
+    return GapScores(
+        group.length,
+        group.slots,
+        "left",
+        group.hashes,
+        group.origins,
+        losses,
+        is_most_likely,
+        targets=(("",) * group.slots,) * len(group),
+    )
+
+
 def test_means_are_over_the_tokens_that_they_name(groups: tuple[GapGroup, ...]) -> None:
     group = groups[2]
     generator = np.random.default_rng(1)
     losses = generator.uniform(size=group.gaps.shape)
     is_most_likely = generator.uniform(size=group.gaps.shape) < 0.5
-    found = GapScores(group, "left", losses, is_most_likely).summarize()
+    found = make_scores(group, losses, is_most_likely).summarize()
 
     assert found["loss"].mean == pytest.approx(losses.mean())
     # Errors are over texts: two gaps of one text are one observation.
@@ -142,6 +157,27 @@ def test_means_are_over_the_tokens_that_they_name(groups: tuple[GapGroup, ...]) 
     assert shares
     for origin, mean in shares.items():
         assert mean == pytest.approx(losses[group.origins == ORIGINS.index(origin)].mean())
+
+
+def test_difference_is_that_of_each_text(groups: tuple[GapGroup, ...]) -> None:
+    group = groups[2]
+    generator = np.random.default_rng(2)
+    losses = generator.uniform(0, 10, size=group.gaps.shape)
+    hits = np.ones(group.gaps.shape, bool)
+    shift = generator.uniform(size=len(group))[:, None, None]
+    first = make_scores(group, losses, hits)
+    second = make_scores(group, losses - shift, ~hits)
+    found = first.compare(second)
+
+    # However much losses differ from text to text, their differences are known to their own error.
+    assert found["loss"].difference.mean == pytest.approx(-shift.mean())
+    assert found["loss"].difference.stderr == pytest.approx(shift.std(ddof=1) / len(group) ** 0.5)
+    assert found["loss"].difference.stderr < first.summarize()["loss"].stderr
+    assert -shift.max() <= found["loss"].low < found["loss"].high <= -shift.min()
+    assert found["first_token_accuracy"].difference.mean == -1
+
+    with pytest.raises(RecipeError, match="of other texts"):
+        first.compare(make_scores(groups[3], np.ones(groups[3].gaps.shape), None))
 
 
 def test_text_longer_than_the_model_is_refused(
