@@ -1,7 +1,8 @@
-"""Cores that a process may use."""
+"""Cores that a process may use, and imports without garbage collection."""
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -24,3 +25,16 @@ def test_quota_limits_the_cores(
 def test_all_cores_count_without_a_quota(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(environment, "CPU_QUOTA_FILE", tmp_path / "missing")
     assert environment.count_cores() == len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize("is_enabled", [True, False])
+def test_imports_are_not_searched_for_garbage(is_enabled: bool) -> None:
+    (gc.enable if is_enabled else gc.disable)()
+    try:
+        with environment.pause_garbage_collection():
+            assert not gc.isenabled()
+        assert gc.isenabled() is is_enabled
+        assert gc.get_freeze_count()
+    finally:
+        gc.unfreeze()
+        gc.enable()

@@ -15,17 +15,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ul2r.config import Recipe
-from ul2r.environment import get_rank, has_ray, is_started_by_torchrun
+from ul2r.environment import (
+    get_rank,
+    has_ray,
+    is_started_by_torchrun,
+    pause_garbage_collection,
+)
 from ul2r.workflows.cli import run_job
 
 
 def run(recipe: Recipe) -> None:
     """Train, then print how far the run is."""
     # Imported here: torchrun's processes need no Ray, and Ray's driver need not wait for Megatron-Core.
-    if is_started_by_torchrun() or not has_ray():
-        from ul2r.launch.torchrun import train
-    else:
-        from ul2r.launch.ray_train.trainer import train
+    with pause_garbage_collection():
+        if is_started_by_torchrun() or not has_ray():
+            from ul2r.launch.torchrun import train
+        else:
+            from ul2r.launch.ray_train.trainer import train
 
     info = train(recipe)
     # torchrun starts this job on every rank.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import warnings
@@ -21,6 +22,8 @@ VOCABULARY_SIZE = 2**16
 TRIAL_NICENESS = 10
 THREADS = Path("/proc/self/task")
 """Folder of this process's threads, those of C libraries included (proc(5))."""
+FORKABLE_THREADS = {"jemalloc_bg_thd"}
+"""Threads of libraries that cope with forks: pyarrow's allocator starts its own again (`jemalloc_postfork_child`)."""
 _built: set[str] = set()
 """Sections of recipes, as JSON, whose models were built."""
 
@@ -77,10 +80,9 @@ def start_trial_build(recipe: Recipe) -> Iterator[Callable[[], None]]:
 def _choose_context(recipe: Recipe) -> ForkContext | SpawnContext:
     """Return how to start the other process: by a fork, which imports nothing again, where that can build the model."""
     # A forked process inherits the locks of this one's other threads, locked for ever, and a CUDA that cannot be used.
-    num_threads = len(list(THREADS.iterdir()))
-    can_fork = (
-        "megatron.core" in sys.modules and num_threads == 1 and not recipe.launch.gpus_per_worker
-    )
+    names = [(thread / "comm").read_text().strip() for thread in THREADS.iterdir()]
+    is_single = sum(name not in FORKABLE_THREADS for name in names) == 1
+    can_fork = "megatron.core" in sys.modules and is_single and not recipe.launch.gpus_per_worker
     # Not "forkserver", which needs a socket in TMPDIR.
     return get_context("fork") if can_fork else get_context("spawn")
 
@@ -107,6 +109,8 @@ def _check(recipe: Recipe, sender: Connection) -> None:
     tie_to_parent()
     # Ray's node, which starts meanwhile, gives up after 30 s on a busy machine.
     os.nice(TRIAL_NICENESS)
+    # This process ends before its garbage would matter.
+    gc.disable()
     from ul2r.model.huggingface.config_json import check_family
 
     try:

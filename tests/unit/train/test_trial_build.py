@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ from ul2r.config import Recipe
 from ul2r.errors import LayoutError, RecipeError
 from ul2r.model.refusals import translate_refusals
 from ul2r.testing.recipes import GEMMA_3, tiny_recipe
+from ul2r.train import trial_build
 from ul2r.train.trial_build import (
     build_stages,
     check_buildable,
@@ -54,6 +56,22 @@ def test_a_model_that_its_family_would_lose_is_refused_in_one_line() -> None:
     recipe = tiny_recipe(Path("runs"), model={"activation": "gelu"})
     with pytest.raises(RecipeError, match=r"model\.activation=gelu: LlamaForCausalLM.* has swiglu"):
         check_buildable(recipe)
+
+
+@pytest.mark.parametrize(
+    ("other_threads", "expected"),
+    [([], "fork"), (["jemalloc_bg_thd"], "fork"), (["python"], "spawn")],
+)
+def test_the_process_is_forked_unless_a_thread_could_hold_a_lock(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, other_threads: list[str], expected: str
+) -> None:
+    for number, name in enumerate(["python", *other_threads]):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "comm").write_text(f"{name}\n")
+    monkeypatch.setattr(trial_build, "THREADS", tmp_path)
+    monkeypatch.setitem(sys.modules, "megatron.core", sys)
+    context = trial_build._choose_context(tiny_recipe(Path("runs")))
+    assert context.get_start_method() == expected
 
 
 def test_a_result_that_nobody_waits_for_is_given_up() -> None:

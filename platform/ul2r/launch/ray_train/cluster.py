@@ -50,14 +50,13 @@ def connect_ray(cpus: float, gpus: float = 0, *, smaller: str = "ask for fewer")
 
     on_sigterm = signal.getsignal(signal.SIGTERM)
     address = os.environ.get(RAY_ADDRESS)
+    before = os.environ.get(WATCHER)
     if address:
         _join(address)
     else:
-        start_local_ray(max(count_cores(), math.ceil(cpus)))
-    before = os.environ.get(WATCHER)
-    if not address:
-        # Nobody takes the machine away: an actor less to start.
+        # Nobody takes the machine away: an actor less to start. Before the node starts, which inherits it.
         os.environ.setdefault(WATCHER, "0")
+        start_local_ray(max(count_cores(), math.ceil(cpus)))
     if threading.current_thread() is threading.main_thread():
         # `ray.init` installs a SIGTERM handler that aborts without any cleanup.
         signal.signal(signal.SIGTERM, on_sigterm)

@@ -22,6 +22,9 @@ def start_worker(config: dict[str, Any]) -> None:
         message = f"{config['recipe'].name}: processes of the workers run; importing Megatron-Core"
         config["board"].log.remote(__name__, logging.INFO, message)
 
-    from ul2r.launch.ray_train.worker import train_worker
+    from ul2r.environment import pause_garbage_collection
+
+    with pause_garbage_collection():
+        from ul2r.launch.ray_train.worker import train_worker
 
     train_worker(**config)

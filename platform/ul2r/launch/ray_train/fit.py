@@ -16,12 +16,15 @@ from ray.exceptions import RayActorError
 from ray.train import FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2.api.callback import RayTrainCallback
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from ul2r.config import Recipe
 from ul2r.data.store.dataset import TokenDataset, run_fingerprint
+from ul2r.environment import has_ray_cluster
 from ul2r.launch.preflight import NO_GPU, gpu_environment
 from ul2r.launch.ray_train.elastic import has_room, resources_per_worker, shrink_layout
 from ul2r.launch.ray_train.entry_point import start_worker
@@ -29,10 +32,24 @@ from ul2r.launch.ray_train.failures import FailurePolicy, describe_deaths, find_
 from ul2r.launch.ray_train.process_group import ProcessGroupConfig
 from ul2r.launch.ray_train.progress import progress_board
 from ul2r.launch.ray_train.start import StartMonitor
+from ul2r.launch.ray_train.warm_up import start_data_processes
 from ul2r.tracking.store import TrackingStore
 from ul2r.train.checkpoint.storage import acquire_writer_token
 
 logger = logging.getLogger(__name__)
+
+
+class _OneNodePolicy(FixedScalingPolicy):  # type: ignore[misc]  # Ray has no types here
+    """Ray Train's policy of a fixed number of workers, which asks nobody for machines.
+
+    Ray's own (2.60) waits for an actor that asks a cluster's autoscaler, which a node of the run's own has not.
+    """
+
+    def after_controller_start(self, train_run_context: object) -> None:
+        """Ask for nothing."""
+
+    def _maybe_send_resource_request(self) -> None:
+        """Ask for nothing."""
 
 
 class _Trainer(DataParallelTrainer):  # type: ignore[misc]  # Ray has no types here
@@ -52,7 +69,17 @@ class _Trainer(DataParallelTrainer):  # type: ignore[misc]  # Ray has no types h
         # The only way in: Ray Train calls this method with its own default policy among the arguments.
         config = self.train_loop_config
         policy = FailurePolicy(self.run_config.failure_config, config["recipe"], config["board"])
-        return super()._initialize_and_run_controller(**{**arguments, "failure_policy": policy})
+        arguments["failure_policy"] = policy
+        if has_ray_cluster():
+            return super()._initialize_and_run_controller(**arguments)
+
+        # As Ray's method, without a runtime environment: its variables are those of the node, which this process has
+        # started. A process that runs already serves then (`warm_up.py`), as it does for the controller's own actors.
+        arguments["scaling_policy"] = _OneNodePolicy(self.scaling_config)
+        controller = ray.remote(num_cpus=0)(TrainController).remote(**arguments)
+        self._register_sigint_handler(controller)
+        ray.get(controller.run.remote())
+        return ray.get(controller.get_result.remote())
 
     def _register_sigint_handler(self, controller: ActorHandle) -> None:
         """Leave Ctrl-C as it is: Ray's handler waits for workers that still start, and then exits with code 0."""
@@ -127,6 +154,7 @@ def _fit(
     """Run Ray Train until the run ends or fails for good."""
     launch = recipe.launch
     environment = gpu_environment(recipe.parallel) if launch.gpus_per_worker else NO_GPU
+    start_data_processes(recipe, environment)
     with (
         progress_board(recipe, stop_event) as board,
         StartMonitor(recipe, board, stop_event) as monitor,

@@ -8,10 +8,16 @@ import secrets
 import shlex
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import ray
 from ray._common.utils import get_default_ray_temp_dir
+
+# Ray 2.60 has no public way to start a node without some of its processes.
+from ray._private import parameter
 
 from ul2r.errors import ServiceError
 
@@ -24,6 +30,15 @@ UNQUOTED = "'\\"
 """Characters that Ray 2.60 does not quote in the command lines of a node's processes (`subprocess.list2cmdline`)."""
 SLOW_START = "timed out during startup"
 """Part of the message of an untyped exception that Ray raises if its node is not up after 30 s (node.py in 2.60)."""
+
+NODE_SETTINGS = {
+    # Processes that were started ahead (`warm_up.py`) and wait for a task; by default those beyond the number of CPUs
+    # end after a second.
+    "RAY_idle_worker_killing_time_threshold_ms": "60000",
+    # Of Ray Train's controller, which gets it in a runtime environment otherwise.
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
+}
+"""Environment of the node's own processes (Ray 2.60), where the user has not set it."""
 
 logger = logging.getLogger(__name__)
 
@@ -43,19 +58,22 @@ def start_local_ray(num_cpus: int) -> None:
     _keep_token_in_memory()
     # Ray warns that it turns token authentication on, which is wanted.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    for variable, value in NODE_SETTINGS.items():
+        os.environ.setdefault(variable, value)
     try:
-        ray.init(
-            "local",
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            # Records of workers come by `forward_logs`; Ray would print them a second time, with its own prefixes.
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            runtime_env=python_environment(),
-            _temp_dir=str(folder),
-            # Objects that do not fit into memory stay where the user wants temporary files.
-            object_spilling_directory=None if folder == default else str(default),
-        )
+        with start_fewer_processes():
+            ray.init(
+                "local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                # Records of workers come by `forward_logs`; Ray would print them a second time, with its own prefixes.
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                runtime_env=python_environment(),
+                _temp_dir=str(folder),
+                # Objects that do not fit into memory stay where the user wants temporary files.
+                object_spilling_directory=None if folder == default else str(default),
+            )
     except OSError as error:
         raise ServiceError(
             f"Ray cannot start in {folder} ({error}): set TMPDIR to a folder that can be written and has free space"
@@ -67,6 +85,17 @@ def start_local_ray(num_cpus: int) -> None:
             "Ray's node was not up within the 30 s that Ray gives it: run the same command again when the machine is "
             f"less busy; Ray's logs are in {folder}/session_latest/logs"
         ) from None
+
+
+@contextmanager
+def start_fewer_processes() -> Iterator[None]:
+    """Have `ray.init` in the block start no autoscaler, which has no machines to add, and no sender of logs."""
+    original = parameter.RayParams
+    parameter.RayParams = partial(original, no_monitor=True, include_log_monitor=False)
+    try:
+        yield
+    finally:
+        parameter.RayParams = original
 
 
 def python_environment() -> dict[str, str]:

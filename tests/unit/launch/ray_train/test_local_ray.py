@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ray._private import parameter
 
 from ul2r.errors import ServiceError
 from ul2r.launch.ray_train import local_ray
@@ -60,3 +61,11 @@ def test_python_whose_path_ray_does_not_quote_is_refused(name: str) -> None:
 
 def test_other_paths_of_python_are_taken() -> None:
     local_ray.check_python_path('/home/a "b";c&(d) $HOME é/.venv/bin/python')
+
+
+def test_a_node_of_the_jobs_own_has_no_autoscaler_and_others_have() -> None:
+    with local_ray.start_fewer_processes():
+        ours = parameter.RayParams()
+    assert ours.no_monitor
+    assert not ours.include_log_monitor
+    assert not parameter.RayParams().no_monitor
