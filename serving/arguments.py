@@ -31,7 +31,9 @@ def check_port(port: int, host: str = LOCALHOST) -> None:
             probe.bind((host, port))
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                raise ServiceError(f"port {port} is in use: choose another with --port") from error
+                raise ServiceError(
+                    f"port {port} is in use: choose another with --port (of make: PORT=)"
+                ) from error
             raise ServiceError(
                 f"cannot listen on {host}:{port} ({error.strerror}): choose another --host or --port"
             ) from error

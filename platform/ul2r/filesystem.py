@@ -6,6 +6,7 @@ a reader, or a process that starts after a crash, sees the old content or the ne
 
 from __future__ import annotations
 
+import difflib
 import fcntl
 import hashlib
 import logging
@@ -18,6 +19,8 @@ from contextlib import contextmanager
 from ctypes import CDLL
 from pathlib import Path
 
+MAX_SUGGESTIONS = 8
+"""Near names that are looked at."""
 LOCK_POLL_S = 0.5
 """Seconds between two attempts to take a lock."""
 STAGING_SUFFIX = ".writing"
@@ -32,6 +35,31 @@ RENAME_EXCHANGE = 2
 logger = logging.getLogger(__name__)
 _reported: set[Path] = set()
 """Files and folders that this process could not remove and has said so."""
+
+
+def suggest_path(path: Path) -> str:
+    """Return the nearest name to that of a missing file or folder, as the end of a message; empty if none is near."""
+    path = path.absolute()
+    # The part that is missing may be a folder on the way.
+    missing = path
+    while not missing.parent.is_dir():
+        missing = missing.parent
+    rest = path.relative_to(missing)
+    try:
+        names = sorted(os.listdir(missing.parent))  # noqa: PTH208  only names are needed
+    except OSError:
+        return ""
+    # Without suffixes, which make any two names of one kind near. Names that lead to nothing suggest nothing.
+    stems: dict[str, list[str]] = {}
+    for name in names:
+        stems.setdefault(Path(name).stem, []).append(name)
+    near = [
+        missing.parent / name / rest
+        for stem in difflib.get_close_matches(missing.stem, stems, n=MAX_SUGGESTIONS)
+        for name in sorted(stems[stem], key=lambda name: Path(name).suffix != missing.suffix)
+        if (missing.parent / name / rest).exists()
+    ]
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def staging_path(path: Path) -> Path:

@@ -316,7 +316,10 @@ def test_a_port_in_use_ends_the_job_in_one_line(server: Server) -> None:
     output, _ = job.communicate(timeout=START_TIMEOUT_S)
 
     assert job.returncode == 2
-    assert output == f"error: port {server.port} is in use: choose another with --port\n"
+    assert (
+        output
+        == f"error: port {server.port} is in use: choose another with --port (of make: PORT=)\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,36 @@ def test_the_command_is_installed_with_the_package() -> None:
     assert result.stdout.startswith("ul2r ")
 
 
+def test_a_storage_of_a_wrong_name_is_refused_and_not_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "demo").mkdir()
+    assert main(["ui", "--storage", str(tmp_path / "dmeo")]) == 2
+    assert f"dmeo: no such folder; did you mean {tmp_path}/demo?" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+
+
+@pytest.mark.parametrize("verb", sorted(set(VERBS) - {"lm-eval"}))
+def test_every_option_says_what_it_is_for(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    _, _, options = capsys.readouterr().out.partition("options:\n")
+    # argparse writes the help on the same line, or below it, indented further.
+    lines = options.splitlines()
+    bare = [
+        line.split()[0]
+        for line, after in zip(lines, [*lines[1:], ""], strict=True)
+        if line.startswith("  -") and "  " not in line.strip() and not after.startswith("    ")
+    ]
+    assert not bare
+
+
+def test_a_comparison_is_named_as_such(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    assert "[--set KEY=VALUE] COMPARISON" in " ".join(capsys.readouterr().out.split())
+
+
 def test_up_refuses_runs_that_do_not_fit_the_disk_together(tmp_path: Path) -> None:
     """A parameter is 16 bytes of a checkpoint: no disk has space for two such models."""
     project = Project(tmp_path, "large", None)

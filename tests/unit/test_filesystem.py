@@ -19,6 +19,7 @@ from ul2r.filesystem import (
     sha256_of,
     staged_file,
     staging_dir,
+    suggest_path,
     write_atomically,
 )
 
@@ -232,3 +233,27 @@ def test_file_that_the_file_system_cannot_look_up_does_not_count_as_removed(
     assert len(caplog.messages) == 1
     assert remove(path / "below")
     assert remove(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("textt", "text"),
+        ("textt/abc.md", "text/abc.md"),
+        ("text/abd.md", "text/abc.md"),
+        ("text/abc.txt", "text/abc.md"),
+    ],
+)
+def test_nearest_name_is_suggested_for_a_missing_one(
+    tmp_path: Path, name: str, nearest: str
+) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "abc.md").touch()
+    assert suggest_path(tmp_path / name) == f"; did you mean {tmp_path / nearest}?"
+
+
+@pytest.mark.parametrize("name", ["other", "textt/none.md", "none/of/them", "text/xyz.md"])
+def test_nothing_is_suggested_without_a_near_name_that_exists(tmp_path: Path, name: str) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "abc.md").touch()
+    assert suggest_path(tmp_path / name) == ""

@@ -1,6 +1,6 @@
 """Show what a run is trained on.
 
-    ul2r inspect RECIPE [--set a.b=c]
+    ul2r inspect RECIPE [--set KEY=VALUE]
 
 Writes an HTML page into the run's folder: real examples of each denoiser, with modes, sentinels, inputs and targets
 colored and attention drawn, and the mixture's statistics as measured in the run's first rows. Every run in MLflow

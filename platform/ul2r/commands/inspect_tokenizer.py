@@ -25,15 +25,27 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     )
     # The recipe's own defaults, so that what is shown is what `ul2r prepare` does.
     default = Data()
-    parser.add_argument("tokenizer", type=Path, metavar="TOKENIZER")
-    parser.add_argument("--sentinels", type=int, default=default.num_sentinels)
-    for option, setting in (
-        ("--mode-tokens", "mode_tokens"),
-        ("--special-tokens", "special_tokens"),
+    parser.add_argument(
+        "tokenizer", type=Path, metavar="TOKENIZER", help="tokenizer.json, or a model's folder"
+    )
+    parser.add_argument(
+        "--sentinels",
+        type=int,
+        default=default.num_sentinels,
+        help="sentinels, data.num_sentinels (default: %(default)s)",
+    )
+    for option, setting, help_text in (
+        ("--mode-tokens", "mode_tokens", "how a mode is written before an example"),
+        ("--special-tokens", "special_tokens", "entries that become sentinels"),
     ):
         # A Literal, whose arguments are the choices.
         choices = get_args(Data.model_fields[setting].annotation)
-        parser.add_argument(option, choices=choices, default=getattr(default, setting))
+        parser.add_argument(
+            option,
+            choices=choices,
+            default=getattr(default, setting),
+            help=f"{help_text}, data.{setting} (default: %(default)s)",
+        )
 
     options = parser.parse_args(arguments)
     return run_and_report(lambda: run(options))

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ul2r.errors import ServiceError
+from ul2r.filesystem import suggest_path
 from ul2r.launch.logs import configure_console
 from ul2r.paths import StoragePaths
 from ul2r.workflows.cli import run_and_report
@@ -81,11 +82,13 @@ def _find_export(model: str, tracking_uri: str | None, storage: Path | None) -> 
     ModelUri.parse(model)
     if not StoragePaths(storage).mlflow_database.is_file():
         raise ServiceError(
-            f"no model registry in {storage}: run `make demo` first, or give an MLflow server with --tracking-uri"
+            f"no model registry in {storage}{suggest_path(storage)}: run `make demo` first, or give an MLflow server "
+            "with --tracking-uri"
         )
     # Importing MLflow takes seconds; serving from a folder does not need it.
     from ul2r.tracking.server import run_mlflow_server
 
+    logger.info("%s: starting MLflow on %s to look it up", model, storage)
     # Only while the name is resolved: serving needs the folder alone.
     with run_mlflow_server(storage) as uri:
         return resolve_model(model, uri)
@@ -116,19 +119,34 @@ def _make_parser(program: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "model", metavar="MODEL", help="export folder, or models:/NAME@ALIAS and the like"
     )
-    parser.add_argument("--port", type=int, default=DEFAULT_PORT)
     parser.add_argument(
-        "--host", default=DEFAULT_HOST, help="0.0.0.0 accepts connections from other machines"
+        "--port", type=int, default=DEFAULT_PORT, help="port to serve at (default: %(default)s)"
     )
-    parser.add_argument("--tracking-uri", metavar="URI", help="MLflow server of the registry")
+    parser.add_argument(
+        "--host",
+        default=DEFAULT_HOST,
+        help="0.0.0.0 accepts connections from other machines (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tracking-uri",
+        metavar="URI",
+        help="MLflow server of the registry (default: MLFLOW_TRACKING_URI)",
+    )
     parser.add_argument(
         "--storage", type=Path, metavar="FOLDER", help="storage folder that holds the registry"
     )
-    parser.add_argument("--cpus", type=_positive_int, default=1, help="cores of the model")
-    # A model is on one device.
-    parser.add_argument("--gpus", type=int, default=0, choices=(0, 1))
     parser.add_argument(
-        "--slots", type=_positive_int, default=16, help="requests that are answered at once"
+        "--cpus", type=_positive_int, default=1, help="cores of the model (default: %(default)s)"
+    )
+    # A model is on one device.
+    parser.add_argument(
+        "--gpus", type=int, default=0, choices=(0, 1), help="GPUs of it (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--slots",
+        type=_positive_int,
+        default=16,
+        help="requests that are answered at once (default: %(default)s)",
     )
     parser.add_argument(
         "--max-model-len",

@@ -9,11 +9,14 @@ there, with MLFLOW_TRACKING_URI or tracking.uri set to its address.
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from ul2r.errors import ServiceError
+from ul2r.filesystem import suggest_path
 from ul2r.workflows.cli import run_and_report
 
 DEFAULT_PORT = 5000
@@ -23,7 +26,9 @@ def run(storage: Path, port: int) -> None:
     """Serve until Ctrl-C or SIGTERM."""
     from serving.arguments import check_port
 
+    _check_storage(storage)
     check_port(port)
+    print(f"{storage}: starting MLflow, which takes 10 to 45 s", flush=True)
 
     from ul2r.tracking.mlflow import list_view_urls
     from ul2r.tracking.server import run_mlflow_server
@@ -42,6 +47,15 @@ def run(storage: Path, port: int) -> None:
         print("stopped", flush=True)
 
 
+def _check_storage(storage: Path) -> None:
+    """Refuse a folder that does not exist, which may be another's name misspelled."""
+    if not storage.exists():
+        raise ServiceError(
+            f"--storage {storage}: no such folder{suggest_path(storage)}: `ul2r prepare`, `ul2r up` and `make demo` "
+            f"make one; for runs to come: mkdir -p {shlex.quote(str(storage))}"
+        )
+
+
 def _make_parser(program: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -49,7 +63,9 @@ def _make_parser(program: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--storage", type=Path, required=True, metavar="FOLDER", help="a recipe's storage"
     )
-    parser.add_argument("--port", type=int, default=DEFAULT_PORT)
+    parser.add_argument(
+        "--port", type=int, default=DEFAULT_PORT, help="port of the web page (default: %(default)s)"
+    )
     return parser
 
 

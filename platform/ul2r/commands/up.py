@@ -39,7 +39,9 @@ def main(arguments: Sequence[str] | None = None, program: str | None = None) -> 
     """Run the command line `arguments`, by default the process's; return the exit code."""
     parser = make_parser(__doc__, program)
     parser.add_argument("--no-serve", action="store_true", help="end after the comparison")
-    parser.add_argument("--port", type=int, default=8000, help="port of the served model")
+    parser.add_argument(
+        "--port", type=int, default=8000, help="port of the served model (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     handle_stop_signals()
     try:
@@ -105,6 +107,7 @@ def _run_steps(project: Project, port: int | None) -> None:
     timer = PhaseTimer(project.storage / "phases.json")
     runs = {role: shorten(project.recipe(role)) for role in ROLES}
     print_heading("start Ray and MLflow")
+    print("starting Ray, then MLflow: 10 s each, longer on a busy machine", flush=True)
     with connect_ray(count_cores() + NUM_SPARE_CPUS), run_mlflow_server(project.storage) as uri:
         print(f"MLflow is up meanwhile: {uri}", flush=True)
         # The steps join them, instead of starting their own.

@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from ul2r.config.named_recipes import find_recipe, suggest_recipe
+from ul2r.config.named_recipes import SUFFIX, find_recipe, is_named_recipe, suggest_recipe
 from ul2r.config.parse_yaml import check_values, one_line, parse_yaml
 from ul2r.config.renamed_keys import describe_renamed_keys
 from ul2r.config.strict_model import StrictModel
 from ul2r.config.validation_errors import explain
 from ul2r.errors import RecipeError
+from ul2r.filesystem import suggest_path
 
 SectionType = TypeVar("SectionType", bound=StrictModel)
 
@@ -53,6 +54,7 @@ def load(
         check_values(tree, f"--set {override}")
         _refuse_renamed_keys(tree, f"--set {override}")
     _refuse_other_kind(path, tree, kind)
+    _refuse_shared_settings(path, tree)
     if complete is not None:
         complete(tree)
 
@@ -73,6 +75,30 @@ def _refuse_other_kind(path: Path, tree: dict[str, Any], kind: type[StrictModel]
         raise RecipeError(
             f"{path} is the recipe of a run: `ul2r compare` takes a file that lists several under `recipes`"
         )
+
+
+def _refuse_shared_settings(path: Path, tree: dict[str, Any]) -> None:
+    """Refuse a file without a name that others in its folder extend, which would be a list of missing keys."""
+    if "name" in tree:
+        return
+    runs = [
+        other.stem if is_named_recipe(other) else str(other)
+        for other in sorted(path.parent.glob(f"*{SUFFIX}"))
+        if _find_parent_of_run(other) in {path.name, path.stem}
+    ]
+    if runs:
+        raise RecipeError(
+            f"{path} holds settings that runs share and is none itself: name one of {', '.join(runs)}"
+        )
+
+
+def _find_parent_of_run(path: Path) -> object:
+    """Return what a file with a name extends; None if it extends nothing, or is no recipe of a run."""
+    try:
+        tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError, RecipeError):
+        return None
+    return tree.get("extends") if isinstance(tree, dict) and "name" in tree else None
 
 
 def dump(section: StrictModel) -> str:
@@ -101,7 +127,8 @@ def _read(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         # An OSError has a reason of the system's; a UnicodeDecodeError has none.
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        hint = suggest_recipe(path) if isinstance(error, FileNotFoundError) else ""
+        is_missing = isinstance(error, FileNotFoundError)
+        hint = (suggest_recipe(path) or suggest_path(path)) if is_missing else ""
         raise RecipeError(f"{path}: recipe cannot be read: {reason}{suffix}{hint}") from None
     tree = parse_yaml(text, str(path))
     if tree is None:

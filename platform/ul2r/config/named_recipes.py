@@ -18,6 +18,11 @@ def list_named_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob(f"*{SUFFIX}"))} if folder else {}
 
 
+def is_named_recipe(path: Path) -> bool:
+    """Return whether a file is a recipe of the package, which its name alone finds."""
+    return path in list_named_recipes().values()
+
+
 def find_recipe(path: Path, folder: Path) -> Path:
     """Return the file that a recipe is named by.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from ul2r.errors import CheckpointError
-from ul2r.filesystem import write_atomically
+from ul2r.filesystem import suggest_path, write_atomically
 from ul2r.objective.vocabulary import Vocabulary
 from ul2r.paths import EXPORT_METADATA_FILE, TOKENIZER_FILE
 
@@ -128,7 +128,9 @@ def read_export_metadata(folder: Path) -> ExportMetadata:
         CheckpointError: If a file is missing, or ul2r.json has an unknown format.
     """
     if not folder.is_dir():
-        raise CheckpointError(f"no export at {folder}: the folder does not exist")
+        raise CheckpointError(
+            f"no export at {folder}: the folder does not exist{suggest_path(folder)}"
+        )
     missing = [name for name in REQUIRED_FILES if not (folder / name).is_file()]
     if not any((folder / name).is_file() for name in WEIGHT_FILES):
         missing.append(WEIGHT_FILES[0])

@@ -43,7 +43,7 @@ def run_mlflow_server(storage: Path, port: int | None = None) -> Iterator[str]:
         ServiceError: If the port is in use, or the server does not start.
     """
     if port is not None and _is_taken(port):
-        raise ServiceError(f"port {port} is in use: choose another with --port")
+        raise ServiceError(f"port {port} is in use: choose another with --port (of make: PORT=)")
 
     port = port or find_free_port()
     storage = storage.resolve()

@@ -53,7 +53,7 @@ def run_job(
         The exit code, see `run_and_report`.
     """
     make_streams_encodable()
-    parser = _make_parser(description, program)
+    parser = _make_parser(description, program, config_type)
     if add_options is not None:
         add_options(parser)
     if dry_run is not None:
@@ -123,7 +123,9 @@ def _is_to_report(message: str) -> bool:
     return is_first_to_report(message)
 
 
-def _make_parser(description: str | None, program: str | None) -> argparse.ArgumentParser:
+def _make_parser(
+    description: str | None, program: str | None, config_type: type[Recipe | Comparison]
+) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program,
         # The docstring keeps its line breaks and the indentation of its commands.
@@ -133,7 +135,7 @@ def _make_parser(description: str | None, program: str | None) -> argparse.Argum
     parser.add_argument(
         "recipe",
         type=Path,
-        metavar="RECIPE",
+        metavar="COMPARISON" if config_type is Comparison else "RECIPE",
         help="YAML file, or a name that `ul2r recipes` lists",
     )
     parser.add_argument(

@@ -132,12 +132,16 @@ def derive_settings(
     rows = _choose_rows(budget // length)
     if steps is not None:
         rows = max(rows, MIN_ROWS_PER_STEP)
-        budget_reason = "as asked for"
+        budget_reason = describe_steps(steps)
     if rows < MIN_ROWS_PER_STEP:
         raise RecipeError(
             f"the text has about {text_tokens:,} tokens, fewer than {MIN_STEPS} steps of {MIN_ROWS_PER_STEP} rows of "
             f"{length}: give more text"
         )
+    rows_reason = (
+        f"rows of a step: at least {MIN_STEPS} updates{'' if steps is None else ' in one pass over the text'}, at most "
+        f"{MAX_ROWS_PER_STEP} rows (arXiv 2210.11399, 3.2)"
+    )
     layout = _choose_layout(model, vocabulary_size, length, rows, machine)
     replicas = layout["parallel.num_workers"] // layout["parallel.tensor"]
     rows = max(rows, replicas)
@@ -150,7 +154,7 @@ def derive_settings(
         **_choose_device(machine),
         "training.global_batch_size": Choice(
             rows,
-            f"rows of a step: at least {MIN_STEPS} updates, at most {MAX_ROWS_PER_STEP} rows (arXiv 2210.11399, 3.2)",
+            rows_reason,
         ),
         "training.steps": Choice(steps, budget_reason),
         "validation.num_rows": Choice(
@@ -160,6 +164,13 @@ def derive_settings(
         **_choose_rates(num_parameters(model, vocabulary_size)),
     }
     return choices
+
+
+def describe_steps(steps: int) -> str:
+    """Return the reason for a number of steps that the user has chosen."""
+    if steps < MIN_STEPS:
+        return f"as asked for; fewer than {MIN_STEPS} updates are a trial, and show nothing of UL2R"
+    return "as asked for"
 
 
 def _choose_data(length: int) -> dict[str, Choice]:
@@ -223,11 +234,14 @@ def _choose_budget(text_tokens: int, pretraining_tokens: float | None) -> tuple[
         return text_tokens, "one pass over the text; what the base was trained on is not known"
     wanted = int(pretraining_tokens * UL2R_FRACTION)
     if wanted <= text_tokens:
-        return wanted, f"0.1 % of the {pretraining_tokens:.3g} tokens that the base was trained on"
+        return wanted, (
+            f"0.1 % of the {pretraining_tokens:.3g} tokens that the model of this name was trained on (if this is "
+            "another: --steps N)"
+        )
     share = text_tokens / pretraining_tokens
     return text_tokens, (
-        f"one pass over the text, {share:.2g} of the {pretraining_tokens:.3g} tokens that the base was trained on; "
-        "the paper adds 0.001 to 0.01"
+        f"one pass over the text, {share:.2g} of the {pretraining_tokens:.3g} tokens that the model of this name was "
+        "trained on (if this is another: --steps N); the paper adds 0.001 to 0.01"
     )
 
 

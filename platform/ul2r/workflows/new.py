@@ -136,7 +136,7 @@ def count_tokens(corpus: Sequence[str], tokenizer: DocumentTokenizer) -> int:
     Raises:
         CorpusError: If it is missing or empty.
     """
-    num_tokens = estimate_tokens(list_corpus(corpus).files, tokenizer)
+    num_tokens = estimate_tokens(list_corpus(corpus, setting="TEXT").files, tokenizer)
     if not num_tokens:
         raise CorpusError(f"text {', '.join(corpus)}: holds no text")
     return num_tokens

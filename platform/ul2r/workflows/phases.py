@@ -45,8 +45,10 @@ class Phase:
     """Record of one phase."""
 
     seconds: float = 0.0
-    """Wall time of all attempts until the phase finished for the first time."""
+    """Wall time until the phase finished for the first time: of that attempt, and of those before that were stopped."""
     finished: bool = False
+    failed_seconds: float = 0.0
+    """Wall time of attempts that failed before it did."""
 
 
 class PhaseTimer:
@@ -69,7 +71,7 @@ class PhaseTimer:
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
-        """Add the block's wall time to the phase's, even if the block fails.
+        """Add the block's wall time to the phase's, also if it is stopped; that of a block that fails is kept apart.
 
         Once a block of the phase has succeeded its time is final: a later one only finds the work done.
         """
@@ -78,23 +80,33 @@ class PhaseTimer:
         # Not time.time, which jumps when the clock is set.
         start = time.monotonic()
         succeeded = False
+        failed = False
         try:
             yield
             succeeded = True
+        # Ctrl-C is no Exception.
+        except Exception:
+            failed = True
+            raise
         finally:
-            self._seconds_now[name] = time.monotonic() - start
+            seconds = time.monotonic() - start
+            self._seconds_now[name] = seconds
             if not phase.finished:
-                phase.seconds += self._seconds_now[name]
+                if failed:
+                    phase.failed_seconds += seconds
+                else:
+                    phase.seconds += seconds
                 phase.finished = succeeded
                 self._write()
 
     def format_table(self) -> str:
-        """Return a line for each phase that this process measured, and their total."""
+        """Return a line for each phase that this process measured, and their total, without attempts that failed."""
         lines = []
         for name, seconds_now in self._seconds_now.items():
-            note = (
-                f"   done before; {seconds_now:.0f} s now" if name in self._finished_before else ""
-            )
+            failed = self._phases[name].failed_seconds
+            note = f"   besides {failed:.0f} s in attempts that failed" if failed else ""
+            if name in self._finished_before:
+                note = f"   done before; {seconds_now:.0f} s now"
             lines.append(f"{name:<14}{self._phases[name].seconds:8.0f} s{note}")
 
         # Phases of an earlier version of the file, which this process did not run, are left out.

@@ -80,3 +80,30 @@ def test_a_wrong_name_is_answered_with_the_nearest(name: str, hint: str) -> None
 def test_a_name_that_is_near_none_has_no_suggestion() -> None:
     with pytest.raises(RecipeError, match=r"No such file or directory$"):
         load(Path("xyzzy"), (), Recipe)
+
+
+def test_a_wrong_file_name_is_answered_with_the_nearest_file() -> None:
+    Path("mine.yaml").write_text("extends: demo-base\nname: own\n")
+    with pytest.raises(RecipeError, match=r"mien\.yaml: recipe .*; did you mean \S+/mine\.yaml\?$"):
+        load(Path("mien.yaml"), (), Recipe)
+
+
+def test_settings_that_runs_share_are_no_run() -> None:
+    runs = "name one of demo-base, demo-ul2r$"
+    with pytest.raises(
+        RecipeError, match=f"holds settings that runs share and is none itself: {runs}"
+    ):
+        load(Path("demo"), (), Recipe)
+    Path("settings.yaml").write_text("extends: demo-base\nname: null\n")
+    Path("a.yaml").write_text("extends: settings.yaml\nname: a\n")
+    with pytest.raises(
+        RecipeError, match=r"settings\.yaml holds settings .*: name one of a\.yaml$"
+    ):
+        load(Path("settings.yaml"), (), Recipe)
+    assert load(Path("settings.yaml"), ["name=a"], Recipe).name == "a"
+
+
+def test_a_run_without_a_name_that_nothing_extends_misses_it() -> None:
+    Path("a.yaml").write_text("extends: demo\n")
+    with pytest.raises(RecipeError, match=r"a\.yaml: .*name"):
+        load(Path("a.yaml"), (), Recipe)

@@ -119,3 +119,10 @@ def test_a_model_too_large_for_one_gpu_is_split_over_several() -> None:
 def test_a_model_too_large_for_the_machine_is_refused() -> None:
     with pytest.raises(RecipeError, match="does not fit the machine's GPUs, 1 x 24 GiB"):
         derive_settings(LLAMA_8B, 128_256, 10**10, Machine(num_gpus=1, memory_gib=24, num_cores=8))
+
+
+@pytest.mark.parametrize(("steps", "is_trial"), [(20, True), (100, False)])
+def test_few_steps_are_called_a_trial(steps: int, is_trial: bool) -> None:
+    settings = derive_settings(SMALL, 49_152, 10**8, CPU, steps=steps)
+    assert ("show nothing" in settings["training.steps"].reason) is is_trial
+    assert "in one pass over the text" in settings["training.global_batch_size"].reason

@@ -161,3 +161,12 @@ def test_nothing_is_written_for_a_model_or_text_that_cannot_be_used(
     with pytest.raises(RecipeError, match="give more text"):
         write_project(str(model), [str(text)], out)
     assert not out.exists()
+
+
+def test_a_text_that_is_missing_is_told_by_the_argument(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CorpusError, match=rf"txet: no such file or folder; did you mean {text}\?$"):
+        write_project(str(model), [str(tmp_path / "txet")], tmp_path / "out")
+    with pytest.raises(CorpusError, match=r"no such file or folder: set TEXT to your text$"):
+        write_project(str(model), [str(tmp_path / "else")], tmp_path / "out")

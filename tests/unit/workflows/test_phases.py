@@ -51,6 +51,38 @@ def test_time_of_an_interrupted_attempt_is_added_to_the_next(
     assert second.format_table().splitlines()[0].split() == ["base", "100", "s"]
 
 
+def test_time_of_an_attempt_that_failed_is_kept_apart(tmp_path: Path, clock: list[float]) -> None:
+    timer = PhaseTimer(tmp_path / "phases.json")
+    with contextlib.suppress(OSError), timer.measure("base"):
+        clock[0] += 30
+        raise OSError
+    second = PhaseTimer(tmp_path / "phases.json")
+    with second.measure("base"):
+        clock[0] += 70
+    phase, total = second.format_table().splitlines()
+    assert phase.split() == [
+        "base",
+        "70",
+        "s",
+        "besides",
+        "30",
+        "s",
+        "in",
+        "attempts",
+        "that",
+        "failed",
+    ]
+    assert total.split() == ["total", "70", "s"]
+
+
+def test_file_of_an_earlier_version_is_read(tmp_path: Path, clock: list[float]) -> None:
+    (tmp_path / "phases.json").write_text('{"base": {"seconds": 30, "finished": false}}')
+    timer = PhaseTimer(tmp_path / "phases.json")
+    with timer.measure("base"):
+        clock[0] += 70
+    assert timer.format_table().splitlines()[0].split() == ["base", "100", "s"]
+
+
 def test_finished_phase_keeps_its_first_time(tmp_path: Path, clock: list[float]) -> None:
     for seconds in (100, 5):
         timer = PhaseTimer(tmp_path / "phases.json")
@@ -67,7 +99,7 @@ def test_times_are_stored_as_json_without_temporary_files(
     with PhaseTimer(tmp_path / "new" / "phases.json").measure("base"):
         clock[0] += 1.5
     assert json.loads((tmp_path / "new" / "phases.json").read_text()) == {
-        "base": {"seconds": 1.5, "finished": True}
+        "base": {"seconds": 1.5, "finished": True, "failed_seconds": 0.0}
     }
     assert len(list((tmp_path / "new").iterdir())) == 1
 

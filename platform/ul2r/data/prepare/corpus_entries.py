@@ -11,6 +11,7 @@ from urllib.request import url2pathname
 
 from ul2r.data.store.token_store import append_suffix
 from ul2r.errors import CorpusError
+from ul2r.filesystem import suggest_path
 
 
 def find_entry_paths(entry: str, key: str = "data.corpus") -> tuple[list[Path], bool]:
@@ -19,7 +20,7 @@ def find_entry_paths(entry: str, key: str = "data.corpus") -> tuple[list[Path], 
     Args:
         entry: A file or folder, a file:// URL of one, a pattern, or the prefix of a Megatron token store: `x` for
             `x.bin` and `x.idx`, as Megatron's own tools name it.
-        key: The setting that has the entry, for messages.
+        key: The setting or argument that has the entry, for messages.
 
     Raises:
         CorpusError: If there is nothing there.
@@ -49,7 +50,9 @@ def find_entry_paths(entry: str, key: str = "data.corpus") -> tuple[list[Path], 
         if paths:
             return paths, True
         raise CorpusError(f"{entry}: no file matches this pattern: set {key} to your text")
-    raise CorpusError(f"{entry}: no such file or folder: set {key} to your text")
+    raise CorpusError(
+        f"{entry}: no such file or folder{suggest_path(path) or f': set {key} to your text'}"
+    )
 
 
 def _resolve_url(entry: str, key: str) -> str:

@@ -106,10 +106,13 @@ def _read_records(
 def open_decompressed(path: Path) -> IO[bytes]:
     """Open a file, and decompress it if its suffix says that it is compressed."""
     compression = compression_suffix(path)
-    if not compression:
-        return path.open("rb")
+    return decompress(path, compression) if compression else path.open("rb")
+
+
+def decompress(source: Path | IO[bytes], compression: str) -> IO[bytes]:
+    """Decompress a file, by its path or open, that has the suffix of a compression."""
     # Arrow's decompressors raise on a truncated file instead of returning its beginning.
-    return io.BufferedReader(pyarrow.input_stream(path, compression=COMPRESSIONS[compression]))
+    return io.BufferedReader(pyarrow.input_stream(source, compression=COMPRESSIONS[compression]))
 
 
 def _decode(path: Path, stream: IO[bytes]) -> Iterator[str]:

@@ -42,6 +42,27 @@ def read_parquet_texts(file: SourceFile, stream: IO[bytes]) -> Iterator[Record]:
         yield Record(row[file.text_key], "", locate)
 
 
+def count_parquet_bytes(file: SourceFile) -> int:
+    """Return the bytes of a file's texts, as its index states them; of one that is compressed as a whole, its size.
+
+    Raises:
+        CorpusError: If it is not a parquet file.
+    """
+    if compression_suffix(file.path):
+        return file.size
+    try:
+        index = pyarrow.parquet.read_metadata(file.path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise CorpusError(f"{file.path}: not a parquet file: {error}") from None
+    groups = [index.row_group(number) for number in range(index.num_row_groups)]
+    columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+    return sum(
+        column.total_uncompressed_size
+        for column in columns
+        if column.path_in_schema == file.text_key
+    )
+
+
 def read_parquet_rows(
     file: SourceFile, stream: IO[bytes], choose_columns: Callable[[pyarrow.Schema], list[str]]
 ) -> Iterator[tuple[dict[str, Any], Callable[[], str]]]:

@@ -7,7 +7,8 @@ from pathlib import Path
 ONE_DOCUMENT_SUFFIXES = (".txt", ".md", ".py")
 SPLITTABLE_SUFFIXES = (".jsonl", ".json")
 """Files of one record per line, which can be read from the middle."""
-TEXT_SUFFIXES = (*ONE_DOCUMENT_SUFFIXES, ".jsonl", ".parquet")
+PARQUET_SUFFIX = ".parquet"
+TEXT_SUFFIXES = (*ONE_DOCUMENT_SUFFIXES, ".jsonl", PARQUET_SUFFIX)
 NAMED_TEXT_SUFFIXES = (".json",)
 """Read as .jsonl if a recipe names the file; in a folder, .json files are mostly settings and other data than text."""
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -28,7 +29,7 @@ def compression_suffix(path: Path) -> str:
 
 def is_compressed_text(path: Path) -> bool:
     """Return whether a file holds more text than it has bytes; Parquet compresses its columns itself."""
-    return bool(compression_suffix(path)) or text_suffix(path) == ".parquet"
+    return bool(compression_suffix(path)) or text_suffix(path) == PARQUET_SUFFIX
 
 
 def is_read_if_named(path: Path) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ul2r.config import Architecture
 from ul2r.config.architecture import FamilyName
 from ul2r.errors import CheckpointError
+from ul2r.filesystem import suggest_path
 from ul2r.model.huggingface.families import FAMILIES
 from ul2r.model.huggingface.family import TensorSlice, slice_tensor, tensor_shapes
 from ul2r.model.huggingface.hub import download_model
@@ -63,7 +64,7 @@ def resolve_model_folder(name: str, revision: str | None = None) -> Path:
             )
         return folder.absolute()
     if folder.is_absolute() or name.startswith((".", "~")) or not HUB_ID.fullmatch(name):
-        raise CheckpointError(f"base.hf={name}: the folder does not exist")
+        raise CheckpointError(f"base.hf={name}: the folder does not exist{suggest_path(folder)}")
 
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
