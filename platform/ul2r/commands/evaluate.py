@@ -1,13 +1,15 @@
 """Measure a run on held-out text.
 
     ul2r evaluate RECIPE [--set evaluation.num_rows=128]
+    ul2r evaluate RECIPE --suite humaneval-infilling --allow-code-execution [--set evaluation.data=FOLDER]
     ul2r evaluate RECIPE --suite paper-26 [--set evaluation.data=FOLDER] [--set evaluation.few_shot.mode=S2S]
 
 Measures the run's export, prints the scores, stores them in the run's folder as evaluation.json and adds them to the
 run in MLflow. A run that was measured with the same settings before is not measured again.
 
-With --suite it runs few-shot tasks instead, by lm-evaluation-harness (pip install 'ul2r[eval]'), and keeps each answer
-in few_shot/SUITE.
+With --suite it runs few-shot tasks instead, by lm-evaluation-harness (pip install 'ul2r[eval]'), or fills gaps of texts
+(humaneval-infilling, rocstories), and keeps each answer in few_shot/SUITE. An interrupted suite goes on behind the
+tasks that have ended. Scores are also recorded in MLflow: without a server, --set tracking.uri=none.
 """
 
 from __future__ import annotations
@@ -15,18 +17,19 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from ul2r.config import Recipe
 from ul2r.workflows.cli import run_job
 
 
-def run(recipe: Recipe) -> None:
+def run(recipe: Recipe, *, allow_code_execution: bool = False) -> None:
     """Measure and record the run, then print its scores."""
     from ul2r.console import print_table
 
     if recipe.evaluation.few_shot.suites:
-        run_suites(recipe)
+        run_suites(recipe, allow_code_execution=allow_code_execution)
         return
 
     from ul2r.workflows.evaluate import evaluate_run, make_score_table
@@ -34,13 +37,13 @@ def run(recipe: Recipe) -> None:
     print_table(make_score_table(recipe, evaluate_run(recipe)))
 
 
-def run_suites(recipe: Recipe) -> None:
+def run_suites(recipe: Recipe, *, allow_code_execution: bool) -> None:
     """Run few-shot suites, then print their scores, what was left out and where the answers are."""
     from ul2r.console import print_table
     from ul2r.workflows.few_shot import make_suite_table, run_suites
 
     model = recipe.evaluation.few_shot.model or recipe.name
-    for result, folder in run_suites(recipe):
+    for result, folder in run_suites(recipe, allow_code_execution=allow_code_execution):
         print_table(make_suite_table(result, model))
         if result.left_out:
             print(f"left out: {', '.join(result.left_out)}")
@@ -48,13 +51,21 @@ def run_suites(recipe: Recipe) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the option of suites, which sets keys of the recipe."""
+    """Add the option of suites, which sets keys of the recipe, and the one that no recipe can set."""
+    parser.add_argument(
+        "--allow-code-execution",
+        dest="action",
+        action="store_const",
+        const=partial(run, allow_code_execution=True),
+        help="let suites run code that the model writes, in a sandbox: humaneval-infilling",
+    )
     parser.add_argument(
         "--suite",
         dest="overrides",
         action=_AddSuites,
         metavar="NAME",
-        help="run few-shot tasks: paper-26, bbes-21, mmlu, gsm8k, bbh, mgsm, tydiqa, commonsenseqa, strategyqa, or a "
+        help="run few-shot tasks: paper-26, bbes-21, mmlu, gsm8k, bbh, mgsm, tydiqa, commonsenseqa, strategyqa, "
+        "humaneval-infilling, rocstories, or a "
         "file; several with commas, or by several options",
     )
 

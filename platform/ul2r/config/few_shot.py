@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ul2r.config.denoisers import Mode
 from ul2r.config.field_types import PositiveInt
 from ul2r.config.strict_model import StrictModel
+
+Reading = Literal["auto", "both", "fim", "left"]
 
 
 class Prompting(StrictModel):
@@ -44,3 +46,18 @@ class FewShot(Prompting):
     """Seeds of the few-shot examples; a task without examples is run once."""
     limit: PositiveInt | None = None
     """First items of each task that are run; by default all."""
+    reading: Reading = "auto"
+    """What a model sees of a text to infill: both sides with a sentinel between them, both in the layout of fim, or the
+    left one alone, causally and without a mode; auto is the first of these that it was trained for."""
+    samples: PositiveInt = 1
+    """Texts that are written for each gap of an infilling suite, whose scores are averaged."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """Of the texts written for gaps; 0 is greedy."""
+
+    @model_validator(mode="after")
+    def _check_samples(self) -> Self:
+        if self.samples > 1 and not self.temperature:
+            raise ValueError(
+                f"samples={self.samples} at temperature=0 are all the same: set temperature, such as 0.2, or samples=1"
+            )
+        return self

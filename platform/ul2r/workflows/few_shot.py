@@ -9,15 +9,15 @@ from pathlib import Path
 from rich.table import Table
 
 from ul2r.config import Recipe
-from ul2r.errors import CheckpointError, CorpusError
-from ul2r.evaluation.few_shot.harness_model import HarnessModel
-from ul2r.evaluation.few_shot.items import ITEMS_FILE, RESULT_FILE, write_items
+from ul2r.config.few_shot import FewShot
+from ul2r.errors import CheckpointError, CorpusError, RecipeError
+from ul2r.evaluation.code_execution import check_confinement
+from ul2r.evaluation.few_shot.items import ITEMS_FILE, read_first_items
 from ul2r.evaluation.few_shot.requirements import require_lm_eval
-from ul2r.evaluation.few_shot.running import run_suite
+from ul2r.evaluation.few_shot.running import Subject, SuiteRun, Task
 from ul2r.evaluation.few_shot.suite_result import SuiteResult
-from ul2r.evaluation.few_shot.suites import load_suites
+from ul2r.evaluation.few_shot.suites import Suite, load_suites
 from ul2r.evaluation.few_shot.task_loading import (
-    LoadedTask,
     Unavailable,
     describe_unavailable,
     load_tasks,
@@ -39,8 +39,14 @@ TABLE_ITEMS = 200
 """Items in the table of a record; all are in items.parquet."""
 
 
-def run_suites(recipe: Recipe) -> list[tuple[SuiteResult, Path]]:
+def run_suites(
+    recipe: Recipe, *, allow_code_execution: bool = False
+) -> list[tuple[SuiteResult, Path]]:
     """Run the recipe's suites on its export, or on `evaluation.few_shot.model`; return results and their folders.
+
+    Args:
+        recipe: The recipe.
+        allow_code_execution: Run code that the model writes, which the scores of some suites need.
 
     Raises:
         UserError: If a suite, a task, its data or the model is missing, or the tracking server fails.
@@ -49,36 +55,62 @@ def run_suites(recipe: Recipe) -> list[tuple[SuiteResult, Path]]:
     settings = recipe.evaluation.few_shot
     # What can refuse comes first: a suite takes minutes to days.
     suites = load_suites(settings.suites)
+    _check_code_execution(suites, recipe, is_allowed=allow_code_execution)
     folder, paths, digest = _find_model(recipe)
     store = check_store(recipe.tracking.uri)
     store.check_experiment(recipe.tracking.experiment)
-    model = _load_model(recipe, folder)
     loaded = {
-        name: _load_tasks(suite_tasks, recipe)
-        for name, suite_tasks in (
-            (name, load_tasks(suite, recipe.evaluation.data, settings.tasks))
-            for name, suite in suites.items()
+        name: _load_tasks(load_tasks(suite, recipe.evaluation.data, settings.tasks), recipe)
+        for name, suite in suites.items()
+    }
+    subject = _load_model(recipe, folder, digest)
+    runs = {
+        name: SuiteRun(
+            subject, name, tasks, settings, _describe_left_out(suites[name], unavailable, settings)
         )
+        for name, (tasks, unavailable) in loaded.items()
     }
 
     results = []
-    for name, (tasks, unavailable) in loaded.items():
-        # A new view for each, since it counts the contexts that were cut.
-        view = model.copy_unused()
-        left_out = {task.name: f"{task.dataset}: {task.reason}" for task in unavailable}
-        if settings.tasks:
-            lines = [entry.name for entry in suites[name].tasks]
-            left_out |= {n: "not asked for" for n in lines if n not in settings.tasks}
-        result, rows = run_suite(view, digest, name, tasks, settings, left_out)
-        target = paths.few_shot / name / result.label
-        # What is half-written has no result.json, and is not taken for that of an earlier run.
-        (target / RESULT_FILE).unlink(missing_ok=True)
-        write_items(target / ITEMS_FILE, rows)
-        result.write(target)
-        model_run = store.find_run(paths.folder)
-        _record(store, recipe, result, target, rows, model_run)
+    for name, run in runs.items():
+        target = paths.few_shot / name / run.label
+        result = run.execute(target)
+        _record(store, recipe, result, target, store.find_run(paths.folder))
         results.append((result, target))
     return results
+
+
+def _check_code_execution(suites: Mapping[str, Suite], recipe: Recipe, *, is_allowed: bool) -> None:
+    """Refuse suites that run what a model writes, unless this is allowed; say what this machine does not prevent.
+
+    Raises:
+        RecipeError: With the option that allows it.
+        ServiceError: If no process can be started for it.
+    """
+    asked = recipe.evaluation.few_shot.tasks
+    running = [
+        name
+        for name, suite in suites.items()
+        if any(task.runs_code and (not asked or task.name in asked) for task in suite.infilling)
+    ]
+    if not running:
+        return
+    if not is_allowed:
+        raise RecipeError(
+            f"suite {running[0]} runs code that the model writes, in a sandbox: allow it by `ul2r evaluate RECIPE "
+            "--allow-code-execution`"
+        )
+    check_confinement()
+
+
+def _describe_left_out(
+    suite: Suite, unavailable: Sequence[Unavailable], settings: FewShot
+) -> dict[str, str]:
+    left_out = {task.name: f"{task.dataset}: {task.reason}" for task in unavailable}
+    if settings.tasks:
+        names = [line.name for line in suite.lines]
+        left_out |= {n: "not asked for" for n in names if n not in settings.tasks}
+    return left_out
 
 
 def _find_model(recipe: Recipe) -> tuple[Path, RunPaths, str]:
@@ -95,16 +127,15 @@ def _find_model(recipe: Recipe) -> tuple[Path, RunPaths, str]:
     return recipe.paths.export, recipe.paths, hash_export(recipe.paths.export)
 
 
-def _load_model(recipe: Recipe, folder: Path) -> HarnessModel:
+def _load_model(recipe: Recipe, folder: Path, digest: str) -> Subject:
     device = "cuda" if recipe.launch.gpus_per_worker else "cpu"
     model = LanguageModel.load(folder, device)
-    start = read_document_start(folder, model.metadata)
-    return HarnessModel.from_model(model, start, recipe.evaluation.few_shot)
+    return Subject(model, read_document_start(folder, model.metadata), digest)
 
 
 def _load_tasks(
-    outcome: tuple[list[LoadedTask], list[Unavailable]], recipe: Recipe
-) -> tuple[list[LoadedTask], list[Unavailable]]:
+    outcome: tuple[list[Task], list[Unavailable]], recipe: Recipe
+) -> tuple[list[Task], list[Unavailable]]:
     """Return the outcome of `load_tasks`, unless tasks are missing that should not be."""
     tasks, unavailable = outcome
     if unavailable:
@@ -116,12 +147,11 @@ def _load_tasks(
     return tasks, unavailable
 
 
-def _record(  # noqa: PLR0917  parts of one record
+def _record(
     store: TrackingStore,
     recipe: Recipe,
     result: SuiteResult,
     folder: Path,
-    rows: Sequence[Mapping[str, object]],
     model_run: str | None,
 ) -> None:
     """Record a suite's results as a run of their own, which names the run of the model if there is one."""
@@ -144,7 +174,7 @@ def _record(  # noqa: PLR0917  parts of one record
     )
     with store.end_on_error(run_id):
         store.log_summary(run_id, name_metrics(result))
-        shown = [row for row in rows if row["is_headline"]][:TABLE_ITEMS]
+        shown = read_first_items(folder / ITEMS_FILE, TABLE_ITEMS)
         columns = ("task", "item", "value", "target", "answer")
         store.log_table(run_id, {c: [row[c] for row in shown] for c in columns}, "items.json")
         store.log_artifact(run_id, folder / ITEMS_FILE)

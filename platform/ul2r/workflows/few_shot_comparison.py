@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ul2r.config import Recipe
 from ul2r.errors import RecipeError
-from ul2r.evaluation.few_shot.items import ITEMS_FILE, RESULT_FILE, pool_headlines, read_items
+from ul2r.evaluation.few_shot.items import ITEMS_FILE, RESULT_FILE, pool_headlines, read_headlines
 from ul2r.evaluation.few_shot.paired import compare_items
 from ul2r.evaluation.few_shot.suite_result import SuiteResult
 from ul2r.evaluation.paired import PairedDifference
@@ -24,6 +24,8 @@ from ul2r.tracking.export_digest import hash_export
 logger = logging.getLogger(__name__)
 
 FEW_SHOT_FILE = "few_shot.json"
+SAME = ("seeds", "limit", "samples", "temperature")
+"""Settings in which results that are compared agree."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ def write_few_shot_comparison(folder: Path, arms: Mapping[str, FewShotArm]) -> P
     for first, second in combinations(results, 2):
         if first.is_comparable(second):
             values, others = (
-                pool_headlines(read_items(found.folder / ITEMS_FILE)) for found in (first, second)
+                pool_headlines(read_headlines(found.folder / ITEMS_FILE))
+                for found in (first, second)
             )
             names = {"suite": first.result.suite, "first": first.name, "second": second.name}
             try:
@@ -98,9 +101,9 @@ class _Found:
         return f"{self.role} ({self.folder.name})"
 
     def is_comparable(self, other: _Found) -> bool:
-        """Return whether both are of the same suite with the same seeds and limit."""
+        """Return whether both are of the same suite with the same seeds, limit and samples."""
         return self.result.suite == other.result.suite and all(
-            self.result.settings[key] == other.result.settings[key] for key in ("seeds", "limit")
+            self.result.settings.get(key) == other.result.settings.get(key) for key in SAME
         )
 
 

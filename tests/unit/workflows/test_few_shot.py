@@ -13,6 +13,7 @@ import yaml
 from ul2r.commands.evaluate import add_options, main
 from ul2r.config import Recipe
 from ul2r.errors import CheckpointError, CorpusError, RecipeError, RequestError
+from ul2r.evaluation.few_shot import running
 from ul2r.evaluation.few_shot.data_folder import DataFolder
 from ul2r.evaluation.few_shot.items import pool_headlines, read_items
 from ul2r.evaluation.few_shot.paired import compare_items
@@ -94,10 +95,7 @@ def test_suite_is_run_stored_and_recorded_for_two_arms_on_the_same_items(
     write_tiny_export(tmp_path / "runs/arm/export", max_positions=512)
     write_tiny_export(tmp_path / "base", attention="causal", max_positions=512)
     (tmp_path / "runs/arm/run.json").write_text("{}")
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks/short_answer.yaml").write_text(SHORT_ANSWER)
-    (tmp_path / "two.yaml").write_text(TASKS.format(folder=tmp_path / "tasks"))
-    few_shot = {"suites": [str(tmp_path / "two.yaml")], "tasks": [], "seeds": [1, 2]}
+    few_shot = {"suites": [write_two_tasks(tmp_path)], "tasks": [], "seeds": [1, 2]}
     ((ours, folder),) = run_suites(read_recipe(write_recipe(tmp_path, data, **few_shot)))
     other = write_recipe(tmp_path, data, **few_shot, model=str(tmp_path / "base"))
     ((theirs, base_folder),) = run_suites(read_recipe(other))
@@ -170,6 +168,91 @@ def test_what_is_missing_is_told_before_anything_is_run(data: Path, tmp_path: Pa
     with pytest.raises(RecipeError, match="did you mean paper-26"):
         run_suites(read_recipe(write_recipe(tmp_path, data, suites=["paper"])))
     assert not (tmp_path / "runs/arm/few_shot").exists()
+
+
+def write_two_tasks(folder: Path) -> str:
+    """Write a suite of two tasks; return its path."""
+    (folder / "tasks").mkdir()
+    (folder / "tasks/short_answer.yaml").write_text(SHORT_ANSWER)
+    path = folder / "two.yaml"
+    path.write_text(TASKS.format(folder=folder / "tasks"))
+    return str(path)
+
+
+def test_interrupted_suite_goes_on_behind_the_tasks_that_have_ended(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny_export(tmp_path / "runs/arm/export", max_positions=512)
+    suites = [write_two_tasks(tmp_path)]
+    recipe = read_recipe(write_recipe(tmp_path, data, suites=suites, tasks=[]))
+    run_task = running._run_harness_task
+    run: list[str] = []
+
+    def stop_at_second(*arguments: Any) -> Any:  # noqa: ANN401  those of the function
+        run.append(arguments[1].name)
+        if len(run) == 2:
+            raise KeyboardInterrupt
+        return run_task(*arguments)
+
+    monkeypatch.setattr(running, "_run_harness_task", stop_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        run_suites(recipe)
+    ((result, folder),) = run_suites(recipe)
+    assert run == ["copa", "short_answer", "short_answer"]
+    assert set(result.scores) == {"copa", "short_answer"}
+    assert {row["task"] for row in read_items(folder / "items.parquet")} == set(result.scores)
+    assert sorted(path.name for path in folder.iterdir() if path.suffix in {"", ".parquet"}) == [
+        "items.parquet"
+    ]
+
+    # The same again is nothing to run; other settings and other weights are.
+    assert run_suites(recipe)[0][0] == result
+    assert len(run) == 3
+    other = read_recipe(write_recipe(tmp_path, data, suites=suites, tasks=["copa"], limit=2))
+    run_suites(other)
+    write_tiny_export(tmp_path / "runs/arm/export", max_positions=512, seed=2)
+    run_suites(recipe)
+    assert run[3:] == ["copa", "copa", "short_answer"]
+
+
+def test_code_of_the_model_is_run_only_where_it_is_allowed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # There is no export yet, and no data: what is not allowed is refused first.
+    recipe = write_recipe(tmp_path, tmp_path / "data", tasks=[], suites=[])
+    options = ["--suite", "humaneval-infilling"]
+    assert main([str(recipe), *options]) == 2
+    assert "runs code that the model writes" in capsys.readouterr().err
+
+    write_tiny_export(tmp_path / "runs/arm/export", max_positions=512)
+    problem = {
+        "task_id": "one",
+        "prompt": "def area(width, height):\n",
+        "suffix": "    return result\n",
+        "canonical_solution": "    result = width * height\n",
+        "test": "def check(f):\n    assert f(2, 3) == 6",
+        "entry_point": "area",
+    }
+    DataFolder(tmp_path / "data").write_split(
+        "loubnabnl/humaneval_infilling", "HumanEval-SingleLineInfilling", "test", [problem] * 2
+    )
+    options += ["--set", "evaluation.few_shot.tasks=[single_line]", "--allow-code-execution"]
+    assert main([str(recipe), *options]) == 0
+    printed = capsys.readouterr().out
+    assert "pass@1" in printed
+    assert "both-prefix-single_line" in printed
+
+
+def test_stories_that_only_their_authors_give_out_are_asked_for(tmp_path: Path) -> None:
+    write_tiny_export(tmp_path / "runs/arm/export", max_positions=512)
+    recipe = read_recipe(write_recipe(tmp_path, tmp_path, suites=["rocstories"], tasks=[]))
+    with pytest.raises(CorpusError, match=r"middle_sentence \(lsdsem/rocstories: not in the fol"):
+        run_suites(recipe)
+    without = recipe.model_copy(
+        update={"evaluation": recipe.evaluation.model_copy(update={"data": None})}
+    )
+    with pytest.raises(CorpusError, match="its authors give it out on request"):
+        run_suites(without)
 
 
 def test_every_suite_option_counts() -> None:

@@ -95,6 +95,34 @@ def read_items(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def merge_items(parts: Iterable[Path], path: Path) -> None:
+    """Write items.parquet from the files of single tasks, one after the other."""
+    with staged_file(path) as temporary, pq.ParquetWriter(temporary, SCHEMA) as writer:
+        for part in parts:
+            writer.write_table(pq.read_table(part, schema=SCHEMA))
+
+
+def read_first_items(path: Path, count: int) -> list[dict[str, Any]]:
+    """Read the first headline values of items.parquet, with their texts."""
+    rows: list[dict[str, Any]] = []
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=1024):
+            rows += [row for row in batch.to_pylist() if row["is_headline"]]
+            if len(rows) >= count:
+                break
+    return rows[:count]
+
+
+def read_headlines(path: Path) -> list[dict[str, Any]]:
+    """Read what `pool_headlines` takes of items.parquet, without texts."""
+    columns = ["line", "task", "seed", "item", "prompt_hash", "value", "is_headline"]
+    table = pq.read_table(
+        path, schema=SCHEMA, columns=columns, filters=[("is_headline", "==", True)]
+    )
+    rows: list[dict[str, Any]] = table.to_pylist()
+    return rows
+
+
 def pool_headlines(rows: Iterable[Mapping[str, Any]]) -> dict[str, HeadlineItems]:
     """Return the headline values by line of the suite, in order; several tasks of one line are pooled."""
     by_line: dict[str, dict[tuple[str, int], list[tuple[int, float, str]]]] = {}

@@ -26,6 +26,18 @@ class Truncation:
     num_tokens: int = 0
     num_all: int = 0
 
+    def __add__(self, other: Truncation) -> Truncation:
+        """Return the count of both."""
+        return Truncation(
+            self.num_requests + other.num_requests,
+            self.num_tokens + other.num_tokens,
+            self.num_all + other.num_all,
+        )
+
+    def to_dict(self) -> dict[str, int]:
+        """Return plain values."""
+        return asdict(self)
+
     def describe(self, max_length: int) -> str | None:
         """Return a line for people, or None if nothing was cut."""
         if not self.num_requests:
@@ -95,7 +107,7 @@ class PromptForm:
             "trailing_space": self.trailing_space,
             "eos": self.eos,
             "rolling": "causal, without a mode",
-            "truncated": asdict(self.truncation),
+            "truncated": self.truncation.to_dict(),
         }
 
     def build_row(self, context: Sequence[int], continuation: Sequence[int]) -> ScoringRow:

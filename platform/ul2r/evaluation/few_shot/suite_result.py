@@ -2,6 +2,7 @@
 
 RUN/few_shot/SUITE/FORM/
   items.parquet    a row for each item, metric and seed
+  tasks/           while it runs, see task_outcome.py
   result.json      scores, settings, what was left out, versions
 
 FORM names mode and attention, such as S2S-prefix, and a part of the items or other seeds if only these were asked for:
@@ -14,13 +15,14 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
+from ul2r.config.denoisers import Mode
 from ul2r.config.few_shot import FewShot
 from ul2r.errors import CheckpointError
-from ul2r.evaluation.few_shot.items import RESULT_FILE
+from ul2r.evaluation.few_shot.items import ITEMS_FILE, RESULT_FILE
 from ul2r.evaluation.scores import Score
 from ul2r.filesystem import write_atomically
 
@@ -43,7 +45,8 @@ class SuiteResult:
         metrics: Names of the headline metrics, by line.
         all_metrics: Every metric of every task, as lm-eval combines it, with the first seed.
         form: Settings of the prompts, and how many contexts were cut.
-        settings: Seeds, limit, and the tasks that were asked for, if not all.
+        settings: Seeds, limit, and the tasks that were asked for, if not all; of infilling also the samples.
+        digests: Of all that each task's items depend on; none in results of earlier versions.
     """
 
     suite: str
@@ -55,26 +58,12 @@ class SuiteResult:
     all_metrics: Mapping[str, Mapping[str, float]]
     form: Mapping[str, Any]
     settings: Mapping[str, Any]
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
         """Name of the form and of the part that was run, for folders and tables."""
-        parts = [self.form["mode"], self.form["attention"]]
-        parts += [key for key in ("sentinel", "eos") if self.form[key]]
-        if self.form["trailing_space"] == "context":
-            parts.append("space")
-
-        tasks = self.settings["tasks"]
-        if len(tasks) > MAX_NAMED_TASKS:
-            digest = hashlib.sha256("/".join(sorted(tasks)).encode()).hexdigest()
-            parts.append(f"{len(tasks)}_tasks_{digest[:8]}")
-        else:
-            parts += sorted(tasks)
-        if self.settings["limit"] is not None:
-            parts.append(f"first_{self.settings['limit']}")
-        if tuple(self.settings["seeds"]) != FewShot.model_fields["seeds"].default:
-            parts.append("_".join(["seeds", *map(str, self.settings["seeds"])]))
-        return "-".join(parts)
+        return make_label(self.form, self.settings)
 
     def write(self, folder: Path) -> None:
         """Write result.json."""
@@ -84,6 +73,17 @@ class SuiteResult:
             "lm_eval": importlib.metadata.version("lm_eval"),
         }
         write_atomically(folder / RESULT_FILE, json.dumps(tree, indent=2) + "\n")
+
+    @classmethod
+    def read_if_same(cls, folder: Path, digests: Mapping[str, str]) -> Self | None:
+        """Read result.json, if it has these digests; None if it has others, another form, or is not there."""
+        path = folder / RESULT_FILE
+        if not path.is_file() or not (folder / ITEMS_FILE).is_file():
+            return None
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        if tree.get("format") != FORMAT or tree.get("digests") != digests:
+            return None
+        return cls.read(folder)
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -103,3 +103,29 @@ class SuiteResult:
         tree["scores"] = {line: Score(**fields) for line, fields in tree["scores"].items()}
         tree["mean"] = Score(**tree["mean"])
         return cls(**tree)
+
+
+def make_label(form: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """Return the name of a form and of the part of a suite that is run."""
+    parts = [form["reading"]] if "reading" in form else []
+    # Infilling has a mode only if it is the same for all tasks.
+    if not parts or form["mode"] in get_args(Mode):
+        parts.append(form["mode"])
+    parts.append(form["attention"])
+    parts += [key for key in ("sentinel", "eos") if form[key]]
+    if form["trailing_space"] == "context":
+        parts.append("space")
+
+    tasks = settings["tasks"]
+    if len(tasks) > MAX_NAMED_TASKS:
+        digest = hashlib.sha256("/".join(sorted(tasks)).encode()).hexdigest()
+        parts.append(f"{len(tasks)}_tasks_{digest[:8]}")
+    else:
+        parts += sorted(tasks)
+    if settings["limit"] is not None:
+        parts.append(f"first_{settings['limit']}")
+    if tuple(settings["seeds"]) != FewShot.model_fields["seeds"].default:
+        parts.append("_".join(["seeds", *map(str, settings["seeds"])]))
+    if settings.get("temperature"):
+        parts.append(f"{settings['samples']}_samples_at_{settings['temperature']:g}")
+    return "-".join(parts)

@@ -12,6 +12,8 @@ from typing import Literal, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from ul2r.config.denoisers import Mode
+from ul2r.config.field_types import PositiveInt
 from ul2r.config.strict_model import StrictModel
 from ul2r.config.validation_errors import explain
 from ul2r.errors import RecipeError
@@ -54,15 +56,55 @@ class SuiteTask(StrictModel):
         return Path(spec.origin).parent / "tasks" / self.folder
 
 
+class InfillTask(StrictModel):
+    """Texts with a gap that models fill; not a task of lm-eval."""
+
+    name: str
+    kind: Literal["code", "sentence"]
+    """Python that is scored by its tests, or a story whose middle sentence is missing."""
+    dataset: str
+    """Data set on the Hub, or OWNER/NAME in the folder of local data."""
+    configuration: str
+    span: Literal["line", "lines", "characters", "sentence"]
+    """What is known of the missing text: that it is one line or one sentence; its number of lines or of characters,
+    which only a model that reads the left side alone is told, since it cannot see where the right side begins."""
+    mode: Mode
+    """Mode of a UL2R model, unless `evaluation.few_shot.mode` names one."""
+    max_tokens: PositiveInt
+    """Longest text that is written."""
+    metric: str
+    """Headline metric."""
+    chance: float | None = 0.0
+    """Score of a model that guesses."""
+    on_hub: bool = True
+    """False if the data can only be had from its authors."""
+
+    @property
+    def runs_code(self) -> bool:
+        """True if what a model writes is run."""
+        return self.kind == "code"
+
+
 class Suite(StrictModel):
     """Tasks that are run together, and whose mean is one number."""
 
     description: str
-    tasks: tuple[SuiteTask, ...] = Field(min_length=1)
+    tasks: tuple[SuiteTask, ...] = ()
+    infilling: tuple[InfillTask, ...] = ()
+
+    @property
+    def lines(self) -> tuple[SuiteTask | InfillTask, ...]:
+        """All tasks."""
+        return (*self.tasks, *self.infilling)
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
-        for name, count in Counter(task.name for task in self.tasks).items():
+        if not self.lines:
+            raise ValueError("it has no task: list some under tasks or infilling")
+        # Their prompts have other settings, which a result describes.
+        if self.tasks and self.infilling:
+            raise ValueError("tasks and infilling in one suite: make two files of it")
+        for name, count in Counter(task.name for task in self.lines).items():
             if count > 1:
                 raise ValueError(
                     f"{count} tasks are called {name!r}: each counts once, leave out all but one"

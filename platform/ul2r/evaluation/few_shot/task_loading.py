@@ -7,6 +7,7 @@ wrote. Splits that a local data set lacks are left out of the task, so that it i
 from __future__ import annotations
 
 import difflib
+import importlib.metadata
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from ul2r.errors import CorpusError, RecipeError
+from ul2r.evaluation.few_shot.infill_running import LoadedInfillTask
 from ul2r.evaluation.few_shot.requirements import quiet_lm_eval
-from ul2r.evaluation.few_shot.suites import Suite, SuiteTask
+from ul2r.evaluation.few_shot.suites import InfillTask, Suite, SuiteTask
+from ul2r.evaluation.few_shot.task_outcome import digest_settings
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,17 @@ class LoadedTask:
     name: str
     task: Any
 
+    @property
+    def fingerprint(self) -> str:
+        """Digest of its description and data."""
+        splits = {name: split._fingerprint for name, split in self.task.dataset.items()}
+        return digest_settings(
+            importlib.metadata.version("lm_eval"),
+            self.entry.model_dump(),
+            self.task.dump_config(),
+            splits,
+        )
+
 
 @dataclass(frozen=True)
 class Unavailable:
@@ -55,7 +69,7 @@ class Unavailable:
 
 def load_tasks(
     suite: Suite, data: Path | None, only: Sequence[str] = ()
-) -> tuple[list[LoadedTask], list[Unavailable]]:
+) -> tuple[list[LoadedTask | LoadedInfillTask], list[Unavailable]]:
     """Load the tasks of a suite.
 
     Args:
@@ -74,13 +88,10 @@ def load_tasks(
         raise CorpusError(
             f"evaluation.data={data}: the folder does not exist: `ul2r task-data {data}` lays it out"
         )
-    entries = _select(suite, only)
-    manager = _index_tasks(entries)
-    loaded: list[LoadedTask] = []
+    lines = _select(suite, only)
+    loaded: list[LoadedTask | LoadedInfillTask] = []
     unavailable: list[Unavailable] = []
-    for entry, name in _expand(entries, manager.task_index):
-        config = manager.task_index[name].cfg
-        outcome = _load(manager, entry, name, config, data)
+    for outcome in _load_all(lines, data):
         if isinstance(outcome, Unavailable):
             unavailable.append(outcome)
         else:
@@ -88,11 +99,31 @@ def load_tasks(
     return loaded, unavailable
 
 
+def _load_all(
+    lines: Sequence[SuiteTask | InfillTask], data: Path | None
+) -> Iterator[LoadedTask | LoadedInfillTask | Unavailable]:
+    for line in lines:
+        if isinstance(line, InfillTask):
+            yield _load_infill_task(line, data)
+    entries = [line for line in lines if isinstance(line, SuiteTask)]
+    if not entries:
+        return
+    manager = _index_tasks(entries)
+    for entry, name in _expand(entries, manager.task_index):
+        yield _load(manager, entry, name, manager.task_index[name].cfg, data)
+
+
 def find_unavailable(suite: Suite, data: Path) -> tuple[int, list[Unavailable]]:
     """Return the number of tasks of a suite, and those that a folder of local data has nothing for."""
+    num_tasks = len(suite.infilling)
+    unavailable = [
+        outcome
+        for outcome in (_find_infill_data(task, data) for task in suite.infilling)
+        if isinstance(outcome, Unavailable)
+    ]
+    if not suite.tasks:
+        return num_tasks, unavailable
     manager = _index_tasks(suite.tasks)
-    num_tasks = 0
-    unavailable = []
     for _, name in _expand(suite.tasks, manager.task_index):
         num_tasks += 1
         outcome = _find_splits(name, manager.task_index[name].cfg, data)
@@ -131,15 +162,45 @@ def describe_unavailable(unavailable: Sequence[Unavailable], data: Path | None) 
     return f"no data for {len(unavailable)} tasks: {names}: {advice}"
 
 
-def _select(suite: Suite, only: Sequence[str]) -> list[SuiteTask]:
-    names = [entry.name for entry in suite.tasks]
+def _find_infill_data(task: InfillTask, data: Path) -> Path | Unavailable:
+    """Return the folder of a task's local data, or what is missing."""
+    folder = data / task.dataset
+    if not folder.is_dir():
+        return Unavailable(task.name, task.dataset, "not in the folder")
+    if "test" not in _list_splits(folder, task.configuration):
+        return Unavailable(task.name, task.dataset, f"no {task.configuration} in it")
+    return folder
+
+
+def _load_infill_task(task: InfillTask, data: Path | None) -> LoadedInfillTask | Unavailable:
+    from datasets import disable_progress_bars, load_dataset
+
+    disable_progress_bars()
+    if data is None and not task.on_hub:
+        reason = "its authors give it out on request, the Hub has it not"
+        return Unavailable(task.name, task.dataset, reason)
+    source: Path | str | Unavailable = task.dataset
+    if data is not None:
+        source = _find_infill_data(task, data)
+    if isinstance(source, Unavailable):
+        return source
+    try:
+        rows = load_dataset(str(source), task.configuration, split="test")
+    except (OSError, ValueError, RuntimeError) as error:
+        return Unavailable(task.name, task.dataset, " ".join(str(error).split())[:200])
+    fingerprint = digest_settings(task.model_dump(), rows._fingerprint)
+    return LoadedInfillTask(task, rows, fingerprint)
+
+
+def _select(suite: Suite, only: Sequence[str]) -> list[SuiteTask | InfillTask]:
+    names = [entry.name for entry in suite.lines]
     for name in only:
         if name not in names:
             (nearest,) = difflib.get_close_matches(name, names, n=1, cutoff=0)
             raise RecipeError(
                 f"evaluation.few_shot.tasks: the suite has no task {name!r}: did you mean {nearest}?"
             )
-    return [entry for entry in suite.tasks if not only or entry.name in only]
+    return [entry for entry in suite.lines if not only or entry.name in only]
 
 
 def _expand(

@@ -20,9 +20,11 @@ NUM_TASKS = {
     "bbh": 2 * 27,
     "commonsenseqa": 1,
     "gsm8k": 1,
+    "humaneval-infilling": 3,
     "mgsm": 2 * 11,
     "mmlu": 57,
     "paper-26": 26,
+    "rocstories": 1,
     "strategyqa": 1,
     "tydiqa": 9,
 }
