@@ -21,8 +21,7 @@ Prints one JSON line, also when it is interrupted:
         train_loss          of the first and the last step
         held_out_loss       before the first and after the last step, of plain text and of each denoiser
         export_seconds, evaluate_seconds
-        scores              of the export, as jobs/evaluate.py measures them: mean and standard error; of FIM also
-                            fim_infill_loss, ..., with both sides of the span
+        scores              of the export, as jobs/evaluate.py measures them: mean and standard error
     resume              UL2R again from its middle: `exact` if weights, optimizer state and losses are the same in every
                         bit; else what differs, and `repeatable` if a second resume equals the first
 """
@@ -53,12 +52,8 @@ from ul2r.config import Causal, Comparison, Recipe, load
 from ul2r.data.store.dataset import open_dataset
 from ul2r.environment import RAY_ADDRESS
 from ul2r.errors import CorpusError, RecipeError
-from ul2r.evaluation.fim_infilling import measure_fim_infilling
-from ul2r.evaluation.infilling import InfillExamples
 from ul2r.evaluation.scores import Score
-from ul2r.evaluation.stored_scores import find_export
 from ul2r.filesystem import remove, write_atomically
-from ul2r.inference import LanguageModel
 from ul2r.launch.logs import configure_console
 from ul2r.launch.preflight import check_run, find_resume_checkpoint, has_finished, track_run
 from ul2r.launch.pretrained import fill_model_from_base
@@ -144,16 +139,6 @@ def describe_training(recipe: Recipe) -> dict[str, Any]:
         "train_loss": read("train/loss")[:: recipe.training.steps - 1],
         "held_out_loss": {name: [losses[0], losses[-1]] for name, losses in held_out.items()},
     }
-
-
-def measure_fim(recipe: Recipe) -> dict[str, Score]:
-    """Return scores of the infilled spans as FIM reads them; other metrics show it the left side alone."""
-    dataset = open_dataset(recipe.storage_paths.store)
-    model = LanguageModel.load(find_export(recipe, dataset), "cuda" if ON_CUDA else "cpu")
-    examples = InfillExamples.build(dataset, recipe.evaluation)
-    names = ("loss", "exact_match", "edit_similarity")
-    scores = measure_fim_infilling(model, examples, dataset.vocabulary)
-    return {f"fim_infill_{name}": score for name, score in zip(names, scores, strict=True)}
 
 
 def check_resume(recipe: Recipe) -> dict[str, Any]:
@@ -255,8 +240,6 @@ class ShortRun:
         result |= describe_training(recipe)
         time_phase("export_seconds", lambda: export(recipe), result)
         scores = dict(time_phase("evaluate_seconds", lambda: evaluate_run(recipe), result).values)
-        if arm == "fim":
-            scores |= measure_fim(recipe)
         self.arms[arm] = result | {"scores": describe_scores(scores)}
         self._save()
         print(f"{arm}: {json.dumps(round_numbers(self.arms[arm]))}", file=sys.stderr, flush=True)

@@ -23,14 +23,14 @@ from pathlib import Path
 import _interpreter  # noqa: F401  refuses a Python that cannot run the job
 
 from ul2r.commands.steps import StepError, print_heading, shorten
-from ul2r.config import Recipe, load
+from ul2r.config import Comparison, Recipe, load
 from ul2r.errors import UserError
 from ul2r.workflows.cli import run_and_report
 from ul2r.workflows.phases import PhaseTimer, handle_stop_signals, run_command
 
 RECIPES = Path("jobs/recipes")
-ROLES = ("base", "ul2r", "control")
-"""In the order in which they are trained."""
+ROLES = ("base", "ul2r", "control", "fim")
+"""In the order in which they are trained; a family has those that its comparison lists."""
 NUM_CPUS = 4
 """CPUs that the local Ray announces, whatever the machine has: two workers, the data tasks that feed them, and room."""
 COMPLETION: dict[str, object] = {"prompt": "def read_lines(path):\n    ", "max_tokens": 32}
@@ -70,7 +70,8 @@ class Demo:
         from ul2r.data.prepare.source_files import find_files
 
         # All recipes are read before anything starts: a mistake in the last one would otherwise show after hours.
-        self.recipes = {role: self._load(role) for role in ROLES}
+        compared = load(RECIPES / f"{family}-compare.yaml", [], Comparison).recipes
+        self.recipes = {role: self._load(role) for role in ROLES if role in compared}
         find_files(self.recipes["base"].data.corpus)  # refuse missing text before anything starts
         self.storage = self.recipes["base"].storage
         # In the storage, so that times last as long as the work they measure.
@@ -99,9 +100,9 @@ class Demo:
             with run_mlflow_server(self.storage) as uri:
                 self.environment["MLFLOW_TRACKING_URI"] = uri
                 print(f"\nMLflow is up during the demo: {uri}", flush=True)
-                for role in ROLES:
+                for role in self.recipes:
                     self._run_job(role, "train", role)
-                for role in ROLES:
+                for role in self.recipes:
                     self._run_job(f"export {role}", "export", role)
                 self._run_job("compare", "compare", "compare")
                 self._serve(uri)

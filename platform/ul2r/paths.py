@@ -11,10 +11,11 @@ storage/
     profiles/                traces of torch's profiler
     ray/                     Ray Train's own files
     few_shot/SUITE/FORM/     items.parquet, result.json: answers and scores of few-shot tasks
+    gaps/                    items.parquet, result.json: losses and answers of held-out gaps
     data.html  evaluation.json  tracking.json  tracking_waiting.json
     metrics.jsonl  run.json  recipe.yaml   the run's record, with tracking.uri: none
-  bases/NAME-DIGEST/         evaluation.json, few_shot/, tracking.json of a model that a comparison measures as it is
-  comparisons/NAME/          table.md, table.json, comparison.png
+  bases/NAME-DIGEST/         evaluation.json, few_shot/, gaps/, tracking.json of a model that is measured as it is
+  comparisons/NAME/          table.md, table.json, comparison.png, few_shot.json, gaps.md, gaps.json
   mlflow.db  artifacts/  mlflow.log   the MLflow server that a job starts here
 """
 
@@ -143,6 +144,11 @@ class RunPaths:
     def few_shot(self) -> Path:
         """Folder of the results of few-shot suites."""
         return self.folder / "few_shot"
+
+    @property
+    def gaps(self) -> Path:
+        """Folder of the scores of held-out gaps."""
+        return self.folder / "gaps"
 
     @property
     def metrics(self) -> Path:

@@ -255,6 +255,6 @@ def test_a_short_run_continues_a_hugging_face_model(
     options = ("--steps=2", "--arms", "fim", "--output=continued")
     continued = run_short(machine, f"--hf={export}", *options)["arms"]
     assert continued.keys() == {"base", "fim"}
-    assert "fim_infill_loss" in continued["fim"]["scores"]
+    assert "infill_loss" in continued["fim"]["scores"]
     # It is measured as it is.
     assert continued["base"]["scores"] == short["arms"]["base"]["scores"]

@@ -1,15 +1,19 @@
 """Measure a run on held-out text.
 
     ul2r evaluate RECIPE [--set evaluation.num_rows=128]
+    ul2r evaluate RECIPE --suite gaps [--set evaluation.gaps.generate=false]
     ul2r evaluate RECIPE --suite humaneval-infilling --allow-code-execution [--set evaluation.data=FOLDER]
     ul2r evaluate RECIPE --suite paper-26 [--set evaluation.data=FOLDER] [--set evaluation.few_shot.mode=S2S]
 
 Measures the run's export, prints the scores, stores them in the run's folder as evaluation.json and adds them to the
 run in MLflow. A run that was measured with the same settings before is not measured again.
 
-With --suite it runs few-shot tasks instead, by lm-evaluation-harness (pip install 'ul2r[eval]'), or fills gaps of texts
-(humaneval-infilling, rocstories), and keeps each answer in few_shot/SUITE. An interrupted suite goes on behind the
-tasks that have ended. Scores are also recorded in MLflow: without a server, --set tracking.uri=none.
+With --suite gaps it measures masked spans of held-out text token by token, with one side and both sides in sight
+(`evaluation.gaps`), and keeps each in the run's folder gaps.
+
+With another --suite it runs few-shot tasks instead, by lm-evaluation-harness (pip install 'ul2r[eval]'), or fills gaps
+of texts (humaneval-infilling, rocstories), and keeps each answer in few_shot/SUITE. An interrupted suite goes on behind
+the tasks that have ended. Scores are also recorded in MLflow: without a server, --set tracking.uri=none.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from functools import partial
 from typing import Any
 
 from ul2r.config import Recipe
+from ul2r.config.gaps import GAPS_SUITE
 from ul2r.workflows.cli import run_job
 
 
@@ -29,7 +34,7 @@ def run(recipe: Recipe, *, allow_code_execution: bool = False) -> None:
     from ul2r.console import print_table
 
     if recipe.evaluation.few_shot.suites:
-        run_suites(recipe, allow_code_execution=allow_code_execution)
+        run_suites(measure_gaps(recipe), allow_code_execution=allow_code_execution)
         return
 
     from ul2r.workflows.evaluate import evaluate_run, make_score_table
@@ -37,8 +42,29 @@ def run(recipe: Recipe, *, allow_code_execution: bool = False) -> None:
     print_table(make_score_table(recipe, evaluate_run(recipe)))
 
 
+def measure_gaps(recipe: Recipe) -> Recipe:
+    """Measure and print held-out gaps if they are among the recipe's suites; return it with the other suites."""
+    settings = recipe.evaluation.few_shot
+    if GAPS_SUITE not in settings.suites:
+        return recipe
+
+    from ul2r.console import print_table
+    from ul2r.workflows.gaps import make_gap_table, measure_run_gaps
+
+    measured = measure_run_gaps(recipe)
+    print_table(make_gap_table(measured))
+    print(f"each gap: {measured.folder}")
+    others = tuple(suite for suite in settings.suites if suite != GAPS_SUITE)
+    few_shot = settings.model_copy(update={"suites": others})
+    evaluation = recipe.evaluation.model_copy(update={"few_shot": few_shot})
+    return recipe.model_copy(update={"evaluation": evaluation})
+
+
 def run_suites(recipe: Recipe, *, allow_code_execution: bool) -> None:
     """Run few-shot suites, then print their scores, what was left out and where the answers are."""
+    if not recipe.evaluation.few_shot.suites:
+        return
+
     from ul2r.console import print_table
     from ul2r.workflows.few_shot import make_suite_table, run_suites
 
@@ -64,9 +90,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         dest="overrides",
         action=_AddSuites,
         metavar="NAME",
-        help="run few-shot tasks: paper-26, bbes-21, mmlu, gsm8k, bbh, mgsm, tydiqa, commonsenseqa, strategyqa, "
-        "humaneval-infilling, rocstories, or a "
-        "file; several with commas, or by several options",
+        help="measure held-out gaps: gaps; or run few-shot tasks: paper-26, bbes-21, mmlu, gsm8k, bbh, mgsm, tydiqa, "
+        "commonsenseqa, strategyqa, humaneval-infilling, rocstories, or a file; several with commas, or by several "
+        "options",
     )
 
 

@@ -50,6 +50,6 @@ class Comparison(StrictModel):
     ]
     """Columns by name, any number: recipe files, relative to the comparison's own file, names of recipes that come with
     the package, and `{hf: FOLDER_OR_HUB_ID}` for a Hugging Face model that is measured as it is. Columns named base,
-    control and ul2r come first, and a recipe with a `role` may be listed under one of these names only if it is its
-    own."""
+    control, fim and ul2r come first, and a recipe with a `role` may be listed under one of these names only if it is
+    its own."""
     tracking: Tracking = Tracking()

@@ -7,14 +7,13 @@ from pydantic import Field
 from ul2r.config.denoisers import MIXTURE_PRESETS
 from ul2r.config.few_shot import FewShot
 from ul2r.config.field_types import AbsolutePath, PositiveInt
+from ul2r.config.gaps import MAX_MODE_TOKENS, GapSettings
 from ul2r.config.objective import Mixture, Objective
 from ul2r.config.strict_model import StrictModel
 from ul2r.errors import RecipeError
 
 NUM_INFILL_SENTINELS = 3
 """Two in the prompt, and the first one again before the span."""
-MAX_MODE_TOKENS = 8
-"""Upper bound of a mode's tokens and the eos that may close the inputs: "[S2S]" has 5 bytes."""
 
 
 class Evaluation(StrictModel):
@@ -30,6 +29,8 @@ class Evaluation(StrictModel):
     infill_context_length: PositiveInt = 64
     """Tokens shown on each side of the span; by default fewer where a slot is too short for 64."""
     few_shot: FewShot = FewShot()
+    gaps: GapSettings = GapSettings()
+    """Gaps that `ul2r evaluate --suite gaps` measures."""
     data: AbsolutePath | None = None
     """Folder of local task data, as `ul2r task-data` lays it out; without it tasks are loaded from the Hub."""
 

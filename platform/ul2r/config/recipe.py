@@ -55,8 +55,8 @@ class Recipe(StrictModel):
     """One run: its data, model, objective, layout and schedule."""
 
     name: RunName
-    role: Literal["base", "ul2r", "control"] | None = None
-    """Role of the run in a comparison."""
+    role: Literal["base", "control", "fim", "ul2r"] | None = None
+    """Role of the run in a comparison: fim continues the base on fill-in-the-middle, the opponent in infilling."""
     storage: AbsolutePath
     """Folder that holds the token store and all runs of one family."""
     base: Base | None = None

@@ -15,7 +15,7 @@ from ul2r.inference import ExportMetadata
 
 Role = str
 """Name of a column: one of `ROLES`, or any other."""
-ROLES: tuple[Role, ...] = ("base", "control", "ul2r")
+ROLES: tuple[Role, ...] = ("base", "control", "fim", "ul2r")
 """First columns of the table, from left to right."""
 
 

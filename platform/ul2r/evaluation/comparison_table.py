@@ -17,10 +17,11 @@ NOTES = (
     "Every arm is evaluated on the same held-out text. ± is one standard error over rows or examples, ? if all of them "
     "gave the same value, so that none can be estimated. * marks the best "
     "arm and every arm within the combined standard error of the two, which is a cautious rule on the same text.",
-    "Inputs of each arm: plain text, all arms causally; second half, base and control causally, UL2R with [S2S] and "
-    "the first half bidirectionally, unless its attention is causal; denoisers, all arms with the same rows, masks, "
-    "modes and sentinels, on which base and control were never trained; infilling, base and control with the left "
-    "context only and the span's length given, UL2R with both contexts, and it ends the span itself.",
+    "Inputs of each arm: plain text, all arms causally; second half, base, control and FIM causally, UL2R with [S2S] "
+    "and the first half bidirectionally, unless its attention is causal; denoisers, all arms with the same rows, "
+    "masks, modes and sentinels, on which only UL2R was trained; infilling, base and control with the left context "
+    "only and the span's length given, UL2R and FIM (in the order prefix, suffix, middle) with both contexts, and they "
+    "end the span themselves.",
     "Losses of different denoisers are not comparable with each other, because their targets differ.",
 )
 

@@ -1,12 +1,16 @@
-"""Infilling of held-out spans by a model trained on FIM, which reads both sides of a span causally."""
+"""Infilling of held-out spans by a model trained on FIM, which reads both sides of a span causally.
+
+It reads sentinel, left, sentinel, right, sentinel, and then the span, which it ends itself with eos: the layout of the
+denoiser `fim` (prefix, suffix, middle; arXiv 2207.14255, 3).
+"""
 
 from __future__ import annotations
 
 import numpy as np
-from rapidfuzz.distance import Levenshtein
 
-from ul2r.evaluation.infilling import InfillExamples
-from ul2r.evaluation.scores import Score, average, average_tokens
+from ul2r.data.sampling.held_out_windows import TokenArray
+from ul2r.evaluation.infilling import InfillExamples, compare_infills
+from ul2r.evaluation.scores import InfilledText, Score, average_tokens
 from ul2r.evaluation.scoring_batch import build_scoring_batch, concat_columns
 from ul2r.inference import LanguageModel
 from ul2r.inference.generation import IncrementalDecoder, Sampler
@@ -14,39 +18,42 @@ from ul2r.inference.infilling import generate_span
 from ul2r.objective import Vocabulary
 
 
-def measure_fim_infilling(
+def measure_fim_loss(
     model: LanguageModel, examples: InfillExamples, vocabulary: Vocabulary
-) -> tuple[Score, Score, Score]:
-    """Return loss, exact match and edit similarity of the spans, as `ul2r.evaluation.infilling` does for other arms.
-
-    The model reads sentinel, left, sentinel, right, sentinel, and then the span, which it ends itself with eos: the
-    layout of the denoiser `fim` (arXiv 2207.14255, 3).
-    """
+) -> Score:
+    """Return the loss of the true span in nats per token, as `measure_infill_loss` does for other arms."""
     num_examples, length = examples.span.shape
-    first, second, third = vocabulary.sentinels[:3]
-    prompts = concat_columns(num_examples, first, examples.left, second, examples.right)
-
     target_mask = np.ones((num_examples, length + 1), bool)
     # The sentinel before the span is given.
     target_mask[:, 0] = False
     batch = build_scoring_batch(
-        prompts,
-        concat_columns(num_examples, third, examples.span),
+        _build_prompts(examples, vocabulary),
+        concat_columns(num_examples, vocabulary.sentinels[2], examples.span),
         target_mask,
         bidirectional=False,
     )
+    return average_tokens(model.token_losses(batch), batch.loss_mask)
 
-    is_exact = []
-    similarities = []
+
+def measure_fim_match(
+    model: LanguageModel,
+    examples: InfillExamples,
+    vocabulary: Vocabulary,
+    kept: list[InfilledText] | None = None,
+) -> tuple[Score, Score]:
+    """Return exact match and edit similarity of generated spans, as `measure_infill_match` does for other arms."""
     sampler = Sampler(model, temperature=0.0, seed=0)
-    rows = zip(prompts.tolist(), examples.left.tolist(), examples.span.tolist(), strict=True)
-    for prompt, left, span in rows:
+
+    def write(prompt: list[int], span_length: int) -> list[int]:
         decoder = IncrementalDecoder(model, prompt, bidirectional=False)
-        ids, _ = generate_span(decoder, sampler, third, vocabulary.eos, limit=2 * length)
-        # As text behind the left side, as for the other arms.
-        generated = model.decode_continuation(left, ids)
-        expected = model.decode_continuation(left, span)
-        is_exact.append(float(generated == expected))
-        similarities.append(Levenshtein.normalized_similarity(generated, expected))
-    loss = average_tokens(model.token_losses(batch), batch.loss_mask)
-    return loss, average(is_exact), average(similarities)
+        opener = vocabulary.sentinels[2]
+        ids, _ = generate_span(decoder, sampler, opener, vocabulary.eos, limit=2 * span_length)
+        return ids
+
+    return compare_infills(model, examples, _build_prompts(examples, vocabulary), write, kept)
+
+
+def _build_prompts(examples: InfillExamples, vocabulary: Vocabulary) -> TokenArray:
+    """Return sentinel, left, sentinel and right, int32 (B, 2 C + 2)."""
+    first, second = vocabulary.sentinels[:2]
+    return concat_columns(len(examples.span), first, examples.left, second, examples.right)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,13 +113,35 @@ def measure_infill_match(
     if model.metadata.denoising:
         prompts = build_infill_prompts(model, examples, vocabulary)
 
+    def write(prompt: list[int], span_length: int) -> list[int]:
+        return _generate_infill(model, prompt, span_length, vocabulary)
+
+    return compare_infills(model, examples, prompts, write, kept)
+
+
+def compare_infills(
+    model: LanguageModel,
+    examples: InfillExamples,
+    prompts: TokenArray,
+    write: Callable[[list[int], int], list[int]],
+    kept: list[InfilledText] | None = None,
+) -> tuple[Score, Score]:
+    """Return exact match and edit similarity of spans that `write` writes after each prompt, given the span's length.
+
+    Args:
+        model: The arm, whose tokenizer makes texts of tokens.
+        examples: The spans.
+        prompts: int32 (B, ...).
+        write: Returns a span's tokens.
+        kept: As in `measure_infill_match`.
+    """
     is_exact = []
     similarities = []
     arrays = (prompts, examples.left, examples.span, examples.right)
     for prompt, left, span, right in zip(*(array.tolist() for array in arrays), strict=True):
         # Compared as text, since different tokens can spell the same text; as text behind the left side, since some
         # tokenizers drop the space at the beginning.
-        ids = _generate_infill(model, prompt, len(span), vocabulary)
+        ids = write(prompt, len(span))
         generated = model.decode_continuation(left, ids)
         expected = model.decode_continuation(left, span)
         is_exact.append(float(generated == expected))

@@ -9,6 +9,7 @@ from ul2r.config import Evaluation, Recipe
 from ul2r.config.evaluation import check_infill_length
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.errors import CheckpointError
+from ul2r.evaluation.fim_infilling import measure_fim_loss, measure_fim_match
 from ul2r.evaluation.infilling import InfillExamples, measure_infill_loss, measure_infill_match
 from ul2r.evaluation.losses import (
     measure_causal_loss,
@@ -97,10 +98,14 @@ def measure(
         yield f"denoiser_loss/{denoiser.name}", score
 
     examples = InfillExamples.build(dataset, recipe.evaluation)
-    yield "infill_loss", measure_infill_loss(model, examples, dataset.vocabulary)
-    exact_match, edit_similarity = measure_infill_match(
-        model, examples, dataset.vocabulary, infilled
-    )
+    if model.metadata.fim and not model.metadata.denoising:
+        loss = measure_fim_loss(model, examples, dataset.vocabulary)
+        measure_match = measure_fim_match
+    else:
+        loss = measure_infill_loss(model, examples, dataset.vocabulary)
+        measure_match = measure_infill_match
+    yield "infill_loss", loss
+    exact_match, edit_similarity = measure_match(model, examples, dataset.vocabulary, infilled)
     yield "infill_exact_match", exact_match
     yield "infill_edit_similarity", edit_similarity
 

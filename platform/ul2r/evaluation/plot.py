@@ -17,14 +17,19 @@ from ul2r.evaluation.curves import LossCurve
 from ul2r.filesystem import staged_file
 from ul2r.tracking.roles import ROLE_COLORS
 
-ROLE_LABELS: dict[Role, str] = {"base": "base", "control": "control", "ul2r": "UL2R"}
+ROLE_LABELS: dict[Role, str] = {
+    "base": "base",
+    "control": "control",
+    "fim": "FIM",
+    "ul2r": "UL2R",
+}
 SIZE_INCHES = (16.0, 9.0)
 DOTS_PER_INCH = 100
 MARGIN_INCHES = 0.15
 MAX_LEGEND_COLUMNS = 3
 GROUP_WIDTH = 0.81
 """Groups are 1 apart: their bars and a gap."""
-OTHER_COLORS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
+OTHER_COLORS = ("#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 """Colors of columns that are no role, one after the other: the other ones of Okabe and Ito (2008)."""
 LOSS_LABEL = "nats per token (lower is better)"
 
@@ -102,7 +107,7 @@ def _plot_infilling(axes: Axes, arms: Sequence[Arm], colors: Mapping[Role, str])
         "infill_edit_similarity": "edit\nsimilarity",
     }
     _plot_bars(axes, arms, colors, groups)
-    axes.set(title="Infilling, UL2R sees both sides", ylabel="share (higher is better)")
+    axes.set(title="Infilling, UL2R and FIM see both sides", ylabel="share (higher is better)")
 
 
 def _plot_bars(

@@ -96,8 +96,10 @@ def evaluation_settings(recipe: Recipe) -> dict[str, Any]:
     return {
         "storage": str(recipe.storage.resolve()),
         # As JSON, in which tuples are lists: it is compared with what a file holds.
-        # Tasks have results of their own: held-out scores do not depend on their settings.
-        "evaluation": recipe.evaluation.model_dump(mode="json", exclude={"few_shot", "data"}),
+        # Tasks and gaps have results of their own: held-out scores do not depend on their settings.
+        "evaluation": recipe.evaluation.model_dump(
+            mode="json", exclude={"few_shot", "gaps", "data"}
+        ),
         "objective.sequence_length": recipe.objective.sequence_length,
         "objective.slots_per_row": recipe.objective.slots_per_row,
         # Only where there are some: scores of earlier versions are still those of runs without.

@@ -14,6 +14,7 @@ NUM_STANDARD_ERRORS = 2.0
 OTHERS = {
     "base": "the base as it was",
     "control": "the control, which was trained on the same text by next-token prediction",
+    "fim": "fill-in-the-middle (FIM), which sees both sides of a span as well and so is its opponent in infilling",
 }
 
 

@@ -136,8 +136,7 @@ def make_short_recipe(
     }
     return {
         "name": arm,
-        # FIM has none of the known roles: its column is the last.
-        "role": None if arm == "fim" else arm,
+        "role": arm,
         "storage": str(storage),
         "base": None if arm == "base" else base,
         # All arms read the same text, but not the windows of the base.

@@ -32,6 +32,7 @@ PROGRAM = "ul2r"
 ROLES = {
     "base": "Base model",
     "control": "Control, trained causally",
+    "fim": "Fill-in-the-middle",
     "ul2r": "UL2R",
     None: "Run",
 }

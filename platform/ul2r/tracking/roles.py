@@ -7,7 +7,12 @@ from pathlib import Path
 
 from ul2r.config import Recipe
 
-ROLE_COLORS: Mapping[str, str] = {"base": "#999999", "control": "#0072B2", "ul2r": "#D55E00"}
+ROLE_COLORS: Mapping[str, str] = {
+    "base": "#999999",
+    "control": "#0072B2",
+    "fim": "#009E73",
+    "ul2r": "#D55E00",
+}
 """Line color by role; distinguishable without color vision (Okabe and Ito 2008)."""
 
 COMPARISON_ROLE = "comparison"

@@ -35,6 +35,7 @@ from ul2r.workflows.evaluate import (
     tabulate_infilled,
 )
 from ul2r.workflows.few_shot_comparison import describe_arm, write_few_shot_comparison
+from ul2r.workflows.gap_comparison import write_gap_comparison
 from ul2r.workflows.pretrained_arms import (
     prepare_pretrained_arm,
     record_pretrained_arm,
@@ -114,13 +115,13 @@ def compare(comparison: Comparison) -> ComparisonResult:
         _write_files(result, store, run_ids, denoisers)
         _log_files(result, comparison, store, run_ids.values())
 
-    few_shot = write_few_shot_comparison(
-        result.folder,
-        {role: describe_arm(*arm) for role, arm in zip(roles, arms, strict=True)},
-    )
+    described = {role: describe_arm(*arm) for role, arm in zip(roles, arms, strict=True)}
+    few_shot = write_few_shot_comparison(result.folder, described)
+    gaps = write_gap_comparison(result.folder, comparison.name, described)
     run_id = store.find_run(result.folder)
-    if few_shot is not None and run_id is not None:
-        store.log_artifact(run_id, few_shot)
+    if run_id is not None:
+        for file in (*filter(None, (few_shot,)), *gaps):
+            store.log_artifact(run_id, file)
     return result
 
 

@@ -22,7 +22,12 @@ from ul2r.tracking.roles import ROLE_COLORS
 
 LOSS = Metric("infill_loss", "infilled span, loss")
 MATCH = Metric("infill_exact_match", "infilled span, exact match", higher_is_better=True)
-BUDGETS = {"base": (1000, 2e9), "control": (1500, 3e9), "ul2r": (1500, 3.1e9)}
+BUDGETS = {
+    "base": (1000, 2e9),
+    "control": (1500, 3e9),
+    "fim": (1500, 3e9),
+    "ul2r": (1500, 3.1e9),
+}
 
 
 def arm(role: Role, loss: float = 3.0, match: float = 0.5, stderr: float = 0.1) -> Arm:
@@ -128,6 +133,7 @@ def test_the_plot_is_drawn_with_and_without_losses_during_training(
     measured = {
         "base": LossCurve((0.0, 1e9, 2e9), (8.0, 6.0, 5.0), (8.0, 7.0, 7.0)),
         "control": LossCurve((2e9, 3e9), (5.0, 4.5), (7.0, 7.1)),
+        "fim": LossCurve((2e9, 3e9), (5.0, 4.8), (7.0, 6.9)),
         "ul2r": LossCurve((2e9, 3.1e9), (5.0, 5.1), (7.0, 5.0)),
     }
     curves = {role: measured[role] if has_history else LossCurve((), (), ()) for role in ROLES}
@@ -143,7 +149,7 @@ def test_the_plot_is_drawn_with_and_without_losses_during_training(
 def test_columns_of_any_name_have_colors_and_bars_of_their_own(tmp_path: Path) -> None:
     roles = [*ROLES, "longer", "shorter"]
     colors = choose_colors(roles)
-    assert len(set(colors.values())) == 5
+    assert len(set(colors.values())) == len(roles)
     assert {role: colors[role] for role in ROLES} == dict(ROLE_COLORS)
 
     arms = [replace(arm("ul2r"), role=role) for role in roles]

@@ -357,3 +357,22 @@ def test_a_model_with_another_vocabulary_is_refused(
 
     with pytest.raises(CheckpointError, match="another vocabulary"):
         evaluate(ul2r_model, replace(dataset, vocabulary=other), recipe)
+
+
+def test_fim_is_measured_in_its_own_layout(
+    causal_model: LanguageModel, dataset: TokenDataset, recipe: Recipe, examples: InfillExamples
+) -> None:
+    first, second, third = dataset.vocabulary.sentinels[:3]
+    expected = []
+    for left, span, right in contexts_and_spans(examples):
+        inputs = [first, *left, second, *right]
+        losses = target_losses(causal_model, inputs, [third, *span], bidirectional=False)
+        expected += losses[1:]
+
+    metadata = replace(causal_model.metadata, fim=True)
+    fim = LanguageModel(
+        causal_model.network, causal_model.tokenizer, metadata, causal_model.eos_token_ids
+    )
+    assert evaluate(fim, dataset, recipe)["infill_loss"].mean == pytest.approx(
+        np.mean(expected), abs=1e-5
+    )

@@ -14,9 +14,10 @@ from ul2r.data.store.dataset import TokenDataset
 from ul2r.data.tokenizer import add_special_tokens
 from ul2r.errors import RecipeError
 from ul2r.evaluation import evaluate
-from ul2r.evaluation.fim_infilling import measure_fim_infilling
+from ul2r.evaluation.fim_infilling import measure_fim_loss, measure_fim_match
 from ul2r.evaluation.infilling import InfillExamples, build_infill_prompts, measure_infill_match
 from ul2r.evaluation.losses import measure_second_half_loss
+from ul2r.evaluation.scores import InfilledText
 from ul2r.inference import LanguageModel
 from ul2r.objective import Batch
 from ul2r.testing.models import ScriptedModel, write_tiny_export
@@ -132,7 +133,7 @@ def test_fim_reads_both_sides_and_ends_its_span_itself(
     )
     model.batches = []
 
-    loss, _, _ = measure_fim_infilling(model, examples, dataset.vocabulary)
+    loss = measure_fim_loss(model, examples, dataset.vocabulary)
 
     (batch,) = model.batches
     assert [*batch.tokens[0].tolist(), batch.labels[0, -1]] == [*prompt, third, *span]
@@ -146,8 +147,9 @@ def test_fim_reads_both_sides_and_ends_its_span_itself(
         *(part[[0, 0]] for part in (examples.left, examples.span, examples.right))
     )
     scripted = ScriptedModel(ul2r_model, {t: [n] for t, n in chain.items()}, fallback=span[0])
-    scripted.token_losses = model.token_losses  # type: ignore[method-assign]  # a script has no losses
-    _, exact_match, similarity = measure_fim_infilling(scripted, twice, dataset.vocabulary)
+    kept: list[InfilledText] = []
+    exact_match, similarity = measure_fim_match(scripted, twice, dataset.vocabulary, kept)
+    assert [text.answer for text in kept] == [text.target for text in kept]
     assert (exact_match.mean, similarity.mean) == (1, 1)
     assert scripted.calls[0] == prompt
     assert not any(scripted.bidirectional_calls)

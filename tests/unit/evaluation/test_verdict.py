@@ -45,6 +45,14 @@ def test_a_worse_result_is_said_and_a_difference_within_the_error_is_none() -> N
     assert sentence.endswith("infilled span, exact match.")
 
 
+def test_fim_is_named_as_the_opponent_in_infilling() -> None:
+    _, against_fim = read(
+        make_arm("base", 3.0, 0.1), make_arm("fim", 2.0, 0.9), make_arm("ul2r", 2.0, 0.1)
+    )
+    assert against_fim.startswith("UL2R against fill-in-the-middle (FIM), which sees both sides")
+    assert "its opponent in infilling: better: nothing. Worse: infilled span" in against_fim
+
+
 def test_nan_is_neither_better_nor_worse() -> None:
     (sentence,) = read(make_arm("base", math.nan, 0.5), make_arm("ul2r", 2.0, 0.5))
     assert "better: nothing. Worse: nothing" in sentence

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from ul2r.config.gaps import GapSettings
+from ul2r.config.gaps import FittedGaps, GapSettings, fit_gaps
 from ul2r.data.sampling.batches import check_token_ids
 from ul2r.data.sampling.held_out_windows import MIN_MEASURED, TokenArray, select_windows
 from ul2r.data.store.dataset import TokenDataset
@@ -104,29 +104,43 @@ class GapGroup:
         )
 
 
-def select_gaps(dataset: TokenDataset, settings: GapSettings) -> tuple[GapGroup, ...]:
+def select_gaps(
+    dataset: TokenDataset, settings: GapSettings, max_length: int | None = None
+) -> tuple[GapGroup, ...]:
     """Return a group of gaps for each number of slots and each length, in the order of the settings.
 
     Texts are windows that are evenly spread over the held-out split. Groups with the same number of slots have the same
     ones: those with room for the longest gaps, shortened at the end. So with one slot a shorter gap is the beginning of
     a longer one. Nothing is drawn: the same store and settings give the same gaps.
 
+    Args:
+        dataset: Token store, whose held-out split is read.
+        settings: Lengths, slots and context.
+        max_length: Tokens of a row of training: groups that do not fit are left out, and the context is shortened if
+            the settings give none (`fit_gaps`).
+
     Raises:
         CorpusError: If there are fewer than two texts, or the split holds tokens outside the vocabulary.
+        RecipeError: If no group fits.
     """
-    return tuple(_iter_groups(dataset, settings))
+    return tuple(_iter_groups(dataset, settings, fit_gaps(settings, max_length)))
 
 
-def _iter_groups(dataset: TokenDataset, settings: GapSettings) -> Iterator[GapGroup]:
-    num_kept = 2 * settings.context_length
+def _iter_groups(
+    dataset: TokenDataset, settings: GapSettings, fitted: FittedGaps
+) -> Iterator[GapGroup]:
+    num_kept = 2 * fitted.context_length
     for slots in settings.slots:
+        lengths = [length for length, number in fitted.groups if number == slots]
+        if not lengths:
+            continue
         texts = select_windows(
             dataset.held_out,
             max(settings.num_gaps // slots, MIN_MEASURED),
-            num_kept + slots * max(settings.lengths),
+            num_kept + slots * max(lengths),
             # A gap across documents could not be guessed from its context.
             excluded_token=dataset.vocabulary.eos,
         )
         check_token_ids(texts, dataset.vocabulary, dataset.tokenizer_file.parent)
-        for length in settings.lengths:
+        for length in lengths:
             yield GapGroup(texts[:, : num_kept + slots * length], length, slots, dataset.vocabulary)
