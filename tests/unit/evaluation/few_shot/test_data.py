@@ -175,3 +175,40 @@ def test_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("a file")
     with pytest.raises(CorpusError, match=r"test\.parquet cannot be written: Not a directory"):
         DataFolder(tmp_path / "data").write_split("cais/mmlu", "anatomy", "test", [{"a": 1}])
+
+
+def test_problems_and_stories_are_found_by_names_and_columns(tmp_path: Path) -> None:
+    line = json.dumps({"task_id": "t", "prompt": "p"}) + "\n"
+    (tmp_path / "HumanEval-SingleLineInfilling.jsonl.gz").write_bytes(gzip.compress(line.encode()))
+    (tmp_path / "cloze_test.csv").write_text(
+        "InputStoryid,InputSentence1,InputSentence2,InputSentence3,InputSentence4,"
+        "RandomFifthSentenceQuiz1,RandomFifthSentenceQuiz2,AnswerRightEnding\n"
+        'id,One.,"Two, too.",Three.,Four.,Bad.,Good.,2\n'
+    )
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "ANLI_analysis_r2_dev.csv").write_text(
+        "context,statement,gold_label\nIt rains.,It is dry.,c\n"
+    )
+    splits = {split.dataset: split for split in read_source(tmp_path)}
+    problems = splits["loubnabnl/humaneval_infilling"]
+    assert problems.configuration == "HumanEval-SingleLineInfilling"
+    assert problems.rows == [{"task_id": "t", "prompt": "p"}]
+    cloze = splits["LSDSem/story_cloze"]
+    assert (cloze.configuration, cloze.rows[0]["answer_right_ending"]) == ("2016", 2)
+    story = splits["lsdsem/rocstories"].rows[0]
+    assert [story[f"sentence{n}"] for n in (2, 5)] == ["Two, too.", "Good."]
+    anli = splits["facebook/anli"]
+    assert (anli.split, anli.rows[0]["label"]) == ("dev_r2", 2)
+    assert len(splits) == 4
+
+
+def test_examples_of_mgsm_are_read_and_not_run(tmp_path: Path) -> None:
+    (tmp_path / "mgsm").mkdir()
+    (tmp_path / "mgsm/exemplars.py").write_text(
+        "EXEMPLAR_NUMBER_ANSWERS = [11]\nEXEMPLAR_EQUATION_SOLUTIONS = ['5 + 6 = 11.']\n"
+        "MGSM_EXEMPLARS = {'de': {'1': {'q': 'Frage: ' 'a', 'a': 'Antwort'}}}\nassert False\n"
+    )
+    (split,) = read_source(tmp_path)
+    assert split[:3] == ("juletxara/mgsm", "de", "train")
+    assert split.rows[0]["question"] == "Frage: a"
+    assert split.rows[0]["answer_number"] == 11
