@@ -1,4 +1,4 @@
-"""torch.compile for Megatron-Core's fusions, put off until a fusion runs.
+"""torch.compile for Megatron-Core's fusions, put off until a fusion runs, and an optimizer without Dynamo.
 
 Megatron-Core decorates 50 functions with `torch.compile` when it is imported, which loads Inductor and Dynamo: 3 of the
 6 CPU seconds that the import takes (Megatron-Core 0.16.1, torch 2.13), in every process, also where no fusion is used.
@@ -7,6 +7,7 @@ Megatron-Core decorates 50 functions with `torch.compile` when it is imported, w
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
@@ -15,6 +16,8 @@ from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
 PACKAGE = "megatron.core"
+DISABLED = "__dynamo_disable"
+"""Attribute of a function that torch excludes from compilation: what it calls in its place."""
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -76,3 +79,30 @@ def compile_at_first_call(
         return compiled(*args, **kwargs)
 
     return call
+
+
+def use_optimizers_without_dynamo() -> None:
+    """Let torch's AdamW not import Dynamo, 2 CPU seconds in every process, to exclude itself from compilation.
+
+    torch 2.13 wraps four methods of optimizers so that Dynamo never traces them (`torch._compile`), and Adam's step so
+    that it breaks Dynamo's graph (`_use_grad_for_differentiable`). Both import Dynamo at the first call. Nothing that
+    is compiled here calls an optimizer.
+    """
+    from torch.optim import Adam, Optimizer
+
+    for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad"):
+        method = getattr(getattr(Optimizer, name), "__wrapped__", None)
+        # Where torch keeps the result of the first call.
+        if method is not None and not hasattr(method, DISABLED):
+            setattr(method, DISABLED, method)
+    if Adam.step.__name__ != _step_without_dynamo.__name__:
+        _step_without_dynamo.__wrapped__ = inspect.unwrap(Adam.step)  # type: ignore[attr-defined]  # of any function
+        Adam.step = _step_without_dynamo  # type: ignore[method-assign,assignment]  # as torch's own hooks do
+
+
+def _step_without_dynamo(optimizer: Any, closure: Any = None) -> Any:  # noqa: ANN401  as torch's own
+    """Take Adam's step as `_use_grad_for_differentiable` does, but for the breaks in Dynamo's graph."""
+    import torch
+
+    with torch.set_grad_enabled(optimizer.defaults["differentiable"]):
+        return _step_without_dynamo.__wrapped__(optimizer, closure)  # type: ignore[attr-defined]  # set above

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 COLLECTIVE_TIMEOUT = timedelta(seconds=120)
 
 # Processes are forked from a server that has imported the worker's modules: each would need seconds for it otherwise.
-multiprocessing.set_forkserver_preload(["ul2r.launch.worker"])
+# The others are what numba imports when a compiled function is first called.
+multiprocessing.set_forkserver_preload(
+    ["ul2r.launch.worker", "scipy.linalg.cython_blas", "numba.np.arraymath", "numba.np.arrayobj"]
+)
 
 
 def run_distributed(

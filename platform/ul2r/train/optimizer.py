@@ -24,6 +24,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 
 from ul2r.config import Recipe
 from ul2r.model.kernels import Implementation, KernelPlan
+from ul2r.model.lazy_compile import use_optimizers_without_dynamo
 
 
 def build_optimizer(
@@ -58,6 +59,7 @@ def build_optimizer(
         overrides[embeddings] = ParamGroupOverride(wd_mult=0.0)
 
     _select_optimizer(kernels.optimizer)
+    use_optimizers_without_dynamo()
     optimizer = get_megatron_optimizer(config, model, config_overrides=overrides)
     distributed = unwrap_chained_optimizer(optimizer)
     if kernels.optimizer == "torch's fused AdamW":
