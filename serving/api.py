@@ -12,6 +12,7 @@ from serving.body_limit import BodyLimitMiddleware
 from serving.docs_page import render_docs
 from serving.editor_routes import add_editor_routes
 from serving.errors import add_error_handlers, make_error_response
+from serving.gate import Gate, add_gate
 from serving.openai_routes import add_openai_routes
 from serving.responses import make_headers, respond
 from serving.schema import (
@@ -28,8 +29,12 @@ from ul2r.inference.prompts import check_tokens
 PLAYGROUND = Path(__file__).with_name("playground.html")
 
 
-def create_api(service: InferenceService) -> FastAPI:
+def create_api(service: InferenceService, gate: Gate | None = None) -> FastAPI:
     """Return the API of one model.
+
+    Args:
+        service: The model.
+        gate: Asked about each request; None lets everything in.
 
     Every error is OpenAI's error object: 400 for malformed JSON, for a field of the wrong type or out of range, and for
     requests that the model cannot serve, 413 for a body of more than `MAX_BODY_BYTES`, 404 and 405 for a wrong URL,
@@ -44,6 +49,8 @@ def create_api(service: InferenceService) -> FastAPI:
         responses={status: {"model": ErrorResponse} for status in (400, 404, 413, 429, 503)},
     )
     api.add_middleware(BodyLimitMiddleware)
+    if gate is not None:
+        add_gate(api, gate)
 
     # Handlers are async, so FastAPI runs them in the event loop, not in its thread pool: none of them blocks.
     @api.get("/", response_class=HTMLResponse, include_in_schema=False)

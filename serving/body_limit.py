@@ -12,6 +12,9 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving.proxy_errors import ProxyErrorMiddleware
+from serving.request_id import RequestIdMiddleware
+
 MAX_PROMPT_CHARACTERS = 1_000_000
 """Longer prompts are refused before they are tokenized."""
 MAX_BODY_BYTES = 12 * MAX_PROMPT_CHARACTERS + 2**16
@@ -83,4 +86,9 @@ class BodyLimitMiddleware:
 
 def create_proxy_middleware() -> list[Middleware]:
     """Return the middleware of a Serve proxy, which finds this function by an environment variable (`serving`)."""
-    return [Middleware(BodyLimitMiddleware)]
+    # Serve wraps its proxy in them one after the other: the last one is the first to see a request.
+    return [
+        Middleware(ProxyErrorMiddleware),
+        Middleware(BodyLimitMiddleware),
+        Middleware(RequestIdMiddleware),
+    ]

@@ -59,9 +59,28 @@ def serve_model(config: ServingConfig, port: int, host: str = LOCALHOST) -> Iter
         logger.info("%s: Serve is up, loading the model", config.model)
         _wait_until_ready(url, config)
         yield url
+        _drain(config)
+    except KeyboardInterrupt:
+        # The usual end. A second one ends the waiting.
+        _drain(config)
+        raise
     finally:
         # After a failed start as well, which leaves Serve's controller and proxy running.
         serve.shutdown()
+
+
+def _drain(config: ServingConfig) -> None:
+    """Let requests in flight end before Serve is shut down, which would cut them."""
+    applications = serve.status().applications
+    if (
+        APPLICATION not in applications
+        or applications[APPLICATION].status != ApplicationStatus.RUNNING
+    ):
+        return
+    # The way in is one process: this machine's.
+    num_left = serve.get_app_handle(APPLICATION).drain.remote(config.drain_s).result()
+    if num_left:
+        logger.warning("%d requests did not end within %g s: cut off", num_left, config.drain_s)
 
 
 def _wait_until_ready(url: str, config: ServingConfig) -> None:

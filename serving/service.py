@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from serving.answers import Answer, Event, Failure, Final
+from serving.gate import record_answer, record_prompt
 from serving.metrics import Metrics
 from ul2r.errors import RequestError
 from ul2r.inference import LanguageModel, max_infill_slots
@@ -125,6 +126,7 @@ class InferenceService:
         """
         events: asyncio.Queue[Event] = asyncio.Queue()
         requests = self._make_requests(jobs, events, streams=streams)
+        record_prompt(self.model_id, (self._write_out(job) for job in jobs))
         self.engine.submit(requests)
         num_open = len(requests)
         try:
@@ -132,12 +134,20 @@ class InferenceService:
                 event = await events.get()
                 if isinstance(event, Failure):
                     raise event.error
-                num_open -= isinstance(event, Final)
+                if isinstance(event, Final):
+                    num_open -= 1
+                    outcome = event.outcome
+                    record_answer(
+                        outcome.prompt_tokens, outcome.completion_tokens, outcome.finish_reasons
+                    )
                 yield event
         finally:
             if num_open:
                 for request in requests:
                     self.engine.cancel(request)
+
+    def _write_out(self, job: Job) -> str:
+        return self.model.decode(list(job.prompt.tokens))
 
     def _make_requests(
         self, jobs: Sequence[Job], events: asyncio.Queue[Event], *, streams: bool

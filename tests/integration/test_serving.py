@@ -29,6 +29,7 @@ from ul2r.errors import ServiceError
 from ul2r.inference import LanguageModel, complete, infill
 from ul2r.inference.pyfunc import make_pointer
 from ul2r.launch.ray_train.cluster import connect_ray
+from ul2r.paths import EXPORT_METADATA_FILE
 from ul2r.testing.models import write_tiny_export
 from ul2r.tracking.logged_model import ModelDetails
 from ul2r.tracking.mlflow import register
@@ -39,6 +40,7 @@ pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 240
 STOP_TIMEOUT_S = 60
+LONG_STREAM = {"prompt": "The sea", "max_tokens": 120, "min_tokens": 120, "n": 64, "stream": True}
 
 
 @dataclass(frozen=True)
@@ -47,15 +49,19 @@ class Server:
 
     Attributes:
         client: HTTP client of its URL.
-        export: Folder of the served model.
+        export: Folder of the first served model.
+        control: Folder of the second one.
         port: Port that it listens on.
         output: What it printed until it was ready.
+        log: The access log.
     """
 
     client: httpx.Client
     export: Path
+    control: Path
     port: int
     output: str
+    log: Path
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +69,24 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     storage = tmp_path_factory.mktemp("storage")
     export = write_tiny_export(storage / "export")
     _register(storage, export)
+    control = write_tiny_export(storage / "control", attention="causal", seed=2)
+    metadata = json.loads((control / EXPORT_METADATA_FILE).read_text())
+    (control / EXPORT_METADATA_FILE).write_text(json.dumps({**metadata, "run": "control"}))
+    log = storage / "access.jsonl"
     port = find_free_port()
 
-    job = _start_job("models:/tiny@champion", "--storage", str(storage), "--port", str(port))
+    arguments = ["--storage", str(storage), "--port", str(port), "--access-log", str(log)]
+    job = _start_job("models:/tiny@champion", str(control), *arguments)
     try:
         output = _read_until(job, "/v1/infill -d")
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-            yield Server(client, export, port, output)
+            yield Server(client, export, control, port, output, log)
+            # A request in flight ends although the server is told to stop.
+            with client.stream("POST", "/v1/completions", json=LONG_STREAM) as response:
+                lines = response.iter_lines()
+                next(lines)
+                job.send_signal(signal.SIGTERM)
+                assert "data: [DONE]" in list(lines)
     finally:
         job.send_signal(signal.SIGTERM)
         last_output, _ = job.communicate(timeout=STOP_TIMEOUT_S)
@@ -159,7 +176,7 @@ def test_openais_client_completes_infills_streams_and_reads_errors(server: Serve
     model = LanguageModel.load(server.export)
     url = f"http://127.0.0.1:{server.port}/v1"
     with openai.OpenAI(base_url=url, api_key="any", max_retries=0) as client:
-        (served,) = client.models.list().data
+        served, control = client.models.list().data
         completed = client.completions.create(
             model=served.id, prompt=["def area(", "The sea"], max_tokens=6, stop="\0", logprobs=1
         )
@@ -175,6 +192,7 @@ def test_openais_client_completes_infills_streams_and_reads_errors(server: Serve
                 stream_options={"include_usage": True},
             )
         )
+        other = client.completions.create(model=control.id, prompt="The sea", max_tokens=6)
         with pytest.raises(openai.NotFoundError, match="is not served here"):
             client.completions.create(model="gpt", prompt="a")
         with pytest.raises(openai.BadRequestError, match="max_tokens=0 is out of range"):
@@ -184,6 +202,8 @@ def test_openais_client_completes_infills_streams_and_reads_errors(server: Serve
                 model=served.id, messages=[{"role": "user", "content": "a"}]
             )
 
+    expected = complete(LanguageModel.load(server.control), "The sea", max_tokens=6)
+    assert other.choices[0].text == expected.text
     alone = [complete(model, text, max_tokens=6) for text in ("def area(", "The sea")]
     assert [choice.text for choice in completed.choices] == [answer.text for answer in alone]
     assert completed.usage is not None
@@ -202,7 +222,9 @@ def test_a_client_that_hangs_up_frees_its_slot(server: Server) -> None:
 
     def count_cancelled() -> float:
         page = server.client.get("/metrics").text
-        found = re.search(r"^ul2r_requests_cancelled_total (.+)$", page, re.MULTILINE)
+        found = re.search(
+            r'^ul2r_requests_cancelled_total{model="tiny-ul2r"} (.+)$', page, re.MULTILINE
+        )
         assert found is not None
         return float(found[1])
 
@@ -268,7 +290,7 @@ def test_a_stated_length_beyond_the_limit_is_refused_before_the_body(
 
     with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
         connection.sendall(head.encode())
-        assert_too_large(connection)
+        assert_too_large(server, connection)
 
 
 def test_a_body_without_a_stated_length_is_refused_while_it_arrives(server: Server) -> None:
@@ -281,7 +303,7 @@ def test_a_body_without_a_stated_length_is_refused_while_it_arrives(server: Serv
         # One byte per chunk too many, and never the empty chunk that ends a body.
         for _ in range(8):
             connection.sendall(chunk)
-        assert_too_large(connection)
+        assert_too_large(server, connection)
 
     def stream() -> Iterator[bytes]:
         for _ in range(24):
@@ -293,14 +315,30 @@ def test_a_body_without_a_stated_length_is_refused_while_it_arrives(server: Serv
     assert server.client.get("/health").json() == {"status": "ok"}
 
 
-def assert_too_large(connection: socket.socket) -> None:
+def assert_too_large(server: Server, connection: socket.socket) -> None:
     """Read the answer to a request whose body has not ended."""
     response = HTTPResponse(connection)
     response.begin()
     assert response.status == 413
     assert "the body is larger than" in json.loads(response.read())["error"]["message"]
-    # Serve's proxy adds this header to what comes from a replica: the proxy itself must refuse, since it reads on.
-    assert "x-request-id" not in response.headers
+    # The proxy itself must refuse, since it reads on: no replica has heard of it.
+    assert response.headers["x-request-id"] not in server.log.read_text()
+
+
+def test_every_request_has_a_name_and_a_line_in_the_log(server: Server) -> None:
+    headers = {"x-request-id": "mine-7"}
+    body = {"prompt": "def secret(", "max_tokens": 2}
+
+    response = server.client.post("/v1/completions", json=body, headers=headers)
+    assert response.headers.get_list("x-request-id") == ["mine-7"]
+    (unnamed,) = server.client.get("/health").headers.get_list("x-request-id")
+
+    lines = [json.loads(line) for line in server.log.read_text().splitlines()]
+    (line,) = [line for line in lines if line["request_id"] == "mine-7"]
+    assert (line["status"], line["model"], line["is_complete"]) == (200, "tiny-ul2r", True)
+    assert line["completion_tokens"] == response.json()["usage"]["completion_tokens"]
+    assert unnamed in {line["request_id"] for line in lines}
+    assert "secret" not in server.log.read_text()
 
 
 def test_the_playground_is_the_first_page(server: Server) -> None:

@@ -1,17 +1,19 @@
 """Serve a model over HTTP.
 
-    ul2r serve MODEL [--port 8000]
+    ul2r serve MODEL... [--port 8000]
 
 MODEL is an export folder, or a model in the registry of the MLflow server at --tracking-uri (default:
 MLFLOW_TRACKING_URI): models:/NAME@ALIAS, models:/NAME/3, or models:/NAME/latest. With --storage the registry is read
-from that folder, and no MLflow server needs to be running. The job serves until Ctrl-C. On a cluster use
-`serve deploy serving/deploy.yaml` instead.
+from that folder, and no MLflow server needs to be running. Of several models a request's `model` picks one, and the
+first answers requests that name none. The job serves until Ctrl-C; requests in flight then have some time to end. On a
+cluster use `serve deploy serving/deploy.yaml` instead.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import math
 import signal
 import threading
 from collections.abc import Sequence
@@ -39,25 +41,39 @@ def run(options: argparse.Namespace) -> None:
     check_port(options.port, options.host)
     _handle_signals()
     try:
-        folder = _find_export(options.model, options.tracking_uri, options.storage)
-        read_export_metadata(folder)
-        logger.info("%s: can be served; starting Ray", options.model)
+        folders = [
+            _find_export(model, options.tracking_uri, options.storage) for model in options.model
+        ]
+        for folder in folders:
+            read_export_metadata(folder)
+        names = ", ".join(options.model)
+        logger.info("%s: can be served; starting Ray", names)
         from serving.app import ServingConfig
+        from serving.gate import AccessConfig
         from serving.server import serve_model
         from ul2r.launch.ray_train.cluster import connect_ray
 
         config = ServingConfig(
-            model=str(folder),
+            model=str(folders[0]),
+            more_models=tuple(str(folder) for folder in folders[1:]),
             cpus=options.cpus,
             gpus=options.gpus,
             slots=options.slots,
             max_model_len=options.max_model_len,
+            drain_s=options.drain_seconds,
+            access=AccessConfig(
+                api_keys=_make_absolute(options.api_keys),
+                access_log=_make_absolute(options.access_log),
+                log_prompts=options.log_prompts,
+                cors_origins=tuple(options.cors_origin),
+            ),
         )
-        with connect_ray(config.cpus, config.gpus):
+        num_models = len(folders)
+        with connect_ray(num_models * config.cpus, num_models * config.gpus):
             _handle_signals()  # Ray has installed its own handlers
-            logger.info("%s: Ray is up, starting Serve", options.model)
+            logger.info("%s: Ray is up, starting Serve", names)
             with serve_model(config, options.port, options.host) as url:
-                print(_usage(options.model, url), flush=True)
+                print(_usage(names, url), flush=True)
                 # Sleeps until a signal raises KeyboardInterrupt here, in the main thread.
                 threading.Event().wait()
     # The usual end of this job, so its exit code is 0, not the 130 of `run_and_report`.
@@ -117,7 +133,10 @@ def _make_parser(program: str | None) -> argparse.ArgumentParser:
         prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "model", metavar="MODEL", help="export folder, or models:/NAME@ALIAS and the like"
+        "model",
+        nargs="+",
+        metavar="MODEL",
+        help="export folder, or models:/NAME@ALIAS and the like",
     )
     parser.add_argument(
         "--port", type=int, default=DEFAULT_PORT, help="port to serve at (default: %(default)s)"
@@ -154,7 +173,50 @@ def _make_parser(program: str | None) -> argparse.ArgumentParser:
         metavar="TOKENS",
         help="longest sequence, to save memory; default: the model's",
     )
+    _add_access_arguments(parser)
     return parser
+
+
+def _add_access_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--api-keys",
+        type=Path,
+        metavar="FILE",
+        help="file with a key a line, which requests must have one of; read again when it changes",
+    )
+    parser.add_argument(
+        "--access-log",
+        type=Path,
+        metavar="FILE",
+        help="append a line of JSON for each request, without the text of prompts",
+    )
+    parser.add_argument("--log-prompts", action="store_true", help="log prompts, too")
+    parser.add_argument(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="let web pages of this origin call the API from a browser; * for all",
+    )
+    parser.add_argument(
+        "--drain-seconds",
+        type=_non_negative_float,
+        default=30.0,
+        metavar="SECONDS",
+        help="at the end, time for requests in flight; a second Ctrl-C ends it",
+    )
+
+
+def _make_absolute(path: Path | None) -> Path | None:
+    # Replicas have another working directory.
+    return None if path is None else path.absolute()
+
+
+def _non_negative_float(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no time in seconds")
+    return number
 
 
 def _positive_int(text: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,11 +12,14 @@ from typing import get_args
 import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
+from ray.serve.config import HTTPOptions
 from ray.serve.schema import ServeDeploySchema
 
 from serving.app import ServingConfig, build
 from serving.arguments import check_port, resolve_model
+from serving.gate import AccessConfig
 from ul2r.errors import CheckpointError, ServiceError
+from ul2r.paths import EXPORT_METADATA_FILE
 from ul2r.testing.models import write_tiny_export
 from ul2r.tracking.model_uri import is_model_uri
 
@@ -51,8 +55,17 @@ def test_the_deploy_file_fits_serve_and_the_builder() -> None:
     assert find_unknown_keys(tree, ServeDeploySchema) == []
     (application,) = ServeDeploySchema.model_validate(tree).applications
     assert application.import_path == "serving.app:build"
-    ServingConfig.model_validate(application.args)
-    assert [deployment.name for deployment in application.deployments] == ["model"]
+    config = ServingConfig.model_validate(application.args)
+    assert config.max_replicas is not None
+    assert config.max_replicas > config.min_replicas
+    assert application.deployments == [], "their settings would not fit several models"
+
+
+def test_nothing_cuts_a_long_stream() -> None:
+    tree = yaml.safe_load(DEPLOY_FILE.read_text())
+
+    assert ServeDeploySchema.model_validate(tree).http_options.request_timeout_s is None
+    assert HTTPOptions().request_timeout_s is None, "what `serve_model` starts Serve with"
 
 
 def test_misspelled_keys_of_a_deploy_file_are_found() -> None:
@@ -84,6 +97,36 @@ def test_the_builder_makes_one_deployment(tmp_path: Path) -> None:
     assert deployment.max_ongoing_requests > 4 + 8, "Serve would refuse before the engine"
 
 
+def test_several_models_have_a_router_and_an_engine_each(tmp_path: Path) -> None:
+    folders = [write_tiny_export(tmp_path / name) for name in ("a", "b")]
+    metadata = json.loads((folders[1] / EXPORT_METADATA_FILE).read_text())
+    config = ServingConfig(model=str(folders[0]), more_models=(str(folders[1]),), max_replicas=3)
+    with pytest.raises(CheckpointError, match=r"exports of a run 'tiny-ul2r'.*only one of them"):
+        build(config)
+    (folders[1] / EXPORT_METADATA_FILE).write_text(json.dumps({**metadata, "run": "other"}))
+
+    router = build(config)._bound_deployment
+
+    assert router.name == "router"
+    given, handles = router.init_args
+    assert given is config
+    models = {name: app._bound_deployment for name, app in handles.items()}
+    assert list(models) == ["tiny-ul2r", "other"]
+    for name, model in models.items():
+        assert model.name == f"model-{name}"
+        scaling = model._deployment_config.autoscaling_config
+        assert (scaling.min_replicas, scaling.max_replicas) == (1, 3)
+        assert scaling.target_ongoing_requests == config.slots
+
+
+def test_keys_are_checked_before_anything_starts(tmp_path: Path) -> None:
+    folder = write_tiny_export(tmp_path / "export")
+    (tmp_path / "keys").write_text("\n")
+    access = AccessConfig(api_keys=tmp_path / "keys")
+    with pytest.raises(ServiceError, match="has no key"):
+        build(ServingConfig(model=str(folder), access=access))
+
+
 def test_the_builder_refuses_a_folder_that_is_not_an_export(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is not an export: it lacks config\.json"):
         build(ServingConfig(model=str(tmp_path)))
@@ -98,7 +141,14 @@ def test_the_builder_refuses_a_link_to_itself(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"model": "x", "cpu": 2}, {}, {"model": "x", "gpus": 2}, {"model": "x", "cpus": 0}],
+    [
+        {"model": "x", "min_replicas": 3, "max_replicas": 2},
+        {"model": "x", "access": {"api_key": "k"}},
+        {"model": "x", "cpu": 2},
+        {},
+        {"model": "x", "gpus": 2},
+        {"model": "x", "cpus": 0},
+    ],
 )
 def test_invalid_arguments_are_refused(arguments: dict[str, object]) -> None:
     with pytest.raises(ValidationError):

@@ -169,8 +169,13 @@ def test_proxies_of_serve_get_the_limit_from_the_environment() -> None:
     variable = os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"]
 
     assert variable == f"{serving.__name__}.body_limit:{create_proxy_middleware.__name__}"
-    (middleware,) = create_proxy_middleware()
-    wrapped = middleware.cls(EchoApp(), *middleware.args, **middleware.kwargs)
-    assert isinstance(wrapped, BodyLimitMiddleware)
+    app: ASGIApp = EchoApp()
+    for middleware in create_proxy_middleware():
+        app = middleware.cls(app, *middleware.args, **middleware.kwargs)
+    sent, num_read = request(app, [], stated=str(MAX_BODY_BYTES + 1))
+    assert_refused(sent, MAX_BODY_BYTES)
+    assert num_read == 0
+    # A refusal has a name, too.
+    assert b"x-request-id" in dict(sent[0]["headers"])
     program = "import sys, serving.body_limit; assert not {'torch', 'ray'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", program], check=True)
