@@ -194,6 +194,9 @@ class Answer:
         text = self._spans[span]
         if logprobs is not None:
             self._tokens.append(self._describe(plan, span, logprobs, len(text.text)))
+        # Tokens of the prompt that are only scored are no text of the answer.
+        if span == 0 and len(plan.spans[0]) <= len(self.prompt.forced):
+            return False
         text.push(token)
         if self.streams:
             self._post_delta(span, at_end=False)
@@ -221,6 +224,8 @@ class Answer:
                 self._post_delta(len(self._spans) - 1, at_end=True)
             spans = plan.spans[: len(self._spans) + 1]
             before = self.prompt.tokens_before(spans)
+            if not self._spans:
+                before += self.prompt.forced
             self._spans.append(SpanText(self.model, before, self.stop))
 
     def _describe(self, plan: Plan, span: int, logprobs: TokenLogprobs, offset: int) -> TokenText:

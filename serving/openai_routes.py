@@ -14,6 +14,7 @@ from serving.responses import (
     Json,
     count_usage,
     describe_chat_logprobs,
+    describe_echoed_logprobs,
     describe_logprobs,
     make_envelope,
     make_headers,
@@ -148,11 +149,7 @@ async def answer_completion(service: InferenceService, request: CompletionReques
                 "index": final.choice,
                 "text": echoes[final.choice] + final.fills[0],
                 "finish_reason": final.outcome.finish_reasons[0],
-                "logprobs": (
-                    None
-                    if request.logprobs is None
-                    else describe_logprobs(final.tokens, len(echoes[final.choice]))
-                ),
+                "logprobs": _describe_logprobs(service, request, jobs, echoes, final),
             }
             for final in finals
         ]
@@ -221,21 +218,47 @@ def _check_honored(request: CompletionRequest, service: InferenceService) -> Non
         )
     if request.echo and request.suffix:
         raise RequestError("echo with suffix: the prompt is not one text: leave echo out")
-    if request.echo and request.logprobs is not None:
+    is_scored = request.echo and request.logprobs is not None
+    if request.prefix_tokens is not None and not is_scored:
+        raise RequestError("prefix_tokens: give it with echo and logprobs, or leave it out")
+    if is_scored and request.stream:
+        raise RequestError("echo with logprobs and stream: scores come at once: leave stream out")
+    if is_scored and request.prefix_tokens is None and service.model.attention == "prefix":
         raise RequestError(
             "echo with logprobs: the log probabilities of a prompt are undefined where its tokens see each other in "
-            "both directions: score with `ul2r evaluate`"
-            if service.model.attention == "prefix"
-            else "echo with logprobs: prompts are not scored here: score with `ul2r evaluate`"
+            "both directions: give prefix_tokens, the number of tokens that are context; the others are scored"
         )
+
+
+def _describe_logprobs(
+    service: InferenceService,
+    request: CompletionRequest,
+    jobs: Sequence[Job],
+    echoes: Sequence[str],
+    final: Final,
+) -> Json | None:
+    if request.logprobs is None:
+        return None
+    if not request.echo:
+        return describe_logprobs(final.tokens)
+    job = jobs[final.choice // (request.n or 1)]
+    return describe_echoed_logprobs(service.model, job.prompt, echoes[final.choice], final.tokens)
 
 
 def _prepare(
     service: InferenceService, request: CompletionRequest, text: str | list[int]
 ) -> Prompt:
     if not request.suffix:
+        prefix_tokens = request.prefix_tokens
+        # A causal model's first token is a prefix of its own: it has no probability.
+        if request.echo and request.logprobs is not None and prefix_tokens is None:
+            prefix_tokens = 1
         return prepare_completion(
-            service.model, text, mode=request.mode, max_tokens=request.max_tokens
+            service.model,
+            text,
+            mode=request.mode,
+            max_tokens=request.max_tokens,
+            prefix_tokens=prefix_tokens,
         )
     if not isinstance(text, str):
         raise RequestError("suffix with a prompt of tokens: give the prompt as text")

@@ -7,7 +7,8 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
 
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
@@ -16,6 +17,10 @@ from serving.errors import make_error_response
 from serving.schema import Request
 from serving.service import InferenceService, Job
 from ul2r.errors import RequestError
+
+if TYPE_CHECKING:
+    from ul2r.inference import LanguageModel
+    from ul2r.inference.prompts import Prompt
 
 IGNORED_FIELDS_HEADER = "x-ignored-fields"
 Json = dict[str, Any]
@@ -40,7 +45,7 @@ def make_envelope(service: InferenceService, kind: str, prefix: str) -> Json:
 def count_usage(jobs: Sequence[Job], finals: Iterable[Final]) -> Json:
     """Return the `Usage` of a request."""
     finals = sorted(finals, key=lambda final: final.choice)
-    prompt_tokens = sum(len(job.prompt.tokens) for job in jobs)
+    prompt_tokens = sum(len(job.prompt.tokens) + len(job.prompt.forced) for job in jobs)
     completion_tokens = sum(final.outcome.completion_tokens for final in finals)
     # The first choice of each prompt: the others always find what it has read.
     cached_tokens = 0
@@ -64,6 +69,34 @@ def describe_logprobs(tokens: Sequence[TokenText], offset: int = 0) -> Json:
         "token_logprobs": [token.logprobs.logprob for token in tokens],
         "top_logprobs": [_describe_top(token) for token in tokens],
         "text_offset": [offset + token.offset for token in tokens],
+    }
+
+
+def describe_echoed_logprobs(
+    model: LanguageModel, prompt: Prompt, echo: str, tokens: Sequence[TokenText]
+) -> Json:
+    """Return log probabilities of a prompt and its answer; what the model reads as its prefix has none.
+
+    Args:
+        model: Decodes tokens.
+        prompt: The prompt.
+        echo: Its text.
+        tokens: Its scored tokens, and those of the answer.
+    """
+    prefix = prompt.parts[0]
+    scored = tokens[: len(prompt.forced)]
+    texts = [model.decode_continuation(prefix[:i], prefix[i : i + 1]) for i in range(len(prefix))]
+    texts += [token.text for token in scored]
+    ends = accumulate((len(text) for text in texts), initial=0)
+    missing = [None] * len(prefix)
+    answer = describe_logprobs(tokens[len(prompt.forced) :], len(echo))
+    known = describe_logprobs(scored)
+    return {
+        "tokens": texts + answer["tokens"],
+        "token_logprobs": [*missing, *known["token_logprobs"], *answer["token_logprobs"]],
+        "top_logprobs": [*missing, *known["top_logprobs"], *answer["top_logprobs"]],
+        # Bytes of a character that are tokens of their own are decoded to a sign each.
+        "text_offset": [min(end, len(echo)) for end in list(ends)[:-1]] + answer["text_offset"],
     }
 
 

@@ -96,6 +96,8 @@ class CompletionRequest(SamplingRequest):
     stop: Stop = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
+    prefix_tokens: Annotated[int, Field(ge=1)] | None = None
+    """With `echo` and `logprobs`: tokens that are the context; those of the prompt behind them are scored."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None

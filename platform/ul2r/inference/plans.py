@@ -41,6 +41,9 @@ class Plan(Protocol):
     def begin(self) -> tuple[int, ...]:
         """Return the tokens that the model reads after its prompt, before the first one is sampled."""
 
+    def forced_token(self) -> int | None:
+        """Return the token of text that comes next whatever its probability, or None if it is sampled."""
+
     def also_allowed(self) -> tuple[int, ...]:
         """Return the tokens that may be sampled next besides text."""
 
@@ -55,12 +58,21 @@ class CompletionPlan:
         stop: Ids that end the text.
         max_tokens: Maximum number of tokens.
         min_tokens: The text does not end before.
+        forced: Tokens that the text begins with, which are scored and do not count.
     """
 
-    def __init__(self, stop: Sequence[int], max_tokens: int, min_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        stop: Sequence[int],
+        max_tokens: int,
+        min_tokens: int = 0,
+        *,
+        forced: Sequence[int] = (),
+    ) -> None:
         self._stop = tuple(stop)
         self._max_tokens = max_tokens
         self._min_tokens = min_tokens
+        self._forced = tuple(forced)
         self.num_spans = 1
         self.spans: list[list[int]] = [[]]
         self.finish_reasons: list[FinishReason] = []
@@ -70,19 +82,25 @@ class CompletionPlan:
         """Return no token: the first one is sampled from the logits of the prompt."""
         return ()
 
+    def forced_token(self) -> int | None:
+        """Return the next token of those that are scored."""
+        place = len(self.spans[0])
+        return self._forced[place] if place < len(self._forced) else None
+
     def also_allowed(self) -> tuple[int, ...]:
         """Return the stop tokens."""
         return self._stop if self.num_tokens >= self._min_tokens else ()
 
     def accept(self, token: int) -> Step:
         """Append a token, or end."""
-        self.num_tokens += 1
-        if token in self._stop:
+        is_sampled = self.forced_token() is None
+        self.num_tokens += is_sampled
+        if is_sampled and token in self._stop:
             self.finish_reasons.append("stop")
             return Step(is_text=False, feed=())
         self.spans[0].append(token)
         # The last token is not read: its logits are not needed.
-        if self.num_tokens >= self._max_tokens:
+        if self.num_tokens >= self._max_tokens and self.forced_token() is None:
             self.finish_reasons.append("length")
             return Step(is_text=True, feed=())
         return Step(is_text=True, feed=(token,))
@@ -97,6 +115,7 @@ class InfillPlan:
         max_tokens: Maximum number of tokens of a span.
         typed: Tokens that the first span begins with, given by the request.
         min_tokens: A span does not end before.
+        forced: Tokens behind those that the first span begins with; they are scored and do not count.
     """
 
     def __init__(
@@ -105,13 +124,16 @@ class InfillPlan:
         closers: Sequence[int],
         max_tokens: int,
         typed: Sequence[int] = (),
+        *,
         min_tokens: int = 0,
+        forced: Sequence[int] = (),
     ) -> None:
         self._openers = tuple(openers)
         self._closers = tuple(closers)
         self._max_tokens = max_tokens
         self._typed = tuple(typed)
         self._min_tokens = min_tokens
+        self._forced = tuple(forced)
         self.num_spans = len(self._openers)
         self.spans: list[list[int]] = [[]]
         self.finish_reasons: list[FinishReason] = []
@@ -121,25 +143,35 @@ class InfillPlan:
         """Return the first sentinel and what is typed already behind it."""
         return (self._openers[0], *self._typed)
 
+    def forced_token(self) -> int | None:
+        """Return the next token of those that are scored."""
+        place = len(self.spans[0])
+        return self._forced[place] if place < len(self._forced) else None
+
     def also_allowed(self) -> tuple[int, ...]:
         """Return the closer of the span, once there is text: an empty span never occurs in training."""
         span = self.spans[-1]
         has_text = bool(span) or (len(self.spans) == 1 and bool(self._typed))
-        may_end = has_text and len(span) >= self._min_tokens
+        may_end = has_text and len(span) - self._num_forced() >= self._min_tokens
         return (self._closers[len(self.spans) - 1],) if may_end else ()
 
     def accept(self, token: int) -> Step:
         """Append a token to the span, or go on to the next one."""
         span = self.spans[-1]
-        if token == self._closers[len(self.spans) - 1]:
+        is_sampled = self.forced_token() is None
+        if is_sampled and token == self._closers[len(self.spans) - 1]:
             return Step(is_text=False, feed=self._end_span("stop"))
         span.append(token)
-        self.num_tokens += 1
-        if len(span) < self._max_tokens:
+        self.num_tokens += is_sampled
+        if len(span) - self._num_forced() < self._max_tokens:
             return Step(is_text=True, feed=(token,))
         opener = self._end_span("length")
         # The last token is read too if another span continues from it.
         return Step(is_text=True, feed=(token, *opener) if opener else ())
+
+    def _num_forced(self) -> int:
+        """Return the number of forced tokens of the current span."""
+        return len(self._forced) if len(self.spans) == 1 else 0
 
     def _end_span(self, reason: FinishReason) -> tuple[int, ...]:
         """Return the next sentinel, or nothing after the last span."""

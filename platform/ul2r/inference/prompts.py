@@ -27,6 +27,7 @@ class Prompt:
         closers: Token that ends each span.
         stop: Ids that end a text without sentinels.
         typed: Tokens that the first span begins with.
+        forced: Tokens that follow those, one by one, so that they are scored.
     """
 
     tokens: tuple[int, ...]
@@ -36,12 +37,20 @@ class Prompt:
     closers: tuple[int, ...] = ()
     stop: tuple[int, ...] = ()
     typed: tuple[int, ...] = ()
+    forced: tuple[int, ...] = ()
 
     def make_plan(self, min_tokens: int = 0) -> Plan:
         """Return the state of a new answer."""
         if self.openers:
-            return InfillPlan(self.openers, self.closers, self.max_tokens, self.typed, min_tokens)
-        return CompletionPlan(self.stop, self.max_tokens, min_tokens)
+            return InfillPlan(
+                self.openers,
+                self.closers,
+                self.max_tokens,
+                self.typed,
+                min_tokens=min_tokens,
+                forced=self.forced,
+            )
+        return CompletionPlan(self.stop, self.max_tokens, min_tokens, forced=self.forced)
 
     def tokens_before(self, spans: Sequence[Sequence[int]]) -> list[int]:
         """Return the tokens of the document before the last of some spans."""
@@ -58,6 +67,7 @@ def prepare_completion(
     *,
     mode: Mode | None = None,
     max_tokens: int | None = None,
+    prefix_tokens: int | None = None,
 ) -> Prompt:
     """Return the prompt of a continuation; see `ul2r.inference.complete`.
 
@@ -65,7 +75,9 @@ def prepare_completion(
         model: The model.
         prompt: Text, or its tokens.
         mode: Mode of the denoiser.
-        max_tokens: Maximum number of tokens.
+        max_tokens: Maximum number of tokens; 0 only with `prefix_tokens`.
+        prefix_tokens: Number of tokens of the prompt that are read as such. The others are scored: each is read after
+            all before it, as the model reads its own answer. Default: all are read.
 
     Raises:
         RequestError: If the request does not fit the model.
@@ -82,9 +94,16 @@ def prepare_completion(
         inputs += model.encode_mode(mode, f"mode {mode}")
 
     text = model.encode(prompt) if isinstance(prompt, str) else check_tokens(model, prompt)
+    forced = list[int]()
+    if prefix_tokens is not None:
+        if not 1 <= prefix_tokens <= len(text):
+            raise RequestError(
+                f"prefix_tokens={prefix_tokens} is out of range: choose 1 to {len(text)}, the prompt's number of tokens"
+            )
+        text, forced = text[:prefix_tokens], text[prefix_tokens:]
     if mode in ("NLU", "NLG") or (mode == "S2S" and model.metadata.prefix_sentinel):
         # One slot at the end: the prompt closes with its sentinel.
-        return _prepare_slots(model, [text, []], mode, max_tokens, ())
+        return _prepare_slots(model, [text, []], mode, max_tokens, forced=forced)
     if not text:
         raise RequestError("the prompt has no token: give some text to continue")
     inputs += text
@@ -95,8 +114,11 @@ def prepare_completion(
     return Prompt(
         tokens=tuple(inputs),
         parts=(tuple(text), ()),
-        max_tokens=resolve_max_tokens(model, len(inputs), max_tokens),
+        max_tokens=resolve_max_tokens(
+            model, len(inputs) + len(forced), max_tokens, min_tokens=int(not forced)
+        ),
         stop=tuple(sorted(model.eos_token_ids)),
+        forced=tuple(forced),
     )
 
 
@@ -126,7 +148,7 @@ def prepare_infilling(
         (model.encode_continuation if place else model.encode)(part)
         for place, part in enumerate(parts)
     ]
-    return _prepare_slots(model, encoded, mode, max_tokens, model.encode_continuation(typed))
+    return _prepare_slots(model, encoded, mode, max_tokens, typed=model.encode_continuation(typed))
 
 
 def _prepare_slots(
@@ -134,7 +156,9 @@ def _prepare_slots(
     parts: Sequence[list[int]],
     mode: Mode,
     max_tokens: int | None,
-    typed: Sequence[int],
+    *,
+    typed: Sequence[int] = (),
+    forced: Sequence[int] = (),
 ) -> Prompt:
     vocabulary = model.require_denoising("infilling")
     # The only slot of a completion is at the end, so it needs no second sentinel.
@@ -150,10 +174,11 @@ def _prepare_slots(
     )
     limit = resolve_max_tokens(
         model,
-        len(tokens) + len(typed),
+        len(tokens) + len(typed) + len(forced),
         max_tokens,
         num_spans=num_slots,
         extra_tokens_per_span=1,
+        min_tokens=int(not forced),
     )
     return Prompt(
         tokens=tokens,
@@ -163,6 +188,7 @@ def _prepare_slots(
         # A span ends where the next sentinel would begin, at the end of the text with eos.
         closers=(*sentinels, vocabulary.eos)[1 : num_slots + 1],
         typed=tuple(typed),
+        forced=tuple(forced),
     )
 
 
@@ -196,6 +222,7 @@ def resolve_max_tokens(
     *,
     num_spans: int = 1,
     extra_tokens_per_span: int = 0,
+    min_tokens: int = 1,
 ) -> int:
     """Return the token limit of each generated text, after checking it against the model's maximum length.
 
@@ -205,6 +232,7 @@ def resolve_max_tokens(
         max_tokens: Limit in the request; None stands for `DEFAULT_MAX_TOKENS`, or fewer where fewer fit.
         num_spans: Number of texts to generate.
         extra_tokens_per_span: Tokens of each text beyond its limit, such as its sentinel.
+        min_tokens: Lowest limit that there may be.
 
     Raises:
         RequestError: If the prompt leaves no room, or `max_tokens` is out of range.
@@ -212,8 +240,8 @@ def resolve_max_tokens(
     max_length = model.max_position_embeddings
     # Every span may reach its limit, so they share the remaining positions equally.
     room = (max_length - prompt_tokens) // num_spans - extra_tokens_per_span
-    if room < 1:
-        longest_prompt = max_length - num_spans * (1 + extra_tokens_per_span)
+    if room < min_tokens:
+        longest_prompt = max_length - num_spans * (min_tokens + extra_tokens_per_span)
         raise RequestError(
             f"the prompt is too long: it has {prompt_tokens} tokens, and at most {longest_prompt} leave room for a "
             f"completion within the model's maximum length of {max_length}: shorten it"
@@ -221,10 +249,10 @@ def resolve_max_tokens(
 
     if max_tokens is None:
         return min(room, DEFAULT_MAX_TOKENS)
-    if not 1 <= max_tokens <= room:
+    if not min_tokens <= max_tokens <= room:
         raise RequestError(
             f"max_tokens={max_tokens} is out of range: with {prompt_tokens} prompt tokens and a maximum length of "
-            f"{max_length}, choose 1 to {room}"
+            f"{max_length}, choose {min_tokens} to {room}"
         )
     return max_tokens
 

@@ -49,6 +49,13 @@ JSON = {"content-type": "application/json"}
             400,
             "undefined where its tokens see each other in both directions",
         ),
+        (
+            "completions",
+            b'{"prompt": "a", "echo": true, "logprobs": 1, "prefix_tokens": 9}',
+            400,
+            "prefix_tokens=9 is out of range",
+        ),
+        ("completions", b'{"prompt": "a", "prefix_tokens": 1}', 400, "with echo and logprobs"),
         ("completions", b'{"prompt": [1], "suffix": "b"}', 400, "give the prompt as text"),
         ("completions", b'{"prompt": "a", "model": "gpt"}', 404, "name 'tiny-ul2r', or none"),
         ("chat/completions", b'{"messages": [{"role": "user"}]}', 400, "has no chat template"),

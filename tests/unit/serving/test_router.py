@@ -132,11 +132,12 @@ def test_closing_a_call_frees_its_slot(
 ) -> None:
     before = service.engine.engine.statistics.cancelled
     asyncio.run(_close_a_call(backends["tiny-ul2r"]))
-    assert service.engine.engine.statistics.cancelled == before + 1
+    assert service.engine.engine.statistics.cancelled > before
 
 
 async def _close_a_call(backend: Backend) -> None:
-    body = {"prompt": "The sea", "max_tokens": 100, "min_tokens": 100, "stream": True}
+    # More answers than there are slots: they cannot all have ended when the call is closed.
+    body = {"prompt": "The sea", "max_tokens": 120, "min_tokens": 120, "n": 60, "stream": True}
     scope: Scope = {
         "type": "http",
         "method": "POST",

@@ -282,7 +282,9 @@ class Engine:
         greedy = self._select_greedy(rows, allowed, logits)
         ended = list[int]()
         for place, (slot, row) in enumerate(zip(slots, rows, strict=True)):
-            token = greedy.get(place)
+            token = row.request.plan.forced_token()
+            if token is None:
+                token = greedy.get(place)
             if token is None:
                 token = row.sampler.sample(logits[place], allowed[place])
             if self._accept(row, token, logits[place]):
