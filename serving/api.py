@@ -21,7 +21,7 @@ from serving.schema import (
     HealthResponse,
     TokenizeRequest,
 )
-from serving.service import InferenceService, check_model
+from serving.service import InferenceService, check_model, run_beside_streams
 from ul2r.errors import RequestError
 from ul2r.inference.engine import EngineStoppedError
 from ul2r.inference.prompts import check_tokens
@@ -88,7 +88,7 @@ def _add_tokenizer_routes(api: FastAPI, service: InferenceService) -> None:
         text = request.prompt if request.prompt is not None else request.content
         if text is None:
             raise RequestError("prompt: give a text")
-        tokens = service.model.encode(text)
+        tokens = await run_beside_streams(len(text), lambda: service.model.encode(text))
         length = service.model.max_position_embeddings
         body = {"count": len(tokens), "max_model_len": length, "tokens": tokens}
         return respond(body, make_headers(request))

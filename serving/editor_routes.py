@@ -19,9 +19,9 @@ from serving.responses import (
     respond_with_stream,
 )
 from serving.schema import FimRequest, InfillRequest, InfillResponse, LlamaInfillRequest
-from serving.service import InferenceService, Job, check_model
+from serving.service import InferenceService, Job, check_model, run_beside_streams
 from ul2r.errors import RequestError
-from ul2r.inference.prompts import prepare_completion, prepare_infilling
+from ul2r.inference.prompts import Prompt, prepare_completion, prepare_infilling
 
 
 def add_editor_routes(api: FastAPI, service: InferenceService) -> None:
@@ -49,8 +49,11 @@ async def _answer_infill(service: InferenceService, request: InfillRequest) -> R
     parts = request.prompt.split(request.slot)
     if len(parts) == 1:
         raise RequestError(f"the prompt has no slot: mark each place to fill with {request.slot}")
-    prompt = prepare_infilling(
-        service.model, parts, mode=request.mode, max_tokens=request.max_tokens
+    prompt = await run_beside_streams(
+        len(request.prompt),
+        lambda: prepare_infilling(
+            service.model, parts, mode=request.mode, max_tokens=request.max_tokens
+        ),
     )
     jobs = [Job(prompt, make_settings(request), timeout_s=request.timeout_s)]
     envelope = make_envelope(service, "infilling", "infill")
@@ -81,17 +84,8 @@ async def _answer_infill(service: InferenceService, request: InfillRequest) -> R
 
 async def _answer_fim(service: InferenceService, request: FimRequest) -> Response:
     check_model(service, request.model)
-    if request.suffix:
-        prompt = prepare_infilling(
-            service.model,
-            [request.prompt, request.suffix],
-            mode=request.mode or "NLU",
-            max_tokens=request.max_tokens,
-        )
-    else:
-        prompt = prepare_completion(
-            service.model, request.prompt, mode=request.mode, max_tokens=request.max_tokens
-        )
+    num_characters = len(request.prompt) + len(request.suffix or "")
+    prompt = await run_beside_streams(num_characters, lambda: _prepare_fim(service, request))
     if request.random_seed is not None:
         request = request.model_copy(update={"seed": request.random_seed})
     jobs = [
@@ -127,6 +121,19 @@ async def _answer_fim(service: InferenceService, request: FimRequest) -> Respons
     )
 
 
+def _prepare_fim(service: InferenceService, request: FimRequest) -> Prompt:
+    if not request.suffix:
+        return prepare_completion(
+            service.model, request.prompt, mode=request.mode, max_tokens=request.max_tokens
+        )
+    return prepare_infilling(
+        service.model,
+        [request.prompt, request.suffix],
+        mode=request.mode or "NLU",
+        max_tokens=request.max_tokens,
+    )
+
+
 async def _answer_llama(service: InferenceService, request: LlamaInfillRequest) -> Response:
     check_model(service, request.model)
     extra = "".join(
@@ -134,12 +141,15 @@ async def _answer_llama(service: InferenceService, request: LlamaInfillRequest) 
         for text in request.input_extra or ()
     )
     limit = None if request.n_predict == -1 else request.n_predict
-    prompt = prepare_infilling(
-        service.model,
-        [extra + request.input_prefix, request.input_suffix],
-        mode=request.mode or "NLU",
-        max_tokens=limit,
-        typed=request.prompt,
+    prompt = await run_beside_streams(
+        len(extra) + len(request.input_prefix) + len(request.input_suffix) + len(request.prompt),
+        lambda: prepare_infilling(
+            service.model,
+            [extra + request.input_prefix, request.input_suffix],
+            mode=request.mode or "NLU",
+            max_tokens=limit,
+            typed=request.prompt,
+        ),
     )
     timeout_s = request.timeout_s
     if request.t_max_predict_ms:

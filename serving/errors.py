@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -52,6 +53,8 @@ def add_error_handlers(api: FastAPI) -> None:
     @api.exception_handler(HTTPException)
     async def handle_http_error(request: Request, error: HTTPException) -> JSONResponse:
         message = f"{request.method} {request.url.path}: {error.detail}"
+        if error.status_code == 404:
+            message += _suggest_route(request)
         return _respond(error.status_code, message, headers=error.headers)
 
 
@@ -72,6 +75,13 @@ def make_error_response(error: Exception) -> JSONResponse:
     if isinstance(error, UnknownModelError):
         return _respond(404, str(error), param="model", code="model_not_found")
     return _respond(400, str(error))
+
+
+def _suggest_route(request: Request) -> str:
+    """Return the route whose path is most like that of a request, if one is."""
+    paths = [route.path for route in request.app.routes if hasattr(route, "path")]
+    nearest = get_close_matches(request.url.path[:MAX_SHOWN_CHARACTERS], paths, n=1)
+    return f": is it {nearest[0]}?" if nearest else f": {request.base_url}docs lists the routes"
 
 
 def _describe(errors: Sequence[Mapping[str, Any]]) -> str:

@@ -29,7 +29,7 @@ from serving.schema import (
     SamplingRequest,
     StreamOptions,
 )
-from serving.service import InferenceService, Job, check_model, draw_seed
+from serving.service import InferenceService, Job, check_model, draw_seed, run_beside_streams
 from ul2r.errors import RequestError
 from ul2r.inference import DEFAULT_MAX_TOKENS
 from ul2r.inference.prompts import prepare_completion, prepare_infilling
@@ -122,9 +122,13 @@ async def answer_completion(service: InferenceService, request: CompletionReques
     _check_honored(request, service)
     texts = list_prompts(request.prompt)
     settings = make_settings(request)
+    num_characters = sum(map(len, texts)) + len(request.suffix or "")
+    prompts = await run_beside_streams(
+        num_characters, lambda: [_prepare(service, request, text) for text in texts]
+    )
     jobs = [
         Job(
-            prompt=_prepare(service, request, text),
+            prompt=prompt,
             settings=settings,
             num_choices=request.n or 1,
             stop=tuple(request.stop or ()),
@@ -132,7 +136,7 @@ async def answer_completion(service: InferenceService, request: CompletionReques
             min_tokens=request.min_tokens or 0,
             timeout_s=request.timeout_s,
         )
-        for text in texts
+        for prompt in prompts
     ]
     echoes = [
         _echo(service, text) if request.echo else ""
@@ -276,7 +280,8 @@ def _echo(service: InferenceService, text: str | list[int]) -> str:
 
 async def _answer_chat(service: InferenceService, request: ChatRequest) -> Response:
     check_model(service, request.model)
-    jobs = [_prepare_chat(service, request)]
+    num_characters = sum(len(_join_content(message.content)) for message in request.messages)
+    jobs = [await run_beside_streams(num_characters, lambda: _prepare_chat(service, request))]
     headers = make_headers(request)
 
     if not request.stream:

@@ -6,10 +6,10 @@ import asyncio
 import math
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from serving.answers import Answer, Event, Failure, Final
 from serving.gate import record_answer, record_prompt
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from serving.chat import ChatEncoder
     from ul2r.inference.prompts import Prompt
 
+T = TypeVar("T")
+
+LONG_TEXT = 20_000
+"""Characters or tokens of a text that is encoded in a thread: shorter ones take less time than a step of the engine."""
 DEFAULT_SLOTS = 16
 DEFAULT_MAX_WAITING = 64
 DEFAULT_PROMPT_CACHE_BYTES = 2**28
@@ -179,6 +183,16 @@ class InferenceService:
                     )
                 )
         return requests
+
+
+async def run_beside_streams(num_characters: int, function: Callable[[], T]) -> T:
+    """Call a function that encodes a text: in a thread if the text is long, so that streams do not wait for it.
+
+    Tokenizers work without the interpreter's lock. A million characters take them a second.
+    """
+    if num_characters < LONG_TEXT:
+        return function()
+    return await asyncio.to_thread(function)
 
 
 def draw_seed() -> int:

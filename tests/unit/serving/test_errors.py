@@ -115,6 +115,19 @@ def test_a_wrong_url_or_method_is_refused_in_json(
     assert response.json()["error"]["message"].startswith(f"{method} {path}: ")
 
 
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        ("/v1/complete", "is it /v1/completions?"),
+        ("/v1/chat/completion", "is it /v1/chat/completions?"),
+        ("/metric", "is it /metrics?"),
+        ("/xyz", "/docs lists the routes"),
+    ],
+)
+def test_a_wrong_url_gets_the_nearest_one(client: TestClient, path: str, hint: str) -> None:
+    assert client.post(path, json={}).json()["error"]["message"].endswith(hint)
+
+
 def test_a_very_long_prompt_is_refused_without_repeating_it(client: TestClient) -> None:
     response = client.post("/v1/infill", json={"prompt": "a" * 1_000_001})
 

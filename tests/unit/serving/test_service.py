@@ -15,7 +15,7 @@ from tokenizers.models import BPE
 
 from serving.answers import Answer, Delta, Event, SpanText
 from serving.api import create_api
-from serving.service import InferenceService, Job
+from serving.service import LONG_TEXT, InferenceService, Job
 from ul2r.data.document_tokenizer import DocumentTokenizer
 from ul2r.inference import LanguageModel, complete
 from ul2r.inference.engine import EngineStoppedError
@@ -246,3 +246,29 @@ def test_the_beginning_of_a_stop_string_is_held_back(model: LanguageModel) -> No
     assert released == ["a", "", "", "deb", "", "", ""]
     assert span.is_stopped
     assert span.text == "adeb"
+
+
+def test_long_texts_are_encoded_beside_the_event_loop(
+    service: InferenceService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = list[tuple[int, int]]()
+    encode = service.model.encode
+
+    def note_thread(text: str) -> list[int]:
+        threads.append((len(text), threading.get_ident()))
+        return encode(text)
+
+    monkeypatch.setattr(service.model, "encode", note_thread)
+    texts = ["a", "a" * LONG_TEXT]
+
+    async def run() -> int:
+        transport = httpx.ASGITransport(create_api(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            for text in texts:
+                for path in ("/v1/completions", "/tokenize", "/v1/fim/completions"):
+                    await client.post(path, json={"prompt": text})
+        return threading.get_ident()
+
+    loop = asyncio.run(run())
+    assert len(threads) == 6
+    assert all((thread == loop) == (size == 1) for size, thread in threads)
