@@ -1,4 +1,4 @@
-"""What a request was, as a line of JSON: for operators, without the text of prompts unless that is asked for."""
+"""The access log: a line of JSON for each request, without the text of prompts unless that is asked for."""
 
 from __future__ import annotations
 

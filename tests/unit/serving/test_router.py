@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
-from starlette.types import Scope
+from starlette.types import Message, Scope
 
 from serving.access_log import RequestRecord
 from serving.api import create_api
@@ -26,8 +26,9 @@ from ul2r.testing.models import write_tiny_export
 
 async def fail(scope: Scope, body: bytes, record: RequestRecord | None) -> Messages:
     """Be a replica that has died."""
+    for message in list[Message]():
+        yield [message]
     raise BackendError("the model's replica ended before its answer")
-    yield []
 
 
 @pytest.fixture(scope="module")
