@@ -175,22 +175,20 @@ def add_gate(api: Starlette, gate: Gate) -> None:
         )
 
 
-def record_prompt(model: str, texts: Iterable[str]) -> None:
-    """Note the model and, if prompts are logged, the prompt of the request that is being handled."""
+def record_prompts(model: str, num_tokens: int, texts: Iterable[str]) -> None:
+    """Note the model and, if prompts are logged, the prompts of the request that is being handled."""
     record = current_record.get()
     if record is not None:
         record.model = model
+        record.prompt_tokens = num_tokens
         if record.prompts is not None:
             record.prompts += texts
 
 
-def record_answer(
-    prompt_tokens: int, completion_tokens: int, finish_reasons: Iterable[str]
-) -> None:
+def record_answer(completion_tokens: int, finish_reasons: Iterable[str]) -> None:
     """Note an answer of the request that is being handled."""
     record = current_record.get()
     if record is not None:
-        record.prompt_tokens = (record.prompt_tokens or 0) + prompt_tokens
         record.completion_tokens = (record.completion_tokens or 0) + completion_tokens
         record.finish_reasons += finish_reasons
 

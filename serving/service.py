@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from serving.answers import Answer, Event, Failure, Final
-from serving.gate import record_answer, record_prompt
+from serving.gate import record_answer, record_prompts
 from serving.metrics import Metrics
 from ul2r.errors import RequestError
 from ul2r.inference import LanguageModel, max_infill_slots
@@ -130,7 +130,8 @@ class InferenceService:
         """
         events: asyncio.Queue[Event] = asyncio.Queue()
         requests = self._make_requests(jobs, events, streams=streams)
-        record_prompt(self.model_id, (self._write_out(job) for job in jobs))
+        num_tokens = sum(len(job.prompt.tokens) + len(job.prompt.forced) for job in jobs)
+        record_prompts(self.model_id, num_tokens, (self._write_out(job) for job in jobs))
         self.engine.submit(requests)
         num_open = len(requests)
         try:
@@ -141,9 +142,7 @@ class InferenceService:
                 if isinstance(event, Final):
                     num_open -= 1
                     outcome = event.outcome
-                    record_answer(
-                        outcome.prompt_tokens, outcome.completion_tokens, outcome.finish_reasons
-                    )
+                    record_answer(outcome.completion_tokens, outcome.finish_reasons)
                 yield event
         finally:
             if num_open:

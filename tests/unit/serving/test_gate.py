@@ -130,6 +130,7 @@ def test_the_access_log_tells_everything_but_the_text(locked: TestClient, tmp_pa
     assert (answered["status"], answered["is_complete"]) == (200, True)
     assert answered["model"] == "tiny-ul2r"
     assert answered["completion_tokens"] == answer["usage"]["completion_tokens"]
+    assert answered["prompt_tokens"] == answer["usage"]["prompt_tokens"]
     assert len(answered["finish_reasons"]) == 2
     assert len(answered["key"]) == 8
     assert 0 < streamed["first_token_seconds"] <= streamed["seconds"]
