@@ -20,6 +20,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+# With PYTHONSAFEPATH=1 Python does not look into the folder of a script.
+sys.path.insert(0, str(Path(__file__).parent))
 import _interpreter  # noqa: F401  refuses a Python that cannot run the job
 
 from ul2r.commands.steps import StepError, print_heading, shorten

@@ -8,7 +8,10 @@ The same as `ul2r export`, for `ray job submit`.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
+# With PYTHONSAFEPATH=1 Python does not look into the folder of a script.
+sys.path.insert(0, str(Path(__file__).parent))
 import _interpreter  # noqa: F401  refuses a Python that cannot run the job
 
 from ul2r.commands.export import main

@@ -24,6 +24,8 @@ from rich.table import Column
 from rich.text import Text
 
 LOG_INTERVAL_S = 10.0
+ROUGH_FRACTION = 0.1
+"""Part of the work before which the time left is called a rough one."""
 
 ASCII_FORMS = {"±": "+-", "↑": "^", "↓": "v", "→": "->", "…": "..."}
 """Replacements for characters that a stream's encoding lacks."""
@@ -155,6 +157,9 @@ class _LogBar:
         remaining = (
             f"{(self._total - completed) * elapsed / done:.0f} s left" if done > 0 else "starting"
         )
+        # What is not done at each step, such as validation, has hardly been met yet.
+        if 0 < done < ROUGH_FRACTION * (self._total - self._initial):
+            remaining = f"roughly {remaining}"
         counts = f"{format_count(completed)}/{format_count(self._total)} {self._unit}"
         rate = f"{_format_rate(done, elapsed)} {self._unit}/s"
         line = f"{self._description}  {fraction:4.0%}  {counts}  {rate}  {remaining}  {note}"

@@ -54,6 +54,17 @@ def test_log_shows_percentage_counts_rate_and_time_left(
     )
 
 
+def test_time_left_is_a_rough_one_at_the_beginning(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with console.show_progress("train", 400, "tokens", completed=300) as bar:
+        clock[0] += 10
+        bar.update(305)
+        clock[0] += 10
+        bar.update(310)
+    assert ["roughly" in line for line in capsys.readouterr().err.splitlines()] == [True, False]
+
+
 def test_rate_of_a_resumed_run_counts_only_its_own_work(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:

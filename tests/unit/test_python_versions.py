@@ -76,6 +76,13 @@ def test_job_run_without_the_package_ends_with_one_line(job: str) -> None:
     assert result.stderr.count("\n") == 1
 
 
+def test_job_runs_with_a_safe_path() -> None:
+    """With -P, as with PYTHONSAFEPATH=1, Python does not look into the folder of the script."""
+    result = run_job("train.py", "-P", "-S")
+    assert "has no package ul2r: run the job with .venv/bin/python" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("version", ["3, 10", "3, 14"])
 def test_job_run_with_another_python_ends_with_one_line(version: str) -> None:
     result = run_job("train.py", code=f"sys.version_info = ({version}, 0, 'final', 0)")

@@ -8,9 +8,13 @@ them with what torch's autograd saves.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
-from ul2r.config import Recipe
+from ul2r.config import Denoiser, Objective, Prefix, Recipe, SpanCorruption
+
+NUM_OUTPUT_SIZES = 32
+"""Numbers of positions that a microbatch's logits may have, those of `train/transfer.py`."""
 
 
 class LayerBytes(NamedTuple):
@@ -96,13 +100,46 @@ def rotary_bytes(recipe: Recipe) -> int:
     return 4 * angles * recipe.parallel.virtual_stages
 
 
-def logit_bytes(recipe: Recipe, num_embeddings: int) -> int:
+def logit_bytes(recipe: Recipe, num_embeddings: int, *, is_training: bool) -> int:
     """Return the bytes of one microbatch's logits on a tensor rank: fp32, and a bf16 copy if the model is bf16.
 
     The last stage runs the backward pass of each microbatch right after its forward pass, so it holds those of one.
+
+    Args:
+        recipe: The run.
+        num_embeddings: Rows of the padded embedding.
+        is_training: Whether logits are those of the most targets that a microbatch of the mixture can have; validation
+            measures plain text as well, whose positions all are targets.
     """
     copy = 2 if element_bytes(recipe) == 2 else 0
-    return _num_positions(recipe) * num_embeddings // recipe.parallel.tensor * (4 + copy)
+    positions = _num_positions(recipe)
+    if is_training:
+        most = recipe.training.micro_batch_size * max_row_targets(recipe.objective)
+        step = max(positions // NUM_OUTPUT_SIZES, 1)
+        positions = min(-(-most // step) * step, positions)
+    return positions * num_embeddings // recipe.parallel.tensor * (4 + copy)
+
+
+def max_row_targets(objective: Objective) -> int:
+    """Return the most positions of a row whose loss can count."""
+    return max(
+        _max_targets(denoiser, objective) * (1 if denoiser.whole_row else objective.slots_per_row)
+        for denoiser in objective.mixture
+    )
+
+
+def _max_targets(denoiser: Denoiser, objective: Objective) -> int:
+    """Return the most targets of an example: all of it, unless the denoiser predicts a given part of its window."""
+    longest = objective.max_example_length(denoiser) - 1
+    raw_length = objective.raw_length(denoiser)
+    if isinstance(denoiser, SpanCorruption):
+        # Each span begins with its sentinel, and an eos ends the targets.
+        targets = denoiser.num_noise_tokens(raw_length) + denoiser.num_sentinels(raw_length) + 1
+    elif isinstance(denoiser, Prefix) and denoiser.noise_density is not None:
+        targets = math.ceil(raw_length * denoiser.noise_density) + denoiser.sentinel + 1
+    else:
+        targets = longest
+    return min(targets, longest)
 
 
 def _num_positions(recipe: Recipe) -> int:

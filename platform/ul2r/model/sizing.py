@@ -35,7 +35,11 @@ VOCABULARY_MULTIPLE = 128
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one rank by kind; logits are those of a microbatch that is all targets, the most that there can be."""
+    """Bytes of one rank by kind.
+
+    Logits are those of the most targets that a microbatch of the mixture can have, or of validation, where they are at
+    all positions, as far as these do not fit in the place of the activations, which validation does not keep.
+    """
 
     weights: int
     gradients: int
@@ -216,7 +220,7 @@ def _estimate_stage(recipe: Recipe, num_embeddings: int, stage: int) -> StageEst
     weights = _count_stage_parameters(
         recipe, num_embeddings, sum(layers), is_first=stage == 0, is_last=is_last
     )
-    logits = logit_bytes(recipe, num_embeddings) if is_last else 0
+    logits = logit_bytes(recipe, num_embeddings, is_training=True) if is_last else 0
 
     live = count_live_passes(parallel, recipe.num_microbatches, stage)
     kept = sum(
@@ -227,6 +231,10 @@ def _estimate_stage(recipe: Recipe, num_embeddings: int, stage: int) -> StageEst
     if is_last:
         # Logits and the final norm's tensors have been freed when the first layer is recomputed.
         recomputed -= logits + output_bytes(recipe, is_last=True)
+    activations = kept + max(recomputed, 0)
+    if is_last:
+        validation = logit_bytes(recipe, num_embeddings, is_training=False)
+        logits = max(logits, validation - activations)
 
     element = element_bytes(recipe)
     main_weights = 4 if element < 4 else 0  # the optimizer's fp32 copy of bf16 weights
@@ -240,7 +248,7 @@ def _estimate_stage(recipe: Recipe, num_embeddings: int, stage: int) -> StageEst
             gradients=4 * weights,
             # The distributed optimizer shards its fp32 states over data-parallel ranks: weights, Adam's two moments.
             optimizer=(main_weights + 4 + 4) * -(-weights // parallel.data),
-            activations=kept + max(recomputed, 0) + rotary_bytes(recipe) + interval_bytes(recipe),
+            activations=activations + rotary_bytes(recipe) + interval_bytes(recipe),
             logits=logits,
         ),
     )

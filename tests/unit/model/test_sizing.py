@@ -243,6 +243,33 @@ def test_logits_are_on_the_last_stage_in_both_precisions() -> None:
     assert last.memory.logits == 2048 * LLAMA_3_VOCABULARY // 2 * (4 + 2)
 
 
+@pytest.mark.parametrize(
+    ("mixture", "num_targets"),
+    [
+        ("causal", 2048),
+        ("ul2r", 2048),  # S may have a prefix of one token
+        # 1,861 raw tokens: 279 masked, 93 sentinels, eos; rounded up to a multiple of 64.
+        ("span_corruption", 384),
+    ],
+)
+def test_logits_are_planned_for_the_most_targets_of_the_mixture(
+    mixture: str, num_targets: int
+) -> None:
+    recipe = make_llama(objective={"mixture": mixture, "sequence_length": 2048})
+    (stage,) = estimate_run(recipe, LLAMA_3_VOCABULARY).stages
+    assert stage.memory.logits == num_targets * LLAMA_3_VOCABULARY * (4 + 2)
+
+
+def test_validation_has_logits_at_all_positions_and_no_activations() -> None:
+    """A vocabulary so large that they take more than what training keeps."""
+    size = 2**23
+    recipe = make_llama(objective={"mixture": "span_corruption", "sequence_length": 2048})
+    (stage,) = estimate_run(recipe, size).stages
+    assert stage.memory.activations + stage.memory.logits == pytest.approx(
+        2048 * size * (4 + 2), rel=0.01
+    )
+
+
 def test_time_is_flops_over_the_devices_expected_rate() -> None:
     launch = {"device_peak_tflops": 100, "assumed_mfu": 0.5}
     recipe = tiny_recipe(Path("runs"), parallel={"num_workers": 2}, launch=launch)
