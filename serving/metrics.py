@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 if TYPE_CHECKING:
-    from ul2r.inference.engine import Engine
+    from ul2r.inference.engine import SteppedEngine
 
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
@@ -22,7 +22,7 @@ class Metrics:
         inter_token: Seconds between two tokens of an answer.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: SteppedEngine) -> None:
         self._engine = engine
         # Its own registry: Ray has metrics in the global one.
         self._registry = CollectorRegistry()

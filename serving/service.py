@@ -16,7 +16,13 @@ from serving.gate import record_answer, record_prompts
 from serving.metrics import Metrics
 from ul2r.errors import RequestError
 from ul2r.inference import LanguageModel, max_infill_slots
-from ul2r.inference.engine import Engine, EngineThread, GenerationRequest, build_engine_parts
+from ul2r.inference.engine import (
+    Engine,
+    EngineThread,
+    GenerationRequest,
+    SteppedEngine,
+    build_engine_parts,
+)
 from ul2r.inference.sampling import SamplingSettings
 
 if TYPE_CHECKING:
@@ -65,6 +71,7 @@ class InferenceService:
         max_waiting: Requests that may wait for a slot.
         kv_bytes: Memory for keys and values, see `build_engine_parts`.
         prompt_cache_bytes: Memory for prompts that may come again.
+        engine: What generates, in place of an engine with these settings.
 
     Attributes:
         model: The model, for its text.
@@ -82,18 +89,20 @@ class InferenceService:
         max_waiting: int = DEFAULT_MAX_WAITING,
         kv_bytes: int | None = None,
         prompt_cache_bytes: int = DEFAULT_PROMPT_CACHE_BYTES,
+        engine: SteppedEngine | None = None,
     ) -> None:
         self.model = model
         self.model_id = model.metadata.run
         self.chat_template = chat_template
         self.created = int(time.time())
-        parts = build_engine_parts(
-            model,
-            num_slots=num_slots,
-            kv_bytes=kv_bytes,
-            prompt_cache_bytes=prompt_cache_bytes,
-        )
-        engine = Engine(parts, max_waiting)
+        if engine is None:
+            parts = build_engine_parts(
+                model,
+                num_slots=num_slots,
+                kv_bytes=kv_bytes,
+                prompt_cache_bytes=prompt_cache_bytes,
+            )
+            engine = Engine(parts, max_waiting)
         self.metrics = Metrics(engine)
         self.engine = EngineThread(engine)
 

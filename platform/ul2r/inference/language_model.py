@@ -16,6 +16,7 @@ from torch.nn import functional
 from ul2r.data.document_tokenizer import DocumentTokenizer
 from ul2r.errors import RequestError
 from ul2r.inference.loading import (
+    load_empty_network,
     load_export_tokenizer,
     load_network,
     mark_text_ids,
@@ -76,6 +77,18 @@ class LanguageModel:
         """
         metadata = read_export_metadata(folder)
         network = load_network(folder, device)
+        tokenizer = load_export_tokenizer(folder, metadata, network.config.vocab_size)
+        return cls(network, tokenizer, metadata, read_eos_token_ids(folder, metadata))
+
+    @classmethod
+    def load_text_side(cls, folder: Path) -> LanguageModel:
+        """Load an export whose network is computed elsewhere: its text, limits and special tokens, but no weights.
+
+        Raises:
+            CheckpointError: See `load`.
+        """
+        metadata = read_export_metadata(folder)
+        network = load_empty_network(folder)
         tokenizer = load_export_tokenizer(folder, metadata, network.config.vocab_size)
         return cls(network, tokenizer, metadata, read_eos_token_ids(folder, metadata))
 

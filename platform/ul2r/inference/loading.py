@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from ul2r.data.tokenizer import load_tokenizer
@@ -52,6 +52,21 @@ def load_network(folder: Path, device: str) -> PreTrainedModel:
                 "export the run again"
             )
     return network.eval().to(device)
+
+
+def load_empty_network(folder: Path) -> PreTrainedModel:
+    """Return the network without weights, on torch's meta device.
+
+    Raises:
+        CheckpointError: If transformers cannot read its config.json.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{folder} cannot be loaded: {reason}") from error
 
 
 def load_export_tokenizer(folder: Path, metadata: ExportMetadata, num_embeddings: int) -> Tokenizer:

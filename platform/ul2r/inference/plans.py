@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 FinishReason = Literal["stop", "length"]
 """Why a generated text ended: the model ended it, or it reached its token limit."""
@@ -49,6 +49,9 @@ class Plan(Protocol):
 
     def accept(self, token: int) -> Step:
         """Continue with a sampled token."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return plain JSON values that `make_plan` makes a new plan of, at its beginning."""
 
 
 class CompletionPlan:
@@ -104,6 +107,15 @@ class CompletionPlan:
             self.finish_reasons.append("length")
             return Step(is_text=True, feed=())
         return Step(is_text=True, feed=(token,))
+
+    def describe(self) -> dict[str, Any]:
+        """See `Plan`."""
+        return {
+            "stop": list(self._stop),
+            "max_tokens": self._max_tokens,
+            "min_tokens": self._min_tokens,
+            "forced": list(self._forced),
+        }
 
 
 class InfillPlan:
@@ -173,6 +185,17 @@ class InfillPlan:
         """Return the number of forced tokens of the current span."""
         return len(self._forced) if len(self.spans) == 1 else 0
 
+    def describe(self) -> dict[str, Any]:
+        """See `Plan`."""
+        return {
+            "openers": list(self._openers),
+            "closers": list(self._closers),
+            "max_tokens": self._max_tokens,
+            "typed": list(self._typed),
+            "min_tokens": self._min_tokens,
+            "forced": list(self._forced),
+        }
+
     def _end_span(self, reason: FinishReason) -> tuple[int, ...]:
         """Return the next sentinel, or nothing after the last span."""
         self.finish_reasons.append(reason)
@@ -183,3 +206,10 @@ class InfillPlan:
         # The closer of the last slot is generated too, unless the span reached its limit.
         self.num_tokens += reason == "stop"
         return ()
+
+
+def make_plan(description: Mapping[str, Any]) -> Plan:
+    """Return the plan that `Plan.describe` has described."""
+    if "openers" in description:
+        return InfillPlan(**description)
+    return CompletionPlan(**description)

@@ -21,7 +21,7 @@ from ul2r.inference.engine.request import (
     QueueFullError,
     TokenLogprobs,
 )
-from ul2r.inference.engine.thread import EngineThread
+from ul2r.inference.engine.thread import EngineThread, SteppedEngine
 
 __all__ = [
     "DeadlineError",
@@ -32,6 +32,7 @@ __all__ = [
     "Listener",
     "Outcome",
     "QueueFullError",
+    "SteppedEngine",
     "TokenLogprobs",
     "build_engine_parts",
 ]

@@ -5,11 +5,46 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
+from typing import Protocol
 
-from ul2r.inference.engine.engine import Engine
+from ul2r.errors import RequestError
+from ul2r.inference.engine.counters import EngineStatistics
+from ul2r.inference.engine.kv_cache import PromptCache
 from ul2r.inference.engine.request import EngineStoppedError, GenerationRequest
 
 logger = logging.getLogger(__name__)
+
+
+class SteppedEngine(Protocol):
+    """Engine that works in steps; `ul2r.inference.engine.Engine` is one, and says what the members do."""
+
+    num_slots: int
+    prompt_cache: PromptCache
+    statistics: EngineStatistics
+
+    @property
+    def has_work(self) -> bool:
+        """See `Engine`."""
+
+    @property
+    def num_running(self) -> int:
+        """See `Engine`."""
+
+    @property
+    def num_waiting(self) -> int:
+        """See `Engine`."""
+
+    def submit(self, requests: Sequence[GenerationRequest]) -> None:
+        """See `Engine`."""
+
+    def cancel(self, request: GenerationRequest) -> None:
+        """See `Engine`."""
+
+    def step(self) -> None:
+        """See `Engine`."""
+
+    def fail(self, error: RequestError) -> None:
+        """See `Engine`."""
 
 
 class EngineThread:
@@ -23,7 +58,7 @@ class EngineThread:
         error: What ended the thread, if something did.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: SteppedEngine) -> None:
         self.engine = engine
         self.error: BaseException | None = None
         self._condition = threading.Condition()
