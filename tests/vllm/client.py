@@ -7,12 +7,12 @@ leave.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import sys
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-
-from vllm.distributed import cleanup_dist_env_and_memory
 
 from ul2r.errors import UserError
 from ul2r.inference.engine import GenerationRequest, Outcome, TokenLogprobs
@@ -91,24 +91,31 @@ def run_job(job: dict[str, Any], preempted: list[str]) -> dict[str, Any]:
     """Start an engine, and return its answers, or the error that refuses to start it."""
     folder = Path(job["folder"])
     model = load_text_side(folder, None)
-    preempted.clear()
     try:
         engine = build_engine(model, folder, VllmSettings(**job["settings"]), **job["others"])
     except UserError as error:
         return {"error": str(error)}
     answers = answer(engine, job["groups"])
-    engine.close()
-    # The next engine makes its own groups of processes.
-    del engine
-    cleanup_dist_env_and_memory()
     return {"answers": answers, "num_preemptions": len(preempted)}
 
 
+def send_result(job: dict[str, Any], pipe: Connection) -> None:
+    """Run a job in this process."""
+    pipe.send(run_job(job, count_preemptions()))
+
+
 def main() -> None:
-    """Do the jobs, one engine after the other."""
-    preempted = count_preemptions()
-    jobs = json.loads(Path(sys.argv[1]).read_text())
-    results = {name: run_job(job, preempted) for name, job in jobs.items()}
+    """Do the jobs, one after the other, each in a fork of this process: vLLM takes long to import."""
+    results = dict[str, Any]()
+    context = multiprocessing.get_context("fork")
+    for name, job in json.loads(Path(sys.argv[1]).read_text()).items():
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=send_result, args=(job, sender))
+        process.start()
+        # Only the job holds it, so that its end is seen here.
+        sender.close()
+        results[name] = receiver.recv()
+        process.join()
     Path(sys.argv[2]).write_text(json.dumps(results))
 
 

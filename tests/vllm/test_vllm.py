@@ -1,6 +1,6 @@
 """vLLM with the plugin generates the tokens of this project's own inference: `make test-vllm`.
 
-All engines run in one process of vLLM's environment, since importing it takes most of the time.
+All engines run in forks of one process of vLLM's environment, since importing it takes most of the time.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-vllm/bin/python"
 CLIENT = Path(__file__).with_name("client.py")
 NUM_SLOTS = 4
-BLOCK = 32
-"""Tokens of a block of vLLM's memory on a CPU."""
+BLOCK_SIZE = 32
+"""Tokens of a block of vLLM's memory, the least that there are on a CPU."""
 NUM_PREEMPTED = 16
 """Requests that want more memory together than there is."""
 
@@ -103,7 +103,12 @@ def make_job(folder: Path, groups: list[list[Prompt]], **others: int) -> dict[st
     return {
         "folder": str(folder),
         "settings": {"slots": NUM_SLOTS, "dtype": "float32"},
-        "others": {"enforce_eager": True, "num_gpu_blocks_override": 64, **others},
+        "others": {
+            "enforce_eager": True,
+            "block_size": BLOCK_SIZE,
+            "num_gpu_blocks_override": 64,
+            **others,
+        },
         "groups": [[describe(prompt) for prompt in group] for group in groups],
     }
 
@@ -125,7 +130,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
     folder = root / "Llama-3.2"
     model = LanguageModel.load(folder)
     prompts = list_long_prompts(model)
-    # Blocks for a few of the answers.
+    # One block is vLLM's own: 320 tokens for four answers of up to 130.
     jobs["preempted"] = make_job(folder, [prompts], num_gpu_blocks_override=11)
     expected["preempted"] = [answer_alone(model, prompt) for prompt in prompts]
 

@@ -48,9 +48,9 @@ def find_network(model: LanguageModel, folder: Path) -> str:
     Raises:
         CheckpointError: If vLLM's own network cannot read prompts in both directions.
     """
-    name = (model.network.config.architectures or [type(model.network).__name__])[0]
+    name = str((model.network.config.architectures or [type(model.network).__name__])[0])
     if model.attention != "prefix":
-        return str(name)
+        return name
     if name not in FAMILIES:
         raise CheckpointError(
             f"{folder}: {name} has no network in ul2r-vllm that reads prompts in both directions; there are "

@@ -18,7 +18,7 @@ from serving.api import create_api
 from serving.service import LONG_TEXT, InferenceService, Job
 from ul2r.data.document_tokenizer import DocumentTokenizer
 from ul2r.inference import LanguageModel, complete
-from ul2r.inference.engine import EngineStoppedError
+from ul2r.inference.engine import Engine, EngineStoppedError
 from ul2r.inference.prompts import prepare_completion
 from ul2r.inference.sampling import SamplingSettings
 
@@ -143,6 +143,7 @@ def test_an_engine_that_has_failed_is_not_healthy(
         raise ValueError("broken")
 
     engine = small.engine.engine
+    assert isinstance(engine, Engine)
     owner = {"step": engine, "read_prompt": engine._runner, "write": engine._slots}[place]
     monkeypatch.setattr(owner, place, fail)
 
