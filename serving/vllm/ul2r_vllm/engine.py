@@ -236,7 +236,7 @@ def make_params(request: GenerationRequest, max_length: int) -> SamplingParams:
     longest = len(request.plan.begin()) + num_spans * (description["max_tokens"] + 1)
     longest += len(description["forced"])
     # Only the last span has this closer: vLLM ends there without being told. A scored token does not end an answer.
-    ends = description.get("stop") or description["closers"][-1:]
+    ends = description["stop"] if "stop" in description else description["closers"][-1:]
     if set(ends) & set(description["forced"]):
         ends = []
     return SamplingParams(
