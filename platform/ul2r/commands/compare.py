@@ -22,6 +22,8 @@ def run(comparison: Comparison) -> None:
     result = compare(comparison)
     print_table(result.table.to_rich())
 
+    if result.few_shot is not None:
+        print(f"{result.few_shot}\n")
     print(f"table: {result.folder / TABLE_FILE}")
     print(f"picture: {result.folder / PLOT_FILE}")
 

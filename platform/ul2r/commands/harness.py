@@ -11,10 +11,14 @@ Hub), mode (none, S2S, NLU, NLG), attention (prefix, causal), sentinel, trailing
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections.abc import Sequence
 
+from ul2r.errors import RecipeError
 from ul2r.workflows.cli import run_and_report
+
+UNKNOWN_TASKS = "Tasks not found: "
 
 
 def main(arguments: Sequence[str] | None = None, program: str | None = None) -> int:
@@ -44,4 +48,24 @@ def run(words: Sequence[str]) -> None:
 
     # lm_eval reads the process's command line.
     sys.argv = ["lm_eval", *words]
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except ValueError as error:
+        message = str(error)
+        # As lm_eval 0.4.13 words it; anything else is an error of another kind.
+        if not message.startswith(UNKNOWN_TASKS):
+            raise
+        names = message.removeprefix(UNKNOWN_TASKS)
+        raise RecipeError(_name_nearest(names.split(", ")[0])) from None
+
+
+def _name_nearest(name: str) -> str:
+    """Return the refusal of an unknown task, with the nearest one that there is."""
+    from lm_eval.tasks import TaskManager
+
+    from ul2r.evaluation.few_shot.requirements import quiet_lm_eval
+
+    with quiet_lm_eval():
+        known = TaskManager().all_tasks
+    (nearest,) = difflib.get_close_matches(name, known, n=1, cutoff=0)
+    return f"--tasks: lm_eval has no task {name!r}: did you mean {nearest}? `ul2r lm-eval ls tasks` lists all"

@@ -132,6 +132,9 @@ class FileStore:
     def find_page(self, run_id: str) -> str | None:
         """Return None: files have no page."""
 
+    def show_suite(self, run_id: str, suite: str) -> None:
+        """Do nothing: files have no page."""
+
     def log_artifact(self, run_id: str, file: Path) -> None:
         """Do nothing: files stay in the run's folder."""
 

@@ -83,6 +83,10 @@ class MlflowStore:
         """Return the address of the charts of a run's experiment."""
         return mlflow.find_view_url(self.uri, run_id)
 
+    def show_suite(self, run_id: str, suite: str) -> None:
+        """Add the bars of a suite's mean to the charts of the run's experiment."""
+        mlflow.add_suite_to_view(self.uri, run_id, suite)
+
     def log_artifact(self, run_id: str, file: Path) -> None:
         """Upload a file to a run's artifacts, under its own name."""
         mlflow.log_artifact(self.uri, run_id, file)

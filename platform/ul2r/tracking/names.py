@@ -59,6 +59,11 @@ def name_evaluation_stderr(score: str) -> str:
     return f"{name_evaluation(score)}_stderr"
 
 
+def name_suite_mean(suite: str) -> str:
+    """Return the metric of a suite's mean; those of its tasks are eval/SUITE/TASK/METRIC."""
+    return f"eval/{suite}/mean"
+
+
 def find_former_name(metric: str) -> tuple[str, float] | None:
     """Return the name that a metric of training had before, and the factor from its unit to the present one.
 

@@ -17,6 +17,8 @@ ROLE_COLORS: Mapping[str, str] = {
 
 COMPARISON_ROLE = "comparison"
 """Role of the run that a comparison is recorded in."""
+FEW_SHOT_ROLE = "few_shot"
+"""Role of the run that a suite's results are recorded in."""
 
 
 def describe_origin(recipe: Recipe, parent: str | None) -> dict[str, str]:

@@ -71,6 +71,9 @@ class TrackingStore(Protocol):
     def find_page(self, run_id: str) -> str | None:
         """Return the address of a page with the charts of the run's experiment, None if there is none."""
 
+    def show_suite(self, run_id: str, suite: str) -> None:
+        """Show the mean of a suite on the page of the run's experiment, if there is one."""
+
     def log_artifact(self, run_id: str, file: Path) -> None:
         """Add a file to a run, under its own name."""
 

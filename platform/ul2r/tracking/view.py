@@ -1,7 +1,8 @@
-"""A ready-made page of charts in an MLflow experiment: held-out losses by training compute and by tokens.
+"""A ready-made page of charts in an MLflow experiment: held-out losses by training compute and tokens, means of suites.
 
 MLflow's web page keeps a shared view in a tag of the experiment. The tag's format is not documented: this is the one
-that 3.17's page reads, verified in a browser. A later version that does not understand it shows its default charts.
+that 3.17's page reads, verified in a browser (the bars of suites have not been seen in one). A later version that does
+not understand it shows its default charts.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from ul2r.tracking.names import (
     TOKENS,
     name_evaluation,
     name_held_out_loss,
+    name_suite_mean,
 )
-from ul2r.tracking.roles import COMPARISON_ROLE
+from ul2r.tracking.roles import COMPARISON_ROLE, FEW_SHOT_ROLE
 
 VIEW_KEY = "ul2r"
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW_KEY}"
@@ -44,6 +46,8 @@ SECTIONS = {
     TOKENS: "2. Held-out loss by training tokens",
 }
 """Section titles by the metric of the x-axis. MLflow sorts sections by title, hence the numbers."""
+SUITES = "suites"
+SUITES_TITLE = "3. Few-shot and infilling suites, mean"
 
 
 def install_view(uri: str, run_id: str, denoisers: Sequence[str]) -> None:
@@ -60,10 +64,36 @@ def install_view(uri: str, run_id: str, denoisers: Sequence[str]) -> None:
     client = create_client(uri)
     with translate_errors(uri):
         experiment = client.get_run(run_id).info.experiment_id
-        client.set_experiment_tag(experiment, VIEW_TAG, build_view_state(denoisers))
+        _, suites = _read_view(client.get_experiment(experiment).tags.get(VIEW_TAG))
+        client.set_experiment_tag(experiment, VIEW_TAG, build_view_state(denoisers, suites))
         # Asked for, since people may choose another kind on the page.
         if KIND_TAG not in client.get_experiment(experiment).tags:
             client.set_experiment_tag(experiment, KIND_TAG, "custom_model_development")
+
+
+def add_suite_to_view(uri: str, run_id: str, suite: str) -> None:
+    """Add the bars of a suite's mean to the view of a run's experiment.
+
+    Raises:
+        ServiceError: If the server fails.
+    """
+    client = create_client(uri)
+    with translate_errors(uri):
+        experiment = client.get_run(run_id).info.experiment_id
+        denoisers, suites = _read_view(client.get_experiment(experiment).tags.get(VIEW_TAG))
+        if suite not in suites:
+            state = build_view_state(denoisers, [*suites, suite])
+            client.set_experiment_tag(experiment, VIEW_TAG, state)
+
+
+def _read_view(state: str | None) -> tuple[list[str], list[str]]:
+    """Return the denoisers and the suites of a view's state."""
+    charts = json.loads(state)["compareRunCharts"] if state else []
+    metrics = dict.fromkeys(chart["metricKey"] for chart in charts)
+    losses = [name.removesuffix(name_held_out_loss("")) for name in metrics]
+    names = [loss for loss, metric in zip(losses, metrics, strict=True) if loss != metric]
+    suites = [chart["metricKey"].split("/")[1] for chart in charts if chart["type"] == "BAR"]
+    return [name for name in names if name != CAUSAL], suites
 
 
 def find_view_url(uri: str, run_id: str) -> str:
@@ -100,22 +130,32 @@ def _make_view_url(uri: str, experiment_id: str) -> str:
     )
 
 
-def build_view_state(denoisers: Sequence[str]) -> str:
-    """Return the tag's JSON: charts of the causal loss and of as many denoisers' losses as fit."""
+def build_view_state(denoisers: Sequence[str], suites: Sequence[str] = ()) -> str:
+    """Return the tag's JSON: charts of the causal loss, of as many denoisers' losses and of as many suites as fit."""
     names = [CAUSAL, *denoisers]
+    shown = list(suites)
     # The causal loss is first, so it is always shown.
-    while len(state := _dump_state(names)) > MAX_TAG_LENGTH:
-        names.pop()
+    while len(state := _dump_state(names, shown)) > MAX_TAG_LENGTH:
+        (shown or names).pop()
     return state
 
 
-def _dump_state(names: Sequence[str]) -> str:
+def _dump_state(names: Sequence[str], suites: Sequence[str]) -> str:
     # Any unique text serves as a uuid; charts name their section by it.
     sections = [
         {"uuid": _section_id(x_metric), "name": name, "display": True, "isReordered": False}
-        for x_metric, name in SECTIONS.items()
+        for x_metric, name in {**SECTIONS, **({SUITES: SUITES_TITLE} if suites else {})}.items()
     ]
     charts = [_build_chart(name, x_metric) for x_metric in SECTIONS for name in names]
+    charts += [
+        {
+            "type": "BAR",
+            "uuid": f"{_section_id(SUITES)} {suite}",
+            "metricSectionId": _section_id(SUITES),
+            "metricKey": name_suite_mean(suite),
+        }
+        for suite in suites
+    ]
     scores = [
         *("causal_loss", "second_half_loss"),
         *(f"{DENOISER_LOSS}{name}" for name in names if name != CAUSAL),
@@ -123,8 +163,10 @@ def _dump_state(names: Sequence[str]) -> str:
     ]
     columns = [*COLUMNS, *(f"metrics.`{name_evaluation(score)}`" for score in scores)]
     state = {
-        # A comparison has no curves: without the filter it would be in the legend of every chart.
-        "searchFilter": f"tags.`ul2r.role` != '{COMPARISON_ROLE}'",
+        # They have no curves: without the filter they would be in the legend of every chart.
+        "searchFilter": " AND ".join(
+            f"tags.`ul2r.role` != '{role}'" for role in (COMPARISON_ROLE, FEW_SHOT_ROLE)
+        ),
         "selectedColumns": columns,
         "compareRunSections": sections,
         "compareRunCharts": charts,
@@ -134,7 +176,7 @@ def _dump_state(names: Sequence[str]) -> str:
 
 def _section_id(x_metric: str) -> str:
     # Short, as each chart repeats it.
-    return str(list(SECTIONS).index(x_metric))
+    return str([*SECTIONS, SUITES].index(x_metric))
 
 
 def _build_chart(name: str, x_metric: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from ul2r.workflows.pretrained_arms import (
 TABLE_FILE = "table.md"
 JSON_FILE = "table.json"
 PLOT_FILE = "comparison.png"
+FEW_SHOT_HEADING = "Few-shot and infilling suites"
 FILES = (TABLE_FILE, JSON_FILE, PLOT_FILE)
 
 
@@ -55,10 +56,12 @@ class ComparisonResult:
     Attributes:
         folder: Folder of its files.
         table: Scores of the runs, base first.
+        few_shot: Means of suites as Markdown; None if the runs have no results of any.
     """
 
     folder: Path
     table: ComparisonTable
+    few_shot: str | None = None
 
 
 def compare(comparison: Comparison) -> ComparisonResult:
@@ -120,9 +123,11 @@ def compare(comparison: Comparison) -> ComparisonResult:
     gaps = write_gap_comparison(result.folder, comparison.name, described)
     run_id = store.find_run(result.folder)
     if run_id is not None:
-        for file in (*filter(None, (few_shot,)), *gaps):
+        for file in (*few_shot.files, *gaps):
             store.log_artifact(run_id, file)
-    return result
+        if few_shot.summary is not None:
+            store.note_run(run_id, FEW_SHOT_HEADING, few_shot.summary)
+    return replace(result, few_shot=few_shot.summary)
 
 
 def _sort_columns(comparison: Comparison) -> list[Role]:

@@ -23,18 +23,17 @@ from ul2r.evaluation.few_shot.task_loading import (
     load_tasks,
 )
 from ul2r.evaluation.pretrained import PretrainedArm
-from ul2r.inference import LanguageModel
+from ul2r.inference import LanguageModel, read_export_metadata
 from ul2r.inference.document_start import read_document_start
 from ul2r.model.huggingface.safetensors_reader import resolve_model_folder
 from ul2r.paths import RunPaths
 from ul2r.tracking.export_digest import hash_export
-from ul2r.tracking.names import is_metric_name
+from ul2r.tracking.names import is_metric_name, name_suite_mean
+from ul2r.tracking.roles import FEW_SHOT_ROLE
 from ul2r.tracking.store import TrackingStore, check_store
 
 logger = logging.getLogger(__name__)
 
-ROLE = "few_shot"
-"""Role of the record of a suite's results."""
 TABLE_ITEMS = 200
 """Items in the table of a record; all are in items.parquet."""
 
@@ -75,9 +74,22 @@ def run_suites(
     for name, run in runs.items():
         target = paths.few_shot / name / run.label
         result = run.execute(target)
-        _record(store, recipe, result, target, store.find_run(paths.folder))
+        model_run = store.find_run(paths.folder)
+        _record(store, recipe, result, target, model_run)
+        if model_run is not None and _is_whole(settings):
+            # The model's own run has the scores as well: charts show runs side by side.
+            step = read_export_metadata(folder).step or 0
+            store.log_summary(model_run, name_headlines(result), step=step)
+            store.show_suite(model_run, name)
         results.append((result, target))
     return results
+
+
+def _is_whole(settings: FewShot) -> bool:
+    """Return whether whole suites are run, in the form that the model was trained for."""
+    others = {"suites", "model", "skip_missing", "seeds", "samples", "temperature"}
+    defaults = FewShot().model_dump(exclude=others)
+    return settings.model_dump(exclude=others) == defaults
 
 
 def _check_code_execution(suites: Mapping[str, Suite], recipe: Recipe, *, is_allowed: bool) -> None:
@@ -161,7 +173,7 @@ def _record(
         f"{model}-{result.suite}-{result.label}".replace("/", "-"),
         folder,
         tags={
-            "ul2r.role": ROLE,
+            "ul2r.role": FEW_SHOT_ROLE,
             **({"ul2r.model_run": model_run} if model_run is not None else {}),
         },
         params={
@@ -182,17 +194,25 @@ def _record(
 
 
 def name_metrics(result: SuiteResult) -> dict[str, float]:
-    """Return the scores by their names in a record: eval/SUITE/TASK/METRIC."""
+    """Return all scores by their names in a record: eval/SUITE/TASK/METRIC."""
     metrics = {
         f"eval/{result.suite}/{task}/{metric}": value
         for task, values in result.all_metrics.items()
         for metric, value in values.items()
     }
+    metrics = {name: value for name, value in metrics.items() if is_metric_name(name)}
+    return {**metrics, **name_headlines(result)}
+
+
+def name_headlines(result: SuiteResult) -> dict[str, float]:
+    """Return the headline scores and their mean by their names in a record, with standard errors."""
+    metrics = {}
     for line, score in result.scores.items():
         metrics[f"eval/{result.suite}/{line}/{result.metrics[line]}"] = score.mean
         metrics[f"eval/{result.suite}/{line}/{result.metrics[line]}_stderr"] = score.stderr
-    metrics[f"eval/{result.suite}/mean"] = result.mean.mean
-    metrics[f"eval/{result.suite}/mean_stderr"] = result.mean.stderr
+    mean = name_suite_mean(result.suite)
+    metrics[mean] = result.mean.mean
+    metrics[f"{mean}_stderr"] = result.mean.stderr
     return {name: value for name, value in metrics.items() if is_metric_name(name)}
 
 

@@ -14,8 +14,13 @@ from ul2r.config import Recipe
 from ul2r.errors import RecipeError
 from ul2r.evaluation.few_shot.items import ITEMS_FILE, RESULT_FILE, pool_headlines, read_headlines
 from ul2r.evaluation.few_shot.paired import compare_items
+from ul2r.evaluation.few_shot.result_table import (
+    NamedDifference,
+    NamedResult,
+    summarize_results,
+    tabulate_results,
+)
 from ul2r.evaluation.few_shot.suite_result import SuiteResult
-from ul2r.evaluation.paired import PairedDifference
 from ul2r.evaluation.pretrained import PretrainedArm
 from ul2r.filesystem import write_atomically
 from ul2r.paths import RunPaths
@@ -24,6 +29,7 @@ from ul2r.tracking.export_digest import hash_export
 logger = logging.getLogger(__name__)
 
 FEW_SHOT_FILE = "few_shot.json"
+TABLE_FILE = "few_shot.md"
 SAME = ("seeds", "limit", "samples", "temperature")
 """Settings in which results that are compared agree."""
 
@@ -48,8 +54,21 @@ def describe_arm(recipe: Recipe, pretrained: PretrainedArm | None) -> FewShotArm
     return FewShotArm(recipe.paths, cache(partial(hash_export, recipe.paths.export)))
 
 
-def write_few_shot_comparison(folder: Path, arms: Mapping[str, FewShotArm]) -> Path | None:
-    """Write the paired differences of every two arms on every suite that both were run on; return the file, if any.
+@dataclass(frozen=True)
+class FewShotComparison:
+    """Few-shot results of a comparison's arms.
+
+    Attributes:
+        files: What was written of them.
+        summary: Means and their differences as Markdown; None without results.
+    """
+
+    files: tuple[Path, ...] = ()
+    summary: str | None = None
+
+
+def write_few_shot_comparison(folder: Path, arms: Mapping[str, FewShotArm]) -> FewShotComparison:
+    """Write the scores of all arms, and the paired differences of every two on every suite that both were run on.
 
     Results of other weights, as before more training, are left out with a warning; so are pairs of results with
     other seeds or another limit, which are of other items.
@@ -62,30 +81,39 @@ def write_few_shot_comparison(folder: Path, arms: Mapping[str, FewShotArm]) -> P
         RecipeError: If two arms were run on other items of a task.
     """
     results = [found for role, arm in arms.items() for found in _find_results(role, arm)]
-    entries = []
+    differences = []
     for first, second in combinations(results, 2):
         if first.is_comparable(second):
-            values, others = (
-                pool_headlines(read_headlines(found.folder / ITEMS_FILE))
-                for found in (first, second)
-            )
-            names = {"suite": first.result.suite, "first": first.name, "second": second.name}
-            try:
-                differences = compare_items(values, others)
-            except RecipeError as error:
-                raise RecipeError(
-                    f"suite {first.result.suite}, {first.name} and {second.name}: {error}"
-                ) from None
-            if differences:
-                entries.append({**names, "differences": _as_plain(differences)})
+            found = _compare(first, second)
+            if found.differences:
+                differences.append(found)
 
-    path = folder / FEW_SHOT_FILE
-    if not entries:
-        # One of results that are there no more would be taken for these arms'.
-        path.unlink(missing_ok=True)
-        return None
-    write_atomically(path, json.dumps(entries, indent=2) + "\n")
-    return path
+    columns = [NamedResult(found.name, found.result) for found in results]
+    # Files of results that are there no more would be taken for these arms'.
+    for name in (FEW_SHOT_FILE, TABLE_FILE):
+        (folder / name).unlink(missing_ok=True)
+    if not columns:
+        return FewShotComparison()
+    files = [folder / TABLE_FILE]
+    write_atomically(files[0], tabulate_results(columns, differences) + "\n")
+    if differences:
+        files.append(folder / FEW_SHOT_FILE)
+        entries = [asdict(found) for found in differences]
+        write_atomically(files[1], json.dumps(entries, indent=2) + "\n")
+    return FewShotComparison(tuple(files), summarize_results(columns, differences))
+
+
+def _compare(first: _Found, second: _Found) -> NamedDifference:
+    values, others = (
+        pool_headlines(read_headlines(found.folder / ITEMS_FILE)) for found in (first, second)
+    )
+    try:
+        differences = compare_items(values, others)
+    except RecipeError as error:
+        raise RecipeError(
+            f"suite {first.result.suite}, {first.name} and {second.name}: {error}"
+        ) from None
+    return NamedDifference(first.result.suite, first.name, second.name, differences)
 
 
 @dataclass(frozen=True)
@@ -120,7 +148,3 @@ def _find_results(role: str, arm: FewShotArm) -> Iterator[_Found]:
                 role,
                 result.suite,
             )
-
-
-def _as_plain(differences: Mapping[str, PairedDifference]) -> dict[str, object]:
-    return {task: asdict(difference) for task, difference in differences.items()}

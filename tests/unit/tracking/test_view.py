@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from ul2r.tracking import view
 from ul2r.tracking.view import build_view_state
 
 
@@ -32,4 +33,25 @@ def test_scores_are_columns_and_the_comparison_is_left_out() -> None:
     state = json.loads(build_view_state(["S", "R"]))
     for score in ("causal/evaluation_loss", "R/evaluation_loss", "infill/evaluation_exact_match"):
         assert f"metrics.`{score}`" in state["selectedColumns"]
-    assert state["searchFilter"] == "tags.`ul2r.role` != 'comparison'"
+    assert state["searchFilter"] == (
+        "tags.`ul2r.role` != 'comparison' AND tags.`ul2r.role` != 'few_shot'"
+    )
+
+
+def test_suites_have_bars_of_their_means_in_a_section_of_their_own() -> None:
+    text = build_view_state(["S"], ["paper-26", "mmlu"])
+    state = json.loads(text)
+    bars = [chart for chart in state["compareRunCharts"] if chart["type"] == "BAR"]
+    assert [bar["metricKey"] for bar in bars] == ["eval/paper-26/mean", "eval/mmlu/mean"]
+    section = state["compareRunSections"][-1]
+    assert "suites" in section["name"]
+    assert {bar["metricSectionId"] for bar in bars} == {section["uuid"]}
+    # A run that starts later keeps them.
+    assert view._read_view(text) == (["S"], ["paper-26", "mmlu"])
+    assert view._read_view(None) == ([], [])
+
+
+def test_more_suites_than_fit_leave_the_losses() -> None:
+    text = build_view_state(["S"], [f"suite-{number}" for number in range(99)])
+    assert len(text) <= 5000
+    assert view._read_view(text)[0] == ["S"]

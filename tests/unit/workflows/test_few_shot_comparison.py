@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ul2r.errors import CheckpointError, RecipeError
 from ul2r.evaluation.few_shot.items import ITEMS_FILE, RESULT_FILE, write_items
+from ul2r.evaluation.few_shot.paired import score_values
 from ul2r.evaluation.few_shot.suite_result import SuiteResult
-from ul2r.evaluation.scores import Score
 from ul2r.paths import RunPaths
 from ul2r.workflows.few_shot_comparison import FewShotArm, write_few_shot_comparison
 
@@ -43,10 +44,10 @@ def write_arm(  # noqa: PLR0917  parts of one result
     result = SuiteResult(
         suite=suite,
         model=model,
-        scores={},
-        mean=Score(0, 0, 1),
+        scores={"copa": score_values(np.asarray(values))},
+        mean=score_values(np.asarray(values)),
         left_out={},
-        metrics={},
+        metrics={"copa": "acc"},
         all_metrics={},
         form={
             "mode": "none",
@@ -70,9 +71,15 @@ def test_arms_of_the_same_suite_are_paired(tmp_path: Path) -> None:
         "ul2r": write_arm(tmp_path / "ul2r", "s", [1, 0, 1, 1]),
         "other": write_arm(tmp_path / "other", "t", [1, 0, 1, 1]),
     }
-    file = write_few_shot_comparison(tmp_path, arms)
-    assert file is not None
-    (entry,) = json.loads(file.read_text())
+    comparison = write_few_shot_comparison(tmp_path, arms)
+    assert comparison.files == (tmp_path / "few_shot.md", tmp_path / "few_shot.json")
+    table = comparison.files[0].read_text()
+    assert "## s\n\n| task | base (none-causal) | ul2r (none-causal) |" in table
+    assert "| copa (acc) | 0.500 ± 0.289 | 0.750 ± 0.250 |" in table
+    assert "| copa | ul2r (none-causal) minus base (none-causal) | +0.250 ± 0.250 | " in table
+    assert comparison.summary is not None
+    assert "| t | other (none-causal) | 0.750 ± 0.250 | 4 |" in comparison.summary
+    (entry,) = json.loads(comparison.files[1].read_text())
     assert entry["suite"] == "s"
     assert entry["first"] == "base (none-causal)"
     assert entry["second"] == "ul2r (none-causal)"
@@ -80,13 +87,15 @@ def test_arms_of_the_same_suite_are_paired(tmp_path: Path) -> None:
     assert set(entry["differences"]) == {"copa", "mean"}
 
 
-def test_arms_without_results_give_no_file(tmp_path: Path) -> None:
+def test_arms_without_results_are_not_paired(tmp_path: Path) -> None:
     arms = {
         "base": FewShotArm(RunPaths(tmp_path / "base"), lambda: "weights"),
         "ul2r": write_arm(tmp_path / "ul2r", "s", [1, 0]),
     }
-    assert write_few_shot_comparison(tmp_path, arms) is None
-    assert not (tmp_path / "few_shot.json").exists()
+    assert write_few_shot_comparison(tmp_path, arms).files == (tmp_path / "few_shot.md",)
+    arms["ul2r"] = arms["base"]
+    assert write_few_shot_comparison(tmp_path, arms).files == ()
+    assert not list(tmp_path.glob("few_shot.*"))
 
 
 def test_arms_that_read_other_examples_are_refused(tmp_path: Path) -> None:
@@ -107,10 +116,9 @@ def test_results_of_earlier_weights_are_left_out_and_their_comparison_goes(
         "base": write_arm(tmp_path / "base", "s", [0, 1]),
         "ul2r": write_arm(tmp_path / "ul2r", "s", [1, 1]),
     }
-    file = write_few_shot_comparison(tmp_path, arms)
-    assert file is not None
+    _, file = write_few_shot_comparison(tmp_path, arms).files
     trained_on = {**arms, "ul2r": FewShotArm(arms["ul2r"].paths, lambda: "new weights")}
-    assert write_few_shot_comparison(tmp_path, trained_on) is None
+    assert write_few_shot_comparison(tmp_path, trained_on).files == (tmp_path / "few_shot.md",)
     assert not file.exists()
     assert "ul2r has other weights by now: run `ul2r evaluate --suite s` again" in caplog.text
 
@@ -122,8 +130,7 @@ def test_a_part_of_the_items_is_compared_with_the_same_part_only(tmp_path: Path)
     }
     write_arm(tmp_path / "base", "s", [0, 1], limit=2)
     write_arm(tmp_path / "ul2r", "s", [1, 1], limit=2)
-    file = write_few_shot_comparison(tmp_path, arms)
-    assert file is not None
+    _, file = write_few_shot_comparison(tmp_path, arms).files
     found = {(e["first"], e["second"]): e["differences"] for e in json.loads(file.read_text())}
     assert set(found) == {
         ("base (none-causal)", "ul2r (none-causal)"),

@@ -38,13 +38,13 @@ class Truncation:
         """Return plain values."""
         return asdict(self)
 
-    def describe(self, max_length: int) -> str | None:
-        """Return a line for people, or None if nothing was cut."""
+    def describe(self, max_length: int, part: str = "the beginning of their context") -> str | None:
+        """Return a line for people that names the part that was cut, or None if nothing was."""
         if not self.num_requests:
             return None
         return (
-            f"{self.num_requests} of {self.num_all} requests are longer than the model's {max_length} tokens: the "
-            f"beginning of their context was cut, {self.num_tokens} tokens in all"
+            f"{self.num_requests} of {self.num_all} requests are longer than the model's {max_length} tokens: "
+            f"{part} was cut, {self.num_tokens} tokens in all"
         )
 
 

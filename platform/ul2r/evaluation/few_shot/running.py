@@ -142,7 +142,9 @@ class SuiteRun:
             form = InfillForm(subject.model, subject.start, self._settings)
             rows, metrics = run_infill_task(subject.model, form, task, self._settings)
             truncation = form.truncation
-            message = truncation.describe(subject.model.max_position_embeddings)
+            message = truncation.describe(
+                subject.model.max_position_embeddings, "what is far from their gap"
+            )
             if message is not None:
                 logger.warning(message)
         else:

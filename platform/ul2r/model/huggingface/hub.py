@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import re
+import socket
+import urllib.request
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from ul2r.errors import CheckpointError
 from ul2r.filesystem import remove, sha256_of, write_atomically
@@ -18,6 +21,7 @@ from ul2r.filesystem import remove, sha256_of, write_atomically
 SHA256 = re.compile(r"[0-9a-f]{64}")
 VERIFIED_FILE = "ul2r_verified.txt"
 """File in a model's folder of the cache: names of the blobs that were verified, or there before, one per line."""
+CONNECTION_TIMEOUT_S = 10.0
 GIT_SHA1 = re.compile(r"[0-9a-f]{40}")
 
 
@@ -33,11 +37,15 @@ def download_model(name: str, revision: str | None, patterns: Sequence[str]) -> 
 
     Raises:
         CheckpointError: If a file is not the one that the Hub names.
+        ConnectionError: If the model is not in the cache, and the Hub cannot be reached.
     """
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.file_download import repo_folder_name
 
     cache = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"))
+    # Its retries take minutes; what is in the cache needs no connection.
+    if not constants.HF_HUB_OFFLINE and not (cache / "snapshots").exists():
+        _check_connection(constants.ENDPOINT)
     before = {path.name for path in _list_blobs(cache)}
     if (cache / VERIFIED_FILE).exists():
         before &= _read_verified(cache)
@@ -69,6 +77,18 @@ def download_model(name: str, revision: str | None, patterns: Sequence[str]) -> 
             f"{first}: it was removed; run the same command again"
         )
     return folder
+
+
+def _check_connection(address: str) -> None:
+    """Raise a ConnectionError if nothing listens at an address; through a proxy only the Hub's client can tell."""
+    if urllib.request.getproxies():
+        return
+    url = urlsplit(address)
+    port = url.port or (443 if url.scheme == "https" else 80)
+    try:
+        socket.create_connection((url.hostname or "", port), CONNECTION_TIMEOUT_S).close()
+    except OSError as error:
+        raise ConnectionError(f"no connection to {address}: {error}") from None
 
 
 def _list_blobs(cache: Path) -> list[Path]:

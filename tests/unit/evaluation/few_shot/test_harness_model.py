@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from tests.unit.evaluation.few_shot.harness import (
     make_tasks,
     write_plain_llama,
 )
-from ul2r.__main__ import main
 from ul2r.config.few_shot import Prompting
 from ul2r.errors import CheckpointError, RecipeError, RequestError
 from ul2r.evaluation.few_shot.harness_model import HarnessModel
@@ -376,13 +374,3 @@ def test_sampling_that_is_not_built_is_refused(model: LanguageModel) -> None:
 
 def test_harness_finds_the_class_by_its_name() -> None:
     assert get_model("ul2r") is HarnessModel
-
-
-def test_lack_of_lm_eval_is_told_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("sys.path", [])
-    for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
-        monkeypatch.delitem(sys.modules, name)
-    assert main(["lm-eval", "ls", "tasks"]) == 2
-    assert "pip install 'ul2r[eval]'" in capsys.readouterr().err
