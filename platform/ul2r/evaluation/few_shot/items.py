@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ul2r.evaluation.few_shot.squad import METRIC as BEST_F1
+from ul2r.evaluation.few_shot.squad import score_best_f1
 from ul2r.evaluation.few_shot.suites import SuiteTask
 from ul2r.filesystem import staged_file
 
@@ -56,12 +58,19 @@ def collect_rows(
 ) -> list[dict[str, Any]]:
     """Return the rows of a task's samples, as lm-evaluation-harness logs them.
 
-    Metrics whose values are no numbers, such as pairs that are only combined over all items, have no rows.
+    Metrics whose values are no numbers, but pairs that are only combined over all items, have no rows, except
+    SQuAD's.
     """
     rows: list[dict[str, Any]] = []
-    for sample in samples:
+    all_samples = list(samples)
+    squad: Iterator[float] = iter(())
+    if entry.metric == BEST_F1:
+        squad = iter(score_best_f1([sample[BEST_F1] for sample in all_samples]))
+    for sample in all_samples:
         for metric in sample["metrics"]:
             value = sample[metric]
+            if metric == entry.metric == BEST_F1:
+                value = next(squad)
             if not isinstance(value, bool | int | float | np.number):
                 continue
             rows.append(

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from lm_eval.tasks import TaskManager
 
+import ul2r.commands.harness  # noqa: F401  before nothing can be imported any more
 from ul2r.__main__ import main
 
 
