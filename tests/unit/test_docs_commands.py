@@ -263,7 +263,7 @@ def _check_parsed(
     begun: list[object] = []
     with monkeypatch.context() as patch:
         for name in {"run", "print_dry_run"} & set(vars(module)):
-            patch.setattr(module, name, lambda *arguments: begun.append(arguments))
+            patch.setattr(module, name, lambda *arguments, **_: begun.append(arguments))
         assert main(words) == 0, words
     assert len(begun) == 1, words
 
