@@ -12,10 +12,10 @@ ready := .venv/.installed
 vllm := .venv-vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ul2r test test-slurm test-vllm check docs fix ui serve bench
+.PHONY: help demo ul2r test test-slurm test-vllm test-clients check docs fix ui serve bench
 
 help:  ## list these targets
-	@awk -F ':.*  ## ' '/^[a-z0-9-]+:.*  ## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*  ## ' '/^[a-z0-9-]+:.*  ## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 demo: $(ready)  ## text -> base -> UL2R -> comparison -> served model; CORPUS=path for your own text
 	@$(bin)/python jobs/demo.py $(if $(CORPUS),--corpus '$(CORPUS)')
@@ -38,6 +38,11 @@ test-slurm: $(ready)  ## test clusters/slurm.sbatch on a Slurm of two nodes on t
 # Not part of `test`: the environment takes 3 GB.
 test-vllm: $(ready) $(vllm)/.installed  ## test serving/vllm with vLLM for CPUs, in an environment of its own
 	@$(bin)/pytest tests/vllm $(ARGS)
+
+# Not part of `test`: half a gigabyte of libraries, in an environment of their own.
+test-clients: $(ready)  ## clients of others against a served model: UL2R_URL=http://127.0.0.1:8000, UL2R_KEY
+	@test -x .venv-clients/bin/llm || { python3 -m venv .venv-clients && .venv-clients/bin/pip install -qq --disable-pip-version-check litellm llm langchain-openai pytest; }
+	@.venv-clients/bin/python -m pytest -c /dev/null --rootdir tests/clients -p no:cacheprovider -W ignore tests/clients $(ARGS)
 
 check: $(ready)  ## check lint, format and types; change nothing
 	@$(bin)/ruff check
