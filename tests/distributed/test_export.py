@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from ul2r.config import HuggingFaceBase, Recipe
+from ul2r.config.denoisers import has_sentinels
 from ul2r.config.export import Export
 from ul2r.data.store.dataset import open_dataset
 from ul2r.errors import CheckpointError
+from ul2r.evaluation.losses import measure_denoiser_losses
+from ul2r.inference import LanguageModel
 from ul2r.launch.pretrained import check_base, fill_model_from_base
 from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.distributed import run_distributed
@@ -105,7 +108,7 @@ def train_and_evaluate(recipe: Recipe) -> list[dict[str, float]]:
     tracker = MemoryTracker()
     run_worker(recipe, tracker)
     measured = [
-        {name: value for name, value in metrics.items() if name.endswith("/held_out_loss")}
+        {name: value for name, value in metrics.items() if "/held_out_" in name}
         for _, metrics in tracker.records
     ]
     return [losses for losses in measured if losses]
@@ -145,6 +148,30 @@ def test_a_run_starts_from_an_export_as_from_the_checkpoint(
     assert info.data is not None
     assert [use["run"] for use in info.data["history"]] == [trained.name]
     assert info.data["order"]["seed"] != follower.seed == trained.seed
+
+
+def test_losses_of_text_and_sentinels_are_those_of_the_export(
+    first: tuple[Recipe, list[dict[str, float]]],
+) -> None:
+    trained, before = first
+    num_rows = trained.validation.num_rows
+    evaluation = trained.evaluation.model_copy(update={"num_rows": num_rows})
+    measured = trained.model_copy(update={"evaluation": evaluation})
+    model = LanguageModel.load(export(trained))
+    dataset = open_dataset(trained.storage_paths.store)
+    split = [denoiser for denoiser in evaluation.mixture if has_sentinels(denoiser)]
+    assert split
+    for denoiser in evaluation.mixture:
+        scores = measure_denoiser_losses(model, dataset, measured, denoiser)
+        expected = {kind: score.mean for kind, score in scores.items()}
+        losses = {"all": before[-1][f"{denoiser.name}/held_out_loss"]}
+        for kind in ("text", "sentinel"):
+            name = f"{denoiser.name}/held_out_{kind}_loss"
+            assert (name in before[-1]) == (denoiser in split)
+            if denoiser in split:
+                losses[kind] = before[-1][name]
+        # As above, an export drops padding rows.
+        assert losses == pytest.approx(expected, rel=5e-4)
 
 
 def test_a_chosen_checkpoint_is_exported_to_a_folder_of_its_own(

@@ -191,6 +191,11 @@ Denoiser = Annotated[SpanCorruption | Prefix | Fim | Causal | Pairs, Field(discr
 MINIMUM_RAW_LENGTH = 4
 
 
+def has_sentinels(denoiser: Denoiser) -> bool:
+    """Return whether a denoiser's targets have sentinels, so that its loss has two parts: format and text."""
+    return denoiser.num_sentinels(MINIMUM_RAW_LENGTH) > 0
+
+
 def fit_raw_length(
     denoiser: Denoiser,
     max_example_length: int,

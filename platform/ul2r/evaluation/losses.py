@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ul2r.config import Causal, Denoiser, Pairs, Prefix, Recipe
-from ul2r.config.denoisers import fit_raw_length
+from ul2r.config.denoisers import fit_raw_length, has_sentinels
 from ul2r.data.sampling.batches import BatchBuilder, check_token_ids
 from ul2r.data.sampling.held_out_windows import select_windows
 from ul2r.data.store.dataset import TokenDataset
@@ -13,12 +13,24 @@ from ul2r.errors import CorpusError
 from ul2r.evaluation.scores import Score, average_tokens
 from ul2r.evaluation.scoring_batch import build_scoring_batch, concat_columns
 from ul2r.inference import LanguageModel
+from ul2r.objective.target_kinds import TARGET_KINDS, classify_targets
+from ul2r.tracking.names import KIND_LOSSES
 
 
 def measure_denoiser_loss(
     model: LanguageModel, dataset: TokenDataset, recipe: Recipe, denoiser: Denoiser
 ) -> Score:
-    """Return the mean loss of the targets of `denoiser` on held-out text.
+    """Return the mean loss of the targets of `denoiser` on held-out text; see `measure_denoiser_losses`."""
+    return measure_denoiser_losses(model, dataset, recipe, denoiser)["all"]
+
+
+def measure_denoiser_losses(
+    model: LanguageModel, dataset: TokenDataset, recipe: Recipe, denoiser: Denoiser
+) -> dict[str, Score]:
+    """Return the mean loss of the targets of `denoiser` on held-out text: all, text and sentinel.
+
+    The latter two are of denoisers with sentinels alone.
+    Text is all but sentinels and eos, whether the eos ends a document or the example.
 
     Every arm gets exactly the same rows, masks, modes and sentinels, whether it was trained on them or not: with
     prefix-LM attention, but causal for the causal denoiser and if `objective.attention` is causal. The rows are those
@@ -45,7 +57,14 @@ def measure_denoiser_loss(
         )
 
     batch = builder.build_held_out(denoiser, num_rows)
-    return average_tokens(model.token_losses(batch), batch.loss_mask)
+    losses = model.token_losses(batch)
+    scores = {"all": average_tokens(losses, batch.loss_mask)}
+    if has_sentinels(denoiser):
+        kinds = classify_targets(batch.labels, dataset.vocabulary)
+        for kind in KIND_LOSSES:
+            is_kind = kinds == TARGET_KINDS.index(kind)
+            scores[kind] = average_tokens(losses, batch.loss_mask.astype(bool) & is_kind)
+    return scores
 
 
 def measure_causal_loss(model: LanguageModel, dataset: TokenDataset, recipe: Recipe) -> Score:

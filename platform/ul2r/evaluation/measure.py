@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ul2r.config import Evaluation, Recipe
+from ul2r.config import Denoiser, Evaluation, Recipe
+from ul2r.config.denoisers import has_sentinels
 from ul2r.config.evaluation import check_infill_length
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.errors import CheckpointError
@@ -13,11 +14,12 @@ from ul2r.evaluation.fim_infilling import measure_fim_loss, measure_fim_match
 from ul2r.evaluation.infilling import InfillExamples, measure_infill_loss, measure_infill_match
 from ul2r.evaluation.losses import (
     measure_causal_loss,
-    measure_denoiser_loss,
+    measure_denoiser_losses,
     measure_second_half_loss,
 )
 from ul2r.evaluation.scores import InfilledText, Score, Scores, to_perplexity
 from ul2r.inference import LanguageModel
+from ul2r.tracking.names import DENOISER_LOSS, KIND_LOSSES
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,22 @@ def list_metrics(settings: Evaluation) -> tuple[Metric, ...]:
         Metric("causal_loss", "plain text, loss (nats/token)"),
         Metric("causal_perplexity", "plain text, perplexity", digits=1),
         Metric("second_half_loss", "second half given the first, loss (nats/token)"),
-        *(
-            Metric(f"denoiser_loss/{denoiser.name}", f"denoiser {denoiser.name}, loss (nats/token)")
-            for denoiser in settings.mixture
-        ),
+        *(metric for denoiser in settings.mixture for metric in _list_denoiser_metrics(denoiser)),
         Metric("infill_loss", "infilled span, loss (nats/token)"),
         Metric("infill_exact_match", "infilled span, exact match", higher_is_better=True),
         Metric("infill_edit_similarity", "infilled span, edit similarity", higher_is_better=True),
     )
+
+
+def _list_denoiser_metrics(denoiser: Denoiser) -> Iterator[Metric]:
+    name = denoiser.name
+    yield Metric(f"{DENOISER_LOSS}{name}", f"denoiser {name}, loss (nats/token)")
+    if has_sentinels(denoiser):
+        # A quarter of the targets of short spans are sentinels, which tell where a span belongs, not its text.
+        labels = {"text": "text alone", "sentinel": "sentinels alone"}
+        for kind, beginning in KIND_LOSSES.items():
+            label = f"denoiser {name}, {labels[kind]}, loss (nats/token)"
+            yield Metric(f"{beginning}{name}", label)
 
 
 def measure(
@@ -94,8 +104,10 @@ def measure(
     yield "second_half_loss", measure_second_half_loss(model, dataset, recipe)
 
     for denoiser in recipe.evaluation.mixture:
-        score = measure_denoiser_loss(model, dataset, recipe, denoiser)
-        yield f"denoiser_loss/{denoiser.name}", score
+        scores = measure_denoiser_losses(model, dataset, recipe, denoiser)
+        yield f"{DENOISER_LOSS}{denoiser.name}", scores.pop("all")
+        for kind, score in scores.items():
+            yield f"{KIND_LOSSES[kind]}{denoiser.name}", score
 
     examples = InfillExamples.build(dataset, recipe.evaluation)
     if model.metadata.fim and not model.metadata.denoising:

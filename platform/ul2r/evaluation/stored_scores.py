@@ -16,7 +16,7 @@ from ul2r.filesystem import sha256_of, write_atomically
 from ul2r.paths import TOKENIZER_FILE
 from ul2r.tracking.export_digest import hash_export
 
-FORMAT = 3
+FORMAT = 4
 """Raised when a metric's meaning or this file's fields change, so that older evaluations are repeated."""
 
 

@@ -12,7 +12,7 @@ from ul2r.errors import RecipeError
 METRIC_NAME = re.compile(r"[\w/. :-]+")
 """Characters of a metric's name in MLflow (3.17, `mlflow.utils.validation`)."""
 MAX_METRIC_NAME = 250
-LONGEST_SUFFIX = "/evaluation_loss_stderr"
+LONGEST_SUFFIX = "/evaluation_sentinel_loss_stderr"
 """Longest of the suffixes that a denoiser's name gets."""
 RESERVED = ("infill", "progress", "second_half", "system", "train")
 """First parts of metrics that are of no denoiser; MLflow shows those of `system` on another page."""
@@ -25,6 +25,8 @@ CAUSAL = "causal"
 """Name of plain text among denoisers."""
 DENOISER_LOSS = "denoiser_loss/"
 """Beginning of the name of a denoiser's score; its own name follows."""
+KIND_LOSSES = {kind: f"denoiser_{kind}_loss/" for kind in ("text", "sentinel")}
+"""The same of the score of one kind of its targets."""
 
 
 def name_train_loss(denoiser: str) -> str:
@@ -35,9 +37,14 @@ def name_train_loss(denoiser: str) -> str:
     return f"{denoiser}/train_loss"
 
 
-def name_held_out_loss(denoiser: str) -> str:
-    """Return the metric of a denoiser's held-out loss during training, or of plain text's (`CAUSAL`)."""
-    return f"{denoiser}/held_out_loss"
+def name_held_out_loss(denoiser: str, kind: str | None = None) -> str:
+    """Return the metric of a denoiser's held-out loss during training, or of plain text's (`CAUSAL`).
+
+    Args:
+        denoiser: Its name.
+        kind: Kind of its targets whose loss alone it is: text or sentinel.
+    """
+    return f"{denoiser}/held_out_{kind}_loss" if kind else f"{denoiser}/held_out_loss"
 
 
 def name_evaluation(score: str) -> str:
@@ -48,6 +55,9 @@ def name_evaluation(score: str) -> str:
     """
     if score.startswith(DENOISER_LOSS):
         return f"{score.removeprefix(DENOISER_LOSS)}/evaluation_loss"
+    for kind, beginning in KIND_LOSSES.items():
+        if score.startswith(beginning):
+            return f"{score.removeprefix(beginning)}/evaluation_{kind}_loss"
     for group in (CAUSAL, "second_half", "infill"):
         if score.startswith(f"{group}_"):
             return f"{group}/evaluation_{score.removeprefix(f'{group}_')}"

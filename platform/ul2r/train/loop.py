@@ -7,14 +7,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from ul2r.config import Causal, Recipe
-from ul2r.data.sampling.batches import BatchBuilder
+from ul2r.config import Recipe
 from ul2r.data.sampling.order import DataPlan
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.data.store.segments import measure_build
 from ul2r.errors import DivergedError
 from ul2r.objective.batch import Batch
-from ul2r.tracking.names import PETAFLOPS, TOKENS, name_held_out_loss, name_train_loss
+from ul2r.objective.target_kinds import TARGET_KINDS
+from ul2r.tracking.names import (
+    KIND_LOSSES,
+    PETAFLOPS,
+    TOKENS,
+    name_held_out_loss,
+    name_train_loss,
+)
 from ul2r.tracking.tracker import Tracker
 from ul2r.train.batch_iterator import BatchIterator, BatchSource
 from ul2r.train.callbacks import Callback, LoopAction, Phase
@@ -24,6 +30,7 @@ from ul2r.train.checkpoint.metadata import CheckpointInfo
 from ul2r.train.checkpoint.pretrained import load_pretrained
 from ul2r.train.checkpoint.sharded_state import load_checkpoint
 from ul2r.train.checkpoint.storage import CheckpointStore, find_base_checkpoint
+from ul2r.train.held_out import build_held_out_batches
 from ul2r.train.mesh import Mesh
 from ul2r.train.monitor.anomaly_report import anomaly_report, layer_norms, write_report
 from ul2r.train.monitor.guards import Anomaly, AnomalyGuard, GuardState
@@ -82,7 +89,7 @@ class Trainer:
             stall_timeout_s=recipe.guards.hang_timeout_s,
         )
         # Built once: every validation measures the same rows.
-        self.held_out = _held_out_batches(recipe, dataset, mesh)
+        self.held_out = build_held_out_batches(recipe, dataset, mesh)
         self.train_step = TrainStep.for_vocabulary(recipe, mesh, dataset.vocabulary)
         self.guard = AnomalyGuard(recipe.guards, GuardState())
         self.base_id: str | None = None
@@ -260,7 +267,12 @@ class Trainer:
         self._enter_phase(Phase.VALIDATE, self.state.step)
         losses = {}
         for name, batch in self.held_out.items():
-            losses[name_held_out_loss(name)] = self.train_step.evaluate(batch).mean
+            # Targets of a denoiser with sentinels are grouped by their kind, others are of one group.
+            result = self.train_step.evaluate(batch, len(TARGET_KINDS))
+            losses[name_held_out_loss(name)] = result.mean
+            by_kind = result.by_denoiser(TARGET_KINDS)
+            if "sentinel" in by_kind:
+                losses |= {name_held_out_loss(name, k): by_kind[k] for k in KIND_LOSSES}
             self._heartbeat()
         return losses
 
@@ -386,15 +398,3 @@ class Trainer:
         self.data = self.mesh.broadcast_from_rank0(
             lambda: plan_data(self.recipe, self.dataset, resumed, base)
         )
-
-
-def _held_out_batches(recipe: Recipe, dataset: TokenDataset, mesh: Mesh) -> dict[str, Batch]:
-    """Return this replica's share of each denoiser's held-out rows, plain causal ones included."""
-    builder = BatchBuilder(recipe, dataset)
-    num_rows = recipe.validation.num_rows
-    share = num_rows // recipe.parallel.data
-    start = mesh.data_rank * share
-    return {
-        denoiser.name: builder.build_held_out(denoiser, num_rows)[start : start + share]
-        for denoiser in (Causal(), *recipe.evaluation.mixture)
-    }

@@ -229,15 +229,16 @@ class TrainStep:
         return float(self.mesh.all_reduce_sum(targets)) / num_microbatches
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch) -> Losses:
-        """Compute the losses of held-out rows of one denoiser; collective over all ranks.
+    def evaluate(self, batch: Batch, num_groups: int = 1) -> Losses:
+        """Compute the losses of held-out rows; collective over all ranks.
 
         Args:
             batch: This replica's share of the rows.
+            num_groups: Number of groups of targets, by the rows' `denoiser_ids`, whose losses are summed apart.
         """
         # Modules would gather them one after the other, with no backward pass to hide it behind.
         self.gather_weights()
-        return self._run(batch, 1, forward_only=True)
+        return self._run(batch, num_groups, forward_only=True)
 
     def _run(self, batch: Batch, num_denoisers: int, *, forward_only: bool) -> Losses:
         """Pass a batch through the pipeline, microbatch by microbatch, and sum its losses over replicas."""

@@ -20,10 +20,12 @@ from ul2r.evaluation.infilling import InfillExamples, measure_infill_loss, measu
 from ul2r.evaluation.losses import (
     measure_causal_loss,
     measure_denoiser_loss,
+    measure_denoiser_losses,
     measure_second_half_loss,
 )
 from ul2r.evaluation.scores import InfilledText
 from ul2r.inference import LanguageModel, infill
+from ul2r.objective import Batch
 from ul2r.testing.pairs import write_pairs
 
 
@@ -67,7 +69,7 @@ def test_a_uniform_model_has_the_loss_of_a_uniform_guess_everywhere(
 
     assert list(scores.values) == [metric.name for metric in list_metrics(recipe.evaluation)]
     for name, score in scores.values.items():
-        if name.endswith("loss") or name.startswith("denoiser_loss/"):
+        if name.endswith("loss") or name.startswith("denoiser_"):
             assert score.mean == pytest.approx(math.log(dataset.vocabulary.size), abs=1e-5), name
             assert score.stderr == pytest.approx(0.0, abs=1e-5), name
     assert scores["causal_perplexity"].mean == pytest.approx(dataset.vocabulary.size, rel=1e-5)
@@ -134,9 +136,25 @@ def test_every_arm_gets_the_same_denoiser_rows(
                 model, tokens[:num_inputs], tokens[num_inputs:], bidirectional=True
             )
 
-        score = measure_denoiser_loss(model, dataset, recipe, denoiser)
+        scores = measure_denoiser_losses(model, dataset, recipe, denoiser)
 
-        assert score.mean == pytest.approx(np.mean(expected), abs=1e-5), denoiser.name
+        assert scores["all"].mean == pytest.approx(np.mean(expected), abs=1e-5), denoiser.name
+        labels = [label for row in range(len(batch)) for label in scored_labels(batch, row)]
+        sentinels = set(dataset.vocabulary.sentinels)
+        if not sentinels.intersection(labels):
+            assert scores.keys() == {"all"}
+            continue
+        pairs = list(zip(labels, expected, strict=True))
+        text = [loss for label, loss in pairs if label not in {*sentinels, dataset.vocabulary.eos}]
+        format_ = [loss for label, loss in pairs if label in sentinels]
+        assert scores["text"].mean == pytest.approx(np.mean(text), abs=1e-5), denoiser.name
+        assert scores["sentinel"].mean == pytest.approx(np.mean(format_), abs=1e-5), denoiser.name
+
+
+def scored_labels(batch: Batch, row: int) -> list[int]:
+    """Return the targets of a row."""
+    labels: list[int] = batch.labels[row, batch.loss_mask[row] == 1].tolist()
+    return labels
 
 
 def test_pairs_are_measured_by_their_answers(
