@@ -170,8 +170,10 @@ def test_losses_of_text_and_sentinels_are_those_of_the_export(
             assert (name in before[-1]) == (denoiser in split)
             if denoiser in split:
                 losses[kind] = before[-1][name]
-        # As above, an export drops padding rows.
-        assert losses == pytest.approx(expected, rel=5e-4)
+        # An export drops the padding rows, 12 of 512, of which training's softmax takes at most log(512 / 500).
+        assert losses == pytest.approx(expected, abs=0.024)
+        if denoiser in split:
+            assert abs(losses["text"] - losses["sentinel"]) > 0.1
 
 
 def test_a_chosen_checkpoint_is_exported_to_a_folder_of_its_own(
