@@ -20,7 +20,7 @@ from ul2r.data.store.dataset import open_dataset
 from ul2r.data.tokenizer import train_tokenizer
 from ul2r.errors import CheckpointError, RecipeError, ServiceError
 from ul2r.evaluation import evaluate
-from ul2r.evaluation.comparison import ROLES, Role
+from ul2r.evaluation.comparison import Role
 from ul2r.inference import LanguageModel, read_export_metadata
 from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.models import write_tiny_export
@@ -32,6 +32,7 @@ pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parents[2]
 NUM_SENTINELS = 16
+ROLES = ("base", "control", "ul2r")
 STEPS = (0, 10, 20)
 
 
