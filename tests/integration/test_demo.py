@@ -191,7 +191,10 @@ def test_comparison_is_printed_with_its_plot_and_a_caveat(demo: Demo, resumed: s
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--family", "nothing"], r"error: jobs/recipes/nothing-compare\.yaml: recipe cannot be read"),
+        (
+            ["--family", "nothing"],
+            r"error: jobs/recipes/nothing-compare\.yaml: recipe cannot be read",
+        ),
         (["--corpus", "missing"], r"error: \S+/missing: no such file or folder"),
     ],
 )
