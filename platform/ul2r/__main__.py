@@ -23,6 +23,7 @@ VERBS = {
     "task-data": ("task_data", "lay out data of few-shot tasks for machines without the Hub"),
     "lm-eval": ("harness", "run lm-evaluation-harness with this project's models"),
     "compare": ("compare", "compare runs with each other"),
+    "scaling": ("scaling", "run a ladder of sizes and budgets, and draw scores over compute"),
     "export": ("export", "export a run as a Hugging Face folder"),
     "serve": ("serve", "serve a model over HTTP"),
     "ui": ("ui", "serve MLflow for a storage folder"),

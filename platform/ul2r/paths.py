@@ -15,7 +15,9 @@ storage/
     data.html  evaluation.json  tracking.json  tracking_waiting.json
     metrics.jsonl  run.json  recipe.yaml   the run's record, with tracking.uri: none
   bases/NAME-DIGEST/         evaluation.json, few_shot/, gaps/, tracking.json of a model that is measured as it is
-  comparisons/NAME/          table.md, table.json, comparison.png, few_shot.json, gaps.md, gaps.json
+  comparisons/NAME/          table.md, table.json, comparison.png, few_shot.json, gaps.md, gaps.json,
+                             report.html
+  ladders/NAME/              recipes/ of its runs, and what they show together
   mlflow.db  artifacts/  mlflow.log   the MLflow server that a job starts here
 """
 
@@ -88,6 +90,10 @@ class StoragePaths:
     def comparison(self, name: str) -> Path:
         """Return the folder of a comparison's table and plot."""
         return self.storage / "comparisons" / name
+
+    def ladder(self, name: str) -> Path:
+        """Return the folder of a ladder's recipes, tables and figures."""
+        return self.storage / "ladders" / name
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,14 @@ def test_a_comparison_evaluates_each_arm_once_and_keeps_its_files(folder: Path, 
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
     assert set(runs) == {*ROLES, "three"}
     artifacts = [file.path for file in client.list_artifacts(runs["three"].info.run_id)]
-    assert artifacts == ["comparison.png", "infilled_examples.json", "table.json", "table.md"]
+    assert artifacts == [
+        "comparison.png",
+        "infilled_examples.json",
+        "report.html",
+        "table.json",
+        "table.md",
+    ]
+    check_report((output_folder / "report.html").read_text(), table)
     check_notes_and_examples(client, experiment.experiment_id, runs)
     (infill_loss,) = (m for m in table["metrics"] if m["name"] == "infill_loss")
     ul2r_metrics = runs["ul2r"].data.metrics
@@ -177,6 +184,16 @@ def test_a_comparison_evaluates_each_arm_once_and_keeps_its_files(folder: Path, 
     assert modification_times(storage / "runs") | modification_times(output_folder) == before
 
     check_suite(folder, uri, client, experiment.experiment_id)
+
+
+def check_report(page: str, table: dict[str, Any]) -> None:
+    """Check that a report shows all scores and both sides of the spans, and loads no other file."""
+    for metric in table["metrics"]:
+        for score in metric["scores"].values():
+            assert f"{score['mean']:.{metric['digits']}f} ±" in page
+    assert "UL2R against the base as it was: better: " in page
+    assert page.count('<div class="example">') == 6
+    assert page.count("src=") == page.count('src="data:image/png;base64,') == 1
 
 
 def check_notes_and_examples(

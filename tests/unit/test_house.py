@@ -203,10 +203,16 @@ def _load_yaml(path: Path) -> dict[str, Any]:
 
 
 def _list_recipes(kind: str) -> list[str]:
-    """Return the names of the recipe files of a kind: "run", "comparison" or "shared" settings."""
+    """Return the names of the recipe files of a kind: "run", "comparison", "ladder" or "shared" settings."""
     trees = {path.name: _load_yaml(path) for path in sorted(RECIPES.glob("*.yaml"))}
     kinds = {
-        name: "comparison" if "recipes" in tree else "run" if "name" in tree else "shared"
+        name: "comparison"
+        if "recipes" in tree
+        else "ladder"
+        if "arms" in tree
+        else "run"
+        if "name" in tree
+        else "shared"
         for name, tree in trees.items()
     }
     return [name for name in kinds if kinds[name] == kind]

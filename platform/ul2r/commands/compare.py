@@ -3,7 +3,8 @@
     ul2r compare COMPARISON [--set storage=FOLDER]
 
 Measures the exports of the comparison's recipes that have no scores yet, several at a time, and writes a table
-(Markdown, JSON) and a plot to comparisons/NAME in their storage and to MLflow.
+(Markdown, JSON), a plot and a report to comparisons/NAME in their storage and to MLflow. The report is one HTML file
+that opens offline.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ def run(comparison: Comparison) -> None:
     """Compare, then print the table and where it and the plot were written."""
     from ul2r.console import print_table
     from ul2r.workflows.compare import PLOT_FILE, TABLE_FILE, compare
+    from ul2r.workflows.comparison_report import REPORT_FILE
 
     result = compare(comparison)
     print_table(result.table.to_rich())
@@ -26,6 +28,7 @@ def run(comparison: Comparison) -> None:
         print(f"{result.few_shot}\n")
     print(f"table: {result.folder / TABLE_FILE}")
     print(f"picture: {result.folder / PLOT_FILE}")
+    print(f"report: {result.folder / REPORT_FILE}")
 
 
 def main(arguments: Sequence[str] | None = None, program: str | None = None) -> int:

@@ -67,13 +67,16 @@ def load(
 
 
 def _refuse_other_kind(path: Path, tree: dict[str, Any], kind: type[StrictModel]) -> None:
-    """Refuse a comparison where a run is expected and the other way around, which would be a list of wrong keys."""
-    compares = "recipes" in kind.model_fields
-    if "recipes" in tree and not compares:
+    """Refuse a file of another kind with one line that names its verb, instead of a list of wrong keys."""
+    fields = kind.model_fields
+    if "recipes" in tree and "recipes" not in fields:
         raise RecipeError(f"{path} is a comparison: give it to `ul2r compare`, or name one run")
-    if compares and "recipes" not in tree and "objective" in tree:
+    if "arms" in tree and "arms" not in fields:
+        raise RecipeError(f"{path} is a ladder: give it to `ul2r scaling`, or name one run")
+    if "objective" in tree and "objective" not in fields:
+        verb, key = ("compare", "recipes") if "recipes" in fields else ("scaling", "arms")
         raise RecipeError(
-            f"{path} is the recipe of a run: `ul2r compare` takes a file that lists several under `recipes`"
+            f"{path} is the recipe of a run: `ul2r {verb}` takes a file that lists several under `{key}`"
         )
 
 

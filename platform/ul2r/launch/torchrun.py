@@ -49,6 +49,15 @@ def train(recipe: Recipe) -> CheckpointInfo:
         UserError: If a check fails, or torchrun started another number of processes than the recipe has workers.
         RunInterrupted: After a checkpoint, if any of the processes received SIGTERM.
     """
+    return _check_and_train(recipe, try_build=True)
+
+
+def train_tried(recipe: Recipe) -> CheckpointInfo:
+    """Train a run as `train` does, without a trial build of its model, which the caller has done."""
+    return _check_and_train(recipe, try_build=False)
+
+
+def _check_and_train(recipe: Recipe, *, try_build: bool) -> CheckpointInfo:
     dataset = open_run_dataset(recipe)
     check_complete(recipe, dataset)
     # Before the process group is joined: an error on one rank after that would leave the others waiting.
@@ -62,7 +71,7 @@ def train(recipe: Recipe) -> CheckpointInfo:
         return resumed
 
     # By rank 0 alone: torchrun ends the others, which wait for it when they join, if it fails.
-    store = _check_for_all(recipe) if is_rank0 else None
+    store = _check_for_all(recipe, try_build=try_build) if is_rank0 else None
     _join_process_group(recipe)
     # Rank 0's for all: each rank has read the recipe itself, and a branch on the Hub may have moved in between.
     shared = [recipe]
@@ -78,17 +87,18 @@ def train(recipe: Recipe) -> CheckpointInfo:
         return final_checkpoint_info(recipe)
 
 
-def _check_for_all(recipe: Recipe) -> TrackingStore:
+def _check_for_all(recipe: Recipe, *, try_build: bool) -> TrackingStore:
     """Check the model and the tracking server; return the store that the run is recorded in.
 
     Raises:
         UserError: If a check fails.
     """
     # First, in another process: MLflow takes as long to import.
-    with start_trial_build(recipe) as wait_for_build:
+    with start_trial_build(recipe) if try_build else nullcontext(None) as wait_for_build:
         store = check_store(recipe.tracking.uri)
         store.check_experiment(recipe.tracking.experiment)
-        wait_for_build()
+        if wait_for_build is not None:
+            wait_for_build()
         return store
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ul2r.config import Comparison, Recipe, load
+from ul2r.config.ladder import Ladder
 from ul2r.console import make_streams_encodable
 from ul2r.environment import get_rank, is_started_by_torchrun
 from ul2r.errors import RecipeError, RunInterrupted, UserError
@@ -25,7 +26,7 @@ INTERRUPTED_EXIT = 128 + signal.SIGINT
 SUBMITTED_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in the entrypoint of a submitted job."""
 
-ConfigType = TypeVar("ConfigType", Recipe, Comparison)
+ConfigType = TypeVar("ConfigType", Recipe, Comparison, Ladder)
 
 
 def run_job(
@@ -124,7 +125,7 @@ def _is_to_report(message: str) -> bool:
 
 
 def _make_parser(
-    description: str | None, program: str | None, config_type: type[Recipe | Comparison]
+    description: str | None, program: str | None, config_type: type[Recipe | Comparison | Ladder]
 ) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program,
@@ -135,7 +136,7 @@ def _make_parser(
     parser.add_argument(
         "recipe",
         type=Path,
-        metavar="COMPARISON" if config_type is Comparison else "RECIPE",
+        metavar="RECIPE" if config_type is Recipe else config_type.__name__.upper(),
         help="YAML file, or a name that `ul2r recipes` lists",
     )
     parser.add_argument(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ul2r.config import Comparison, HuggingFaceBase, Recipe, load
+from ul2r.config import Comparison, HuggingFaceBase, Recipe, dump, load
 from ul2r.data.store.dataset import open_run_dataset
 from ul2r.errors import RecipeError
 from ul2r.evaluation.comparison import ROLES, Arm, Role, check_comparable
@@ -28,6 +28,7 @@ from ul2r.tracking.names import check_denoiser_names
 from ul2r.tracking.provenance import NOTE_TAG
 from ul2r.tracking.roles import COMPARISON_ROLE
 from ul2r.tracking.store import TrackingStore, check_store
+from ul2r.workflows.comparison_report import REPORT_FILE, write_report
 from ul2r.workflows.evaluate import (
     INFILLED_FILE,
     evaluate_arms,
@@ -67,8 +68,8 @@ class ComparisonResult:
 def compare(comparison: Comparison) -> ComparisonResult:
     """Measure the runs that have no scores yet, and write the comparison of all.
 
-    Table and plot are written to the comparison's folder and to an MLflow run of its name, unless those of these very
-    scores are there.
+    Table, plot and report are written to the comparison's folder and to an MLflow run of its name, unless those of
+    these very scores are there.
 
     Raises:
         UserError: If the recipes cannot be compared, an export is missing, or the tracking server fails.
@@ -113,7 +114,8 @@ def compare(comparison: Comparison) -> ComparisonResult:
     run_ids = {role: run_ids[role] for role in roles}
     result = ComparisonResult(StoragePaths(comparison.storage).comparison(comparison.name), table)
     # The server is asked too: it may be another one than that of the last comparison.
-    if not _is_current(result, run_ids) or store.find_run(result.folder) is None:
+    is_new = not _is_current(result, run_ids) or store.find_run(result.folder) is None
+    if is_new:
         denoisers = [denoiser.name for denoiser in any_recipe.evaluation.mixture]
         _write_files(result, store, run_ids, denoisers)
         _log_files(result, comparison, store, run_ids.values())
@@ -122,12 +124,23 @@ def compare(comparison: Comparison) -> ComparisonResult:
     few_shot = write_few_shot_comparison(result.folder, described)
     gaps = write_gap_comparison(result.folder, comparison.name, described)
     run_id = store.find_run(result.folder)
+    differences = next((file for file in few_shot.files if file.suffix == ".json"), None)
+    report = write_report(
+        result.folder, result.table, result.folder / PLOT_FILE, differences, _list_settings(recipes)
+    )
     if run_id is not None:
-        for file in (*few_shot.files, *gaps):
+        # Of a report that is there already, the run has a copy, unless the run is new.
+        written = [result.folder / REPORT_FILE] if report is not None or is_new else []
+        for file in (*few_shot.files, *gaps, *written):
             store.log_artifact(run_id, file)
         if few_shot.summary is not None:
             store.note_run(run_id, FEW_SHOT_HEADING, few_shot.summary)
     return replace(result, few_shot=few_shot.summary)
+
+
+def _list_settings(recipes: Mapping[Role, Recipe]) -> dict[Role, str]:
+    """Return the text of each recipe; models that are measured as they are have none."""
+    return {f"{role}: {recipe.name}": dump(recipe) for role, recipe in recipes.items()}
 
 
 def _sort_columns(comparison: Comparison) -> list[Role]:

@@ -15,7 +15,7 @@ from ul2r.errors import UserError
 from ul2r.evaluation.measure import list_metrics, measure
 from ul2r.evaluation.pretrained import PretrainedArm
 from ul2r.evaluation.scores import InfilledText, Scores
-from ul2r.evaluation.stored_scores import find_export, save_scores
+from ul2r.evaluation.stored_scores import find_export, load_scores, save_scores
 from ul2r.inference import LanguageModel
 from ul2r.inference.pretrained import PretrainedModel
 
@@ -34,6 +34,16 @@ def measure_exports(arms: Sequence[Measured]) -> None:
         _measure_in_ray(arms)
     else:
         _measure_here(arms)
+
+
+def measure_missing(recipe: Recipe, dataset: TokenDataset) -> None:
+    """Measure a run's export in this process, unless it has scores.
+
+    Raises:
+        UserError: If there is no export, or it does not fit the recipe or the token store.
+    """
+    if load_scores(recipe, dataset) is None:
+        _measure_here([(recipe, None)])
 
 
 def _measure_here(arms: Sequence[Measured]) -> None:

@@ -45,6 +45,12 @@ def connect_ray(cpus: float, gpus: float = 0, *, smaller: str = "ask for fewer")
         ServiceError: If RAY_ADDRESS names no cluster that answers, or a local one cannot start.
         LayoutError: If the cluster is too small.
     """
+    # In a task of a cluster: it is connected already, and stays so.
+    if ray.is_initialized():
+        _require("CPU", cpus, smaller)
+        _require("GPU", gpus, smaller)
+        yield
+        return
     for variable, value in SETTINGS.items():
         os.environ.setdefault(variable, value)
 
