@@ -15,7 +15,7 @@ from ul2r.config import Recipe, load
 from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.recipes import tiny_recipe
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 ARMS: dict[str, dict[str, Any]] = {
