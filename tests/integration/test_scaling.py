@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from ul2r.config import Recipe, load
-from ul2r.testing.corpus import make_tiny_store
+from ul2r.testing.corpus import write_texts
 from ul2r.testing.recipes import tiny_recipe
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
@@ -28,9 +28,14 @@ ARMS: dict[str, dict[str, Any]] = {
 
 def write_ladder(folder: Path, *arms: str) -> Path:
     """Write a ladder of one size and one budget, and the recipes of its arms."""
+    data = {
+        "corpus": [str(folder / "text")],
+        "vocabulary_size": 400,
+        "held_out_fraction": 0.1,
+    }
     for arm in arms:
         recipe = tiny_recipe(
-            folder / "storage", name=arm, training={"steps": 2}, launch={}, **ARMS[arm]
+            folder / "storage", name=arm, data=data, training={"steps": 2}, **ARMS[arm]
         )
         tree = recipe.model_dump(mode="json")
         (folder / f"{arm}.yaml").write_text(yaml.safe_dump(tree))
@@ -58,7 +63,7 @@ def run_ladder(path: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_failure_leaves_the_others_which_are_kept(tmp_path: Path) -> None:
-    make_tiny_store(tmp_path / "storage/store")
+    write_texts(tmp_path / "text")
     output = tmp_path / "storage/ladders/rungs"
 
     first = run_ladder(write_ladder(tmp_path, "base", "ul2r", "pushed"))
