@@ -1,0 +1,292 @@
+"""Scores of runs over their checkpoints: held-out gaps, plain text and denoisers, paired with the base's.
+
+    python benchmarks/learning_curve.py COMPARISON [--arms NAME ...] [--num-gaps 512] [--output FOLDER]
+
+COMPARISON is a recipe of runs and of a Hugging Face model named base, such as smollm2-compare. The base and each
+checkpoint of each run are measured in every reading that they were trained for (`ul2r.evaluation.gaps`), on the same
+gaps, without Ray and MLflow; on a GPU if there is one. Finished measurements are kept in OUTPUT (default: the
+comparison's storage, curve/), so arms can be measured by several processes at once, and an interrupted call goes on.
+
+Writes OUTPUT/curve.csv, with the columns
+
+    arm, step, tokens, flops   of the checkpoint; tokens are those after the base, FLOPs too
+    metric, reading            reading: of gaps left, both or fim; of other metrics empty
+    mean, stderr               nats per token
+    base_difference, base_difference_stderr   of gaps: to the base that reads the left side, paired by text
+
+and OUTPUT/curve.png, and prints the last rows of each arm in one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from ul2r.config import Comparison, HuggingFaceBase, Recipe, load
+from ul2r.config.gaps import GapSettings
+from ul2r.config.named_recipes import find_recipe
+from ul2r.data.store.dataset import TokenDataset, open_dataset
+from ul2r.errors import RecipeError
+from ul2r.evaluation.gaps import GapGroup, measure_gaps, select_gaps
+from ul2r.evaluation.losses import (
+    measure_causal_loss,
+    measure_denoiser_loss,
+    measure_second_half_loss,
+)
+from ul2r.evaluation.scores import Score
+from ul2r.filesystem import write_atomically
+from ul2r.inference import LanguageModel
+from ul2r.inference.pretrained import PretrainedModel
+from ul2r.launch.logs import configure_console
+from ul2r.launch.pretrained import fill_model_from_base
+from ul2r.train.checkpoint.layout import parse_step
+from ul2r.train.checkpoint.storage import CheckpointStore
+from ul2r.workflows.cli import run_and_report
+from ul2r.workflows.export import export
+
+BASE = "base"
+GAPS = GapSettings(lengths=(3, 8, 16), slots=(1,), generate=False)
+READINGS = {"left": "left side", "both": "both sides", "fim": "both sides, by FIM"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """Scores of one checkpoint.
+
+    Attributes:
+        arm: Its arm.
+        step: Its step; 0 is the base.
+        tokens: Row positions that it was trained on after the base.
+        flops: Training FLOPs after the base.
+        scores: Mean, standard error and count by metric and reading, as in "gap 8 tokens|both".
+        texts: Mean loss of each text by metric and reading, of gaps only.
+    """
+
+    arm: str
+    step: int
+    tokens: int
+    flops: float
+    scores: dict[str, list[float]]
+    texts: dict[str, list[float]]
+
+    def write(self, folder: Path) -> None:
+        """Write the point to its file."""
+        text = json.dumps(vars(self)) + "\n"
+        write_atomically(folder / f"{self.arm}-{self.step:08d}.json", text)
+
+    @classmethod
+    def read_all(cls, folder: Path) -> list[Point]:
+        """Return the points of a folder, by arm and step."""
+        files = sorted(folder.glob("*-*.json"))
+        return [cls(**json.loads(file.read_text(encoding="utf-8"))) for file in files]
+
+
+def measure_model(
+    model: LanguageModel, recipe: Recipe, dataset: TokenDataset, groups: tuple[GapGroup, ...]
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Return `Point.scores` and `Point.texts` of a model."""
+    scores: dict[str, Score] = {}
+    texts: dict[str, list[float]] = {}
+    for gap in measure_gaps(model, groups):
+        name = f"gap {gap.length} tokens|{gap.reading}"
+        for metric, score in gap.summarize().items():
+            scores[name if metric == "loss" else f"{name}|{metric}"] = score
+        texts[name] = gap.losses.mean(axis=(1, 2)).tolist()
+
+    scores["plain text|"] = measure_causal_loss(model, dataset, recipe)
+    scores["second half|"] = measure_second_half_loss(model, dataset, recipe)
+    for denoiser in recipe.evaluation.mixture:
+        scores[f"denoiser {denoiser.name}|"] = measure_denoiser_loss(
+            model, dataset, recipe, denoiser
+        )
+    return {name: [s.mean, s.stderr, s.count] for name, s in scores.items()}, texts
+
+
+def iter_points(
+    arm: str, recipe: Recipe, groups: tuple[GapGroup, ...], finished: set[int]
+) -> Iterator[Point]:
+    """Yield the points of a run that are not finished yet."""
+    dataset = open_dataset(recipe.storage_paths.store)
+    for checkpoint in CheckpointStore.from_recipe(recipe).list_checkpoints():
+        step = parse_step(checkpoint.name)
+        if step is None or step in finished:
+            continue
+        exported = recipe.export.model_copy(
+            update={"checkpoint": checkpoint, "registered_model": None}
+        )
+        folder = export(recipe.model_copy(update={"export": exported}))
+        model = LanguageModel.load(folder, get_device())
+        scores, texts = measure_model(model, recipe, dataset, groups)
+        metadata = model.metadata
+        yield Point(arm, step, metadata.tokens, metadata.flops, scores, texts)
+        # Half a gigabyte each.
+        shutil.rmtree(folder)
+
+
+def get_device() -> str:
+    """Return the device that models are measured on."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def measure_base(base: HuggingFaceBase, recipe: Recipe, groups: tuple[GapGroup, ...]) -> Point:
+    """Return the scores of the base as it is."""
+    dataset = open_dataset(recipe.storage_paths.store)
+    folder = Path(base.hf).expanduser()
+    model = PretrainedModel.load_with_vocabulary(
+        folder, dataset.vocabulary, dataset.tokenizer_file, get_device()
+    )
+    return Point(BASE, 0, 0, 0.0, *measure_model(model, recipe, dataset, groups))
+
+
+def write_csv(points: list[Point], file: Path) -> list[dict[str, Any]]:
+    """Write curve.csv and return its rows."""
+    base = next(point for point in points if point.arm == BASE)
+    rows = []
+    for point in points:
+        for name, (mean, stderr, _) in point.scores.items():
+            metric, reading, *part = name.split("|")
+            row: dict[str, Any] = {
+                "arm": point.arm,
+                "step": point.step,
+                "tokens": point.tokens,
+                "flops": f"{point.flops:.4g}",
+                "metric": "|".join([metric, *part]),
+                "reading": reading,
+                "mean": f"{mean:.4f}",
+                "stderr": f"{stderr:.4f}",
+            }
+            if name in point.texts:
+                differences = np.subtract(point.texts[name], base.texts[f"{metric}|left"])
+                error = differences.std(ddof=1) / len(differences) ** 0.5
+                row["base_difference"] = f"{differences.mean():.4f}"
+                row["base_difference_stderr"] = f"{error:.4f}"
+            rows.append(row)
+    with file.open("w", encoding="utf-8", newline="") as stream:
+        columns = [*rows[0], "base_difference", "base_difference_stderr"]
+        writer = csv.DictWriter(stream, dict.fromkeys(columns), restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return rows
+
+
+def plot(points: list[Point], file: Path) -> None:
+    """Draw the losses of gaps, of plain text and of second halves over tokens."""
+    metrics = [*(f"gap {length} tokens" for length in GAPS.lengths), "plain text", "second half"]
+    figure = Figure(figsize=(4 * len(metrics), 4.2), layout="constrained")
+    base = next(point for point in points if point.arm == BASE)
+    arms = sorted({point.arm for point in points} - {BASE})
+    colors = {"ul2r": "tab:blue", "control": "tab:gray", "fim": "tab:orange"}
+    styles = {"left": ":", "both": "-", "fim": "-", "": "-"}
+
+    for axes, metric in zip(figure.subplots(1, len(metrics)), metrics, strict=True):
+        start = base.scores.get(f"{metric}|left") or base.scores[f"{metric}|"]
+        axes.axhline(start[0], color="black", linewidth=0.8, label="base as it is")
+        for arm in arms:
+            own = [point for point in points if point.arm == arm]
+            for reading in ("left", "both", "fim", ""):
+                name = f"{metric}|{reading}"
+                curve = [
+                    (point.tokens / 1e6, *point.scores[name])
+                    for point in own
+                    if name in point.scores
+                ]
+                if not curve:
+                    continue
+                tokens, means, errors, _ = zip(*curve, strict=True)
+                label = f"{arm}, {READINGS[reading]}" if reading else arm
+                axes.errorbar(
+                    tokens,
+                    means,
+                    errors,
+                    label=label,
+                    linestyle=styles[reading],
+                    color=colors.get(arm),
+                    marker="o",
+                    markersize=3,
+                    capsize=2,
+                )
+        axes.set_title(metric)
+        axes.set_xlabel("tokens after the base (millions)")
+        axes.legend(fontsize=7, frameon=False)
+    figure.axes[0].set_ylabel("loss (nats per token)")
+    figure.savefig(file, dpi=120)
+
+
+def parse_options() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("comparison", help="YAML file, or a name that `ul2r recipes` lists")
+    parser.add_argument("--arms", nargs="+", help="arms to measure (default: all)")
+    parser.add_argument("--num-gaps", type=int, default=512, help="gaps of each length")
+    parser.add_argument("--output", type=Path, help="default: curve/ in the comparison's storage")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="of recipes"
+    )
+    return parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure what is missing, then write the curve of all that is there."""
+    comparison = load(find_recipe(Path(options.comparison), Path()), [], Comparison)
+    recipes = {
+        arm: load(entry, options.set, Recipe, fill_model_from_base)
+        for arm, entry in comparison.recipes.items()
+        if isinstance(entry, Path)
+    }
+    base = comparison.recipes.get(BASE)
+    if not isinstance(base, HuggingFaceBase):
+        raise RecipeError(
+            "recipes.base should be a model as it is, {hf: FOLDER}: gaps are paired with its"
+        )
+    arms = options.arms or list(comparison.recipes)
+    if unknown := set(arms) - set(comparison.recipes):
+        raise RecipeError(
+            f"--arms {', '.join(sorted(unknown))}: known are {', '.join(comparison.recipes)}"
+        )
+
+    output: Path = options.output or comparison.storage / "curve"
+    output.mkdir(parents=True, exist_ok=True)
+    any_recipe = next(iter(recipes.values()))
+    settings = GAPS.model_copy(update={"num_gaps": options.num_gaps})
+    groups = select_gaps(open_dataset(any_recipe.storage_paths.store), settings)
+
+    for arm in arms:
+        finished = {point.step for point in Point.read_all(output) if point.arm == arm}
+        if arm == BASE:
+            points = iter(() if finished else (measure_base(base, any_recipe, groups),))
+        else:
+            points = iter_points(arm, recipes[arm], groups, finished)
+        for point in points:
+            point.write(output)
+            gaps = {k: round(v[0], 3) for k, v in point.scores.items() if k.count("|") == 1}
+            print(f"{arm} {point.step}: {json.dumps(gaps)}", file=sys.stderr, flush=True)
+
+    points = Point.read_all(output)
+    if not any(point.arm == BASE for point in points):
+        return  # another process measures it
+    rows = write_csv(points, output / "curve.csv")
+    mpl.use("Agg")
+    plot(points, output / "curve.png")
+    last = {point.arm: point.step for point in points}
+    shown = [row for row in rows if row["step"] == last[row["arm"]] and "|" not in row["metric"]]
+    print(json.dumps({"benchmark": "learning_curve", "device": get_device(), "rows": shown}))
+
+
+if __name__ == "__main__":
+    configure_console()
+    options = parse_options()
+    sys.exit(run_and_report(lambda: run(options)))
