@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 import ul2r
-from ul2r.config import Comparison, Recipe, load
+from ul2r.config import Comparison, HuggingFaceBase, Recipe, load
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "jobs/recipes"
@@ -218,31 +218,47 @@ def _list_recipes(kind: str) -> list[str]:
     return [name for name in kinds if kinds[name] == kind]
 
 
+def _fill_model(tree: dict[str, Any]) -> None:
+    """Give a recipe whose base is in Hugging Face format, and not here, a model of any shape."""
+    if isinstance(tree.get("base"), dict):
+        tree["model"] = {"num_layers": 1, "hidden_size": 64, "ffn_hidden_size": 64, "num_heads": 2}
+
+
 @pytest.mark.parametrize("name", _list_recipes("run"))
 def test_recipe_loads_and_is_named_like_its_file_and_family(name: str) -> None:
-    recipe = load(RECIPES / name, (), Recipe)
+    recipe = load(RECIPES / name, (), Recipe, _fill_model)
     assert f"{recipe.name}.yaml" == name
     assert recipe.role is not None
     family = recipe.storage.name
     if recipe.name == f"u-{family}":  # UL2R on a base that these recipes do not train
         assert (recipe.role, recipe.base) == ("ul2r", family)
         return
-    assert recipe.name == f"{family}-{recipe.role}"
-    assert recipe.base == (None if recipe.role == "base" else f"{family}-base")
+
+    assert recipe.name.removesuffix(f"-seed{recipe.seed}") == f"{family}-{recipe.role}"
+    if isinstance(recipe.base, HuggingFaceBase):
+        assert recipe.base.hf == "runs/smollm2/base"
+    else:
+        assert recipe.base == (None if recipe.role == "base" else f"{family}-base")
 
 
 def _load_run(comparison: Comparison, role: str) -> Recipe:
     path = comparison.recipes[role]
     assert isinstance(path, Path)
-    return load(path, (), Recipe)
+    return load(path, (), Recipe, _fill_model)
 
 
 @pytest.mark.parametrize("name", _list_recipes("comparison"))
 def test_comparison_loads_and_names_a_recipe_of_each_role(name: str) -> None:
     comparison = load(RECIPES / name, (), Comparison)
     assert f"{comparison.name}.yaml" == name
-    runs = {role: _load_run(comparison, role) for role in comparison.recipes}
-    assert {role: run.role for role, run in runs.items()} == {role: role for role in runs}
+    runs = {
+        role: _load_run(comparison, role)
+        for role, entry in comparison.recipes.items()
+        if isinstance(entry, Path)
+    }
+    assert {role: run.role for role, run in runs.items()} == {
+        role: role.partition("-")[0] for role in runs
+    }
     assert {run.storage for run in runs.values()} == {comparison.storage}
     assert {run.tracking.experiment for run in runs.values()} == {comparison.tracking.experiment}
 
