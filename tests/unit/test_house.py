@@ -221,7 +221,13 @@ def _list_recipes(kind: str) -> list[str]:
 def _fill_model(tree: dict[str, Any]) -> None:
     """Give a recipe whose base is in Hugging Face format, and not here, a model of any shape."""
     if isinstance(tree.get("base"), dict):
-        tree["model"] = {"num_layers": 1, "hidden_size": 64, "ffn_hidden_size": 64, "num_heads": 2}
+        tree["model"] = {
+            "num_layers": 1,
+            "hidden_size": 64,
+            "ffn_hidden_size": 64,
+            "num_heads": 2,
+            "num_kv_heads": 2,
+        }
 
 
 @pytest.mark.parametrize("name", _list_recipes("run"))
