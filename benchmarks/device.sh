@@ -80,7 +80,8 @@ needs_gpu() { is_wanted "$1" && printf '%s\t-\t0\tneeds a GPU\n' "$1" | tee -a "
 step ceilings 30 "$python" benchmarks/ceilings.py
 
 # pytest's settings turn warnings into errors; those of other releases of torch and transformers are not ours to judge.
-pytest=("$python" -m pytest -q -o filterwarnings=default -p no:cacheprovider)
+# -v: a test that does not end is known by name.
+pytest=("$python" -m pytest -v -o filterwarnings=default -p no:cacheprovider)
 "$python" -c 'import xdist' 2>/dev/null && pytest+=(-n "$(($(nproc) < 4 ? $(nproc) : 4))")
 step tests 150 "${pytest[@]}" tests/gpu
 step mfu_1b 120 "$python" benchmarks/mfu.py $($has_gpu && echo --models 1b) --arms prefix causal

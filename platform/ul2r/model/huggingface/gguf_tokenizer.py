@@ -95,7 +95,8 @@ def _make_byte_level(metadata: Mapping[str, Any], pre: str) -> Tokenizer:
     merges: list[tuple[str, str]] = []
     for merge in metadata["tokenizer.ggml.merges"]:
         left, space, right = merge.partition(" ")
-        if not space or {left, right, left + right} - vocabulary.keys():
+        # Not as a difference to the keys, which would walk through all of them for each merge.
+        if not space or any(text not in vocabulary for text in (left, right, left + right)):
             raise CheckpointError(
                 f"tokenizer.ggml.merges: {merge!r} does not join two of its tokens to a third: download the file again"
             )
