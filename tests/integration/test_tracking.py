@@ -348,6 +348,7 @@ def run_ui_job(storage: Path) -> Iterator[str]:
     command = [sys.executable, "jobs/ui.py", "--storage", str(storage), "--port", port]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as job:
         assert job.stdout is not None
+        assert "starting MLflow" in job.stdout.readline()
         assert job.stdout.readline() == f"MLflow is up until Ctrl-C: http://127.0.0.1:{port}\n"
         try:
             yield f"http://127.0.0.1:{port}"

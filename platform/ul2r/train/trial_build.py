@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkContext, SpawnContext
@@ -80,11 +80,21 @@ def start_trial_build(recipe: Recipe) -> Iterator[Callable[[], None]]:
 def _choose_context(recipe: Recipe) -> ForkContext | SpawnContext:
     """Return how to start the other process: by a fork, which imports nothing again, where that can build the model."""
     # A forked process inherits the locks of this one's other threads, locked for ever, and a CUDA that cannot be used.
-    names = [(thread / "comm").read_text().strip() for thread in THREADS.iterdir()]
+    names = _list_threads()
     is_single = sum(name not in FORKABLE_THREADS for name in names) == 1
     can_fork = "megatron.core" in sys.modules and is_single and not recipe.launch.gpus_per_worker
     # Not "forkserver", which needs a socket in TMPDIR.
     return get_context("fork") if can_fork else get_context("spawn")
+
+
+def _list_threads() -> list[str]:
+    """Return the names of this process's threads."""
+    names = []
+    for thread in THREADS.iterdir():
+        # A thread may end between the two.
+        with suppress(FileNotFoundError, ProcessLookupError):
+            names.append((thread / "comm").read_text().strip())
+    return names
 
 
 def check_buildable(recipe: Recipe) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 import ul2r
 
-IMPORT = "import ul2r.objective, numba; print(numba.config.CACHE_DIR)"
+IMPORT = "import ul2r.objective.batch, numba; print(numba.config.CACHE_DIR)"
 
 
 @pytest.fixture

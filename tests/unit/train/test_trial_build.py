@@ -74,6 +74,18 @@ def test_the_process_is_forked_unless_a_thread_could_hold_a_lock(
     assert context.get_start_method() == expected
 
 
+def test_a_thread_may_end_while_threads_are_listed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1/comm").write_text("python\n")
+    (tmp_path / "2").mkdir()  # its comm has gone
+    monkeypatch.setattr(trial_build, "THREADS", tmp_path)
+    monkeypatch.setitem(sys.modules, "megatron.core", sys)
+    context = trial_build._choose_context(tiny_recipe(Path("runs")))
+    assert context.get_start_method() == "fork"
+
+
 def test_a_result_that_nobody_waits_for_is_given_up() -> None:
     before = set(multiprocessing.active_children())
     with pytest.raises(LayoutError, match="ours"), start_trial_build(tiny_recipe(Path("runs"))):
