@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ul2r.data.document_tokenizer import DECODING_CONTEXT
-from ul2r.inference.engine import Outcome, TokenLogprobs
+from ul2r.inference.engine import DeadlineError, Outcome, TokenLogprobs
 
 if TYPE_CHECKING:
     from serving.metrics import Metrics
@@ -204,6 +204,11 @@ class Answer:
 
     def on_finish(self, outcome: Outcome) -> None:
         """See `Listener`."""
+        if len(outcome.spans[0]) < len(self.prompt.forced):
+            # A sum of some scores would pass for that of all.
+            late = "the request's time was over before its prompt was scored: raise timeout_s"
+            self._post(Failure(DeadlineError(late)))
+            return
         for span, text in enumerate(self._spans):
             text.end()
             if self.streams:

@@ -76,7 +76,8 @@ def _find_version(path: Path) -> tuple[int, ...] | None:
         status = path.stat()
     except OSError:
         return None
-    return (status.st_mtime_ns, status.st_size, status.st_ino)
+    # The time of the last change of any kind, too: `cp -p` keeps the other one, and so does a chmod that mends a file.
+    return (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
 
 
 def _read(path: Path) -> tuple[bytes, ...]:
@@ -89,7 +90,8 @@ def _read(path: Path) -> tuple[bytes, ...]:
     except UnicodeDecodeError as error:
         raise ServiceError(f"{path}: keys are letters, digits and signs of ASCII") from error
 
-    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    stripped = [line.strip() for line in lines]
+    keys = [line for line in stripped if line and not line.startswith("#")]
     if not keys:
         raise ServiceError(f"{path} has no key: write one a line")
     # The key itself is not shown.

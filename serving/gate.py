@@ -153,6 +153,10 @@ class GateMiddleware:
 
         try:
             await (refusal or self._app)(scope, receive, send_and_observe)
+        except Exception:
+            # Starlette answers it outside of all middleware.
+            record.status = record.status or 500
+            raise
         finally:
             current_record.reset(token)
             self._gate.close_request()

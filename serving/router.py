@@ -13,8 +13,9 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
+from starlette.websockets import WebSocketClose
 
 from serving.access_log import RequestRecord, current_record
 from serving.asgi_call import RECORD, SCOPE_KEYS, Backend, BackendError, fetch
@@ -92,7 +93,14 @@ class _Router:
 
     async def forward(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, and its response back as it comes."""
-        body = await Request(scope, receive).body()
+        if scope["type"] == "websocket":
+            await WebSocketClose()(scope, receive, send)
+            return
+        try:
+            body = await Request(scope, receive).body()
+        except ClientDisconnect:
+            # Nobody waits, or `BodyLimitMiddleware` has answered.
+            return
         record = current_record.get()
         is_started = False
         request = {key: scope[key] for key in SCOPE_KEYS if key in scope}

@@ -159,7 +159,8 @@ class InferenceService:
                     self.engine.cancel(request)
 
     def _write_out(self, job: Job) -> str:
-        return self.model.decode(list(job.prompt.tokens))
+        prompt = job.prompt
+        return self.model.decode([*prompt.tokens, *prompt.typed, *prompt.forced])
 
     def _make_requests(
         self, jobs: Sequence[Job], events: asyncio.Queue[Event], *, streams: bool

@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from starlette.testclient import TestClient
 from starlette.types import Message, Receive, Scope, Send
 
 from serving.api import create_api
-from serving.gate import AccessConfig, Gate, GateMiddleware
+from serving.errors import add_error_handlers
+from serving.gate import AccessConfig, Gate, GateMiddleware, add_gate
 from serving.service import InferenceService
 from ul2r.errors import ServiceError
 
@@ -73,6 +76,14 @@ def test_keys_are_rotated_without_a_restart(locked: TestClient, keys: Path) -> N
     assert (is_let_in(OLD_KEY), is_let_in(NEW_KEY)) == (True, True)
     write_keys(keys, NEW_KEY)
     assert (is_let_in(OLD_KEY), is_let_in(NEW_KEY)) == (False, True)
+
+    # As `cp -p` replaces a file: with the time and the size of the other one.
+    times = keys.stat()
+    keys.write_text(keys.read_text().replace(NEW_KEY, OLD_KEY))
+    os.utime(keys, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert (is_let_in(OLD_KEY), is_let_in(NEW_KEY)) == (True, False)
+    keys.write_text(f"{NEW_KEY}\n  # {OLD_KEY}\n")
+    assert (is_let_in(f"# {OLD_KEY}"), is_let_in(NEW_KEY)) == (False, True)
 
     for broken in ("", "short\n", "schl\N{LATIN SMALL LETTER U WITH DIAERESIS}ssel-0123456"):
         keys.write_text(broken, encoding="utf-8")
@@ -146,8 +157,31 @@ def test_prompts_are_logged_only_when_asked_for(service: InferenceService, tmp_p
     with TestClient(create_api(service, Gate(config))) as client:
         client.post("/v1/completions", json={"prompt": "def shown(", "max_tokens": 1})
 
+        scored = {"echo": True, "logprobs": 0, "prefix_tokens": 1, "max_tokens": 0}
+        client.post("/v1/completions", json={"prompt": "def scored(", **scored})
+        typed = {"input_prefix": "def ", "prompt": "typed(", "input_suffix": "):", "n_predict": 1}
+        client.post("/infill", json=typed)
+
+    read, scored_too, typed_too = read_log(tmp_path / "log")
+    assert "def shown(" in read["prompts"][0]
+    assert scored_too["prompts"][0].endswith("def scored(")
+    assert typed_too["prompts"][0].endswith("typed(")
+
+
+def test_a_fault_of_the_server_is_logged_as_such(tmp_path: Path) -> None:
+    api = FastAPI()
+
+    @api.get("/fault")
+    async def fail() -> None:
+        raise RuntimeError("a fault")
+
+    add_error_handlers(api)
+    add_gate(api, Gate(AccessConfig(access_log=tmp_path / "log")))
+    with TestClient(api, raise_server_exceptions=False) as client:
+        assert client.get("/fault").status_code == 500
+
     (line,) = read_log(tmp_path / "log")
-    assert "def shown(" in line["prompts"][0]
+    assert (line["status"], line["is_complete"]) == (500, False)
 
 
 def test_other_web_pages_are_let_in_only_when_named(service: InferenceService, keys: Path) -> None:

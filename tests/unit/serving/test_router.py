@@ -12,10 +12,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 from starlette.types import Message, Scope
+from starlette.websockets import WebSocketDisconnect
 
 from serving.access_log import RequestRecord
 from serving.api import create_api
 from serving.asgi_call import Backend, BackendError, Messages, call_asgi
+from serving.body_limit import MAX_BODY_BYTES
 from serving.gate import AccessConfig, Gate
 from serving.router import create_router
 from serving.service import InferenceService
@@ -126,6 +128,14 @@ def test_the_log_of_the_router_has_what_the_model_knows(
     (line,) = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     assert (line["model"], line["status"], line["prompts"]) == ("control", 200, ["The sea"])
     assert line["completion_tokens"] > 0
+
+
+def test_the_way_in_to_several_models_refuses_as_one_model_does(router: TestClient) -> None:
+    with pytest.raises(WebSocketDisconnect), router.websocket_connect("/v1/completions"):
+        pass
+    too_large = iter([b" " * MAX_BODY_BYTES, b" "])
+    response = router.post("/v1/completions", content=too_large)
+    assert response.json()["error"]["code"] == "body_too_large"
 
 
 def test_closing_a_call_frees_its_slot(

@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from starlette.testclient import TestClient
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from serving.api import create_api
 from serving.service import InferenceService
 from ul2r.inference import LanguageModel, complete
+from ul2r.inference.engine import Engine
+from ul2r.inference.engine.engine import _Row
 from ul2r.testing.families import compute_reference_logits
 from ul2r.testing.models import write_tiny_export
 
@@ -97,3 +100,25 @@ def test_scored_tokens_leave_the_answers_of_others_alone(
 
     assert answer["text"] == complete(model, "The sea", max_tokens=9).text
     assert first == again
+
+
+def test_a_prompt_that_is_not_scored_to_its_end_has_no_score(
+    client: TestClient, service: InferenceService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time of the request is over after its second scored token."""
+    engine = service.engine.engine
+    assert isinstance(engine, Engine)
+    accept = engine._accept
+
+    def accept_two(row: _Row, token: int, logits: Tensor) -> bool:
+        has_ended = accept(row, token, logits)
+        if len(row.request.plan.spans[0]) == 2:
+            row.request.deadline = 0.0
+        return has_ended
+
+    monkeypatch.setattr(engine, "_accept", accept_two)
+    scored = {"prompt": TEXT, "echo": True, "logprobs": 0, "prefix_tokens": 2, "max_tokens": 0}
+    response = client.post("/v1/completions", json=scored)
+
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "timeout"
