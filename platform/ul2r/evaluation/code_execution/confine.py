@@ -6,7 +6,8 @@ process itself, or prints, writes neither: its streams are /dev/null. One that s
 secret could still forge it, as it could the tests, which run in the same process.
 
 Layers, all of them without privileges: limits of resources; Landlock (Linux 5.13) against every file but Python's own,
-and against TCP; seccomp against new processes, sockets, signals to others and the like. Imports the standard library
+and against TCP; seccomp against new processes, sockets, signals to others, other modes, owners and times of files, and
+the like. Imports the standard library
 alone, so that it starts in milliseconds.
 """
 
@@ -95,6 +96,42 @@ DENIED: dict[str, tuple[int | None, int | None]] = {
     "add_key": (248, 217),
     "request_key": (249, 218),
     "keyctl": (250, 219),
+    # Of files, what Landlock leaves alone.
+    "chmod": (90, None),
+    "fchmod": (91, 52),
+    "fchmodat": (268, 53),
+    "fchmodat2": (452, 452),
+    "chown": (92, None),
+    "fchown": (93, 55),
+    "lchown": (94, None),
+    "fchownat": (260, 54),
+    "utime": (132, None),
+    "utimes": (235, None),
+    "futimesat": (261, None),
+    "utimensat": (280, 88),
+    "setxattr": (188, 5),
+    "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7),
+    "setxattrat": (463, 463),
+    "removexattr": (197, 14),
+    "lremovexattr": (198, 15),
+    "fremovexattr": (199, 16),
+    "removexattrat": (466, 466),
+    "file_setattr": (469, 469),
+    # Before its version 3.
+    "truncate": (76, 45),
+    # Of other processes of the same user.
+    "setpriority": (141, 140),
+    "sched_setaffinity": (203, 122),
+    "sched_setscheduler": (144, 119),
+    "sched_setparam": (142, 118),
+    "sched_setattr": (314, 274),
+    "ioprio_set": (251, 30),
+    # What outlives the process.
+    "shmget": (29, 194),
+    "semget": (64, 190),
+    "msgget": (68, 186),
+    "mq_open": (240, 180),
 }
 """Calls that fail, by their numbers on x86_64 and aarch64, which has not all of them."""
 

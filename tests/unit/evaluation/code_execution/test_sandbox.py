@@ -130,6 +130,37 @@ def test_files_of_others_are_neither_read_nor_written(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["token"]
 
 
+@needs_seccomp
+@pytest.mark.parametrize(
+    "action",
+    [
+        "os.chmod(path, 0)",
+        "os.chmod(path, 0, dir_fd=os.open('/lib', os.O_PATH))",
+        "os.chown(path, -1, -1)",
+        "os.lchown(path, -1, -1)",
+        "os.utime(path, (0, 0))",
+        "os.setxattr(path, 'user.mine', b'1')",
+        "os.truncate(path, 0)",
+        "os.setpriority(os.PRIO_PROCESS, 0, 19)",
+        "os.sched_setaffinity(0, os.sched_getaffinity(0))",
+    ],
+)
+def test_modes_and_times_of_files_and_priorities_are_left_alone(
+    tmp_path: Path, action: str
+) -> None:
+    """Landlock covers none of them."""
+    mine = tmp_path / "mine"
+    mine.write_text("text")
+    before = mine.stat()
+    lines = ["import os", f"path = {str(mine)!r}", "try:", f"    {action}"]
+    source = "\n".join(
+        [*lines, "except PermissionError:", "    pass", "else:", "    raise ValueError"]
+    )
+
+    assert run_program(source).detail == ""
+    assert mine.stat() == before
+
+
 def test_environment_and_open_files_are_not_inherited(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
