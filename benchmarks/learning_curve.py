@@ -81,6 +81,11 @@ class Point:
     scores: dict[str, list[float]]
     texts: dict[str, list[float]]
 
+    @property
+    def num_texts(self) -> int:
+        """Number of gaps of each length."""
+        return len(next(iter(self.texts.values())))
+
     def write(self, folder: Path) -> None:
         """Write the point to its file."""
         text = json.dumps(vars(self)) + "\n"
@@ -266,6 +271,13 @@ def run(options: argparse.Namespace) -> None:
     any_recipe = next(iter(recipes.values()))
     settings = GAPS.model_copy(update={"num_gaps": options.num_gaps})
     groups = select_gaps(open_dataset(any_recipe.storage_paths.store), settings)
+
+    for point in Point.read_all(output):
+        if point.num_texts != len(groups[0]):
+            raise RecipeError(
+                f"{output} has points of {point.num_texts} gaps, this call has {len(groups[0])}: choose another "
+                "--output, or the same --num-gaps"
+            )
 
     for arm in arms:
         finished = {point.step for point in Point.read_all(output) if point.arm == arm}
