@@ -35,7 +35,7 @@ class ApiKeys:
         self._version = _find_version(path)
         self._digests = _read(path)
         if path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
-            # No error: Kubernetes mounts secrets in this way unless told otherwise.
+            # No error: Kubernetes mounts secrets in this way by default.
             logger.warning("%s can be read by other users: chmod 600 %s", path, path)
 
     def identify(self, authorization: str) -> str | None:
@@ -66,7 +66,7 @@ class ApiKeys:
         try:
             self._digests = _read(self._path)
         except ServiceError as error:
-            logger.error("%s: all requests are refused until it is mended", error)  # noqa: TRY400  one line is enough
+            logger.error("%s: all requests are refused until it is fixed", error)  # noqa: TRY400  one line is enough
             raise
         logger.info("%s: read again, %d keys", self._path, len(self._digests))
 

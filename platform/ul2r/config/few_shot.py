@@ -47,8 +47,8 @@ class FewShot(Prompting):
     limit: PositiveInt | None = None
     """First items of each task that are run; by default all."""
     reading: Reading = "auto"
-    """What a model sees of a text to infill: both sides with a sentinel between them, both in the layout of fim, or the
-    left one alone, causally and without a mode; auto is the first of these that it was trained for."""
+    """The part of a text to infill that a model sees: both sides with a sentinel between them, both in the layout of
+    fim, or the left one alone, causally and without a mode; auto is the first of these that it was trained for."""
     samples: PositiveInt = 1
     """Texts that are written for each gap of an infilling suite, whose scores are averaged."""
     temperature: Annotated[float, Field(ge=0)] = 0.0

@@ -60,7 +60,7 @@ class Picture:
 
     @property
     def source(self) -> str:
-        """The picture as a data URI, which needs no file beside the page."""
+        """The picture as a data URI, so that the page is a single file."""
         encoded = base64.b64encode(self.path.read_bytes()).decode("ascii")
         return f"data:image/png;base64,{encoded}"
 

@@ -136,7 +136,7 @@ def count_store_bytes(recipe: Recipe) -> int:
 def find_free_bytes(path: Path) -> int:
     """Return the free bytes of the file system that a path is on, or would be once it exists."""
     # Not Path.exists, which raises for a folder that may not be looked into.
-    existing = next(parent for parent in (path, *path.parents) if os.path.exists(parent))  # noqa: PTH110  as above
+    existing = next(parent for parent in (path, *path.parents) if os.path.exists(parent))  # noqa: PTH110  Path.exists raises there
     return shutil.disk_usage(existing).free
 
 

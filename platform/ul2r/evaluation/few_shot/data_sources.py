@@ -35,7 +35,7 @@ DAMAGE = (
     zipfile.BadZipFile,
     zlib.error,
 )
-"""What the libraries raise for files that are damaged or of another form."""
+"""Errors of the libraries on files that are damaged or of another form."""
 
 
 def read_source(path: Path) -> Iterator[Split]:

@@ -19,7 +19,7 @@ from ul2r.evaluation.few_shot.suites import InfillTask
 SENTENCE_END = re.compile(r"[.!?]['\"\u201d\u2019)]*(?=\s|$)")
 WORD = re.compile(r"[a-z0-9]+")
 MIDDLE = 3
-"""Which of a story's five sentences is missing."""
+"""Number of the sentence, of a story's five, that is missing."""
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ class InfillForm:
     def _cut(
         self, before: Sequence[int], after: Sequence[int], num_fixed: int
     ) -> tuple[list[int], list[int]]:
-        """Return the tokens next to the gap that fit beside `num_fixed` others, and count what is left out."""
+        """Return the tokens next to the gap that fit with `num_fixed` others, and count what is left out."""
         room = self._model.max_position_embeddings - num_fixed
         self.truncation.num_all += 1
         if room < 1:

@@ -66,8 +66,8 @@ class InfillTask(StrictModel):
     """Data set on the Hub, or OWNER/NAME in the folder of local data."""
     configuration: str
     span: Literal["line", "lines", "characters", "sentence"]
-    """What is known of the missing text: that it is one line or one sentence; its number of lines or of characters,
-    which only a model that reads the left side alone is told, since it cannot see where the right side begins."""
+    """Extent of the missing text: one line, one sentence, or a number of lines or of characters. Only a model that reads
+    the left side alone is given that number, since it cannot see where the right side begins."""
     mode: Mode
     """Mode of a UL2R model, unless `evaluation.few_shot.mode` names one."""
     max_tokens: PositiveInt

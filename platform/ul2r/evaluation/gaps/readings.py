@@ -131,7 +131,7 @@ def _iter_both(model: LanguageModel, group: GapGroup) -> Iterator[GapRow]:
         yield GapRow(ScoringRow(inputs, (targets[0],), tuple(targets[1:])), text, places)
 
 
-def _iter_fim(model: LanguageModel, group: GapGroup) -> Iterator[GapRow]:  # noqa: ARG001  as above
+def _iter_fim(model: LanguageModel, group: GapGroup) -> Iterator[GapRow]:  # noqa: ARG001  one signature for all
     opener = group.vocabulary.sentinels[NUM_FIM_SENTINELS - 1]
     for text, tokens in enumerate(group.texts.tolist()):
         for gap, (start, end) in enumerate(zip(group.starts, group.ends, strict=True)):

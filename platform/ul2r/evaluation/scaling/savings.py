@@ -46,8 +46,8 @@ class Savings:
         ratio: The estimate.
         low: Lower end of its 95 % bootstrap interval.
         high: Its upper end.
-        floor: Ratio of the curve's first point: smaller ones are not told apart.
-        ceiling: Ratio of its last point: larger ones are not told apart.
+        floor: Ratio of the curve's first point; a smaller one is only known to be smaller.
+        ceiling: Ratio of its last point; a larger one is only known to be larger.
     """
 
     ratio: float

@@ -96,7 +96,7 @@ def tabulate_emergence(points: Sequence[ScalingPoint], tasks: Sequence[Axis]) ->
 
 
 def describe_savings(points: Sequence[ScalingPoint], axis: Axis) -> str:
-    """Return how many points of each arm save compute, cost more, or are not told apart; see `VERDICT_NOTE`."""
+    """Return how many points of each arm save compute, cost more, or are left open; see `VERDICT_NOTE`."""
     savings = compute_savings(points, axis)
     counts = []
     for arm in list_arms(points):
