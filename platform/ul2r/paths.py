@@ -14,6 +14,7 @@ storage/
     gaps/                    items.parquet, result.json: losses and answers of held-out gaps
     data.html  evaluation.json  tracking.json  tracking_waiting.json
     metrics.jsonl  run.json  recipe.yaml   the run's record, with tracking.uri: none
+    ladder.yaml              recipe with which a ladder has trained and measured the run
   bases/NAME-DIGEST/         evaluation.json, few_shot/, gaps/, tracking.json of a model that is measured as it is
   comparisons/NAME/          table.md, table.json, comparison.png, few_shot.json, gaps.md, gaps.json,
                              report.html
@@ -115,6 +116,11 @@ class RunPaths:
     def export(self) -> Path:
         """Hugging Face folder of the run's last checkpoint."""
         return self.folder / "export"
+
+    @property
+    def completed_recipe(self) -> Path:
+        """Recipe with which a ladder has trained and measured the run."""
+        return self.folder / "ladder.yaml"
 
     @property
     def anomaly_reports(self) -> Path:

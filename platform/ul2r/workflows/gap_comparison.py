@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ul2r.errors import RecipeError
 from ul2r.evaluation.gaps import GapScores
 from ul2r.evaluation.gaps.result import RESULT_FILE, load_gaps_of
 from ul2r.evaluation.gaps.selection import ORIGINS
@@ -115,7 +116,14 @@ def _iter_pairs(
             is_left = first.scores.reading == "left"
             # Another arm of both sides, such as FIM, is the opponent of those behind it.
             if is_left or (place < number and first.role != second.role):
-                yield (first.name, second.name), first.scores.compare(second.scores)
+                yield (first.name, second.name), _compare(first, second)
+
+
+def _compare(first: _Measured, second: _Measured) -> dict[str, PairedDifference]:
+    try:
+        return first.scores.compare(second.scores)
+    except RecipeError as error:
+        raise RecipeError(f"{first.role} and {second.role}: {error}") from None
 
 
 def _as_plain(

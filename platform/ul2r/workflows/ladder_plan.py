@@ -96,6 +96,11 @@ def plan_ladder(ladder: Ladder) -> list[LadderRun]:
 def _plan_base(rung: _Rung, before: _Rung | None) -> LadderRun:
     """Plan a base, which goes on from that of the budget before if its schedule allows it."""
     run = rung.plan(BASE, {"training.steps": rung.budget})
+    if run.base is not None:
+        raise RecipeError(
+            f"arms.base: its recipe continues run {run.base!r}, which is none of the ladder's: remove its base, or name "
+            "a Hugging Face model"
+        )
     if before is None or run.recipe.optimizer.schedule != "constant":
         return run
     goes_on = {

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from ul2r.config import Recipe
+from ul2r.config import Recipe, dump
 from ul2r.console import ProgressBar, show_progress
 from ul2r.errors import RunInterrupted, UserError
+from ul2r.filesystem import write_atomically
 from ul2r.launch.ray_train.cluster import connect_ray
 from ul2r.launch.ray_train.elastic import count_cpus
 from ul2r.workflows.ladder_plan import LadderRun, find_ready
@@ -192,6 +193,8 @@ def complete_run(recipe: Recipe) -> float:
     measure_missing(recipe, open_run_dataset(recipe))
     evaluate_run(recipe)
     run_missing_suites(recipe)
+    # Last: a run that was cut before is completed by the next call.
+    write_atomically(recipe.paths.completed_recipe, dump(recipe))
     return time.monotonic() - start
 
 

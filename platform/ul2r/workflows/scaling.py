@@ -70,7 +70,7 @@ def run_ladder(ladder: Ladder) -> LadderResult:
     store.check_experiment(ladder.tracking.experiment)
     prepare_store(runs[0].recipe)
 
-    finished = find_finished(ladder, runs)
+    finished = find_finished(runs)
     write_recipes(ladder, runs)
     logger.info("%s: %d runs, %d of them finished", ladder.name, len(runs), len(finished))
     outcome = complete_runs(runs, finished)
@@ -111,15 +111,27 @@ def _check_metrics(ladder: Ladder, recipe: Recipe) -> None:
             raise RecipeError(f"metrics: {name!r} is not measured: did you mean {nearest!r}?")
 
 
-def find_finished(ladder: Ladder, runs: Sequence[LadderRun]) -> set[str]:
-    """Return the names of the runs that are trained and measured with these very recipes."""
-    folder = recipes_folder(ladder)
-    return {run.name for run in runs if _is_finished(run.recipe, folder / f"{run.name}.yaml")}
+def find_finished(runs: Sequence[LadderRun]) -> set[str]:
+    """Return the names of the runs that are trained and measured with these very recipes, as is what they continue.
+
+    Args:
+        runs: All runs of a ladder; each comes after the one that it continues.
+    """
+    finished: set[str] = set()
+    for run in runs:
+        has_base = run.base is None or run.base in finished
+        if has_base and _is_completed(run.recipe) and _is_measured(run.recipe):
+            finished.add(run.name)
+    return finished
 
 
-def _is_finished(recipe: Recipe, recorded: Path) -> bool:
-    if not recorded.is_file() or recorded.read_text(encoding="utf-8") != dump(recipe):
-        return False
+def _is_completed(recipe: Recipe) -> bool:
+    # Not the recipes that the ladder writes out, which it does before it trains them.
+    file = recipe.paths.completed_recipe
+    return file.is_file() and file.read_text(encoding="utf-8") == dump(recipe)
+
+
+def _is_measured(recipe: Recipe) -> bool:
     if not (recipe.paths.export / TOKENIZER_FILE).is_file():
         return False
     return load_scores(recipe, open_run_dataset(recipe)) is not None
@@ -182,7 +194,7 @@ def describe_plan(ladder: Ladder) -> tuple[Table, str]:
     runs = plan_ladder(ladder)
     _check_runs(ladder, runs)
     flops = estimate_flops(runs)
-    finished = find_finished(ladder, runs) if is_prepared(runs[0].recipe) else set()
+    finished = find_finished(runs) if is_prepared(runs[0].recipe) else set()
     table = Table(title=f"{ladder.name}: {len(runs)} runs, nothing was started")
     for heading in ("size", "budget", "arm", "continues", "steps", "tokens", "FLOPs", "time"):
         table.add_column(heading, justify="left" if heading in {"size", "arm"} else "right")

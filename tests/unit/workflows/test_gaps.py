@@ -152,6 +152,17 @@ def test_comparison_pairs_what_sees_both_sides_with_what_does_not(
     assert "## Loss by place: 4x1" in text
 
 
+def test_comparison_of_other_gaps_names_the_arms(storage: Path, tmp_path: Path) -> None:
+    arms = {}
+    for name, num_gaps in (("base", 4), ("ul2r", 6)):
+        recipe = make_recipe(storage, name, num_gaps=num_gaps)
+        measure_run_gaps(recipe)
+        arms[name] = describe_arm(recipe, None)
+
+    with pytest.raises(RecipeError, match=r"^base and ul2r: gaps 2x1 and 2x1"):
+        write_gap_comparison(tmp_path, "c", arms)
+
+
 def test_comparison_leaves_out_other_weights(
     recipes: dict[str, Recipe], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

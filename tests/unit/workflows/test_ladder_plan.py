@@ -74,6 +74,15 @@ def test_arms_with_other_tokens_are_refused(tmp_path: Path) -> None:
         plan_shipped(f"arms.ul2r={arm}")
 
 
+def test_base_that_continues_a_run_is_refused(tmp_path: Path) -> None:
+    """No run of the ladder would ever be ready."""
+    base = tmp_path / "base.yaml"
+    base.write_text("extends: ladder-base\nbase: other\n")
+
+    with pytest.raises(RecipeError, match=r"arms\.base: its recipe continues run 'other'"):
+        plan_shipped(f"arms.base={base}")
+
+
 def test_runs_wait_for_their_base() -> None:
     runs = plan_ladder(load(Path("ladder"), ["seeds=[1]", "budgets=[100]"], Ladder))
     bases = {run.name for run in runs if run.arm == "base"}

@@ -1,0 +1,108 @@
+"""Which runs of a ladder are finished: those that were completed with their recipes, and no others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ul2r.config import Recipe, dump, load
+from ul2r.config.ladder import Ladder
+from ul2r.errors import CorpusError
+from ul2r.evaluation.few_shot.suite_result import SuiteResult
+from ul2r.evaluation.scores import Score
+from ul2r.filesystem import write_atomically
+from ul2r.testing.models import write_tiny_export
+from ul2r.tracking.export_digest import hash_export
+from ul2r.workflows import few_shot_results, ladder_run, scaling
+from ul2r.workflows.few_shot_results import find_results
+from ul2r.workflows.ladder_plan import LadderRun, plan_ladder
+
+
+def plan(storage: Path) -> tuple[Ladder, list[LadderRun]]:
+    overrides = [f"storage={storage}", "seeds=[1]", "budgets=[100]"]
+    ladder = load(Path("ladder"), overrides, Ladder)
+    return ladder, plan_ladder(ladder)
+
+
+def complete(run: LadderRun) -> None:
+    file = run.recipe.paths.completed_recipe
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, dump(run.recipe))
+
+
+def test_changed_recipe_is_not_finished_because_it_was_written_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ladder writes out changed recipes before it trains them; what is there is of the earlier ones."""
+    ladder, runs = plan(tmp_path)
+    monkeypatch.setattr(scaling, "_is_measured", lambda *_: True)
+    scaling.write_recipes(ladder, runs)
+
+    assert scaling.find_finished(runs) == set()
+
+
+def test_run_is_finished_only_with_its_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, runs = plan(tmp_path)
+    monkeypatch.setattr(scaling, "_is_measured", lambda *_: True)
+    base, arm, *_ = runs
+    assert arm.base == base.name
+
+    complete(arm)
+    assert scaling.find_finished(runs) == set()
+    complete(base)
+    assert scaling.find_finished(runs) == {base.name, arm.name}
+
+
+def test_run_that_lacks_suites_is_not_completed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, (run, *_) = plan(tmp_path)
+    run.recipe.paths.folder.mkdir(parents=True)
+    monkeypatch.setattr(ladder_run, "_train", lambda _: None)
+    for name in (
+        "ul2r.workflows.export.export",
+        "ul2r.data.store.dataset.open_run_dataset",
+        "ul2r.workflows.measure_exports.measure_missing",
+        "ul2r.workflows.evaluate.evaluate_run",
+    ):
+        monkeypatch.setattr(name, lambda *_: None)
+
+    def fail(_: Recipe) -> None:
+        raise CorpusError("no data")
+
+    monkeypatch.setattr(few_shot_results, "run_missing_suites", fail)
+    with pytest.raises(CorpusError):
+        ladder_run.complete_run(run.recipe)
+    assert not run.recipe.paths.completed_recipe.exists()
+
+    monkeypatch.setattr(few_shot_results, "run_missing_suites", lambda _: None)
+    ladder_run.complete_run(run.recipe)
+    assert run.recipe.paths.completed_recipe.read_text() == dump(run.recipe)
+
+
+def test_quick_look_at_a_suite_is_no_result_of_it(tmp_path: Path) -> None:
+    _, (run, *_) = plan(tmp_path)
+    export = run.recipe.paths.export
+    write_tiny_export(export, attention="causal", num_sentinels=16)
+    score = Score(0.5, 0.1, 10)
+    form = {"mode": "none", "attention": "causal", "sentinel": False, "eos": False}
+    for limit in (10, None):
+        result = SuiteResult(
+            suite="paper-26",
+            model=hash_export(export),
+            scores={"copa": score},
+            mean=score,
+            left_out={},
+            metrics={"copa": "acc"},
+            all_metrics={"copa": {"acc": 0.5}},
+            form=form | {"trailing_space": "continuation"},
+            settings={"seeds": [1234], "limit": limit, "tasks": []},
+        )
+        folder = run.recipe.paths.few_shot / "paper-26" / result.label
+        folder.mkdir(parents=True)
+        result.write(folder)
+        found = [folder.name for folder, _ in find_results(run.recipe, "paper-26")]
+        assert found == ([] if limit else ["none-causal"])
