@@ -98,8 +98,8 @@ def _plan_base(rung: _Rung, before: _Rung | None) -> LadderRun:
     run = rung.plan(BASE, {"training.steps": rung.budget})
     if run.base is not None:
         raise RecipeError(
-            f"arms.base: its recipe continues run {run.base!r}, which is none of the ladder's: remove its base, or name "
-            "a Hugging Face model"
+            f"arms.base: its recipe continues run {run.base!r}, which is none of the ladder's: remove its base, or "
+            "name a Hugging Face model"
         )
     if before is None or run.recipe.optimizer.schedule != "constant":
         return run

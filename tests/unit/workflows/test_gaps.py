@@ -153,9 +153,12 @@ def test_comparison_pairs_what_sees_both_sides_with_what_does_not(
 
 
 def test_comparison_of_other_gaps_names_the_arms(storage: Path, tmp_path: Path) -> None:
+    # A copy: other tests expect the gaps of one setting.
+    copy = tmp_path / "storage"
+    shutil.copytree(storage, copy)
     arms = {}
     for name, num_gaps in (("base", 4), ("ul2r", 6)):
-        recipe = make_recipe(storage, name, num_gaps=num_gaps)
+        recipe = make_recipe(copy, name, num_gaps=num_gaps)
         measure_run_gaps(recipe)
         arms[name] = describe_arm(recipe, None)
 

@@ -1,4 +1,4 @@
-"""Which runs of a ladder are finished: those that were completed with their recipes, and no others."""
+"""Runs of a ladder that count as finished: those that were completed with their recipes, and no others."""
 
 from __future__ import annotations
 
