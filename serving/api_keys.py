@@ -33,7 +33,7 @@ class ApiKeys:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._version = _find_version(path)
-        self._digests = _read(path)
+        self._digests = read_digests(path)
         if path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
             # No error: Kubernetes mounts secrets in this way by default.
             logger.warning("%s can be read by other users: chmod 600 %s", path, path)
@@ -64,7 +64,7 @@ class ApiKeys:
         self._version = version
         self._digests = ()
         try:
-            self._digests = _read(self._path)
+            self._digests = read_digests(self._path)
         except ServiceError as error:
             logger.error("%s: all requests are refused until it is fixed", error)  # noqa: TRY400  one line is enough
             raise
@@ -80,8 +80,12 @@ def _find_version(path: Path) -> tuple[int, ...] | None:
     return (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
 
 
-def _read(path: Path) -> tuple[bytes, ...]:
-    """Return the digests of a file's keys."""
+def read_digests(path: Path) -> tuple[bytes, ...]:
+    """Return the digests of a file's keys.
+
+    Raises:
+        ServiceError: If the file cannot be read, or has no key or one that is too short.
+    """
     try:
         lines = path.read_text(encoding="ascii").splitlines()
     except OSError as error:

@@ -51,6 +51,13 @@ def test_a_wrong_verb_is_refused_with_the_nearest_one(capsys: pytest.CaptureFixt
     )
 
 
+def test_a_file_of_keys_is_read_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "no-model", "--api-keys", str(tmp_path / "typo")]) == 2
+    assert f"the keys in {tmp_path / 'typo'} cannot be read" in capsys.readouterr().err
+
+
 def test_recipes_of_the_package_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -33,11 +33,14 @@ DEFAULT_HOST = "127.0.0.1"
 
 def run(options: argparse.Namespace) -> None:
     """Serve until interrupted."""
+    from serving.api_keys import read_digests
     from serving.arguments import check_port
     from ul2r.model.export_metadata import read_export_metadata
 
     configure_console()
     # First, since everything else takes seconds.
+    if options.api_keys is not None:
+        read_digests(options.api_keys)
     check_port(options.port, options.host)
     _handle_signals()
     try:

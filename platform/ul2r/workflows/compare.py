@@ -122,7 +122,9 @@ def compare(comparison: Comparison) -> ComparisonResult:
 
     described = {role: describe_arm(*arm) for role, arm in zip(roles, arms, strict=True)}
     few_shot = write_few_shot_comparison(result.folder, described)
-    gaps = write_gap_comparison(result.folder, comparison.name, described)
+    gaps = write_gap_comparison(
+        result.folder, comparison.name, described, dataset.manifest.fingerprint
+    )
     run_id = store.find_run(result.folder)
     differences = next((file for file in few_shot.files if file.suffix == ".json"), None)
     report = write_report(

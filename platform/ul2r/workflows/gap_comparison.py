@@ -55,22 +55,25 @@ class _Measured:
 
 
 def write_gap_comparison(
-    folder: Path, title: str, arms: Mapping[str, FewShotArm]
+    folder: Path, title: str, arms: Mapping[str, FewShotArm], token_store: str
 ) -> tuple[Path, ...]:
     """Write gaps.md and gaps.json of all arms whose gaps were measured; return their paths, if there are two arms.
 
-    Results of other weights, as before more training, are left out with a warning.
+    Results of other weights, as before more training, or of another text are left out with a warning.
 
     Args:
         folder: Folder of the comparison.
         title: Its name.
         arms: The arms, base first.
+        token_store: Fingerprint of their token store.
 
     Raises:
         RecipeError: If two arms were measured on other gaps.
     """
     measured = [
-        _Measured(role, scores) for role, arm in arms.items() for scores in _load(role, arm)
+        _Measured(role, scores)
+        for role, arm in arms.items()
+        for scores in _load(role, arm, token_store)
     ]
     table, tree = folder / GAPS_TABLE_FILE, folder / GAPS_FILE
     if len({entry.role for entry in measured}) < 2:
@@ -88,13 +91,14 @@ def write_gap_comparison(
     return (table, tree)
 
 
-def _load(role: str, arm: FewShotArm) -> list[GapScores]:
+def _load(role: str, arm: FewShotArm, token_store: str) -> list[GapScores]:
     if not (arm.paths.gaps / RESULT_FILE).is_file():
         return []
-    scores = load_gaps_of(arm.paths.gaps, arm.find_digest())
+    scores = load_gaps_of(arm.paths.gaps, arm.find_digest(), token_store)
     if scores is None:
         logger.warning(
-            "%s: left out, since %s has other weights by now: run `ul2r evaluate --suite gaps` again",
+            "%s: left out, since %s has other weights or another token store by now: run `ul2r evaluate --suite gaps` "
+            "again",
             arm.paths.gaps,
             role,
         )

@@ -12,6 +12,7 @@ import pytest
 from ul2r.commands.evaluate import main
 from ul2r.config import Recipe
 from ul2r.config.gaps import GapSettings, fit_gaps
+from ul2r.data.store.dataset import open_dataset
 from ul2r.errors import CheckpointError, RecipeError
 from ul2r.inference import read_export_metadata
 from ul2r.model.export_metadata import ExportMetadata
@@ -44,6 +45,10 @@ def make_recipe(storage: Path, name: str, **settings: int) -> Recipe:
             "tracking": {"uri": "none"},
         }
     )
+
+
+def fingerprint_of(recipe: Recipe) -> str:
+    return open_dataset(recipe.storage_paths.store).manifest.fingerprint
 
 
 def write_run(storage: Path, name: str, *, fim: bool = False, seed: int = 1) -> ExportMetadata:
@@ -118,7 +123,7 @@ def test_comparison_pairs_what_sees_both_sides_with_what_does_not(
     recipes: dict[str, Recipe], tmp_path: Path
 ) -> None:
     arms = {name: describe_arm(recipe, None) for name, recipe in recipes.items()}
-    table, tree = write_gap_comparison(tmp_path, "c", arms)
+    table, tree = write_gap_comparison(tmp_path, "c", arms, fingerprint_of(recipes["base"]))
 
     groups = json.loads(tree.read_text())
     assert [group["gaps"] for group in groups] == ["2x1", "4x1", "2x2", "4x2"]
@@ -163,19 +168,20 @@ def test_comparison_of_other_gaps_names_the_arms(storage: Path, tmp_path: Path) 
         arms[name] = describe_arm(recipe, None)
 
     with pytest.raises(RecipeError, match=r"^base and ul2r: gaps 2x1 and 2x1"):
-        write_gap_comparison(tmp_path, "c", arms)
+        write_gap_comparison(tmp_path, "c", arms, fingerprint_of(recipe))
 
 
 def test_comparison_leaves_out_other_weights(
     recipes: dict[str, Recipe], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     arms = {name: describe_arm(recipes[name], None) for name in ("base", "ul2r")}
-    assert write_gap_comparison(tmp_path, "c", arms)
+    assert write_gap_comparison(tmp_path, "c", arms, fingerprint_of(recipes["base"]))
     changed = {**arms, "base": type(arms["base"])(arms["base"].paths, lambda: "other")}
-    assert not write_gap_comparison(tmp_path, "c", changed)
-    assert "other weights by now" in caplog.text
+    assert not write_gap_comparison(tmp_path, "c", changed, fingerprint_of(recipes["base"]))
+    assert "other weights or another token store by now" in caplog.text
     assert not (tmp_path / GAPS_FILE).exists()
     assert not (tmp_path / GAPS_TABLE_FILE).exists()
+    assert not write_gap_comparison(tmp_path, "c", arms, "another text's")
 
 
 def test_model_without_an_export_is_refused(storage: Path) -> None:

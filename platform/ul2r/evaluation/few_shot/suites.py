@@ -66,7 +66,7 @@ class InfillTask(StrictModel):
     """Data set on the Hub, or OWNER/NAME in the folder of local data."""
     configuration: str
     span: Literal["line", "lines", "characters", "sentence"]
-    """Extent of the missing text: one line, one sentence, or a number of lines or of characters. Only a model that reads
+    """Extent of the missing text: one line, one sentence, or a number of lines or characters. Only a model that reads
     the left side alone is given that number, since it cannot see where the right side begins."""
     mode: Mode
     """Mode of a UL2R model, unless `evaluation.few_shot.mode` names one."""

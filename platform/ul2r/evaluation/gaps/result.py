@@ -75,10 +75,17 @@ def load_gaps(folder: Path, conditions: GapConditions) -> list[GapScores] | None
     return read_items(folder / ITEMS_FILE)
 
 
-def load_gaps_of(folder: Path, model: str) -> list[GapScores] | None:
-    """Return the scores in a folder, whatever their settings, or None if there are none of this model's weights."""
+def load_gaps_of(folder: Path, model: str, token_store: str) -> list[GapScores] | None:
+    """Return the scores in a folder, whatever their settings, or None if they are of other weights or another text.
+
+    Args:
+        folder: The folder.
+        model: Digest of the weights.
+        token_store: Fingerprint of the token store.
+    """
     tree = _read_result(folder)
-    if tree is None or (tree["format"], tree["model"]) != (FORMAT, model):
+    wanted = {"format": FORMAT, "model": model, "token_store": token_store}
+    if tree is None or any(tree.get(key) != value for key, value in wanted.items()):
         return None
     return read_items(folder / ITEMS_FILE)
 

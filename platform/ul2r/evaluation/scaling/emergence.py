@@ -7,14 +7,22 @@ from collections.abc import Sequence
 from ul2r.evaluation.scaling.points import Axis, ScalingPoint
 from ul2r.evaluation.scores import Score
 
+SIGNIFICANCE = 0.05
 ONE_SIDED_95 = 1.6449
 """Standard errors above chance that a normal score exceeds by accident in 5 % of cases."""
 
 
 def is_above_chance(score: Score, axis: Axis) -> bool:
-    """Return whether a score is better than chance at 95 %, one-sided; never if its error is not known."""
-    if axis.chance is None or not score.is_error_known:
+    """Return whether a score is better than chance at 95 %, one-sided.
+
+    If all items have one value their error is not known: only that all of them are right can then be told from chance,
+    whose probability for n items is chance^n.
+    """
+    if axis.chance is None:
         return False
+    if not score.is_error_known:
+        is_all_right = axis.higher_is_better and score.mean == 1
+        return is_all_right and axis.chance**score.count < SIGNIFICANCE
     gain = (score.mean - axis.chance) * (1 if axis.higher_is_better else -1)
     return gain > ONE_SIDED_95 * score.stderr
 

@@ -23,6 +23,10 @@ def test_one_sided_95_percent() -> None:
     assert is_above_chance(Score(0.5 + 1.65 * 0.05, 0.05, 100), TASK)
     assert not is_above_chance(Score(0.5 + 1.64 * 0.05, 0.05, 100), TASK)
     assert not is_above_chance(Score(0.9, 0.0, 1), TASK)  # of one item nothing can be said
+    # All right: by chance in 1 of 16 cases of four items, in 1 of 32 of five.
+    assert not is_above_chance(Score(1.0, 0.0, 4), TASK)
+    assert is_above_chance(Score(1.0, 0.0, 5), TASK)
+    assert not is_above_chance(Score(0.0, 0.0, 5), TASK)
     loss = Axis("loss", "loss", higher_is_better=False, chance=2.0)
     assert is_above_chance(Score(1.0, 0.1, 9), loss)
     assert not is_above_chance(Score(3.0, 0.1, 9), loss)
