@@ -17,9 +17,9 @@ from ul2r.errors import RequestError
 from ul2r.inference.engine import (
     DeadlineError,
     GenerationRequest,
-    QueueFullError,
     TokenLogprobs,
 )
+from ul2r.inference.engine.capacity import Capacity
 from ul2r.inference.engine.counters import EngineStatistics
 from ul2r.inference.engine.kv_cache import PromptCache
 from ul2r.inference.engine.request import make_outcome
@@ -65,8 +65,8 @@ class VllmEngine:
     def __init__(self, llm: LLMEngine, vocabulary_size: int, max_waiting: int) -> None:
         self._llm = llm
         self._vocabulary_size = vocabulary_size
-        self._max_waiting = max_waiting
         self.num_slots: int = llm.vllm_config.scheduler_config.max_num_seqs
+        self._capacity = Capacity(self.num_slots, max_waiting)
         self.max_length: int = llm.model_config.max_model_len
         self.prompt_cache = PromptCache(0)
         self.statistics = EngineStatistics()
@@ -97,23 +97,17 @@ class VllmEngine:
             QueueFullError: If they are too many for now.
             RequestError: If a sampling setting is out of range, or they are more than ever have room.
         """
-        capacity = self._max_waiting + self.num_slots
-        if len(requests) > capacity:
-            raise RequestError(
-                f"the request asks for {len(requests)} answers (n for each prompt), and at most {capacity} have "
-                "room: ask for fewer"
-            )
+        self._capacity.check_size(len(requests))
         for request in requests:
             request.settings.check(self._vocabulary_size)
         with self._lock:
             # Copied, since the engine's thread changes it.
             known = [*self._new, *(live.request for live in list(self._live.values()))]
             num_known = sum(not request.is_cancelled for request in known)
-            if num_known + len(requests) > capacity:
-                self.statistics.refused += 1
-                num_waiting = max(0, num_known - self.num_slots)
-                seconds = num_waiting / self.num_slots * self.statistics.mean_seconds
-                raise QueueFullError(num_waiting, max(1, min(60, round(seconds))))
+            num_running = min(num_known, self.num_slots)
+            self._capacity.check_room(
+                len(requests), num_running, num_known - num_running, self.statistics
+            )
             self._new.extend(requests)
 
     def cancel(self, request: GenerationRequest) -> None:

@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 from ul2r.errors import RequestError
+from ul2r.inference.engine.capacity import Capacity
 from ul2r.inference.engine.counters import EngineStatistics
 from ul2r.inference.engine.kv_cache import PromptBlock, PromptCache, SlotCache
 from ul2r.inference.engine.request import (
     DeadlineError,
     GenerationRequest,
-    QueueFullError,
     compute_logprobs,
     make_outcome,
 )
@@ -93,8 +93,8 @@ class Engine:
         self.prompt_cache: PromptCache = parts.prompts
         self._decode = parts.decode
         self._is_text = parts.is_text
-        self._max_waiting = max_waiting
         self.num_slots = parts.slots.num_slots
+        self._capacity = Capacity(self.num_slots, max_waiting)
         self.max_length = parts.slots.num_positions
 
         self._lock = threading.Lock()
@@ -125,13 +125,7 @@ class Engine:
             QueueFullError: If they are too many for now.
             RequestError: If a sampling setting is out of range, or they are more than ever have room.
         """
-        capacity = self._max_waiting + self.num_slots
-        # Not `QueueFullError`: who comes again later would come in vain.
-        if len(requests) > capacity:
-            raise RequestError(
-                f"the request asks for {len(requests)} answers (n for each prompt), and at most {capacity} have "
-                "room: ask for fewer"
-            )
+        self._capacity.check_size(len(requests))
         for request in requests:
             request.settings.check(len(self._is_text))
             assert len(request.tokens) <= self.max_length
@@ -142,11 +136,7 @@ class Engine:
             if (prefill := self._prefill) is not None:
                 num_running += not prefill.request.is_cancelled
             num_waiting = sum(not request.is_cancelled for request in self._waiting)
-            # As many as there are free slots do not wait.
-            room = capacity - num_running - num_waiting
-            if len(requests) > room:
-                self.statistics.refused += 1
-                raise QueueFullError(num_waiting, self._estimate_wait())
+            self._capacity.check_room(len(requests), num_running, num_waiting, self.statistics)
             self._waiting.extend(requests)
 
     def cancel(self, request: GenerationRequest) -> None:
@@ -173,11 +163,6 @@ class Engine:
         for request in requests:
             if not request.is_cancelled:
                 request.listener.on_error(error)
-
-    def _estimate_wait(self) -> int:
-        """Return whole seconds until a request that came now would get a slot."""
-        rounds = len(self._waiting) / self.num_slots
-        return max(1, min(60, round(rounds * self.statistics.mean_seconds)))
 
     def _drop_ended(self) -> None:
         now = time.monotonic()
