@@ -38,7 +38,7 @@ from ul2r.config import Comparison, HuggingFaceBase, Recipe, load
 from ul2r.config.gaps import GapSettings
 from ul2r.config.named_recipes import find_recipe
 from ul2r.data.store.dataset import TokenDataset, open_dataset
-from ul2r.errors import RecipeError
+from ul2r.errors import CheckpointError, RecipeError
 from ul2r.evaluation.gaps import GapGroup, measure_gaps, select_gaps
 from ul2r.evaluation.losses import (
     measure_causal_loss,
@@ -52,6 +52,7 @@ from ul2r.inference.pretrained import PretrainedModel
 from ul2r.launch.logs import configure_console
 from ul2r.launch.pretrained import fill_model_from_base
 from ul2r.train.checkpoint.layout import parse_step
+from ul2r.train.checkpoint.metadata import CheckpointInfo
 from ul2r.train.checkpoint.storage import CheckpointStore
 from ul2r.workflows.cli import run_and_report
 from ul2r.workflows.export import export
@@ -68,6 +69,7 @@ class Point:
     Attributes:
         arm: Its arm.
         step: Its step; 0 is the base.
+        checkpoint: Id of the checkpoint; empty for the base.
         tokens: Row positions that it was trained on after the base.
         flops: Training FLOPs after the base.
         scores: Mean, standard error and count by metric and reading, as in "gap 8 tokens|both".
@@ -76,6 +78,7 @@ class Point:
 
     arm: str
     step: int
+    checkpoint: str
     tokens: int
     flops: float
     scores: dict[str, list[float]]
@@ -120,13 +123,20 @@ def measure_model(
 
 
 def iter_points(
-    arm: str, recipe: Recipe, groups: tuple[GapGroup, ...], finished: set[int]
+    arm: str, recipe: Recipe, groups: tuple[GapGroup, ...], finished: set[str]
 ) -> Iterator[Point]:
     """Yield the points of a run that are not finished yet."""
     dataset = open_dataset(recipe.storage_paths.store)
-    for checkpoint in CheckpointStore.from_recipe(recipe).list_checkpoints():
+    checkpoints = CheckpointStore.from_recipe(recipe).list_checkpoints()
+    if not checkpoints:
+        raise CheckpointError(
+            f"run {recipe.name!r} has no checkpoint in {recipe.paths.folder}: train it first, or choose --arms"
+        )
+    for checkpoint in checkpoints:
         step = parse_step(checkpoint.name)
-        if step is None or step in finished:
+        # By its id: the same step of a run that was trained again is another checkpoint.
+        checkpoint_id = CheckpointInfo.read(checkpoint).checkpoint_id
+        if step is None or checkpoint_id in finished:
             continue
         exported = recipe.export.model_copy(
             update={"checkpoint": checkpoint, "registered_model": None}
@@ -138,7 +148,7 @@ def iter_points(
         flops = model.metadata.flops
         assert tokens is not None
         assert flops is not None
-        yield Point(arm, step, tokens, flops, scores, texts)
+        yield Point(arm, step, checkpoint_id, tokens, flops, scores, texts)
         # Half a gigabyte each.
         shutil.rmtree(folder)
 
@@ -155,7 +165,7 @@ def measure_base(base: HuggingFaceBase, recipe: Recipe, groups: tuple[GapGroup, 
     model = PretrainedModel.load_with_vocabulary(
         folder, dataset.vocabulary, dataset.tokenizer_file, get_device()
     )
-    return Point(BASE, 0, 0, 0.0, *measure_model(model, recipe, dataset, groups))
+    return Point(BASE, 0, "", 0, 0.0, *measure_model(model, recipe, dataset, groups))
 
 
 def write_csv(points: list[Point], file: Path) -> list[dict[str, Any]]:
@@ -280,7 +290,7 @@ def run(options: argparse.Namespace) -> None:
             )
 
     for arm in arms:
-        finished = {point.step for point in Point.read_all(output) if point.arm == arm}
+        finished = {point.checkpoint for point in Point.read_all(output) if point.arm == arm}
         if arm == BASE:
             measured = iter(() if finished else (measure_base(base, any_recipe, groups),))
         else:
