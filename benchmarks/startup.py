@@ -10,6 +10,9 @@ server that runs before. Each repetition is a new run. One JSON line, medians:
     help_seconds                 `jobs/train.py --help`
     wrong_key_seconds            a recipe with an unknown key, to the end of the process
     dry_run_seconds              `--dry-run`, to the first line of its report
+    bare_first_step_seconds      the limit of the first: a program of Ray Train and Ray Data alone, whose two workers
+                                 import torch and Megatron-Core's GPT and read one batch
+    bare_torchrun_first_step_seconds  that of the second: two processes which import the same and add one number up
     cpu_seconds                  user and system time of all processes of a command until then: on a machine that others
                                  use as well it varies less than the time on the clock
     by_process                   its parts above 0.3 s in the last repetition, summed over processes of one name
@@ -168,6 +171,7 @@ def measure_all(folder: Path) -> dict[str, Measurement]:
         sys.executable,
         "-m",
         "torch.distributed.run",
+        "--standalone",
         "--nproc-per-node",
         str(NUM_WORKERS),
     ]
@@ -184,7 +188,49 @@ def measure_all(folder: Path) -> dict[str, Measurement]:
     found["first_step"] = measure([*train, recipe], FIRST_STEP)
     forget()
     found["torchrun_first_step"] = measure([*torchrun, TRAIN, recipe], FIRST_STEP)
+    found["bare_first_step"] = measure([sys.executable, __file__, "--bare", "ray"], FIRST_STEP)
+    found["bare_torchrun_first_step"] = measure(
+        [*torchrun, __file__, "--bare", "torchrun"], FIRST_STEP
+    )
     return found
+
+
+def run_bare_ray() -> None:
+    """Run two workers of Ray Train that do what any run of Megatron-Core on Ray does before its first step."""
+    import ray
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    with tempfile.TemporaryDirectory(prefix="ul2r-startup-") as temporary:
+        ray.init("local", num_cpus=NUM_WORKERS + 1, include_dashboard=False)
+        TorchTrainer(
+            read_one_batch,
+            scaling_config=ScalingConfig(num_workers=NUM_WORKERS),
+            datasets={"train": ray.data.range(NUM_WORKERS)},
+            run_config=RunConfig(storage_path=temporary),
+        ).fit()
+
+
+def read_one_batch() -> None:
+    """Read a batch from Ray Data and print what looks like a first step."""
+    import megatron.core.models.gpt
+    import megatron.core.optimizer  # noqa: F401  for the time that it takes
+    import ray.train
+
+    next(iter(ray.train.get_dataset_shard("train").iter_batches()))
+    print("loss 0", flush=True)
+
+
+def run_bare_torchrun() -> None:
+    """Do what any rank of Megatron-Core under torchrun does before its first step."""
+    import megatron.core.models.gpt
+    import megatron.core.optimizer  # noqa: F401  for the time that it takes
+    import torch
+
+    torch.distributed.init_process_group("gloo")
+    torch.distributed.all_reduce(torch.zeros(1))
+    print("loss 0", flush=True)
+    torch.distributed.destroy_process_group()
 
 
 def main() -> None:
@@ -193,7 +239,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--bare", choices=("ray", "torchrun"), help="run a limit's program")
     options = parser.parse_args()
+    if options.bare:
+        run_bare_ray() if options.bare == "ray" else run_bare_torchrun()
+        return
 
     # A local Ray and processes of this machine, whatever the shell that starts this says.
     os.environ.pop("RAY_ADDRESS", None)
