@@ -46,6 +46,9 @@ PEAK_RATES = (
 FINAL_RATE_RATIO = 0.01
 """UL2R's cosine goes from 1e-4 to 1e-6."""
 
+SPECIAL_TOKEN_LR_FACTOR = 5
+"""Opening sentinels of SmolLM2-135M after twelve steps: 1.1 nats, instead of 3.9 (benchmarks/new_embeddings.py)."""
+
 PRETRAINING_TOKENS: Mapping[str, float] = {
     "smollm2-135m": 2e12, "smollm2-360m": 4e12, "smollm2-1.7b": 11e12,
     "llama-2": 2e12, "llama-3": 15e12, "llama-3.2": 9e12, "meta-llama-3": 15e12,
@@ -73,7 +76,7 @@ class Machine:
 class Choice(NamedTuple):
     """A derived setting and why it has its value."""
 
-    value: int | float
+    value: int | float | str
     reason: str
 
 
@@ -157,6 +160,10 @@ def derive_settings(
             rows_reason,
         ),
         "training.steps": Choice(steps, budget_reason),
+        "training.new_embeddings": Choice(
+            "rare_subwords",
+            "first values of new modes and sentinels: learned soonest (docs/models.md)",
+        ),
         "validation.num_rows": Choice(
             max(MIN_VALIDATION_ROWS, layout["training.micro_batch_size"] * replicas),
             "whole microbatches",
@@ -203,6 +210,10 @@ def _choose_rates(num_weights: int) -> dict[str, Choice]:
         ),
         "optimizer.final_learning_rate": Choice(
             float(f"{rate * FINAL_RATE_RATIO:.2g}"), "a cosine down to 1 %, as in the paper"
+        ),
+        "optimizer.special_token_lr_factor": Choice(
+            SPECIAL_TOKEN_LR_FACTOR,
+            "of modes and sentinels, which start from nothing (docs/models.md)",
         ),
     }
 

@@ -43,6 +43,8 @@ def test_written_recipes_load_and_belong_together(model: Path, text: Path, tmp_p
         assert (recipe.role, recipe.base, recipe.training.steps) == (role, base, 7)
         assert recipe.data.corpus == (str(text),)
         assert recipe.storage == project.storage
+        assert recipe.training.new_embeddings == "rare_subwords"
+        assert recipe.optimizer.special_token_lr_factor == 5
     assert runs["ul2r"].name == "my-model-ul2r"
     assert [denoiser.name for denoiser in runs["control"].objective.mixture] == ["causal"]
     assert runs["ul2r"].model_dump(exclude={"name", "role", "objective", "export"}) == runs[
