@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import stat
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -53,6 +56,8 @@ class RequestRecord:
 
 current_record: ContextVar[RequestRecord | None] = ContextVar("current_record", default=None)
 """The record of the request that is being handled."""
+on_prompts: ContextVar[Callable[[], None] | None] = ContextVar("on_prompts", default=None)
+"""Called when that record has the prompts, if another process writes the log: a client may leave before its answer."""
 
 
 class AccessLog:
@@ -75,6 +80,11 @@ class AccessLog:
             raise ServiceError(
                 f"the access log {path} cannot be written ({error.strerror})"
             ) from error
+        if has_prompts and path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
+            # No error: who rotates logs may have chosen a group that reads them.
+            logger.warning(
+                "%s gets prompts and can be read by other users: chmod 600 %s", path, path
+            )
 
     def write(self, record: RequestRecord) -> None:
         """Append a record."""
@@ -88,5 +98,10 @@ class AccessLog:
 
     def _append(self, line: bytes) -> None:
         # Unbuffered: a line is one write, so that lines of several replicas do not mix.
-        with self._path.open("ab", buffering=0) as file:
+        with open(self._path, "ab", buffering=0, opener=_open_for_owner) as file:
             file.write(line)
+
+
+def _open_for_owner(path: str, flags: int) -> int:
+    """Open a file, which only its owner can read if it is new: addresses and prompts are nobody else's."""
+    return os.open(path, flags, 0o600)

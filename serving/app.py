@@ -20,7 +20,11 @@ from pydantic import (
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve import Application
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    RayServeException,
+)
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 from starlette.types import Scope
@@ -165,7 +169,10 @@ def make_backend(handle: DeploymentHandle) -> Backend:
             is_over = True
         except BackPressureError as error:
             raise BackendError("too many requests wait for the model") from error
-        except RayError as error:
+        except DeploymentUnavailableError as error:
+            raise BackendError("the model has no replica now") from error
+        # Serve's own errors are not Ray's.
+        except (RayError, RayServeException) as error:
             raise BackendError("the model's replica ended before its answer") from error
         finally:
             if not is_over:

@@ -10,12 +10,12 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Scope
 
-from serving.access_log import RequestRecord, current_record
+from serving.access_log import RequestRecord, current_record, on_prompts
 
 logger = logging.getLogger("ul2r.serving")
 
 RECORD = "ul2r.record"
-"""Type of the message that brings back the record of a request."""
+"""Type of the messages that bring back the record of a request: when its prompts are known, and at the end."""
 SCOPE_KEYS = (
     "type",
     "asgi",
@@ -44,7 +44,7 @@ class BackendError(Exception):
 async def call_asgi(
     app: ASGIApp, scope: Scope, body: bytes, record: RequestRecord | None = None
 ) -> Messages:
-    """Yield the messages of a response, as many as there are at a time, and last the filled record.
+    """Yield the messages of a response, as many as there are at a time, and the filled record.
 
     Closing the generator cancels the request.
 
@@ -65,14 +65,18 @@ async def call_asgi(
         is_read = True
         return {"type": "http.request", "body": body, "more_body": False}
 
+    def send_record(*, is_last: bool = False) -> None:
+        queue.put_nowait({"type": RECORD, "record": record, "is_last": is_last})
+
     async def run() -> None:
         current_record.set(record)
+        on_prompts.set(send_record)
         try:
             await app(scope, receive, queue.put)
         except Exception:
             # The application has answered with 500 already.
             logger.exception("%s %s failed", scope["method"], scope["path"])
-        queue.put_nowait({"type": RECORD, "record": record})
+        send_record(is_last=True)
 
     task = asyncio.create_task(run())
     try:
@@ -81,7 +85,7 @@ async def call_asgi(
             messages = [await queue.get()]
             while not queue.empty():
                 messages.append(queue.get_nowait())
-            is_over = messages[-1]["type"] == RECORD
+            is_over = messages[-1].get("is_last", False)
             yield messages
     finally:
         task.cancel()

@@ -13,7 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.access_log import AccessLog, RequestRecord, current_record
+from serving.access_log import AccessLog, RequestRecord, current_record, on_prompts
 from serving.api_keys import ApiKeys
 from serving.request_id import read_request_id
 from ul2r.config.strict_model import StrictModel
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 OPEN_PATHS = frozenset({"/", "/docs", "/openapi.json", "/health"})
 """Pages without a key: they tell nothing that the source does not, and /health is for machines."""
+BODILESS_METHODS = frozenset({"GET", "HEAD"})
 
 
 class AccessConfig(StrictModel):
@@ -100,7 +101,9 @@ class Gate:
                 code="shutting_down",
                 headers={"retry-after": "5", "connection": "close"},
             )
-        if self._keys is None or scope["path"] in OPEN_PATHS:
+        # Other methods have bodies, which are read only of those who have a key.
+        is_open = scope["path"] in OPEN_PATHS and scope["method"] in BODILESS_METHODS
+        if self._keys is None or is_open:
             return None
         try:
             record.key = self._keys.identify(Headers(scope=scope).get("authorization", ""))
@@ -187,6 +190,8 @@ def record_prompts(model: str, num_tokens: int, texts: Iterable[str]) -> None:
         record.prompt_tokens = num_tokens
         if record.prompts is not None:
             record.prompts += texts
+        if (publish := on_prompts.get()) is not None:
+            publish()
 
 
 def record_answer(completion_tokens: int, finish_reasons: Iterable[str]) -> None:

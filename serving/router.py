@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Mapping
 from contextlib import aclosing
 from typing import Any
@@ -21,8 +22,10 @@ from serving.access_log import RequestRecord, current_record
 from serving.asgi_call import RECORD, SCOPE_KEYS, Backend, BackendError, fetch
 from serving.body_limit import BodyLimitMiddleware
 from serving.errors import add_error_handlers, make_error_response
-from serving.gate import Gate, add_gate
+from serving.gate import BODILESS_METHODS, Gate, add_gate
 from serving.service import UnknownModelError
+
+logger = logging.getLogger("ul2r.serving")
 
 
 def create_router(backends: Mapping[str, Backend], gate: Gate | None = None) -> FastAPI:
@@ -37,13 +40,14 @@ def create_router(backends: Mapping[str, Backend], gate: Gate | None = None) -> 
 
     @api.get("/v1/models")
     async def list_models() -> Response:
-        bodies = await asyncio.gather(*(fetch(b, "/v1/models") for b in backends.values()))
-        cards = [card for _, body in bodies for card in json.loads(body)["data"]]
+        bodies = await fetch_answers(backends, "/v1/models")
+        cards = [card for body in bodies.values() for card in json.loads(body)["data"]]
         return JSONResponse({"object": "list", "data": cards})
 
     @api.get("/v1/models/{name:path}")
     async def show_model(name: str) -> Response:
-        status, body = await fetch(router.find(name), f"/v1/models/{name}")
+        _, backend = router.find(name)
+        status, body = await fetch(backend, f"/v1/models/{name}")
         return Response(body, status_code=status, media_type="application/json")
 
     @api.get("/health")
@@ -55,8 +59,8 @@ def create_router(backends: Mapping[str, Backend], gate: Gate | None = None) -> 
 
     @api.get("/metrics")
     async def metrics() -> Response:
-        pages = await asyncio.gather(*(fetch(b, "/metrics") for b in backends.values()))
-        text = merge_metrics({n: p.decode() for n, (_, p) in zip(backends, pages, strict=True)})
+        pages = await fetch_answers(backends, "/metrics")
+        text = merge_metrics({name: page.decode() for name, page in pages.items()})
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     @api.exception_handler(BackendError)
@@ -77,19 +81,20 @@ class _Router:
         self._backends = backends
         self._default = next(iter(backends))
 
-    def find(self, name: str | None) -> Backend:
-        """Return the backend of a model.
+    def find(self, name: str | None) -> tuple[str, Backend]:
+        """Return a model's name and backend; those of the default model for None.
 
         Raises:
             UnknownModelError: If there is none of that name.
         """
-        backend = self._backends.get(self._default if name is None else name)
+        name = self._default if name is None else name
+        backend = self._backends.get(name)
         if backend is None:
             served = ", ".join(map(repr, self._backends))
             raise UnknownModelError(
                 f"the model {name!r} is not served here: name one of {served}, or none"
             )
-        return backend
+        return name, backend
 
     async def forward(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, and its response back as it comes."""
@@ -97,7 +102,7 @@ class _Router:
             await WebSocketClose()(scope, receive, send)
             return
         try:
-            body = await Request(scope, receive).body()
+            body = await _read_body(scope, receive)
         except ClientDisconnect:
             # Nobody waits, or `BodyLimitMiddleware` has answered.
             return
@@ -105,7 +110,10 @@ class _Router:
         is_started = False
         request = {key: scope[key] for key in SCOPE_KEYS if key in scope}
         try:
-            backend = self.find(_read_model(body))
+            name, backend = self.find(_read_model(body))
+            if record is not None:
+                # Its process can no longer say so if the client leaves.
+                record.model = name
             async with aclosing(backend(request, body, record)) as calls:
                 async for messages in calls:
                     for message in messages:
@@ -123,6 +131,13 @@ class _Router:
             await make_backend_response(error)(scope, receive, send)
 
 
+async def _read_body(scope: Scope, receive: Receive) -> bytes:
+    # Those who read pages without a key send by these methods, whose bodies mean nothing.
+    if scope["method"] in BODILESS_METHODS:
+        return b""
+    return await Request(scope, receive).body()
+
+
 def _read_model(body: bytes) -> str | None:
     """Return the model that a request names; one that cannot be read goes to the default model, which says why."""
     try:
@@ -137,8 +152,30 @@ def _fill(record: RequestRecord | None, filled: RequestRecord | None) -> None:
     """Take over what a model's process knows of a request."""
     if record is None or filled is None:
         return
-    for name in ("model", "prompt_tokens", "completion_tokens", "finish_reasons", "prompts"):
+    for name in ("prompt_tokens", "completion_tokens", "finish_reasons", "prompts"):
         setattr(record, name, getattr(filled, name))
+
+
+async def fetch_answers(backends: Mapping[str, Backend], path: str) -> dict[str, bytes]:
+    """Return the pages of all models that answer, by their names.
+
+    Raises:
+        BackendError: If none of them does.
+    """
+    answers = await asyncio.gather(
+        *(fetch(backend, path) for backend in backends.values()), return_exceptions=True
+    )
+    pages = dict[str, bytes]()
+    for name, answer in zip(backends, answers, strict=True):
+        if isinstance(answer, BackendError):
+            logger.warning("%s of %s: %s", path, name, answer)
+        elif isinstance(answer, BaseException):
+            raise answer
+        elif answer[0] == 200:
+            pages[name] = answer[1]
+    if not pages:
+        raise BackendError("no model can answer")
+    return pages
 
 
 def merge_metrics(pages: Mapping[str, str]) -> bytes:

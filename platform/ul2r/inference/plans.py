@@ -44,6 +44,9 @@ class Plan(Protocol):
     def forced_token(self) -> int | None:
         """Return the token of text that comes next whatever its probability, or None if it is sampled."""
 
+    def given_tokens(self) -> tuple[int, ...]:
+        """Return the tokens of text that the answer begins with and the request gives; to penalties they are prompt."""
+
     def also_allowed(self) -> tuple[int, ...]:
         """Return the tokens that may be sampled next besides text."""
 
@@ -89,6 +92,10 @@ class CompletionPlan:
         """Return the next token of those that are scored."""
         place = len(self.spans[0])
         return self._forced[place] if place < len(self._forced) else None
+
+    def given_tokens(self) -> tuple[int, ...]:
+        """Return the tokens that are scored."""
+        return self._forced
 
     def also_allowed(self) -> tuple[int, ...]:
         """Return the stop tokens."""
@@ -159,6 +166,10 @@ class InfillPlan:
         """Return the next token of those that are scored."""
         place = len(self.spans[0])
         return self._forced[place] if place < len(self._forced) else None
+
+    def given_tokens(self) -> tuple[int, ...]:
+        """Return the tokens that are typed, and those that are scored."""
+        return (*self._typed, *self._forced)
 
     def also_allowed(self) -> tuple[int, ...]:
         """Return the closer of the span, once there is text: an empty span never occurs in training."""

@@ -29,8 +29,8 @@ class SamplingSettings:
         top_p: Choose from the most likely tokens that have this probability together (arXiv 1904.09751).
         min_p: Least probability of a token, as a fraction of the most likely one's (arXiv 2407.01082).
         repetition_penalty: Divides positive logits of tokens in the prompt or the answer, multiplies negative ones
-            (CTRL, arXiv 1909.05858, 4.1).
-        presence_penalty: Subtracted once from the logits of tokens in the answer.
+            (CTRL, arXiv 1909.05858, 4.1). Tokens that are scored or typed already belong to the prompt.
+        presence_penalty: Subtracted once from the logits of tokens in the answer, as OpenAI and vLLM do.
         frequency_penalty: Subtracted for each time that a token is in the answer.
         logit_bias: Added to the logits of some tokens.
         seed: Seed of the sampling.
@@ -98,7 +98,7 @@ class TokenSampler:
     Args:
         is_text: bool (V,), True for ids that stand for text.
         settings: Those of the request.
-        prompt: Tokens of the prompt, which the repetition penalty counts.
+        prompt: Tokens that the request gives, which the repetition penalty counts.
 
     Raises:
         RequestError: If a setting is out of range.

@@ -40,11 +40,13 @@ class _Live:
         request: The request.
         walk: Place in its answer.
         started: Time at which vLLM got it.
+        has_begun: True if its prompt has been read.
     """
 
     request: GenerationRequest
     walk: AnswerWalk
     started: float
+    has_begun: bool = False
 
 
 class VllmEngine:
@@ -149,7 +151,7 @@ class VllmEngine:
                 self._remove(name)
             elif request.deadline <= now:
                 self.statistics.expired += 1
-                if live.walk.plan.num_tokens > 1:
+                if live.has_begun:
                     self._finish(name, live)
                 else:
                     self._remove(name)
@@ -175,6 +177,7 @@ class VllmEngine:
                 self._new.popleft()
 
     def _read_output(self, output: RequestOutput, live: _Live) -> None:
+        live.has_begun = True
         completion = output.outputs[0]
         is_ended = output.finished
         for place, token in enumerate(completion.token_ids):

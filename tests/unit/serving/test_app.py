@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import json
 import socket
@@ -12,11 +13,18 @@ from typing import get_args
 import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
+from ray.exceptions import ActorDiedError
 from ray.serve.config import HTTPOptions
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    ReplicaUnavailableError,
+)
 from ray.serve.schema import ServeDeploySchema
 
-from serving.app import ServingConfig, build
+from serving.app import ServingConfig, build, make_backend
 from serving.arguments import check_port, resolve_model
+from serving.asgi_call import BackendError, fetch
 from serving.gate import AccessConfig
 from ul2r.errors import CheckpointError, ServiceError
 from ul2r.paths import EXPORT_METADATA_FILE
@@ -95,6 +103,44 @@ def test_the_builder_makes_one_deployment(tmp_path: Path) -> None:
     assert deployment.ray_actor_options["num_cpus"] == 3
     assert deployment.init_args == (str(tmp_path / "export"), config)
     assert deployment.max_ongoing_requests > 4 + 8, "Serve would refuse before the engine"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (DeploymentUnavailableError("model"), "has no replica now"),
+        (ReplicaUnavailableError("replica"), "ended before its answer"),
+        (ActorDiedError(), "ended before its answer"),
+        (BackPressureError(128, 128), "too many requests wait"),
+    ],
+)
+def test_what_keeps_serve_from_an_answer_is_no_fault_of_the_server(
+    error: Exception, message: str
+) -> None:
+    class Handle:
+        """A deployment whose calls fail."""
+
+        def options(self, **_: bool) -> Handle:
+            return self
+
+        @property
+        def handle_asgi(self) -> Handle:
+            return self
+
+        def remote(self, *_: object) -> Handle:
+            return self
+
+        def cancel(self) -> None:
+            pass
+
+        def __aiter__(self) -> Handle:
+            return self
+
+        async def __anext__(self) -> object:
+            raise error
+
+    with pytest.raises(BackendError, match=message):
+        asyncio.run(fetch(make_backend(Handle()), "/health"))
 
 
 def test_several_models_have_a_router_and_an_engine_each(tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ from starlette.testclient import TestClient
 
 from tests.unit.serving.streams import read_stream
 from ul2r.inference import LanguageModel, infill
-from ul2r.inference.generation import IncrementalDecoder, Sampler
+from ul2r.inference.generation import IncrementalDecoder
 from ul2r.inference.prompts import prepare_infilling
+from ul2r.inference.sampling import SamplingSettings, TokenSampler
 
 
 def test_llama_cpps_request_is_understood(client: TestClient, model: LanguageModel) -> None:
@@ -62,10 +63,12 @@ def test_what_is_typed_already_is_continued(client: TestClient, model: LanguageM
         model, ["The sea was", " and so was he."], typed=" calm, width * height"
     )
     decoder = IncrementalDecoder(model, prompt.tokens, bidirectional=True)
-    for token in (*prompt.openers, *model.encode_continuation(" calm, width * height")):
+    given = model.encode_continuation(" calm, width * height")
+    for token in (*prompt.openers, *given):
         decoder.feed(token)
     text = list[int]()
-    sampler = Sampler(model, 0.3, 2)
+    settings = SamplingSettings(temperature=0.3, repetition_penalty=1.5, seed=2)
+    sampler = TokenSampler(model.is_text, settings, (*prompt.tokens, *given))
     while (token := sampler.sample(decoder.logits, prompt.closers)) not in prompt.closers:
         text.append(token)
         decoder.feed(token)
@@ -76,6 +79,7 @@ def test_what_is_typed_already_is_continued(client: TestClient, model: LanguageM
         "input_suffix": " and so was he.",
         "n_predict": 12,
         "temperature": 0.3,
+        "repetition_penalty": 1.5,
         "seed": 2,
     }
 

@@ -6,7 +6,9 @@ import asyncio
 import json
 import logging
 import os
+import stat
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from starlette.testclient import TestClient
 from starlette.types import Message, Receive, Scope, Send
 
 from serving.api import create_api
+from serving.asgi_call import call_asgi
 from serving.errors import add_error_handlers
 from serving.gate import AccessConfig, Gate, GateMiddleware, add_gate
+from serving.router import create_router
 from serving.service import InferenceService
 from ul2r.errors import ServiceError
 
@@ -65,6 +69,37 @@ def test_without_a_valid_key_there_is_no_answer(
     assert response.headers["www-authenticate"] == "Bearer"
     for path in ("/health", "/", "/docs"):
         assert locked.get(path, headers=headers).is_success
+
+
+@pytest.mark.parametrize("path", ["/", "/docs", "/openapi.json", "/health", "/v1/completions"])
+def test_without_a_key_no_body_is_read(service: InferenceService, keys: Path, path: str) -> None:
+    backends = {"tiny-ul2r": partial(call_asgi, create_api(service))}
+    gate = Gate(AccessConfig(api_keys=keys))
+    for api in (create_api(service, gate), create_router(backends, gate)):
+        for method in ("POST", "PUT", "GET"):
+            status = asyncio.run(_ask_without_a_body(api, method, path))
+            is_open = method == "GET" and path != "/v1/completions"
+            assert status == (200 if is_open else 401)
+
+
+async def _ask_without_a_body(api: FastAPI, method: str, path: str) -> int:
+    statuses = list[int]()
+
+    async def send(message: Message) -> None:
+        statuses.extend([message["status"]] if "status" in message else [])
+
+    async def receive() -> Message:
+        raise AssertionError("the body is read")
+
+    scope = {
+        "type": "http",
+        "method": method,
+        "path": path,
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+    }
+    await api(scope, receive, send)
+    return statuses[0]
 
 
 def test_keys_are_rotated_without_a_restart(locked: TestClient, keys: Path) -> None:
@@ -166,6 +201,21 @@ def test_prompts_are_logged_only_when_asked_for(service: InferenceService, tmp_p
     assert "def shown(" in read["prompts"][0]
     assert scored_too["prompts"][0].endswith("def scored(")
     assert typed_too["prompts"][0].endswith("typed(")
+
+
+def test_the_log_is_its_owners_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log = tmp_path / "log"
+    Gate(AccessConfig(access_log=log, log_prompts=True))
+    assert stat.S_IMODE(log.stat().st_mode) == 0o600
+    assert caplog.records == []
+
+    log.chmod(0o644)
+    Gate(AccessConfig(access_log=log))
+    assert caplog.records == []
+    Gate(AccessConfig(access_log=log, log_prompts=True))
+    assert caplog.messages == [
+        f"{log} gets prompts and can be read by other users: chmod 600 {log}"
+    ]
 
 
 def test_a_fault_of_the_server_is_logged_as_such(tmp_path: Path) -> None:

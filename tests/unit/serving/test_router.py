@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,14 @@ from serving.service import InferenceService
 from tests.unit.serving.streams import read_stream
 from ul2r.inference import LanguageModel, complete
 from ul2r.testing.models import write_tiny_export
+
+POST: Scope = {
+    "type": "http",
+    "method": "POST",
+    "path": "/v1/completions",
+    "query_string": b"",
+    "headers": [(b"content-type", b"application/json")],
+}
 
 
 async def fail(scope: Scope, body: bytes, record: RequestRecord | None) -> Messages:
@@ -114,7 +123,67 @@ def test_a_model_that_has_died_is_told_of(backends: dict[str, Backend]) -> None:
         assert response.json()["error"]["code"] == "replica_ended"
         assert response.headers["retry-after"] == "1"
         assert client.get("/health").status_code == 503
+        cards = client.get("/v1/models").json()["data"]
+        assert [card["id"] for card in cards] == ["tiny-ul2r", "control"]
+        families = text_string_to_metric_families(client.get("/metrics").text)
+        slots = [s.labels["model"] for f in families if f.name == "ul2r_slots" for s in f.samples]
+        assert slots == ["tiny-ul2r", "control"]
         assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}).is_success
+
+
+def test_without_any_model_there_is_no_list() -> None:
+    with TestClient(create_router({"dead": fail, "other": fail})) as client:
+        for path in ("/v1/models", "/metrics"):
+            response = client.get(path)
+            assert response.status_code == 503
+            assert response.json()["error"]["code"] == "replica_ended"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_log_names_the_model_and_prompt_of_a_client_that_leaves(
+    service: InferenceService,
+    backends: dict[str, Backend],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stream: bool,
+) -> None:
+    """While its model has not generated anything."""
+    may_step = threading.Event()
+    step = service.engine.engine.step
+
+    def step_later() -> None:
+        assert may_step.wait(30)
+        step()
+
+    monkeypatch.setattr(service.engine.engine, "step", step_later)
+    gate = Gate(AccessConfig(access_log=tmp_path / "log", log_prompts=True))
+    api = create_router(backends, gate)
+    body = json.dumps({"prompt": "The sea", "max_tokens": 3, "stream": stream}).encode()
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message: Message) -> None:
+        raise AssertionError(f"there is no answer yet, but {message}")
+
+    async def leave() -> None:
+        request = asyncio.create_task(api({**POST}, receive, send))
+        while not service.engine.engine.num_waiting:
+            await asyncio.sleep(0)
+        # The news of the prompt is under way in the same loop.
+        for _ in range(100):
+            await asyncio.sleep(0)
+        request.cancel()
+        await asyncio.gather(request, return_exceptions=True)
+
+    try:
+        asyncio.run(leave())
+    finally:
+        may_step.set()
+    (line,) = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert (line["model"], line["is_complete"]) == ("tiny-ul2r", False)
+    assert line["prompts"] == ["[S2S]The sea"]
+    assert line["prompt_tokens"] > 0
 
 
 def test_the_log_of_the_router_has_what_the_model_knows(
@@ -149,17 +218,10 @@ def test_closing_a_call_frees_its_slot(
 async def _close_a_call(backend: Backend) -> None:
     # More answers than there are slots: they cannot all have ended when the call is closed.
     body = {"prompt": "The sea", "max_tokens": 120, "min_tokens": 120, "n": 60, "stream": True}
-    scope: Scope = {
-        "type": "http",
-        "method": "POST",
-        "path": "/v1/completions",
-        "query_string": b"",
-        "headers": [(b"content-type", b"application/json")],
-    }
-    call = backend(scope, json.dumps(body).encode(), None)
+    call = backend(POST, json.dumps(body).encode(), None)
     assert (await anext(call))[0]["status"] == 200
     await call.aclose()
 
     # The next step of the engine counts it: a request that comes later has seen that step.
-    async for _ in backend(scope, b'{"prompt": "a", "max_tokens": 1}', None):
+    async for _ in backend(POST, b'{"prompt": "a", "max_tokens": 1}', None):
         pass

@@ -88,6 +88,21 @@ def test_the_tokens_behind_the_prefix_are_scored_exactly(
     assert len(unanswered["logprobs"]["tokens"]) == len(tokens)
 
 
+def test_penalties_take_scored_tokens_for_the_prompt(causal_client: TestClient) -> None:
+    """A causal model reads them like the rest of its prompt, so the answer is that of the prompt alone."""
+    answer = {"prompt": TEXT, "max_tokens": 12, "min_tokens": 12}
+    scored = {"echo": True, "logprobs": 0, "prefix_tokens": 2}
+    answers = list[str]()
+    for penalty in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
+        body = {**answer, penalty: 1.9}
+        alone = causal_client.post("/v1/completions", json=body).json()["choices"][0]["text"]
+        echoed = causal_client.post("/v1/completions", json={**body, **scored})
+        assert echoed.json()["choices"][0]["text"] == TEXT + alone
+        answers.append(alone)
+    plain = causal_client.post("/v1/completions", json=answer).json()["choices"][0]["text"]
+    assert plain not in answers
+
+
 def test_scored_tokens_leave_the_answers_of_others_alone(
     client: TestClient, model: LanguageModel
 ) -> None:

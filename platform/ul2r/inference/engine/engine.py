@@ -237,7 +237,8 @@ class Engine:
     def _begin(self, request: GenerationRequest, block: PromptBlock, *, cached: bool) -> None:
         """Move a request whose prompt is read to the next slot; sample its first token, unless that is given."""
         self._slots.write(len(self._rows), block)
-        sampler = TokenSampler(self._is_text, request.settings, request.tokens)
+        given = (*request.tokens, *request.plan.given_tokens())
+        sampler = TokenSampler(self._is_text, request.settings, given)
         pending = deque(request.plan.begin())
         row = _Row(request, sampler, block.length, pending, cached, started=time.monotonic())
         with self._lock:
