@@ -110,5 +110,8 @@ def _tabulate_few_shot(entries: Sequence[Mapping[str, Any]]) -> list[ReportTable
             )
         title = f"{entry['suite']}: {entry['second']} against {entry['first']}"
         columns = ["task", "difference", "95 % interval", "items (tasks)"]
-        tables.append(ReportTable(title, columns, rows, [FEW_SHOT_NOTE]))
+        notes = [FEW_SHOT_NOTE]
+        if entry["pooling"] is not None:
+            notes.append(f"Scores are {entry['pooling']}.")
+        tables.append(ReportTable(title, columns, rows, notes))
     return tables

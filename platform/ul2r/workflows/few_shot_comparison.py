@@ -113,7 +113,9 @@ def _compare(first: _Found, second: _Found) -> NamedDifference:
         raise RecipeError(
             f"suite {first.result.suite}, {first.name} and {second.name}: {error}"
         ) from None
-    return NamedDifference(first.result.suite, first.name, second.name, differences)
+    return NamedDifference(
+        first.result.suite, first.name, second.name, differences, first.result.pooling
+    )
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from ul2r.config import Recipe
+from ul2r.evaluation.few_shot.infill_prompts import resolve_infilling
 from ul2r.evaluation.few_shot.items import RESULT_FILE
+from ul2r.evaluation.few_shot.prompting import resolve_prompting
 from ul2r.evaluation.few_shot.suite_result import SuiteResult
+from ul2r.inference import read_export_metadata
 from ul2r.tracking.export_digest import hash_export
 from ul2r.workflows.few_shot import run_suites
 
@@ -16,30 +18,35 @@ ITEM_SETTINGS = ("seeds", "limit", "tasks", "samples", "temperature")
 
 
 def run_missing_suites(recipe: Recipe) -> None:
-    """Run the recipe's suites that its export has no result of, in any form of the prompts.
+    """Run the recipe's suites that its export has no result of.
 
     Raises:
         UserError: As `run_suites`.
     """
-    missing = [
-        suite
-        for suite in recipe.evaluation.few_shot.suites
-        if not list(find_results(recipe, suite))
-    ]
+    suites = recipe.evaluation.few_shot.suites
+    missing = [suite for suite in suites if find_result(recipe, suite) is None]
     if missing:
         few_shot = recipe.evaluation.few_shot.model_copy(update={"suites": tuple(missing)})
         evaluation = recipe.evaluation.model_copy(update={"few_shot": few_shot})
         run_suites(recipe.model_copy(update={"evaluation": evaluation}))
 
 
-def find_results(recipe: Recipe, suite: str) -> Iterator[tuple[Path, SuiteResult]]:
-    """Yield the results of a suite that are of the run's export as it is, and of the recipe's items.
+def find_result(recipe: Recipe, suite: str) -> tuple[Path, SuiteResult] | None:
+    """Return the result of a suite that `run_suites` would write, and its folder; None if there is none.
 
-    A part of a suite, or other seeds, are other items; a form of the prompts is not.
+    It is of the export as it is, of the recipe's items and in its form of the prompts: a part of a suite, other seeds
+    or another mode are results of their own.
     """
-    settings = recipe.evaluation.few_shot.model_dump(mode="json", include=set(ITEM_SETTINGS))
+    settings = recipe.evaluation.few_shot
+    items = settings.model_dump(mode="json", include=set(ITEM_SETTINGS))
+    metadata = read_export_metadata(recipe.paths.export)
     for file in sorted(recipe.paths.few_shot.glob(f"{Path(suite).stem}/*/{RESULT_FILE}")):
         result = SuiteResult.read(file.parent)
-        is_same = all(value == settings[k] for k, value in result.settings.items() if k in settings)
+        resolve = resolve_infilling if "reading" in result.form else resolve_prompting
+        wanted = resolve(settings, metadata)
+        is_same = all(items.get(k, v) == v for k, v in result.settings.items()) and all(
+            result.form[key] == value for key, value in wanted.items()
+        )
         if is_same and result.model == hash_export(recipe.paths.export):
-            yield file.parent, result
+            return file.parent, result
+    return None

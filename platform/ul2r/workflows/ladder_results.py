@@ -43,7 +43,7 @@ from ul2r.inference import read_export_metadata
 from ul2r.model.flops import num_parameters
 from ul2r.tracking.roles import LADDER_ROLE
 from ul2r.tracking.store import TrackingStore
-from ul2r.workflows.few_shot_results import find_results
+from ul2r.workflows.few_shot_results import find_result
 from ul2r.workflows.ladder_plan import LadderRun
 
 POINTS_FILE = "points.json"
@@ -158,12 +158,13 @@ def _read(run: LadderRun) -> _Measured:
     values = dict(scores.values)
     chances: dict[str, float | None] = {}
     for suite in recipe.evaluation.few_shot.suites:
-        # Of several forms of the prompts, those that were run by themselves, the first one counts.
-        for folder, result in list(find_results(recipe, suite))[:1]:
+        found = find_result(recipe, suite)
+        if found is not None:
+            folder, result = found
             values[result.suite] = result.mean
             values |= {f"{result.suite}/{task}": score for task, score in result.scores.items()}
-            found = find_chance(read_items(folder / ITEMS_FILE))
-            chances |= {f"{result.suite}/{task}": found.get(task) for task in result.scores}
+            by_task = find_chance(read_items(folder / ITEMS_FILE))
+            chances |= {f"{result.suite}/{task}": by_task.get(task) for task in result.scores}
     return _Measured(
         run,
         metadata.flops or 0.0,

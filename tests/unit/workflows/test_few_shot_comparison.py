@@ -24,6 +24,7 @@ def write_arm(  # noqa: PLR0917  parts of one result
     prompt: str = "p",
     model: str = "weights",
     limit: int | None = None,
+    seeds: tuple[int, ...] = (1234,),
 ) -> FewShotArm:
     rows: list[dict[str, Any]] = [
         {
@@ -56,7 +57,7 @@ def write_arm(  # noqa: PLR0917  parts of one result
             "eos": False,
             "trailing_space": "continuation",
         },
-        settings={"seeds": [1234], "limit": limit, "tasks": []},
+        settings={"seeds": list(seeds), "limit": limit, "tasks": []},
     )
     paths = RunPaths(folder)
     form = paths.few_shot / suite / result.label
@@ -146,3 +147,17 @@ def test_result_of_another_version_is_refused(tmp_path: Path) -> None:
     file.write_text("{}")
     with pytest.raises(CheckpointError, match="format None, this version reads 2: run `ul2r eval"):
         write_few_shot_comparison(tmp_path, arms)
+
+
+def test_pooled_seeds_are_marked_as_such(tmp_path: Path) -> None:
+    arms = {
+        "base": write_arm(tmp_path / "base", "s", [0, 1], seeds=(1, 2)),
+        "ul2r": write_arm(tmp_path / "ul2r", "s", [1, 1], seeds=(1, 2)),
+        "once": write_arm(tmp_path / "once", "s", [1, 1]),
+    }
+    table, file = write_few_shot_comparison(tmp_path, arms).files
+    note = "- ul2r (none-causal-seeds_1_2): pooled over few-shot examples of seeds 1, 2, by item"
+    assert note in table.read_text().splitlines()
+    assert "once (none-causal): pooled" not in table.read_text()
+    (entry,) = json.loads(file.read_text())
+    assert entry["pooling"] == "pooled over few-shot examples of seeds 1, 2, by item"

@@ -15,7 +15,7 @@ from ul2r.filesystem import write_atomically
 from ul2r.testing.models import write_tiny_export
 from ul2r.tracking.export_digest import hash_export
 from ul2r.workflows import few_shot_results, ladder_run, scaling
-from ul2r.workflows.few_shot_results import find_results
+from ul2r.workflows.few_shot_results import find_result
 from ul2r.workflows.ladder_plan import LadderRun, plan_ladder
 
 
@@ -47,6 +47,7 @@ def test_run_is_finished_only_with_its_base(
 ) -> None:
     _, runs = plan(tmp_path)
     monkeypatch.setattr(scaling, "_is_measured", lambda *_: True)
+    monkeypatch.setattr(scaling, "is_base_current", lambda *_: True)
     base, arm, *_ = runs
     assert arm.base == base.name
 
@@ -83,26 +84,49 @@ def test_run_that_lacks_suites_is_not_completed(
     assert run.recipe.paths.completed_recipe.read_text() == dump(run.recipe)
 
 
+def write_result(run: LadderRun, mode: str = "none", limit: int | None = None) -> Path:
+    """Write a result of paper-26 as `ul2r evaluate` does; return its folder."""
+    score = Score(0.5, 0.1, 10)
+    form = {"mode": mode, "attention": "causal", "sentinel": False, "eos": False}
+    result = SuiteResult(
+        suite="paper-26",
+        model=hash_export(run.recipe.paths.export),
+        scores={"copa": score},
+        mean=score,
+        left_out={},
+        metrics={"copa": "acc"},
+        all_metrics={"copa": {"acc": 0.5}},
+        form=form | {"trailing_space": "continuation"},
+        settings={"seeds": [1234], "limit": limit, "tasks": []},
+    )
+    folder = run.recipe.paths.few_shot / "paper-26" / result.label
+    folder.mkdir(parents=True)
+    result.write(folder)
+    return folder
+
+
 def test_quick_look_at_a_suite_is_no_result_of_it(tmp_path: Path) -> None:
     _, (run, *_) = plan(tmp_path)
+    write_tiny_export(run.recipe.paths.export, attention="causal", num_sentinels=16)
+    write_result(run, limit=10)
+    assert find_result(run.recipe, "paper-26") is None
+
+    folder = write_result(run)
+    found = find_result(run.recipe, "paper-26")
+    assert found is not None
+    assert found[0] == folder
+
+
+def test_result_of_another_form_of_the_prompts_is_none_of_the_recipe(tmp_path: Path) -> None:
+    """S2S is what the export was trained on; NLU comes before it by name, none behind it."""
+    _, (run, *_) = plan(tmp_path)
     export = run.recipe.paths.export
-    write_tiny_export(export, attention="causal", num_sentinels=16)
-    score = Score(0.5, 0.1, 10)
-    form = {"mode": "none", "attention": "causal", "sentinel": False, "eos": False}
-    for limit in (10, None):
-        result = SuiteResult(
-            suite="paper-26",
-            model=hash_export(export),
-            scores={"copa": score},
-            mean=score,
-            left_out={},
-            metrics={"copa": "acc"},
-            all_metrics={"copa": {"acc": 0.5}},
-            form=form | {"trailing_space": "continuation"},
-            settings={"seeds": [1234], "limit": limit, "tasks": []},
-        )
-        folder = run.recipe.paths.few_shot / "paper-26" / result.label
-        folder.mkdir(parents=True)
-        result.write(folder)
-        found = [folder.name for folder, _ in find_results(run.recipe, "paper-26")]
-        assert found == ([] if limit else ["none-causal"])
+    write_tiny_export(export, attention="causal", denoising=True, num_sentinels=16)
+    write_result(run, mode="NLU")
+    write_result(run, mode="none")
+    assert find_result(run.recipe, "paper-26") is None
+
+    folder = write_result(run, mode="S2S")
+    found = find_result(run.recipe, "paper-26")
+    assert found is not None
+    assert found[0] == folder

@@ -10,7 +10,7 @@ from ul2r.config.few_shot import FewShot
 from ul2r.errors import RequestError
 from ul2r.evaluation.few_shot.prompting import Truncation
 from ul2r.evaluation.row_scoring import ScoringRow
-from ul2r.inference import LanguageModel
+from ul2r.inference import ExportMetadata, LanguageModel
 from ul2r.inference.batch_generation import BatchRequest
 from ul2r.inference.document_start import DocumentStart
 from ul2r.inference.plans import CompletionPlan, InfillPlan, Plan
@@ -54,30 +54,20 @@ class InfillForm:
         self._model = model
         self._start = start
         self._mode = settings.mode
-        trained = list_readings(model)
-        self.reading = trained[0] if settings.reading == "auto" else settings.reading
+        self._resolved = resolve_infilling(settings, model.metadata)
+        self.reading = self._resolved["reading"]
+        trained = list_readings(model.metadata)
         if self.reading not in trained:
             raise RequestError(
                 f"evaluation.few_shot.reading={self.reading}: {model.metadata.run!r} was not trained for it: choose "
                 f"{' or '.join(trained)}"
             )
-        self.bidirectional = self.reading == "both" and model.attention == "prefix"
-        if settings.attention == "causal":
-            self.bidirectional = False
+        self.bidirectional = self._resolved["attention"] == "prefix"
         self.truncation = Truncation()
 
     def describe(self) -> dict[str, Any]:
         """Return the settings as plain values, to be recorded with results."""
-        mode = "of each task" if self._mode == "auto" else self._mode
-        return {
-            "reading": self.reading,
-            "mode": mode if self.reading == "both" else "none",
-            "attention": "prefix" if self.bidirectional else "causal",
-            "sentinel": False,
-            "trailing_space": "continuation",
-            "eos": False,
-            "truncated": self.truncation.to_dict(),
-        }
+        return {**self._resolved, "truncated": self.truncation.to_dict()}
 
     def build_prompt(self, left: str, right: str, mode: str, num_written: int) -> InfillPrompt:
         """Return the prompt of a text; cut it far from the gap if it is too long.
@@ -142,12 +132,27 @@ class InfillForm:
         return list(before[len(before) - num_before :]), list(after[:num_after])
 
 
-def list_readings(model: LanguageModel) -> list[Literal["both", "fim", "left"]]:
+def resolve_infilling(settings: FewShot, metadata: ExportMetadata) -> dict[str, Any]:
+    """Return the settings of infilling for a model, with every `auto` resolved, as plain values."""
+    reading = list_readings(metadata)[0] if settings.reading == "auto" else settings.reading
+    is_prefix = reading == "both" and settings.attention != "causal"
+    mode = "of each task" if settings.mode == "auto" else settings.mode
+    return {
+        "reading": reading,
+        "mode": mode if reading == "both" else "none",
+        "attention": metadata.attention if is_prefix else "causal",
+        "sentinel": False,
+        "trailing_space": "continuation",
+        "eos": False,
+    }
+
+
+def list_readings(metadata: ExportMetadata) -> list[Literal["both", "fim", "left"]]:
     """Return the readings that a model was trained for, what shows it most first."""
     readings: list[Literal["both", "fim", "left"]] = []
-    if model.metadata.denoising:
+    if metadata.denoising:
         readings.append("both")
-    if model.metadata.fim:
+    if metadata.fim:
         readings.append("fim")
     return [*readings, "left"]
 

@@ -9,7 +9,7 @@ from typing import Any
 from ul2r.config.few_shot import Prompting
 from ul2r.errors import RequestError
 from ul2r.evaluation.row_scoring import ScoringRow
-from ul2r.inference import LanguageModel
+from ul2r.inference import ExportMetadata, LanguageModel
 
 
 @dataclass
@@ -48,6 +48,28 @@ class Truncation:
         )
 
 
+def resolve_prompting(settings: Prompting, metadata: ExportMetadata) -> dict[str, Any]:
+    """Return the settings of `Prompting` for a model, with every `auto` resolved, as plain values."""
+    mode = settings.mode
+    if mode == "auto":
+        mode = "S2S" if metadata.denoising else "none"
+
+    attention = settings.attention
+    if attention == "auto":
+        attention = metadata.attention if mode != "none" else "causal"
+
+    sentinel = settings.sentinel
+    if sentinel == "auto":
+        sentinel = mode in ("NLU", "NLG") or (mode == "S2S" and metadata.prefix_sentinel)
+    return {
+        "mode": mode,
+        "attention": attention,
+        "sentinel": sentinel,
+        "trailing_space": settings.trailing_space,
+        "eos": settings.eos,
+    }
+
+
 class PromptForm:
     """Settings of `Prompting` for one model, with every `auto` resolved.
 
@@ -67,24 +89,13 @@ class PromptForm:
             RequestError: If the model lacks the mode or sentinel that is asked for.
         """
         self._model = model
-        metadata = model.metadata
-        self.mode = settings.mode
-        if settings.mode == "auto":
-            self.mode = "S2S" if metadata.denoising else "none"
+        self._resolved = resolve_prompting(settings, model.metadata)
+        self.mode = self._resolved["mode"]
         with_mode = self.mode != "none"
         # Also the check that the model has modes.
         self._mode = model.encode_mode(self.mode, f"mode {self.mode}") if with_mode else ()
-
-        attention = settings.attention
-        if attention == "auto":
-            attention = metadata.attention if with_mode else "causal"
-        self.bidirectional = attention == "prefix"
-
-        self.sentinel = settings.sentinel
-        if settings.sentinel == "auto":
-            self.sentinel = self.mode in ("NLU", "NLG") or (
-                self.mode == "S2S" and metadata.prefix_sentinel
-            )
+        self.bidirectional = self._resolved["attention"] == "prefix"
+        self.sentinel = self._resolved["sentinel"]
         self._sentinel: tuple[int, ...] = ()
         if self.sentinel:
             vocabulary = model.require_denoising("few_shot.sentinel=true")
@@ -101,11 +112,7 @@ class PromptForm:
     def describe(self) -> dict[str, Any]:
         """Return the settings as plain values, to be recorded with results."""
         return {
-            "mode": self.mode,
-            "attention": "prefix" if self.bidirectional else "causal",
-            "sentinel": bool(self.sentinel),
-            "trailing_space": self.trailing_space,
-            "eos": self.eos,
+            **self._resolved,
             "rolling": "causal, without a mode",
             "truncated": self.truncation.to_dict(),
         }

@@ -34,12 +34,14 @@ class NamedDifference:
         first: Name of one column.
         second: Name of the other.
         differences: Second minus first, by task, and in the mean.
+        pooling: What the scores of items are means over, None if they are single ones.
     """
 
     suite: str
     first: str
     second: str
     differences: Mapping[str, PairedDifference]
+    pooling: str | None = None
 
 
 def tabulate_results(results: Sequence[NamedResult], differences: Sequence[NamedDifference]) -> str:
@@ -50,6 +52,7 @@ def tabulate_results(results: Sequence[NamedResult], differences: Sequence[Named
             [
                 f"## {suite}",
                 _tabulate_scores([c for c in results if c.result.suite == suite]),
+                *_list_pooling([c for c in results if c.result.suite == suite]),
                 *_tabulate_differences([d for d in differences if d.suite == suite]),
             ]
         )
@@ -66,10 +69,19 @@ def summarize_results(
         mean = column.result.mean
         score = mean.format(DIGITS)
         lines.append(f"| {column.result.suite} | {column.name} | {score} | {mean.count} |")
+    notes = _list_pooling(results)
     means = [_format_difference(d, MEAN) for d in differences if MEAN in d.differences]
     if means:
         lines += ["", *_head_differences(), *means]
+    lines += ["", *notes] if notes else []
     return "\n".join(lines)
+
+
+def _list_pooling(columns: Sequence[NamedResult]) -> list[str]:
+    """Return a list of the columns whose scores are pooled, as one block, if there are some."""
+    pooled = {column.name: column.result.pooling for column in columns}
+    lines = [f"- {name}: {pooling}" for name, pooling in pooled.items() if pooling is not None]
+    return ["\n".join(lines)] if lines else []
 
 
 def _tabulate_scores(columns: Sequence[NamedResult]) -> str:

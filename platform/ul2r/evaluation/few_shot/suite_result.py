@@ -65,6 +65,18 @@ class SuiteResult:
         """Name of the form and of the part that was run, for folders and tables."""
         return make_label(self.form, self.settings)
 
+    @property
+    def pooling(self) -> str | None:
+        """Seeds or samples that the scores of items are means over, in words; None if there is one of each."""
+        # Infilling has samples, and no few-shot examples.
+        count = self.settings.get("samples", 1)
+        if count > 1:
+            return f"pooled over {count} samples, by item"
+        seeds = self.settings["seeds"]
+        if len(seeds) == 1 or "samples" in self.settings:
+            return None
+        return f"pooled over few-shot examples of seeds {', '.join(map(str, seeds))}, by item"
+
     def write(self, folder: Path) -> None:
         """Write result.json."""
         tree = {

@@ -17,7 +17,8 @@ from ul2r.evaluation.scaling.points import (
 )
 
 SCORE_NOTES = (
-    "Means over seeds. ± is one standard error, of the seeds' scatter and of the held-out text or items together.",
+    "Means over seeds, of which a score names its number if others have more. ± is one standard error, of the seeds' "
+    "scatter and of the held-out text or items together; that of a single seed has no scatter.",
 )
 SAVINGS_NOTES = (
     "FLOPs at which the base of the same size, trained on, reaches the arm's score, over those of the arm, its base's "
@@ -37,16 +38,14 @@ def tabulate_scores(points: Sequence[ScalingPoint], axis: Axis) -> ReportTable:
     """Return the scores of all arms by size and budget."""
     arms = [BASE, *list_arms(points)]
     by_key = {(point.size, point.budget, point.arm): point for point in points}
+    most = max(point.num_seeds for point in points)
     rows = []
     for size, budget in _list_rungs(points):
         found = {arm: by_key.get((size, budget, arm)) for arm in arms}
         sign = 1 if axis.higher_is_better else -1
         best = max(sign * point.scores[axis.name].mean for point in found.values() if point)
         cells = [
-            Cell(
-                point.scores[axis.name].format(axis.digits),
-                sign * point.scores[axis.name].mean == best,
-            )
+            Cell(_format_score(point, axis, most), sign * point.scores[axis.name].mean == best)
             if point
             else Cell("")
             for point in found.values()
@@ -55,6 +54,14 @@ def tabulate_scores(points: Sequence[ScalingPoint], axis: Axis) -> ReportTable:
     headings = ["size", "base steps", *(ROLE_LABELS.get(arm, arm) for arm in arms)]
     arrow = "↑" if axis.higher_is_better else "↓"
     return ReportTable(f"{axis.label} {arrow}", headings, rows, SCORE_NOTES)
+
+
+def _format_score(point: ScalingPoint, axis: Axis, most: int) -> str:
+    """Return a score, and its number of seeds if that is not the most of all."""
+    text = point.scores[axis.name].format(axis.digits)
+    if point.num_seeds == most:
+        return text
+    return f"{text} ({point.num_seeds} seed{'s' if point.num_seeds > 1 else ''})"
 
 
 def tabulate_savings(points: Sequence[ScalingPoint], axis: Axis) -> ReportTable:

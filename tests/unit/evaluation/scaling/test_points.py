@@ -7,6 +7,7 @@ import math
 import pytest
 
 from ul2r.evaluation.scaling.points import Axis, ScalingPoint, compute_savings, pool_seeds
+from ul2r.evaluation.scaling.tables import tabulate_scores
 from ul2r.evaluation.scores import Score
 
 LOSS = Axis("loss", "loss", higher_is_better=False)
@@ -43,3 +44,14 @@ def test_savings_by_size() -> None:
     assert set(savings) == {("small", 1, "ul2r"), ("large", 1, "ul2r")}
     assert savings["small", 1, "ul2r"].ratio == pytest.approx(1.0)
     assert savings["large", 1, "ul2r"].ratio == pytest.approx(4.0)
+
+
+def test_score_of_fewer_seeds_says_so() -> None:
+    """As of a ladder whose other seeds are not finished."""
+    loss = {"loss": Score(3.0, 0.1, 4)}
+    points = [
+        ScalingPoint("small", 1, "base", 1, 1, 1.0, 2, loss),
+        ScalingPoint("small", 1, "ul2r", 1, 1, 1.0, 1, loss),
+    ]
+    (row,) = tabulate_scores(points, LOSS).rows
+    assert [cell.text for cell in row[2:]] == ["3.000 ± 0.100", "3.000 ± 0.100 (1 seed)"]
