@@ -27,11 +27,16 @@ class Arm:
         role: Its part in the comparison, and the name of its column.
         metadata: Description of its export; tokens and FLOPs include the base's.
         scores: Its held-out scores.
+        origin: Name of the base that it comes from: its column, or that of a run that is no column. A base's own is
+            its column.
+        has_other_base: True if it began with other weights than those that the column of its base is of.
     """
 
     role: Role
     metadata: ExportMetadata
     scores: Scores
+    origin: str = "base"
+    has_other_base: bool = False
 
 
 def check_comparable(
@@ -72,6 +77,44 @@ def check_comparable(
         _check_same_settings(role, recipe, other_role, other)
 
 
+def find_origins(
+    recipes: Mapping[Role, Recipe], pretrained: Mapping[Role, HuggingFaceBase]
+) -> dict[Role, str]:
+    """Return the base that each column comes from: the first of its ancestors that has none, or is no column.
+
+    Args:
+        recipes: Runs by column.
+        pretrained: Models that are measured as they are, which have no base.
+    """
+    origins: dict[Role, str] = {role: role for role in pretrained}
+    for role in recipes:
+        origin: str = role
+        # Of several runs each step is to another one.
+        for _ in recipes:
+            base = recipes[origin].base if origin in recipes else None
+            if base is not None:
+                origin = _find_column(base, recipes, pretrained) or str(base)
+        origins[role] = origin
+    return origins
+
+
+def find_parents(
+    recipes: Mapping[Role, Recipe], pretrained: Mapping[Role, HuggingFaceBase]
+) -> dict[Role, Role]:
+    """Return the columns that columns continue, of those whose base is a column."""
+    parents = {
+        role: _find_column(recipe.base, recipes, pretrained) for role, recipe in recipes.items()
+    }
+    return {role: parent for role, parent in parents.items() if parent is not None}
+
+
+def _find_column(
+    base: object, recipes: Mapping[Role, Recipe], pretrained: Mapping[Role, HuggingFaceBase]
+) -> Role | None:
+    names = {**{role: r.name for role, r in recipes.items()}, **pretrained}
+    return next((role for role, name in names.items() if base is not None and name == base), None)
+
+
 def _check_names(recipes: Mapping[Role, Recipe]) -> None:
     """Refuse a run that is listed twice: its files are one run's."""
     role_by_name: dict[str, Role] = {}
@@ -92,6 +135,9 @@ def _check_bases(recipes: Mapping[Role, Recipe], pretrained_base: HuggingFaceBas
     names = {recipe.name for recipe in recipes.values()}
     for role, recipe in recipes.items():
         if role == "base" or recipe.base == base or recipe.base in names:
+            continue
+        # Another base, under a name of its own.
+        if recipe.base is None and role not in ROLES:
             continue
         raise RecipeError(
             f"base: {role} has {str(recipe.base)!r}, but the comparison's base is {str(base)!r}: change one of them"

@@ -58,7 +58,22 @@ class ComparisonTable:
 
     def notes(self) -> list[str]:
         """Return the sentences that explain the table."""
-        return [*NOTES, *self._describe_orders(), *self._describe_budgets()]
+        return [
+            *NOTES,
+            *self._describe_changes(),
+            *self._describe_orders(),
+            *self._describe_budgets(),
+        ]
+
+    def _describe_changes(self) -> list[str]:
+        """Return a warning if the base of some arms was trained again since they began."""
+        changed = [arm.role for arm in self.arms if arm.has_other_base]
+        if not changed:
+            return []
+        return [
+            f"{', '.join(changed)} began with other weights than those of the base in this table, which was trained "
+            "again, or further, since."
+        ]
 
     def _describe_orders(self) -> list[str]:
         """Return a warning if arms that continue the base were trained on text in different orders."""
@@ -145,7 +160,7 @@ class ComparisonTable:
             f"{arm.role} +{(arm.metadata.tokens or 0) / base.tokens - 1:.1%} tokens and "
             f"+{(arm.metadata.flops or 0) / base.flops - 1:.1%} FLOPs"
             for arm in self.arms
-            if arm.role != "base"
+            if arm.role != "base" and arm.origin == "base"
         ]
         return [
             f"Beyond the base's {base.tokens:,} tokens and {base.flops:.3g} FLOPs: {', '.join(extra)}."

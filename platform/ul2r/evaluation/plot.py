@@ -59,7 +59,7 @@ def plot_comparison(
 
     colors = choose_colors([arm.role for arm in table.arms])
     _plot_denoiser_losses(panels["denoisers"], table.arms, colors, denoisers)
-    _plot_curves(panels["curves"], curves, colors)
+    _plot_curves(panels["curves"], table.arms, curves, colors)
     _plot_conditional_losses(panels["loss"], table.arms, colors)
     _plot_infilling(panels["match"], table.arms, colors)
 
@@ -143,8 +143,13 @@ def _plot_bars(
     axes.set_ylim(bottom=0)
 
 
-def _plot_curves(axes: Axes, curves: Mapping[Role, LossCurve], colors: Mapping[Role, str]) -> None:
-    """Plot loss against FLOPs; dotted lines join the end of the base to the end of its UL2R version."""
+def _plot_curves(
+    axes: Axes,
+    arms: Sequence[Arm],
+    curves: Mapping[Role, LossCurve],
+    colors: Mapping[Role, str],
+) -> None:
+    """Plot loss against FLOPs; dotted lines join the end of each base to the ends of its UL2R versions."""
     for role, curve in curves.items():
         for losses, style in ((curve.denoiser_loss, "-"), (curve.causal_loss, "--")):
             axes.plot(
@@ -157,10 +162,13 @@ def _plot_curves(axes: Axes, curves: Mapping[Role, LossCurve], colors: Mapping[R
                 markersize=4,
             )
 
-    # A run that was never validated has an empty curve.
-    base = curves.get("base")
-    ul2r = curves.get("ul2r")
-    if base is not None and base.flops and ul2r is not None and ul2r.flops:
+    for arm in arms:
+        if arm.metadata.role != "ul2r":
+            continue
+        # A run that was never validated has an empty curve, and a base that is no column has none.
+        base, ul2r = curves.get(arm.origin), curves.get(arm.role)
+        if base is None or not base.flops or ul2r is None or not ul2r.flops:
+            continue
         pairs = ((base.denoiser_loss, ul2r.denoiser_loss), (base.causal_loss, ul2r.causal_loss))
         for base_losses, ul2r_losses in pairs:
             axes.plot(

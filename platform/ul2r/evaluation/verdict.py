@@ -21,19 +21,37 @@ OTHERS = {
 def describe_verdict(table: ComparisonTable) -> list[str]:
     """Return a paragraph for each arm that UL2R, or else the last arm, is compared with.
 
+    Runs of several bases are compared with those of their own base, and with models that no run continues.
+
     Args:
         table: At least two arms.
 
     Returns:
         Sentences that name what got better, what got worse and what lies within the error.
     """
-    arms = {arm.role: arm for arm in table.arms}
-    subject = arms.get("ul2r", table.arms[-1])
+    families: dict[str, list[Arm]] = {}
+    for arm in table.arms:
+        families.setdefault(arm.origin, []).append(arm)
+    several = {origin: arms for origin, arms in families.items() if len(arms) > 1}
+    if len(several) < 2:
+        return _describe_family(table.metrics, table.arms)
+
+    alone = [arm for arms in families.values() if len(arms) == 1 for arm in arms]
+    return [
+        f"From {origin}: {paragraph}"
+        for origin, arms in several.items()
+        for paragraph in _describe_family(table.metrics, [*alone, *arms])
+    ]
+
+
+def _describe_family(metrics: Sequence[Metric], arms: Sequence[Arm]) -> list[str]:
+    """Return a paragraph for each arm that UL2R, or else the last arm, is compared with."""
+    trained = [arm for arm in arms if arm.metadata.role == "ul2r"]
+    subject = next((arm for arm in arms if arm.role == "ul2r"), [*arms, *trained][-1])
     name = "UL2R" if subject.role == "ul2r" else subject.role
     return [
-        f"{name} against {OTHERS.get(other.role, other.role)}: "
-        f"{_compare(table.metrics, subject, other)}"
-        for other in table.arms
+        f"{name} against {OTHERS.get(other.role, other.role)}: {_compare(metrics, subject, other)}"
+        for other in arms
         if other.role != subject.role
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,14 @@ from typing import Any
 from ul2r.config import Comparison, HuggingFaceBase, Recipe, dump, load
 from ul2r.data.store.dataset import open_run_dataset
 from ul2r.errors import RecipeError
-from ul2r.evaluation.comparison import ROLES, Arm, Role, check_comparable
+from ul2r.evaluation.comparison import (
+    ROLES,
+    Arm,
+    Role,
+    check_comparable,
+    find_origins,
+    find_parents,
+)
 from ul2r.evaluation.comparison_table import ComparisonTable
 from ul2r.evaluation.curves import load_loss_curve
 from ul2r.evaluation.measure import list_metrics
@@ -20,7 +28,7 @@ from ul2r.evaluation.pretrained import PretrainedArm
 from ul2r.evaluation.stored_scores import find_export
 from ul2r.evaluation.verdict import describe_verdict
 from ul2r.filesystem import write_atomically
-from ul2r.inference import read_export_metadata
+from ul2r.inference import ExportMetadata, read_export_metadata
 from ul2r.inference.pretrained import read_pretrained_metadata
 from ul2r.launch.pretrained import fill_model_from_base
 from ul2r.paths import StoragePaths
@@ -28,6 +36,7 @@ from ul2r.tracking.names import check_denoiser_names
 from ul2r.tracking.provenance import NOTE_TAG
 from ul2r.tracking.roles import COMPARISON_ROLE
 from ul2r.tracking.store import TrackingStore, check_store
+from ul2r.workflows.base_change import has_other_base
 from ul2r.workflows.comparison_report import REPORT_FILE, write_report
 from ul2r.workflows.evaluate import (
     INFILLED_FILE,
@@ -42,6 +51,8 @@ from ul2r.workflows.pretrained_arms import (
     record_pretrained_arm,
     resolve_hub_model,
 )
+
+logger = logging.getLogger(__name__)
 
 TABLE_FILE = "table.md"
 JSON_FILE = "table.json"
@@ -106,9 +117,14 @@ def compare(comparison: Comparison) -> ComparisonResult:
             store, comparison.tracking.experiment, role, arm, scores[role], metrics=metrics
         )
 
+    origins = find_origins(recipes, models)
+    changed = _find_changed(recipes, models, metadata)
     table = ComparisonTable(
         name=comparison.name,
-        arms=tuple(Arm(role, metadata[role], scores[role]) for role in roles),
+        arms=tuple(
+            Arm(role, metadata[role], scores[role], origins[role], role in changed)
+            for role in roles
+        ),
         metrics=metrics,
     )
     run_ids = {role: run_ids[role] for role in roles}
@@ -138,6 +154,25 @@ def compare(comparison: Comparison) -> ComparisonResult:
         if few_shot.summary is not None:
             store.note_run(run_id, FEW_SHOT_HEADING, few_shot.summary)
     return replace(result, few_shot=few_shot.summary)
+
+
+def _find_changed(
+    recipes: Mapping[Role, Recipe],
+    models: Mapping[Role, HuggingFaceBase],
+    metadata: Mapping[Role, ExportMetadata],
+) -> set[Role]:
+    """Return the columns that began with other weights than those that the column of their base is of; warn of each."""
+    changed = set()
+    for role, parent in find_parents(recipes, models).items():
+        if has_other_base(recipes[role], metadata[parent]):
+            changed.add(role)
+            logger.warning(
+                "%s began with other weights than those of %s in this comparison, which was trained again, or further, "
+                "since: train it anew",
+                role,
+                parent,
+            )
+    return changed
 
 
 def _list_settings(recipes: Mapping[Role, Recipe]) -> dict[Role, str]:

@@ -178,15 +178,21 @@ def describe_failure(error: RayError) -> str:
 
 
 def complete_run(recipe: Recipe) -> float:
-    """Train a run from where it stands, export and measure it; return the seconds that took."""
+    """Train a run from where it stands, export and measure it; return the seconds that took.
+
+    Raises:
+        UserError: If its base was trained again since it began, or a step fails.
+    """
     # Here, in the task's process: the driver needs none of them.
     from ul2r.data.store.dataset import open_run_dataset
+    from ul2r.workflows.base_change import check_base
     from ul2r.workflows.evaluate import evaluate_run
     from ul2r.workflows.export import export
     from ul2r.workflows.few_shot_results import run_missing_suites
     from ul2r.workflows.measure_exports import measure_missing
 
     start = time.monotonic()
+    check_base(recipe)
     _train(recipe)
     export(recipe)
     # In this process, whose resources they are; afterwards there is nothing to measure but to record.

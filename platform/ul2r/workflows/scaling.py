@@ -26,6 +26,7 @@ from ul2r.model.sizing import check_memory, estimate_seconds
 from ul2r.paths import TOKENIZER_FILE, StoragePaths
 from ul2r.tracking.store import check_store
 from ul2r.train.trial_build import check_buildable
+from ul2r.workflows.base_change import is_base_current
 from ul2r.workflows.dry_run import seen_keys_per_row, targets_per_row
 from ul2r.workflows.ladder_plan import LadderRun, plan_ladder
 
@@ -114,13 +115,20 @@ def _check_metrics(ladder: Ladder, recipe: Recipe) -> None:
 def find_finished(runs: Sequence[LadderRun]) -> set[str]:
     """Return the names of the runs that are trained and measured with these very recipes, as is what they continue.
 
+    A run whose base was trained again is none of them.
+
     Args:
         runs: All runs of a ladder; each comes after the one that it continues.
     """
     finished: set[str] = set()
     for run in runs:
         has_base = run.base is None or run.base in finished
-        if has_base and _is_completed(run.recipe) and _is_measured(run.recipe):
+        if (
+            has_base
+            and _is_completed(run.recipe)
+            and _is_measured(run.recipe)
+            and is_base_current(run.recipe)
+        ):
             finished.add(run.name)
     return finished
 

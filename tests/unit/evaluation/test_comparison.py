@@ -11,7 +11,14 @@ from rich.console import Console
 from ul2r.config import HuggingFaceBase, Recipe
 from ul2r.data.sampling.order import DataOrder, DataUse
 from ul2r.errors import RecipeError
-from ul2r.evaluation.comparison import ROLES, Arm, Role, check_comparable
+from ul2r.evaluation.comparison import (
+    ROLES,
+    Arm,
+    Role,
+    check_comparable,
+    find_origins,
+    find_parents,
+)
 from ul2r.evaluation.comparison_table import ComparisonTable
 from ul2r.evaluation.curves import LossCurve
 from ul2r.evaluation.measure import Metric
@@ -232,6 +239,51 @@ def test_a_pretrained_base_and_any_number_of_runs_are_comparable(
         check_comparable(recipes, {"base": other})
     # Under another name it is one more column.
     check_comparable(recipes, {"base": model, "other": other})
+
+
+def test_columns_come_from_the_first_of_their_ancestors(
+    comparable: Callable[..., dict[Role, Recipe]],
+) -> None:
+    model = HuggingFaceBase(hf="/models/llama")
+    base, control, ul2r = comparable("ul2r").values()
+    recipes = {
+        "base": base,
+        "ul2r": ul2r,
+        "longer": ul2r.model_copy(update={"name": "u2", "base": "u"}),
+        "large": base.model_copy(update={"name": "l", "role": None}),
+        "large-ul2r": ul2r.model_copy(update={"name": "lu", "base": "l"}),
+        "llama-ul2r": ul2r.model_copy(update={"name": "mu", "base": model}),
+    }
+    with pytest.raises(RecipeError, match=r"base: llama-ul2r has '/models/llama', but .* is 'b'"):
+        check_comparable(recipes, {"llama": model})
+    del recipes["llama-ul2r"]
+    check_comparable(recipes)
+
+    recipes |= {
+        "llama-ul2r": ul2r.model_copy(update={"name": "mu", "base": model}),
+        "elsewhere": control.model_copy(update={"base": "gone"}),
+    }
+    assert find_origins(recipes, {"llama": model}) == {
+        **dict.fromkeys(("base", "ul2r", "longer"), "base"),
+        **dict.fromkeys(("large", "large-ul2r"), "large"),
+        **dict.fromkeys(("llama", "llama-ul2r"), "llama"),
+        "elsewhere": "gone",
+    }
+    assert find_parents(recipes, {"llama": model}) == {
+        "ul2r": "base",
+        "longer": "ul2r",
+        "large-ul2r": "large",
+        "llama-ul2r": "llama",
+    }
+
+
+def test_a_base_that_was_trained_again_is_noted() -> None:
+    stale = replace(arm("ul2r"), has_other_base=True)
+    assert not any("other weights" in note for note in table(arm("base"), arm("ul2r")).notes())
+    assert any(
+        note.startswith("ul2r began with other weights than those of the base in this table")
+        for note in table(arm("base"), stale).notes()
+    )
 
 
 def test_a_run_listed_twice_and_a_comparison_without_runs_are_refused(

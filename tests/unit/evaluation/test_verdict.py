@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from ul2r.evaluation.comparison import Arm
 from ul2r.evaluation.comparison_table import ComparisonTable
@@ -81,3 +82,18 @@ def test_every_other_arm_has_a_sentence_and_without_ul2r_the_last_one_is_read() 
         ["UL2R", "against", "the"],
     ]
     assert read(make_arm("base", 3, 0.1), make_arm("fim", 3, 0.1))[0].startswith("fim against")
+
+
+def test_runs_of_several_bases_are_compared_with_those_of_their_own() -> None:
+    """A model that no run continues is compared with all of them."""
+    small = [replace(make_arm(role, 3, 0.1), origin="small") for role in ("small", "small-ul2r")]
+    large = [replace(make_arm(role, 2, 0.1), origin="large") for role in ("large", "ul2r", "late")]
+    small[1] = replace(small[1], metadata=replace(small[1].metadata, role="ul2r"))
+    other = replace(make_arm("other", 9, 0.1), origin="other")
+    assert [sentence.partition(": better")[0] for sentence in read(*small, *large, other)] == [
+        "From small: small-ul2r against other",
+        "From small: small-ul2r against small",
+        "From large: UL2R against other",
+        "From large: UL2R against large",
+        "From large: UL2R against late",
+    ]
