@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastapi import FastAPI
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from serving.body_limit import BodyLimitMiddleware
@@ -68,7 +68,7 @@ def create_api(service: InferenceService, gate: Gate | None = None) -> FastAPI:
             return make_error_response(EngineStoppedError("the engine has stopped"))
         return JSONResponse({"status": "ok"})
 
-    @api.get("/metrics")
+    @api.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Show this replica's metrics in Prometheus' format."""
         return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)

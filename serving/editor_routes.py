@@ -11,6 +11,7 @@ from fastapi.responses import Response
 from serving.answers import Delta, Event, Final
 from serving.openai_routes import describe_chat_event, make_settings
 from serving.responses import (
+    OR_STREAM,
     Json,
     count_usage,
     make_envelope,
@@ -27,17 +28,17 @@ from ul2r.inference.prompts import Prompt, prepare_completion, prepare_infilling
 def add_editor_routes(api: FastAPI, service: InferenceService) -> None:
     """Add the routes of one model."""
 
-    @api.post("/v1/infill", responses={200: {"model": InfillResponse}})
+    @api.post("/v1/infill", responses={200: {"model": InfillResponse, **OR_STREAM[200]}})
     async def infill(request: InfillRequest) -> Response:
         """Fill each slot in a prompt."""
         return await _answer_infill(service, request)
 
-    @api.post("/v1/fim/completions")
+    @api.post("/v1/fim/completions", responses=OR_STREAM)
     async def complete_as_mistral(request: FimRequest) -> Response:
         """Fill the gap between `prompt` and `suffix`; answers have the form of Mistral's API."""
         return await _answer_fim(service, request)
 
-    @api.post("/infill")
+    @api.post("/infill", responses=OR_STREAM)
     async def infill_as_llama(request: LlamaInfillRequest) -> Response:
         """Fill the gap between `input_prefix` and `input_suffix`; answers have the form of llama.cpp's server."""
         return await _answer_llama(service, request)

@@ -11,6 +11,7 @@ from fastapi.responses import Response
 from serving.answers import Delta, Event, Final
 from serving.errors import MAX_SHOWN_CHARACTERS
 from serving.responses import (
+    OR_STREAM,
     Json,
     count_usage,
     describe_chat_logprobs,
@@ -51,17 +52,17 @@ def add_openai_routes(api: FastAPI, service: InferenceService) -> None:
         check_model(service, name)
         return describe_model(service)
 
-    @api.post("/v1/completions")
+    @api.post("/v1/completions", responses=OR_STREAM)
     async def complete(request: CompletionRequest) -> Response:
         """Continue prompts, or fill the gap between `prompt` and `suffix`."""
         return await answer_completion(service, request)
 
-    @api.post("/beta/completions")
+    @api.post("/beta/completions", responses=OR_STREAM)
     async def complete_as_deepseek(request: CompletionRequest) -> Response:
         """Do what /v1/completions does, at DeepSeek's address."""
         return await answer_completion(service, request)
 
-    @api.post("/v1/chat/completions")
+    @api.post("/v1/chat/completions", responses=OR_STREAM)
     async def chat(request: ChatRequest) -> Response:
         """Answer a conversation, written out by the tokenizer's template."""
         return await _answer_chat(service, request)

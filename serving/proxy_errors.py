@@ -26,10 +26,11 @@ class ProxyErrorMiddleware:
         if scope["type"] != "http" or scope["path"].startswith("/-/"):
             await self._app(scope, receive, send)
             return
-        is_replaced = False
+        has_started = is_replaced = False
 
         async def send_or_replace(message: Message) -> None:
-            nonlocal is_replaced
+            nonlocal has_started, is_replaced
+            has_started = True
             if message["type"] == "http.response.start" and message["status"] in REASONS:
                 kind = Headers(raw=message["headers"]).get("content-type", "")
                 is_replaced = kind.startswith("text/plain")
@@ -39,6 +40,9 @@ class ProxyErrorMiddleware:
                 await send(message)
 
         await self._app(scope, receive, send_or_replace)
+        # Of a replica that has died Serve 2.60 sends nothing, and the server would send a 500 of its own.
+        if not has_started:
+            await _respond(500, scope, receive, send)
 
 
 async def _respond(cause: int, scope: Scope, receive: Receive, send: Send) -> None:

@@ -30,13 +30,17 @@ Prompts = (
 MaxTokens = Annotated[int, Field(le=1_000_000)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
+StopTexts = Annotated[list[StopText], Field(max_length=MAX_STOPS)]
 
 
 def _to_list(stop: object) -> object:
     return [stop] if isinstance(stop, str) else stop
 
 
-Stop = Annotated[list[StopText] | None, BeforeValidator(_to_list), Field(max_length=MAX_STOPS)]
+Stop = Annotated[
+    StopTexts | None,
+    BeforeValidator(_to_list, json_schema_input_type=StopText | StopTexts | None),
+]
 
 
 class Request(BaseModel):

@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
+from starlette.types import Receive, Scope, Send
 
 from serving.proxy_errors import ProxyErrorMiddleware
 
@@ -46,3 +47,14 @@ def test_a_replicas_errors_pass(status: int) -> None:
 def test_good_answers_and_the_proxys_own_pages_pass() -> None:
     assert client.get("/", params={"status": 200}).text.startswith("Internal")
     assert client.get("/-/routes", params={"status": 404}).status_code == 404
+
+
+def test_a_replica_that_says_nothing_has_ended() -> None:
+    """Of one that is killed Serve's proxy sends nothing at all; a server would make a 500 of it."""
+
+    async def say_nothing(scope: Scope, receive: Receive, send: Send) -> None:
+        return
+
+    response = TestClient(ProxyErrorMiddleware(say_nothing)).get("/")
+    assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+    assert response.json()["error"]["code"] == "replica_ended"
