@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-import os
 import re
 import signal
 import socket
 import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from http.client import HTTPResponse
 from pathlib import Path
 
@@ -25,43 +22,24 @@ from serving.app import ServingConfig
 from serving.arguments import check_port
 from serving.body_limit import MAX_BODY_BYTES
 from serving.server import serve_model
+from tests.integration.serving_job import START_TIMEOUT_S, Server, read_until, start_job
 from ul2r.errors import ServiceError
 from ul2r.inference import LanguageModel, complete, infill
 from ul2r.inference.pyfunc import make_pointer
 from ul2r.launch.ray_train.cluster import connect_ray
 from ul2r.paths import EXPORT_METADATA_FILE
 from ul2r.testing.models import write_tiny_export
+from ul2r.testing.soak.cases import make_cases
+from ul2r.testing.soak.load import Plan, Soak
+from ul2r.testing.soak.processes import Processes
 from ul2r.tracking.logged_model import ModelDetails
 from ul2r.tracking.mlflow import register
 from ul2r.tracking.server import find_free_port, run_mlflow_server
 
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).parents[2]
-START_TIMEOUT_S = 240
 STOP_TIMEOUT_S = 60
 LONG_STREAM = {"prompt": "The sea", "max_tokens": 120, "min_tokens": 120, "n": 64, "stream": True}
-
-
-@dataclass(frozen=True)
-class Server:
-    """A running job.
-
-    Attributes:
-        client: HTTP client of its URL.
-        export: Folder of the first served model.
-        control: Folder of the second one.
-        port: Port that it listens on.
-        output: What it printed until it was ready.
-        log: The access log.
-    """
-
-    client: httpx.Client
-    export: Path
-    control: Path
-    port: int
-    output: str
-    log: Path
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +54,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     port = find_free_port()
 
     arguments = ["--storage", str(storage), "--port", str(port), "--access-log", str(log)]
-    job = _start_job("models:/tiny@champion", str(control), *arguments)
+    job = start_job("models:/tiny@champion", str(control), *arguments)
     try:
-        output = _read_until(job, "/v1/infill -d")
+        output = read_until(job, "/v1/infill -d")
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-            yield Server(client, export, control, port, output, log)
+            yield Server(client, export, control, port, output, log, job.pid)
             # A request in flight ends although the server is told to stop.
             with client.stream("POST", "/v1/completions", json=LONG_STREAM) as response:
                 lines = response.iter_lines()
@@ -101,35 +79,6 @@ def _register(storage: Path, export: Path) -> None:
         run = client.create_run(client.create_experiment("serving"))
         details = ModelDetails("tiny", 0, make_pointer(export))
         register(uri, "tiny", export, run.info.run_id, alias="champion", details=details)
-
-
-def _start_job(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "jobs" / "serve.py"), *arguments],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )
-
-
-def _read_until(job: subprocess.Popen[str], text: str) -> str:
-    """Return what the job prints up to the line that contains `text`."""
-    assert job.stdout is not None
-    lines: list[str] = []
-
-    # Reading a pipe has no timeout; killing the job ends the loop.
-    timer = threading.Timer(START_TIMEOUT_S, job.kill)
-    timer.start()
-    for line in job.stdout:
-        lines.append(line)
-        if text in line:
-            break
-    timer.cancel()
-
-    assert text in lines[-1], f"the job printed only: {''.join(lines)}"
-    return "".join(lines)
 
 
 def test_the_job_prints_the_playground_and_commands_that_work(server: Server) -> None:
@@ -341,6 +290,31 @@ def test_every_request_has_a_name_and_a_line_in_the_log(server: Server) -> None:
     assert "secret" not in server.log.read_text()
 
 
+def test_a_soak_gets_right_answers_and_leaves_nothing_behind(server: Server) -> None:
+    """The short form of benchmarks/soak.py: the default model's replica is killed, and the other model's is not."""
+    plan = Plan(
+        port=server.port,
+        cases=[
+            *make_cases("tiny-ul2r", 128, infills=True, chats=False),
+            *make_cases("control", 128, infills=False, chats=False),
+        ],
+        fragile="tiny-ul2r",
+        seconds=25,
+        num_kills=1,
+        num_clients=8,
+    )
+    processes = Processes(server.pid, ":model-tiny-ul2r", num_survivors=0)
+
+    report = asyncio.run(Soak(plan, processes).run())
+
+    assert report.problems == []
+    assert len(report.recovery_seconds) == 1
+    assert report.counts["answered"] > len(plan.cases)
+    assert min(report.counts[kind] for kind in ("bad_bodies", "hung_up", "scripts")) > 0
+    assert report.results["running_at_the_end"] == 0
+    assert report.results["waiting_at_the_end"] == 0
+
+
 def test_the_playground_is_the_first_page(server: Server) -> None:
     page = server.client.get("/")
 
@@ -349,7 +323,7 @@ def test_the_playground_is_the_first_page(server: Server) -> None:
 
 
 def test_a_port_in_use_ends_the_job_in_one_line(server: Server) -> None:
-    job = _start_job(str(server.export), "--port", str(server.port))
+    job = start_job(str(server.export), "--port", str(server.port))
 
     output, _ = job.communicate(timeout=START_TIMEOUT_S)
 
@@ -376,7 +350,7 @@ def test_a_missing_model_ends_the_job_in_one_line(
     missing = tmp_path / "missing"
     arguments = [argument.format(missing) for argument in arguments]
 
-    job = _start_job(*arguments, "--port", str(find_free_port()))
+    job = start_job(*arguments, "--port", str(find_free_port()))
     output, _ = job.communicate(timeout=START_TIMEOUT_S)
 
     assert job.returncode == 2
