@@ -1,176 +1,14 @@
-"""The playground in a real browser: Debian's chromium, driven by Playwright, against two models behind a router."""
+"""The playground answers: completions, slots, two models, keyboard alone, errors, stopping."""
 
 from __future__ import annotations
 
-import asyncio
-import re
-import shutil
-import socket
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from typing import Literal
-
 import pytest
-import uvicorn
-from fastapi import FastAPI
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
-from serving.api import create_api
-from serving.asgi_call import call_asgi
-from serving.gate import AccessConfig, Gate
-from serving.router import create_router
-from serving.service import InferenceService
-from ul2r.inference import LanguageModel, complete, infill
-from ul2r.testing.models import write_tiny_export
+from tests.integration.playground.pages import KEY, LONG, PROMPT, Site, open_page, read_speed
+from ul2r.inference import complete, infill
 
-CHROMIUM = shutil.which("chromium")
-pytestmark = [
-    pytest.mark.integration,
-    pytest.mark.skipif(CHROMIUM is None, reason="no browser here: apt install chromium"),
-]
-
-KEY = "a-key-of-16-signs"
-PROMPT = "The <slot> was calm, and <slot> was he."
-LONG = 4000
-"""Tokens of an answer that takes seconds, so that it can be stopped before its end."""
-TIMEOUT_MS = 60_000
-MIN_CONTRAST = 4.5
-"""Of text, by WCAG 2.2, 1.4.3 (AA)."""
-
-# Texts of a page that can be seen with their colors, those of placeholders among them. Controls that are switched off
-# need no contrast by WCAG.
-READ_COLORS = """() => {
-  const parse = color => {
-    const [r, g, b, a = 1] = color.match(/[\\d.]+/g).map(Number);
-    return [r, g, b, a];
-  };
-  const background = element => {
-    for (let node = element; node; node = node.parentElement) {
-      const color = parse(getComputedStyle(node).backgroundColor);
-      if (color[3] === 1) return color;
-      if (color[3] !== 0) throw new Error(`a transparent background: ${node.outerHTML}`);
-    }
-    throw new Error("no background");
-  };
-  const found = [];
-  for (const element of document.querySelectorAll("body *")) {
-    if (!element.checkVisibility({ visibilityProperty: true }) || element.matches(":disabled, option")) continue;
-    const text = [...element.childNodes].filter(n => n.nodeType === Node.TEXT_NODE).map(n => n.data).join("").trim();
-    const shown = text || element.value;
-    if (shown) found.push([shown, parse(getComputedStyle(element).color), background(element)]);
-    if (element.placeholder)
-      found.push([element.placeholder, parse(getComputedStyle(element, "::placeholder").color), background(element)]);
-  }
-  return found;
-}"""
-
-
-@dataclass(frozen=True)
-class Site:
-    """Served models.
-
-    Attributes:
-        url: Address of the page.
-        locked_url: Another one, where `KEY` is asked for.
-        single_url: That of the first model alone.
-        model: The first of them once more.
-        control: The second one.
-        service: That of the first.
-    """
-
-    url: str
-    locked_url: str
-    single_url: str
-    model: LanguageModel
-    control: LanguageModel
-    service: InferenceService
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    root = tmp_path_factory.mktemp("playground")
-    folders = [
-        write_tiny_export(root / "ul2r", max_positions=LONG + 100, seed=4),
-        write_tiny_export(root / "control", attention="causal", seed=2),
-    ]
-    keys = root / "keys"
-    keys.write_text(f"{KEY}\n")
-    keys.chmod(0o600)
-    services = [InferenceService(LanguageModel.load(folder), num_slots=2) for folder in folders]
-    apis = {service.model_id: partial(call_asgi, create_api(service)) for service in services}
-    with (
-        _serve(create_router(apis)) as url,
-        _serve(create_router(apis, Gate(AccessConfig(api_keys=keys)))) as locked_url,
-        _serve(create_api(services[0])) as single_url,
-    ):
-        yield Site(url, locked_url, single_url, *map(LanguageModel.load, folders), services[0])
-    for service in services:
-        service.close()
-
-
-@contextmanager
-def _serve(api: FastAPI) -> Iterator[str]:
-    """Serve an application in a thread, on a port that is free."""
-    server = uvicorn.Server(uvicorn.Config(api, log_level="warning", lifespan="off"))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=asyncio.run, args=(server.serve([listener]),))
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    expect.set_options(timeout=TIMEOUT_MS)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def page(browser: Browser, site: Site) -> Iterator[Page]:
-    """The page in a browser that has never seen it; nothing may be kept or come from elsewhere."""
-    with browser.new_context() as context:
-        context.set_default_timeout(TIMEOUT_MS)
-        page = context.new_page()
-        problems = list[str]()
-        addresses = list[str]()
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("request", lambda request: addresses.append(request.url))
-        yield page
-        assert problems == []
-        assert all(
-            url.startswith((site.url, site.locked_url, site.single_url, "data:"))
-            for url in addresses
-        )
-        kept = "[localStorage.length, sessionStorage.length, document.cookie]"
-        assert page.evaluate(kept) == [0, 0, ""]
-        assert page.evaluate("indexedDB.databases()") == []
-        assert context.cookies() == []
-
-
-def open_page(page: Page, url: str, prompt: str | None = None) -> None:
-    page.goto(url)
-    expect(page.locator("#model")).to_have_text("2 models")
-    if prompt is not None:
-        page.fill("#prompt", prompt)
-
-
-def read_speed(page: Page, pane: int = 0) -> tuple[int, int, int, float]:
-    """Return prompt tokens, completion tokens, milliseconds and tokens per second, as they are shown."""
-    usage = page.locator(".usage").nth(pane)
-    expect(usage).to_contain_text("tokens/s")
-    found = re.fullmatch(
-        r"(\d+) prompt tokens, (\d+) completion tokens · first text after (\d+) ms, ([\d.]+) tokens/s",
-        usage.inner_text(),
-    )
-    assert found is not None
-    return int(found[1]), int(found[2]), int(found[3]), float(found[4])
+pytestmark = pytest.mark.integration
 
 
 def test_a_completion_is_streamed_with_latency_and_speed(page: Page, site: Site) -> None:
@@ -311,12 +149,11 @@ def test_the_keyboard_is_enough(page: Page, site: Site) -> None:
     controls = ["model_a", "model_b", "mode", "max_tokens", "temperature", "seed", "mark", "slot"]
     assert reached[: len(controls) + 2] == [*controls, "complete", "infill"]
 
-    mode = page.input_value("#mode")
-    assert mode in {"NLG", "NLU"}
+    assert page.input_value("#mode") == "NLU"
     page.focus("#prompt")
     page.keyboard.press("Control+Enter")
     read_speed(page)
-    expected = infill(site.model, PROMPT.split("<slot>"), mode=mode, max_tokens=5)
+    expected = infill(site.model, PROMPT.split("<slot>"), mode="NLU", max_tokens=5)
     assert page.locator(".output").text_content() == expected.text
 
 
@@ -407,67 +244,3 @@ def test_a_stream_is_stopped_in_the_middle(page: Page, site: Site, way: str) -> 
         if statistics.cancelled > before:
             break
     assert statistics.cancelled == before + 1
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_is_readable(page: Page, site: Site, scheme: Literal["light", "dark"]) -> None:
-    page.emulate_media(color_scheme=scheme)
-    page.goto(site.locked_url)
-    expect(page.locator("#key")).to_be_visible()
-    pairs = page.evaluate(READ_COLORS)
-    open_page(page, site.url, PROMPT)
-    page.get_by_role("button", name="Mark slots").click()
-    page.fill("#max_tokens", "5")
-    page.get_by_role("button", name="Infill").click()
-    read_speed(page)
-    pairs += page.evaluate(READ_COLORS)
-    page.get_by_role("button", name="Complete").click()
-    expect(page.locator(".output.error")).to_be_visible()
-    pairs += page.evaluate(READ_COLORS)
-
-    assert len(pairs) > 60
-    _, (*page_color, _) = pairs[0][1:]
-    assert (luminance(page_color) < 0.1) == (scheme == "dark")
-    for text, (*ink, _), (*paper, _) in pairs:
-        dark, light = sorted((luminance(ink), luminance(paper)))
-        contrast = (light + 0.05) / (dark + 0.05)
-        assert contrast >= MIN_CONTRAST, f"{text!r}: {ink} on {paper}"
-
-
-def luminance(color: list[float]) -> float:
-    """Return the relative luminance of sRGB values up to 255, by WCAG 2.2."""
-    channels = [value / 255 for value in color]
-    red, green, blue = (
-        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels
-    )
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-
-def test_a_narrow_window_needs_no_sideways_scrolling(page: Page, site: Site) -> None:
-    page.set_viewport_size({"width": 390, "height": 844})
-    open_page(page, site.url, "a" * 500 + "<slot>")
-    page.fill("#max_tokens", "200")
-    page.get_by_role("button", name="Infill").click()
-    read_speed(page)
-    page.select_option("#model_b", "tiny-base")
-    page.keyboard.press("Control+Enter")
-    expect(page.locator(".output")).to_have_count(2)
-
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    for control in page.locator("button, input, select, textarea").all():
-        box = control.bounding_box()
-        assert box is None or (box["x"] >= 0 and box["x"] + box["width"] <= 390)
-
-
-def test_the_page_may_load_and_send_nothing_elsewhere(page: Page, site: Site) -> None:
-    open_page(page, site.url)
-
-    blocked = page.evaluate(
-        """url => new Promise(resolve => {
-          document.addEventListener("securitypolicyviolation", event => resolve(event.blockedURI));
-          fetch(url).then(() => resolve("sent"), () => {});
-        })""",
-        site.locked_url,
-    )
-
-    assert blocked.startswith(site.locked_url)
