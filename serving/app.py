@@ -37,7 +37,7 @@ from serving.asgi_call import Backend, BackendError, Messages, call_asgi
 from serving.chat import ChatEncoder
 from serving.gate import AccessConfig, Gate
 from serving.router import create_router
-from serving.service import DEFAULT_MAX_WAITING, DEFAULT_SLOTS, InferenceService
+from serving.service import DEFAULT_MAX_WAITING, DEFAULT_SLOTS, InferenceService, load_examples
 from ul2r.config.strict_model import StrictModel
 from ul2r.errors import CheckpointError
 from ul2r.inference import LanguageModel, read_export_metadata
@@ -108,6 +108,7 @@ class ModelDeployment:
             max_waiting=config.max_waiting,
             kv_bytes=None if config.kv_gib is None else int(config.kv_gib * GIB),
             prompt_cache_bytes=int(config.prompt_cache_gib * GIB),
+            examples=load_examples(path),
         )
         self._api = create_api(self._service, self._gate)
 

@@ -86,6 +86,7 @@ def describe_model(service: InferenceService) -> ModelCard:
         step=metadata.step,
         tokens=metadata.tokens,
         flops=metadata.flops,
+        examples=list(service.examples),
     )
 
 

@@ -18,7 +18,9 @@ from ul2r.inference import FinishReason
 MAX_PROMPTS = 256
 """Prompts in a request."""
 MAX_CHOICES = 128
-MAX_STOPS = 16
+DEFAULT_SLOT = "<slot>"
+MAX_STOPS = 32
+"""Continue sends up to 19 for some languages."""
 MAX_LOGPROBS = 20
 
 # Wide bounds, the same for every model: what a model allows is checked in `ul2r.inference`.
@@ -169,7 +171,7 @@ class InfillRequest(SamplingRequest):
 
     prompt: Text
     """Text in which each `slot` marks a place to fill."""
-    slot: str = Field(default="<slot>", min_length=1, max_length=100)
+    slot: str = Field(default=DEFAULT_SLOT, min_length=1, max_length=100)
     """Marker of a slot; choose another one if the text itself contains "<slot>"."""
     mode: Literal["NLU", "NLG"] = "NLU"
     max_tokens: MaxTokens | None = None
@@ -245,6 +247,8 @@ class ModelCard(BaseModel):
     step: int | None
     tokens: int | None
     """Training tokens, including those of the parent runs."""
+    examples: list[str]
+    """Prompts that the model answers well, with `<slot>` where it fills; empty if none were chosen."""
     flops: float | None
     """Training FLOPs, including those of the parent runs."""
 

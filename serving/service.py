@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from serving.answers import Answer, Event, Failure, Final
 from serving.gate import record_answer, record_prompts
 from serving.metrics import Metrics
+from serving.schema import DEFAULT_SLOT
 from ul2r.errors import RequestError
 from ul2r.inference import LanguageModel, max_infill_slots
 from ul2r.inference.engine import (
@@ -24,8 +25,11 @@ from ul2r.inference.engine import (
     build_engine_parts,
 )
 from ul2r.inference.sampling import SamplingSettings
+from ul2r.model.export_examples import read_examples
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from serving.chat import ChatEncoder
     from ul2r.inference.prompts import Prompt
 
@@ -72,12 +76,14 @@ class InferenceService:
         kv_bytes: Memory for keys and values, see `build_engine_parts`.
         prompt_cache_bytes: Memory for prompts that may come again.
         engine: What generates, in place of an engine with these settings.
+        examples: Prompts for people to begin with, see `load_examples`.
 
     Attributes:
         model: The model, for its text.
         model_id: Its name in requests and responses: that of its run.
         engine: The thread that generates.
         metrics: Times and counts.
+        examples: As given.
     """
 
     def __init__(
@@ -90,10 +96,12 @@ class InferenceService:
         kv_bytes: int | None = None,
         prompt_cache_bytes: int = DEFAULT_PROMPT_CACHE_BYTES,
         engine: SteppedEngine | None = None,
+        examples: Sequence[str] = (),
     ) -> None:
         self.model = model
         self.model_id = model.metadata.run
         self.chat_template = chat_template
+        self.examples = examples
         self.created = int(time.time())
         if engine is None:
             parts = build_engine_parts(
@@ -192,6 +200,20 @@ class InferenceService:
                     )
                 )
         return requests
+
+
+def load_examples(folder: Path) -> list[str]:
+    """Return an export's examples as prompts, with the marker of a slot where the model fills.
+
+    Raises:
+        CheckpointError: If their file is damaged.
+    """
+    return [
+        example.left + (f"{DEFAULT_SLOT}{example.right}" if example.right else "")
+        for example in read_examples(folder)
+        # It would be taken for a slot.
+        if DEFAULT_SLOT not in example.left + example.right
+    ]
 
 
 async def run_beside_streams(num_characters: int, function: Callable[[], T]) -> T:

@@ -16,6 +16,8 @@ import httpx
 import litellm
 import pytest
 from langchain_openai import OpenAI
+from lm_eval.api.instance import Instance
+from lm_eval.models.openai_completions import LocalCompletionsAPI
 
 URL = os.environ.get("UL2R_URL", "http://127.0.0.1:8000")
 KEY = os.environ.get("UL2R_KEY", "any")
@@ -103,3 +105,30 @@ def test_llm(http: httpx.Client, model: str, tmp_path: Path, flags: tuple[str, .
         check=True,
     )
     assert finished.stdout == complete(http) + "\n"
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_lm_evals_generation(
+    http: httpx.Client, model: str, monkeypatch: pytest.MonkeyPatch, batch_size: int
+) -> None:
+    """As tasks ask for it: by `local-completions`, with stop texts, several prompts in one request."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    prompts = (PROMPT, "Once", "def area(")
+    texts = [complete(http, prompt=prompt) for prompt in prompts]
+    stop = texts[1][1:3]
+    client = LocalCompletionsAPI(
+        model=model,
+        base_url=f"{URL}/v1/completions",
+        tokenizer_backend=None,
+        tokenized_requests=False,
+        batch_size=batch_size,
+        max_retries=1,
+    )
+    settings = {"until": [stop], "max_gen_toks": MAX_TOKENS, "do_sample": False}
+
+    answers = client.generate_until(
+        [Instance("generate_until", {}, (p, settings), i) for i, p in enumerate(prompts)],
+        disable_tqdm=True,
+    )
+
+    assert answers == [text.partition(stop)[0] for text in texts]

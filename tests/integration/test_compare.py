@@ -22,6 +22,7 @@ from ul2r.errors import CheckpointError, RecipeError, ServiceError
 from ul2r.evaluation import evaluate
 from ul2r.evaluation.comparison import Role
 from ul2r.inference import LanguageModel, read_export_metadata
+from ul2r.model.export_examples import read_examples
 from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.models import write_tiny_export
 from ul2r.tracking.mlflow import MlflowTracker, list_view_urls, start_run
@@ -170,6 +171,8 @@ def test_a_comparison_evaluates_each_arm_once_and_keeps_its_files(folder: Path, 
     assert ul2r_metrics["infill/evaluation_loss"] == infill_loss["scores"]["ul2r"]["mean"]
     assert ul2r_metrics["infill/evaluation_loss_stderr"] == infill_loss["scores"]["ul2r"]["stderr"]
     assert "viewStateShareKey" in list_view_urls(uri)["three"]
+
+    assert all(read_examples(storage / "runs" / role / "export") for role in ROLES)
 
     before = modification_times(storage / "runs") | modification_times(output_folder)
     again = run_job("compare", folder / "compare.yaml", uri, "--set", f"storage={storage}")

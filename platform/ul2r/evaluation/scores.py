@@ -10,6 +10,8 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from ul2r.model.export_examples import Example
+
 
 @dataclass(frozen=True)
 class Score:
@@ -98,10 +100,12 @@ class Scores:
     Attributes:
         values: Scores by metric name; `ul2r.evaluation.list_metrics` lists the names.
         infilled: Some of the spans that the scores of infilling come from; empty if they were not kept.
+        examples: Texts that the model writes best in; empty if none were chosen.
     """
 
     values: Mapping[str, Score]
     infilled: tuple[InfilledText, ...] = ()
+    examples: tuple[Example, ...] = ()
 
     def __getitem__(self, metric: str) -> Score:
         return self.values[metric]
@@ -112,10 +116,14 @@ class Scores:
 
     @classmethod
     def from_dict(
-        cls, tree: Mapping[str, Mapping[str, Any]], infilled: Iterable[Mapping[str, Any]] = ()
+        cls,
+        tree: Mapping[str, Mapping[str, Any]],
+        infilled: Iterable[Mapping[str, Any]] = (),
+        examples: Iterable[Mapping[str, Any]] = (),
     ) -> Self:
-        """Parse the result of `to_dict`, and infilled spans that were written as plain values of their fields."""
+        """Parse the result of `to_dict`, and texts that were written as plain values of their fields."""
         return cls(
             {metric: Score(**fields) for metric, fields in tree.items()},
             tuple(InfilledText(**fields) for fields in infilled),
+            tuple(Example(**fields) for fields in examples),
         )

@@ -63,7 +63,9 @@ def load_scores(
     stored = json.loads(path.read_text(encoding="utf-8"))
     if any(stored.get(key) != value for key, value in conditions.items()):
         return None
-    return Scores.from_dict(stored["scores"], stored.get("infilled", ()))
+    return Scores.from_dict(
+        stored["scores"], stored.get("infilled", ()), stored.get("examples", ())
+    )
 
 
 def save_scores(
@@ -86,6 +88,7 @@ def save_scores(
         **_conditions(recipe, dataset, pretrained),
         "scores": scores.to_dict(),
         "infilled": [asdict(text) for text in scores.infilled],
+        "examples": [asdict(example) for example in scores.examples],
     }
     write_atomically(path, json.dumps(tree, indent=2) + "\n")
     return path

@@ -12,6 +12,7 @@ from ul2r.console import ProgressBar, show_progress
 from ul2r.data.store.dataset import TokenDataset, open_run_dataset
 from ul2r.environment import has_ray, has_ray_cluster
 from ul2r.errors import UserError
+from ul2r.evaluation.examples import choose_examples
 from ul2r.evaluation.measure import list_metrics, measure
 from ul2r.evaluation.pretrained import PretrainedArm
 from ul2r.evaluation.scores import InfilledText, Scores
@@ -112,8 +113,10 @@ def _measure(recipe: Recipe, pretrained: PretrainedArm | None) -> Iterator[str]:
     for name, score in measure(model, dataset, recipe, infilled):
         scores[name] = score
         yield f"{(pretrained or recipe).name} {name}"
+    # Here, where the model is loaded: an export is written without. A pretrained model's folder takes none.
+    examples = () if pretrained else choose_examples(model, dataset, recipe.evaluation)
     # Only complete scores are stored: a task that fails halfway is measured again from the start.
-    save_scores(recipe, dataset, Scores(scores, tuple(infilled)), pretrained)
+    save_scores(recipe, dataset, Scores(scores, tuple(infilled), examples), pretrained)
 
 
 def _load(

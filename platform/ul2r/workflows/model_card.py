@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -11,6 +12,7 @@ from ul2r.data.store.dataset import TokenDataset
 from ul2r.evaluation.scores import Scores
 from ul2r.evaluation.stored_scores import load_scores
 from ul2r.filesystem import write_atomically
+from ul2r.model.export_examples import Example, write_examples
 from ul2r.model.export_metadata import ExportMetadata
 from ul2r.paths import EXPORT_METADATA_FILE, MODEL_CARD_FILE
 
@@ -94,7 +96,7 @@ print(tokenizer.decode(tokens[0], skip_special_tokens=True))
 def write_card(
     folder: Path, recipe: Recipe, dataset: TokenDataset, metadata: ExportMetadata
 ) -> None:
-    """Write the card of an export, with the scores of its run if there are any yet."""
+    """Write the card of an export, with scores and examples of its run if there are any yet."""
     sections = [
         _write_header(recipe),
         f"# {recipe.name}",
@@ -111,6 +113,8 @@ def write_card(
     scores = None if recipe.export.checkpoint else load_scores(recipe, dataset)
 
     _write_if_changed(folder / MODEL_CARD_FILE, text if scores is None else _insert(text, scores))
+    if scores is not None and scores.examples:
+        write_examples(folder, scores.examples)
 
 
 def _write_header(recipe: Recipe) -> str:
@@ -141,7 +145,9 @@ def describe_use(metadata: ExportMetadata) -> str:
 
 
 def add_scores(folder: Path, scores: Scores) -> None:
-    """Insert scores into the card of an export, replacing older ones; do nothing if it has no card."""
+    """Put scores and examples into the card of an export, if it has one, and examples into a file for the server."""
+    if scores.examples:
+        write_examples(folder, scores.examples)
     path = folder / MODEL_CARD_FILE
     if path.is_file():
         _write_if_changed(path, _insert(path.read_text(encoding="utf-8"), scores))
@@ -168,8 +174,20 @@ def _insert(text: str, scores: Scores) -> str:
     section = "\n".join(
         [SCORES_HEADING, "", "| metric | mean | standard error |", "|---|---|---|", *rows]
     )
+    if scores.examples:
+        section += f"\n\n{_write_out(scores.examples)}"
 
     return f"{before}{section}\n\n{heading}{recipe}"
+
+
+def _write_out(examples: Sequence[Example]) -> str:
+    texts = [f"~~~~text\n{text.left}⟦{text.answer}⟧{text.right}\n~~~~" for text in examples]
+    return "\n\n".join(
+        [
+            "Of some held-out texts, those in which the model writes best what was taken out; ⟦its words⟧:",
+            *texts,
+        ]
+    )
 
 
 def _write_if_changed(path: Path, text: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ul2r.config import Recipe
 from ul2r.errors import RecipeError, ServiceError
+from ul2r.model.export_examples import EXAMPLES_FILE
 from ul2r.paths import EXPORT_METADATA_FILE, MODEL_CARD_FILE, TOKENIZER_FILE
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ FILES = [
     "additional_chat_templates/*.jinja",
     "custom_generate/*.py",
     EXPORT_METADATA_FILE,
+    EXAMPLES_FILE,
     MODEL_CARD_FILE,
 ]
 """Files of an export that are uploaded; a folder may hold others, which are of this machine."""

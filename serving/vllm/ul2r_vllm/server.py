@@ -15,7 +15,7 @@ import uvicorn
 
 from serving.api import create_api
 from serving.chat import ChatEncoder
-from serving.service import InferenceService
+from serving.service import InferenceService, load_examples
 from ul2r.errors import UserError
 from ul2r_vllm.build import VllmSettings, build_engine, load_text_side
 
@@ -53,7 +53,9 @@ def build_service(folder: Path, settings: VllmSettings) -> InferenceService:
     """
     model = load_text_side(folder, settings.max_model_len)
     engine = build_engine(model, folder, settings)
-    return InferenceService(model, ChatEncoder.load(folder), engine=engine)
+    return InferenceService(
+        model, ChatEncoder.load(folder), engine=engine, examples=load_examples(folder)
+    )
 
 
 def main() -> int:

@@ -20,7 +20,7 @@ from serving.asgi_call import call_asgi
 from serving.gate import AccessConfig, Gate
 from serving.router import create_router
 from serving.service import InferenceService
-from tests.integration.playground.pages import KEY, LONG, Site
+from tests.integration.playground.pages import EXAMPLES, KEY, LONG, Site
 from ul2r.inference import LanguageModel
 from ul2r.testing.models import write_tiny_export
 
@@ -38,7 +38,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     keys = root / "keys"
     keys.write_text(f"{KEY}\n")
     keys.chmod(0o600)
-    services = [InferenceService(LanguageModel.load(folder), num_slots=2) for folder in folders]
+    services = [
+        InferenceService(LanguageModel.load(folder), num_slots=2, examples=examples)
+        for folder, examples in zip(folders, (EXAMPLES, ()), strict=True)
+    ]
     apis = {service.model_id: partial(call_asgi, create_api(service)) for service in services}
     model, control = map(LanguageModel.load, folders)
     with (

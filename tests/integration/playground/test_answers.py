@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.integration.playground.pages import KEY, LONG, PROMPT, Site, open_page, read_speed
+from tests.integration.playground.pages import (
+    EXAMPLES,
+    KEY,
+    LONG,
+    PROMPT,
+    Site,
+    open_page,
+    read_speed,
+)
 from ul2r.inference import complete, infill
 
 pytestmark = pytest.mark.integration
@@ -244,3 +252,19 @@ def test_a_stream_is_stopped_in_the_middle(page: Page, site: Site, way: str) -> 
         if statistics.cancelled > before:
             break
     assert statistics.cancelled == before + 1
+
+
+def test_the_page_begins_with_an_example_of_the_model(page: Page, site: Site) -> None:
+    open_page(page, site.url)
+    expect(page.locator("#prompt")).to_have_value(EXAMPLES[0])
+    assert len(page.locator("#example option").all()) == len(EXAMPLES)
+    page.select_option("#example", index=1)
+    expect(page.locator("#prompt")).to_have_value(EXAMPLES[1])
+
+    # Examples that suit every model, for one that has none of its own; without slots, since it is causal.
+    page.select_option("#model_a", "tiny-base")
+    expect(page.locator("#prompt")).to_have_value("Once upon a time there was")
+    # What was written stays.
+    page.fill("#prompt", "mine")
+    page.select_option("#model_a", "tiny-ul2r")
+    expect(page.locator("#prompt")).to_have_value("mine")

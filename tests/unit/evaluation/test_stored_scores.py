@@ -10,10 +10,12 @@ from ul2r.data.store.dataset import TokenDataset
 from ul2r.errors import CheckpointError
 from ul2r.evaluation.scores import InfilledText, Score, Scores
 from ul2r.evaluation.stored_scores import load_scores, save_scores
+from ul2r.model.export_examples import Example
 
 SCORES = Scores(
     {"infill_loss": Score(1 / 3, 0.1, 7), "causal_loss": Score(2.0, 0.2, 8)},
     (InfilledText("a\n", "b", " c", "B", 1 / 3),),
+    (Example("The sea", " was he.", " was calm, and so"),),
 )
 
 

@@ -239,6 +239,7 @@ def test_the_model_states_its_modes_and_limits(client: TestClient) -> None:
         "max_model_len": 128,
         "max_slots": 7,
         "default_max_tokens": 64,
+        "examples": [],
     }
     assert client.get("/v1/models/tiny-ul2r").json()["id"] == "tiny-ul2r"
     assert client.get("/v1/models/other").status_code == 404

@@ -41,6 +41,36 @@ def test_llama_cpps_request_is_understood(client: TestClient, model: LanguageMod
     assert (end["stop"], end["content"]) == (True, "")
 
 
+def test_continues_request_is_understood(client: TestClient, model: LanguageModel) -> None:
+    """As Continue's `fimStream` and its DeepSeek adapter send it, with the stop texts of its longest list."""
+    expected = infill(model, ["def area(", ", height):"], max_tokens=6).fills[0]
+    keywords = [f"\ncontract{number}" for number in range(14)]
+    request = {
+        "model": "tiny-ul2r",
+        "prompt": "def area(",
+        "suffix": ", height):",
+        "max_tokens": 6,
+        "temperature": 0.0,
+        "top_p": None,
+        "frequency_penalty": None,
+        "presence_penalty": None,
+        "stop": ["\r\n\r\n", "/src/", "#- coding: utf-8", "```", "<file_sep>", *keywords],
+        "stream": True,
+    }
+    headers = {"accept": "application/json", "x-api-key": "any", "authorization": "Bearer any"}
+
+    mistral = client.post("/v1/fim/completions", json=request, headers=headers)
+    deepseek = client.post("/beta/completions", json=request, headers=headers)
+
+    for response in (mistral, deepseek):
+        assert response.status_code == 200
+        assert "x-ignored-fields" not in response.headers
+    deltas = [c["choices"][0]["delta"] for c in read_stream(mistral.text)[:-1] if c["choices"]]
+    assert "".join(delta.get("content", "") for delta in deltas) == expected
+    texts = [c["choices"][0]["text"] for c in read_stream(deepseek.text)[:-1] if c["choices"]]
+    assert "".join(texts) == expected
+
+
 def test_llama_cpps_answer_says_what_ended_it(client: TestClient, model: LanguageModel) -> None:
     assert model.vocabulary is not None
     request = {"input_prefix": "def area(", "input_suffix": ")", "n_predict": 9}

@@ -15,12 +15,13 @@ from tokenizers.models import BPE
 
 from serving.answers import Answer, Delta, Event, SpanText
 from serving.api import create_api
-from serving.service import LONG_TEXT, InferenceService, Job
+from serving.service import LONG_TEXT, InferenceService, Job, load_examples
 from ul2r.data.document_tokenizer import DocumentTokenizer
 from ul2r.inference import LanguageModel, complete
 from ul2r.inference.engine import Engine, EngineStoppedError
 from ul2r.inference.prompts import prepare_completion
 from ul2r.inference.sampling import SamplingSettings
+from ul2r.model.export_examples import Example, write_examples
 
 
 @pytest.fixture
@@ -273,3 +274,15 @@ def test_long_texts_are_encoded_beside_the_event_loop(
     loop = asyncio.run(run())
     assert len(threads) == 6
     assert all((thread == loop) == (size == 1) for size, thread in threads)
+
+
+def test_examples_of_an_export_are_prompts_with_slots(tmp_path: Path) -> None:
+    assert load_examples(tmp_path) == []
+    examples = [
+        Example("The sea", ", and so was he.", " was calm"),
+        Example("Once", "", " upon"),
+        Example("a <slot> in the text", " itself", ""),
+    ]
+    write_examples(tmp_path, examples)
+
+    assert load_examples(tmp_path) == ["The sea<slot>, and so was he.", "Once"]

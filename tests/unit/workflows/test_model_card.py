@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ul2r.config import Recipe
 from ul2r.data.store.dataset import TokenDataset
+from ul2r.errors import CheckpointError
 from ul2r.evaluation.scores import Score, Scores
 from ul2r.evaluation.stored_scores import save_scores
+from ul2r.model.export_examples import Example, read_examples
 from ul2r.model.export_metadata import ExportMetadata
 from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.models import write_tiny_export
@@ -96,3 +99,36 @@ def test_repeated_export_keeps_the_scores_of_the_card(
 def test_scores_do_not_create_a_missing_card(tmp_path: Path) -> None:
     add_scores(tmp_path, scores(8.5))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_examples_are_shown_and_written_for_the_server(
+    recipe: Recipe, dataset: TokenDataset
+) -> None:
+    folder = export_folder(recipe)
+    write_card(folder, recipe, dataset, METADATA)
+    assert read_examples(folder) == ()
+    for word in (" grey", " calm"):
+        examples = (Example("The sea was", ", and so was he.", word), Example("Once", "", word))
+        add_scores(folder, replace(scores(9.5), examples=examples))
+
+    text = (folder / "README.md").read_text()
+    assert "The sea was⟦ calm⟧, and so was he." in text
+    assert "grey" not in text
+    assert text.index("⟦ calm⟧") < text.index("## Recipe")
+    assert read_examples(folder) == examples
+
+    (folder / "examples.json").write_text('[{"left": 1}]')
+    with pytest.raises(CheckpointError, match=r"examples\.json cannot be read .*: remove it"):
+        read_examples(folder)
+
+
+def test_an_export_that_is_written_again_has_the_stored_examples(
+    recipe: Recipe, dataset: TokenDataset
+) -> None:
+    examples = (Example("Once", "", " upon"),)
+    save_scores(recipe, dataset, replace(scores(9.5), examples=examples))
+
+    write_card(export_folder(recipe), recipe, dataset, METADATA)
+
+    assert read_examples(export_folder(recipe)) == examples
+    assert "Once⟦ upon⟧" in (export_folder(recipe) / "README.md").read_text()
