@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -74,18 +75,21 @@ def plot_comparison(
         frameon=False,
         fontsize=13,
     )
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG file, atomically."""
     with staged_file(path) as staging:
         # The staging name does not end in .png, by which matplotlib would know the format.
         figure.savefig(staging, format="png")
 
 
 def choose_colors(roles: Sequence[Role]) -> dict[Role, str]:
-    """Return a color for each column: that of its role, else the next of `OTHER_COLORS`, again from the first."""
-    others = [role for role in roles if role not in ROLE_COLORS]
-    return {
-        role: ROLE_COLORS.get(role) or OTHER_COLORS[others.index(role) % len(OTHER_COLORS)]
-        for role in roles
-    }
+    """Return a color for each column: that of its role, else the next that no column has, again from the first."""
+    unused = [color for role, color in ROLE_COLORS.items() if role not in roles]
+    others = cycle([*OTHER_COLORS, *unused])
+    return {role: ROLE_COLORS.get(role) or next(others) for role in roles}
 
 
 def _plot_denoiser_losses(

@@ -19,6 +19,8 @@ COMPARISON_ROLE = "comparison"
 """Role of the run that a comparison is recorded in."""
 FEW_SHOT_ROLE = "few_shot"
 """Role of the run that a suite's results are recorded in."""
+GAPS_ROLE = "gaps"
+"""Role of the run that a model's gaps are recorded in."""
 LADDER_ROLE = "ladder"
 """Role of the run that a ladder's figures are recorded in."""
 

@@ -25,6 +25,7 @@ from ul2r.evaluation.curves import load_loss_curve
 from ul2r.evaluation.measure import list_metrics
 from ul2r.evaluation.plot import plot_comparison
 from ul2r.evaluation.pretrained import PretrainedArm
+from ul2r.evaluation.report import Picture
 from ul2r.evaluation.stored_scores import find_export
 from ul2r.evaluation.verdict import describe_verdict
 from ul2r.filesystem import write_atomically
@@ -45,7 +46,7 @@ from ul2r.workflows.evaluate import (
     tabulate_infilled,
 )
 from ul2r.workflows.few_shot_comparison import describe_arm, write_few_shot_comparison
-from ul2r.workflows.gap_comparison import write_gap_comparison
+from ul2r.workflows.gap_comparison import GAPS_PLOT_FILE, write_gap_comparison
 from ul2r.workflows.pretrained_arms import (
     prepare_pretrained_arm,
     record_pretrained_arm,
@@ -57,6 +58,10 @@ logger = logging.getLogger(__name__)
 TABLE_FILE = "table.md"
 JSON_FILE = "table.json"
 PLOT_FILE = "comparison.png"
+PLOT_CAPTION = "Losses by denoiser, losses by training compute, and infilling."
+GAPS_CAPTION = (
+    "Held-out gaps, with the left side alone in sight and with both; bars are one standard error."
+)
 FEW_SHOT_HEADING = "Few-shot and infilling suites"
 FILES = (TABLE_FILE, JSON_FILE, PLOT_FILE)
 
@@ -143,8 +148,10 @@ def compare(comparison: Comparison) -> ComparisonResult:
     )
     run_id = store.find_run(result.folder)
     differences = next((file for file in few_shot.files if file.suffix == ".json"), None)
+    pictures = [Picture(PLOT_CAPTION, result.folder / PLOT_FILE)]
+    pictures += [Picture(GAPS_CAPTION, file) for file in gaps if file.name == GAPS_PLOT_FILE]
     report = write_report(
-        result.folder, result.table, result.folder / PLOT_FILE, differences, _list_settings(recipes)
+        result.folder, result.table, pictures, differences, _list_settings(recipes)
     )
     if run_id is not None:
         # Of a report that is there already, the run has a copy, unless the run is new.

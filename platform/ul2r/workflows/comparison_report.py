@@ -23,7 +23,7 @@ FEW_SHOT_NOTE = (
 def write_report(
     folder: Path,
     table: ComparisonTable,
-    picture: Path,
+    pictures: Sequence[Picture],
     few_shot: Path | None,
     settings: Mapping[Role, str],
 ) -> Path | None:
@@ -32,7 +32,7 @@ def write_report(
     Args:
         folder: Folder of the comparison.
         table: Its scores.
-        picture: Its plot.
+        pictures: Its plots.
         few_shot: Paired differences of few-shot results, None if there are none.
         settings: Text of each column's recipe.
     """
@@ -44,9 +44,7 @@ def write_report(
             title=table.name,
             summary=f"{', '.join(arm.role for arm in table.arms)} on the same held-out text",
             verdict=describe_verdict(table),
-            pictures=[
-                Picture("Losses by denoiser, losses by training compute, and infilling.", picture)
-            ],
+            pictures=pictures,
             tables=tables,
             examples=pair_examples([(arm.role, arm.scores.infilled) for arm in table.arms]),
             settings=list(settings.items()),
@@ -67,7 +65,9 @@ def _tabulate_scores(table: ComparisonTable) -> ReportTable:
             Cell(arm.scores[metric.name].format(metric.digits), arm.role in best)
             for arm in table.arms
         ]
-        rows.append([Cell(metric.title), *cells])
+        # In a narrow column the arrow stays with the last word.
+        title = "\N{NO-BREAK SPACE}".join(metric.title.rsplit(" ", 1))
+        rows.append([Cell(title), *cells])
     return ReportTable(
         "Scores", ["held out", *(arm.role for arm in table.arms)], rows, table.notes()
     )

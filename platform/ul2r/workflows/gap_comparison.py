@@ -11,6 +11,7 @@ from typing import Any
 
 from ul2r.errors import RecipeError
 from ul2r.evaluation.gaps import GapScores
+from ul2r.evaluation.gaps.plot import plot_gaps
 from ul2r.evaluation.gaps.result import RESULT_FILE, load_gaps_of
 from ul2r.evaluation.gaps.selection import ORIGINS
 from ul2r.evaluation.paired import PairedDifference
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 GAPS_FILE = "gaps.json"
 GAPS_TABLE_FILE = "gaps.md"
+GAPS_PLOT_FILE = "gaps.png"
 MAIN_METRICS = {
     "loss": "loss",
     "loss_at/1": "loss of the 1st token",
@@ -57,7 +59,7 @@ class _Measured:
 def write_gap_comparison(
     folder: Path, title: str, arms: Mapping[str, FewShotArm], token_store: str
 ) -> tuple[Path, ...]:
-    """Write gaps.md and gaps.json of all arms whose gaps were measured; return their paths, if there are two arms.
+    """Write gaps.md, gaps.json and gaps.png of the arms whose gaps were measured; return them if there are two arms.
 
     Results of other weights, as before more training, or of another text are left out with a warning.
 
@@ -75,20 +77,25 @@ def write_gap_comparison(
         for role, arm in arms.items()
         for scores in _load(role, arm, token_store)
     ]
-    table, tree = folder / GAPS_TABLE_FILE, folder / GAPS_FILE
-    if len({entry.role for entry in measured}) < 2:
+    files = [folder / name for name in (GAPS_TABLE_FILE, GAPS_FILE, GAPS_PLOT_FILE)]
+    by_role: dict[str, list[GapScores]] = {}
+    for entry in measured:
+        by_role.setdefault(entry.role, []).append(entry.scores)
+    if len(by_role) < 2:
         # Those of results that are there no more would be taken for these arms'.
-        table.unlink(missing_ok=True)
-        tree.unlink(missing_ok=True)
+        for file in files:
+            file.unlink(missing_ok=True)
         return ()
 
     groups: dict[str, list[_Measured]] = {}
     for entry in measured:
         groups.setdefault(entry.scores.name, []).append(entry)
     differences = {name: dict(_iter_pairs(entries)) for name, entries in groups.items()}
+    table, tree, plot = files
     write_atomically(tree, json.dumps(_as_plain(groups, differences), indent=2) + "\n")
     write_atomically(table, "\n".join(_iter_lines(title, groups, differences)) + "\n")
-    return (table, tree)
+    plot_gaps(plot, f"{title}: held-out gaps", by_role)
+    return tuple(files)
 
 
 def _load(role: str, arm: FewShotArm, token_store: str) -> list[GapScores]:

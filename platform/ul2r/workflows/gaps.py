@@ -14,6 +14,7 @@ from ul2r.config.gaps import GAPS_SUITE, fit_gaps
 from ul2r.console import show_progress
 from ul2r.data.store.dataset import TokenDataset, open_run_dataset
 from ul2r.evaluation.gaps import GapScores, find_readings, measure_gaps, select_gaps
+from ul2r.evaluation.gaps.plot import plot_gaps
 from ul2r.evaluation.gaps.result import ITEMS_FILE, GapConditions, load_gaps, save_gaps
 from ul2r.evaluation.pretrained import PretrainedArm
 from ul2r.evaluation.stored_scores import find_export
@@ -23,12 +24,12 @@ from ul2r.model.huggingface.safetensors_reader import resolve_model_folder
 from ul2r.paths import RunPaths
 from ul2r.tracking.export_digest import hash_export
 from ul2r.tracking.names import is_metric_name
+from ul2r.tracking.roles import GAPS_ROLE
 from ul2r.tracking.store import TrackingStore, check_store
 
 logger = logging.getLogger(__name__)
 
-ROLE = "gaps"
-"""Role of the record of a model's gaps."""
+PLOT_FILE = "gaps.png"
 TABLE_ITEMS = 200
 """Gaps in the table of a record; all are in items.parquet."""
 
@@ -92,6 +93,7 @@ def measure_run_gaps(recipe: Recipe) -> MeasuredGaps:
         save_gaps(paths.gaps, measured, conditions, fitted.left_out)
     name = recipe.evaluation.few_shot.model or recipe.name
     result = MeasuredGaps(name, paths.gaps, measured, fitted.left_out)
+    plot_gaps(paths.gaps / PLOT_FILE, f"{name}: held-out gaps", {name: measured})
     _record(store, recipe, result, store.find_run(paths.folder))
     return result
 
@@ -122,7 +124,7 @@ def _record(
         f"{measured.name}-{GAPS_SUITE}".replace("/", "-"),
         measured.folder,
         tags={
-            "ul2r.role": ROLE,
+            "ul2r.role": GAPS_ROLE,
             **({"ul2r.model_run": model_run} if model_run is not None else {}),
         },
         params={
@@ -135,7 +137,8 @@ def _record(
     with store.end_on_error(run_id):
         store.log_summary(run_id, name_metrics(measured.scores))
         store.log_table(run_id, tabulate_items(measured.scores), "items.json")
-        store.log_artifact(run_id, measured.folder / ITEMS_FILE)
+        for file in (ITEMS_FILE, PLOT_FILE):
+            store.log_artifact(run_id, measured.folder / file)
     store.end_run(run_id, "FINISHED")
 
 

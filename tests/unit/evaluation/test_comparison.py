@@ -167,6 +167,12 @@ def test_columns_of_any_name_have_colors_and_bars_of_their_own(tmp_path: Path) -
     assert "longer (run-ul2r)" in table(*arms).to_markdown()
 
 
+def test_runs_of_several_bases_have_colors_of_their_own() -> None:
+    """Nine, if no column has the name of a role."""
+    names = [f"{size}-{arm}" for size in ("small", "medium", "large") for arm in ROLES[:3]]
+    assert len(set(choose_colors(names).values())) == 9
+
+
 @pytest.fixture
 def comparable(recipe: Recipe) -> Callable[..., dict[Role, Recipe]]:
     """Build three comparable recipes, then change one of them."""

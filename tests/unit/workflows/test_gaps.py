@@ -20,7 +20,12 @@ from ul2r.testing.corpus import make_tiny_store
 from ul2r.testing.models import write_tiny_export
 from ul2r.workflows import gaps
 from ul2r.workflows.few_shot_comparison import describe_arm
-from ul2r.workflows.gap_comparison import GAPS_FILE, GAPS_TABLE_FILE, write_gap_comparison
+from ul2r.workflows.gap_comparison import (
+    GAPS_FILE,
+    GAPS_PLOT_FILE,
+    GAPS_TABLE_FILE,
+    write_gap_comparison,
+)
 from ul2r.workflows.gaps import measure_run_gaps, name_metrics
 
 NUM_SENTINELS = 16
@@ -123,7 +128,8 @@ def test_comparison_pairs_what_sees_both_sides_with_what_does_not(
     recipes: dict[str, Recipe], tmp_path: Path
 ) -> None:
     arms = {name: describe_arm(recipe, None) for name, recipe in recipes.items()}
-    table, tree = write_gap_comparison(tmp_path, "c", arms, fingerprint_of(recipes["base"]))
+    table, tree, plot = write_gap_comparison(tmp_path, "c", arms, fingerprint_of(recipes["base"]))
+    assert plot.read_bytes().startswith(b"\x89PNG")
 
     groups = json.loads(tree.read_text())
     assert [group["gaps"] for group in groups] == ["2x1", "4x1", "2x2", "4x2"]
@@ -179,8 +185,8 @@ def test_comparison_leaves_out_other_weights(
     changed = {**arms, "base": type(arms["base"])(arms["base"].paths, lambda: "other")}
     assert not write_gap_comparison(tmp_path, "c", changed, fingerprint_of(recipes["base"]))
     assert "other weights or another token store by now" in caplog.text
-    assert not (tmp_path / GAPS_FILE).exists()
-    assert not (tmp_path / GAPS_TABLE_FILE).exists()
+    for name in (GAPS_FILE, GAPS_PLOT_FILE, GAPS_TABLE_FILE):
+        assert not (tmp_path / name).exists()
     assert not write_gap_comparison(tmp_path, "c", arms, "another text's")
 
 

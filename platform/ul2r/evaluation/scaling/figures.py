@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ul2r.evaluation.plot import ROLE_LABELS, choose_colors
+from ul2r.evaluation.plot import ROLE_LABELS, choose_colors, save_figure
 from ul2r.evaluation.scaling.emergence import find_emergence
 from ul2r.evaluation.scaling.points import (
     BASE,
@@ -21,7 +21,6 @@ from ul2r.evaluation.scaling.points import (
     list_sizes,
     select,
 )
-from ul2r.filesystem import staged_file
 
 MARKERS = "osD^vPX*"
 """Markers of sizes, from the smallest on."""
@@ -50,7 +49,7 @@ def plot_scaling(
             _plot_size(panel, [p for p in points if p.size == size], markers[size], colors, axis)
         _label(panel, axis)
     _add_legend(figure, colors, markers, (":", "from a base to its continuation"))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_emergence(
@@ -86,7 +85,7 @@ def plot_emergence(
                 )
         _label(panel, axis)
     _add_legend(figure, colors, markers, ("--", "chance"))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _make_panels(count: int, title: str) -> tuple[Figure, list[Axes]]:
@@ -186,9 +185,3 @@ def _add_legend(
     figure.legend(
         handles=handles, loc="outside lower center", ncols=min(len(handles), 5), frameon=False
     )
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with staged_file(path) as staging:
-        # The staging name does not end in .png, by which matplotlib would know the format.
-        figure.savefig(staging, format="png")
