@@ -34,14 +34,14 @@ from ul2r.workflows.derive_settings import (
 
 SETTINGS_FILE = "settings.yaml"
 COMPARISON_FILE = "compare.yaml"
-RUN_FILES = {"ul2r": "ul2r.yaml", "control": "control.yaml"}
+RUN_FILES = {"ul2r": "ul2r.yaml", "control": "control.yaml", "fim": "fim.yaml"}
 MAX_NAME_LENGTH = 100
 """Characters of a model's name in names of folders, of which file systems allow 255."""
 
 
 @dataclass(frozen=True)
 class Project:
-    """Recipes that belong together: UL2R, its control, and their comparison with the base.
+    """Recipes that belong together: UL2R, its control, their comparison with the base, and FIM for it.
 
     Attributes:
         folder: Folder of the recipes, and of all that they write.
@@ -74,7 +74,7 @@ class Project:
         return self.folder / COMPARISON_FILE
 
     def recipe(self, role: str) -> Path:
-        """Return the recipe of "ul2r" or "control"."""
+        """Return the recipe of "ul2r", "control" or "fim"."""
         return self.folder / RUN_FILES[role]
 
 
@@ -169,11 +169,18 @@ def render_recipes(
             f"extends: {SETTINGS_FILE}\n\nname: {name}-control\nrole: control\n\n"
             "objective:\n  mixture: causal\n"
         ),
+        RUN_FILES["fim"]: (
+            "# Fill-in-the-middle at equal tokens (arXiv 2207.14255): UL2R's opponent in filling gaps. `ul2r up`\n"
+            "# leaves it out: train and export it, then take its line in compare.yaml in.\n"
+            f"extends: {SETTINGS_FILE}\n\nname: {name}-fim\nrole: fim\n\n"
+            "objective:\n  mixture: fim                # half of the examples; the others are plain text\n"
+        ),
         COMPARISON_FILE: (
             "# The base as it is, the control and UL2R on the same held-out text.\n"
             f"name: {name}-compare\nstorage: {_quote(str((folder / 'runs').absolute()))}\n\n"
             f"recipes:\n  base: {{hf: {_quote(base)}}}\n  control: {RUN_FILES['control']}\n"
-            f"  ul2r: {RUN_FILES['ul2r']}\n\n{experiment}"
+            f"  ul2r: {RUN_FILES['ul2r']}\n"
+            f"  # fim: {RUN_FILES['fim']}           # once it is trained and exported\n\n{experiment}"
         ),
     }
 

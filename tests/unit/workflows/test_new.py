@@ -37,7 +37,7 @@ def test_written_recipes_load_and_belong_together(model: Path, text: Path, tmp_p
     base = HuggingFaceBase(hf=str(model))
     runs = {
         role: load(project.recipe(role), (), Recipe, fill_model_from_base)
-        for role in ("ul2r", "control")
+        for role in ("ul2r", "control", "fim")
     }
     for role, recipe in runs.items():
         assert (recipe.role, recipe.base, recipe.training.steps) == (role, base, 7)
@@ -47,13 +47,20 @@ def test_written_recipes_load_and_belong_together(model: Path, text: Path, tmp_p
         assert recipe.optimizer.special_token_lr_factor == 5
     assert runs["ul2r"].name == "my-model-ul2r"
     assert [denoiser.name for denoiser in runs["control"].objective.mixture] == ["causal"]
-    assert runs["ul2r"].model_dump(exclude={"name", "role", "objective", "export"}) == runs[
-        "control"
-    ].model_dump(exclude={"name", "role", "objective", "export"})
+    assert runs["fim"].objective.has_fim
+    own = {"name", "role", "objective", "export"}
+    shared = [recipe.model_dump(exclude=own) for recipe in runs.values()]
+    assert shared == shared[:1] * 3
 
     comparison = load(project.comparison, (), Comparison, fill_model_from_base)
     assert next(iter(comparison.recipes.values())) == base
     assert comparison.tracking.experiment == runs["ul2r"].tracking.experiment
+    assert list(comparison.recipes) == ["base", "control", "ul2r"]
+
+    # FIM's line is there to be taken in.
+    file = project.comparison
+    file.write_text(file.read_text().replace("# fim: ", "fim: "))
+    assert load(file, (), Comparison, fill_model_from_base).recipes["fim"] == project.recipe("fim")
 
 
 def test_recipes_that_were_edited_are_kept(model: Path, text: Path, tmp_path: Path) -> None:
