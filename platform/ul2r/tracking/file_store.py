@@ -135,6 +135,9 @@ class FileStore:
     def show_suite(self, run_id: str, suite: str) -> None:
         """Do nothing: files have no page."""
 
+    def show_scores(self, run_id: str, scores: Sequence[str]) -> None:
+        """Do nothing: files have no page."""
+
     def log_artifact(self, run_id: str, file: Path) -> None:
         """Do nothing: files stay in the run's folder."""
 

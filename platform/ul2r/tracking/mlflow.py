@@ -44,10 +44,16 @@ from ul2r.tracking.runs import (
 )
 from ul2r.tracking.stored_points import StoredPoint, StoredPoints
 from ul2r.tracking.tracker import RunStatus
-from ul2r.tracking.view import add_suite_to_view, find_view_url, list_view_urls
+from ul2r.tracking.view import (
+    add_scores_to_view,
+    add_suite_to_view,
+    find_view_url,
+    list_view_urls,
+)
 
 __all__ = [
     "MlflowTracker",
+    "add_scores_to_view",
     "add_suite_to_view",
     "check_artifact_store",
     "check_server",

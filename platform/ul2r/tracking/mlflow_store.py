@@ -87,6 +87,10 @@ class MlflowStore:
         """Add the bars of a suite's mean to the charts of the run's experiment."""
         mlflow.add_suite_to_view(self.uri, run_id, suite)
 
+    def show_scores(self, run_id: str, scores: Sequence[str]) -> None:
+        """Add metrics over training compute to the charts of the run's experiment."""
+        mlflow.add_scores_to_view(self.uri, run_id, scores)
+
     def log_artifact(self, run_id: str, file: Path) -> None:
         """Upload a file to a run's artifacts, under its own name."""
         mlflow.log_artifact(self.uri, run_id, file)

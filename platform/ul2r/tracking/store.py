@@ -74,6 +74,9 @@ class TrackingStore(Protocol):
     def show_suite(self, run_id: str, suite: str) -> None:
         """Show the mean of a suite on the page of the run's experiment, if there is one."""
 
+    def show_scores(self, run_id: str, scores: Sequence[str]) -> None:
+        """Show metrics over training compute, a point for each run, on the page of the run's experiment."""
+
     def log_artifact(self, run_id: str, file: Path) -> None:
         """Add a file to a run, under its own name."""
 

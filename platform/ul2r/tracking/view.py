@@ -1,4 +1,4 @@
-"""A ready-made page of charts in an MLflow experiment: held-out losses by training compute and tokens, means of suites.
+"""A ready-made page of charts in an MLflow experiment: losses by compute and tokens, suites, a ladder's scores.
 
 MLflow's web page keeps a shared view in a tag of the experiment. The tag's format is not documented: this is the one
 that 3.17's page reads, verified in a browser (the bars of suites have not been seen in one). A later version that does
@@ -21,7 +21,7 @@ from ul2r.tracking.names import (
     name_held_out_loss,
     name_suite_mean,
 )
-from ul2r.tracking.roles import COMPARISON_ROLE, FEW_SHOT_ROLE
+from ul2r.tracking.roles import COMPARISON_ROLE, FEW_SHOT_ROLE, GAPS_ROLE, LADDER_ROLE
 
 VIEW_KEY = "ul2r"
 VIEW_TAG = f"mlflow.sharedViewState.{VIEW_KEY}"
@@ -48,6 +48,8 @@ SECTIONS = {
 """Section titles by the metric of the x-axis. MLflow sorts sections by title, hence the numbers."""
 SUITES = "suites"
 SUITES_TITLE = "3. Few-shot and infilling suites, mean"
+POINTS = "points"
+POINTS_TITLE = "4. Scores of exports by training compute (petaFLOPs)"
 
 
 def install_view(uri: str, run_id: str, denoisers: Sequence[str]) -> None:
@@ -64,8 +66,9 @@ def install_view(uri: str, run_id: str, denoisers: Sequence[str]) -> None:
     client = create_client(uri)
     with translate_errors(uri):
         experiment = client.get_run(run_id).info.experiment_id
-        _, suites = _read_view(client.get_experiment(experiment).tags.get(VIEW_TAG))
-        client.set_experiment_tag(experiment, VIEW_TAG, build_view_state(denoisers, suites))
+        _, suites, scores = _read_view(client.get_experiment(experiment).tags.get(VIEW_TAG))
+        state = build_view_state(denoisers, suites, scores)
+        client.set_experiment_tag(experiment, VIEW_TAG, state)
         # Asked for, since people may choose another kind on the page.
         if KIND_TAG not in client.get_experiment(experiment).tags:
             client.set_experiment_tag(experiment, KIND_TAG, "custom_model_development")
@@ -80,20 +83,40 @@ def add_suite_to_view(uri: str, run_id: str, suite: str) -> None:
     client = create_client(uri)
     with translate_errors(uri):
         experiment = client.get_run(run_id).info.experiment_id
-        denoisers, suites = _read_view(client.get_experiment(experiment).tags.get(VIEW_TAG))
+        denoisers, suites, scores = _read_view(client.get_experiment(experiment).tags.get(VIEW_TAG))
         if suite not in suites:
-            state = build_view_state(denoisers, [*suites, suite])
+            state = build_view_state(denoisers, [*suites, suite], scores)
             client.set_experiment_tag(experiment, VIEW_TAG, state)
 
 
-def _read_view(state: str | None) -> tuple[list[str], list[str]]:
-    """Return the denoisers and the suites of a view's state."""
+def add_scores_to_view(uri: str, run_id: str, scores: Sequence[str]) -> None:
+    """Add scores over training compute, a point for each run, to the view of a run's experiment, and show all its runs.
+
+    Args:
+        uri: The tracking server.
+        run_id: Any run of the experiment.
+        scores: Names of metrics.
+
+    Raises:
+        ServiceError: If the server fails.
+    """
+    client = create_client(uri)
+    with translate_errors(uri):
+        experiment = client.get_run(run_id).info.experiment_id
+        denoisers, suites, shown = _read_view(client.get_experiment(experiment).tags.get(VIEW_TAG))
+        state = build_view_state(denoisers, suites, list(dict.fromkeys([*shown, *scores])))
+        client.set_experiment_tag(experiment, VIEW_TAG, state)
+
+
+def _read_view(state: str | None) -> tuple[list[str], list[str], list[str]]:
+    """Return the denoisers, the suites and the scores over compute of a view's state."""
     charts = json.loads(state)["compareRunCharts"] if state else []
-    metrics = dict.fromkeys(chart["metricKey"] for chart in charts)
+    metrics = dict.fromkeys(chart["metricKey"] for chart in charts if chart["type"] == "LINE")
     losses = [name.removesuffix(name_held_out_loss("")) for name in metrics]
     names = [loss for loss, metric in zip(losses, metrics, strict=True) if loss != metric]
     suites = [chart["metricKey"].split("/")[1] for chart in charts if chart["type"] == "BAR"]
-    return [name for name in names if name != CAUSAL], suites
+    scores = [chart["yaxis"]["key"] for chart in charts if chart["type"] == "SCATTER"]
+    return [name for name in names if name != CAUSAL], suites, scores
 
 
 def find_view_url(uri: str, run_id: str) -> str:
@@ -130,21 +153,32 @@ def _make_view_url(uri: str, experiment_id: str) -> str:
     )
 
 
-def build_view_state(denoisers: Sequence[str], suites: Sequence[str] = ()) -> str:
-    """Return the tag's JSON: charts of the causal loss, of as many denoisers' losses and of as many suites as fit."""
-    names = [CAUSAL, *denoisers]
-    shown = list(suites)
+def build_view_state(
+    denoisers: Sequence[str], suites: Sequence[str] = (), scores: Sequence[str] = ()
+) -> str:
+    """Return the tag's JSON: charts of the causal loss, and of as many denoisers' losses, scores and suites as fit.
+
+    Args:
+        denoisers: Names of denoisers.
+        suites: Names of suites, whose means are bars.
+        scores: Names of metrics, which are points over training compute.
+    """
+    names, points, shown = [CAUSAL, *denoisers], list(scores), list(suites)
     # The causal loss is first, so it is always shown.
-    while len(state := _dump_state(names, shown)) > MAX_TAG_LENGTH:
-        (shown or names).pop()
+    while len(state := _dump_state(names, shown, points)) > MAX_TAG_LENGTH:
+        (shown or points or names).pop()
     return state
 
 
-def _dump_state(names: Sequence[str], suites: Sequence[str]) -> str:
+def _dump_state(names: Sequence[str], suites: Sequence[str], points: Sequence[str]) -> str:
     # Any unique text serves as a uuid; charts name their section by it.
     sections = [
         {"uuid": _section_id(x_metric), "name": name, "display": True, "isReordered": False}
-        for x_metric, name in {**SECTIONS, **({SUITES: SUITES_TITLE} if suites else {})}.items()
+        for x_metric, name in (
+            SECTIONS
+            | ({SUITES: SUITES_TITLE} if suites else {})
+            | ({POINTS: POINTS_TITLE} if points else {})
+        ).items()
     ]
     charts = [_build_chart(name, x_metric) for x_metric in SECTIONS for name in names]
     charts += [
@@ -156,6 +190,17 @@ def _dump_state(names: Sequence[str], suites: Sequence[str]) -> str:
         }
         for suite in suites
     ]
+    charts += [
+        {
+            "type": "SCATTER",
+            "uuid": f"{_section_id(POINTS)} {score}",
+            "metricSectionId": _section_id(POINTS),
+            "displayName": score,
+            "xaxis": {"key": PETAFLOPS, "type": "METRIC"},
+            "yaxis": {"key": score, "type": "METRIC"},
+        }
+        for score in points
+    ]
     scores = [
         *("causal_loss", "second_half_loss"),
         *(f"{DENOISER_LOSS}{name}" for name in names if name != CAUSAL),
@@ -165,18 +210,21 @@ def _dump_state(names: Sequence[str], suites: Sequence[str]) -> str:
     state = {
         # They have no curves: without the filter they would be in the legend of every chart.
         "searchFilter": " AND ".join(
-            f"tags.`ul2r.role` != '{role}'" for role in (COMPARISON_ROLE, FEW_SHOT_ROLE)
+            f"tags.`ul2r.role` != '{role}'"
+            for role in (COMPARISON_ROLE, FEW_SHOT_ROLE, GAPS_ROLE, LADDER_ROLE)
         ),
         "selectedColumns": columns,
         "compareRunSections": sections,
         "compareRunCharts": charts,
+        # The page's own choice is the newest ten: a ladder's curve would lack its other points.
+        **({"runsHiddenMode": "SHOW_ALL"} if points else {}),
     }
     return json.dumps(state, separators=(",", ":"))
 
 
 def _section_id(x_metric: str) -> str:
     # Short, as each chart repeats it.
-    return str([*SECTIONS, SUITES].index(x_metric))
+    return str([*SECTIONS, SUITES, POINTS].index(x_metric))
 
 
 def _build_chart(name: str, x_metric: str) -> dict[str, Any]:

@@ -41,6 +41,7 @@ from ul2r.evaluation.stored_scores import find_export, load_scores
 from ul2r.filesystem import write_atomically
 from ul2r.inference import read_export_metadata
 from ul2r.model.flops import num_parameters
+from ul2r.tracking.names import name_evaluation, name_suite_mean
 from ul2r.tracking.roles import LADDER_ROLE
 from ul2r.tracking.store import TrackingStore
 from ul2r.workflows.few_shot_results import find_result
@@ -128,12 +129,29 @@ def write_results(
     return verdict, [*files, *(folder / name for name in (REPORT_FILE, TABLE_FILE, POINTS_FILE))]
 
 
-def record_results(ladder: Ladder, store: TrackingStore, folder: Path, files: list[Path]) -> None:
-    """Log a ladder's files to a run of its name in the experiment of its runs.
+def record_results(
+    ladder: Ladder,
+    store: TrackingStore,
+    folder: Path,
+    files: Sequence[Path],
+    suites: Sequence[str],
+) -> None:
+    """Log a ladder's files to a run of its name in the experiment of its runs, whose page shows their scores.
+
+    Args:
+        ladder: The ladder.
+        store: The record of its runs.
+        folder: Folder of the files.
+        files: The files.
+        suites: Few-shot suites of its runs, by name or as files.
 
     Raises:
         ServiceError: If the server fails.
     """
+    scores = [
+        *(name_evaluation(metric) for metric in ladder.metrics),
+        *(name_suite_mean(Path(suite).stem) for suite in suites),
+    ]
     note = (folder / TABLE_FILE).read_text(encoding="utf-8").partition("\n\n")[2]
     run_id = store.continue_run(
         ladder.tracking.experiment,
@@ -145,6 +163,7 @@ def record_results(ladder: Ladder, store: TrackingStore, folder: Path, files: li
     )
     with store.end_on_error(run_id):
         store.log_summary(run_id, {}, files)
+        store.show_scores(run_id, scores)
         store.note_experiment(ladder.tracking.experiment, f"Ladder {ladder.name}", note)
     store.end_run(run_id, "FINISHED")
 

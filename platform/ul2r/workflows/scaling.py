@@ -80,7 +80,8 @@ def run_ladder(ladder: Ladder) -> LadderResult:
         raise LaunchError(f"ladder {ladder.name!r}: all runs failed: {failed[0]}")
     folder = ladder_folder(ladder)
     verdict, files = write_results(ladder, runs, outcome.finished, folder)
-    record_results(ladder, store, folder, files)
+    suites = runs[0].recipe.evaluation.few_shot.suites
+    record_results(ladder, store, folder, files, suites)
     return LadderResult(folder, verdict, failed)
 
 

@@ -29,17 +29,18 @@ def test_each_chart_is_in_the_section_of_its_axis() -> None:
     assert len({chart["uuid"] for chart in state["compareRunCharts"]}) == 4
 
 
-def test_scores_are_columns_and_the_comparison_is_left_out() -> None:
+def test_scores_are_columns_and_runs_without_curves_are_left_out() -> None:
     state = json.loads(build_view_state(["S", "R"]))
     for score in ("causal/evaluation_loss", "R/evaluation_loss", "infill/evaluation_exact_match"):
         assert f"metrics.`{score}`" in state["selectedColumns"]
     assert state["searchFilter"] == (
-        "tags.`ul2r.role` != 'comparison' AND tags.`ul2r.role` != 'few_shot'"
+        "tags.`ul2r.role` != 'comparison' AND tags.`ul2r.role` != 'few_shot' AND "
+        "tags.`ul2r.role` != 'gaps' AND tags.`ul2r.role` != 'ladder'"
     )
 
 
 def test_suites_have_bars_of_their_means_in_a_section_of_their_own() -> None:
-    text = build_view_state(["S"], ["paper-26", "mmlu"])
+    text = build_view_state(["S"], ["paper-26", "mmlu"], [])
     state = json.loads(text)
     bars = [chart for chart in state["compareRunCharts"] if chart["type"] == "BAR"]
     assert [bar["metricKey"] for bar in bars] == ["eval/paper-26/mean", "eval/mmlu/mean"]
@@ -47,11 +48,32 @@ def test_suites_have_bars_of_their_means_in_a_section_of_their_own() -> None:
     assert "suites" in section["name"]
     assert {bar["metricSectionId"] for bar in bars} == {section["uuid"]}
     # A run that starts later keeps them.
-    assert view._read_view(text) == (["S"], ["paper-26", "mmlu"])
-    assert view._read_view(None) == ([], [])
+    assert view._read_view(text) == (["S"], ["paper-26", "mmlu"], [])
+    assert view._read_view(None) == ([], [], [])
 
 
 def test_more_suites_than_fit_leave_the_losses() -> None:
     text = build_view_state(["S"], [f"suite-{number}" for number in range(99)])
     assert len(text) <= 5000
     assert view._read_view(text)[0] == ["S"]
+
+
+def test_scores_of_a_ladder_are_points_over_compute_and_all_runs_are_shown() -> None:
+    scores = ["causal/evaluation_loss", "eval/paper-26/mean"]
+    text = build_view_state(["S"], ["paper-26"], scores)
+    state = json.loads(text)
+    points = [chart for chart in state["compareRunCharts"] if chart["type"] == "SCATTER"]
+    assert [point["yaxis"]["key"] for point in points] == scores
+    assert {point["xaxis"]["key"] for point in points} == {"progress/petaflops"}
+    section = state["compareRunSections"][-1]
+    assert {point["metricSectionId"] for point in points} == {section["uuid"]}
+    assert state["runsHiddenMode"] == "SHOW_ALL"
+    assert view._read_view(text) == (["S"], ["paper-26"], scores)
+    assert "runsHiddenMode" not in json.loads(build_view_state(["S"]))
+
+
+def test_losses_of_the_default_mixture_leave_room_for_a_ladder_s_scores() -> None:
+    denoisers = ["S", "R", "X-long", "X-dense"]
+    scores = ["causal/evaluation_loss", "second_half/evaluation_loss", "infill/evaluation_loss"]
+    scores.append("infill/evaluation_edit_similarity")
+    assert view._read_view(build_view_state(denoisers, (), scores)) == (denoisers, [], scores)
