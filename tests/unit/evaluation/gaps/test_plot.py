@@ -13,6 +13,7 @@ from ul2r.evaluation.gaps import plot
 from ul2r.evaluation.gaps.plot import plot_gaps
 from ul2r.evaluation.gaps.readings import Reading
 from ul2r.evaluation.gaps.scores import GapScores
+from ul2r.evaluation.plot import save_figure
 
 
 def make_scores(length: int, slots: int, reading: Reading, loss: float) -> GapScores:
@@ -33,7 +34,7 @@ def make_scores(length: int, slots: int, reading: Reading, loss: float) -> GapSc
 
 def test_losses_and_errors_by_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[Figure] = []
-    save = plot.save_figure
+    save = save_figure
 
     def keep(figure: Figure, path: Path) -> None:
         kept.append(figure)
