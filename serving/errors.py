@@ -71,7 +71,13 @@ def make_error_response(error: Exception) -> JSONResponse:
     if isinstance(error, DeadlineError):
         return _respond(503, str(error), type_="server_error", code="timeout")
     if isinstance(error, EngineStoppedError):
-        return _respond(503, str(error), type_="server_error", code="unavailable")
+        return _respond(
+            503,
+            str(error),
+            type_="server_error",
+            code="unavailable",
+            headers={"retry-after": "1"},  # the replica is being replaced
+        )
     if isinstance(error, UnknownModelError):
         return _respond(404, str(error), param="model", code="model_not_found")
     return _respond(400, str(error))

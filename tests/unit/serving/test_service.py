@@ -159,6 +159,7 @@ def test_an_engine_that_has_failed_is_not_healthy(
     before, answer, after = asyncio.run(run())
     assert before.json() == {"status": "ok"}
     assert (answer.status_code, after.status_code) == (503, 503)
+    assert {response.headers["retry-after"] for response in (answer, after)} == {"1"}
     assert isinstance(small.engine.error, ValueError)
     with pytest.raises(EngineStoppedError):
         small.engine.submit([])

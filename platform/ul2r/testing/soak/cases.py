@@ -90,6 +90,7 @@ def make_cases(model: str, max_length: int, *, infills: bool, chats: bool) -> li
         {"prompt": ["def", "The sea"], "max_tokens": 12, "logprobs": 2},
         {"prompt": [70, 71, 72, 73], "max_tokens": 16, "min_tokens": 16, "top_k": 20, **sampled},
         {"prompt": "a" * 20, "max_tokens": 20, "repetition_penalty": 1.3, "presence_penalty": 1},
+        {"prompt": "return", "max_tokens": 9, "stop": None, "logit_bias": None, "user": None},
         {"prompt": long_text, "max_tokens": 40, "min_tokens": 40},
         {"prompt": long_text[5:], "max_tokens": 3, "n": 5, "temperature": 0.8, "seed": 3},
     ]

@@ -89,7 +89,6 @@ class Soak:
         self._report = Report()
         self._answers: list[Answer] = []
         self._outages: list[list[float]] = []
-        self._rng = random.Random(plan.seed)
         self._client = httpx.AsyncClient(
             base_url=f"http://127.0.0.1:{plan.port}",
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=plan.num_clients),
@@ -104,9 +103,11 @@ class Soak:
             for case in self._plan.cases:
                 self._answers.append(await self._ask_alone(case))
             end = time.monotonic() + self._plan.seconds
-            clients = [self._run_client(end, number) for number in range(self._plan.num_clients)]
-            # A task group would end all with the first that fails, and hide what the others saw.
-            await asyncio.gather(*clients, self._kill(end), self._weigh(end))
+            async with asyncio.TaskGroup() as group:
+                for number in range(self._plan.num_clients):
+                    group.create_task(self._run_client(end, number))
+                group.create_task(self._kill(end))
+                group.create_task(self._weigh(end))
             await self._check_end()
         return self._report
 
@@ -131,6 +132,8 @@ class Soak:
             except (TimeoutError, httpx.TimeoutException) as error:
                 seconds = time.monotonic() - start
                 self._report.complain(f"{action.__name__}: no end after {seconds:.0f} s: {error!r}")
+            except (OSError, EOFError, httpx.TransportError) as error:
+                self._report.complain(f"{action.__name__}: {error!r}")
 
     async def _ask(self, rng: random.Random) -> None:
         place = rng.randrange(len(self._plan.cases))
@@ -293,11 +296,13 @@ class Soak:
             self._report.complain(f"at the end {running:g} requests run and {waiting:g} wait")
         for case, expected in zip(self._plan.cases, self._answers, strict=True):
             await self._compare(case, expected, stream=False)
+        memory = self._processes.compare_weights(WARM_UP)
+        growth = max(after / before - 1 for before, after in memory.values())
         self._report.results = {
             "running_at_the_end": running,
             "waiting_at_the_end": waiting,
-            "memory_growth": round(self._processes.find_growth(WARM_UP), 4),
-            "memory_mib": self._processes.mib,
+            "memory_growth": round(growth, 4),
+            "memory_mib": {title: [round(x) for x in pair] for title, pair in memory.items()},
         }
 
     async def _wait_until_idle(self) -> tuple[float, float]:

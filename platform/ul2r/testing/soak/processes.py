@@ -43,7 +43,7 @@ class Processes:
     victim: str
     num_survivors: int
     survivors: list[psutil.Process] = field(init=False)
-    _weights: dict[int, list[int]] = field(default_factory=dict)
+    _weights: dict[str, list[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         replicas = find_processes(self.root, REPLICA)
@@ -67,23 +67,19 @@ class Processes:
     def weigh(self) -> None:
         """Note the memory of all survivors."""
         for process in self.survivors:
-            self._weights.setdefault(process.pid, []).append(process.memory_info().rss)
+            title = f"{process.name()} {process.pid}"
+            self._weights.setdefault(title, []).append(process.memory_info().rss / 2**20)
 
-    def find_growth(self, warm_up: float) -> float:
-        """Return the largest growth of a survivor's memory, as a fraction.
+    def compare_weights(self, warm_up: float) -> dict[str, tuple[float, float]]:
+        """Return the memory of each survivor after the warm-up and at the end, in MiB, by its title.
 
         Args:
-            warm_up: Part of the notes that are left out; the medians of a tenth behind it and of the last are compared.
+            warm_up: Part of the notes that are left out. Each figure is the median of a tenth of the notes.
         """
-        growths = list[float]()
-        for weights in self._weights.values():
+        compared = dict[str, tuple[float, float]]()
+        for title, weights in self._weights.items():
             tenth = max(1, len(weights) // 10)
             start = int(warm_up * len(weights))
             before = statistics.median(weights[start : start + tenth])
-            growths.append(statistics.median(weights[-tenth:]) / before - 1)
-        return max(growths)
-
-    @property
-    def mib(self) -> list[int]:
-        """Memory of the survivors, in MiB."""
-        return [weights[-1] // 2**20 for weights in self._weights.values()]
+            compared[title] = (before, statistics.median(weights[-tenth:]))
+        return compared
