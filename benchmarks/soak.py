@@ -5,7 +5,8 @@
 The real server: Ray Serve with its proxy and two replicas of a small random model. Of its requests, completions, chats,
 infillings, editors' routes, scored prompts, streamed and at once, greedy and seeded, every answer must be the one that
 the request got alone; in between clients hang up, send what is no request, and break HTTP's rules. One of the replicas
-is killed by SIGKILL again and again. All traffic stays on 127.0.0.1. One JSON line; exit code 1 if there are problems:
+is killed by SIGKILL again and again. All traffic stays on 127.0.0.1. One JSON line, after what Ray says of the killed;
+exit code 1 if there are problems:
 
     answered, cut, refused_429, ...     what became of requests; only those of a killed replica are cut or get 503
     num_problems                        wrong answers, requests without an end, errors of the server outside of a kill
@@ -43,6 +44,9 @@ MAX_LENGTH = 512
 CHAT_TEMPLATE = """{%- for message in messages %}{{ message.role }}: {{ message.content }}
 {% endfor %}assistant:"""
 SECONDS_BETWEEN_KILLS = 40
+WARM_MINUTES = 10
+"""In shorter runs caches still fill after the warm-up."""
+MAX_GROWTH = 0.02
 
 
 def run_soak(minutes: float, num_clients: int) -> Report:
@@ -85,6 +89,9 @@ def main() -> int:
     options = parser.parse_args()
 
     report = run_soak(options.minutes, options.clients)
+    growth = report.results["memory_growth"]
+    if options.minutes >= WARM_MINUTES and growth > MAX_GROWTH:
+        report.complain(f"memory has grown by {100 * growth:.1f} %")
     result = {
         "benchmark": "soak",
         "minutes": options.minutes,

@@ -20,8 +20,9 @@ from ul2r.testing.soak.processes import Processes
 
 PATIENCE_S = 120.0
 """A request without an answer for so long hangs: far longer than the queue on a busy machine."""
-WARM_UP = 0.3
-"""Part of the time before memory is first compared."""
+NUM_PARTS = 10
+WARM_UP_PARTS = 3
+"""Parts of the time in which caches fill: memory is compared from the next one on."""
 MAX_PROBLEMS = 20
 CROWD = 6
 """Requests with 16 choices that come at once: more than slots and queue hold."""
@@ -296,13 +297,13 @@ class Soak:
             self._report.complain(f"at the end {running:g} requests run and {waiting:g} wait")
         for case, expected in zip(self._plan.cases, self._answers, strict=True):
             await self._compare(case, expected, stream=False)
-        memory = self._processes.compare_weights(WARM_UP)
-        growth = max(after / before - 1 for before, after in memory.values())
+        memory = self._processes.list_weights(NUM_PARTS)
+        growth = max(weights[-1] / weights[WARM_UP_PARTS] - 1 for weights in memory.values())
         self._report.results = {
             "running_at_the_end": running,
             "waiting_at_the_end": waiting,
             "memory_growth": round(growth, 4),
-            "memory_mib": {title: [round(x) for x in pair] for title, pair in memory.items()},
+            "memory_mib": {name: list(map(round, weights)) for name, weights in memory.items()},
         }
 
     async def _wait_until_idle(self) -> tuple[float, float]:

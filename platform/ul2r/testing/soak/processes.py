@@ -43,7 +43,7 @@ class Processes:
     victim: str
     num_survivors: int
     survivors: list[psutil.Process] = field(init=False)
-    _weights: dict[str, list[float]] = field(default_factory=dict)
+    _weights: dict[int, list[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         replicas = find_processes(self.root, REPLICA)
@@ -52,6 +52,8 @@ class Processes:
         kept = victims[: self.num_survivors]
         others = [process for process in replicas if process not in victims]
         self.survivors = kept + others + find_processes(self.root, PROXY)
+        # The title goes on with the call that is running.
+        self._names = {p.pid: f"{p.cmdline()[0].split('.')[0]} {p.pid}" for p in self.survivors}
         assert len(victims) > self.num_survivors, f"nobody to kill among {replicas}"
 
     @property
@@ -67,19 +69,14 @@ class Processes:
     def weigh(self) -> None:
         """Note the memory of all survivors."""
         for process in self.survivors:
-            title = f"{process.name()} {process.pid}"
-            self._weights.setdefault(title, []).append(process.memory_info().rss / 2**20)
+            self._weights.setdefault(process.pid, []).append(process.memory_info().rss / 2**20)
 
-    def compare_weights(self, warm_up: float) -> dict[str, tuple[float, float]]:
-        """Return the memory of each survivor after the warm-up and at the end, in MiB, by its title.
-
-        Args:
-            warm_up: Part of the notes that are left out. Each figure is the median of a tenth of the notes.
-        """
-        compared = dict[str, tuple[float, float]]()
-        for title, weights in self._weights.items():
-            tenth = max(1, len(weights) // 10)
-            start = int(warm_up * len(weights))
-            before = statistics.median(weights[start : start + tenth])
-            compared[title] = (before, statistics.median(weights[-tenth:]))
-        return compared
+    def list_weights(self, num_parts: int) -> dict[str, list[float]]:
+        """Return the memory of each survivor in MiB by its name: the median of each part of the time."""
+        listed = dict[str, list[float]]()
+        for process in self.survivors:
+            weights = self._weights[process.pid]
+            size = max(1, len(weights) // num_parts)
+            parts = [weights[start : start + size] for start in range(0, len(weights), size)]
+            listed[self._names[process.pid]] = list(map(statistics.median, parts[:num_parts]))
+        return listed
