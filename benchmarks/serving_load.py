@@ -1,16 +1,19 @@
 """Measure serving: many clients at once, over HTTP, against the same requests one by one and in transformers' batches.
 
-    python benchmarks/serving_load.py [--model FOLDER] [--clients 16] [--max-tokens 64]
+    python benchmarks/serving_load.py [--model FOLDER] [--clients 16] [--max-tokens 64] [--vllm FILE]
 
 On one thread of a CPU in float32, with an export, or with random weights in the shape of SmolLM2-135M. Prompts of 16 to
 200 tokens, read in both directions; greedy, and no answer ends early. Each side runs in a process of its own, whose CPU
 seconds are counted: on a machine that others use as well they vary less than the time on the clock. Ours is the HTTP
-application in one process, without Ray's proxy. One JSON line:
+application in one process, without Ray's proxy; vLLM, if its environment is there (`make test-vllm` makes it), answers
+behind the same application. One JSON line:
 
     tokens_per_cpu_second      generated tokens by CPU seconds of the server, prompts included
     serial_ratio               that by the same of one request after the other
     transformers_ratio         ... of transformers' `generate` on one padded batch (causal, all end together)
     continuous_ratio           ... of transformers' continuous batching (causal)
+    vllm_ratio                 ... of vLLM with the plugin, over HTTP as ours
+    vllm                       the numbers of ours for vLLM
     ttft_p50_seconds, ttft_p95_seconds, inter_token_p95_seconds    what clients see when all come at once
     identical                  answers that are those of the request alone, of the answers that were compared
     open_loop                  the same when requests come by themselves, at 70 % of the rate before, and every fourth
@@ -25,11 +28,14 @@ import multiprocessing
 import os
 import random
 import statistics
+import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -39,16 +45,16 @@ import httpx
 import psutil
 import torch
 
-from ul2r.data.tokenizer import build_vocabulary, train_tokenizer
+from ul2r.data.tokenizer import train_tokenizer
 from ul2r.inference import LanguageModel
 from ul2r.inference.generation import generate
 from ul2r.inference.prompts import prepare_completion
-from ul2r.model.export_metadata import ExportMetadata
-from ul2r.testing.families import make_model_of
+from ul2r.testing.exports import write_random_export
 from ul2r.testing.models import TEXTS
 from ul2r.tracking.server import find_free_port
 
-SMOLLM2 = {
+ROOT = Path(__file__).parents[1]
+SMOLLM2: dict[str, Any] = {
     "model_type": "llama",
     "vocab_size": 49152,
     "hidden_size": 576,
@@ -61,6 +67,7 @@ SMOLLM2 = {
 }
 SHORTEST = 16
 LONGEST = 200
+NUM_SLOTS = 16
 NUM_COMPARED = 4
 """Requests that are also answered one by one."""
 LOAD = 0.7
@@ -83,21 +90,10 @@ class Answer:
     times: list[float] = field(default_factory=list)
 
 
-def load_model(folder: str | None) -> LanguageModel:
-    """Load an export, or make a model with random weights."""
+def load_model(folder: Path) -> LanguageModel:
+    """Load an export, to compute on one thread."""
     torch.set_num_threads(1)
-    if folder is not None:
-        return LanguageModel.load(Path(folder))
-    tokenizer = train_tokenizer(TEXTS, 300, 8)
-    vocabulary = build_vocabulary(tokenizer)
-    metadata = ExportMetadata(
-        run="smollm2-shape",
-        role="ul2r",
-        attention="prefix",
-        denoising=True,
-        vocabulary=vocabulary,
-    )
-    return LanguageModel(make_model_of(SMOLLM2), tokenizer, metadata, frozenset({vocabulary.eos}))
+    return LanguageModel.load(folder)
 
 
 def make_prompts(model: LanguageModel, num_prompts: int, seed: int) -> list[Prompt]:
@@ -110,7 +106,7 @@ def make_prompts(model: LanguageModel, num_prompts: int, seed: int) -> list[Prom
     return [rng.choices(ids, k=length) for length in lengths]
 
 
-def serve(folder: str | None, port: int) -> None:
+def serve(folder: Path, port: int) -> None:
     """Serve the model until the process is terminated."""
     import uvicorn
 
@@ -118,11 +114,11 @@ def serve(folder: str | None, port: int) -> None:
     from serving.service import InferenceService
 
     # No prompt comes twice, so a cache would only take memory.
-    service = InferenceService(load_model(folder), num_slots=16, prompt_cache_bytes=0)
+    service = InferenceService(load_model(folder), num_slots=NUM_SLOTS, prompt_cache_bytes=0)
     uvicorn.run(create_api(service), port=port, log_level="error")
 
 
-def run_side(side: str, folder: str | None, max_tokens: int, pipe: Connection) -> None:
+def run_side(side: str, folder: Path, max_tokens: int, pipe: Connection) -> None:
     """Generate in this process, one request after the other or in batches of transformers; send rate and tokens."""
     model = load_model(folder)
     prompts = make_prompts(model, 16, seed=1)
@@ -175,9 +171,7 @@ def run_continuous(
     return [list(result.generated_tokens) for result in results.values()]
 
 
-def measure_side(
-    side: str, folder: str | None, max_tokens: int
-) -> tuple[float, list[Prompt]] | None:
+def measure_side(side: str, folder: Path, max_tokens: int) -> tuple[float, list[Prompt]] | None:
     """Run a side in a process of its own; None if it fails, which its output explains."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -283,31 +277,50 @@ def wait_until_ready(url: str, is_alive: Callable[[], bool]) -> None:
             time.sleep(0.2)
 
 
-def measure_server(folder: str | None, num_clients: int, max_tokens: int) -> dict[str, Any]:
-    """Serve in a process of its own, and load it."""
-    model = load_model(folder)
+@contextmanager
+def start_server(command: Sequence[str | Path], url: str) -> Iterator[psutil.Process]:
+    """Run a server while the block runs; yield its process when it answers."""
+    # One thread of OpenMP, which vLLM would choose and pin by itself.
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
+    with subprocess.Popen(command, env={**os.environ, **environment}) as process:
+        try:
+            wait_until_ready(url, lambda: process.poll() is None)
+            yield psutil.Process(process.pid)
+        finally:
+            process.terminate()
+
+
+def count_cpu_seconds(server: psutil.Process) -> float:
+    """Return user and system time of a server and the processes that it has started."""
+    times = [process.cpu_times() for process in (server, *server.children(recursive=True))]
+    return float(sum(used.user + used.system for used in times))
+
+
+def measure_server(
+    command: Sequence[str | Path], model: LanguageModel, num_clients: int, max_tokens: int
+) -> dict[str, Any]:
+    """Start a server, and load it.
+
+    Args:
+        command: Its command; the port is added.
+        model: The model that it serves.
+        num_clients: Clients of the closed loop.
+        max_tokens: Length of each answer.
+    """
     port = find_free_port()
     url = f"http://127.0.0.1:{port}"
-    server = multiprocessing.get_context("spawn").Process(target=serve, args=(folder, port))
-    server.start()
-    try:
-        wait_until_ready(url, server.is_alive)
-        process = psutil.Process(server.pid)
+    with start_server([*command, "--port", str(port)], url) as server:
         # The first pass is for caches and branch predictors.
         run_closed_loop(url, make_prompts(model, num_clients, seed=2), num_clients, 8)
 
         prompts = make_prompts(model, 16, seed=1)
-        used = process.cpu_times()
+        used = count_cpu_seconds(server)
         start = time.monotonic()
         answers = run_closed_loop(url, prompts, num_clients, max_tokens)
         seconds = time.monotonic() - start
-        now = process.cpu_times()
-        cpu_seconds = now.user + now.system - used.user - used.system
+        cpu_seconds = count_cpu_seconds(server) - used
         rate = LOAD * len(prompts) / seconds
         open_loop = run_open_loop(url, make_prompts(model, 24, seed=3), rate, max_tokens)
-    finally:
-        server.terminate()
-        server.join()
     return {
         "tokens_per_cpu_second": round(len(prompts) * max_tokens / cpu_seconds, 1),
         "tokens_per_second": round(len(prompts) * max_tokens / seconds, 1),
@@ -317,39 +330,70 @@ def measure_server(folder: str | None, num_clients: int, max_tokens: int) -> dic
     }
 
 
+def count_identical(model: LanguageModel, answers: Sequence[Prompt], texts: Sequence[str]) -> str:
+    """Return how many texts are those of the answers alone."""
+    prompts = make_prompts(model, 16, seed=1)
+    alone = [
+        model.decode_continuation(prompt, answer)
+        for prompt, answer in zip(prompts, answers, strict=False)
+    ]
+    num_same = sum(a == b for a, b in zip(alone, texts, strict=False))
+    return f"{num_same}/{len(alone)}"
+
+
+def compare(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure all sides with an export."""
+    model = load_model(folder)
+    load = (model, options.clients, options.max_tokens)
+    ours = measure_server([sys.executable, __file__, "--model", folder], *load)
+    texts = ours.pop("texts")
+    result = {"benchmark": "serving_load", **ours}
+    rate = ours["tokens_per_cpu_second"]
+
+    result["vllm_ratio"] = None
+    if options.vllm.exists():
+        settings = ["--slots", str(NUM_SLOTS), "--kv-gib", "2", "--dtype", "float32"]
+        theirs = measure_server([options.vllm, folder, *settings], *load)
+        their_texts = theirs.pop("texts")
+        result["vllm_ratio"] = round(rate / theirs["tokens_per_cpu_second"], 2)
+        same = sum(a == b for a, b in zip(texts, their_texts, strict=True))
+        result["vllm"] = {**theirs, "same_as_ours": f"{same}/{len(texts)}"}
+
+    for side in ("serial", "transformers", "continuous"):
+        measured = measure_side(side, folder, options.max_tokens)
+        result[f"{side}_ratio"] = None if measured is None else round(rate / measured[0], 2)
+        if side == "serial" and measured is not None:
+            result["identical"] = count_identical(model, measured[1], texts)
+    return result
+
+
 def main() -> None:
-    """Measure all sides and print one line."""
+    """Measure all sides and print one line, or be one of them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", metavar="FOLDER", help="export; default: random weights")
+    parser.add_argument("--model", metavar="FOLDER", type=Path, help="default: random weights")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument(
+        "--vllm", metavar="FILE", type=Path, default=ROOT / ".venv-vllm/bin/ul2r-vllm"
+    )
+    parser.add_argument("--port", type=int, help="serve --model here until terminated")
     options = parser.parse_args()
 
     # One thread for every library, in the processes that are started from here.
     os.environ["OMP_NUM_THREADS"] = "1"
-    ours = measure_server(options.model, options.clients, options.max_tokens)
-    texts = ours.pop("texts")
-    result = {"benchmark": "serving_load", **ours}
-    rates = {
-        side: measure_side(side, options.model, options.max_tokens)
-        for side in ("serial", "transformers", "continuous")
-    }
-    for side, measured in rates.items():
-        ratio = None if measured is None else round(ours["tokens_per_cpu_second"] / measured[0], 2)
-        result[f"{side}_ratio"] = ratio
-
-    if (serial := rates["serial"]) is not None:
-        model = load_model(options.model)
-        prompts = make_prompts(model, 16, seed=1)
-        alone = [
-            model.decode_continuation(prompt, answer)
-            for prompt, answer in zip(prompts, serial[1], strict=False)
-        ]
-        num_same = sum(a == b for a, b in zip(alone, texts, strict=False))
-        result["identical"] = f"{num_same}/{len(alone)}"
-    print(json.dumps(result))
+    if options.port is not None:
+        serve(options.model, options.port)
+        return
+    with tempfile.TemporaryDirectory(prefix="ul2r-serving-load-") as temporary:
+        folder = options.model or write_random_export(
+            Path(temporary) / "export",
+            SMOLLM2,
+            train_tokenizer(TEXTS, 300, 8),
+            max_positions=SMOLLM2["max_position_embeddings"],
+        )
+        print(json.dumps(compare(folder, options)))
 
 
 if __name__ == "__main__":
