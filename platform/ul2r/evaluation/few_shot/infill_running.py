@@ -88,7 +88,13 @@ def run_infill_task(
                 form.build_prompt(p.left, p.right, task.entry.mode, _count_written(model, task, p))
                 for p in chunk
             ]
-            written = _write(model, form, task, list(zip(chunk, prompts, strict=True)), settings)
+            pairs = list(zip(chunk, prompts, strict=True))
+            written = [[""] * settings.samples for _ in chunk]
+            ended = _write(model, form, task, pairs, settings)
+            # Texts arrive as they end: on a CPU the bar would otherwise stand still for many minutes.
+            for count, (place, sample, text) in enumerate(ended, start=1):
+                written[place][sample] = text
+                bar.update(start + count // settings.samples)
             values = list(_score(task.entry, chunk, written))
             if task.entry.kind == "sentence":
                 losses = _score_targets(model, form, chunk, prompts)
@@ -97,7 +103,6 @@ def run_infill_task(
                 zip(chunk, written, values, strict=True), start=start
             ):
                 rows += _make_rows(task.entry, number, problem, texts, scores, settings.seeds[0])
-            bar.update(start + len(chunk))
 
     names = [row["metric"] for row in rows]
     means = {
@@ -121,8 +126,8 @@ def _write(
     task: LoadedInfillTask,
     chunk: Sequence[tuple[Problem, InfillPrompt]],
     settings: FewShot,
-) -> list[list[str]]:
-    """Return the texts that the model writes for each problem."""
+) -> Iterator[tuple[int, int, str]]:
+    """Yield place of the problem, number of the sample and text of each text that the model writes, as they end."""
     sees_right = form.reading != "left"
     requests = []
     for problem, prompt in chunk:
@@ -140,13 +145,11 @@ def _write(
             )
             requests.append(build_request(prompt, task.entry.max_tokens, sampling, has_ended))
 
-    texts: list[list[str]] = [[""] * settings.samples for _ in chunk]
     for index, outcome in generate_batch(model, requests, bidirectional=form.bidirectional):
         place, sample = divmod(index, settings.samples)
         problem, prompt = chunk[place]
         text = model.decode_continuation(prompt.before, outcome.spans[0])
-        texts[place][sample] = cut_text(task.entry, problem, text, sees_right=sees_right)
-    return texts
+        yield place, sample, cut_text(task.entry, problem, text, sees_right=sees_right)
 
 
 def _make_seed(seed: int, problem: Problem, sample: int) -> int:

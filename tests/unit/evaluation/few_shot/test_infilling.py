@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from ul2r.config.few_shot import FewShot
 from ul2r.errors import CorpusError, RequestError
+from ul2r.evaluation.few_shot import infill_running
 from ul2r.evaluation.few_shot.infill_problems import (
     Problem,
     cut_text,
@@ -178,6 +180,26 @@ def test_task_is_run_and_scored_item_by_item(model: LanguageModel, reading: str)
     assert means["pass@1"] == 0
     again, _ = run_infill_task(model, InfillForm(model, start, settings), task, settings)
     assert again == rows
+
+
+def test_progress_is_shown_text_by_text(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hundreds are in memory at a time, and take a CPU many minutes."""
+    shown: list[float] = []
+
+    class Bar:
+        def update(self, completed: float) -> None:
+            shown.append(completed)
+
+    monkeypatch.setattr(infill_running, "show_progress", lambda *_: nullcontext(Bar()))
+    assert model.vocabulary is not None
+    entry = CODE["single_line"].model_copy(update={"max_tokens": 6})
+    task = LoadedInfillTask(entry, rows_of(entry), "data")
+    settings = FewShot.model_validate({"samples": 2, "temperature": 1.0})
+    form = InfillForm(model, DocumentStart((), model.vocabulary.eos), settings)
+    run_infill_task(model, form, task, settings)
+    assert shown == [0, 0, 1, 1, 2, 2, 3]
 
 
 def test_greedy_text_is_that_of_infilling_as_it_is_served(model: LanguageModel) -> None:
