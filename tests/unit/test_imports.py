@@ -101,7 +101,7 @@ PLACES = {
         "serving/",
         "benchmarks/",
     ),
-    "safetensors": ("model/huggingface/", "inference/", "benchmarks/"),
+    "safetensors": ("model/huggingface/", "inference/", "testing/exports", "benchmarks/"),
     "transformers": (
         "data/chat_template",
         "model/huggingface/",
