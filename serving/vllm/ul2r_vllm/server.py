@@ -8,7 +8,9 @@ FOLDER is an export. One process tree on one machine, until Ctrl-C; on a Ray clu
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+from contextlib import closing, suppress
 from pathlib import Path
 
 import uvicorn
@@ -69,8 +71,10 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201  the command's own message
         return EXIT_USER_ERROR
-    uvicorn.run(create_api(service), host=host, port=port, log_level="warning")
-    service.close()
+    # uvicorn passes a signal on when it has shut down: the default would end this process before vLLM's others.
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    with closing(service), suppress(KeyboardInterrupt):
+        uvicorn.run(create_api(service), host=host, port=port, log_level="warning")
     return 0
 
 
