@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 from typing import Any, Literal
 
 from ul2r.config.few_shot import FewShot
@@ -28,12 +29,20 @@ class InfillPrompt:
         opener: Sentinel in front of the gap's text, if there is one.
         closers: Tokens that end it.
         before: Tokens of the left side, behind which it is decoded.
+        held_back: White space at the end of the left side that the model writes itself: most tokenizers have it in one
+            token with what follows, so a prompt that ends in it is like no text that the model knows.
     """
 
     inputs: tuple[int, ...]
     opener: tuple[int, ...]
     closers: tuple[int, ...]
     before: tuple[int, ...]
+    held_back: str = ""
+
+    def remove_held_back(self, text: str) -> str:
+        """Return a written text without the white space that belongs to the left side, as far as it begins with it."""
+        shared = commonprefix((text, self.held_back))  # noqa: RUF071  characters, as wanted
+        return text[len(shared) :]
 
 
 class InfillForm:
@@ -82,12 +91,18 @@ class InfillForm:
             RequestError: If these leave no room for a text, or the model has no such mode.
         """
         model = self._model
-        before = [*self._start.prefix, *model.encode(left)] if left else []
+        # The other readings are those of serving, which shows a text as it is.
+        shown = left.rstrip() if self.reading == "left" else left
+        before = [*self._start.prefix, *model.encode(shown)] if shown else []
         after = model.encode_continuation(right) if right else []
         if self.reading == "left":
             before, _ = self._cut(before or [self._start.empty], [], num_written)
             return InfillPrompt(
-                tuple(before), (), tuple(sorted(model.eos_token_ids)), tuple(before)
+                inputs=tuple(before),
+                opener=(),
+                closers=tuple(sorted(model.eos_token_ids)),
+                before=tuple(before),
+                held_back=left[len(shown) :],
             )
 
         vocabulary = model.vocabulary
@@ -142,7 +157,7 @@ def resolve_infilling(settings: FewShot, metadata: ExportMetadata) -> dict[str, 
         "mode": mode if reading == "both" else "none",
         "attention": metadata.attention if is_prefix else "causal",
         "sentinel": False,
-        "trailing_space": "continuation",
+        "trailing_space": "continuation" if reading == "left" else "context",
         "eos": False,
     }
 

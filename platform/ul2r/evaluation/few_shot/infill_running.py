@@ -116,8 +116,9 @@ def _count_written(model: LanguageModel, task: LoadedInfillTask, problem: Proble
     """Return the tokens that a gap may take: the task's limit, or more if the true text is longer."""
     if task.entry.kind == "code":
         return task.entry.max_tokens
-    # It is scored as well.
-    return max(task.entry.max_tokens, len(model.encode_continuation(problem.target)))
+    # It is scored as well, maybe behind white space of the left side.
+    held_back = problem.left[len(problem.left.rstrip()) :]
+    return max(task.entry.max_tokens, len(model.encode_continuation(held_back + problem.target)))
 
 
 def _write(
@@ -136,7 +137,7 @@ def _write(
             def has_ended(
                 ids: Sequence[int], problem: Problem = problem, prompt: InfillPrompt = prompt
             ) -> bool:
-                text = model.decode_continuation(prompt.before, ids)
+                text = _decode(model, prompt, ids)
                 return is_complete(task.entry, problem, text, sees_right=sees_right)
 
             sampling = SamplingSettings(
@@ -148,8 +149,13 @@ def _write(
     for index, outcome in generate_batch(model, requests, bidirectional=form.bidirectional):
         place, sample = divmod(index, settings.samples)
         problem, prompt = chunk[place]
-        text = model.decode_continuation(prompt.before, outcome.spans[0])
+        text = _decode(model, prompt, outcome.spans[0])
         yield place, sample, cut_text(task.entry, problem, text, sees_right=sees_right)
+
+
+def _decode(model: LanguageModel, prompt: InfillPrompt, ids: Sequence[int]) -> str:
+    """Return what the model wrote into the gap."""
+    return prompt.remove_held_back(model.decode_continuation(prompt.before, ids))
 
 
 def _make_seed(seed: int, problem: Problem, sample: int) -> int:
@@ -186,12 +192,15 @@ def _score_targets(
     prompts: Sequence[InfillPrompt],
 ) -> list[dict[str, float]]:
     """Return the loss of each problem's true text."""
-    targets = [model.encode_continuation(problem.target) for problem in chunk]
+    targets = [
+        model.encode_continuation(prompt.held_back + problem.target)
+        for problem, prompt in zip(chunk, prompts, strict=True)
+    ]
     rows = [build_row(prompt, target) for prompt, target in zip(prompts, targets, strict=True)]
     losses: list[dict[str, float]] = [{} for _ in chunk]
     for batch in score_rows(model, rows, bidirectional=form.bidirectional):
         for index, score in batch:
-            num_bytes = len(chunk[index].target.encode())
+            num_bytes = len((prompts[index].held_back + chunk[index].target).encode())
             losses[index] = {
                 "loss": -score.log_probability / len(targets[index]),
                 # Of models with other tokens, too.

@@ -125,7 +125,8 @@ def make_label(form: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         parts.append(form["mode"])
     parts.append(form["attention"])
     parts += [key for key in ("sentinel", "eos") if form[key]]
-    if form["trailing_space"] == "context":
+    # That of infilling follows from its reading.
+    if form["trailing_space"] == "context" and "reading" not in form:
         parts.append("space")
 
     tasks = settings["tasks"]

@@ -85,10 +85,26 @@ def test_each_model_reads_what_it_was_trained_to_read(model: LanguageModel) -> N
     assert (fim.opener, fim.closers) == ((third,), (vocabulary.eos,))
 
     alone = prompt_of(view(model, denoising=False), LEFT, RIGHT)
-    assert alone.inputs == tuple(left)
+    assert alone.inputs == tuple(model.encode(LEFT.rstrip()))
     assert alone.opener == ()
     # No text at all is read as an empty document.
     assert prompt_of(view(model, denoising=False), "", RIGHT).inputs == (vocabulary.eos,)
+
+
+def test_a_model_that_sees_the_left_side_alone_writes_white_space_before_the_gap(
+    model: LanguageModel,
+) -> None:
+    """A tokenizer has newline and indentation as one token: no text ends in a newline and goes on with spaces."""
+    left = "if wet:\n    "
+    prompt = prompt_of(model, left, RIGHT, reading="left")
+    assert prompt.before == prompt.inputs == tuple(model.encode("if wet:"))
+    assert prompt.held_back == "\n    "
+    assert prompt.remove_held_back("\n    return") == "return"
+    assert prompt.remove_held_back("\n  return") == "return"
+    assert prompt.remove_held_back(" # rain\n    return") == " # rain\n    return"
+    assert prompt.remove_held_back("\n") == ""
+    # As it is served.
+    assert prompt_of(model, left, RIGHT).before == tuple(model.encode(left))
 
 
 def test_reading_that_a_model_was_not_trained_for_is_refused(model: LanguageModel) -> None:
