@@ -66,7 +66,9 @@ def _serve(api: FastAPI) -> Iterator[str]:
         thread.join()
 
 
-@pytest.fixture(scope="session")
+# Not of the session: as long as Playwright runs, its loop is that of the main thread, and the `asyncio.run` of the
+# tests that follow would be refused.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     if CHROMIUM is None:
         pytest.skip("no browser here: apt install chromium")
