@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rapidfuzz.distance import Levenshtein
 
 from ul2r.config import Evaluation
-from ul2r.data.sampling.held_out_windows import select_windows
+from ul2r.data.sampling.held_out_windows import iter_windows
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.inference import LanguageModel, max_infill_slots
 from ul2r.inference.batch_generation import BatchRequest, generate_batch
@@ -23,6 +23,8 @@ NUM_EXAMPLES = 3
 """Of each kind."""
 MAX_WORDS = 4
 """Words that are taken out of a text."""
+NUM_OTHER_TOKENS = 16
+"""Room for mode, sentinels and eos."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,10 @@ def choose_examples(
     Args:
         model: The model; one that cannot infill gets continuations only.
         dataset: Its token store.
-        settings: The texts are as long as its infilling examples.
+        settings: The texts are as long as its infilling examples, or two thirds of the model's longest sequence.
+
+    Returns:
+        Fewer than `NUM_EXAMPLES` of each kind, or none, if few texts of that length are held out.
     """
     infillings = list(_iter_candidates(model, dataset, settings))
     if not infillings:
@@ -72,11 +77,14 @@ def _iter_candidates(
 ) -> Iterator[Candidate]:
     """Yield texts of whole words without some words in their middle."""
     generator = random.Random(0)
-    length = 2 * settings.infill_context_length + settings.infill_span_length
-    windows = select_windows(dataset.held_out, NUM_TEXTS, length, dataset.vocabulary.eos)
-    for window in windows.tolist():
+    max_length = model.max_position_embeddings
+    # The answer, of up to twice the words' tokens, needs room as well.
+    length = min(
+        2 * settings.infill_context_length + settings.infill_span_length, 2 * max_length // 3
+    )
+    for window in iter_windows(dataset.held_out, NUM_TEXTS, length, dataset.vocabulary.eos):
         # Windows begin and end anywhere: inside a word, or a character.
-        _, _, text = model.decode(window).partition(" ")
+        _, _, text = model.decode(window.tolist()).partition(" ")
         text = text.rpartition(" ")[0]
         ends = [0, *(word.end() for word in re.finditer(r"\S+", text))]
         num_words = generator.randint(1, MAX_WORDS)
@@ -85,7 +93,9 @@ def _iter_candidates(
         if not 0 < first < first + num_words < len(ends) - 1:
             continue
         begin, end = ends[first], ends[first + num_words]
-        yield Candidate(text[:begin], text[begin:end], text[end:])
+        num_tokens = len(model.encode(text)) + len(model.encode_continuation(text[begin:end]))
+        if num_tokens + NUM_OTHER_TOKENS <= max_length:
+            yield Candidate(text[:begin], text[begin:end], text[end:])
 
 
 def _answer(model: LanguageModel, candidates: list[Candidate]) -> list[str]:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
+import pytest
+
 from ul2r.config import Recipe
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.evaluation.examples import NUM_EXAMPLES, Candidate, choose_best, choose_examples
 from ul2r.inference import LanguageModel, complete, infill
+from ul2r.testing.corpus import make_tiny_store
+from ul2r.testing.models import write_tiny_export
 
 
 def test_answers_are_those_that_are_served(
@@ -33,6 +40,34 @@ def test_a_causal_model_gets_continuations_only(
     examples = choose_examples(causal_model, dataset, recipe.evaluation)
 
     assert [example.right for example in examples] == [""] * NUM_EXAMPLES
+
+
+@pytest.mark.parametrize("max_positions", [24, 48, 64])
+def test_a_model_of_short_rows_gets_shorter_texts_or_none(
+    dataset: TokenDataset, recipe: Recipe, tmp_path: Path, max_positions: int
+) -> None:
+    """Its scores would otherwise be lost, since examples are the last thing that is made of a loaded model."""
+    folder = write_tiny_export(tmp_path, num_sentinels=16, max_positions=max_positions)
+    shutil.copy(dataset.tokenizer_file, folder)
+    model = LanguageModel.load(folder)
+    settings = recipe.evaluation.model_copy(
+        update={"infill_context_length": max_positions // 2 - 4}
+    )
+
+    examples = choose_examples(model, dataset, settings)
+
+    assert len(examples) == (0 if max_positions == 24 else 2 * NUM_EXAMPLES)
+
+
+def test_held_out_text_of_too_short_documents_gives_no_examples(
+    ul2r_model: LanguageModel, recipe: Recipe, tmp_path: Path
+) -> None:
+    """The metrics look for such texts in smaller parts, and may have found some."""
+    dataset = make_tiny_store(
+        tmp_path, num_documents=200, num_sentences=1, vocabulary_size=308, num_sentinels=16
+    )
+
+    assert choose_examples(ul2r_model, dataset, recipe.evaluation) == ()
 
 
 def test_the_best_are_the_most_alike_and_of_those_the_longest() -> None:

@@ -39,7 +39,7 @@ def select_windows(
     Raises:
         CorpusError: If there are fewer than two windows; a standard error needs at least two.
     """
-    windows = list(_iter_windows(store, max_windows, length, excluded_token))
+    windows = list(iter_windows(store, max_windows, length, excluded_token))
     if len(windows) < MIN_MEASURED:
         within = " within one document" if excluded_token is not None else ""
         raise CorpusError(
@@ -93,7 +93,7 @@ def _count(recipe: Recipe, dataset: TokenDataset) -> tuple[int, int, int]:
     """Return the rows of a held-out split, its examples of infilling, up to the wanted number, and their length."""
     num_rows = len(dataset.held_out) // recipe.objective.max_raw_length
     length = 2 * recipe.evaluation.infill_context_length + recipe.evaluation.infill_span_length
-    examples = _iter_windows(
+    examples = iter_windows(
         dataset.held_out,
         recipe.evaluation.num_infill_examples,
         length,
@@ -102,7 +102,7 @@ def _count(recipe: Recipe, dataset: TokenDataset) -> tuple[int, int, int]:
     return num_rows // recipe.objective.slots_per_row, sum(1 for _ in examples), length
 
 
-def _iter_windows(
+def iter_windows(
     store: TokenSource, max_windows: int, length: int, excluded_token: int | None
 ) -> Iterator[TokenArray]:
     """Yield the windows of `select_windows`, however few."""
