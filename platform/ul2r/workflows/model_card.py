@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -165,7 +166,9 @@ def _describe_origin(metadata: ExportMetadata) -> str:
 def _insert(text: str, scores: Scores) -> str:
     """Return a card's text with the scores in front of the recipe."""
     # A card that somebody has edited may have no recipe any more: scores then go to its end.
-    before, heading, recipe = text.partition(RECIPE_HEADING)
+    before, heading, recipe = text.rpartition(RECIPE_HEADING)  # an example may have such a line
+    if not heading:
+        before, recipe = recipe, ""
     before = before.split(SCORES_HEADING)[0]  # drops older scores
     rows = [
         f"| {name} | {score.format(4).replace(' ± ', ' | ')} |"
@@ -181,11 +184,13 @@ def _insert(text: str, scores: Scores) -> str:
 
 
 def _write_out(examples: Sequence[Example]) -> str:
-    texts = [f"~~~~text\n{text.left}⟦{text.answer}⟧{text.right}\n~~~~" for text in examples]
+    texts = [f"{text.left}⟦{text.answer}⟧{text.right}" for text in examples]
+    # Longer than any in the texts, whose own would end the block.
+    fence = max(["~~~", *re.findall("~+", "".join(texts))], key=len) + "~"
     return "\n\n".join(
         [
             "Of some held-out texts, those in which the model writes best what was taken out; ⟦its words⟧:",
-            *texts,
+            *(f"{fence}text\n{text}\n{fence}" for text in texts),
         ]
     )
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from markdown_it import MarkdownIt
 
 from ul2r.config import Recipe
 from ul2r.data.store.dataset import TokenDataset
@@ -120,6 +121,21 @@ def test_examples_are_shown_and_written_for_the_server(
     (folder / "examples.json").write_text('[{"left": 1}]')
     with pytest.raises(CheckpointError, match=r"examples\.json cannot be read .*: remove it"):
         read_examples(folder)
+
+
+def test_examples_may_look_like_parts_of_a_card(recipe: Recipe, dataset: TokenDataset) -> None:
+    """Held-out text may be of READMEs, whose headings are underlined with tildes or about recipes."""
+    folder = export_folder(recipe)
+    write_card(folder, recipe, dataset, METADATA)
+    text = "Cake\n~~~~\n\n## Recipe\n\n<b>Flour"
+    for word in (" salted", " sweetened"):
+        add_scores(folder, replace(scores(9.5), examples=(Example(text, "", word),)))
+
+    card = (folder / "README.md").read_text()
+    blocks = [token for token in MarkdownIt("commonmark").parse(card) if token.type == "fence"]
+    assert f"{text}⟦ sweetened⟧\n" in [block.content for block in blocks]
+    assert "salted" not in card
+    assert card.count("## Training") == card.count("## Held-out text") == 1
 
 
 def test_an_export_that_is_written_again_has_the_stored_examples(
