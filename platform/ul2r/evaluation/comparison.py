@@ -82,6 +82,8 @@ def find_origins(
 ) -> dict[Role, str]:
     """Return the base that each column comes from: the first of its ancestors that has none, or is no column.
 
+    The column "base" comes from itself, even if it continues a model that is no column.
+
     Args:
         recipes: Runs by column.
         pretrained: Models that are measured as they are, which have no base.
@@ -92,7 +94,7 @@ def find_origins(
         # Of several runs each step is to another one.
         for _ in recipes:
             base = recipes[origin].base if origin in recipes else None
-            if base is not None:
+            if base is not None and origin != "base":
                 origin = _find_column(base, recipes, pretrained) or str(base)
         origins[role] = origin
     return origins

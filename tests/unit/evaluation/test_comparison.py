@@ -283,6 +283,17 @@ def test_columns_come_from_the_first_of_their_ancestors(
     }
 
 
+def test_a_base_with_a_base_of_its_own_is_the_origin_of_its_arms(
+    comparable: Callable[..., dict[Role, Recipe]],
+) -> None:
+    """Otherwise the plot has no lines from it to them, and no note has their tokens beyond its own."""
+    base, control, ul2r = comparable("ul2r").values()
+    base = base.model_copy(update={"base": HuggingFaceBase(hf="/models/llama")})
+    recipes = {"base": base, "control": control, "ul2r": ul2r}
+
+    assert find_origins(recipes, {}) == dict.fromkeys(recipes, "base")
+
+
 def test_a_base_that_was_trained_again_is_noted() -> None:
     stale = replace(arm("ul2r"), has_other_base=True)
     assert not any("other weights" in note for note in table(arm("base"), arm("ul2r")).notes())
