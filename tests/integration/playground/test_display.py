@@ -104,3 +104,15 @@ def test_the_page_may_load_and_send_nothing_elsewhere(page: Page, site: Site) ->
     )
 
     assert blocked.startswith(site.locked_url)
+    directive = page.evaluate(
+        """url => new Promise(resolve => {
+          document.addEventListener("securitypolicyviolation", event => resolve(event.effectiveDirective));
+          setTimeout(() => resolve("sent"), 10000);
+          const form = document.createElement("form");
+          form.action = url;
+          document.body.append(form);
+          form.submit();
+        })""",
+        site.locked_url,
+    )
+    assert directive == "form-action"
