@@ -32,6 +32,9 @@ def is_base_current(recipe: Recipe) -> bool:
 
 def has_other_base(recipe: Recipe, base: ExportMetadata) -> bool:
     """Return whether a run began with another checkpoint than its base's export is of, as far as both are known."""
+    # A run that began with a folder has recorded a digest of that, even if the folder is an export of this project.
+    if not isinstance(recipe.base, str):
+        return False
     began = _find_base_id(recipe)
     return began is not None and base.checkpoint is not None and began != base.checkpoint
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from ul2r.config import Recipe, load
+from ul2r.config import HuggingFaceBase, Recipe, load
 from ul2r.config.ladder import Ladder
 from ul2r.errors import CheckpointError
 from ul2r.inference import read_export_metadata
+from ul2r.model.huggingface.safetensors_reader import SafetensorsReader
 from ul2r.testing.models import write_tiny_export
 from ul2r.train.checkpoint.layout import LATEST_FILE, checkpoint_name
 from ul2r.train.checkpoint.metadata import CheckpointInfo
@@ -92,3 +93,14 @@ def test_damaged_checkpoints_are_skipped_and_unknown_bases_are_no_others(
     assert not has_other_base(new.recipe, second)
     # An export of another tool has no record of its checkpoint.
     assert not has_other_base(arm.recipe, replace(second, checkpoint=None))
+
+
+def test_folder_of_an_export_is_no_other_base(runs: list[LadderRun]) -> None:
+    """A run that continues one has recorded a digest of the folder, not the checkpoint."""
+    base, arm = runs[:2]
+    export = base.recipe.paths.export
+    recipe = arm.recipe.model_copy(update={"base": HuggingFaceBase(hf=str(export))})
+    with SafetensorsReader(export, "llama") as reader:
+        write_checkpoint(recipe, base_id=reader.identity, step=9)
+
+    assert not has_other_base(recipe, read_export_metadata(export))
