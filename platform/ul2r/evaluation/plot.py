@@ -167,7 +167,8 @@ def _plot_curves(
             )
 
     for arm in arms:
-        if arm.metadata.role != "ul2r":
+        # A recipe in the column of that role need not name it.
+        if "ul2r" not in (arm.role, arm.metadata.role):
             continue
         # A run that was never validated has an empty curve, and a base that is no column has none.
         base, ul2r = curves.get(arm.origin), curves.get(arm.role)

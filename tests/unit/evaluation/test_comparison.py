@@ -5,12 +5,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from ul2r.config import HuggingFaceBase, Recipe
 from ul2r.data.sampling.order import DataOrder, DataUse
 from ul2r.errors import RecipeError
+from ul2r.evaluation import plot
 from ul2r.evaluation.comparison import (
     ROLES,
     Arm,
@@ -151,6 +154,32 @@ def test_the_plot_is_drawn_with_and_without_losses_during_training(
     header = path.read_bytes()[:24]
     assert (int.from_bytes(header[16:20]), int.from_bytes(header[20:24])) == (1600, 900)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_dotted_lines_join_bases_to_their_ul2r_versions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those in the column ul2r, and those of other columns whose recipes have that role."""
+    figures: list[Figure] = []
+    monkeypatch.setattr(plot, "save_figure", lambda figure, _: figures.append(figure))
+    without_role = replace(arm("ul2r"), metadata=replace(arm("ul2r").metadata, role=None))
+    arms = [
+        arm("base"),
+        arm("control"),
+        without_role,
+        replace(arm("base"), role="small", origin="small"),
+        replace(arm("ul2r"), role="small-ul2r", origin="small"),
+    ]
+    curves = {
+        found.role: LossCurve((1.0, 2.0 + place), (5.0, 4.0), (6.0, 5.0))
+        for place, found in enumerate(arms)
+    }
+
+    plot_comparison(tmp_path / "plot.png", table(*arms), curves, ["S"])
+
+    lines = [line for axes in figures[0].axes for line in axes.get_lines()]
+    dotted = [np.asarray(line.get_xdata()) for line in lines if line.get_linestyle() == ":"]
+    assert [ends.tolist() for ends in dotted] == [[2, 4], [2, 4], [5, 6], [5, 6]]
 
 
 def test_columns_of_any_name_have_colors_and_bars_of_their_own(tmp_path: Path) -> None:
