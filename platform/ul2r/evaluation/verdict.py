@@ -40,18 +40,20 @@ def describe_verdict(table: ComparisonTable) -> list[str]:
     return [
         f"From {origin}: {paragraph}"
         for origin, arms in several.items()
-        for paragraph in _describe_family(table.metrics, [*alone, *arms])
+        for paragraph in _describe_family(table.metrics, arms, alone)
     ]
 
 
-def _describe_family(metrics: Sequence[Metric], arms: Sequence[Arm]) -> list[str]:
-    """Return a paragraph for each arm that UL2R, or else the last arm, is compared with."""
+def _describe_family(
+    metrics: Sequence[Metric], arms: Sequence[Arm], others: Sequence[Arm] = ()
+) -> list[str]:
+    """Return a paragraph for each arm, and each of the others, that UL2R, or else the last arm, is compared with."""
     trained = [arm for arm in arms if arm.metadata.role == "ul2r"]
     subject = next((arm for arm in arms if arm.role == "ul2r"), [*arms, *trained][-1])
     name = "UL2R" if subject.role == "ul2r" else subject.role
     return [
         f"{name} against {OTHERS.get(other.role, other.role)}: {_compare(metrics, subject, other)}"
-        for other in arms
+        for other in (*others, *arms)
         if other.role != subject.role
     ]
 

@@ -97,3 +97,19 @@ def test_runs_of_several_bases_are_compared_with_those_of_their_own() -> None:
         "From large: UL2R against large",
         "From large: UL2R against late",
     ]
+
+
+def test_a_run_without_its_base_is_no_subject_of_other_bases() -> None:
+    families = [
+        replace(make_arm(f"{size}{arm}", 3, 0.1), origin=size)
+        for size in ("small", "large")
+        for arm in ("", "-control")
+    ]
+    alone = make_arm("alone", 3, 0.1)
+    alone = replace(alone, origin="gone", metadata=replace(alone.metadata, role="ul2r"))
+    assert [sentence.partition(": better")[0] for sentence in read(*families, alone)] == [
+        "From small: small-control against alone",
+        "From small: small-control against small",
+        "From large: large-control against alone",
+        "From large: large-control against large",
+    ]
