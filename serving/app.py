@@ -186,7 +186,7 @@ def build(config: ServingConfig) -> Application:
     """Return the application of one model, or of several; their folders are checked before anything starts.
 
     Raises:
-        CheckpointError: If a folder is not an export, or two have the same name.
+        CheckpointError: If a folder is not an export, its examples are damaged, or two have the same name.
         ServiceError: If the registry cannot be reached or has no such model, or the file of keys cannot be used.
     """
     # Here in one line, not in a replica with a traceback; on a cluster the file may be on its nodes only.
@@ -197,6 +197,7 @@ def build(config: ServingConfig) -> Application:
         # Resolved here and not in a replica: an alias that moves later does not change what restarted replicas serve.
         folder = resolve_model(model, config.tracking_uri)
         name = read_export_metadata(folder).run
+        load_examples(folder)  # each replica does
         if name in folders:
             raise CheckpointError(
                 f"{folders[name]} and {folder} are both exports of a run {name!r}, and requests pick a model by that "

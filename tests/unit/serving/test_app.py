@@ -27,6 +27,7 @@ from serving.arguments import check_port, resolve_model
 from serving.asgi_call import BackendError, fetch
 from serving.gate import AccessConfig
 from ul2r.errors import CheckpointError, ServiceError
+from ul2r.model.export_examples import EXAMPLES_FILE
 from ul2r.paths import EXPORT_METADATA_FILE
 from ul2r.testing.models import write_tiny_export
 from ul2r.tracking.model_uri import is_model_uri
@@ -176,6 +177,13 @@ def test_keys_are_checked_before_anything_starts(tmp_path: Path) -> None:
 def test_the_builder_refuses_a_folder_that_is_not_an_export(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is not an export: it lacks config\.json"):
         build(ServingConfig(model=str(tmp_path)))
+
+
+def test_the_builder_refuses_damaged_examples(tmp_path: Path) -> None:
+    folder = write_tiny_export(tmp_path / "export")
+    (folder / EXAMPLES_FILE).write_text('["no object"]')
+    with pytest.raises(CheckpointError, match=r"examples\.json cannot be read .*: remove it"):
+        build(ServingConfig(model=str(folder)))
 
 
 def test_the_builder_refuses_a_link_to_itself(tmp_path: Path) -> None:
