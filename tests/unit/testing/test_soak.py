@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import time
+from typing import cast
 
 import pytest
 
+from ul2r.testing.soak import load
 from ul2r.testing.soak.cases import Answer, parse_events, read_answer
+from ul2r.testing.soak.load import Plan, Soak
+from ul2r.testing.soak.processes import Processes
 
 
 def chunk(text: str, index: int = 0, **fields: object) -> dict[str, object]:
@@ -69,3 +75,22 @@ def test_the_fills_of_an_infilling_are_its_pieces() -> None:
     assert read_answer([*pieces, end]) == read_answer([end])
     with pytest.raises(AssertionError):
         read_answer([*pieces[1:], end])
+
+
+def test_a_replica_that_is_not_replaced_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The soak ends all the same."""
+
+    class Killed:
+        num_missing = 1
+
+        def kill_one(self) -> None:
+            pass
+
+    monkeypatch.setattr(load, "PATIENCE_S", 0.0)
+    plan = Plan(port=9, cases=(), fragile="m", seconds=0.0, num_kills=1)
+    soak = Soak(plan, cast("Processes", Killed()))
+
+    asyncio.run(soak._kill(time.monotonic()))
+
+    assert soak._report.problems == ["no other replica 0 s after a kill"]
+    assert soak._report.recovery_seconds == []

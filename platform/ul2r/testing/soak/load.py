@@ -267,6 +267,9 @@ class Soak:
             self._outages.append(outage)
             self._processes.kill_one()
             while self._processes.num_missing or not await self._is_healthy():
+                if time.monotonic() - start > PATIENCE_S:
+                    self._report.complain(f"no other replica {PATIENCE_S:g} s after a kill")
+                    return
                 await asyncio.sleep(0.5)
             outage[1] = time.monotonic()
             self._report.recovery_seconds.append(outage[1] - start)
