@@ -58,7 +58,7 @@ test-vllm: $(ready) $(vllm)/.installed  ## test serving/vllm with vLLM for CPUs,
 
 # Not part of `test`: half a gigabyte of libraries, in an environment of their own.
 test-clients: $(ready)  ## clients of others against a served model: UL2R_URL=http://127.0.0.1:8000, UL2R_KEY
-	@test -x .venv-clients/bin/llm || { python3 -m venv .venv-clients && .venv-clients/bin/pip install -qq --disable-pip-version-check litellm llm langchain-openai 'lm-eval[api]>=0.4.13,<0.5' pytest; }
+	@test -x .venv-clients/bin/lm_eval || { python3 -m venv .venv-clients && .venv-clients/bin/pip install -qq --disable-pip-version-check litellm llm langchain-openai 'lm-eval[api]>=0.4.13,<0.5' pytest; }
 	@.venv-clients/bin/python -m pytest -c /dev/null --rootdir tests/clients --noconftest -p no:cacheprovider -W ignore tests/clients $(ARGS)
 
 check: $(ready)  ## check lint, format and types; change nothing
