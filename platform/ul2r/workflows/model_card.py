@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -13,7 +11,7 @@ from ul2r.data.store.dataset import TokenDataset
 from ul2r.evaluation.scores import Scores
 from ul2r.evaluation.stored_scores import load_scores
 from ul2r.filesystem import write_atomically
-from ul2r.model.export_examples import Example, write_examples
+from ul2r.model.export_examples import write_examples
 from ul2r.model.export_metadata import ExportMetadata
 from ul2r.paths import EXPORT_METADATA_FILE, MODEL_CARD_FILE
 
@@ -97,7 +95,7 @@ print(tokenizer.decode(tokens[0], skip_special_tokens=True))
 def write_card(
     folder: Path, recipe: Recipe, dataset: TokenDataset, metadata: ExportMetadata
 ) -> None:
-    """Write the card of an export, with scores and examples of its run if there are any yet."""
+    """Write the card of an export, with the scores of its run if there are any yet, and examples for the server."""
     sections = [
         _write_header(recipe),
         f"# {recipe.name}",
@@ -146,7 +144,10 @@ def describe_use(metadata: ExportMetadata) -> str:
 
 
 def add_scores(folder: Path, scores: Scores) -> None:
-    """Put scores and examples into the card of an export, if it has one, and examples into a file for the server."""
+    """Put scores into the card of an export, if it has one, and examples into a file for the server.
+
+    Examples are held-out text of the corpus, which a card that may be published does not show.
+    """
     if scores.examples:
         write_examples(folder, scores.examples)
     path = folder / MODEL_CARD_FILE
@@ -166,9 +167,7 @@ def _describe_origin(metadata: ExportMetadata) -> str:
 def _insert(text: str, scores: Scores) -> str:
     """Return a card's text with the scores in front of the recipe."""
     # A card that somebody has edited may have no recipe any more: scores then go to its end.
-    before, heading, recipe = text.rpartition(RECIPE_HEADING)  # an example may have such a line
-    if not heading:
-        before, recipe = recipe, ""
+    before, heading, recipe = text.partition(RECIPE_HEADING)
     before = before.split(SCORES_HEADING)[0]  # drops older scores
     rows = [
         f"| {name} | {score.format(4).replace(' ± ', ' | ')} |"
@@ -177,22 +176,7 @@ def _insert(text: str, scores: Scores) -> str:
     section = "\n".join(
         [SCORES_HEADING, "", "| metric | mean | standard error |", "|---|---|---|", *rows]
     )
-    if scores.examples:
-        section += f"\n\n{_write_out(scores.examples)}"
-
     return f"{before}{section}\n\n{heading}{recipe}"
-
-
-def _write_out(examples: Sequence[Example]) -> str:
-    texts = [f"{text.left}⟦{text.answer}⟧{text.right}" for text in examples]
-    # Longer than any in the texts, whose own would end the block.
-    fence = max(["~~~", *re.findall("~+", "".join(texts))], key=len) + "~"
-    return "\n\n".join(
-        [
-            "Of some held-out texts, those in which the model writes best what was taken out; ⟦its words⟧:",
-            *(f"{fence}text\n{text}\n{fence}" for text in texts),
-        ]
-    )
 
 
 def _write_if_changed(path: Path, text: str) -> None:

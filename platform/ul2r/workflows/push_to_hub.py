@@ -10,7 +10,6 @@ from pathlib import Path
 
 from ul2r.config import Recipe
 from ul2r.errors import RecipeError, ServiceError
-from ul2r.model.export_examples import EXAMPLES_FILE
 from ul2r.paths import EXPORT_METADATA_FILE, MODEL_CARD_FILE, TOKENIZER_FILE
 
 logger = logging.getLogger(__name__)
@@ -26,10 +25,9 @@ FILES = [
     "additional_chat_templates/*.jinja",
     "custom_generate/*.py",
     EXPORT_METADATA_FILE,
-    EXAMPLES_FILE,
     MODEL_CARD_FILE,
 ]
-"""Files of an export that are uploaded; a folder may hold others, which are of this machine."""
+"""Files of an export that are uploaded; a folder may hold others, which are of this machine, and text of the corpus."""
 NEW_REPOSITORY = {".gitattributes"}
 """Files that the Hub puts into a new repository."""
 

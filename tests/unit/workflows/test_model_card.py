@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from markdown_it import MarkdownIt
 
 from ul2r.config import Recipe
 from ul2r.data.store.dataset import TokenDataset
@@ -102,9 +101,10 @@ def test_scores_do_not_create_a_missing_card(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_examples_are_shown_and_written_for_the_server(
+def test_examples_are_for_the_server_and_not_in_the_card(
     recipe: Recipe, dataset: TokenDataset
 ) -> None:
+    """They are text of the corpus, and the card may be published."""
     folder = export_folder(recipe)
     write_card(folder, recipe, dataset, METADATA)
     assert read_examples(folder) == ()
@@ -112,30 +112,12 @@ def test_examples_are_shown_and_written_for_the_server(
         examples = (Example("The sea was", ", and so was he.", word), Example("Once", "", word))
         add_scores(folder, replace(scores(9.5), examples=examples))
 
-    text = (folder / "README.md").read_text()
-    assert "The sea was⟦ calm⟧, and so was he." in text
-    assert "grey" not in text
-    assert text.index("⟦ calm⟧") < text.index("## Recipe")
+    assert "The sea was" not in (folder / "README.md").read_text()
     assert read_examples(folder) == examples
 
     (folder / "examples.json").write_text('[{"left": 1}]')
     with pytest.raises(CheckpointError, match=r"examples\.json cannot be read .*: remove it"):
         read_examples(folder)
-
-
-def test_examples_may_look_like_parts_of_a_card(recipe: Recipe, dataset: TokenDataset) -> None:
-    """Held-out text may be of READMEs, whose headings are underlined with tildes or about recipes."""
-    folder = export_folder(recipe)
-    write_card(folder, recipe, dataset, METADATA)
-    text = "Cake\n~~~~\n\n## Recipe\n\n<b>Flour"
-    for word in (" salted", " sweetened"):
-        add_scores(folder, replace(scores(9.5), examples=(Example(text, "", word),)))
-
-    card = (folder / "README.md").read_text()
-    blocks = [token for token in MarkdownIt("commonmark").parse(card) if token.type == "fence"]
-    assert f"{text}⟦ sweetened⟧\n" in [block.content for block in blocks]
-    assert "salted" not in card
-    assert card.count("## Training") == card.count("## Held-out text") == 1
 
 
 def test_an_export_that_is_written_again_has_the_stored_examples(
@@ -147,4 +129,3 @@ def test_an_export_that_is_written_again_has_the_stored_examples(
     write_card(export_folder(recipe), recipe, dataset, METADATA)
 
     assert read_examples(export_folder(recipe)) == examples
-    assert "Once⟦ upon⟧" in (export_folder(recipe) / "README.md").read_text()
