@@ -1,4 +1,4 @@
-"""Runs whose base was trained again are told from those whose base is as it was."""
+"""Runs whose base was trained again, and those whose base is as it was."""
 
 from __future__ import annotations
 
