@@ -10,9 +10,9 @@ server that runs before. Each repetition is a new run. One JSON line, medians:
     help_seconds                 `jobs/train.py --help`
     wrong_key_seconds            a recipe with an unknown key, to the end of the process
     dry_run_seconds              `--dry-run`, to the first line of its report
-    bare_first_step_seconds      the limit of the first: a program of Ray Train and Ray Data alone, whose two workers
-                                 import torch and Megatron-Core's GPT and read one batch
-    bare_torchrun_first_step_seconds  that of the second: two processes which import the same and add one number up
+    bare_first_step_seconds      a program of Ray Train and Ray Data alone, whose two workers import torch and
+                                 Megatron-Core's GPT and read one batch
+    bare_torchrun_first_step_seconds  two processes under torchrun which import the same and add one number up
     cpu_seconds                  user and system time of all processes of a command until then: on a machine that others
                                  use as well it varies less than the time on the clock
     by_process                   its parts above 0.3 s in the last repetition, summed over processes of one name
@@ -239,7 +239,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--bare", choices=("ray", "torchrun"), help="run a limit's program")
+    parser.add_argument("--bare", choices=("ray", "torchrun"), help="run a bare program")
     options = parser.parse_args()
     if options.bare:
         run_bare_ray() if options.bare == "ray" else run_bare_torchrun()
