@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 IGNORED_FIELDS_HEADER = "x-ignored-fields"
 Json = dict[str, Any]
 OR_STREAM: dict[int | str, Json] = {200: {"content": {"text/event-stream": {}}}}
-"""What the API's schema says of routes that answer in JSON or, if they are asked to, with a stream."""
+"""Entry in the OpenAPI schema of a route that can also stream."""
 
 
 def make_headers(request: Request) -> dict[str, str]:

@@ -17,8 +17,8 @@ def check_base(recipe: Recipe) -> None:
     """
     if not is_base_current(recipe):
         raise CheckpointError(
-            f"run {recipe.name!r} began with weights that its base {recipe.base!r} does not have any more, since that "
-            f"was trained again: remove {recipe.paths.folder} to train the run anew"
+            f"run {recipe.name!r} began with weights that its base {recipe.base!r} no longer has, since that was "
+            f"trained again: remove {recipe.paths.folder} and rerun"
         )
 
 

@@ -26,6 +26,7 @@ from ul2r.evaluation.measure import list_metrics
 from ul2r.evaluation.plot import plot_comparison
 from ul2r.evaluation.pretrained import PretrainedArm
 from ul2r.evaluation.report import Picture
+from ul2r.evaluation.scores import Scores
 from ul2r.evaluation.stored_scores import find_export
 from ul2r.evaluation.verdict import describe_verdict
 from ul2r.filesystem import write_atomically
@@ -122,16 +123,8 @@ def compare(comparison: Comparison) -> ComparisonResult:
             store, comparison.tracking.experiment, role, arm, scores[role], metrics=metrics
         )
 
-    origins = find_origins(recipes, models)
-    changed = _find_changed(recipes, models, metadata)
-    table = ComparisonTable(
-        name=comparison.name,
-        arms=tuple(
-            Arm(role, metadata[role], scores[role], origins[role], role in changed)
-            for role in roles
-        ),
-        metrics=metrics,
-    )
+    table_arms = _make_arms(recipes, models, metadata, scores)
+    table = ComparisonTable(name=comparison.name, arms=table_arms, metrics=metrics)
     run_ids = {role: run_ids[role] for role in roles}
     result = ComparisonResult(StoragePaths(comparison.storage).comparison(comparison.name), table)
     # The server is asked too: it may be another one than that of the last comparison.
@@ -163,6 +156,21 @@ def compare(comparison: Comparison) -> ComparisonResult:
     return replace(result, few_shot=few_shot.summary)
 
 
+def _make_arms(
+    recipes: Mapping[Role, Recipe],
+    models: Mapping[Role, HuggingFaceBase],
+    metadata: Mapping[Role, ExportMetadata],
+    scores: Mapping[Role, Scores],
+) -> tuple[Arm, ...]:
+    """Return the table's columns, in the order of the scores."""
+    origins = find_origins(recipes, models)
+    changed = _find_changed(recipes, models, metadata)
+    return tuple(
+        Arm(role, metadata[role], score, origins[role], role in changed)
+        for role, score in scores.items()
+    )
+
+
 def _find_changed(
     recipes: Mapping[Role, Recipe],
     models: Mapping[Role, HuggingFaceBase],
@@ -175,7 +183,7 @@ def _find_changed(
             changed.add(role)
             logger.warning(
                 "%s began with other weights than those of %s in this comparison, which was trained again, or further, "
-                "since: train it anew",
+                "since: train it again",
                 role,
                 parent,
             )

@@ -13,7 +13,7 @@ from ul2r.inference import LanguageModel
 KEY = "a-key-of-16-signs"
 PROMPT = "The <slot> was calm, and <slot> was he."
 EXAMPLES = ("The sea<slot>, and so was he.", "def area(width, height):\r\n    return")
-"""Those of the first model; the other was exported without."""
+"""Examples of the first model; the other was exported without any."""
 LONG = 4000
 """Tokens of an answer that takes seconds, so that it can be stopped before its end."""
 

@@ -159,7 +159,7 @@ def test_the_plot_is_drawn_with_and_without_losses_during_training(
 def test_dotted_lines_join_bases_to_their_ul2r_versions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those in the column ul2r, and those of other columns whose recipes have that role."""
+    """The column ul2r counts as one, and so does any other whose recipe has that role."""
     figures: list[Figure] = []
     monkeypatch.setattr(plot, "save_figure", lambda figure, _: figures.append(figure))
     without_role = replace(arm("ul2r"), metadata=replace(arm("ul2r").metadata, role=None))

@@ -74,7 +74,7 @@ def test_all_routes_are_tried(operations: dict[str, Any]) -> None:
 def test_what_the_schema_allows_is_answered_or_refused(
     operations: dict[str, Any], route: str
 ) -> None:
-    """What fits the schema may still not fit the model: then the refusal is an error object."""
+    """A request that fits the schema may still not fit the model: the refusal is an error object."""
     num_answered = 0
 
     @few

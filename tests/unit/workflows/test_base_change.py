@@ -75,8 +75,8 @@ def test_ladder_refuses_to_go_on_with_such_a_run(
     with pytest.raises(CheckpointError) as caught:
         ladder_run.complete_run(arm.recipe)
     assert str(caught.value) == (
-        f"run {arm.name!r} began with weights that its base {base.name!r} does not have any more, since that was "
-        f"trained again: remove {arm.recipe.paths.folder} to train the run anew"
+        f"run {arm.name!r} began with weights that its base {base.name!r} no longer has, since that was trained "
+        f"again: remove {arm.recipe.paths.folder} and rerun"
     )
 
 
