@@ -106,6 +106,19 @@ class _Router:
         except ClientDisconnect:
             # Nobody waits, or `BodyLimitMiddleware` has answered.
             return
+        # Serve cancels the call when its client leaves. Other servers, such as uvicorn, only tell `receive` of it.
+        answering = asyncio.create_task(self._answer(body, scope, receive, send))
+        leaving = asyncio.create_task(_wait_for_disconnect(receive))
+        try:
+            await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if answering.done():
+                answering.result()
+        finally:
+            for task in (answering, leaving):
+                task.cancel()
+            await asyncio.gather(answering, leaving, return_exceptions=True)
+
+    async def _answer(self, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
         record = current_record.get()
         is_started = False
         request = {key: scope[key] for key in SCOPE_KEYS if key in scope}
@@ -129,6 +142,12 @@ class _Router:
             if is_started:
                 raise
             await make_backend_response(error)(scope, receive, send)
+
+
+async def _wait_for_disconnect(receive: Receive) -> None:
+    # A body that was not read comes first.
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _read_body(scope: Scope, receive: Receive) -> bytes:

@@ -140,14 +140,16 @@ def test_without_any_model_there_is_no_list() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("server_cancels", [False, True])
 def test_the_log_names_the_model_and_prompt_of_a_client_that_leaves(
     service: InferenceService,
     backends: dict[str, Backend],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     stream: bool,
+    server_cancels: bool,
 ) -> None:
-    """While its model has not generated anything."""
+    """While its model has not generated anything. Serve cancels its call, uvicorn sends a message."""
     may_step = threading.Event()
     step = service.engine.engine.step
 
@@ -160,20 +162,22 @@ def test_the_log_names_the_model_and_prompt_of_a_client_that_leaves(
     api = create_router(backends, gate)
     body = json.dumps({"prompt": "The sea", "max_tokens": 3, "stream": stream}).encode()
 
-    async def receive() -> Message:
-        return {"type": "http.request", "body": body, "more_body": False}
-
     async def send(message: Message) -> None:
         raise AssertionError(f"there is no answer yet, but {message}")
 
     async def leave() -> None:
-        request = asyncio.create_task(api({**POST}, receive, send))
+        messages = asyncio.Queue[Message]()
+        messages.put_nowait({"type": "http.request", "body": body, "more_body": False})
+        request = asyncio.create_task(api({**POST}, messages.get, send))
         while not service.engine.engine.num_waiting:
             await asyncio.sleep(0)
         # The news of the prompt is under way in the same loop.
         for _ in range(100):
             await asyncio.sleep(0)
-        request.cancel()
+        if server_cancels:
+            request.cancel()
+        else:
+            messages.put_nowait({"type": "http.disconnect"})
         await asyncio.gather(request, return_exceptions=True)
 
     try:
