@@ -14,7 +14,8 @@ Writes OUTPUT/curve.csv, with the columns
     mean, stderr               nats per token
     base_difference, base_difference_stderr   of gaps: to the base that reads the left side, paired by text
 
-and OUTPUT/curve.png, and prints the last rows of each arm in one JSON line.
+and OUTPUT/curve.png, and prints one JSON line: the last rows of each arm, and `crossings`, the tokens at which an arm's
+both-sided reading would overtake its own left side and the base's, by `ul2r.evaluation.crossing` (None: never).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ from ul2r.config.gaps import GapSettings
 from ul2r.config.named_recipes import find_recipe
 from ul2r.data.store.dataset import TokenDataset, open_dataset
 from ul2r.errors import CheckpointError, RecipeError
+from ul2r.evaluation.crossing import extrapolate_crossing
 from ul2r.evaluation.gaps import GapGroup, measure_gaps, select_gaps
 from ul2r.evaluation.losses import (
     measure_causal_loss,
@@ -199,6 +202,31 @@ def write_csv(points: list[Point], file: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def list_crossings(points: list[Point]) -> list[dict[str, Any]]:
+    """Return where both-sided readings of gaps overtake the left side, for arms with two checkpoints or more."""
+    base = next(point for point in points if point.arm == BASE)
+    crossings = []
+    for arm in sorted({point.arm for point in points} - {BASE}):
+        own = [point for point in points if point.arm == arm]
+        tokens = [point.tokens for point in own]
+        for length, reading in product(GAPS.lengths, ("both", "fim")):
+            name, left = (f"gap {length} tokens|{key}" for key in (reading, "left"))
+            if len(own) < 2 or name not in own[0].texts:
+                continue
+            for opponent in ("own left", "base's left"):
+                is_own = opponent == "own left"
+                differences = [
+                    np.subtract(point.texts[name], (point if is_own else base).texts[left])
+                    for point in own
+                ]
+                crossing = extrapolate_crossing(tokens, differences)
+                crossings.append(
+                    {"arm": arm, "gap": length, "reading": reading, "against": opponent}
+                    | crossing.to_dict()
+                )
+    return crossings
+
+
 def plot(points: list[Point], file: Path) -> None:
     """Draw the losses of gaps, of plain text and of second halves over tokens."""
     metrics = [*(f"gap {length} tokens" for length in GAPS.lengths), "plain text", "second half"]
@@ -308,7 +336,8 @@ def run(options: argparse.Namespace) -> None:
     plot(points, output / "curve.png")
     last = {point.arm: point.step for point in points}
     shown = [row for row in rows if row["step"] == last[row["arm"]] and "|" not in row["metric"]]
-    print(json.dumps({"benchmark": "learning_curve", "device": get_device(), "rows": shown}))
+    result = {"device": get_device(), "rows": shown, "crossings": list_crossings(points)}
+    print(json.dumps({"benchmark": "learning_curve"} | result))
 
 
 if __name__ == "__main__":

@@ -146,6 +146,7 @@ def test_the_log_names_the_model_and_prompt_of_a_client_that_leaves(
     backends: dict[str, Backend],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    *,
     stream: bool,
     server_cancels: bool,
 ) -> None:
