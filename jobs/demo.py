@@ -17,6 +17,7 @@ import os
 import re
 import shlex
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -150,11 +151,12 @@ class Demo:
         from rich.markdown import Markdown
 
         from ul2r.console import print_table
-        from ul2r.workflows.compare import PLOT_FILE, TABLE_FILE
+        from ul2r.workflows.compare import JSON_FILE, PLOT_FILE, TABLE_FILE
 
         folder = self.recipes["ul2r"].storage_paths.comparison(f"{self.family}-compare")
         # Without the notes, which would fill the screen: the file has them.
         table = (folder / TABLE_FILE).read_text(encoding="utf-8").splitlines()
+        summary = json.loads((folder / JSON_FILE).read_text(encoding="utf-8"))["verdict"][0]
         num_tokens = {role: _count_tokens(recipe) for role, recipe in self.recipes.items()}
         # Tokens stand for FLOPs here: the family's runs share one model.
         share = num_tokens["ul2r"] / num_tokens["base"]
@@ -171,12 +173,17 @@ class Demo:
         print(f"what each number means: {folder / TABLE_FILE}")
         print(f"picture: {folder / PLOT_FILE}")
 
+        print("\n== what the numbers say")
+        print(textwrap.fill(summary, 100))
         print(
             "\nThis shows that every part works; it does not reproduce the paper's result: UL2R's extra training is "
             f"{share:.0%} of the\nbase's here, far more than the paper's 0.1 % to 1 %, "
             "and the model is thousands of times smaller than the paper's."
         )
-        print(f"\nmake ui{storage}      the runs in MLflow, with their curves")
+        print(
+            "\nmake smollm2   the same on a real model, SmolLM2-135M, in two hours; what that showed: docs/evidence.md"
+        )
+        print(f"make ui{storage}      the runs in MLflow, with their curves")
         print(
             f"make serve{storage} MODEL={model}   the UL2R model over HTTP, with a playground page"
         )

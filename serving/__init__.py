@@ -2,9 +2,11 @@
 
 import os
 
-# Serve's controller ends by killing itself, which Ray reports as a failure. Ray reads the variable on import.
+# Serve's controller ends by killing itself, which Ray reports as a failure of it and of those who still listen to it.
+# Ray reads the variable on import.
 os.environ.setdefault(
-    "RAY_DEDUP_LOGS_SKIP_REGEX", r"Task ServeController\.graceful_shutdown failed"
+    "RAY_DEDUP_LOGS_SKIP_REGEX",
+    r"Task ServeController\.(graceful_shutdown|listen_for_change) failed",
 )
 # Proxies of Serve get the limit on bodies by this variable only; a local Ray cluster inherits it.
 os.environ.setdefault(

@@ -152,7 +152,7 @@ def test_resumed_demo_reuses_finished_work(
     assert "store: up to date" in resumed
     assert "Traceback" not in resumed
     # Serve's controller ends by killing itself, which is no failure.
-    assert "graceful_shutdown" not in resumed
+    assert "ServeController" not in resumed
     assert {path.parts[-2] for path in modification_times} >= {"store", "step_00000004"}
     assert {path: path.stat().st_mtime_ns for path in modification_times} == modification_times
     times = resumed.partition("wall time of each phase")[2]
@@ -178,12 +178,13 @@ def test_served_model_completes_and_fills_two_slots(resumed: str) -> None:
     assert re.findall(r"slot (\d): ", resumed) == ["1", "2"]
 
 
-def test_comparison_is_printed_with_its_plot_and_a_caveat(demo: Demo, resumed: str) -> None:
+def test_comparison_is_printed_and_read_with_its_plot_and_a_caveat(demo: Demo, resumed: str) -> None:
     ending = resumed.partition("== comparison")[2]
     assert "infilled span" in ending
     picture = re.search(r"^picture: (.*)$", ending, re.MULTILINE)
     assert picture is not None
     assert (demo.folder / picture[1]).read_bytes().startswith(b"\x89PNG")
+    assert "\nIn short: UL2R predicts plain text" in ending
     assert "100% of the\nbase's here" in ending
     assert f"make serve STORAGE={demo.storage} MODEL=" in ending
 
