@@ -12,7 +12,11 @@ from ul2r.inference import LanguageModel
 
 KEY = "a-key-of-16-signs"
 PROMPT = "The <slot> was calm, and <slot> was he."
-EXAMPLES = ("The sea<slot>, and so was he.", "def area(width, height):\r\n    return")
+EXAMPLES = (
+    "The sea<slot>, and so was he.",
+    "def area(width, height):\r\n    return",
+    "The sea.\n" * 60 + "The<slot>.",
+)
 """Examples of the first model; the other was exported without any."""
 LONG = 4000
 """Tokens of an answer that takes seconds, so that it can be stopped before its end."""

@@ -215,7 +215,8 @@ def test_a_server_that_has_gone_is_an_error_in_words(page: Page, site: Site) -> 
 def test_a_server_with_keys_asks_for_one(page: Page, site: Site) -> None:
     page.goto(site.locked_url)
     expect(page.locator("#model")).to_have_text("This server asks for a key.")
-    for key, text in (("wrong", "The server does not know this key."), (KEY, "2 models")):
+    refused = "The server does not know this key."
+    for key, text in (("wrong", refused), ("ключ", refused), (KEY, "2 models")):
         page.fill("#key", key)
         page.keyboard.press("Enter")
         expect(page.locator("#model")).to_have_text(text)
@@ -272,6 +273,14 @@ def test_the_page_begins_with_an_example_of_the_model(page: Page, site: Site) ->
     assert len(page.locator("#example option").all()) == len(EXAMPLES)
     page.select_option("#example", index=1)
     expect(page.locator("#prompt")).to_have_value(EXAMPLES[1].replace("\r\n", "\n"))
+
+    # The slot of a long one is in sight, at its end here.
+    page.select_option("#example", index=2)
+    page.wait_for_function("prompt.scrollTop + prompt.clientHeight > prompt.scrollHeight - 60")
+    # What is changed is no example any more.
+    page.get_by_role("button", name="Insert slot").click()
+    expect(page.locator("#example")).to_have_value("")
+    page.select_option("#example", index=0)
 
     # Examples that suit every model, for one that has none of its own; without slots, since it is causal.
     page.select_option("#model_a", "tiny-base")
