@@ -178,7 +178,9 @@ def test_served_model_completes_and_fills_two_slots(resumed: str) -> None:
     assert re.findall(r"slot (\d): ", resumed) == ["1", "2"]
 
 
-def test_comparison_is_printed_and_read_with_its_plot_and_a_caveat(demo: Demo, resumed: str) -> None:
+def test_comparison_is_printed_and_read_with_its_plot_and_a_caveat(
+    demo: Demo, resumed: str
+) -> None:
     ending = resumed.partition("== comparison")[2]
     assert "infilled span" in ending
     picture = re.search(r"^picture: (.*)$", ending, re.MULTILINE)

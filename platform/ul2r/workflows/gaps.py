@@ -13,7 +13,14 @@ from ul2r.config import Recipe
 from ul2r.config.gaps import GAPS_SUITE, fit_gaps
 from ul2r.console import show_progress
 from ul2r.data.store.dataset import TokenDataset, open_run_dataset
-from ul2r.evaluation.gaps import GapScores, find_readings, measure_gaps, select_gaps
+from ul2r.evaluation.gaps import (
+    GapGroup,
+    GapScores,
+    count_steps,
+    find_readings,
+    measure_gaps,
+    select_gaps,
+)
 from ul2r.evaluation.gaps.plot import plot_gaps
 from ul2r.evaluation.gaps.result import ITEMS_FILE, GapConditions, load_gaps, save_gaps
 from ul2r.evaluation.pretrained import PretrainedArm
@@ -83,19 +90,31 @@ def measure_run_gaps(recipe: Recipe) -> MeasuredGaps:
 
     measured = load_gaps(paths.gaps, conditions)
     if measured is None:
-        measured = []
-        total = len(groups) * len(conditions.readings)
-        with show_progress("gaps", total, "groups") as bar:
-            bar.update(0)
-            for scores in measure_gaps(model, groups, generate=settings.generate):
-                measured.append(scores)
-                bar.update(len(measured), f"{scores.name} {scores.reading}")
+        measured = _measure(model, groups, generate=settings.generate)
         save_gaps(paths.gaps, measured, conditions, fitted.left_out)
     name = recipe.evaluation.few_shot.model or recipe.name
     result = MeasuredGaps(name, paths.gaps, measured, fitted.left_out)
     plot_gaps(paths.gaps / PLOT_FILE, f"{name}: held-out gaps", {name: measured})
     _record(store, recipe, result, store.find_run(paths.folder))
     return result
+
+
+def _measure(
+    model: LanguageModel, groups: tuple[GapGroup, ...], *, generate: bool
+) -> list[GapScores]:
+    """Return the scores of all groups and readings, with a progress bar of gaps."""
+    done = 0
+    with show_progress(
+        "gaps", count_steps(groups, find_readings(model), generate=generate), "gaps"
+    ) as bar:
+
+        def advance(num_gaps: int) -> None:
+            nonlocal done
+            done += num_gaps
+            bar.update(done)
+
+        advance(0)
+        return list(measure_gaps(model, groups, generate=generate, on_progress=advance))
 
 
 def _load_model(recipe: Recipe, dataset: TokenDataset) -> tuple[LanguageModel, RunPaths, str]:

@@ -17,7 +17,7 @@ writing.py     gaps that a model writes
 items.py       scores of single gaps on disk
 """
 
-from ul2r.evaluation.gaps.measure import measure_gaps
+from ul2r.evaluation.gaps.measure import count_steps, measure_gaps
 from ul2r.evaluation.gaps.readings import Reading, find_readings
 from ul2r.evaluation.gaps.scores import GapAnswers, GapScores
 from ul2r.evaluation.gaps.selection import GapGroup, select_gaps
@@ -27,6 +27,7 @@ __all__ = [
     "GapGroup",
     "GapScores",
     "Reading",
+    "count_steps",
     "find_readings",
     "measure_gaps",
     "select_gaps",

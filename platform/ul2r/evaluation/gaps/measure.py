@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -26,6 +26,7 @@ def measure_gaps(
     readings: Sequence[Reading] | None = None,
     *,
     generate: bool = False,
+    on_progress: Callable[[int], None] = lambda _: None,
 ) -> Iterator[GapScores]:
     """Yield the scores of each group in each reading as soon as they are measured.
 
@@ -37,6 +38,8 @@ def measure_gaps(
         groups: Gaps, from `select_gaps`.
         readings: What the model sees of the texts; by default all that it was trained for.
         generate: Also write each gap greedily, for exact match and edit similarity; takes several times as long.
+        on_progress: Called with the number of gaps that were scored, or written, since the last call; in all as many as
+            `count_steps` returns.
 
     Raises:
         RequestError: If a text is longer than the model, or needs more sentinels than there are.
@@ -56,10 +59,12 @@ def measure_gaps(
             )
             if longest not in left_losses:
                 longest_rows = rows if longest is group else build_rows(model, longest, reading)
-                left_losses[longest] = _score(model, longest, reading, longest_rows)
+                left_losses[longest] = _score(model, longest, reading, longest_rows, on_progress)
+            else:
+                on_progress(len(group))
             losses, is_most_likely = left_losses[longest]
         else:
-            losses, is_most_likely = _score(model, group, reading, rows)
+            losses, is_most_likely = _score(model, group, reading, rows, on_progress)
         yield GapScores(
             length=group.length,
             slots=group.slots,
@@ -69,8 +74,16 @@ def measure_gaps(
             losses=losses[..., : group.length],
             is_most_likely=is_most_likely[..., : group.length],
             targets=decode_targets(model, group),
-            written=write_answers(model, group, reading) if generate else None,
+            written=write_answers(model, group, reading, on_progress) if generate else None,
         )
+
+
+def count_steps(
+    groups: Sequence[GapGroup], readings: Sequence[Reading], *, generate: bool = False
+) -> int:
+    """Return the number of gaps that `measure_gaps` scores or writes."""
+    num_gaps = sum(len(group) * group.slots for group in groups)
+    return num_gaps * len(readings) * (2 if generate else 1)
 
 
 def _begins_with(other: GapGroup, group: GapGroup) -> bool:
@@ -84,7 +97,11 @@ def _begins_with(other: GapGroup, group: GapGroup) -> bool:
 
 
 def _score(
-    model: LanguageModel, group: GapGroup, reading: Reading, rows: Sequence[GapRow]
+    model: LanguageModel,
+    group: GapGroup,
+    reading: Reading,
+    rows: Sequence[GapRow],
+    on_progress: Callable[[int], None],
 ) -> tuple[Floats, Bools]:
     """Return losses in nats, and whether each token is the most likely one, (B, K, N) each."""
     losses = np.empty(group.gaps.shape)
@@ -97,4 +114,5 @@ def _score(
             part = slice(start, start + group.length)
             losses[row.text, gap] = -score.log_probabilities[part]
             is_most_likely[row.text, gap] = score.is_most_likely[part]
+        on_progress(len(row.places))
     return losses, is_most_likely

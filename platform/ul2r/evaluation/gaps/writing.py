@@ -9,7 +9,7 @@ What ends its gaps itself is cut off at twice their length, or earlier where the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
@@ -32,13 +32,24 @@ Spans = list[list[list[int]]]
 """Tokens of each gap of each text."""
 
 
-def write_answers(model: LanguageModel, group: GapGroup, reading: Reading) -> GapAnswers:
+def write_answers(
+    model: LanguageModel, group: GapGroup, reading: Reading, on_progress: Callable[[int], None]
+) -> GapAnswers:
     """Write the gaps of a group, and compare them with the true ones as text.
 
     Different tokens can spell the same text. Both are read behind the true text before the gap, since some tokenizers
     drop the space at the beginning.
+
+    Args:
+        model: The model.
+        group: Texts with gaps.
+        reading: What the model sees of them.
+        on_progress: Called with the number of gaps that were written since the last call.
     """
-    spans = _write_all(model, group) if reading == "both" else _write_in_turn(model, group, reading)
+    if reading == "both":
+        spans = _write_all(model, group, on_progress)
+    else:
+        spans = _write_in_turn(model, group, reading, on_progress)
     answers = _decode(model, group, spans)
     pairs = [
         list(zip(row, true_row, strict=True))
@@ -84,18 +95,25 @@ def _limit(model: LanguageModel, group: GapGroup, reading: Reading) -> int:
     return min(limit, room)
 
 
-def _write_all(model: LanguageModel, group: GapGroup) -> Spans:
+def _write_all(model: LanguageModel, group: GapGroup, on_progress: Callable[[int], None]) -> Spans:
     sentinels = group.vocabulary.sentinels[: group.slots + 1]
     limit = _limit(model, group, "both")
     prompts = [build_prompt(model, group, text) for text in range(len(group))]
     plans = [InfillPlan(sentinels[:-1], sentinels[1:], limit) for _ in prompts]
     num_written = group.slots * (limit + 1)
     return _generate(
-        model, prompts, plans, num_written, bidirectional=is_bidirectional(model, "both")
+        model,
+        prompts,
+        plans,
+        num_written,
+        on_progress,
+        bidirectional=is_bidirectional(model, "both"),
     )
 
 
-def _write_in_turn(model: LanguageModel, group: GapGroup, reading: Reading) -> Spans:
+def _write_in_turn(
+    model: LanguageModel, group: GapGroup, reading: Reading, on_progress: Callable[[int], None]
+) -> Spans:
     """Write the first gap of all texts, then the second, each after what was written before."""
     spans: Spans = [[] for _ in range(len(group))]
     befores: list[list[int]] = [[] for _ in range(len(group))]
@@ -112,7 +130,9 @@ def _write_in_turn(model: LanguageModel, group: GapGroup, reading: Reading) -> S
             limit = _limit(model, group, reading)
             plans = [InfillPlan(opener, (group.vocabulary.eos,), limit) for _ in befores]
         # At most the limit, and the sentinel before it.
-        written = _generate(model, prompts, plans, 2 * group.length + 1, bidirectional=False)
+        written = _generate(
+            model, prompts, plans, 2 * group.length + 1, on_progress, bidirectional=False
+        )
         for text, (span,) in enumerate(written):
             spans[text].append(span)
             befores[text] += span
@@ -135,6 +155,7 @@ def _generate(
     prompts: Sequence[tuple[int, ...]],
     plans: Sequence[Plan],
     num_written: int,
+    on_progress: Callable[[int], None],
     *,
     bidirectional: bool,
 ) -> Spans:
@@ -143,5 +164,8 @@ def _generate(
         BatchRequest(prompt, plan, len(prompt) + num_written)
         for prompt, plan in zip(prompts, plans, strict=True)
     ]
-    outcomes = dict(generate_batch(model, requests, bidirectional=bidirectional))
-    return [list(map(list, outcomes[index].spans)) for index in range(len(requests))]
+    answers: Spans = [[] for _ in requests]
+    for index, outcome in generate_batch(model, requests, bidirectional=bidirectional):
+        answers[index] = list(map(list, outcome.spans))
+        on_progress(len(outcome.spans))
+    return answers

@@ -10,7 +10,13 @@ from rapidfuzz.distance import Levenshtein
 from ul2r.config.gaps import GapSettings
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.errors import RequestError
-from ul2r.evaluation.gaps import GapGroup, measure_gaps, select_gaps
+from ul2r.evaluation.gaps import (
+    GapGroup,
+    count_steps,
+    find_readings,
+    measure_gaps,
+    select_gaps,
+)
 from ul2r.evaluation.gaps.readings import build_fim_prompt, build_prompt
 from ul2r.evaluation.gaps.writing import check_room
 from ul2r.inference import LanguageModel, generate
@@ -104,3 +110,20 @@ def test_gap_without_room_is_refused(ul2r_model: LanguageModel, dataset: TokenDa
     (group,) = select_gaps(dataset, settings)
     with pytest.raises(RequestError, match=r"leaves room for 3\d in a gap"):
         check_room(ul2r_model, group, "both")
+
+
+@pytest.mark.parametrize("generate_too", [False, True])
+@pytest.mark.parametrize("lengths", [(4,), (2, 4)])
+def test_progress_counts_every_gap_that_is_scored_or_written(
+    ul2r_model: LanguageModel, dataset: TokenDataset, lengths: tuple[int, ...], generate_too: bool
+) -> None:
+    """Also those whose losses are part of a longer gap's."""
+    groups = select_gaps(dataset, SETTINGS.model_copy(update={"lengths": lengths}))
+    steps: list[int] = []
+    for _ in measure_gaps(ul2r_model, groups, generate=generate_too, on_progress=steps.append):
+        pass
+
+    readings = find_readings(ul2r_model)
+    assert sum(steps) == count_steps(groups, readings, generate=generate_too)
+    # Many small steps: nobody waits long for the next one.
+    assert max(steps) <= 10
