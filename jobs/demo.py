@@ -181,7 +181,7 @@ class Demo:
             "and the model is thousands of times smaller than the paper's."
         )
         print(
-            "\nmake smollm2   the same on a real model, SmolLM2-135M, in two hours; what that showed: docs/evidence.md"
+            "\nmake smollm2   the same on a real model, SmolLM2-135M, hours on 2 cores; see docs/evidence.md"
         )
         print(f"make ui{storage}      the runs in MLflow, with their curves")
         print(
