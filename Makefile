@@ -42,8 +42,8 @@ runs/smollm2/text: $(ready)
 	@$(bin)/python -m tarfile -e runs/smollm2/download/django-5.2.19.tar.gz runs/smollm2/download
 	@mv runs/smollm2/download/django-5.2.19/docs $@
 
-# Two files at a time: tests spend most of their time waiting for processes to start. In their order, in which the long
-# ones come first: by default those with the fewest tests come last, which are the longest.
+# Two files at a time, in the order of pyproject.toml: xdist's own begins with the files that have the most tests, which are
+# not those that take longest.
 test: $(ready)  ## every test that this machine can run; ARGS="-k spans" selects some
 	@$(bin)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
