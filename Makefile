@@ -26,6 +26,7 @@ ul2r: $(ready)  ## UL2R on your model: make ul2r MODEL=folder-or-hub-name CORPUS
 	@$(bin)/ul2r up '$(MODEL)' '$(CORPUS)' --port $(or $(PORT),8000)
 
 smollm2: runs/smollm2/base runs/smollm2/text  ## UL2R, control and FIM on a real model, SmolLM2-135M; hours on 2 cores
+	@$(bin)/ul2r prepare smollm2-ul2r
 	@for arm in ul2r control fim ul2r-seed2; do \
 	  $(bin)/ul2r train smollm2-$$arm && $(bin)/ul2r export smollm2-$$arm && $(bin)/ul2r evaluate smollm2-$$arm --suite gaps || exit; \
 	done
