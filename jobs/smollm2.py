@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import _interpreter  # noqa: F401  refuses a Python that cannot run the job
 
 from ul2r.commands.steps import StepError, print_heading, run_verb, shorten
-from ul2r.config import Comparison, load
+from ul2r.config import Comparison, Recipe, load
 from ul2r.config.named_recipes import find_recipe
 from ul2r.environment import count_cores
 from ul2r.paths import StoragePaths
@@ -41,13 +41,14 @@ def run() -> None:
     """
     import ray
 
+    from ul2r.launch.pretrained import fill_model_from_base
     from ul2r.launch.ray_train.cluster import connect_ray
     from ul2r.tracking.server import run_mlflow_server
 
     comparison = load(find_recipe(Path(COMPARISON), Path()), [], Comparison)
-    runs = {
-        role: entry.stem for role, entry in comparison.recipes.items() if isinstance(entry, Path)
-    }
+    files = {role: entry for role, entry in comparison.recipes.items() if isinstance(entry, Path)}
+    # All are read before anything starts, and with them the model that they continue.
+    runs = {role: load(file, [], Recipe, fill_model_from_base).name for role, file in files.items()}
     timer = PhaseTimer(comparison.storage / "phases.json")
     with (
         connect_ray(count_cores() + NUM_SPARE_CPUS),
