@@ -275,7 +275,7 @@ def read_from_ray_data(recipe: Recipe, numbers: range) -> Iterator[Batch]:
 
 
 def train_beside_bare_loops(recipe: Recipe, uri: str) -> dict[str, float]:
-    """Train a run beside the bare loops and return the figures."""
+    """Train a run, alternating with the bare loops, and return the figures."""
     dataset = open_dataset(recipe.storage_paths.store)
     with track_run(recipe, dataset, open_store(uri)) as run_id:
         tracker = MlflowTracker(uri, run_id, recipe.paths.folder)

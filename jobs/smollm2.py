@@ -19,17 +19,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 import _interpreter  # noqa: F401  refuses a Python that cannot run the job
 
-from ul2r.commands.steps import StepError, print_heading, run_verb, shorten
+from ul2r.commands.steps import StepError, print_heading, run_verb, shorten, start_services
 from ul2r.config import Comparison, Recipe, load
 from ul2r.config.named_recipes import find_recipe
-from ul2r.environment import count_cores
 from ul2r.paths import StoragePaths
 from ul2r.workflows.cli import run_and_report
 from ul2r.workflows.phases import PhaseTimer, handle_stop_signals
 
 COMPARISON = "smollm2-compare"
-NUM_SPARE_CPUS = 2
-"""CPUs that the local Ray announces beyond the machine's, for the tasks that feed the worker."""
 
 
 def run() -> None:
@@ -39,27 +36,14 @@ def run() -> None:
         StepError: If a step fails; it has printed why.
         UserError: If a server does not start.
     """
-    import ray
-
     from ul2r.launch.pretrained import fill_model_from_base
-    from ul2r.launch.ray_train.cluster import connect_ray
-    from ul2r.tracking.server import run_mlflow_server
 
     comparison = load(find_recipe(Path(COMPARISON), Path()), [], Comparison)
     files = {role: entry for role, entry in comparison.recipes.items() if isinstance(entry, Path)}
     # All are read before anything starts, and with them the model that they continue.
     runs = {role: load(file, [], Recipe, fill_model_from_base).name for role, file in files.items()}
     timer = PhaseTimer(comparison.storage / "phases.json")
-    with (
-        connect_ray(count_cores() + NUM_SPARE_CPUS),
-        run_mlflow_server(comparison.storage) as uri,
-    ):
-        print(f"MLflow is up meanwhile: {uri}", flush=True)
-        # The steps join them, instead of starting their own.
-        environment = {
-            "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
-            "MLFLOW_TRACKING_URI": uri,
-        }
+    with start_services(comparison.storage) as environment:
         run_verb("prepare", ["prepare", runs["ul2r"]], environment, timer)
         for role, recipe in runs.items():
             for step, words in (

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from ul2r.workflows.phases import PhaseTimer, run_command
+
+NUM_SPARE_CPUS = 2
+"""CPUs that the local Ray announces beyond the machine's, for the tasks that feed the workers."""
 
 
 class StepError(Exception):
@@ -16,6 +20,34 @@ class StepError(Exception):
     def __init__(self, command: str, exit_code: int) -> None:
         super().__init__(f"exit code {exit_code} from: {command}")
         self.exit_code = exit_code
+
+
+@contextmanager
+def start_services(storage: Path) -> Iterator[dict[str, str]]:
+    """Run a local Ray, and an MLflow server on a storage, during the block.
+
+    Yields:
+        Environment by which the steps join them, instead of starting their own.
+
+    Raises:
+        ServiceError: If one of them does not start.
+    """
+    # First: it sets what Ray reads when it is imported.
+    import serving  # noqa: F401
+    import ray  # isort: skip
+
+    from ul2r.environment import count_cores
+    from ul2r.launch.ray_train.cluster import connect_ray
+    from ul2r.tracking.server import run_mlflow_server
+
+    print_heading("start Ray and MLflow")
+    print("starting Ray, then MLflow: 10 s each, longer on a busy machine", flush=True)
+    with connect_ray(count_cores() + NUM_SPARE_CPUS), run_mlflow_server(storage) as uri:
+        print(f"MLflow is up meanwhile: {uri}", flush=True)
+        yield {
+            "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
+            "MLFLOW_TRACKING_URI": uri,
+        }
 
 
 def print_heading(step: str, command: Sequence[str] = ()) -> None:

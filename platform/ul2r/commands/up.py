@@ -21,15 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ul2r.commands.new import describe_settings, make_parser
-from ul2r.commands.steps import StepError, print_heading, run_verb, shorten
+from ul2r.commands.steps import StepError, print_heading, run_verb, shorten, start_services
 from ul2r.workflows.cli import run_and_report
 from ul2r.workflows.phases import PhaseTimer, handle_stop_signals
 
 if TYPE_CHECKING:
     from ul2r.workflows.new import Project
 
-NUM_SPARE_CPUS = 2
-"""CPUs that the local Ray announces beyond the machine's, for the tasks that feed the workers."""
 HOST = "127.0.0.1"
 ALIAS = "champion"
 ROLES = ("ul2r", "control")
@@ -96,32 +94,18 @@ def check_space(project: Project) -> None:
 
 def _run_steps(project: Project, port: int | None) -> None:
     """Run the steps from text to served model under one Ray and one MLflow; without a port, up to the comparison."""
-    # First: it sets what Ray reads when it is imported.
-    import serving  # noqa: F401
-    import ray  # isort: skip
-
-    from ul2r.environment import count_cores
-    from ul2r.launch.ray_train.cluster import connect_ray
-    from ul2r.tracking.server import run_mlflow_server
-
     timer = PhaseTimer(project.storage / "phases.json")
     runs = {role: shorten(project.recipe(role)) for role in ROLES}
-    print_heading("start Ray and MLflow")
-    print("starting Ray, then MLflow: 10 s each, longer on a busy machine", flush=True)
-    with connect_ray(count_cores() + NUM_SPARE_CPUS), run_mlflow_server(project.storage) as uri:
-        print(f"MLflow is up meanwhile: {uri}", flush=True)
-        # The steps join them, instead of starting their own.
-        environment = {
-            "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
-            "MLFLOW_TRACKING_URI": uri,
-        }
+    with start_services(project.storage) as environment:
         run_verb("prepare", ["prepare", runs["ul2r"]], environment, timer)
         _print_expected_time(project)
         for verb in ("train", "export"):
             for role, recipe in runs.items():
                 run_verb(f"{verb} {role}", [verb, recipe], environment, timer)
         run_verb("compare", ["compare", shorten(project.comparison)], environment, timer)
-        _print_summary(project, timer, uri, is_served=port is not None)
+        _print_summary(
+            project, timer, environment["MLFLOW_TRACKING_URI"], is_served=port is not None
+        )
         if port is not None:
             _serve(project, port, environment, timer)
 
