@@ -111,8 +111,8 @@ class _Router:
         leaving = asyncio.create_task(_wait_for_disconnect(receive))
         try:
             await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
-            if answering.done():
-                answering.result()
+            # What went wrong in the one that ended is this call's error.
+            (answering if answering.done() else leaving).result()
         finally:
             for task in (answering, leaving):
                 task.cancel()

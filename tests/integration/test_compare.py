@@ -211,6 +211,7 @@ def check_notes_and_examples(
     own_note = runs["ul2r"].data.tags["mlflow.note.content"]
     assert own_note.startswith("**UL2R**, continues [`base`](#/experiments/")
     assert "## Comparison three\n\nIn short: " in own_note
+    assert "UL2R against the base as it was: better: " in own_note
     assert "## Scores\n\nThe export of step " in own_note
     assert "| infilled span, exact match" in own_note
     # MLflow's own reader of tables, which asks the server of the environment (3.17).
