@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field
 
 from ul2r.config.field_types import RUN_NAME, AbsolutePath, RunName
 from ul2r.config.strict_model import StrictModel
@@ -19,13 +19,6 @@ class HuggingFaceBase(StrictModel):
     """Its folder, or its name on the Hub (owner/name)."""
     revision: str | None = Field(default=None, min_length=1)
     """Branch, tag or commit on the Hub; by default its main branch. Replaced by the commit when a recipe is read."""
-
-    @field_validator("hf")
-    @classmethod
-    def _make_absolute(cls, hf: str) -> str:
-        # A worker of a running Ray cluster has another working directory. A Hub's name looks like a relative path.
-        folder = Path(hf).expanduser()
-        return str(folder.absolute()) if folder.is_dir() else hf
 
     def __str__(self) -> str:
         """Return its folder or name, for messages."""

@@ -18,9 +18,10 @@ class Crossing:
     """Tokens at which a mean difference is zero.
 
     Attributes:
-        tokens: Where the line through all items' means is; infinity if it does not fall.
+        tokens: Where the line through all items' means is zero; infinity if it does not come there. If it is below zero
+            from the first checkpoint on, or at the last one and rising, the tokens of the first.
         low: Lower end of the 95 % bootstrap interval over items.
-        high: Its upper end; infinity if more than 2.5 % of the resampled lines do not fall.
+        high: Its upper end; infinity if more than 2.5 % of the resampled lines do not come to zero.
     """
 
     tokens: float
@@ -44,9 +45,14 @@ def extrapolate_crossing(
         tokens: Tokens of T >= 2 different checkpoints, above 0.
         differences: Differences of N >= 2 items at each of them, float (T, N).
         seed: Seed of the resampling.
+
+    Raises:
+        ValueError: If a difference is not a number.
     """
     positions = np.log(np.asarray(tokens, np.float64))
     values = np.asarray(differences, np.float64)  # (T, N)
+    if not np.isfinite(values).all():
+        raise ValueError("differences: not all are finite numbers")
     num_items = values.shape[1]
     draws = np.random.default_rng(seed).multinomial(
         num_items, np.full(num_items, 1 / num_items), size=NUM_RESAMPLES
@@ -63,7 +69,10 @@ def _find_zeros(positions: npt.NDArray[Any], means: npt.NDArray[Any]) -> npt.NDA
     """Return the tokens at which least-squares lines through means (T, K) are zero, (K,)."""
     slopes, intercepts = np.polyfit(positions, means, deg=1)
     is_falling = slopes < 0
-    zeros = np.full(len(slopes), np.inf)
+    is_reached = slopes * positions.max() + intercepts <= 0
+    first = np.exp(positions.min())
+    zeros = np.where(is_reached, first, np.inf)
     with np.errstate(over="ignore"):
         zeros[is_falling] = np.exp(-intercepts[is_falling] / slopes[is_falling])
+    zeros[zeros < first] = first
     return zeros

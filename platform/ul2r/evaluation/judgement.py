@@ -18,13 +18,14 @@ Judgement = Literal["better", "worse", "unclear", "unknown"]
 def judge(metric: Metric, ours: Score, theirs: Score) -> Judgement:
     """Return what our score is, compared with theirs."""
     is_error_known = ours.is_error_known or theirs.is_error_known
-    if math.isnan(ours.mean - theirs.mean) or (ours.mean != theirs.mean and not is_error_known):
+    if ours.mean != theirs.mean and not is_error_known:
         return "unknown"
     gain = (ours.mean - theirs.mean) * (1 if metric.higher_is_better else -1)
     # That of independent scores. Both arms read the same text, so the true one is smaller: the rule is cautious.
     error = math.hypot(ours.stderr, theirs.stderr)
-    # "Not larger", so that an error that is NaN is unclear.
-    if not abs(gain) > NUM_STANDARD_ERRORS * error:
+    if not math.isfinite(gain) or not math.isfinite(error):
+        return "unknown"
+    if abs(gain) <= NUM_STANDARD_ERRORS * error:
         return "unclear"
     return "better" if gain > 0 else "worse"
 

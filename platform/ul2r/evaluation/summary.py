@@ -28,25 +28,30 @@ def summarize(metrics: Sequence[Metric], subject: Arm, arms: Sequence[Arm]) -> s
         A paragraph; None without a base or control to hold it against. A question that was not measured, or whose
         answer has no error, is left out.
     """
-    by_role = {arm.role: arm for arm in arms}
+    # A control of another base differs in more than the objective.
+    by_role = {arm.role: arm for arm in arms if arm.origin == subject.origin}
     base, control, fim = (by_role.get(role) for role in ("base", "control", "fim"))
     # The control differs in the objective alone; the base has seen less text as well.
     other = control or base
-    if other is None:
+    if other is None or subject.role in {"base", "control", "fim"}:
         return None
 
     by_name = {metric.name: metric for metric in metrics}
     sentences: list[str] = []
     if plain := by_name.get("causal_loss"):
-        sentences += _compare("UL2R predicts plain text", plain, subject, other)
-    # None of the others was trained on sentinels: the base shows the start.
+        runs = [arm for arm in arms if "ul2r" in {arm.role, arm.metadata.role}]
+        name = "UL2R" if len(runs) == 1 else f"UL2R ({subject.role})"
+        sentences += _compare(f"{name} predicts plain text", plain, subject, other)
+    # The base shows the start.
     sentinels = "It predicts sentinels, which tell the spans of an answer apart,"
     sentences += _compare_denoisers(sentinels, "sentinel", metrics, subject, base or other)
     text = "It predicts the text of these spans"
     sentences += _compare_denoisers(text, "text", metrics, subject, other)
     if gap := by_name.get("infill_loss"):
         filling = "It fills gaps, seeing both sides,"
-        sentences += _compare(filling, gap, subject, other, ", which sees the left side alone")
+        is_bidirectional = other.metadata.denoising or other.metadata.fim
+        sides = "both, too" if is_bidirectional else "the left side alone"
+        sentences += _compare(filling, gap, subject, other, f", which sees {sides}")
         if fim is not None:
             sentences += _compare(filling, gap, subject, fim, ", which sees both, too")
     return f"In short: {' '.join(sentences)}" if sentences else None

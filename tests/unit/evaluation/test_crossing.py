@@ -51,3 +51,16 @@ def test_a_line_that_may_rise_has_no_upper_end() -> None:
 
     assert crossing.high == math.inf
     assert crossing.low < math.inf
+
+
+@pytest.mark.parametrize("mean", [(-1.0, -0.9, -0.8, -0.7), (-0.5, -0.6, -0.7, -0.8)])
+def test_what_is_ahead_from_the_first_checkpoint_on_has_crossed_there(
+    mean: tuple[float, ...],
+) -> None:
+    crossing = extrapolate_crossing(TOKENS, np.tile(np.array(mean)[:, None], 20))
+    assert (crossing.tokens, crossing.low, crossing.high) == pytest.approx((1e6, 1e6, 1e6))
+
+
+def test_differences_that_are_no_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match="not all are finite"):
+        extrapolate_crossing(TOKENS, np.full((4, 3), math.nan))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 from ul2r.config import Evaluation
 from ul2r.evaluation.comparison import Arm
@@ -97,3 +98,25 @@ def test_a_run_of_ul2r_under_another_name_is_read_as_one() -> None:
         make_arm("base", {}), make_arm("ul2r-long", {"causal_loss": 2.0}, role_of_run="ul2r")
     )
     assert text.startswith("In short: UL2R predicts plain text better than the base")
+
+
+def test_a_base_that_was_trained_on_gaps_is_not_said_to_see_one_side() -> None:
+    base = make_arm("base", {})
+    base = replace(base, metadata=replace(base.metadata, denoising=True))
+    assert "the base, which sees both, too" in summarize(base, make_arm("ul2r", {}))
+
+
+def test_one_of_several_runs_of_ul2r_is_named() -> None:
+    text = summarize(make_arm("base", {}), make_arm("ul2r", {}), make_arm("b", {}, "ul2r"))
+    assert text.startswith("In short: UL2R (ul2r) predicts plain text")
+
+
+def test_the_base_is_not_compared_with_itself_nor_a_run_with_another_bases_control() -> None:
+    assert "against" in summarize(make_arm("base", {}, "ul2r"), make_arm("control", {}))
+    control = replace(make_arm("control", {}), origin="a")
+    assert "against" in summarize(control, replace(make_arm("ul2r", {}), origin="b"))
+
+
+def test_a_score_that_is_infinite_is_not_within_any_error() -> None:
+    text = summarize(make_arm("base", {}), make_arm("ul2r", {"causal_loss": math.inf}))
+    assert "plain text" not in text

@@ -11,11 +11,13 @@ def start_worker(config: dict[str, Any]) -> None:
     Megatron-Core is imported only here, and what the driver imports is not: both start sooner.
 
     Args:
-        config: Arguments of `train_worker`.
+        config: Arguments of `train_worker`, and `folder`, where the job was started.
     """
     import logging
 
     import ray.train
+
+    enter_folder(config.pop("folder"))
 
     # Told by the board, as `forward_logs` does later: the imports below take seconds.
     if ray.train.get_context().get_world_rank() == 0:
@@ -28,3 +30,15 @@ def start_worker(config: dict[str, Any]) -> None:
         from ul2r.launch.ray_train.worker import train_worker
 
     train_worker(**config)
+
+
+def enter_folder(folder: str) -> None:
+    """Work where the job was started, so that a recipe's relative folders are found there.
+
+    Processes of a running cluster work elsewhere. On a machine that has no such folder they stay: a recipe for several
+    machines needs absolute folders on a disk that they share.
+    """
+    import os
+
+    if os.path.isdir(folder):  # noqa: PTH112  nothing else is imported here
+        os.chdir(folder)

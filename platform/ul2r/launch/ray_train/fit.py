@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -162,6 +163,7 @@ def _fit(
         trainer = _Trainer(
             monitor,
             train_loop_config={
+                "folder": str(Path.cwd()),
                 "recipe": recipe,
                 "fingerprint": fingerprint,
                 "uri": store.uri,
