@@ -15,7 +15,7 @@ Writes OUTPUT/curve.csv, with the columns
     base_difference, base_difference_stderr   of gaps: to the base that reads the left side, paired by text
 
 and OUTPUT/curve.png, and prints one JSON line: the last rows of each arm, and `crossings`, the tokens at which an arm's
-both-sided reading overtakes its own left side and the base's, by a line (`ul2r.evaluation.crossing`); None: it does not.
+both-sided reading overtakes its own left side and the base's, by a line (`ul2r.evaluation.crossing`); None: never.
 """
 
 from __future__ import annotations

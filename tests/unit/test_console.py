@@ -8,7 +8,7 @@ import pty
 import re
 import subprocess
 import sys
-import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,7 +19,7 @@ from ul2r import console
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Control the time that `console` sees: the only element of the list, in seconds."""
     now = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: now[0]))
     return now
 
 

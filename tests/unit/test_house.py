@@ -75,6 +75,13 @@ def _nodes() -> Iterator[tuple[str, ast.AST]]:
             yield f"{path.relative_to(ROOT).as_posix()}:{getattr(node, 'lineno', 1)}", node
 
 
+def test_a_test_replaces_the_clock_of_a_module_not_of_the_process() -> None:
+    # A server's thread that reads a replaced `time.monotonic` may sleep for as long as the machine has been up.
+    replaced = re.compile(r"setattr\(\s*(time,|\"time\.)|^\s*time\.\w+ = ", re.MULTILINE)
+    found = [path for path in _python_files("tests") if replaced.search(path.read_text())]
+    assert found == []
+
+
 def test_docstrings_do_not_begin_with_a_question_word() -> None:
     """A function's docstring is an imperative ("Return ..."), that of a class or property a noun phrase."""
     documented = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)

@@ -28,7 +28,8 @@ CHROMIUM = shutil.which("chromium")
 TIMEOUT_MS = 60_000
 
 
-@pytest.fixture(scope="session")
+# Not of the session: threads would go on beside the tests that follow.
+@pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     root = tmp_path_factory.mktemp("playground")
     folders = [

@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
+from ul2r.workflows import phases
 from ul2r.workflows.phases import PhaseTimer, run_command
 
 SLEEP = "import time; time.sleep(600)"
@@ -22,7 +24,7 @@ SLEEP = "import time; time.sleep(600)"
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Time that `phases` sees, in seconds, as the only element of a list."""
     now = [50.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(phases, "time", SimpleNamespace(monotonic=lambda: now[0]))
     return now
 
 

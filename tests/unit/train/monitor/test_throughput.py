@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from ul2r.objective.batch import build_batch
 from ul2r.testing.corpus import counting_windows
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.train.callbacks import Phase
+from ul2r.train.monitor import throughput
 from ul2r.train.monitor.guards import Anomaly
 from ul2r.train.monitor.throughput import SourceTokenCounter, ThroughputMonitor
 from ul2r.train.step import Losses, StepResult
@@ -31,7 +32,7 @@ RESULT = StepResult(
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Times that the clock shows at its next readings."""
     times: list[float] = []
-    monkeypatch.setattr(time, "perf_counter", lambda: times.pop(0))
+    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: times.pop(0)))
     return times
 
 
