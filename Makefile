@@ -26,7 +26,7 @@ ul2r: $(ready)  ## UL2R on your model: make ul2r MODEL=folder-or-hub-name CORPUS
 	@$(bin)/ul2r up '$(MODEL)' '$(CORPUS)' --port $(or $(PORT),8000)
 
 smollm2: runs/smollm2/base runs/smollm2/text  ## UL2R, control and FIM on a real model, SmolLM2-135M; hours on 2 cores
-	@$(bin)/python jobs/smollm2.py
+	@$(bin)/python jobs/smollm2.py $(ARGS)
 
 # Order-only: a folder keeps the date that its archive says, and what was fetched is not fetched again.
 runs/smollm2/base: | $(ready)

@@ -1,10 +1,11 @@
 """UL2R, control and FIM at equal tokens on SmolLM2-135M: train, export, measure gaps, compare.
 
-    python jobs/smollm2.py
+    python jobs/smollm2.py [--set training.precision=bf16]
 
 Needs the model and the text that `make smollm2` fetches before it. Starts an MLflow server and a local Ray, runs the
 commands of `ul2r` one after the other on the runs of smollm2-compare, each of which it prints, and says what the
-numbers mean. Interrupted and run again, it goes on where it stopped.
+numbers mean. As many arms are trained at once as the machine has cores for. Interrupted and run again in the same way,
+it goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -13,15 +14,24 @@ import argparse
 import json
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 # With PYTHONSAFEPATH=1 Python does not look into the folder of a script.
 sys.path.insert(0, str(Path(__file__).parent))
 import _interpreter  # noqa: F401  refuses a Python that cannot run the job
 
-from ul2r.commands.steps import StepError, print_heading, run_verb, shorten, start_services
+from ul2r.commands.steps import (
+    StepError,
+    print_heading,
+    run_verb,
+    run_verbs,
+    shorten,
+    start_services,
+)
 from ul2r.config import Comparison, Recipe, load
 from ul2r.config.named_recipes import find_recipe
+from ul2r.environment import count_cores
 from ul2r.paths import StoragePaths
 from ul2r.workflows.cli import run_and_report
 from ul2r.workflows.phases import PhaseTimer, handle_stop_signals
@@ -29,8 +39,11 @@ from ul2r.workflows.phases import PhaseTimer, handle_stop_signals
 COMPARISON = "smollm2-compare"
 
 
-def run() -> None:
+def run(settings: Sequence[str]) -> None:
     """Run every step and print the results.
+
+    Args:
+        settings: KEY=VALUE for the recipes of all arms.
 
     Raises:
         StepError: If a step fails; it has printed why.
@@ -41,17 +54,25 @@ def run() -> None:
     comparison = load(find_recipe(Path(COMPARISON), Path()), [], Comparison)
     files = {role: entry for role, entry in comparison.recipes.items() if isinstance(entry, Path)}
     # All are read before anything starts, and with them the model that they continue.
-    runs = {role: load(file, [], Recipe, fill_model_from_base).name for role, file in files.items()}
+    recipes = {
+        role: load(file, settings, Recipe, fill_model_from_base) for role, file in files.items()
+    }
+    roles = list(recipes)
+    num_at_once = max(1, int(count_cores() / recipes["ul2r"].launch.cpus_per_worker))
+    options = [word for setting in settings for word in ("--set", setting)]
     timer = PhaseTimer(comparison.storage / "phases.json")
     with start_services(comparison.storage) as environment:
-        run_verb("prepare", ["prepare", runs["ul2r"]], environment, timer)
-        for role, recipe in runs.items():
+        run_verb("prepare", ["prepare", recipes["ul2r"].name], environment, timer)
+        for start in range(0, len(roles), num_at_once):
+            group = roles[start : start + num_at_once]
+            verbs = [["train", recipes[role].name, *options] for role in group]
+            run_verbs(f"train {', '.join(group)}", verbs, environment, timer)
+        for role, recipe in recipes.items():
             for step, words in (
-                ("train", ["train", recipe]),
-                ("export", ["export", recipe]),
-                ("gaps", ["evaluate", recipe, "--suite", "gaps"]),
+                ("export", ["export", recipe.name]),
+                ("gaps", ["evaluate", recipe.name, "--suite", "gaps"]),
             ):
-                run_verb(f"{step} {role}", words, environment, timer)
+                run_verb(f"{step} {role}", [*words, *options], environment, timer)
         run_verb("compare", ["compare", COMPARISON], environment, timer)
     _print_summary(comparison, timer)
 
@@ -74,12 +95,20 @@ def _print_summary(comparison: Comparison, timer: PhaseTimer) -> None:
 
 def main() -> int:
     """Run the job from the repository's root; return the exit code."""
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="set a value in the recipes of all arms; repeatable",
+    )
+    settings = parser.parse_args().set
     handle_stop_signals()
     try:
-        return run_and_report(run)
+        return run_and_report(lambda: run(settings))
     except StepError as error:
         print(f"stopped: {error}", file=sys.stderr)
         return error.exit_code

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ul2r.workflows.phases import PhaseTimer, run_command
+from ul2r.workflows.phases import PhaseTimer, run_commands
 
 NUM_SPARE_CPUS = 2
 """CPUs that the local Ray announces beyond the machine's, for the tasks that feed the workers."""
@@ -50,28 +50,41 @@ def start_services(storage: Path) -> Iterator[dict[str, str]]:
         }
 
 
-def print_heading(step: str, command: Sequence[str] = ()) -> None:
-    """Print a step's name and the command that runs it alone."""
-    shown = f"\n$ {shlex.join(command)}" if command else ""
+def print_heading(step: str, *commands: Sequence[str]) -> None:
+    """Print a step's name and the commands that run it alone."""
+    lines = [f"\n== {step}", *(f"$ {shlex.join(command)}" for command in commands)]
     # Flushed, since the step writes to the same terminal or pipe from another process.
-    print(f"\n== {step}{shown}", flush=True)
+    print("\n".join(lines), flush=True)
 
 
 def run_verb(
     step: str, words: Sequence[str], environment: Mapping[str, str], timer: PhaseTimer
 ) -> None:
-    """Run `ul2r WORDS` as a step of a pipeline.
+    """Run `ul2r WORDS` as a step of a pipeline; see `run_verbs`."""
+    run_verbs(step, [words], environment, timer)
+
+
+def run_verbs(
+    step: str,
+    verbs: Sequence[Sequence[str]],
+    environment: Mapping[str, str],
+    timer: PhaseTimer,
+) -> None:
+    """Run `ul2r WORDS` several times at once as a step of a pipeline.
 
     Raises:
-        StepError: If it fails.
+        StepError: If one of them fails, when all have ended.
     """
-    command = ["ul2r", *words]
-    print_heading(step, command)
+    commands = [["ul2r", *words] for words in verbs]
+    print_heading(step, *commands)
     with timer.measure(step):
         # As the program `ul2r`, it imports nothing from the working directory.
-        exit_code = run_command([sys.executable, "-P", "-m", *command], environment)
-        if exit_code:
-            raise StepError(shlex.join(command), exit_code)
+        exit_codes = run_commands(
+            [[sys.executable, "-P", "-m", *command] for command in commands], environment
+        )
+        for command, exit_code in zip(commands, exit_codes, strict=True):
+            if exit_code:
+                raise StepError(shlex.join(command), exit_code)
 
 
 def shorten(path: Path) -> str:

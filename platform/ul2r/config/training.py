@@ -28,8 +28,9 @@ class Training(StrictModel):
     micro_batch_size: PositiveInt = 1
     """Rows of a microbatch on one replica."""
     precision: Literal["auto", Precision] = "auto"
-    """Precision of weights and activations; "auto" is bf16 on GPUs and fp32 on CPUs. "fp8" is bf16 with matrix products
-    in fp8, by TransformerEngine. Gradients are summed, and the optimizer works, in fp32."""
+    """Precision of weights and activations; "auto" is bf16 on GPUs and fp32 on CPUs, of which few are faster in
+    bf16: those with AMX. "fp8" is bf16 with matrix products in fp8, by TransformerEngine. Gradients are summed, and the
+    optimizer works, in fp32."""
     recompute: Recompute = "none"
     """Activations that are computed again in the backward pass instead of kept: none, those of attention, or all but
     each layer's input (Korthikanti et al. 2022, arXiv 2205.05198, 5)."""
@@ -89,15 +90,15 @@ def resolve_precision(training: Training, launch: Launch) -> Precision:
 
 
 def check_precision(training: Training, launch: Launch) -> None:
-    """Refuse bf16 and fp8 on CPUs.
+    """Refuse fp8 on CPUs.
 
     Raises:
         ValueError: With the precision.
     """
-    if training.precision in {"bf16", "fp8"} and not launch.gpus_per_worker:
+    if training.precision == "fp8" and not launch.gpus_per_worker:
         raise ValueError(
-            f"training.precision={training.precision} needs GPUs, launch.gpus_per_worker=0: set the first to "
-            "auto or fp32, or the second to 1"
+            "training.precision=fp8 needs GPUs, launch.gpus_per_worker=0: set the first to auto, bf16 or fp32, or the "
+            "second to 1"
         )
 
 

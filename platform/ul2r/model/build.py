@@ -145,10 +145,11 @@ def check_precision(recipe: Recipe) -> None:
         LayoutError: If it does not.
     """
     setting = f"training.precision={recipe.training.precision}"
-    if recipe.precision != "fp32" and not torch.cuda.is_available():
+    needs_gpu = recipe.precision != "fp32" and recipe.launch.gpus_per_worker > 0
+    if needs_gpu and not torch.cuda.is_available():
         raise LayoutError(
             f"{setting} with launch.gpus_per_worker={recipe.launch.gpus_per_worker}, but this worker has no GPU: "
-            "set launch.gpus_per_worker=0 and training.precision to auto or fp32"
+            "set launch.gpus_per_worker=0 and training.precision to auto, bf16 or fp32"
         )
     if recipe.precision != "fp8":
         return

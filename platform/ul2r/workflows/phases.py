@@ -102,16 +102,17 @@ class PhaseTimer:
     def format_table(self) -> str:
         """Return a line for each phase that this process measured, and their total, without attempts that failed."""
         lines = []
+        width = max(14, *(len(name) + 1 for name in self._seconds_now))
         for name, seconds_now in self._seconds_now.items():
             failed = self._phases[name].failed_seconds
             note = f"   besides {failed:.0f} s in attempts that failed" if failed else ""
             if name in self._finished_before:
                 note = f"   done before; {seconds_now:.0f} s now"
-            lines.append(f"{name:<14}{self._phases[name].seconds:8.0f} s{note}")
+            lines.append(f"{name:<{width}}{self._phases[name].seconds:8.0f} s{note}")
 
         # Phases of an earlier version of the file, which this process did not run, are left out.
         total = sum(self._phases[name].seconds for name in self._seconds_now)
-        return "\n".join([*lines, f"{'total':<14}{total:8.0f} s"])
+        return "\n".join([*lines, f"{'total':<{width}}{total:8.0f} s"])
 
     def _write(self) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True)
@@ -120,50 +121,65 @@ class PhaseTimer:
 
 
 def run_command(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run a command to its end; its output goes where this process's goes.
+    """Run a command to its end, and return its exit code; see `run_commands`."""
+    (exit_code,) = run_commands([command], environment)
+    return exit_code
 
-    The command gets a session of its own. If this process is interrupted meanwhile, everything in that session is
-    stopped first: with SIGINT, as by Ctrl-C, or SIGTERM if this process got that, and in the end with SIGKILL.
+
+def run_commands(commands: Sequence[Sequence[str]], environment: Mapping[str, str]) -> list[int]:
+    """Run commands at the same time, each to its end; their output goes where this process's goes.
+
+    Each gets a session of its own. If this process is interrupted meanwhile, everything in these sessions is stopped
+    first: with SIGINT, as by Ctrl-C, or SIGTERM if this process got that, and in the end with SIGKILL. One that fails
+    stops no other.
 
     Args:
-        command: Program and arguments.
+        commands: Programs and arguments.
         environment: Variables in addition to this process's own.
 
     Returns:
-        Its exit code; 128 plus the signal's number if a signal ended it, as in a shell.
+        Their exit codes; 128 plus the signal's number if a signal ended one, as in a shell.
     """
-    # In a session of its own, Ctrl-C on the terminal does not reach the command: `_stop` forwards it, once.
-    process = subprocess.Popen(
-        command,
-        env={**os.environ, **environment},
-        # A job that asked a question would wait for ever.
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    processes = list[subprocess.Popen[bytes]]()
     try:
-        exit_code = process.wait()
+        for command in commands:
+            process = subprocess.Popen(
+                command,
+                env={**os.environ, **environment},
+                # A job that asked a question would wait for ever.
+                stdin=subprocess.DEVNULL,
+                # Ctrl-C on the terminal does not reach it: `_stop` forwards it, once.
+                start_new_session=True,
+            )
+            processes.append(process)
+        exit_codes = [process.wait() for process in processes]
     except Terminated:
-        _stop(process, signal.SIGTERM, SAVE_TIMEOUT_S)
+        _stop(processes, signal.SIGTERM, SAVE_TIMEOUT_S)
         raise
     finally:
-        _stop(process, signal.SIGINT, STOP_TIMEOUT_S)
+        _stop(processes, signal.SIGINT, STOP_TIMEOUT_S)
 
     # Popen gives -2 for a process that SIGINT ended, a shell 130.
-    return exit_code if exit_code >= 0 else 128 - exit_code
+    return [code if code >= 0 else 128 - code for code in exit_codes]
 
 
-def _stop(process: subprocess.Popen[bytes], number: signal.Signals, timeout_s: float) -> None:
-    """End the session of a command: at once if the command itself has ended, else with a signal first."""
+def _stop(
+    processes: Sequence[subprocess.Popen[bytes]], number: signal.Signals, timeout_s: float
+) -> None:
+    """End the sessions of commands: at once if the command itself has ended, else with a signal first."""
     try:
-        if process.poll() is None:
+        running = [process for process in processes if process.poll() is None]
+        for process in running:
             # The leader of a session has its own id as that of the process group.
             os.killpg(process.pid, number)
+        for process in running:
             process.wait(timeout_s)
     except subprocess.TimeoutExpired:
         pass
     finally:
-        # Also after a second Ctrl-C during the wait, and for children that the command left running.
-        _kill_session(process)
+        # Also after a second Ctrl-C during the wait, and for children that a command left running.
+        for process in processes:
+            _kill_session(process)
 
 
 def _kill_session(process: subprocess.Popen[bytes]) -> None:

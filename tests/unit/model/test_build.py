@@ -29,8 +29,9 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_gpu")
-def test_a_worker_without_a_gpu_trains_only_in_fp32() -> None:
-    check_precision(tiny_recipe(Path("runs")))
+def test_a_worker_that_should_have_a_gpu_and_has_none_is_told_so() -> None:
+    for precision in ("auto", "bf16", "fp32"):
+        check_precision(tiny_recipe(Path("runs"), training={"precision": precision}))
     for precision in ("auto", "bf16", "fp8"):
         recipe = tiny_recipe(Path("runs"), launch=GPU, training={"precision": precision})
         with pytest.raises(LayoutError, match="gpus_per_worker=1, but this worker has no GPU"):

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from ul2r.workflows import phases
-from ul2r.workflows.phases import PhaseTimer, run_command
+from ul2r.workflows.phases import PhaseTimer, run_command, run_commands
 
 SLEEP = "import time; time.sleep(600)"
 
@@ -123,6 +123,20 @@ def test_command_receives_the_variables() -> None:
     assert run_command([sys.executable, "-c", script], {"NUMBER": "7"}) == 7
 
 
+def test_commands_run_at_once_and_one_that_fails_stops_no_other(tmp_path: Path) -> None:
+    # Each waits for the other's file.
+    script = (
+        "import pathlib, sys, time\n"
+        "own, other, code = sys.argv[1:]\n"
+        "pathlib.Path(own).touch()\n"
+        "while not pathlib.Path(other).exists(): time.sleep(0.02)\n"
+        "sys.exit(int(code))\n"
+    )
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    words = [[first, second, "3"], [second, first, "0"]]
+    assert run_commands([[sys.executable, "-c", script, *each] for each in words], {}) == [3, 0]
+
+
 def test_processes_left_running_by_a_command_are_killed(tmp_path: Path) -> None:
     parent = (
         "import subprocess, sys; "
@@ -140,6 +154,19 @@ STUBBORN = (
     "time.sleep(600)\n"
 )
 POLITE = STUBBORN.replace("signal.SIG_IGN", "signal.default_int_handler")
+
+
+def test_interruption_stops_all_commands(tmp_path: Path) -> None:
+    pids = [tmp_path / "first", tmp_path / "second"]
+    commands = [[sys.executable, "-c", POLITE, str(pid)] for pid in pids]
+    runner = f"from ul2r.workflows.phases import run_commands; run_commands({commands!r}, {{}})"
+    with subprocess.Popen([sys.executable, "-c", runner], stderr=subprocess.DEVNULL) as process:
+        while not all(pid.is_file() and pid.read_text() for pid in pids):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+    assert all(_ends(int(pid.read_text())) for pid in pids)
 
 
 @pytest.mark.parametrize("child", [POLITE, STUBBORN], ids=["polite", "stubborn"])
