@@ -1,0 +1,86 @@
+"""The first held-out gaps as a served model fills them: `ul2r serve` over HTTP, greedily, by index and not by taste.
+
+    python benchmarks/served_gaps.py RECIPE --url http://127.0.0.1:8000 [--length 8] [--count 5]
+
+RECIPE is a run's, for its token store, from which the gaps are taken (`ul2r.evaluation.gaps`, one slot, as many of them
+as `evaluation.gaps` says); the server is that of any model. Each gap is asked for by `/v1/completions` with the text
+before it and, as `suffix`, the text after it. Prints a table in Markdown, then one JSON line:
+
+    exact     gaps that were filled with just the masked text
+    answers   what the model wrote
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import httpx
+from tokenizers import Tokenizer
+
+from ul2r.config import Recipe, load
+from ul2r.config.named_recipes import find_recipe
+from ul2r.data.document_tokenizer import decode_continuation
+from ul2r.data.store.dataset import open_dataset
+from ul2r.evaluation.gaps import select_gaps
+from ul2r.launch.pretrained import fill_model_from_base
+from ul2r.workflows.cli import run_and_report
+
+NUM_SHOWN = 60
+"""Characters of the text on each side that the table shows."""
+MAX_TOKENS = 24
+
+
+def show(text: str) -> str:
+    """Return a text as a cell of a table."""
+    escaped = text.replace("\n", "\\n").replace("|", "\\|")
+    return f"`{escaped}`" if escaped else "(nothing)"
+
+
+def run(options: argparse.Namespace) -> None:
+    """Ask for each gap and print."""
+    recipe = load(find_recipe(options.recipe, Path()), options.set, Recipe, fill_model_from_base)
+    dataset = open_dataset(recipe.storage_paths.store)
+    tokenizer = Tokenizer.from_file(str(dataset.tokenizer_file))
+    settings = recipe.evaluation.gaps.model_copy(
+        update={"lengths": (options.length,), "slots": (1,)}
+    )
+    (group,) = select_gaps(dataset, settings, recipe.objective.sequence_length)
+
+    print("| | before the gap | the gap | the answer | after the gap |\n|---|---|---|---|---|")
+    answers = []
+    num_exact = 0
+    for number in range(min(options.count, len(group))):
+        before, after = (part[number].tolist() for part in group.parts)
+        gap = group.gaps[number, 0].tolist()
+        left = decode_continuation(tokenizer, [], before)
+        target = decode_continuation(tokenizer, before, gap)
+        right = decode_continuation(tokenizer, [*before, *gap], after)
+        request = {"prompt": left, "suffix": right, "max_tokens": MAX_TOKENS, "temperature": 0}
+        response = httpx.post(f"{options.url}/v1/completions", json=request, timeout=600)
+        response.raise_for_status()
+        answer: str = response.json()["choices"][0]["text"]
+        answers.append(answer)
+        num_exact += answer == target
+        cells = (left[-NUM_SHOWN:], target, answer, right[:NUM_SHOWN])
+        print(f"| {number} | {' | '.join(map(show, cells))} |")
+    print(json.dumps({"benchmark": "served_gaps", "exact": num_exact, "answers": answers}))
+
+
+def main() -> int:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", type=Path, help="YAML file, or a name that `ul2r recipes` lists")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="address of the server")
+    parser.add_argument("--length", type=int, default=8, help="tokens of a gap")
+    parser.add_argument("--count", type=int, default=5, help="gaps to fill")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of RECIPE")
+    options = parser.parse_args()
+    return run_and_report(lambda: run(options))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
