@@ -25,7 +25,7 @@ import csv
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -42,6 +42,7 @@ from ul2r.config.named_recipes import find_recipe
 from ul2r.data.store.dataset import TokenDataset, open_dataset
 from ul2r.errors import CheckpointError, RecipeError
 from ul2r.evaluation.crossing import extrapolate_crossing
+from ul2r.evaluation.few_shot.task_outcome import digest_settings
 from ul2r.evaluation.gaps import GapGroup, measure_gaps, select_gaps
 from ul2r.evaluation.losses import (
     measure_causal_loss,
@@ -77,6 +78,7 @@ class Point:
         flops: Training FLOPs after the base.
         scores: Mean, standard error and count by metric and reading, as in "gap 8 tokens|both".
         texts: Mean loss of each text by metric and reading, of gaps only.
+        gaps: Digest of the gaps.
     """
 
     arm: str
@@ -86,11 +88,7 @@ class Point:
     flops: float
     scores: dict[str, list[float]]
     texts: dict[str, list[float]]
-
-    @property
-    def num_texts(self) -> int:
-        """Number of gaps of each length."""
-        return len(next(iter(self.texts.values())))
+    gaps: str
 
     def write(self, folder: Path) -> None:
         """Write the point to its file."""
@@ -141,19 +139,43 @@ def iter_points(
         checkpoint_id = CheckpointInfo.read(checkpoint).checkpoint_id
         if step is None or checkpoint_id in finished:
             continue
-        exported = recipe.export.model_copy(
-            update={"checkpoint": checkpoint, "registered_model": None}
-        )
-        folder = export(recipe.model_copy(update={"export": exported}))
+        before = set(recipe.paths.folder.iterdir())
+        folder = export(_without_publication(recipe, checkpoint))
         model = LanguageModel.load(folder, get_device())
         scores, texts = measure_model(model, recipe, dataset, groups)
         tokens = model.metadata.tokens
         flops = model.metadata.flops
         assert tokens is not None
         assert flops is not None
-        yield Point(arm, step, checkpoint_id, tokens, flops, scores, texts)
+        yield Point(arm, step, checkpoint_id, tokens, flops, scores, texts, digest_gaps(groups))
         # Half a gigabyte each.
-        shutil.rmtree(folder)
+        if folder not in before:
+            shutil.rmtree(folder)
+
+
+def _without_publication(recipe: Recipe, checkpoint: Path) -> Recipe:
+    """Return the recipe that exports a checkpoint and tells nobody."""
+    update = {"checkpoint": checkpoint, "registered_model": None, "push_to_hub": None}
+    return recipe.model_copy(
+        update={
+            "export": recipe.export.model_copy(update=update),
+            "tracking": recipe.tracking.model_copy(update={"uri": "none"}),
+        }
+    )
+
+
+def digest_gaps(groups: tuple[GapGroup, ...]) -> str:
+    """Return a digest of all gaps."""
+    return digest_settings([group.hashes for group in groups])
+
+
+def is_current(point: Point, recipes: Mapping[str, Recipe]) -> bool:
+    """Return whether a point's run has its checkpoint, or has none here at all."""
+    if point.arm not in recipes:
+        return True
+    checkpoints = CheckpointStore.from_recipe(recipes[point.arm]).list_checkpoints()
+    ids = {CheckpointInfo.read(checkpoint).checkpoint_id for checkpoint in checkpoints}
+    return not ids or point.checkpoint in ids
 
 
 def get_device() -> str:
@@ -168,7 +190,8 @@ def measure_base(base: HuggingFaceBase, recipe: Recipe, groups: tuple[GapGroup, 
     model = PretrainedModel.load_with_vocabulary(
         folder, dataset.vocabulary, dataset.tokenizer_file, get_device()
     )
-    return Point(BASE, 0, "", 0, 0.0, *measure_model(model, recipe, dataset, groups))
+    scores, texts = measure_model(model, recipe, dataset, groups)
+    return Point(BASE, 0, "", 0, 0.0, scores, texts, digest_gaps(groups))
 
 
 def write_csv(points: list[Point], file: Path) -> list[dict[str, Any]]:
@@ -298,11 +321,10 @@ def run(options: argparse.Namespace) -> None:
         raise RecipeError(
             "recipes.base should be a model as it is, {hf: FOLDER}: gaps are paired with its"
         )
-    arms = options.arms or list(comparison.recipes)
-    if unknown := set(arms) - set(comparison.recipes):
-        raise RecipeError(
-            f"--arms {', '.join(sorted(unknown))}: known are {', '.join(comparison.recipes)}"
-        )
+    known = [BASE, *recipes]
+    arms = options.arms or known
+    if unknown := set(arms) - set(known):
+        raise RecipeError(f"--arms {', '.join(sorted(unknown))}: known are {', '.join(known)}")
 
     output: Path = options.output or comparison.storage / "curve"
     output.mkdir(parents=True, exist_ok=True)
@@ -311,10 +333,10 @@ def run(options: argparse.Namespace) -> None:
     groups = select_gaps(open_dataset(any_recipe.storage_paths.store), settings)
 
     for point in Point.read_all(output):
-        if point.num_texts != len(groups[0]):
+        if point.gaps != digest_gaps(groups):
             raise RecipeError(
-                f"{output} has points of {point.num_texts} gaps, this call has {len(groups[0])}: choose another "
-                "--output, or the same --num-gaps"
+                f"{output} has points of other gaps than those of this text and --num-gaps {options.num_gaps}: choose "
+                "another --output"
             )
 
     for arm in arms:
@@ -328,7 +350,11 @@ def run(options: argparse.Namespace) -> None:
             gaps = {k: round(v[0], 3) for k, v in point.scores.items() if k.count("|") == 1}
             print(f"{arm} {point.step}: {json.dumps(gaps)}", file=sys.stderr, flush=True)
 
-    points = Point.read_all(output)
+    stored = Point.read_all(output)
+    points = [point for point in stored if is_current(point, recipes)]
+    if len(points) < len(stored):
+        gone = len(stored) - len(points)
+        print(f"left out {gone} points of checkpoints that are gone", file=sys.stderr)
     if not any(point.arm == BASE for point in points):
         return  # another process measures it
     rows = write_csv(points, output / "curve.csv")

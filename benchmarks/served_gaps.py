@@ -23,6 +23,7 @@ from ul2r.config import Recipe, load
 from ul2r.config.named_recipes import find_recipe
 from ul2r.data.document_tokenizer import decode_continuation
 from ul2r.data.store.dataset import open_dataset
+from ul2r.errors import ServiceError
 from ul2r.evaluation.gaps import select_gaps
 from ul2r.launch.pretrained import fill_model_from_base
 from ul2r.workflows.cli import run_and_report
@@ -36,6 +37,21 @@ def show(text: str) -> str:
     """Return a text as a cell of a table."""
     escaped = text.replace("\n", "\\n").replace("|", "\\|")
     return f"`{escaped}`" if escaped else "(nothing)"
+
+
+def ask(url: str, request: dict[str, object]) -> str:
+    """Return the text that a server answers.
+
+    Raises:
+        ServiceError: If it cannot be reached, or refuses.
+    """
+    try:
+        response = httpx.post(url, json=request, timeout=600)
+        response.raise_for_status()
+    except httpx.HTTPError as error:
+        raise ServiceError(f"{url}: {error}") from None
+    answer: str = response.json()["choices"][0]["text"]
+    return answer
 
 
 def run(options: argparse.Namespace) -> None:
@@ -58,9 +74,7 @@ def run(options: argparse.Namespace) -> None:
         target = decode_continuation(tokenizer, before, gap)
         right = decode_continuation(tokenizer, [*before, *gap], after)
         request = {"prompt": left, "suffix": right, "max_tokens": MAX_TOKENS, "temperature": 0}
-        response = httpx.post(f"{options.url}/v1/completions", json=request, timeout=600)
-        response.raise_for_status()
-        answer: str = response.json()["choices"][0]["text"]
+        answer = ask(f"{options.url}/v1/completions", request)
         answers.append(answer)
         num_exact += answer == target
         cells = (left[-NUM_SHOWN:], target, answer, right[:NUM_SHOWN])

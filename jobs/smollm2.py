@@ -1,6 +1,6 @@
 """UL2R, control and FIM at equal tokens on SmolLM2-135M: train, export, measure gaps, compare.
 
-    python jobs/smollm2.py [--set training.precision=bf16]
+    python jobs/smollm2.py [--precision bf16]
 
 Needs the model and the text that `make smollm2` fetches before it. Starts an MLflow server and a local Ray, runs the
 commands of `ul2r` one after the other on the runs of smollm2-compare, each of which it prints, and says what the
@@ -14,7 +14,6 @@ import argparse
 import json
 import sys
 import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 
 # With PYTHONSAFEPATH=1 Python does not look into the folder of a script.
@@ -39,11 +38,11 @@ from ul2r.workflows.phases import PhaseTimer, handle_stop_signals
 COMPARISON = "smollm2-compare"
 
 
-def run(settings: Sequence[str]) -> None:
+def run(precision: str) -> None:
     """Run every step and print the results.
 
     Args:
-        settings: KEY=VALUE for the recipes of all arms.
+        precision: `training.precision` of all arms.
 
     Raises:
         StepError: If a step fails; it has printed why.
@@ -54,25 +53,26 @@ def run(settings: Sequence[str]) -> None:
     comparison = load(find_recipe(Path(COMPARISON), Path()), [], Comparison)
     files = {role: entry for role, entry in comparison.recipes.items() if isinstance(entry, Path)}
     # All are read before anything starts, and with them the model that they continue.
+    setting = f"training.precision={precision}"
     recipes = {
-        role: load(file, settings, Recipe, fill_model_from_base) for role, file in files.items()
+        role: load(file, [setting], Recipe, fill_model_from_base) for role, file in files.items()
     }
     roles = list(recipes)
-    num_at_once = max(1, int(count_cores() / recipes["ul2r"].launch.cpus_per_worker))
-    options = [word for setting in settings for word in ("--set", setting)]
+    launch, num_workers = recipes["ul2r"].launch, recipes["ul2r"].parallel.num_workers
+    num_at_once = max(1, int(count_cores() / (num_workers * launch.cpus_per_worker)))
     timer = PhaseTimer(comparison.storage / "phases.json")
     with start_services(comparison.storage) as environment:
         run_verb("prepare", ["prepare", recipes["ul2r"].name], environment, timer)
         for start in range(0, len(roles), num_at_once):
             group = roles[start : start + num_at_once]
-            verbs = [["train", recipes[role].name, *options] for role in group]
+            verbs = [["train", recipes[role].name, "--set", setting] for role in group]
             run_verbs(f"train {', '.join(group)}", verbs, environment, timer)
         for role, recipe in recipes.items():
             for step, words in (
                 ("export", ["export", recipe.name]),
                 ("gaps", ["evaluate", recipe.name, "--suite", "gaps"]),
             ):
-                run_verb(f"{step} {role}", [*words, *options], environment, timer)
+                run_verb(f"{step} {role}", words, environment, timer)
         run_verb("compare", ["compare", COMPARISON], environment, timer)
     _print_summary(comparison, timer)
 
@@ -99,16 +99,15 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="set a value in the recipes of all arms; repeatable",
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="bf16 is faster on CPUs with AMX (default: auto, which is fp32 on CPUs)",
     )
-    settings = parser.parse_args().set
+    precision = parser.parse_args().precision
     handle_stop_signals()
     try:
-        return run_and_report(lambda: run(settings))
+        return run_and_report(lambda: run(precision))
     except StepError as error:
         print(f"stopped: {error}", file=sys.stderr)
         return error.exit_code

@@ -15,7 +15,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.requests import ClientDisconnect, Request
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
 from serving.access_log import RequestRecord, current_record
@@ -26,6 +26,9 @@ from serving.gate import BODILESS_METHODS, Gate, add_gate
 from serving.service import UnknownModelError
 
 logger = logging.getLogger("ul2r.serving")
+
+RECORD_TIMEOUT_S = 10.0
+"""Time that a model has, after the end of its answer, to say what it was."""
 
 
 def create_router(backends: Mapping[str, Backend], gate: Gate | None = None) -> FastAPI:
@@ -106,11 +109,21 @@ class _Router:
         except ClientDisconnect:
             # Nobody waits, or `BodyLimitMiddleware` has answered.
             return
+        is_sent = False
+
+        async def send_and_notice(message: Message) -> None:
+            nonlocal is_sent
+            await send(message)
+            is_sent |= message["type"] == "http.response.body" and not message.get("more_body")
+
         # Serve cancels the call when its client leaves. Other servers, such as uvicorn, only tell `receive` of it.
-        answering = asyncio.create_task(self._answer(body, scope, receive, send))
+        answering = asyncio.create_task(self._answer(body, scope, receive, send_and_notice))
         leaving = asyncio.create_task(_wait_for_disconnect(receive))
         try:
             await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if is_sent:
+                # Its client may leave at once; the record of the request is still on its way.
+                await asyncio.wait((answering,), timeout=RECORD_TIMEOUT_S)
             # What went wrong in the one that ended is this call's error.
             (answering if answering.done() else leaving).result()
         finally:

@@ -3,9 +3,11 @@
 import gc
 import json
 import math
+import threading
 import time
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from mlflow import MlflowClient
 from ul2r.errors import ServiceError
 from ul2r.testing.recipes import tiny_recipe
 from ul2r.tracking import mlflow as tracking
+from ul2r.tracking.artifacts import open_experiment
 from ul2r.tracking.mlflow import MlflowTracker
 from ul2r.tracking.stored_points import StoredPoints
 
@@ -191,3 +194,15 @@ def test_refused_file_is_left_out_with_a_line(
     assert f"{report} is not among the artifacts" in caplog.text
     assert read_status(uri, run_id) == "FINISHED"
     assert read_steps(uri, run_id, "train/loss") == [1]
+
+
+def test_runs_that_begin_at_once_share_a_new_experiment(uri: str) -> None:
+    start = threading.Barrier(8)
+
+    def open_at_once(_: int) -> str:
+        start.wait()
+        return str(open_experiment(uri, "begun by several").experiment_id)
+
+    with ThreadPoolExecutor(8) as pool:
+        ids = list(pool.map(open_at_once, range(8)))
+    assert len(set(ids)) == 1

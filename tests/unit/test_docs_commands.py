@@ -183,8 +183,10 @@ def in_checkout(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pyt
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     folder = write_tiny_export(tmp_path_factory.mktemp("docs") / "export")
-    with TestClient(create_api(InferenceService(LanguageModel.load(folder)))) as client:
+    service = InferenceService(LanguageModel.load(folder))
+    with TestClient(create_api(service)) as client:
         yield client
+    service.close()
 
 
 @_select("yaml")

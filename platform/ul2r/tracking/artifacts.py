@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mlflow import MlflowClient
 from mlflow.entities import Experiment
+from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from ul2r.errors import ServiceError
@@ -61,13 +63,24 @@ def open_experiment(uri: str, name: str) -> Experiment:
     with translate_errors(uri):
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
-            experiment = client.get_experiment(client.create_experiment(name))
+            experiment = _create_experiment(client, name)
     if experiment.lifecycle_stage != "active":
         raise ServiceError(
             f"tracking.experiment={name}: is deleted in MLflow at {uri}: restore it with `mlflow experiments restore "
             f"--experiment-id {experiment.experiment_id}`, or set another name"
         )
     return experiment
+
+
+def _create_experiment(client: MlflowClient, name: str) -> Experiment:
+    try:
+        return client.get_experiment(client.create_experiment(name))
+    except MlflowException as error:
+        # Another run has created it meanwhile.
+        experiment = client.get_experiment_by_name(name)
+        if error.error_code != "RESOURCE_ALREADY_EXISTS" or experiment is None:
+            raise
+        return experiment
 
 
 @contextmanager

@@ -85,6 +85,20 @@ def run_suites(
     return results
 
 
+def check_suites(recipe: Recipe) -> None:
+    """Check before a model exists that the recipe's suites can be run on it.
+
+    Raises:
+        UserError: If a suite, a task or its data is missing, or a suite runs code.
+    """
+    require_lm_eval()
+    settings = recipe.evaluation.few_shot
+    suites = load_suites(settings.suites)
+    _check_code_execution(suites, recipe, is_allowed=False)
+    for suite in suites.values():
+        _load_tasks(load_tasks(suite, recipe.evaluation.data, settings.tasks), recipe)
+
+
 def _is_whole(settings: FewShot) -> bool:
     """Return whether whole suites are run, in the form that the model was trained for."""
     others = {"suites", "model", "skip_missing", "seeds", "samples", "temperature"}

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -16,9 +17,13 @@ from ul2r.errors import RunInterrupted, UserError
 from ul2r.filesystem import write_atomically
 from ul2r.launch.ray_train.cluster import connect_ray
 from ul2r.launch.ray_train.elastic import count_cpus
+from ul2r.launch.ray_train.entry_point import enter_folder
 from ul2r.workflows.ladder_plan import LadderRun, find_ready
 
 logger = logging.getLogger(__name__)
+
+
+ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,8 @@ class Resources:
     gpus: float
 
     def fits(self, free: Resources) -> bool:
-        """Return whether as many are free."""
-        return self.cpus <= free.cpus and self.gpus <= free.gpus
+        """Return whether as many are free, but for the rounding of fractions that were taken and given back."""
+        return self.cpus <= free.cpus + ROUNDING and self.gpus <= free.gpus + ROUNDING
 
     def minus(self, other: Resources) -> Resources:
         """Return what is left without the others."""
@@ -140,8 +145,8 @@ class _Schedule:
                 max_retries=0,
                 # A process of its own: Megatron-Core keeps the process groups of a run, each with gloo's threads.
                 max_calls=1,
-            )(complete_run)
-            self._running[task.remote(run.recipe)] = run
+            )(_complete_in_folder)
+            self._running[task.remote(run.recipe, str(Path.cwd()))] = run
 
     def _drop_orphans(self) -> None:
         """Give up runs whose base has failed, and those that continue them."""
@@ -175,6 +180,12 @@ def describe_failure(error: RayError) -> str:
         return " ".join(str(cause).split())
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__
+
+
+def _complete_in_folder(recipe: Recipe, folder: str) -> float:
+    """Call `complete_run` where the job was started: a task of a running cluster works elsewhere."""
+    enter_folder(folder)
+    return complete_run(recipe)
 
 
 def complete_run(recipe: Recipe) -> float:

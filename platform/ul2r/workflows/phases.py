@@ -141,6 +141,7 @@ def run_commands(commands: Sequence[Sequence[str]], environment: Mapping[str, st
         Their exit codes; 128 plus the signal's number if a signal ended one, as in a shell.
     """
     processes = list[subprocess.Popen[bytes]]()
+    exit_codes = list[int]()
     try:
         for command in commands:
             process = subprocess.Popen(
@@ -152,12 +153,16 @@ def run_commands(commands: Sequence[Sequence[str]], environment: Mapping[str, st
                 start_new_session=True,
             )
             processes.append(process)
-        exit_codes = [process.wait() for process in processes]
+        for process in processes:
+            exit_code = process.wait()
+            # At once, for what it left running: later its number may be another program's.
+            _kill_session(process)
+            exit_codes.append(exit_code)
     except Terminated:
-        _stop(processes, signal.SIGTERM, SAVE_TIMEOUT_S)
+        _stop(processes[len(exit_codes) :], signal.SIGTERM, SAVE_TIMEOUT_S)
         raise
     finally:
-        _stop(processes, signal.SIGINT, STOP_TIMEOUT_S)
+        _stop(processes[len(exit_codes) :], signal.SIGINT, STOP_TIMEOUT_S)
 
     # Popen gives -2 for a process that SIGINT ended, a shell 130.
     return [code if code >= 0 else 128 - code for code in exit_codes]

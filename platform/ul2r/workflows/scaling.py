@@ -16,7 +16,6 @@ from ul2r.config.ladder import Ladder
 from ul2r.data.store.dataset import is_prepared, open_run_dataset
 from ul2r.environment import has_ray
 from ul2r.errors import LaunchError, RecipeError, ServiceError
-from ul2r.evaluation.few_shot.requirements import require_lm_eval
 from ul2r.evaluation.measure import list_metrics
 from ul2r.evaluation.stored_scores import load_scores
 from ul2r.filesystem import write_atomically
@@ -28,6 +27,7 @@ from ul2r.tracking.store import check_store
 from ul2r.train.trial_build import check_buildable
 from ul2r.workflows.base_change import is_base_current
 from ul2r.workflows.dry_run import seen_keys_per_row, targets_per_row
+from ul2r.workflows.few_shot import check_suites
 from ul2r.workflows.ladder_plan import LadderRun, plan_ladder
 
 logger = logging.getLogger(__name__)
@@ -88,8 +88,9 @@ def run_ladder(ladder: Ladder) -> LadderResult:
 def _check_runs(ladder: Ladder, runs: Sequence[LadderRun]) -> None:
     """Check of each run what can be checked before its base exists; build the model of each size once."""
     _check_metrics(ladder, runs[0].recipe)
-    if any(run.recipe.evaluation.few_shot.suites for run in runs):
-        require_lm_eval()
+    # All runs are evaluated alike.
+    if runs[0].recipe.evaluation.few_shot.suites:
+        check_suites(runs[0].recipe)
     built = set()
     for run in runs:
         check_names(run.recipe)

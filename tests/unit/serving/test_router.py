@@ -17,7 +17,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from serving.access_log import RequestRecord
 from serving.api import create_api
-from serving.asgi_call import Backend, BackendError, Messages, call_asgi
+from serving.asgi_call import RECORD, Backend, BackendError, Messages, call_asgi
 from serving.body_limit import MAX_BODY_BYTES
 from serving.gate import AccessConfig, Gate
 from serving.router import create_router
@@ -189,6 +189,38 @@ def test_the_log_names_the_model_and_prompt_of_a_client_that_leaves(
     assert (line["model"], line["is_complete"]) == ("tiny-ul2r", False)
     assert line["prompts"] == ["[S2S]The sea"]
     assert line["prompt_tokens"] > 0
+
+
+def test_the_log_is_whole_if_a_client_leaves_right_after_its_answer(tmp_path: Path) -> None:
+    """The record comes last, from another process."""
+
+    async def answer_and_record(
+        scope: Scope, body: bytes, record: RequestRecord | None
+    ) -> Messages:
+        yield [{"type": "http.response.start", "status": 200, "headers": []}]
+        yield [{"type": "http.response.body", "body": b"{}", "more_body": False}]
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert record is not None
+        record.completion_tokens = 3
+        yield [{"type": RECORD, "record": record, "is_last": True}]
+
+    gate = Gate(AccessConfig(access_log=tmp_path / "log"))
+    api = create_router({"far": answer_and_record}, gate)
+
+    async def ask() -> None:
+        messages = asyncio.Queue[Message]()
+        messages.put_nowait({"type": "http.request", "body": b"{}", "more_body": False})
+
+        async def send(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                messages.put_nowait({"type": "http.disconnect"})
+
+        await api({**POST}, messages.get, send)
+
+    asyncio.run(ask())
+    (line,) = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert (line["is_complete"], line["completion_tokens"]) == (True, 3)
 
 
 def test_the_log_of_the_router_has_what_the_model_knows(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,12 +22,15 @@ from ul2r.workflows.evaluate import make_score_table
 
 
 @pytest.fixture
-def recipe_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def recipe_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "tiny.yaml"
     path.write_text(dump(tiny_recipe(tmp_path / "family")))
     monkeypatch.setattr(sys, "argv", ["job", str(path), "--set", "training.steps=9"])
-    return path
+    handler = signal.getsignal(signal.SIGTERM)
+    yield path
+    # A job takes SIGTERM for Ctrl-C.
+    signal.signal(signal.SIGTERM, handler)
 
 
 def test_action_receives_the_recipe_with_overrides_applied(recipe_file: Path) -> None:

@@ -122,6 +122,12 @@ def test_scores_are_measured_once(
     assert name_metrics(again.scores) == name_metrics(measured.scores)
     with pytest.raises(AssertionError, match="measured again"):
         measure_run_gaps(make_recipe(recipes["fim"].storage, "fim", num_gaps=4))
+    # Means without their gaps are no scores.
+    items = measured.folder / "items.parquet"
+    items.rename(measured.folder / "moved")
+    with pytest.raises(AssertionError, match="measured again"):
+        measure_run_gaps(recipes["fim"])
+    (measured.folder / "moved").rename(items)
 
 
 def test_comparison_pairs_what_sees_both_sides_with_what_does_not(

@@ -156,6 +156,26 @@ STUBBORN = (
 POLITE = STUBBORN.replace("signal.SIG_IGN", "signal.default_int_handler")
 
 
+def test_what_a_command_leaves_running_ends_with_it_and_not_with_the_others(tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    leaving = (
+        "import subprocess, sys; "
+        f"left = subprocess.Popen([sys.executable, '-c', {SLEEP!r}]); "
+        f"open({str(pid)!r}, 'w').write(str(left.pid))"
+    )
+    waiting = (
+        "import pathlib, psutil, time\n"
+        f"pid = pathlib.Path({str(pid)!r})\n"
+        "while not (pid.exists() and pid.read_text()): time.sleep(0.02)\n"
+        "for _ in range(600):\n"
+        "    if not psutil.pid_exists(int(pid.read_text())): break\n"
+        "    time.sleep(0.1)\n"
+        "else: raise SystemExit(1)\n"
+    )
+    commands = [[sys.executable, "-c", script] for script in (leaving, waiting)]
+    assert run_commands(commands, {}) == [0, 0]
+
+
 def test_interruption_stops_all_commands(tmp_path: Path) -> None:
     pids = [tmp_path / "first", tmp_path / "second"]
     commands = [[sys.executable, "-c", POLITE, str(pid)] for pid in pids]

@@ -8,13 +8,14 @@ import pytest
 
 from ul2r.config import Recipe, dump, load
 from ul2r.config.ladder import Ladder
-from ul2r.errors import CorpusError
+from ul2r.errors import CorpusError, UserError
 from ul2r.evaluation.few_shot.suite_result import SuiteResult
 from ul2r.evaluation.scores import Score
 from ul2r.filesystem import write_atomically
 from ul2r.testing.models import write_tiny_export
 from ul2r.tracking.export_digest import hash_export
 from ul2r.workflows import few_shot_results, ladder_run, scaling
+from ul2r.workflows.few_shot import check_suites
 from ul2r.workflows.few_shot_results import find_result
 from ul2r.workflows.ladder_plan import LadderRun, plan_ladder
 
@@ -82,6 +83,40 @@ def test_run_that_lacks_suites_is_not_completed(
     monkeypatch.setattr(few_shot_results, "run_missing_suites", lambda _: None)
     ladder_run.complete_run(run.recipe)
     assert run.recipe.paths.completed_recipe.read_text() == dump(run.recipe)
+
+
+def test_task_of_a_running_cluster_works_where_the_job_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, (run, *_) = plan(tmp_path)
+    monkeypatch.chdir("/")
+    folders = list[Path]()
+    monkeypatch.setattr(ladder_run, "complete_run", lambda _: folders.append(Path.cwd()))
+    ladder_run._complete_in_folder(run.recipe, str(tmp_path))
+    assert folders == [tmp_path]
+
+
+@pytest.mark.parametrize(
+    ("suite", "message"),
+    [
+        ("paper-62", "paper-26"),
+        ("gaps", "gaps"),
+        ("humaneval-infilling", "runs code"),
+        ("gsm8k", "gsm8k"),
+    ],
+)
+def test_suites_that_cannot_be_run_are_refused_before_anything_is_trained(
+    tmp_path: Path, suite: str, message: str
+) -> None:
+    _, (run, *_) = plan(tmp_path)
+    evaluation = run.recipe.evaluation.model_copy(
+        update={
+            "few_shot": run.recipe.evaluation.few_shot.model_copy(update={"suites": (suite,)}),
+            "data": tmp_path,
+        }
+    )
+    with pytest.raises(UserError, match=message):
+        check_suites(run.recipe.model_copy(update={"evaluation": evaluation}))
 
 
 def write_result(run: LadderRun, mode: str = "none", limit: int | None = None) -> Path:

@@ -37,7 +37,7 @@ class DataFolder:
     def write_split(
         self, dataset: str, configuration: str, split: str, rows: list[dict[str, Any]]
     ) -> None:
-        """Write a split, in place of an earlier one.
+        """Write a split, in place of an earlier one; behind those rows that this object has written.
 
         Raises:
             CorpusError: If the data set's folder was not made by this class, or cannot be written.
@@ -49,8 +49,12 @@ class DataFolder:
                 f"{home} was not laid out by ul2r task-data, and is left as it is: move it away, or take another folder"
             )
         path = home / configuration / f"{split}.parquet"
-        table = pa.Table.from_pylist(rows)
+        key = (dataset, configuration, split)
         try:
+            table = pa.Table.from_pylist(rows)
+            # Two files may hold parts of a split, such as stories of several years.
+            if key in self.written:
+                table = pa.concat_tables([pq.read_table(path), table], promote_options="default")
             path.parent.mkdir(parents=True, exist_ok=True)
             # First, so that an interrupted start is recognized as ours.
             if not readme.exists():
@@ -60,7 +64,9 @@ class DataFolder:
             self._write_readme(home)
         except OSError as error:
             raise CorpusError(f"{path} cannot be written: {error.strerror or error}") from None
-        self.written[dataset, configuration, split] = len(rows)
+        except pa.ArrowException as error:
+            raise CorpusError(f"{path}: rows are not of one form: {error}") from None
+        self.written[key] = len(table)
 
     def _write_readme(self, home: Path) -> None:
         """Write the list of files that `datasets` reads."""

@@ -8,6 +8,7 @@ files in folders                            repository_files.py
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import re
@@ -27,8 +28,11 @@ from ul2r.evaluation.few_shot.repository_files import KNOWN_FILES, Row, Split, r
 
 DAMAGE = (
     ValueError,  # also JSON, texts that are not UTF-8, and Arrow
-    KeyError,
+    LookupError,
+    AttributeError,
     TypeError,
+    SyntaxError,  # examples that are Python
+    csv.Error,
     EOFError,
     pa.ArrowException,
     tarfile.TarError,

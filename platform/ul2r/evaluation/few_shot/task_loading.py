@@ -186,10 +186,17 @@ def _load_infill_task(task: InfillTask, data: Path | None) -> LoadedInfillTask |
         return source
     try:
         rows = load_dataset(str(source), task.configuration, split="test")
-    except (OSError, ValueError, RuntimeError) as error:
+    except _list_loading_errors() as error:
         return Unavailable(task.name, task.dataset, " ".join(str(error).split())[:200])
     fingerprint = digest_settings(task.model_dump(), rows._fingerprint)
     return LoadedInfillTask(task, rows, fingerprint)
+
+
+def _list_loading_errors() -> tuple[type[Exception], ...]:
+    """Return what `datasets` raises for data that it cannot find, reach or read."""
+    from datasets.exceptions import DatasetsError
+
+    return (OSError, ValueError, RuntimeError, DatasetsError)
 
 
 def _select(suite: Suite, only: Sequence[str]) -> list[SuiteTask | InfillTask]:
@@ -245,7 +252,7 @@ def _load(
             # As a group of one: a task that is named by itself cannot be changed.
             group = {"group": GROUP, "task": [overrides]}
             (task,) = manager.load([group])["tasks"].values()
-    except (OSError, ValueError, ConnectionError) as error:
+    except _list_loading_errors() as error:
         return Unavailable(name, dataset, " ".join(str(error).split())[:200])
     _check_metric(entry, name, task)
     if entry.shots is not None:

@@ -92,7 +92,7 @@ def load_gaps_of(folder: Path, model: str, token_store: str) -> list[GapScores] 
 
 def _read_result(folder: Path) -> dict[str, Any] | None:
     path = folder / RESULT_FILE
-    if not path.is_file():
+    if not (path.is_file() and (folder / ITEMS_FILE).is_file()):
         return None
     tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return tree

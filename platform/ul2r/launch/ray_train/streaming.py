@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import ray
 
@@ -13,6 +14,7 @@ from ul2r.data.prepare.pairs import prepare_pairs
 from ul2r.data.prepare.prepare import build_streaming_store, count_corpus_bytes
 from ul2r.data.store.dataset import TokenDataset, open_run_dataset
 from ul2r.errors import CorpusError, UserError
+from ul2r.launch.ray_train.entry_point import enter_folder
 
 POLL_S = 0.5
 
@@ -39,7 +41,7 @@ def build_store_in_background(recipe: Recipe, cpus: float) -> Iterator[TokenData
     store = recipe.storage_paths.store
     spare_cpus = max(1.0, ray.cluster_resources()["CPU"] - cpus)
     # The task only drives Ray Data, and takes no CPU from the tasks that tokenize.
-    build = ray.remote(num_cpus=0)(_build).remote(recipe, spare_cpus)
+    build = ray.remote(num_cpus=0)(_build).remote(recipe, spare_cpus, str(Path.cwd()))
     try:
         if not store.exists():
             logger.info(
@@ -72,8 +74,9 @@ def _wait_for_error(build: ray.ObjectRef[str], timeout_s: float) -> str:
     return str(ray.get(build)) if ended else ""
 
 
-def _build(recipe: Recipe, cpus: float) -> str:
+def _build(recipe: Recipe, cpus: float, folder: str) -> str:
     """Build the store in a Ray task; return the message of a user error, which Ray would wrap if it were raised."""
+    enter_folder(folder)
     try:
         for _ in build_streaming_store(recipe, cpus):
             pass

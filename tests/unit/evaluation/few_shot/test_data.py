@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 
@@ -175,6 +176,25 @@ def test_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("a file")
     with pytest.raises(CorpusError, match=r"test\.parquet cannot be written: Not a directory"):
         DataFolder(tmp_path / "data").write_split("cais/mmlu", "anatomy", "test", [{"a": 1}])
+
+
+def test_files_with_parts_of_a_split_are_joined(tmp_path: Path) -> None:
+    data = DataFolder(tmp_path / "data")
+    for rows in ([{"id": "a"}], [{"id": "b"}, {"id": "c"}]):
+        data.write_split("lsdsem/rocstories", "default", "test", rows)
+    assert data.written == {("lsdsem/rocstories", "default", "test"): 3}
+    table = pq.read_table(tmp_path / "data/lsdsem/rocstories/default/test.parquet")
+    assert table["id"].to_pylist() == ["a", "b", "c"]
+
+    # Another call begins anew.
+    DataFolder(tmp_path / "data").write_split("lsdsem/rocstories", "default", "test", [{"id": "d"}])
+    table = pq.read_table(tmp_path / "data/lsdsem/rocstories/default/test.parquet")
+    assert table["id"].to_pylist() == ["d"]
+
+
+def test_rows_of_several_forms_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match="rows are not of one form"):
+        DataFolder(tmp_path / "data").write_split("cais/mmlu", "a", "test", [{"a": 1}, {"a": "b"}])
 
 
 def test_problems_and_stories_are_found_by_names_and_columns(tmp_path: Path) -> None:
