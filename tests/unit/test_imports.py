@@ -75,6 +75,7 @@ PLACES = {
         "commands/",
         "jobs/",
         "serving/",
+        "benchmarks/served_gaps",
         "benchmarks/serving_load",
     ),
     "datasets": ("evaluation/few_shot/task_loading",),
@@ -107,6 +108,7 @@ PLACES = {
         "model/huggingface/",
         "inference/",
         "testing/",
+        "benchmarks/served_gaps",
         "benchmarks/serving_load",
     ),
 }
