@@ -169,13 +169,22 @@ def digest_gaps(groups: tuple[GapGroup, ...]) -> str:
     return digest_settings([group.hashes for group in groups])
 
 
-def is_current(point: Point, recipes: Mapping[str, Recipe]) -> bool:
-    """Return whether a point's run has its checkpoint, or has none here at all."""
-    if point.arm not in recipes:
-        return True
-    checkpoints = CheckpointStore.from_recipe(recipes[point.arm]).list_checkpoints()
-    ids = {CheckpointInfo.read(checkpoint).checkpoint_id for checkpoint in checkpoints}
-    return not ids or point.checkpoint in ids
+def select_current(points: list[Point], recipes: Mapping[str, Recipe]) -> list[Point]:
+    """Return the points whose run has their checkpoint, or has none here at all, and say how many others there are."""
+    ids = {arm: list_checkpoint_ids(recipe) for arm, recipe in recipes.items()}
+    current = [
+        point for point in points if not ids.get(point.arm) or point.checkpoint in ids[point.arm]
+    ]
+    if len(current) < len(points):
+        gone = len(points) - len(current)
+        print(f"left out {gone} points of checkpoints that are gone", file=sys.stderr)
+    return current
+
+
+def list_checkpoint_ids(recipe: Recipe) -> set[str]:
+    """Return the ids of a run's checkpoints."""
+    checkpoints = CheckpointStore.from_recipe(recipe).list_checkpoints()
+    return {CheckpointInfo.read(checkpoint).checkpoint_id for checkpoint in checkpoints}
 
 
 def get_device() -> str:
@@ -332,8 +341,9 @@ def run(options: argparse.Namespace) -> None:
     settings = GAPS.model_copy(update={"num_gaps": options.num_gaps})
     groups = select_gaps(open_dataset(any_recipe.storage_paths.store), settings)
 
+    digest = digest_gaps(groups)
     for point in Point.read_all(output):
-        if point.gaps != digest_gaps(groups):
+        if point.gaps != digest:
             raise RecipeError(
                 f"{output} has points of other gaps than those of this text and --num-gaps {options.num_gaps}: choose "
                 "another --output"
@@ -350,11 +360,7 @@ def run(options: argparse.Namespace) -> None:
             gaps = {k: round(v[0], 3) for k, v in point.scores.items() if k.count("|") == 1}
             print(f"{arm} {point.step}: {json.dumps(gaps)}", file=sys.stderr, flush=True)
 
-    stored = Point.read_all(output)
-    points = [point for point in stored if is_current(point, recipes)]
-    if len(points) < len(stored):
-        gone = len(stored) - len(points)
-        print(f"left out {gone} points of checkpoints that are gone", file=sys.stderr)
+    points = select_current(Point.read_all(output), recipes)
     if not any(point.arm == BASE for point in points):
         return  # another process measures it
     rows = write_csv(points, output / "curve.csv")

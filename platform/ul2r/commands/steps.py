@@ -32,8 +32,7 @@ def start_services(storage: Path) -> Iterator[dict[str, str]]:
     Raises:
         ServiceError: If one of them does not start.
     """
-    # First: it sets what Ray reads when it is imported.
-    import serving  # noqa: F401
+    import serving  # noqa: F401  first: it sets what Ray reads when imported
     import ray  # isort: skip
 
     from ul2r.environment import count_cores

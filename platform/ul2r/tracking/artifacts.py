@@ -76,9 +76,11 @@ def _create_experiment(client: MlflowClient, name: str) -> Experiment:
     try:
         return client.get_experiment(client.create_experiment(name))
     except MlflowException as error:
-        # Another run has created it meanwhile.
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        # Another run has created it in the meantime.
         experiment = client.get_experiment_by_name(name)
-        if error.error_code != "RESOURCE_ALREADY_EXISTS" or experiment is None:
+        if experiment is None:
             raise
         return experiment
 

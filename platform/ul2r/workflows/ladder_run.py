@@ -22,8 +22,8 @@ from ul2r.workflows.ladder_plan import LadderRun, find_ready
 
 logger = logging.getLogger(__name__)
 
-
 ROUNDING = 1e-6
+"""Error of resources that were subtracted and added many times."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Resources:
     gpus: float
 
     def fits(self, free: Resources) -> bool:
-        """Return whether as many are free, but for the rounding of fractions that were taken and given back."""
+        """Return whether as many are free, up to rounding."""
         return self.cpus <= free.cpus + ROUNDING and self.gpus <= free.gpus + ROUNDING
 
     def minus(self, other: Resources) -> Resources:

@@ -18,6 +18,8 @@ STOP_TIMEOUT_S = 30.0
 """Time that a command has to end after SIGINT before it is killed."""
 SAVE_TIMEOUT_S = 300.0
 """The same after SIGTERM: training saves a checkpoint first."""
+MIN_NAME_WIDTH = 14
+"""Characters of the column of names, if none is longer."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -102,7 +104,8 @@ class PhaseTimer:
     def format_table(self) -> str:
         """Return a line for each phase that this process measured, and their total, without attempts that failed."""
         lines = []
-        width = max(14, *(len(name) + 1 for name in self._seconds_now))
+        width = max((len(name) + 1 for name in self._seconds_now), default=0)
+        width = max(width, MIN_NAME_WIDTH)
         for name, seconds_now in self._seconds_now.items():
             failed = self._phases[name].failed_seconds
             note = f"   besides {failed:.0f} s in attempts that failed" if failed else ""

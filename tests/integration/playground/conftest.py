@@ -28,7 +28,7 @@ CHROMIUM = shutil.which("chromium")
 TIMEOUT_MS = 60_000
 
 
-# Not of the session: threads would go on beside the tests that follow.
+# Module-scoped: the servers' threads must not run on beside later tests.
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     root = tmp_path_factory.mktemp("playground")

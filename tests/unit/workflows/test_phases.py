@@ -40,6 +40,16 @@ def test_table_lists_each_phase_and_the_total(tmp_path: Path, clock: list[float]
     ]
 
 
+def test_table_without_phases_and_with_a_long_name(tmp_path: Path, clock: list[float]) -> None:
+    timer = PhaseTimer(tmp_path / "phases.json")
+    assert timer.format_table().split() == ["total", "0", "s"]
+    with timer.measure("train fim, ul2r-seed2"):
+        clock[0] += 7
+    phase, total = timer.format_table().splitlines()
+    assert phase.startswith("train fim, ul2r-seed2 ")
+    assert phase.index("7 s") == total.index("7 s")
+
+
 def test_time_of_an_interrupted_attempt_is_added_to_the_next(
     tmp_path: Path, clock: list[float]
 ) -> None:

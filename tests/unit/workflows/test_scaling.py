@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,6 @@ from ul2r.filesystem import write_atomically
 from ul2r.testing.models import write_tiny_export
 from ul2r.tracking.export_digest import hash_export
 from ul2r.workflows import few_shot_results, ladder_run, scaling
-from ul2r.workflows.few_shot import check_suites
 from ul2r.workflows.few_shot_results import find_result
 from ul2r.workflows.ladder_plan import LadderRun, plan_ladder
 
@@ -108,15 +108,16 @@ def test_task_of_a_running_cluster_works_where_the_job_was_started(
 def test_suites_that_cannot_be_run_are_refused_before_anything_is_trained(
     tmp_path: Path, suite: str, message: str
 ) -> None:
-    _, (run, *_) = plan(tmp_path)
+    ladder, (run, *_) = plan(tmp_path)
     evaluation = run.recipe.evaluation.model_copy(
         update={
             "few_shot": run.recipe.evaluation.few_shot.model_copy(update={"suites": (suite,)}),
             "data": tmp_path,
         }
     )
+    recipe = run.recipe.model_copy(update={"evaluation": evaluation})
     with pytest.raises(UserError, match=message):
-        check_suites(run.recipe.model_copy(update={"evaluation": evaluation}))
+        scaling._check_runs(ladder, [replace(run, recipe=recipe)])
 
 
 def write_result(run: LadderRun, mode: str = "none", limit: int | None = None) -> Path:

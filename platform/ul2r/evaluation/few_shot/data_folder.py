@@ -37,7 +37,7 @@ class DataFolder:
     def write_split(
         self, dataset: str, configuration: str, split: str, rows: list[dict[str, Any]]
     ) -> None:
-        """Write a split, in place of an earlier one; behind those rows that this object has written.
+        """Write a split in place of an earlier one, or append to the rows that this object has written.
 
         Raises:
             CorpusError: If the data set's folder was not made by this class, or cannot be written.

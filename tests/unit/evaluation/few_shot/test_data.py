@@ -186,7 +186,7 @@ def test_files_with_parts_of_a_split_are_joined(tmp_path: Path) -> None:
     table = pq.read_table(tmp_path / "data/lsdsem/rocstories/default/test.parquet")
     assert table["id"].to_pylist() == ["a", "b", "c"]
 
-    # Another call begins anew.
+    # A new object starts over.
     DataFolder(tmp_path / "data").write_split("lsdsem/rocstories", "default", "test", [{"id": "d"}])
     table = pq.read_table(tmp_path / "data/lsdsem/rocstories/default/test.parquet")
     assert table["id"].to_pylist() == ["d"]
