@@ -120,6 +120,15 @@ def test_suites_that_cannot_be_run_are_refused_before_anything_is_trained(
         scaling._check_runs(ladder, [replace(run, recipe=recipe)])
 
 
+def test_fractions_of_a_cpu_that_were_given_back_make_a_whole_one() -> None:
+    free = ladder_run.Resources(1.0, 0.0)
+    for taken in (0.1, 0.1, 0.3, -0.1, -0.3, -0.1):
+        free = free.minus(ladder_run.Resources(taken, 0.0))
+    assert free.cpus < 1.0, "it should show the rounding"
+    assert ladder_run.Resources(1.0, 0.0).fits(free)
+    assert not ladder_run.Resources(1.1, 0.0).fits(free)
+
+
 def write_result(run: LadderRun, mode: str = "none", limit: int | None = None) -> Path:
     """Write a result of paper-26 as `ul2r evaluate` does; return its folder."""
     score = Score(0.5, 0.1, 10)
