@@ -24,6 +24,9 @@ from rich.table import Column
 from rich.text import Text
 
 LOG_INTERVAL_S = 10.0
+MIN_PIPE_WIDTH = 120
+MAX_PIPE_WIDTH = 240
+"""Columns of a table in a log: as many as it needs, within these."""
 ROUGH_FRACTION = 0.1
 """Part of the work before which the time left is called a rough one."""
 
@@ -185,5 +188,7 @@ def print_table(table: RenderableType) -> None:
     """Print a table of rich to stdout, wide enough for all its columns where that is no terminal."""
     console = Console()
     if not console.is_terminal:
-        console = Console(width=120)  # rich assumes 80 columns for a pipe
+        # Rich assumes 80 columns for a pipe.
+        needed = Console(width=MAX_PIPE_WIDTH).measure(table).maximum
+        console = Console(width=max(MIN_PIPE_WIDTH, needed))
     console.print(table)

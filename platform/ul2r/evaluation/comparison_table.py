@@ -24,6 +24,8 @@ NOTES = (
     "end the span themselves.",
     "Losses of different denoisers are not comparable with each other, because their targets differ.",
 )
+MIN_TITLE_WIDTH = 16
+"""Characters of a metric's title that stay on a line, however many arms there are."""
 
 
 @dataclass(frozen=True)
@@ -134,9 +136,12 @@ class ComparisonTable:
         """Return the table for a terminal."""
         # rich takes brackets in texts for markup, but only from a lower-case letter on: the [S2S] of the notes stays.
         table = Table(title=self.name, caption="\n".join(self.notes()), caption_justify="left")
-        table.add_column("held out")
+        table.add_column("held out", min_width=MIN_TITLE_WIDTH)
         for arm in self.arms:
-            table.add_column(_format_heading(arm), justify="right", no_wrap=True)
+            # Headings may wrap, scores may not.
+            scores = [_format_score(metric, arm) for metric in self.metrics]
+            width = max(map(len, scores), default=0) + len(" *")
+            table.add_column(_format_heading(arm), justify="right", min_width=width)
 
         for metric in self.metrics:
             best = self.best_roles(metric)

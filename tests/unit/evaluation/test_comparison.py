@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from ul2r.config import HuggingFaceBase, Recipe
+from ul2r.console import print_table
 from ul2r.data.sampling.order import DataOrder, DataUse
 from ul2r.errors import RecipeError
 from ul2r.evaluation import plot
@@ -134,6 +135,24 @@ def test_json_and_terminal_show_the_same_numbers() -> None:
     assert "5.000 ± 0.100 " in capture.get()
     assert "3.000 ± 0.100 *" in capture.get()
     assert "both contexts" in " ".join(capture.get().split())
+
+
+def test_titles_and_scores_stay_whole_with_many_arms(capsys: pytest.CaptureFixture[str]) -> None:
+    arms = [arm("base"), arm("control"), arm("fim"), arm("ul2r")]
+    arms.append(replace(arm("ul2r"), role="a-second-run-of-ul2r-with-a-name-of-its-own"))
+    printed = table(*arms).to_rich()
+
+    # A log is as wide as the table.
+    print_table(printed)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if LOSS.title in line]
+    assert line.count("3.000 ± 0.100") == len(arms)
+
+    # On a terminal titles wrap, and scores do not.
+    console = Console(width=120, force_terminal=True, color_system=None)
+    with console.capture() as capture:
+        console.print(printed)
+    assert capture.get().count("3.000 ± 0.100") == len(arms)
+    assert all(word in capture.get() for word in LOSS.title.split())
 
 
 @pytest.mark.parametrize("has_history", [True, False])
