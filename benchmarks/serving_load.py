@@ -378,14 +378,11 @@ def main() -> None:
     parser.add_argument(
         "--vllm", metavar="FILE", type=Path, default=ROOT / ".venv-vllm/bin/ul2r-vllm"
     )
-    parser.add_argument("--port", type=int, help="serve --model here until terminated")
+    parser.add_argument("--port", type=int, help="serve the model here until terminated")
     options = parser.parse_args()
 
     # One thread for every library, in the processes that are started from here.
     os.environ["OMP_NUM_THREADS"] = "1"
-    if options.port is not None:
-        serve(options.model, options.port)
-        return
     with tempfile.TemporaryDirectory(prefix="ul2r-serving-load-") as temporary:
         folder = options.model or write_random_export(
             Path(temporary) / "export",
@@ -393,7 +390,10 @@ def main() -> None:
             train_tokenizer(TEXTS, 300, 8),
             max_positions=SMOLLM2["max_position_embeddings"],
         )
-        print(json.dumps(compare(folder, options)))
+        if options.port is None:
+            print(json.dumps(compare(folder, options)))
+        else:
+            serve(folder, options.port)
 
 
 if __name__ == "__main__":
