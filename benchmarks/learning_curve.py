@@ -260,46 +260,39 @@ def list_crossings(points: list[Point]) -> list[dict[str, Any]]:
 
 
 def plot(points: list[Point], file: Path) -> None:
-    """Draw the losses of gaps, of plain text and of second halves over tokens."""
-    metrics = [*(f"gap {length} tokens" for length in GAPS.lengths), "plain text", "second half"]
-    figure = Figure(figsize=(4 * len(metrics), 4.2), layout="constrained")
+    """Draw the losses of gaps, of plain text, of second halves and of S over tokens."""
+    gaps = [f"gap {length} tokens" for length in GAPS.lengths]
+    metrics = [*gaps, "plain text", "second half", "denoiser S"]
+    figure = Figure(figsize=(12, 7.5), layout="constrained")
     base = next(point for point in points if point.arm == BASE)
     arms = sorted({point.arm for point in points} - {BASE})
-    colors = {"ul2r": "tab:blue", "control": "tab:gray", "fim": "tab:orange"}
-    styles = {"left": ":", "both": "-", "fim": "-", "": "-"}
-
-    for axes, metric in zip(figure.subplots(1, len(metrics)), metrics, strict=True):
+    # Where a line is drawn for an arm and reading, it looks the same in every panel.
+    drawn: dict[str, Any] = {}
+    for axes, metric in zip(figure.subplots(2, 3).flat, metrics, strict=True):
         start = base.scores.get(f"{metric}|left") or base.scores[f"{metric}|"]
-        axes.axhline(start[0], color="black", linewidth=0.8, label="base as it is")
-        for arm in arms:
-            own = [point for point in points if point.arm == arm]
-            for reading in ("left", "both", "fim", ""):
-                name = f"{metric}|{reading}"
-                curve = [
-                    (point.tokens / 1e6, *point.scores[name])
-                    for point in own
-                    if name in point.scores
-                ]
-                if not curve:
-                    continue
-                tokens, means, errors, _ = zip(*curve, strict=True)
-                label = f"{arm}, {READINGS[reading]}" if reading else arm
-                axes.errorbar(
-                    tokens,
-                    means,
-                    errors,
-                    label=label,
-                    linestyle=styles[reading],
-                    color=colors.get(arm),
-                    marker="o",
-                    markersize=3,
-                    capsize=2,
-                )
+        drawn["base as it is"] = axes.axhline(start[0], color="black", linewidth=0.8)
+        for (index, arm), reading in product(enumerate(arms), ("left", "both", "fim", "")):
+            name = f"{metric}|{reading}"
+            own = [point for point in points if point.arm == arm and name in point.scores]
+            if not own:
+                continue
+            label = f"{arm}, {READINGS[reading]}" if reading else arm
+            drawn[label] = axes.errorbar(
+                [point.tokens / 1e6 for point in own],
+                [point.scores[name][0] for point in own],
+                [point.scores[name][1] for point in own],
+                linestyle=":" if reading == "left" else "-",
+                color=f"C{index}",
+                marker="o",
+                markersize=3,
+                capsize=2,
+                elinewidth=0.5,
+            )
         axes.set_title(metric)
         axes.set_xlabel("tokens after the base (millions)")
-        axes.legend(fontsize=7, frameon=False)
-    figure.axes[0].set_ylabel("loss (nats per token)")
-    figure.savefig(file, dpi=120)
+        axes.set_ylabel("loss (nats per token)")
+    figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(file, dpi=110)
 
 
 def parse_options() -> argparse.Namespace:

@@ -2,8 +2,8 @@
 
     python benchmarks/served_gaps.py RECIPE --url http://127.0.0.1:8000 [--length 8] [--count 5]
 
-RECIPE is a run's, for its token store, from which the gaps are taken (`ul2r.evaluation.gaps`, one slot, as many of them
-as `evaluation.gaps` says); the server is that of any model. Each gap is asked for by `/v1/completions` with the text
+RECIPE is a run's: the gaps are those that `ul2r evaluate RECIPE --suite gaps` measures, of one length and one slot; the
+server is that of any model. Each gap is asked for by `/v1/completions` with the text
 before it and, as `suffix`, the text after it. Prints a table in Markdown, then one JSON line:
 
     exact     gaps that were filled with just the masked text
@@ -23,7 +23,7 @@ from ul2r.config import Recipe, load
 from ul2r.config.named_recipes import find_recipe
 from ul2r.data.document_tokenizer import decode_continuation
 from ul2r.data.store.dataset import open_dataset
-from ul2r.errors import ServiceError
+from ul2r.errors import RecipeError, ServiceError
 from ul2r.evaluation.gaps import select_gaps
 from ul2r.launch.pretrained import fill_model_from_base
 from ul2r.workflows.cli import run_and_report
@@ -59,10 +59,14 @@ def run(options: argparse.Namespace) -> None:
     recipe = load(find_recipe(options.recipe, Path()), options.set, Recipe, fill_model_from_base)
     dataset = open_dataset(recipe.storage_paths.store)
     tokenizer = Tokenizer.from_file(str(dataset.tokenizer_file))
-    settings = recipe.evaluation.gaps.model_copy(
-        update={"lengths": (options.length,), "slots": (1,)}
-    )
-    (group,) = select_gaps(dataset, settings, recipe.objective.sequence_length)
+    groups = select_gaps(dataset, recipe.evaluation.gaps, recipe.objective.slot_length + 1)
+    known = {group.length: group for group in groups if group.slots == 1}
+    if options.length not in known:
+        raise RecipeError(
+            f"--length {options.length}: {recipe.name} measures gaps of {', '.join(map(str, known)) or 'no'} tokens "
+            "with one slot (evaluation.gaps)"
+        )
+    group = known[options.length]
 
     print("| | before the gap | the gap | the answer | after the gap |\n|---|---|---|---|---|")
     answers = []
