@@ -39,8 +39,10 @@ from matplotlib.figure import Figure
 from ul2r.config import Comparison, HuggingFaceBase, Recipe, load
 from ul2r.config.gaps import GapSettings
 from ul2r.config.named_recipes import find_recipe
+from ul2r.data.sampling.held_out_windows import MIN_MEASURED
 from ul2r.data.store.dataset import TokenDataset, open_dataset
 from ul2r.errors import CheckpointError, RecipeError
+from ul2r.evaluation.comparison import check_comparable
 from ul2r.evaluation.crossing import extrapolate_crossing
 from ul2r.evaluation.few_shot.task_outcome import digest_settings
 from ul2r.evaluation.gaps import GapGroup, measure_gaps, select_gaps
@@ -49,7 +51,9 @@ from ul2r.evaluation.losses import (
     measure_denoiser_loss,
     measure_second_half_loss,
 )
+from ul2r.evaluation.pretrained import PretrainedArm
 from ul2r.evaluation.scores import Score
+from ul2r.evaluation.stored_scores import evaluation_settings
 from ul2r.filesystem import write_atomically
 from ul2r.inference import LanguageModel
 from ul2r.inference.pretrained import PretrainedModel
@@ -73,12 +77,12 @@ class Point:
     Attributes:
         arm: Its arm.
         step: Its step; 0 is the base.
-        checkpoint: Id of the checkpoint; empty for the base.
+        checkpoint: Id of the checkpoint; of the base the digest of its weights.
         tokens: Row positions that it was trained on after the base.
         flops: Training FLOPs after the base.
         scores: Mean, standard error and count by metric and reading, as in "gap 8 tokens|both".
         texts: Mean loss of each text by metric and reading, of gaps only.
-        gaps: Digest of the gaps.
+        conditions: Digest of the gaps, the text and the settings of the evaluation.
     """
 
     arm: str
@@ -88,7 +92,7 @@ class Point:
     flops: float
     scores: dict[str, list[float]]
     texts: dict[str, list[float]]
-    gaps: str
+    conditions: str
 
     def write(self, folder: Path) -> None:
         """Write the point to its file."""
@@ -98,7 +102,7 @@ class Point:
     @classmethod
     def read_all(cls, folder: Path) -> list[Point]:
         """Return the points of a folder, by arm and step."""
-        files = sorted(folder.glob("*-*.json"))
+        files = sorted(folder.glob(f"*-{'[0-9]' * 8}.json"))
         return [cls(**json.loads(file.read_text(encoding="utf-8"))) for file in files]
 
 
@@ -124,7 +128,7 @@ def measure_model(
 
 
 def iter_points(
-    arm: str, recipe: Recipe, groups: tuple[GapGroup, ...], finished: set[str]
+    arm: str, recipe: Recipe, groups: tuple[GapGroup, ...], conditions: str, finished: set[str]
 ) -> Iterator[Point]:
     """Yield the points of a run that are not finished yet."""
     dataset = open_dataset(recipe.storage_paths.store)
@@ -147,7 +151,7 @@ def iter_points(
         flops = model.metadata.flops
         assert tokens is not None
         assert flops is not None
-        yield Point(arm, step, checkpoint_id, tokens, flops, scores, texts, digest_gaps(groups))
+        yield Point(arm, step, checkpoint_id, tokens, flops, scores, texts, conditions)
         # Half a gigabyte each.
         if folder not in before:
             shutil.rmtree(folder)
@@ -164,14 +168,16 @@ def _without_publication(recipe: Recipe, checkpoint: Path) -> Recipe:
     )
 
 
-def digest_gaps(groups: tuple[GapGroup, ...]) -> str:
-    """Return a digest of all gaps."""
-    return digest_settings([group.hashes for group in groups])
+def digest_conditions(recipe: Recipe, dataset: TokenDataset, groups: tuple[GapGroup, ...]) -> str:
+    """Return a digest of all that scores depend on besides the model."""
+    settings = evaluation_settings(recipe)
+    del settings["storage"]  # a moved storage has the same text, by its fingerprint
+    hashes = [group.hashes for group in groups]
+    return digest_settings(dataset.manifest.fingerprint, settings, hashes)
 
 
-def select_current(points: list[Point], recipes: Mapping[str, Recipe]) -> list[Point]:
-    """Return the points whose run has their checkpoint, or has none here at all, and say how many others there are."""
-    ids = {arm: list_checkpoint_ids(recipe) for arm, recipe in recipes.items()}
+def select_current(points: list[Point], ids: Mapping[str, set[str]]) -> list[Point]:
+    """Return the points whose arm has their checkpoint, or has none here at all, and say how many others there are."""
     current = [
         point for point in points if not ids.get(point.arm) or point.checkpoint in ids[point.arm]
     ]
@@ -192,15 +198,16 @@ def get_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def measure_base(base: HuggingFaceBase, recipe: Recipe, groups: tuple[GapGroup, ...]) -> Point:
+def measure_base(
+    base: PretrainedArm, recipe: Recipe, groups: tuple[GapGroup, ...], conditions: str
+) -> Point:
     """Return the scores of the base as it is."""
     dataset = open_dataset(recipe.storage_paths.store)
-    folder = Path(base.hf).expanduser()
     model = PretrainedModel.load_with_vocabulary(
-        folder, dataset.vocabulary, dataset.tokenizer_file, get_device()
+        base.model_folder, dataset.vocabulary, dataset.tokenizer_file, get_device()
     )
     scores, texts = measure_model(model, recipe, dataset, groups)
-    return Point(BASE, 0, "", 0, 0.0, scores, texts, digest_gaps(groups))
+    return Point(BASE, 0, base.digest, 0, 0.0, scores, texts, conditions)
 
 
 def write_csv(points: list[Point], file: Path) -> list[dict[str, Any]]:
@@ -310,8 +317,8 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(options: argparse.Namespace) -> None:
-    """Measure what is missing, then write the curve of all that is there."""
+def read_arms(options: argparse.Namespace) -> tuple[dict[str, Recipe], PretrainedArm, Path]:
+    """Return the runs, the base and the folder of the curve after a check of all options."""
     comparison = load(find_recipe(Path(options.comparison), Path()), [], Comparison)
     recipes = {
         arm: load(entry, options.set, Recipe, fill_model_from_base)
@@ -323,39 +330,54 @@ def run(options: argparse.Namespace) -> None:
         raise RecipeError(
             "recipes.base should be a model as it is, {hf: FOLDER}: gaps are paired with its"
         )
-    known = [BASE, *recipes]
-    arms = options.arms or known
-    if unknown := set(arms) - set(known):
-        raise RecipeError(f"--arms {', '.join(sorted(unknown))}: known are {', '.join(known)}")
+    check_comparable(recipes, {BASE: base})
+    if unknown := set(options.arms or ()) - {BASE, *recipes}:
+        raise RecipeError(
+            f"--arms {', '.join(sorted(unknown))}: known are {', '.join((BASE, *recipes))}"
+        )
+    if options.num_gaps < MIN_MEASURED:
+        raise RecipeError(f"--num-gaps {options.num_gaps}: give {MIN_MEASURED} or more")
 
     output: Path = options.output or comparison.storage / "curve"
-    output.mkdir(parents=True, exist_ok=True)
+    if output.exists() and not output.is_dir():
+        raise RecipeError(f"--output {output} is a file: name a folder")
+    folder = Path(base.hf).expanduser()
+    return recipes, PretrainedArm.from_folder(base.hf, folder, comparison.storage), output
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure what is missing, then write the curve of all that is there."""
+    recipes, base, output = read_arms(options)
     any_recipe = next(iter(recipes.values()))
-    settings = GAPS.model_copy(update={"num_gaps": options.num_gaps})
-    groups = select_gaps(open_dataset(any_recipe.storage_paths.store), settings)
+    dataset = open_dataset(any_recipe.storage_paths.store)
+    groups = select_gaps(dataset, GAPS.model_copy(update={"num_gaps": options.num_gaps}))
+    conditions = digest_conditions(any_recipe, dataset, groups)
+    output.mkdir(parents=True, exist_ok=True)
+    if any(point.conditions != conditions for point in Point.read_all(output)):
+        raise RecipeError(
+            f"{output} has points of another text, other gaps or settings than --num-gaps {options.num_gaps} and --set "
+            "ask for: choose another --output"
+        )
 
-    digest = digest_gaps(groups)
-    for point in Point.read_all(output):
-        if point.gaps != digest:
-            raise RecipeError(
-                f"{output} has points of other gaps than those of this text and --num-gaps {options.num_gaps}: choose "
-                "another --output"
-            )
-
-    for arm in arms:
+    ids = {arm: list_checkpoint_ids(recipe) for arm, recipe in recipes.items()}
+    ids[BASE] = {base.digest}
+    for arm in options.arms or (BASE, *recipes):
         finished = {point.checkpoint for point in Point.read_all(output) if point.arm == arm}
-        if arm == BASE:
-            measured = iter(() if finished else (measure_base(base, any_recipe, groups),))
+        if arm != BASE:
+            measured = iter_points(arm, recipes[arm], groups, conditions, finished)
+        elif base.digest in finished:
+            continue
         else:
-            measured = iter_points(arm, recipes[arm], groups, finished)
+            measured = iter((measure_base(base, any_recipe, groups, conditions),))
         for point in measured:
             point.write(output)
             gaps = {k: round(v[0], 3) for k, v in point.scores.items() if k.count("|") == 1}
             print(f"{arm} {point.step}: {json.dumps(gaps)}", file=sys.stderr, flush=True)
 
-    points = select_current(Point.read_all(output), recipes)
+    points = select_current(Point.read_all(output), ids)
     if not any(point.arm == BASE for point in points):
-        return  # another process measures it
+        print("no curve yet: the base is not measured, see --arms", file=sys.stderr)
+        return
     rows = write_csv(points, output / "curve.csv")
     mpl.use("Agg")
     plot(points, output / "curve.png")

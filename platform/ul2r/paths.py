@@ -12,8 +12,9 @@ storage/
     ray/                     Ray Train's own files
     few_shot/SUITE/FORM/     items.parquet, result.json: answers and scores of few-shot tasks
     gaps/                    items.parquet, result.json: losses and answers of held-out gaps
+    recipe.yaml              recipe of the last start of training
     data.html  evaluation.json  tracking.json  tracking_waiting.json
-    metrics.jsonl  run.json  recipe.yaml   the run's record, with tracking.uri: none
+    metrics.jsonl  run.json  the run's record, with tracking.uri: none
     ladder.yaml              recipe with which a ladder has trained and measured the run
   bases/NAME-DIGEST/         evaluation.json, few_shot/, gaps/, tracking.json of a model that is measured as it is
   comparisons/NAME/          table.md, table.json, comparison.png, few_shot.json, gaps.md, gaps.json,
@@ -174,7 +175,7 @@ class RunPaths:
 
     @property
     def recorded_recipe(self) -> Path:
-        """Recipe of the last start of a run that is recorded in files."""
+        """Recipe of the last start of the run's training."""
         return self.folder / "recipe.yaml"
 
     @property

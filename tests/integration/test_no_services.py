@@ -130,16 +130,16 @@ def test_services_are_not_found(machine: BareMachine) -> None:
 @pytest.fixture(scope="module")
 def compared(machine: BareMachine) -> str:
     """Output of the last job, after all before it."""
-    for job, recipe in (
+    for job, recipe, *options in (
         ("prepare", "base"),
         ("train", "base"),
-        ("train", "ul2r"),
+        ("train", "ul2r", "--set", "training.micro_batch_size=4"),
         ("export", "base"),
         ("export", "ul2r"),
         ("evaluate", "base"),
         ("compare", "compare"),
     ):
-        ran = machine.run(job, recipe)
+        ran = machine.run(job, recipe, *options)
         assert ran.returncode == 0, f"{job} {recipe}: {ran.stderr}"
     return ran.stdout
 
@@ -152,6 +152,16 @@ def test_text_becomes_a_comparison(machine: BareMachine, compared: str) -> None:
     folder = machine.folder / "storage/comparisons/both"
     assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((folder / "run.json").read_text())["status"] == "FINISHED"
+
+
+@pytest.mark.usefixtures("compared")
+def test_card_and_report_have_the_settings_that_were_trained_with(machine: BareMachine) -> None:
+    """Not those of the recipe alone, without what was set on the command line."""
+    card = machine.recipe("ul2r").paths.export / "README.md"
+    report = machine.folder / "storage/comparisons/both/report.html"
+    for file in (card, report):
+        assert file.read_text().count("micro_batch_size: 4") == 1
+    assert report.read_text().count("micro_batch_size: 2") == 1, "the base's"
 
 
 @pytest.mark.usefixtures("compared")

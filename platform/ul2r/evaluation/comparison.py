@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,6 +13,8 @@ from ul2r.errors import RecipeError
 from ul2r.evaluation.scores import Scores
 from ul2r.evaluation.stored_scores import evaluation_settings
 from ul2r.inference import ExportMetadata
+
+logger = logging.getLogger(__name__)
 
 Role = str
 """Name of a column: one of `ROLES`, or any other."""
@@ -75,6 +78,20 @@ def check_comparable(
     # Neighbors suffice, since equality is transitive.
     for (role, recipe), (other_role, other) in pairwise(recipes.items()):
         _check_same_settings(role, recipe, other_role, other)
+
+
+def warn_of_precisions(trained: Mapping[Role, Recipe]) -> None:
+    """Warn if arms were trained in different precisions; the base may come from anywhere.
+
+    Args:
+        trained: The recipe that each run was trained by.
+    """
+    arms = {role: recipe.precision for role, recipe in trained.items() if role != "base"}
+    if len(set(arms.values())) > 1:
+        logger.warning(
+            "the arms were trained in different precisions, which may be what makes them differ: %s",
+            ", ".join(f"{role} {precision}" for role, precision in arms.items()),
+        )
 
 
 def find_origins(

@@ -9,6 +9,7 @@ from functools import partial
 
 from ul2r.config import Parallel, Recipe
 from ul2r.config.evaluation import check_infill_length
+from ul2r.config.recorded_recipe import record_recipe
 from ul2r.data.inspection import write_page
 from ul2r.data.sampling.batches import check_dataset, describe_unfit_pairs
 from ul2r.data.sampling.held_out_windows import check_held_out, describe_small_split
@@ -254,6 +255,8 @@ def copy_last_checkpoint(recipe: Recipe) -> None:
 def track_run(recipe: Recipe, dataset: TokenDataset, store: TrackingStore) -> Iterator[str]:
     """Begin the run's record, or continue it, and end it with the status that the block ends with.
 
+    The recipe is kept in the run's folder, too.
+
     Args:
         recipe: The run.
         dataset: Its token store.
@@ -268,6 +271,7 @@ def track_run(recipe: Recipe, dataset: TokenDataset, store: TrackingStore) -> It
         params=_parameters(recipe, dataset),
         inputs=list_run_inputs(recipe, dataset),
     )
+    record_recipe(recipe)
     # Until the block has ended well: any exception, of whatever kind, leaves a run that failed.
     status: RunStatus = "FAILED"
     page = None

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ul2r.config import Recipe, dump
+from ul2r.config import Recipe
 from ul2r.config.tracking import FILES
 from ul2r.errors import ServiceError
 from ul2r.filesystem import write_atomically
@@ -56,7 +56,6 @@ class FileStore:
         )
         listed = [entry.to_dict() for entry in inputs]
         _write_record(run_id, {**_read_record(run_id), "inputs": listed})
-        write_atomically(recipe.paths.recorded_recipe, dump(recipe))
         return run_id
 
     def continue_run(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ul2r.config import Comparison, HuggingFaceBase, Recipe, dump, load
+from ul2r.config.recorded_recipe import read_recorded_recipe
 from ul2r.data.store.dataset import open_run_dataset
 from ul2r.errors import RecipeError
 from ul2r.evaluation.comparison import (
@@ -19,6 +20,7 @@ from ul2r.evaluation.comparison import (
     check_comparable,
     find_origins,
     find_parents,
+    warn_of_precisions,
 )
 from ul2r.evaluation.comparison_table import ComparisonTable
 from ul2r.evaluation.curves import load_loss_curve
@@ -95,6 +97,8 @@ def compare(comparison: Comparison) -> ComparisonResult:
     recipes, models = _load_entries(comparison)
     check_comparable(recipes, models)
     _check_experiment(comparison, recipes)
+    trained = {role: read_recorded_recipe(recipe) for role, recipe in recipes.items()}
+    warn_of_precisions(trained)
     for recipe in recipes.values():
         check_denoiser_names(recipe.evaluation.mixture, "evaluation.mixture")
     store = check_store(comparison.tracking.uri)
@@ -144,7 +148,7 @@ def compare(comparison: Comparison) -> ComparisonResult:
     pictures = [Picture(PLOT_CAPTION, result.folder / PLOT_FILE)]
     pictures += [Picture(GAPS_CAPTION, file) for file in gaps if file.name == GAPS_PLOT_FILE]
     report = write_report(
-        result.folder, result.table, pictures, differences, _list_settings(recipes)
+        result.folder, result.table, pictures, differences, _list_settings(trained)
     )
     if run_id is not None:
         # Of a report that is there already, the run has a copy, unless the run is new.

@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from ul2r.config import HuggingFaceBase, Recipe
+from ul2r.config.recorded_recipe import read_recorded_recipe
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.evaluation.scores import Scores
 from ul2r.evaluation.stored_scores import load_scores
@@ -104,7 +105,7 @@ def write_card(
         describe_use(metadata).rstrip(),
         "## Training",
         f"Token store: fingerprint `{dataset.manifest.fingerprint}`, tokenizer `{dataset.manifest.tokenizer}`.",
-        f"{RECIPE_HEADING}\n\n```yaml\n{_dump_settings(recipe)}```\n",
+        f"{RECIPE_HEADING}\n\n```yaml\n{_dump_settings(read_recorded_recipe(recipe))}```\n",
     ]
     # The recipe is last: `_insert` finds its heading and puts the scores in front of it.
     text = "\n\n".join(sections)

@@ -22,6 +22,7 @@ from ul2r.evaluation.comparison import (
     check_comparable,
     find_origins,
     find_parents,
+    warn_of_precisions,
 )
 from ul2r.evaluation.comparison_table import ComparisonTable
 from ul2r.evaluation.curves import LossCurve
@@ -29,6 +30,7 @@ from ul2r.evaluation.measure import Metric
 from ul2r.evaluation.plot import choose_colors, plot_comparison
 from ul2r.evaluation.scores import Score, Scores
 from ul2r.inference import ExportMetadata
+from ul2r.testing.recipes import tiny_recipe
 from ul2r.tracking.roles import ROLE_COLORS
 
 LOSS = Metric("infill_loss", "infilled span, loss")
@@ -368,3 +370,14 @@ def test_a_single_run_is_refused(recipe: Recipe) -> None:
         RecipeError, match="1 given, but a comparison needs at least two of base, control"
     ):
         check_comparable({"base": recipe})
+
+
+def test_arms_in_different_precisions_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fp32, bf16 = (tiny_recipe(tmp_path, training={"precision": p}) for p in ("fp32", "bf16"))
+    warn_of_precisions({"base": bf16, "ul2r": fp32, "control": fp32})
+    assert caplog.messages == []
+    warn_of_precisions({"base": fp32, "ul2r": bf16, "control": fp32})
+    (message,) = caplog.messages
+    assert message.endswith(": ul2r bf16, control fp32")

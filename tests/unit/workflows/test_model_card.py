@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ul2r.config import Recipe
+from ul2r.config.recorded_recipe import record_recipe
 from ul2r.data.store.dataset import TokenDataset
 from ul2r.errors import CheckpointError
 from ul2r.evaluation.scores import Score, Scores
@@ -53,6 +54,14 @@ def test_card_states_the_origin_of_the_model(recipe: Recipe, dataset: TokenDatas
     assert f"fingerprint `{dataset.manifest.fingerprint}`" in text
     assert "sequence_length: 64" in text
     assert "perplexity" not in text
+
+
+def test_card_has_the_settings_of_the_last_start_of_training(
+    recipe: Recipe, dataset: TokenDataset
+) -> None:
+    record_recipe(tiny_recipe(recipe.storage, training={"precision": "bf16"}))
+    write_card(export_folder(recipe), recipe, dataset, METADATA)
+    assert "  precision: bf16\n" in (export_folder(recipe) / "README.md").read_text()
 
 
 def test_card_names_no_folder_of_the_machine(recipe: Recipe, dataset: TokenDataset) -> None:
