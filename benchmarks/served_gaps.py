@@ -30,7 +30,8 @@ from ul2r.workflows.cli import run_and_report
 
 NUM_SHOWN = 60
 """Characters of the text on each side that the table shows."""
-MAX_TOKENS = 24
+NUM_MORE = 16
+"""Tokens that an answer may be longer than its gap."""
 
 
 def show(text: str) -> str:
@@ -47,15 +48,24 @@ def ask(url: str, request: dict[str, object]) -> str:
     """
     try:
         response = httpx.post(url, json=request, timeout=600)
-        response.raise_for_status()
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ServiceError(f"{url}: {error}") from None
-    answer: str = response.json()["choices"][0]["text"]
+    if not response.is_success:
+        raise ServiceError(f"{url}: status {response.status_code}: {response.text[:500]}")
+
+    try:
+        answer = response.json()["choices"][0]["text"]
+    except (ValueError, LookupError, TypeError):
+        answer = None
+    if not isinstance(answer, str):
+        raise ServiceError(f"{url}: no answer of a completions API: {response.text[:200]}")
     return answer
 
 
 def run(options: argparse.Namespace) -> None:
     """Ask for each gap and print."""
+    if options.count < 1:
+        raise RecipeError(f"--count {options.count}: give 1 or more")
     recipe = load(find_recipe(options.recipe, Path()), options.set, Recipe, fill_model_from_base)
     dataset = open_dataset(recipe.storage_paths.store)
     tokenizer = Tokenizer.from_file(str(dataset.tokenizer_file))
@@ -68,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
         )
     group = known[options.length]
 
-    print("| | before the gap | the gap | the answer | after the gap |\n|---|---|---|---|---|")
+    head = "| | before the gap | the gap | the answer | after the gap |\n|---|---|---|---|---|\n"
     answers = []
     num_exact = 0
     for number in range(min(options.count, len(group))):
@@ -77,12 +87,13 @@ def run(options: argparse.Namespace) -> None:
         left = decode_continuation(tokenizer, [], before)
         target = decode_continuation(tokenizer, before, gap)
         right = decode_continuation(tokenizer, [*before, *gap], after)
-        request = {"prompt": left, "suffix": right, "max_tokens": MAX_TOKENS, "temperature": 0}
+        max_tokens = options.length + NUM_MORE
+        request = {"prompt": left, "suffix": right, "max_tokens": max_tokens, "temperature": 0}
         answer = ask(f"{options.url}/v1/completions", request)
         answers.append(answer)
         num_exact += answer == target
         cells = (left[-NUM_SHOWN:], target, answer, right[:NUM_SHOWN])
-        print(f"| {number} | {' | '.join(map(show, cells))} |")
+        print(f"{'' if number else head}| {number} | {' | '.join(map(show, cells))} |")
     print(json.dumps({"benchmark": "served_gaps", "exact": num_exact, "answers": answers}))
 
 
