@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
 from ul2r.config.denoisers import Denoiser
 from ul2r.config.strict_model import StrictModel, flatten_annotation
@@ -54,7 +53,7 @@ def explain(error: ValidationError, kind: type[StrictModel]) -> str:
     return ": ".join(filter(None, (_dotted(location), message))) + more
 
 
-def find_mistake(error: ValidationError) -> ErrorDetails:
+def find_mistake(error: ValidationError) -> Mapping[str, Any]:
     """Return the most important mistake: an unknown key, since it is often the reason why another one is missing."""
     # min takes the first of equals, so without an unknown key it is pydantic's first mistake.
     return min(
