@@ -127,7 +127,7 @@ class Demo:
         with self.timer.measure(phase):
             exit_code = run_command([sys.executable, *command], self.environment)
             if exit_code:
-                raise StepError(shown, exit_code)
+                raise StepError({shown: exit_code})
 
     def _serve(self, uri: str) -> None:
         """Serve the registered model with Ray Serve, send it two requests over HTTP, stop it."""

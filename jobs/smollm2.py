@@ -31,11 +31,14 @@ from ul2r.commands.steps import (
 from ul2r.config import Comparison, Recipe, load
 from ul2r.config.named_recipes import find_recipe
 from ul2r.environment import count_cores
+from ul2r.errors import CorpusError
 from ul2r.paths import StoragePaths
 from ul2r.workflows.cli import run_and_report
 from ul2r.workflows.phases import PhaseTimer, handle_stop_signals
 
 COMPARISON = "smollm2-compare"
+FETCHED = (Path("runs/smollm2/base"), Path("runs/smollm2/text"))
+"""Folders that `make smollm2` fetches, by which the recipes name them."""
 
 
 def run(precision: str) -> None:
@@ -46,10 +49,16 @@ def run(precision: str) -> None:
 
     Raises:
         StepError: If a step fails; it has printed why.
-        UserError: If a server does not start.
+        UserError: If model or text are missing, or a server does not start.
     """
     from ul2r.launch.pretrained import fill_model_from_base
 
+    missing = [str(folder) for folder in FETCHED if not folder.is_dir()]
+    if missing:
+        raise CorpusError(
+            f"no folder {' and no folder '.join(missing)} here: run `make smollm2` in the repository's root, which "
+            "fetches model and text"
+        )
     comparison = load(find_recipe(Path(COMPARISON), Path()), [], Comparison)
     files = {role: entry for role, entry in comparison.recipes.items() if isinstance(entry, Path)}
     # All are read before anything starts, and with them the model that they continue.

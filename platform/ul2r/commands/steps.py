@@ -15,11 +15,20 @@ NUM_SPARE_CPUS = 2
 
 
 class StepError(Exception):
-    """A step's command that failed; it has printed why."""
+    """Commands of a step that failed; they have printed why.
 
-    def __init__(self, command: str, exit_code: int) -> None:
-        super().__init__(f"exit code {exit_code} from: {command}")
-        self.exit_code = exit_code
+    Args:
+        exit_codes: Exit code of each, by the command; the step's own is the first.
+    """
+
+    def __init__(self, exit_codes: Mapping[str, int]) -> None:
+        super().__init__("; ".join(describe_failure(*failed) for failed in exit_codes.items()))
+        self.exit_code = next(iter(exit_codes.values()))
+
+
+def describe_failure(command: str, exit_code: int) -> str:
+    """Return how a command failed, in a few words."""
+    return f"exit code {exit_code} from: {command}"
 
 
 @contextmanager
@@ -72,18 +81,31 @@ def run_verbs(
     """Run `ul2r WORDS` several times at once as a step of a pipeline.
 
     Raises:
-        StepError: If one of them fails, when all have ended.
+        StepError: If some of them fail, when all have ended; of each that the others outlive a line says so at once.
     """
     commands = [["ul2r", *words] for words in verbs]
     print_heading(step, *commands)
+    num_running = len(commands)
+
+    def report(index: int, exit_code: int) -> None:
+        nonlocal num_running
+        num_running -= 1
+        if exit_code and num_running:
+            failure = describe_failure(shlex.join(commands[index]), exit_code)
+            print(f"{failure}; still running: {num_running} of this step", file=sys.stderr)
+
     with timer.measure(step):
         # As the program `ul2r`, it imports nothing from the working directory.
         exit_codes = run_commands(
-            [[sys.executable, "-P", "-m", *command] for command in commands], environment
+            [[sys.executable, "-P", "-m", *command] for command in commands], environment, report
         )
-        for command, exit_code in zip(commands, exit_codes, strict=True):
-            if exit_code:
-                raise StepError(shlex.join(command), exit_code)
+        failed = {
+            shlex.join(command): exit_code
+            for command, exit_code in zip(commands, exit_codes, strict=True)
+            if exit_code
+        }
+        if failed:
+            raise StepError(failed)
 
 
 def shorten(path: Path) -> str:

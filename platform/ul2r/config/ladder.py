@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, Field, ValidationInfo, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, ValidationInfo, model_validator
 
 from ul2r.config.field_types import AbsolutePath, PositiveInt, RunName
 from ul2r.config.named_recipes import find_recipe
@@ -31,7 +31,7 @@ class Ladder(StrictModel):
     arms: dict[RunName, Annotated[Path, AfterValidator(_resolve_recipe)]]
     """Recipes by arm: `base`, and those that continue it, such as control, ul2r and fim, all for the same tokens."""
     sizes: dict[RunName, dict[str, Any]] = Field(min_length=1)
-    """Settings by size, laid over every arm's recipe by dotted keys, such as `model.hidden_size: 128`."""
+    """Settings by size, laid over every arm's recipe: in groups, as `load` makes them of dotted keys too."""
     budgets: tuple[PositiveInt, ...] = Field(min_length=1)
     """Steps of the base, rising. With a constant schedule each budget goes on from the one before it, so that they are
     checkpoints of one training; with any other each is a training of its own."""
@@ -42,6 +42,17 @@ class Ladder(StrictModel):
     """Held-out metrics of the figure. The means of few-shot suites that the recipes list come first."""
     tracking: Tracking = Tracking()
     """It replaces the recipes' own."""
+    _file: Path = PrivateAttr(default=Path("ladder"))
+
+    @property
+    def file(self) -> Path:
+        """The file that it was read from, for messages."""
+        return self._file
+
+    @model_validator(mode="after")
+    def _keep_file(self, info: ValidationInfo) -> Self:
+        self._file = (info.context or {}).get("file", self._file)
+        return self
 
     @model_validator(mode="after")
     def _check_grid(self) -> Self:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
+from ul2r.config.layers import Layer, find_source, merge, nest_dotted_keys
 from ul2r.config.named_recipes import SUFFIX, find_recipe, is_named_recipe, suggest_recipe
 from ul2r.config.parse_yaml import check_values, one_line, parse_yaml
 from ul2r.config.renamed_keys import describe_renamed_keys
 from ul2r.config.strict_model import StrictModel
-from ul2r.config.validation_errors import explain
+from ul2r.config.validation_errors import explain, find_mistake
 from ul2r.errors import RecipeError
 from ul2r.filesystem import suggest_path
 
@@ -26,6 +28,7 @@ def load(
     overrides: Sequence[str],
     kind: type[SectionType],
     complete: Callable[[dict[str, Any]], None] | None = None,
+    layers: Sequence[Layer] = (),
 ) -> SectionType:
     """Read `path`, apply `overrides` such as "training.steps=10", and validate as `kind`.
 
@@ -39,31 +42,39 @@ def load(
         overrides: Each "dotted.key=value", the value in YAML; an item of a list is named by its number from 0.
         kind: Type of the result, `Recipe` or `Comparison`.
         complete: Adds settings from other files to the tree before it is validated.
+        layers: Settings laid over the file's as over those of a file that is extended, each over those before.
 
     Raises:
         RecipeError: If the file cannot be read or a key, type or value is wrong; one line.
     """
-    # The order in which later settings win: extended files, the file itself, --set, and for what is still missing
-    # `complete`.
+    # The order in which later settings win: extended files, the file itself, layers, --set, and for what is still
+    # missing `complete`.
     path = find_recipe(path, Path())
     tree = _read(path, ())
+    for layer in layers:
+        check_values(layer.tree, layer.source)
+        _refuse_renamed_keys(layer.tree, layer.source)
+        # A copy, since what follows changes the tree in place.
+        tree = merge(tree, deepcopy(layer.tree))
     # Checked after each override, so that the message names the one that has the old key.
     for override in overrides:
         _apply_override(tree, override)
         # Also a dotted key can be nested too deeply.
         check_values(tree, f"--set {override}")
         _refuse_renamed_keys(tree, f"--set {override}")
+        _nest_sizes(tree)
     _refuse_other_kind(path, tree, kind)
     _refuse_shared_settings(path, tree)
     if complete is not None:
         complete(tree)
 
     try:
-        # The context is for fields that hold paths relative to this file.
-        return kind.model_validate(tree, context={"folder": path.parent})
+        # The context is for fields that hold paths relative to this file, and for messages about what it holds.
+        return kind.model_validate(tree, context={"folder": path.parent, "file": path})
     except ValidationError as error:
         # "from None": pydantic's own report of many lines would only repeat this one.
-        raise RecipeError(one_line(f"{path}: {explain(error, kind)}")) from None
+        source = find_source(path, layers, find_mistake(error)["loc"])
+        raise RecipeError(one_line(f"{source}: {explain(error, kind)}")) from None
 
 
 def _refuse_other_kind(path: Path, tree: dict[str, Any], kind: type[StrictModel]) -> None:
@@ -142,13 +153,14 @@ def _read(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
         )
     # For each file of the chain, so that the message names the file to edit.
     _refuse_renamed_keys(tree, str(path))
+    _nest_sizes(tree)
 
     parent = tree.pop("extends", None)
     if parent is None:
         return tree
     if not isinstance(parent, str):
         raise RecipeError(f"{path}: extends: input should be a file name, got {parent!r}")
-    return _merge(_read(find_recipe(Path(parent), path.parent), (*extended_by, path)), tree)
+    return merge(_read(find_recipe(Path(parent), path.parent), (*extended_by, path)), tree)
 
 
 def _refuse_renamed_keys(tree: dict[str, Any], where: str) -> None:
@@ -156,21 +168,14 @@ def _refuse_renamed_keys(tree: dict[str, Any], where: str) -> None:
         raise RecipeError(one_line(f"{where}: {renamed}"))
 
 
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        # Removed rather than set to None, which most settings and no section can be; for those that can, None is the
-        # default. As in Helm's values files.
-        if value is None and key in merged:
-            del merged[key]
-            continue
-        # Lists are replaced as a whole: a mixture of another file's denoisers and these would be hard to foresee.
-        old = merged.get(key)
-        if isinstance(old, dict) and isinstance(value, dict):
-            merged[key] = _merge(old, value)
-        else:
-            merged[key] = value
-    return merged
+def _nest_sizes(tree: dict[str, Any]) -> None:
+    """Nest the dotted keys of a ladder's sizes in place: the dots of `--set` nest as well, and both must meet."""
+    sizes = tree.get("sizes")
+    if isinstance(sizes, dict):
+        tree["sizes"] = {
+            name: nest_dotted_keys(settings) if isinstance(settings, dict) else settings
+            for name, settings in sizes.items()
+        }
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

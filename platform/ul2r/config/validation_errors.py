@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 from pydantic import ValidationError
@@ -33,13 +33,8 @@ MESSAGES = {
 
 
 def explain(error: ValidationError, kind: type[StrictModel]) -> str:
-    """Return the most important mistake as "key.key: what is wrong, got value (and 2 more)".
-
-    An unknown key comes first, since it is often the reason why another one is missing.
-    """
-    mistakes = error.errors(include_url=False)
-    # min takes the first of equals, so without an unknown key it is pydantic's first mistake.
-    mistake = min(mistakes, key=lambda candidate: candidate["type"] != "extra_forbidden")
+    """Return the most important mistake as "key.key: what is wrong, got value (and 2 more)"."""
+    mistake = find_mistake(error)
     location = mistake["loc"]
 
     if mistake["type"] == "extra_forbidden":
@@ -53,8 +48,18 @@ def explain(error: ValidationError, kind: type[StrictModel]) -> str:
         if mistake["type"] not in ("missing", "value_error"):
             message += f", got {_shorten(mistake['input'])}"
 
-    more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
+    count = error.error_count()
+    more = f" (and {count - 1} more)" if count > 1 else ""
     return ": ".join(filter(None, (_dotted(location), message))) + more
+
+
+def find_mistake(error: ValidationError) -> Mapping[str, Any]:
+    """Return the most important mistake: an unknown key, since it is often the reason why another one is missing."""
+    # min takes the first of equals, so without an unknown key it is pydantic's first mistake.
+    return min(
+        error.errors(include_url=False),
+        key=lambda candidate: candidate["type"] != "extra_forbidden",
+    )
 
 
 def _dotted(location: tuple[int | str, ...]) -> str:

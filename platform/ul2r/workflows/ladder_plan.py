@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from ul2r.config import Recipe, load
 from ul2r.config.ladder import BASE, Ladder
+from ul2r.config.layers import Layer, nest_dotted_keys
 from ul2r.errors import RecipeError
 from ul2r.launch.pretrained import fill_model_from_base
 
@@ -60,7 +60,6 @@ class _Rung:
         """Load an arm's recipe with the settings of the size, then those of the run, laid over it."""
         ladder = self.ladder
         settings = {
-            **ladder.sizes[self.size],
             "storage": str(ladder.storage),
             "tracking": ladder.tracking.model_dump(mode="json"),
             "export.registered_model": None,
@@ -68,9 +67,11 @@ class _Rung:
             "seed": self.seed,
             **own,
         }
-        # JSON, since an override's value is parsed as YAML, which JSON is part of.
-        overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-        recipe = load(ladder.arms[arm], overrides, Recipe, fill_model_from_base)
+        layers = (
+            Layer(f"{ladder.file}: sizes.{self.size}", ladder.sizes[self.size]),
+            Layer(str(ladder.file), nest_dotted_keys(settings)),
+        )
+        recipe = load(ladder.arms[arm], (), Recipe, fill_model_from_base, layers)
         return LadderRun(recipe, self.size, self.budget, self.seed, arm)
 
 

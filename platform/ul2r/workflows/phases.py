@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +18,8 @@ STOP_TIMEOUT_S = 30.0
 """Time that a command has to end after SIGINT before it is killed."""
 SAVE_TIMEOUT_S = 300.0
 """The same after SIGTERM: training saves a checkpoint first."""
+POLL_INTERVAL_S = 0.05
+"""Time between two looks at which command has ended."""
 MIN_NAME_WIDTH = 14
 """Characters of the column of names, if none is longer."""
 
@@ -129,7 +131,11 @@ def run_command(command: Sequence[str], environment: Mapping[str, str]) -> int:
     return exit_code
 
 
-def run_commands(commands: Sequence[Sequence[str]], environment: Mapping[str, str]) -> list[int]:
+def run_commands(
+    commands: Sequence[Sequence[str]],
+    environment: Mapping[str, str],
+    on_end: Callable[[int, int], None] | None = None,
+) -> list[int]:
     """Run commands at the same time, each to its end; their output goes where this process's goes.
 
     Each gets a session of its own. If this process is interrupted meanwhile, everything in these sessions is stopped
@@ -139,15 +145,16 @@ def run_commands(commands: Sequence[Sequence[str]], environment: Mapping[str, st
     Args:
         commands: Programs and arguments.
         environment: Variables in addition to this process's own.
+        on_end: Called as soon as a command has ended, with its index and its exit code.
 
     Returns:
         Their exit codes; 128 plus the signal's number if a signal ended one, as in a shell.
     """
-    processes = list[subprocess.Popen[bytes]]()
-    exit_codes = list[int]()
+    running = dict[int, subprocess.Popen[bytes]]()
+    exit_codes = dict[int, int]()
     try:
-        for command in commands:
-            process = subprocess.Popen(
+        for index, command in enumerate(commands):
+            running[index] = subprocess.Popen(
                 command,
                 env={**os.environ, **environment},
                 # A job that asked a question would wait for ever.
@@ -155,20 +162,31 @@ def run_commands(commands: Sequence[Sequence[str]], environment: Mapping[str, st
                 # Ctrl-C on the terminal does not reach it: `_stop` forwards it, once.
                 start_new_session=True,
             )
-            processes.append(process)
-        for process in processes:
-            exit_code = process.wait()
+        while running:
+            index, code = _wait_for_one(running)
             # At once, for what it left running: later its number may be another program's.
-            _kill_session(process)
-            exit_codes.append(exit_code)
+            _kill_session(running[index])
+            del running[index]
+            # Popen gives -2 for a process that SIGINT ended, a shell 130.
+            exit_codes[index] = code if code >= 0 else 128 - code
+            if on_end is not None:
+                on_end(index, exit_codes[index])
     except Terminated:
-        _stop(processes[len(exit_codes) :], signal.SIGTERM, SAVE_TIMEOUT_S)
+        _stop([*running.values()], signal.SIGTERM, SAVE_TIMEOUT_S)
         raise
     finally:
-        _stop(processes[len(exit_codes) :], signal.SIGINT, STOP_TIMEOUT_S)
+        _stop([*running.values()], signal.SIGINT, STOP_TIMEOUT_S)
+    return [exit_codes[index] for index in range(len(commands))]
 
-    # Popen gives -2 for a process that SIGINT ended, a shell 130.
-    return [code if code >= 0 else 128 - code for code in exit_codes]
+
+def _wait_for_one(running: Mapping[int, subprocess.Popen[bytes]]) -> tuple[int, int]:
+    """Wait until one of the processes ends; return its key and its exit code."""
+    while True:
+        for key, process in running.items():
+            code = process.poll()
+            if code is not None:
+                return key, code
+        time.sleep(POLL_INTERVAL_S)
 
 
 def _stop(

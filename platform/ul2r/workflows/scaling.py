@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.table import Table
 
 from ul2r.config import Recipe, dump
+from ul2r.config.gaps import GAPS_SUITE
 from ul2r.config.ladder import Ladder
 from ul2r.data.store.dataset import is_prepared, open_run_dataset
 from ul2r.environment import has_ray
@@ -88,9 +89,7 @@ def run_ladder(ladder: Ladder) -> LadderResult:
 def _check_runs(ladder: Ladder, runs: Sequence[LadderRun]) -> None:
     """Check of each run what can be checked before its base exists; build the model of each size once."""
     _check_metrics(ladder, runs[0].recipe)
-    # All runs are evaluated alike.
-    if runs[0].recipe.evaluation.few_shot.suites:
-        check_suites(runs[0].recipe)
+    _check_suites(ladder, runs)
     built = set()
     for run in runs:
         check_names(run.recipe)
@@ -99,6 +98,25 @@ def _check_runs(ladder: Ladder, runs: Sequence[LadderRun]) -> None:
         if run.size not in built:
             built.add(run.size)
             check_buildable(run.recipe)
+
+
+def _check_suites(ladder: Ladder, runs: Sequence[LadderRun]) -> None:
+    """Refuse suites that cannot be run, and gaps, which no figure of a ladder shows.
+
+    Raises:
+        UserError: If there are some.
+    """
+    for run in runs:
+        if GAPS_SUITE in run.recipe.evaluation.few_shot.suites:
+            recipes = recipes_folder(ladder)
+            raise RecipeError(
+                f"evaluation.few_shot.suites: a ladder does not measure {GAPS_SUITE}: leave it out, and run `ul2r "
+                f"evaluate {recipes / run.name}.yaml --suite {GAPS_SUITE}` on each run when it is finished"
+            )
+    # Once for all runs that are evaluated alike, which are all unless an arm or a size has settings of its own.
+    for recipe in {run.recipe.evaluation: run.recipe for run in runs}.values():
+        if recipe.evaluation.few_shot.suites:
+            check_suites(recipe)
 
 
 def _check_metrics(ladder: Ladder, recipe: Recipe) -> None:

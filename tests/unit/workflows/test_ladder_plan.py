@@ -94,3 +94,80 @@ def test_runs_wait_for_their_base() -> None:
     assert set(ready[:2]) == bases - {small}  # bases first, since others wait for them
     assert {name.rsplit("-", 1)[1] for name in ready[2:]} == {"control", "ul2r", "fim"}
     assert all("small" in name for name in ready[2:])
+
+
+SIZES = [
+    "{model.num_layers: 3, model.hidden_size: 40}",
+    "{model: {num_layers: 3}, model.hidden_size: 40}",
+    "{model: {num_layers: 3, hidden_size: 40}}",
+]
+
+
+@pytest.mark.parametrize("settings", SIZES)
+def test_dotted_keys_and_groups_of_a_size_mean_the_same(settings: str) -> None:
+    ladder = load(Path("ladder"), [f"sizes={{small: {settings}}}"], Ladder)
+    for run in plan_ladder(ladder):
+        model = run.recipe.model
+        assert (model.num_layers, model.hidden_size, model.num_heads) == (3, 40, 4)
+
+
+@pytest.mark.parametrize("settings", SIZES)
+def test_override_of_a_size_changes_that_key_alone(tmp_path: Path, settings: str) -> None:
+    overrides = [f"sizes={{small: {settings}}}", "sizes.small.model.num_layers=5"]
+    for run in plan_ladder(load(Path("ladder"), overrides, Ladder)):
+        assert (run.recipe.model.num_layers, run.recipe.model.hidden_size) == (5, 40)
+
+
+def test_size_may_name_a_preset() -> None:
+    runs = plan_ladder(load(Path("ladder"), ["sizes={large: {model: palm-8b}}"], Ladder))
+    assert {run.recipe.model.num_layers for run in runs} == {32}
+
+
+def refuse_plan(tmp_path: Path, *, arm: str = "", changes: str = "") -> str:
+    """Return what is said of a ladder whose base has settings of its own, without the folder of its files."""
+    base = tmp_path / "base.yaml"
+    base.write_text(f"extends: ladder-base\n{arm}\n")
+    path = tmp_path / "rungs.yaml"
+    path.write_text(f"extends: ladder\narms: {{base: base.yaml}}\n{changes}\n")
+    ladder = load(path, (), Ladder)
+    with pytest.raises(RecipeError) as caught:
+        plan_ladder(ladder)
+    return str(caught.value).replace(f"{tmp_path}/", "")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("model.num_layer: 3", "model.num_layer: unknown key; did you mean model.num_layers?"),
+        ("model: {num_layer: 3}", "model.num_layer: unknown key; did you mean model.num_layers?"),
+        ("training.stepz: 3", "training.stepz: unknown key; did you mean training.steps?"),
+        ("model.hidden_size: wide", "model.hidden_size: input should be a valid integer"),
+        ("model: palm-9b", "model: unknown model 'palm-9b'"),
+        ("objective.mixture: [{kind: casual}]", "objective.mixture.0: kind should be one of"),
+        ("model.layers: 3", "model.layers is now model.num_layers"),
+    ],
+)
+def test_mistake_of_a_size_names_the_ladders_file(
+    tmp_path: Path, setting: str, message: str
+) -> None:
+    said = refuse_plan(tmp_path, changes=f"sizes: {{small: {{{setting}}}}}")
+    assert said.startswith(f"rungs.yaml: sizes.small: {message}")
+
+
+def test_mistake_of_the_ladder_itself_names_its_file(tmp_path: Path) -> None:
+    """Runs are called by ladder, size, budget, seed and arm, which together are too long."""
+    said = refuse_plan(tmp_path, changes=f"name: {'x' * 240}")
+    assert said.startswith("rungs.yaml: name: ")
+
+
+def test_mistake_of_an_arm_names_the_arms_file(tmp_path: Path) -> None:
+    said = refuse_plan(tmp_path, arm="modell: {num_layers: 3}")
+    assert said == "base.yaml: modell: unknown key; did you mean model?"
+
+
+def test_settings_that_do_not_fit_each_other_name_both_files(tmp_path: Path) -> None:
+    said = refuse_plan(
+        tmp_path, arm="model: {num_heads: 4}", changes="sizes: {small: {model.hidden_size: 42}}"
+    )
+    assert said.startswith("base.yaml (with rungs.yaml: sizes.small laid over it): model: ")
+    assert "hidden_size=42" in said

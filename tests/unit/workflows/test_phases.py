@@ -147,6 +147,27 @@ def test_commands_run_at_once_and_one_that_fails_stops_no_other(tmp_path: Path) 
     assert run_commands([[sys.executable, "-c", script, *each] for each in words], {}) == [3, 0]
 
 
+def test_end_of_a_command_is_told_while_the_others_run(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    waiting = (
+        "import pathlib, sys, time\n"
+        f"told = pathlib.Path({str(told)!r})\n"
+        "for _ in range(600):\n"
+        "    if told.exists(): break\n"
+        "    time.sleep(0.1)\n"
+        "else: sys.exit(1)\n"
+    )
+    ends = list[tuple[int, int]]()
+
+    def note(index: int, exit_code: int) -> None:
+        ends.append((index, exit_code))
+        told.touch()
+
+    commands = [[sys.executable, "-c", script] for script in (waiting, "raise SystemExit(3)")]
+    assert run_commands(commands, {}, note) == [0, 3]
+    assert ends == [(1, 3), (0, 0)]
+
+
 def test_processes_left_running_by_a_command_are_killed(tmp_path: Path) -> None:
     parent = (
         "import subprocess, sys; "
@@ -166,7 +187,10 @@ STUBBORN = (
 POLITE = STUBBORN.replace("signal.SIG_IGN", "signal.default_int_handler")
 
 
-def test_what_a_command_leaves_running_ends_with_it_and_not_with_the_others(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", [0, 1])
+def test_what_a_command_leaves_running_ends_with_it_and_not_with_the_others(
+    tmp_path: Path, place: int
+) -> None:
     pid = tmp_path / "pid"
     leaving = (
         "import subprocess, sys; "
@@ -182,7 +206,9 @@ def test_what_a_command_leaves_running_ends_with_it_and_not_with_the_others(tmp_
         "    time.sleep(0.1)\n"
         "else: raise SystemExit(1)\n"
     )
-    commands = [[sys.executable, "-c", script] for script in (leaving, waiting)]
+    scripts = [waiting]
+    scripts.insert(place, leaving)
+    commands = [[sys.executable, "-c", script] for script in scripts]
     assert run_commands(commands, {}) == [0, 0]
 
 

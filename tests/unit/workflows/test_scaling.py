@@ -100,24 +100,25 @@ def test_task_of_a_running_cluster_works_where_the_job_was_started(
     ("suite", "message"),
     [
         ("paper-62", "paper-26"),
-        ("gaps", "gaps"),
+        ("gaps", "a ladder does not measure gaps: .* `ul2r evaluate .*yaml --suite gaps`"),
         ("humaneval-infilling", "runs code"),
         ("gsm8k", "gsm8k"),
     ],
 )
+@pytest.mark.parametrize("arm", ["base", "control"])
 def test_suites_that_cannot_be_run_are_refused_before_anything_is_trained(
-    tmp_path: Path, suite: str, message: str
+    tmp_path: Path, arm: str, suite: str, message: str
 ) -> None:
-    ladder, (run, *_) = plan(tmp_path)
-    evaluation = run.recipe.evaluation.model_copy(
-        update={
-            "few_shot": run.recipe.evaluation.few_shot.model_copy(update={"suites": (suite,)}),
-            "data": tmp_path,
-        }
+    ladder, runs = plan(tmp_path)
+    changed = next(run for run in runs if run.arm == arm)
+    few_shot = changed.recipe.evaluation.few_shot.model_copy(update={"suites": (suite,)})
+    evaluation = changed.recipe.evaluation.model_copy(
+        update={"few_shot": few_shot, "data": tmp_path}
     )
-    recipe = run.recipe.model_copy(update={"evaluation": evaluation})
+    recipe = changed.recipe.model_copy(update={"evaluation": evaluation})
+    others = [run for run in runs if run is not changed]
     with pytest.raises(UserError, match=message):
-        scaling._check_runs(ladder, [replace(run, recipe=recipe)])
+        scaling._check_runs(ladder, [*others, replace(changed, recipe=recipe)])
 
 
 def test_fractions_of_a_cpu_that_were_given_back_make_a_whole_one() -> None:

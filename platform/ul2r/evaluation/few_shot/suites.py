@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from ul2r.config.denoisers import Mode
 from ul2r.config.field_types import PositiveInt
+from ul2r.config.gaps import GAPS_SUITE
 from ul2r.config.strict_model import StrictModel
 from ul2r.config.validation_errors import explain
 from ul2r.errors import RecipeError
@@ -147,9 +148,11 @@ def load_suite(name: str) -> Suite:
     """
     path = Path(name).expanduser() if name.endswith((".yaml", ".yml")) else SUITES / f"{name}.yaml"
     if not path.is_file():
-        (nearest,) = difflib.get_close_matches(name, list_suites(), n=1, cutoff=0) or ("",)
+        # Not a file, but a name that `ul2r evaluate` takes among theirs.
+        names = sorted([*list_suites(), GAPS_SUITE])
+        (nearest,) = difflib.get_close_matches(name, names, n=1, cutoff=0)
         raise RecipeError(
-            f"there is no suite {name!r}: did you mean {nearest}? There are {', '.join(list_suites())}, and files"
+            f"there is no suite {name!r}: did you mean {nearest}? There are {', '.join(names)}, and files"
         )
     try:
         return Suite.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))

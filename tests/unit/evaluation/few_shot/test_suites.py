@@ -44,6 +44,8 @@ def test_every_task_of_a_suite_is_described(name: str, tmp_path: Path) -> None:
 def test_unknown_suite_is_answered_with_the_nearest() -> None:
     with pytest.raises(RecipeError, match="there is no suite 'paper26': did you mean paper-26"):
         load_suite("paper26")
+    with pytest.raises(RecipeError, match=r"did you mean gaps\? There are .*, gaps, gsm8k, "):
+        load_suite("gap")
 
 
 def test_suite_may_be_a_file(tmp_path: Path) -> None:
