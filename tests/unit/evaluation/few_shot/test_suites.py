@@ -78,6 +78,12 @@ def test_tasks_without_data_are_named(tmp_path: Path) -> None:
     assert "ul2r task-data" in line
 
 
+def test_folder_without_files_has_no_data(tmp_path: Path) -> None:
+    (tmp_path / "lsdsem/rocstories/default").mkdir(parents=True)
+    _, (story,) = find_unavailable(load_suite("rocstories"), tmp_path)
+    assert story.reason == "no default in it"
+
+
 def write_suite(folder: Path, *tasks: str) -> Path:
     path = folder / "own.yaml"
     path.write_text("description: of the test\ntasks:\n" + "".join(f"- {t}\n" for t in tasks))
