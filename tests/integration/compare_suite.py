@@ -10,6 +10,7 @@ from mlflow import MlflowClient
 
 from ul2r.config import Comparison, Recipe, load
 from ul2r.evaluation.few_shot.data_folder import DataFolder
+from ul2r.evaluation.few_shot.repository_files import Split
 from ul2r.workflows.compare import compare
 from ul2r.workflows.few_shot import run_suites
 
@@ -18,9 +19,9 @@ def check_suite(folder: Path, uri: str, client: MlflowClient, experiment: str) -
     """Run a suite on two arms, and check what MLflow has of it and of the comparison."""
     names = ("premise", "choice1", "choice2", "question", "label")
     items = [("The sea was calm.", "It was night.", "The wind had gone.", "cause", 1)] * 3
-    DataFolder(folder / "data").write_split(
-        "aps/super_glue", "copa", "validation", [dict(zip(names, i, strict=True)) for i in items]
-    )
+    rows = [dict(zip(names, item, strict=True)) for item in items]
+    copa = Split.from_rows("aps/super_glue", "copa", "validation", rows)
+    DataFolder(folder / "data").write([copa])
     (folder / "one.yaml").write_text(
         "description: one\ntasks:\n- {name: copa, folder: super_glue/copa, shots: 0}\n"
     )

@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ul2r.errors import CorpusError
 from ul2r.evaluation.few_shot.data_folder import DataFolder
-from ul2r.evaluation.few_shot.data_sources import read_source
+from ul2r.evaluation.few_shot.data_sources import find_reader, read_source
 from ul2r.evaluation.few_shot.requirements import require_lm_eval
 from ul2r.evaluation.few_shot.suites import list_suites, load_suite
 from ul2r.evaluation.few_shot.task_loading import find_unavailable
 
 
 def lay_out(folder: Path, sources: Sequence[Path]) -> Iterator[str]:
-    """Write the data sets of all sources; yield a line for each.
+    """Write the data sets of all sources, each source whole or not at all; yield a line for each data set.
 
     Raises:
-        CorpusError: If a source is missing or unknown.
+        CorpusError: If a source is missing, unknown or damaged.
     """
     # Before the first is read, which takes a while.
     for source in sources:
-        if not source.exists():
-            raise CorpusError(f"{source} does not exist")
+        find_reader(source)
     data = DataFolder(folder)
     for source in sources:
-        counts: dict[str, int] = {}
-        for split in read_source(source):
-            data.write_split(*split)
-            counts[split.dataset] = counts.get(split.dataset, 0) + len(split.rows)
+        splits = read_source(source)
+        data.write(splits)
+        counts: Counter[str] = Counter()
+        for split in splits:
+            counts[split.dataset] += len(split.table)
         for dataset, count in counts.items():
             yield f"{dataset}: {count} items from {source.name}"
 

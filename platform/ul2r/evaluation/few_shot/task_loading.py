@@ -297,9 +297,13 @@ def _list_splits(folder: Path, configuration: str | None) -> set[str]:
     """Return the names of the splits of a local data set, none if it lacks the configuration."""
     from datasets import get_dataset_config_names, load_dataset_builder
 
-    if configuration is not None and configuration not in get_dataset_config_names(str(folder)):
+    try:
+        if configuration not in {None, *get_dataset_config_names(str(folder))}:
+            return set()
+        builder = load_dataset_builder(str(folder), configuration)
+    except FileNotFoundError:
+        # A download or a layout that was interrupted: a folder without data.
         return set()
-    builder = load_dataset_builder(str(folder), configuration)
     return set(builder.config.data_files or ())
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from ul2r.errors import CorpusError, RecipeError
 from ul2r.evaluation.few_shot.data_folder import DataFolder
+from ul2r.evaluation.few_shot.repository_files import Split
 from ul2r.evaluation.few_shot.suites import list_suites, load_suite, load_suites
 from ul2r.evaluation.few_shot.task_loading import (
     describe_unavailable,
@@ -68,7 +69,7 @@ def test_missing_folder_of_data_is_told(tmp_path: Path) -> None:
 
 
 def test_tasks_without_data_are_named(tmp_path: Path) -> None:
-    DataFolder(tmp_path).write_split("aps/super_glue", "rte", "validation", [{"a": 1}])
+    DataFolder(tmp_path).write([Split.from_rows("aps/super_glue", "rte", "validation", [{"a": 1}])])
     loaded, unavailable = load_tasks(load_suite("paper-26"), tmp_path, ["copa", "piqa"])
     assert not loaded
     line = describe_unavailable(unavailable, tmp_path)
@@ -77,6 +78,12 @@ def test_tasks_without_data_are_named(tmp_path: Path) -> None:
         in line
     )
     assert "ul2r task-data" in line
+
+
+def test_folder_without_files_has_no_data(tmp_path: Path) -> None:
+    (tmp_path / "lsdsem/rocstories/default").mkdir(parents=True)
+    _, (story,) = find_unavailable(load_suite("rocstories"), tmp_path)
+    assert story.reason == "no default in it"
 
 
 def write_suite(folder: Path, *tasks: str) -> Path:
@@ -121,6 +128,7 @@ def test_what_a_task_lacks_is_refused_before_it_is_run(
 ) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     record = {"premise": "p", "choice1": "a", "choice2": "b", "question": "cause", "label": 0}
-    DataFolder(tmp_path).write_split("aps/super_glue", "copa", "validation", [record])
+    copa = Split.from_rows("aps/super_glue", "copa", "validation", [record])
+    DataFolder(tmp_path).write([copa])
     with pytest.raises(RecipeError, match=message):
         load_tasks(load_suite(str(write_suite(tmp_path, task))), tmp_path)
