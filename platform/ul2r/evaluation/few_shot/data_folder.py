@@ -45,8 +45,8 @@ class DataFolder:
         try:
             for split in splits:
                 home = self.folder / split.dataset
-                _refuse_foreign(home)
                 path = home / split.configuration / f"{split.split}.parquet"
+                _refuse_foreign(home)
                 # Several files may hold parts of a split, such as stories of several years.
                 earlier = tables.get(
                     path, self._written.get(path, split.table.schema.empty_table())
