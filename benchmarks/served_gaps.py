@@ -3,8 +3,8 @@
     python benchmarks/served_gaps.py RECIPE --url http://127.0.0.1:8000 [--length 8] [--count 5]
 
 RECIPE is a run's: the gaps are those that `ul2r evaluate RECIPE --suite gaps` measures, of one length and one slot; the
-server is that of any model. Each gap is asked for by `/v1/completions` with the text
-before it and, as `suffix`, the text after it. Prints a table in Markdown, then one JSON line:
+server is that of any model. Each gap is asked for by `/v1/completions` with the text before it and, as `suffix`, the
+text after it. Prints a table in Markdown, then one JSON line:
 
     exact     gaps that were filled with just the masked text
     answers   what the model wrote
