@@ -165,6 +165,24 @@ def test_card_and_report_have_the_settings_that_were_trained_with(machine: BareM
 
 
 @pytest.mark.usefixtures("compared")
+def test_comparison_of_runs_in_other_precisions_says_so(machine: BareMachine) -> None:
+    recipe = machine.recipe("ul2r")
+    recorded = recipe.paths.recorded_recipe
+    before = recorded.read_text()
+    tree = yaml.safe_load((machine.folder / "compare.yaml").read_text())
+    tree |= {"name": "precisions", "recipes": {"first": "base.yaml", "second": "ul2r.yaml"}}
+    (machine.folder / "precisions.yaml").write_text(yaml.safe_dump(tree))
+    recorded.write_text(before.replace("precision: auto", "precision: bf16"))
+    try:
+        ran = machine.run("compare", "precisions")
+    finally:
+        recorded.write_text(before)
+    assert ran.returncode == 0, ran.stderr
+    assert "trained in different precisions" in ran.stderr
+    assert "first fp32, second bf16" in ran.stderr
+
+
+@pytest.mark.usefixtures("compared")
 def test_every_step_and_score_is_in_the_run_s_folder(machine: BareMachine) -> None:
     store = open_store("none")
     for role in ROLES:

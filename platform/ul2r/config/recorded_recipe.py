@@ -1,4 +1,4 @@
-"""The recipe that a run was trained by, in its folder: its file may have been edited since, or read with `--set`."""
+"""The recipe that a run was trained with, in its folder: the file may have been edited since, or read with `--set`."""
 
 from __future__ import annotations
 

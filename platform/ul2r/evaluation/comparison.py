@@ -84,7 +84,7 @@ def warn_of_precisions(trained: Mapping[Role, Recipe]) -> None:
     """Warn if arms were trained in different precisions; the base may come from anywhere.
 
     Args:
-        trained: The recipe that each run was trained by.
+        trained: The recipe that each run was trained with.
     """
     arms = {role: recipe.precision for role, recipe in trained.items() if role != "base"}
     if len(set(arms.values())) > 1:

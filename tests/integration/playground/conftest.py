@@ -28,7 +28,7 @@ CHROMIUM = shutil.which("chromium")
 TIMEOUT_MS = 60_000
 
 
-# Module-scoped: the servers' threads must not run on beside later tests.
+# Module-scoped, so that the servers' threads end before the tests of other files.
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     root = tmp_path_factory.mktemp("playground")

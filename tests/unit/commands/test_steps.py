@@ -1,4 +1,4 @@
-"""Several verbs at once: a failure is told while the others run on, and all failures in the end."""
+"""Several verbs at once: a failure is reported while the others still run, and all failures at the end."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ul2r.commands.steps import StepError, run_verbs
 from ul2r.workflows.phases import PhaseTimer
 
 
-def test_failures_are_told_at_once_and_in_the_end(tmp_path: Path) -> None:
-    """The first verb reads its recipe from a pipe, which is filled when the failure of the second was told."""
+def test_failures_are_reported_at_once_and_at_the_end(tmp_path: Path) -> None:
+    """The first verb reads its recipe from a pipe that is filled once the second one's failure is reported."""
     recipe = tmp_path / "recipe.yaml"
     os.mkfifo(recipe)
     errors = io.StringIO()
@@ -25,9 +25,9 @@ def test_failures_are_told_at_once_and_in_the_end(tmp_path: Path) -> None:
         deadline = time.monotonic() + 60
         while not errors.getvalue() and time.monotonic() < deadline:
             time.sleep(0.02)
-        told = errors.getvalue()
+        reported = errors.getvalue()
         recipe.write_text("name: incomplete\n")
-        return told
+        return reported
 
     timer = PhaseTimer(tmp_path / "phases.json")
     verbs = [["train", str(recipe)], ["trian", "recipe.yaml"]]
@@ -36,7 +36,7 @@ def test_failures_are_told_at_once_and_in_the_end(tmp_path: Path) -> None:
         with pytest.raises(StepError) as caught:
             run_verbs("train", verbs, {}, timer)
 
-    told = "exit code 2 from: ul2r trian recipe.yaml"
-    assert filling.result() == f"{told}; still running: 1 of this step\n"
-    assert str(caught.value) == f"exit code 2 from: ul2r train {recipe}; {told}"
+    failure = "exit code 2 from: ul2r trian recipe.yaml"
+    assert filling.result() == f"{failure}; still running: 1 of this step\n"
+    assert str(caught.value) == f"exit code 2 from: ul2r train {recipe}; {failure}"
     assert caught.value.exit_code == 2

@@ -1,4 +1,4 @@
-"""The recipe that a run was trained by, beside its checkpoints."""
+"""The recipe that a run was trained with, kept in its folder."""
 
 from __future__ import annotations
 

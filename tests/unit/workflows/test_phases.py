@@ -147,13 +147,13 @@ def test_commands_run_at_once_and_one_that_fails_stops_no_other(tmp_path: Path) 
     assert run_commands([[sys.executable, "-c", script, *each] for each in words], {}) == [3, 0]
 
 
-def test_end_of_a_command_is_told_while_the_others_run(tmp_path: Path) -> None:
-    told = tmp_path / "told"
+def test_end_of_a_command_is_reported_while_the_others_run(tmp_path: Path) -> None:
+    reported = tmp_path / "reported"
     waiting = (
         "import pathlib, sys, time\n"
-        f"told = pathlib.Path({str(told)!r})\n"
+        f"reported = pathlib.Path({str(reported)!r})\n"
         "for _ in range(600):\n"
-        "    if told.exists(): break\n"
+        "    if reported.exists(): break\n"
         "    time.sleep(0.1)\n"
         "else: sys.exit(1)\n"
     )
@@ -161,7 +161,7 @@ def test_end_of_a_command_is_told_while_the_others_run(tmp_path: Path) -> None:
 
     def note(index: int, exit_code: int) -> None:
         ends.append((index, exit_code))
-        told.touch()
+        reported.touch()
 
     commands = [[sys.executable, "-c", script] for script in (waiting, "raise SystemExit(3)")]
     assert run_commands(commands, {}, note) == [0, 3]
